@@ -1,0 +1,59 @@
+"""Puts a trained tokenizer and a trained prior together: `python -m pipelines.build --tokenizer DIR --prior DIR
+--output_dir DIR`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from configs import ConfigError, Problem, Section, run
+from pipelines.pipeline_vqgan import VQGANPipeline
+from stage1_vqgan import VQGANImageProcessor, VQGANModel
+from stage2_prior import TokenLayout
+
+
+@dataclass(kw_only=True)
+class BuildConfig(Section):
+    """Joins the results of both stages into a pipeline folder.
+
+    tokenizer: folder or Hub id of the tokenizer
+    prior: output_dir of stage 2
+    output_dir: folder of the pipeline
+    push_to_hub, hub_model_id, hub_private_repo: upload it
+    """
+
+    tokenizer: str
+    prior: str
+    output_dir: str
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
+
+
+def build(config: BuildConfig) -> VQGANPipeline:
+    """Builds, saves and, if asked to, uploads the pipeline.
+
+    Raises:
+        ConfigError: the prior's folder holds no trained prior, or the two do not belong together.
+    """
+    if not (Path(config.prior) / "token_layout.json").is_file():
+        message = f"received {config.prior!r}; there is no trained prior in it (run stage2_prior.train first)"
+        raise ConfigError([Problem("prior", message)])
+    try:
+        pipeline = VQGANPipeline(
+            vqgan=VQGANModel.from_pretrained(config.tokenizer),
+            prior=AutoModelForCausalLM.from_pretrained(config.prior),
+            image_processor=VQGANImageProcessor.from_pretrained(config.tokenizer),
+            layout=TokenLayout.from_pretrained(config.prior),
+        )
+    except ValueError as error:
+        raise ConfigError([Problem("tokenizer", str(error))]) from error
+    pipeline.save_pretrained(config.output_dir)
+    print(f"pipeline saved in {Path(config.output_dir).resolve()}")
+    if config.push_to_hub:
+        print(pipeline.push_to_hub(str(config.hub_model_id), private=config.hub_private_repo))
+    return pipeline
+
+
+if __name__ == "__main__":
+    run(BuildConfig, build, "python -m pipelines.build")

@@ -1,0 +1,83 @@
+"""The README.md of a pipeline on the Hub."""
+
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+
+if TYPE_CHECKING:
+    from pipelines.pipeline_vqgan import VQGANPipeline
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+Generates {{ size }}×{{ size }} {{ colour }} images in two stages: a VQGAN tokenizer turns an image into {{ length }} codes out
+of {{ num_codes }}, and a causal language model (`{{ model_type }}`) writes such codes. Made with
+[tessella](https://pypi.org/project/tessella/).
+
+## Use
+
+```python
+from pipelines import VQGANPipeline
+
+pipe = VQGANPipeline.from_pretrained("path/or/repository")
+images = pipe.generate({{ example }}).images
+```
+
+The prior alone is an ordinary causal language model. It needs no other code than transformers:
+
+```python
+from transformers import AutoModelForCausalLM
+
+prior = AutoModelForCausalLM.from_pretrained("path/or/repository", subfolder="prior")
+```
+
+## Details
+
+| | |
+| --- | --- |
+| Code grid | {{ grid }} codes, one for {{ factor }}×{{ factor }} pixels |
+| Codebook | {{ num_codes }} entries of width {{ embed_dim }} |
+| Tokenizer | {{ vqgan_parameters }} parameters, fingerprint `{{ fingerprint }}` |
+| Prior | {{ prior_parameters }} parameters |
+| Prompt | {{ prompt }} |
+{% if class_names %}
+Classes: {{ class_names }}
+{% endif %}"""
+
+
+def model_card(pipeline: "VQGANPipeline") -> str:
+    """The card's text: what the pipeline is, how to use it, and its figures."""
+    layout, config = pipeline.layout, pipeline.vqgan.config
+    classes = layout.num_classes
+    shown = ", ".join(layout.class_names[:50]) + (", …" if classes > 50 else "")
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="tessella",
+            pipeline_tag="unconditional-image-generation",
+            tags=["vqgan", "image-generation", "autoregressive", "tessella"],
+        ),
+        template_str=TEMPLATE,
+        title="Class-conditional image generator" if classes else "Image generator",
+        size=config.image_size,
+        colour="gray" if config.in_channels == 1 else "colour",
+        length=layout.length,
+        num_codes=layout.num_codes,
+        model_type=pipeline.prior.config.model_type,
+        example="class_labels=[0], num_images_per_label=4, guidance_scale=1.5" if classes else "num_images=4",
+        grid=f"{layout.grid[0]}×{layout.grid[1]}",
+        factor=layout.downsampling_factor,
+        embed_dim=config.embed_dim,
+        vqgan_parameters=f"{pipeline.vqgan.num_parameters():,}",
+        prior_parameters=f"{pipeline.prior.num_parameters():,}",
+        fingerprint=layout.tokenizer_fingerprint,
+        prompt=(
+            f"class c is token {layout.num_codes} + c; no class is token {layout.null_token}"
+            if classes
+            else f"always token {layout.null_token}"
+        ),
+        class_names=shown,
+    )
+    return str(card)

@@ -1,0 +1,334 @@
+"""VQGANPipeline: sample codes from the prior, decode them with the tokenizer.
+
+Shape letters: N images, h w code grid, L = h·w codes of an image, K codebook size.
+"""
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import ModelOutput, PushToHubMixin
+
+from pipelines.model_card import model_card
+from stage1_vqgan import VQGANImageProcessor, VQGANModel
+from stage2_prior import TokenLayout, draw_seeds, sample_codes
+from stage2_prior.sampling import SamplingOptions
+
+INDEX_NAME = "model_index.json"
+OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+
+
+@dataclass
+class VQGANPipelineOutput(ModelOutput):
+    """Output of [`VQGANPipeline.generate`].
+
+    Attributes:
+        images: list of N PIL images; or float32 array `(N, H, W, C)` or tensor `(N, C, H, W)` in [0, 1]; or None.
+        codes: int64 `(N, h, w)`.
+    """
+
+    images: Any = None
+    codes: Tensor | None = None
+
+
+class VQGANPipeline(PushToHubMixin):
+    """Generates images: the prior samples codes, the tokenizer decodes them.
+
+    Args:
+        vqgan: the tokenizer.
+        prior: causal language model over the tokenizer's codes.
+        image_processor: turns images into pixels and back.
+        layout: what the prior's tokens mean.
+
+    Raises:
+        ValueError: the prior was trained on the codes of another tokenizer, or its vocabulary does not fit the layout.
+    """
+
+    def __init__(
+        self, vqgan: VQGANModel, prior: PreTrainedModel, image_processor: VQGANImageProcessor, layout: TokenLayout
+    ):
+        fingerprint = vqgan.config.fingerprint or vqgan.compute_fingerprint()
+        if fingerprint != layout.tokenizer_fingerprint:
+            raise ValueError(
+                f"tokenizer: received the tokenizer {fingerprint}, but the prior was trained on codes of "
+                f"{layout.tokenizer_fingerprint}; use that tokenizer, or train a prior on codes of this one"
+            )
+        if prior.config.vocab_size != layout.vocab_size:
+            raise ValueError(
+                f"prior: received a vocabulary of {prior.config.vocab_size} tokens; the layout has {layout.vocab_size}"
+            )
+        self.vqgan, self.prior = vqgan.eval(), prior.eval()
+        self.image_processor, self.layout = image_processor, layout
+        self._progress_bar: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------ components and devices
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name, as the constructor takes them."""
+        return {"vqgan": self.vqgan, "prior": self.prior, "image_processor": self.image_processor, "layout": self.layout}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.prior.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the models' weights."""
+        return self.prior.dtype
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their ids; empty for an unconditional pipeline."""
+        return list(self.layout.class_names)
+
+    def to(self, *args: Any, **kwargs: Any) -> "VQGANPipeline":
+        """Moves or casts both models, as `torch.nn.Module.to`."""
+        self.vqgan.to(*args, **kwargs)
+        self.prior.to(*args, **kwargs)
+        return self
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Options of the progress bar, as tqdm takes them; `disable=True` hides it."""
+        self._progress_bar = kwargs
+
+    # ------------------------------------------------------------------ images
+
+    @torch.no_grad()
+    def generate(
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        num_images: int | None = None,
+        num_images_per_label: int = 1,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        batch_size: int = 64,
+        callback_on_step_end: Callable[[int, Tensor], None] | None = None,
+    ) -> VQGANPipelineOutput:
+        """Generates images.
+
+        Args:
+            class_labels: ids or names of classes. Without them images of no given class are made.
+            num_images: how many, without class labels (default 1).
+            num_images_per_label: how many for each class label; images of one label follow one another.
+            guidance_scale: how strongly the class is followed; 1.0 is off, 1.5 to 3 is usual.
+            temperature: below 1.0 more typical, above more varied images; 0.0 always takes the most likely code.
+            top_k: sample among the k most likely codes; 0 is all.
+            top_p: sample among the most likely codes that together have this probability.
+            min_p: leave out codes less than min_p times as likely as the most likely one.
+            generator: one generator, which draws a seed for each image, or a list with one for each image. An image
+                depends only on its seed, its label and the options, not on the other images (in float32).
+            output_type: "pil", "np" (N, H, W, C), "pt" (N, C, H, W), both in [0, 1], or "codes" (nothing is decoded).
+            batch_size: images sampled and decoded at once.
+            callback_on_step_end: called after each position with its index and the codes chosen there.
+
+        Returns:
+            [`VQGANPipelineOutput`].
+
+        Raises:
+            ValueError: naming the argument, the value received and what is allowed.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: received {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: received {batch_size}; must be at least 1")
+        options = SamplingOptions(
+            guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+        )
+        prompts = self._prompts(class_labels, num_images, num_images_per_label)
+        if options.guided and class_labels is None:
+            raise ValueError(f"guidance_scale: received {guidance_scale}; without class_labels there is nothing to guide")
+        seeds = draw_seeds(len(prompts), generator).to(self.device)
+        null = torch.full_like(prompts, self.layout.null_token)
+
+        batches = range(0, len(prompts), batch_size)
+        bar = tqdm(total=len(batches) * self.layout.length, **{"desc": "sampling", "unit": "code", **self._progress_bar})
+        all_codes, decoded = [], []
+
+        def on_step(position: int, chosen: Tensor) -> None:
+            bar.update()
+            if callback_on_step_end is not None:
+                callback_on_step_end(position, chosen)
+
+        for start in batches:
+            rows = slice(start, start + batch_size)
+            codes = sample_codes(
+                self.prior,
+                prompts[rows],
+                null[rows],
+                seeds[rows],
+                self.layout.length,
+                self.layout.num_codes,
+                options,
+                on_step,
+            ).view(-1, *self.layout.grid)
+            all_codes.append(codes)
+            if output_type != "codes":
+                decoded.append(self.vqgan.decode_codes(codes))
+        bar.close()
+        codes = torch.cat(all_codes)
+        images = None if output_type == "codes" else self.image_processor.postprocess(torch.cat(decoded), output_type)
+        return VQGANPipelineOutput(images=images, codes=codes)
+
+    __call__ = generate
+
+    @torch.no_grad()
+    def encode(self, images: Any) -> Tensor:
+        """Codes int64 `(N, h, w)` of images: PIL images, arrays or tensors, one or a list."""
+        pixel_values = self.image_processor(images)["pixel_values"].to(self.device, self.vqgan.dtype)
+        return self.vqgan.encode(pixel_values).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, output_type: str = "pil") -> Any:
+        """Images of int64 codes `(N, h, w)`; see `generate` for the output types ("codes" is not one here)."""
+        return self.image_processor.postprocess(self.vqgan.decode_codes(codes.to(self.device)), output_type)
+
+    def reconstruct(self, images: Any, output_type: str = "pil") -> Any:
+        """Images through the tokenizer and back: what the best possible prior could make of them."""
+        return self.decode(self.encode(images), output_type)
+
+    # ------------------------------------------------------------------ saving and loading
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Saves the pipeline as a folder that `from_pretrained` loads and that can be pushed to the Hub as it is.
+
+        Args:
+            save_directory: made if it is not there.
+            **kwargs: for the models' `save_pretrained`, for instance `max_shard_size`.
+        """
+        push_to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.vqgan.save_pretrained(folder / "vqgan", **kwargs)
+        self.image_processor.save_pretrained(folder / "vqgan")
+        self.prior.save_pretrained(folder / "prior", **kwargs)
+        for source in tokenizer_sources():
+            shutil.copy(source, folder)
+        index = {
+            "_class_name": type(self).__name__,
+            "versions": versions(),
+            "token_layout": self.layout.to_dict(),
+            "tokenizer_fingerprint": self.layout.tokenizer_fingerprint,
+        }
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "README.md").write_text(model_card(self))
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.name)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, commit_message: str = "Upload pipeline", **kwargs: Any) -> str:
+        """Uploads the pipeline's folder, with its model card, to the Hugging Face Hub.
+
+        Args:
+            repo_id: "user/name"; the repository is made if it is not there.
+            private: of a repository made here.
+            commit_message: of the upload.
+            **kwargs: `token`, `revision` and other options of `huggingface_hub.HfApi.upload_folder`.
+
+        Returns:
+            Address of the commit.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=kwargs.pop("token", None))
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **kwargs))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> "VQGANPipeline":
+        """Loads a pipeline.
+
+        Args:
+            pretrained_model_name_or_path: folder, or repository on the Hugging Face Hub.
+            dtype: of the weights, for instance `torch.bfloat16`; by default float32.
+            device: where the models go.
+            revision, token, cache_dir: of the download, as in `huggingface_hub`.
+
+        Raises:
+            FileNotFoundError: the folder holds no pipeline.
+            ValueError: prior and tokenizer do not belong together.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            if folder.is_absolute() or str(pretrained_model_name_or_path).startswith("."):
+                raise FileNotFoundError(f"there is no folder {str(folder)!r}")
+            folder = Path(
+                snapshot_download(str(pretrained_model_name_or_path), revision=revision, token=token, cache_dir=cache_dir)
+            )
+        if not (folder / INDEX_NAME).is_file():
+            raise FileNotFoundError(f"{folder} holds no pipeline: there is no {INDEX_NAME} in it")
+        index = json.loads((folder / INDEX_NAME).read_text())
+        dtype = torch.float32 if dtype is None else dtype
+        pipeline = cls(
+            vqgan=VQGANModel.from_pretrained(folder / "vqgan", dtype=dtype),
+            prior=AutoModelForCausalLM.from_pretrained(folder / "prior", dtype=dtype),
+            image_processor=VQGANImageProcessor.from_pretrained(folder / "vqgan"),
+            layout=TokenLayout.from_dict(index["token_layout"]),
+        )
+        return pipeline.to(device) if device is not None else pipeline
+
+    # ------------------------------------------------------------------ helpers
+
+    def _prompts(self, class_labels: Any, num_images: int | None, num_images_per_label: int) -> Tensor:
+        """int64 `(N, 1)`."""
+        if class_labels is None:
+            count = 1 if num_images is None else num_images
+            if count < 1:
+                raise ValueError(f"num_images: received {num_images}; must be at least 1")
+            return torch.full((count, 1), self.layout.null_token, device=self.device)
+        if num_images is not None:
+            raise ValueError("num_images: cannot be given with class_labels; use num_images_per_label")
+        if isinstance(class_labels, Tensor):
+            class_labels = class_labels.flatten().tolist()
+        labels = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        if not labels:
+            raise ValueError("class_labels: received an empty list; needs at least one label")
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label: received {num_images_per_label}; must be at least 1")
+        ids = self.layout.class_ids(labels).repeat_interleave(num_images_per_label)
+        return self.layout.class_tokens(ids)[:, None].to(self.device)
+
+
+def tokenizer_sources() -> list[Path]:
+    """The tokenizer's model files, which the folder carries so that `AutoModel` can load it without this package."""
+    from stage1_vqgan import configuration_vqgan, image_processing_vqgan, modeling_vqgan, quantizers
+
+    modules = (configuration_vqgan, modeling_vqgan, quantizers, image_processing_vqgan)
+    return [Path(inspect.getfile(module)) for module in modules]
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of those it stands on."""
+    try:
+        own = version("tessella")
+    except PackageNotFoundError:  # run from a clone that is not installed
+        own = "unknown"
+    return {"tessella": own, "torch": torch.__version__, "transformers": transformers.__version__}

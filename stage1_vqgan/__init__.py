@@ -1,0 +1,36 @@
+"""Stage 1: the VQGAN tokenizer, its data and its training."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stage1_vqgan.configuration_vqgan import VQGANConfig
+    from stage1_vqgan.data import DataConfig, ImageDataset, ImageSource, TrainingSampler, keyed_loader, load_images
+    from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
+    from stage1_vqgan.modeling_vqgan import VQGANModel
+
+# Names are loaded on first use: importing this package imports nothing else.
+_HOMES = {
+    "VQGANConfig": "configuration_vqgan",
+    "VQGANModel": "modeling_vqgan",
+    "VQGANImageProcessor": "image_processing_vqgan",
+    "image_grid": "image_processing_vqgan",
+    "normalize": "image_processing_vqgan",
+    "AugmentationConfig": "data",
+    "DataConfig": "data",
+    "ImageDataset": "data",
+    "ImageSource": "data",
+    "TrainingSampler": "data",
+    "keyed_loader": "data",
+    "load_images": "data",
+    "Stage1Config": "training_config",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stage1_vqgan' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(f"stage1_vqgan.{_HOMES[name]}"), name)

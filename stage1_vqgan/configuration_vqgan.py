@@ -1,0 +1,98 @@
+"""Configuration of the VQGAN tokenizer."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class VQGANConfig(PreTrainedConfig):
+    r"""Configuration of a [`VQGANModel`].
+
+    The defaults are the f16 layout of the original with 1,024 codes.
+
+    Args:
+        image_size: side in pixels of the square images the tokenizer is trained on. The model is fully
+            convolutional: other sizes work as long as the downsampling factor divides them.
+        in_channels: image channels, 1 (gray) or 3 (RGB).
+        base_channels: width of the first level.
+        channel_multiplier: width of each level as a multiple of `base_channels`; every level but the first halves
+            the resolution, so the downsampling factor is `2 ** (len(channel_multiplier) - 1)`.
+        num_res_blocks: residual blocks in each level of the encoder (the decoder has one more).
+        attn_resolutions: resolutions (`image_size` halved per level) whose residual blocks are followed by
+            self-attention. The middle of encoder and decoder always attends.
+        norm_num_groups: groups of every GroupNorm; must divide every width.
+        dropout: dropout probability inside the residual blocks.
+        latent_channels: channels between encoder or decoder and the 1×1 convolutions around the codebook.
+        embed_dim: D, width of a codebook entry.
+        num_embeddings: K, number of codebook entries.
+        l2_normalize: normalise latents and codebook entries to unit length (Yu et al. 2022, "Vector-quantized image
+            modeling with improved VQGAN", section 3.2); pairs well with a small `embed_dim`.
+        commitment_cost: β, weight of the commitment term.
+        legacy_codebook_loss: put β on the codebook term instead, as the original's released models did.
+        fingerprint: identifies the codes this tokenizer makes; set when a trained tokenizer is saved.
+
+    Source: Esser et al. 2021, "Taming transformers for high-resolution image synthesis", section 3.1 and appendix A.
+    """
+
+    model_type = "tessella_vqgan"
+    _auto_class = "AutoConfig"
+
+    image_size: int = 256
+    in_channels: int = 3
+    base_channels: int = 128
+    channel_multiplier: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: list[int] | tuple[int, ...] = (16,)
+    norm_num_groups: int = 32
+    dropout: float | int = 0.0
+    latent_channels: int = 256
+    embed_dim: int = 256
+    num_embeddings: int = 1024
+    l2_normalize: bool = False
+    commitment_cost: float | int = 0.25
+    legacy_codebook_loss: bool = False
+    fingerprint: str | None = None
+
+    @property
+    def downsampling_factor(self) -> int:
+        """f, pixels of the image's side per code."""
+        return 2 ** (len(self.channel_multiplier) - 1)
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the code grid at the training resolution."""
+        return self.image_size // self.downsampling_factor
+
+    def validate_architecture(self) -> None:
+        """Checks what single field types cannot; called by the constructor.
+
+        Raises:
+            ValueError: naming the field, the value received and what is allowed.
+        """
+        for name in ("image_size", "base_channels", "num_res_blocks", "latent_channels", "embed_dim", "norm_num_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: received {getattr(self, name)}; must be at least 1")
+        if self.num_embeddings < 2:
+            raise ValueError(f"num_embeddings: received {self.num_embeddings}; a codebook needs at least 2 entries")
+        if self.in_channels not in (1, 3):
+            raise ValueError(f"in_channels: received {self.in_channels}; must be 1 (gray) or 3 (RGB)")
+        if not self.channel_multiplier or min(self.channel_multiplier) < 1:
+            raise ValueError(f"channel_multiplier: received {self.channel_multiplier}; needs positive whole numbers")
+        if self.image_size % self.downsampling_factor:
+            raise ValueError(
+                f"image_size: received {self.image_size}; must be divisible by the downsampling factor "
+                f"{self.downsampling_factor} (one halving per entry of channel_multiplier after the first)"
+            )
+        for multiplier in self.channel_multiplier:
+            if (self.base_channels * multiplier) % self.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups: received {self.norm_num_groups}; must divide every width, and "
+                    f"base_channels {self.base_channels} × {multiplier} = {self.base_channels * multiplier} is not a multiple"
+                )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: received {self.dropout}; must be at least 0 and below 1")
+        if self.commitment_cost < 0:
+            raise ValueError(f"commitment_cost: received {self.commitment_cost}; must not be negative")
+
+
+__all__ = ["VQGANConfig"]

@@ -1,0 +1,90 @@
+"""How well a tokenizer reconstructs: run as `python -m stage1_vqgan.evaluate --model DIR --data.dataset NAME`."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from configs import Section, run
+from configs.sections import NonNegative, Positive
+from stage1_vqgan.codebook import perplexity, usage
+from stage1_vqgan.data import DataConfig, ImageDataset, keyed_loader, load_images
+from stage1_vqgan.image_processing_vqgan import normalize
+from stage1_vqgan.modeling_vqgan import VQGANModel
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig(Section):
+    """Reconstruction metrics of a tokenizer over every image of a split.
+
+    model: folder or Hub id of a trained tokenizer
+    split: "train" or "validation"
+    """
+
+    model: str
+    data: DataConfig
+    split: Literal["train", "validation"] = "validation"
+    per_device_eval_batch_size: Positive = 64
+    dataloader_num_workers: NonNegative = 0
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    model: VQGANModel, batches: Iterable[Tensor], reduce: Callable[[Tensor], Tensor] = lambda total: total
+) -> dict[str, float]:
+    """Reconstruction error and codebook use over a set of images.
+
+    Args:
+        model: the tokenizer; its mode is restored afterwards.
+        batches: uint8 `(B, C, H, W)`.
+        reduce: sums a tensor over processes.
+
+    Returns:
+        `reconstruction_l1` (pixels in [-1, 1]), `psnr` (dB, mean over images, reconstructions clamped), `codebook_usage`
+        in [0, 1], `codebook_perplexity` in [1, K], `images`.
+    """
+    was_training = model.training
+    model.eval()
+    counts = torch.zeros(model.config.num_embeddings, dtype=torch.int64, device=model.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=model.device)
+    for batch in batches:
+        images = normalize(batch.to(model.device))
+        out = model(images)
+        reconstruction = out.reconstruction.float().clamp(-1, 1)
+        absolute = F.l1_loss(reconstruction, images, reduction="none").flatten(1).mean(1)
+        squared = F.mse_loss(reconstruction, images, reduction="none").flatten(1).mean(1)
+        psnr = 10 * torch.log10(4 / squared.clamp(min=1e-10))
+        totals += torch.stack([absolute.sum(), psnr.sum(), torch.tensor(len(images), device=model.device)]).double()
+        counts += torch.bincount(out.codes.flatten(), minlength=len(counts))
+    model.train(was_training)
+    counts, totals = reduce(counts), reduce(totals)
+    count = totals[2].item()
+    return {
+        "reconstruction_l1": totals[0].item() / count,
+        "psnr": totals[1].item() / count,
+        "codebook_usage": usage(counts).item(),
+        "codebook_perplexity": perplexity(counts).item(),
+        "images": count,
+    }
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, float]:
+    """Evaluates a tokenizer on a split and prints the figures as JSON."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = VQGANModel.from_pretrained(config.model).to(device)
+    source = load_images(config.data)[0 if config.split == "train" else 1]
+    dataset = ImageDataset(source, model.config.image_size, model.config.in_channels)
+    keys = [(0, index, 0) for index in range(len(dataset))]
+    loader = keyed_loader(dataset, keys, config.per_device_eval_batch_size, config.dataloader_num_workers)
+    metrics = evaluate_reconstruction(model, tqdm(loader, desc="evaluating", unit="batch"))
+    print(json.dumps(metrics, indent=2))
+    return metrics
+
+
+if __name__ == "__main__":
+    run(EvaluationConfig, evaluate, "python -m stage1_vqgan.evaluate")

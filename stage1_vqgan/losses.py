@@ -1,0 +1,137 @@
+"""The terms of the VQGAN objective, and the weight that balances them.
+
+Shape letters: B batch, C channels, H W image size.
+"""
+
+import contextlib
+import os
+import warnings
+from typing import Literal
+from urllib.parse import urlparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Backbone = Literal["vgg", "alex", "squeeze"]
+
+# Smallest image side that passes every pooling layer of the LPIPS backbone.
+LPIPS_MIN_SIZE = {"vgg": 16, "alex": 32, "squeeze": 32}
+
+
+def pixel_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """Mean absolute error, a scalar."""
+    return F.l1_loss(reconstruction, images)
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS distance, frozen and in float32.
+
+    Args:
+        backbone: "vgg", "alex" or "squeeze".
+        weights: "pretrained" (torchvision's ImageNet weights, downloaded once), the path of torchvision's weight file,
+            or "random" (for tests: no meaning as a distance).
+
+    Raises:
+        FileNotFoundError: the weights cannot be had; the message names the file and where to put it.
+        ValueError: the file does not hold the weights of this backbone.
+
+    Source: Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric".
+    """
+
+    def __init__(self, backbone: Backbone = "vgg", weights: str = "pretrained"):
+        super().__init__()
+        import lpips
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips calls torchvision by a deprecated name
+            self.lpips = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False)
+        if weights != "random":
+            _load_backbone(self.lpips.net, _backbone_weights(backbone, weights), weights)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "PerceptualLoss":
+        """Stays in evaluation mode: the linear layers have dropout."""
+        return super().train(False)
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """Mean distance of two batches `(B, C, H, W)` in [-1, 1], a scalar; gray images are repeated to three channels."""
+        with torch.autocast(images.device.type, enabled=False):
+            pair = [x.float().expand(-1, 3, -1, -1) for x in (reconstruction, images)]
+            return self.lpips(*pair).mean()
+
+
+def generator_hinge_loss(logits_fake: Tensor) -> Tensor:
+    """-mean D(x̂), a scalar."""
+    return -logits_fake.mean()
+
+
+def discriminator_hinge_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """½ (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x̂))), a scalar."""
+    return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
+
+
+def last_layer_gradient(features: Tensor, last_layer: nn.Conv2d, output_gradient: Tensor) -> Tensor:
+    """∂L/∂W of the last convolution from ∂L/∂x̂, without a pass through anything else.
+
+    Args:
+        features: `(B, base_channels, H, W)`, input of the last convolution.
+        last_layer: the decoder's last convolution.
+        output_gradient: `(B, C, H, W)`, ∂L/∂x̂.
+
+    Returns:
+        float32, the shape of `last_layer.weight`.
+    """
+    return nn.grad.conv2d_weight(
+        features.detach().float(), last_layer.weight.shape, output_gradient.float(), padding=last_layer.padding
+    )
+
+
+def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
+    """λ = ‖∂L_rec/∂W‖ / (‖∂L_adv/∂W‖ + 1e-4), at most 1e4, a scalar.
+
+    Source: Esser et al. 2021, equation 7, with δ and the clamp of the original's code.
+    """
+    return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0.0, 1e4)
+
+
+def _backbone_weights(backbone: Backbone, weights: str) -> dict[str, Tensor]:
+    """The backbone's state dict, by torchvision's names."""
+    from torchvision import models
+
+    url = {
+        "vgg": models.VGG16_Weights.IMAGENET1K_V1,
+        "alex": models.AlexNet_Weights.IMAGENET1K_V1,
+        "squeeze": models.SqueezeNet1_1_Weights.IMAGENET1K_V1,
+    }[backbone].url
+    name = os.path.basename(urlparse(url).path)
+    if weights != "pretrained":
+        if not os.path.isfile(weights):
+            raise FileNotFoundError(f"loss.lpips_weights: there is no file {weights!r}; expected torchvision's {name}")
+        return torch.load(weights, map_location="cpu", weights_only=True)
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except OSError as error:  # URLError is one
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+        raise FileNotFoundError(
+            f"The LPIPS backbone '{backbone}' could not be downloaded ({error}). Put {url} at "
+            f"{os.path.join(folder, name)}, or name the file in loss.lpips_weights, or set loss.perceptual_weight to 0."
+        ) from error
+
+
+def _load_backbone(net: nn.Module, state_dict: dict[str, Tensor], source: str) -> None:
+    """Copies torchvision's `features.N.*` into the slices of the lpips module, which keep the layer numbers N."""
+    expected = net.state_dict()
+    by_layer = {name.partition(".")[2]: name for name in expected}
+    found = {
+        by_layer[key.removeprefix("features.")]: value
+        for key, value in state_dict.items()
+        if key.removeprefix("features.") in by_layer
+    }
+    wrong = [name for name in expected if name not in found or found[name].shape != expected[name].shape]
+    if wrong:
+        raise ValueError(f"loss.lpips_weights: {source!r} does not hold this backbone; missing or misshapen: {wrong}")
+    net.load_state_dict(found)

@@ -1,0 +1,127 @@
+"""Settings of a stage 1 run."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le, Lt
+
+from configs import Section, TrainingConfig, unknown_key
+from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from stage1_vqgan.configuration_vqgan import VQGANConfig
+from stage1_vqgan.data import DataConfig
+from stage1_vqgan.discriminator import logit_grid_size
+from stage1_vqgan.losses import LPIPS_MIN_SIZE
+
+
+@dataclass(kw_only=True)
+class LossConfig(Section):
+    """Terms of the objective and their weights; a term of weight 0 is not computed.
+
+    pixel_weight: mean absolute error
+    perceptual_weight: LPIPS
+    lpips_backbone, lpips_weights: "vgg", "alex" or "squeeze"; "pretrained", torchvision's weight file, or "random"
+    codebook_weight: codebook and commitment terms
+    adversarial_weight: multiplies the adaptive weight λ; 0 trains a VQ-VAE, without a discriminator
+    discriminator_start_step: step from which the discriminator is trained
+    adversarial_start_step: step from which it acts on the generator
+    """
+
+    pixel_weight: NonNegativeFloat = 1.0
+    perceptual_weight: NonNegativeFloat = 1.0
+    lpips_backbone: Literal["vgg", "alex", "squeeze"] = "vgg"
+    lpips_weights: str = "pretrained"
+    codebook_weight: PositiveFloat = 1.0
+    adversarial_weight: NonNegativeFloat = 0.5
+    discriminator_start_step: NonNegative = 0
+    adversarial_start_step: NonNegative = 0
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        if not self.pixel_weight and not self.perceptual_weight:
+            yield "pixel_weight", self.pixel_weight, "pixel_weight and perceptual_weight must not both be 0"
+        if self.adversarial_weight and self.adversarial_start_step < self.discriminator_start_step:
+            allowed = f"must be at least discriminator_start_step ({self.discriminator_start_step})"
+            yield "adversarial_start_step", self.adversarial_start_step, allowed
+
+
+@dataclass(kw_only=True)
+class DiscriminatorConfig(Section):
+    """The PatchGAN discriminator.
+
+    base_channels, num_layers: width, and number of convolutions with stride 2 (the size of a patch)
+    norm_type: "batch" (synchronised over GPUs) or "group"
+    learning_rate: by default the generator's
+    """
+
+    base_channels: Annotated[int, Ge(4)] = 64
+    num_layers: Annotated[int, Ge(1), Le(8)] = 3
+    norm_type: Literal["batch", "group"] = "batch"
+    learning_rate: PositiveFloat | None = None
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        if self.norm_type == "group" and self.base_channels % 4:
+            yield "base_channels", self.base_channels, "must be divisible by 4 with norm_type 'group'"
+
+
+@dataclass(kw_only=True)
+class CodebookConfig(Section):
+    """Care of the codebook.
+
+    kmeans_init_batches: batches whose latents initialise the codebook by k-means; 0 keeps the uniform initialisation
+    restart_interval: every so many steps, codes not used since the last time move onto random latents; 0 never
+    """
+
+    kmeans_init_batches: NonNegative = 8
+    restart_interval: NonNegative = 100
+
+
+@dataclass(kw_only=True)
+class Stage1Config(TrainingConfig):
+    """Stage 1: trains a VQGAN tokenizer.
+
+    output_dir: folder of the run: checkpoints, logs, and at the end the trained tokenizer itself
+    max_steps: optimizer steps of the whole run
+    per_device_train_batch_size, per_device_eval_batch_size: images on one device in one forward
+    gradient_accumulation_steps: forwards that make one optimizer step
+    learning_rate, lr_scheduler_type, warmup_steps: peak rate, its shape over the run, steps of linear warm-up
+    ema_decay: of the averaged weights, which are evaluated and saved; 0 turns averaging off
+    channels_last: keep images channels-last in memory, which convolutions prefer
+    num_sample_images: images in the reconstruction grid made at every evaluation
+    model: fields of VQGANConfig
+
+    The other keys are those of transformers.TrainingArguments.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig
+    loss: LossConfig = field(default_factory=LossConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.999
+    channels_last: bool = True
+    num_sample_images: Positive = 8
+
+    def vqgan_config(self) -> VQGANConfig:
+        """The configuration of the model to train."""
+        return VQGANConfig(**self.model)
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        yield from super().problems()
+        allowed = sorted(VQGANConfig.__annotations__.keys() - {"model_type", "fingerprint"})
+        unknown = [key for key in self.model if key not in allowed]
+        for key in unknown:
+            yield f"model.{key}", self.model[key], unknown_key(key, allowed)
+        if unknown:
+            return
+        try:
+            size = self.vqgan_config().image_size
+        except Exception as error:  # huggingface_hub wraps type and value errors in a class of its own
+            yield "model", None, " ".join(str(error.__cause__ or error).split())
+            return
+        smallest = LPIPS_MIN_SIZE[self.loss.lpips_backbone]
+        if self.loss.perceptual_weight and size < smallest:
+            allowed_size = f"LPIPS with {self.loss.lpips_backbone} needs {smallest} pixels; set loss.perceptual_weight to 0"
+            yield "model.image_size", size, allowed_size
+        if self.loss.adversarial_weight and logit_grid_size(size, self.discriminator.num_layers) < 1:
+            reason = f"images of {size} pixels are too small for so many layers"
+            yield "discriminator.num_layers", self.discriminator.num_layers, reason

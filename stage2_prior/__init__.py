@@ -1,0 +1,29 @@
+"""Stage 2: the autoregressive prior over a tokenizer's codes, its data, training and sampling."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stage2_prior.code_store import CodeStore
+    from stage2_prior.randomness import draw_seeds
+    from stage2_prior.sampling import sample_codes
+    from stage2_prior.training_config import Stage2Config
+    from stage2_prior.vocabulary import TokenLayout
+
+# Names are loaded on first use: importing this package imports nothing else.
+_HOMES = {
+    "CodeStore": "code_store",
+    "draw_seeds": "randomness",
+    "sample_codes": "sampling",
+    "Stage2Config": "training_config",
+    "TokenLayout": "vocabulary",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stage2_prior' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(f"stage2_prior.{_HOMES[name]}"), name)

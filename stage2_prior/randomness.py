@@ -1,0 +1,57 @@
+"""Counter-based random numbers: a number depends only on its key, not on what was drawn before or beside it.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", for the idea; the mixing function is
+SplitMix64's (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
+"""
+
+import torch
+from torch import Tensor
+
+# 64-bit constants as the signed integers torch has; products wrap around as unsigned ones would.
+_STEP = -7046029254386353131  # 0x9E3779B97F4A7C15
+_FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_SECOND = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def mix(x: Tensor) -> Tensor:
+    """SplitMix64's output function on int64 tensors."""
+    x = x + _STEP
+    x = (x ^ _shift_right(x, 30)) * _FIRST
+    x = (x ^ _shift_right(x, 27)) * _SECOND
+    return x ^ _shift_right(x, 31)
+
+
+def uniform(*keys: Tensor) -> Tensor:
+    """float32 in (0, 1) for every combination of int64 keys, which broadcast against each other."""
+    state = mix(keys[0])
+    for part in keys[1:]:
+        state = mix(state ^ mix(part))
+    # 23 bits and a half: every value is exact in float32 and neither 0 nor 1
+    return (_shift_right(state, 41).float() + 0.5) * 2.0**-23
+
+
+def exponential(*keys: Tensor) -> Tensor:
+    """Exponentially distributed float32 (rate 1), above 0, for every combination of int64 keys."""
+    return -uniform(*keys).double().log().float()
+
+
+def draw_seeds(count: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """One int64 seed for each image, `(count,)`.
+
+    Args:
+        count: number of images.
+        generator: one generator, which draws them all, a list with one for each image, or None for torch's global one.
+
+    Raises:
+        ValueError: the list has another length.
+    """
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != count:
+            raise ValueError(f"generator: received a list of {len(generator)} for {count} images; needs one each")
+        return torch.cat([draw_seeds(1, one) for one in generator])
+    device = generator.device if generator is not None else "cpu"
+    return torch.randint(2**63 - 1, (count,), generator=generator, device=device).cpu()
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
