@@ -1,6 +1,16 @@
 """YAML presets and the typed loader that turns them into the dataclasses of each stage."""
 
-from configs.loader import ConfigError, Problem, check, load_config, parse_arguments, run, save_config, to_dict, unknown_key
+from configs.loader import (
+    ConfigError,
+    Problem,
+    check,
+    load_config,
+    parse_arguments,
+    run,
+    save_config,
+    to_dict,
+    unknown_key,
+)
 from configs.sections import Section, TrainingConfig
 
 __all__ = [

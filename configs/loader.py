@@ -76,7 +76,9 @@ def read_yaml(name: str) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError([Problem("", f"a mapping of keys to values is needed, this is a {type(values).__name__}")], name)
+        raise ConfigError(
+            [Problem("", f"a mapping of keys to values is needed, this is a {type(values).__name__}")], name
+        )
     return values
 
 
@@ -157,7 +159,7 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"])
             if item["type"] == "unexpected_keyword_argument":
-                problems.append(Problem(key, unknown_key(item["loc"][-1], _keys_at(cls, item["loc"][:-1]))))
+                problems.append(Problem(key, unknown_key(str(item["loc"][-1]), _keys_at(cls, item["loc"][:-1]))))
             elif item["type"] == "missing":
                 problems.append(Problem(key, "is required and was not given"))
             else:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 # Names are loaded on first use: importing this package imports nothing else.
 _HOMES = {"VQGANPipeline": "pipeline_vqgan", "VQGANPipelineOutput": "pipeline_vqgan"}
 
-__all__ = sorted(_HOMES)
+__all__ = ["VQGANPipeline", "VQGANPipelineOutput"]
 
 
 def __getattr__(name: str) -> object:

@@ -13,8 +13,8 @@ TEMPLATE = """---
 
 # {{ title }}
 
-Generates {{ size }}×{{ size }} {{ colour }} images in two stages: a VQGAN tokenizer turns an image into {{ length }} codes out
-of {{ num_codes }}, and a causal language model (`{{ model_type }}`) writes such codes. Made with
+Generates {{ size }}×{{ size }} {{ colour }} images in two stages: a VQGAN tokenizer turns an image into
+{{ length }} codes out of {{ num_codes }}, and a causal language model (`{{ model_type }}`) writes such codes. Made with
 [tessella](https://pypi.org/project/tessella/).
 
 ## Use

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import ModelOutput, PushToHubMixin
+from transformers.utils import ModelOutput
 
 from pipelines.model_card import model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
@@ -42,7 +42,7 @@ class VQGANPipelineOutput(ModelOutput):
     codes: Tensor | None = None
 
 
-class VQGANPipeline(PushToHubMixin):
+class VQGANPipeline:
     """Generates images: the prior samples codes, the tokenizer decodes them.
 
     Args:
@@ -77,7 +77,12 @@ class VQGANPipeline(PushToHubMixin):
     @property
     def components(self) -> dict[str, Any]:
         """The parts by name, as the constructor takes them."""
-        return {"vqgan": self.vqgan, "prior": self.prior, "image_processor": self.image_processor, "layout": self.layout}
+        return {
+            "vqgan": self.vqgan,
+            "prior": self.prior,
+            "image_processor": self.image_processor,
+            "layout": self.layout,
+        }
 
     @property
     def device(self) -> torch.device:
@@ -154,12 +159,16 @@ class VQGANPipeline(PushToHubMixin):
         )
         prompts = self._prompts(class_labels, num_images, num_images_per_label)
         if options.guided and class_labels is None:
-            raise ValueError(f"guidance_scale: received {guidance_scale}; without class_labels there is nothing to guide")
+            raise ValueError(
+                f"guidance_scale: received {guidance_scale}; without class_labels there is nothing to guide"
+            )
         seeds = draw_seeds(len(prompts), generator).to(self.device)
         null = torch.full_like(prompts, self.layout.null_token)
 
         batches = range(0, len(prompts), batch_size)
-        bar = tqdm(total=len(batches) * self.layout.length, **{"desc": "sampling", "unit": "code", **self._progress_bar})
+        bar = tqdm(
+            total=len(batches) * self.layout.length, **{"desc": "sampling", "unit": "code", **self._progress_bar}
+        )
         all_codes, decoded = [], []
 
         def on_step(position: int, chosen: Tensor) -> None:
@@ -232,7 +241,9 @@ class VQGANPipeline(PushToHubMixin):
         if push_to_hub:
             self.push_to_hub(repo_id or folder.name)
 
-    def push_to_hub(self, repo_id: str, private: bool | None = None, commit_message: str = "Upload pipeline", **kwargs: Any) -> str:
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, commit_message: str = "Upload pipeline", **kwargs: Any
+    ) -> str:
         """Uploads the pipeline's folder, with its model card, to the Hugging Face Hub.
 
         Args:
@@ -281,7 +292,9 @@ class VQGANPipeline(PushToHubMixin):
             if folder.is_absolute() or str(pretrained_model_name_or_path).startswith("."):
                 raise FileNotFoundError(f"there is no folder {str(folder)!r}")
             folder = Path(
-                snapshot_download(str(pretrained_model_name_or_path), revision=revision, token=token, cache_dir=cache_dir)
+                snapshot_download(
+                    str(pretrained_model_name_or_path), revision=revision, token=token, cache_dir=cache_dir
+                )
             )
         if not (folder / INDEX_NAME).is_file():
             raise FileNotFoundError(f"{folder} holds no pipeline: there is no {INDEX_NAME} in it")

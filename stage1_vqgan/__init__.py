@@ -4,9 +4,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stage1_vqgan.configuration_vqgan import VQGANConfig
-    from stage1_vqgan.data import DataConfig, ImageDataset, ImageSource, TrainingSampler, keyed_loader, load_images
+    from stage1_vqgan.data import (
+        AugmentationConfig,
+        DataConfig,
+        ImageDataset,
+        ImageSource,
+        TrainingSampler,
+        keyed_loader,
+        load_images,
+    )
     from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
     from stage1_vqgan.modeling_vqgan import VQGANModel
+    from stage1_vqgan.training_config import Stage1Config
 
 # Names are loaded on first use: importing this package imports nothing else.
 _HOMES = {
@@ -25,7 +34,21 @@ _HOMES = {
     "Stage1Config": "training_config",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "AugmentationConfig",
+    "DataConfig",
+    "ImageDataset",
+    "ImageSource",
+    "Stage1Config",
+    "TrainingSampler",
+    "VQGANConfig",
+    "VQGANImageProcessor",
+    "VQGANModel",
+    "image_grid",
+    "keyed_loader",
+    "load_images",
+    "normalize",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,11 +1,11 @@
 """Checkpoints of a stage 1 run: written beside and renamed, so that what has a checkpoint's name is complete.
 
-    output_dir/
-      checkpoint-1000/
-        model.safetensors, model_1.safetensors       generator, discriminator
-        optimizer.bin, optimizer_1.bin
-        custom_checkpoint_0.pkl, custom_checkpoint_1.pkl   moving average, codebook statistics
-        random_states_{rank}.pkl
+output_dir/
+  checkpoint-1000/
+    model.safetensors, model_1.safetensors       generator, discriminator
+    optimizer.bin, optimizer_1.bin
+    custom_checkpoint_0.pkl, custom_checkpoint_1.pkl   moving average, codebook statistics
+    random_states_{rank}.pkl
 """
 
 import re

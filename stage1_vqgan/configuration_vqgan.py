@@ -69,7 +69,14 @@ class VQGANConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the field, the value received and what is allowed.
         """
-        for name in ("image_size", "base_channels", "num_res_blocks", "latent_channels", "embed_dim", "norm_num_groups"):
+        for name in (
+            "image_size",
+            "base_channels",
+            "num_res_blocks",
+            "latent_channels",
+            "embed_dim",
+            "norm_num_groups",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: received {getattr(self, name)}; must be at least 1")
         if self.num_embeddings < 2:
@@ -87,7 +94,7 @@ class VQGANConfig(PreTrainedConfig):
             if (self.base_channels * multiplier) % self.norm_num_groups:
                 raise ValueError(
                     f"norm_num_groups: received {self.norm_num_groups}; must divide every width, and "
-                    f"base_channels {self.base_channels} × {multiplier} = {self.base_channels * multiplier} is not a multiple"
+                    f"base_channels × {multiplier} = {self.base_channels * multiplier} is not a multiple of it"
                 )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: received {self.dropout}; must be at least 0 and below 1")

@@ -164,7 +164,7 @@ def augment(image: Image.Image, size: int, config: AugmentationConfig, rng: np.r
 
 
 def affine(image: Image.Image, angle: float, scale: float, shift: tuple[float, float]) -> Image.Image:
-    """Rotates by `angle` (radians) and scales about the centre, then shifts (pixels); the border is repeated outward."""
+    """Rotates by `angle` (radians) and scales about the centre, then shifts (pixels); the border is repeated."""
     size = image.size[0]
     margin = size // 2
     pixels = np.asarray(image)

@@ -1,6 +1,5 @@
 """The PatchGAN discriminator: one logit for each patch of an image."""
 
-from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
@@ -24,12 +23,11 @@ class PatchDiscriminator(nn.Module):
     layers and initialisation as in Esser et al. 2021.
     """
 
-    def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 3, norm_type: NormType = "batch"):
+    def __init__(
+        self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 3, norm_type: NormType = "batch"
+    ):
         super().__init__()
-        norm: Callable[[int], nn.Module] = {
-            "batch": nn.BatchNorm2d,
-            "group": lambda width: nn.GroupNorm(min(32, width // 4), width),
-        }[norm_type]
+        norm = nn.BatchNorm2d if norm_type == "batch" else _group_norm
         layers: list[nn.Module] = [nn.Conv2d(in_channels, base_channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         width = base_channels
         for n in range(1, num_layers + 1):
@@ -49,6 +47,10 @@ def logit_grid_size(image_size: int, num_layers: int) -> int:
     for _ in range(num_layers):
         image_size //= 2
     return image_size - 2
+
+
+def _group_norm(width: int) -> nn.Module:
+    return nn.GroupNorm(min(32, width // 4), width)
 
 
 def _init_weights(module: nn.Module) -> None:

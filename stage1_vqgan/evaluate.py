@@ -45,8 +45,8 @@ def evaluate_reconstruction(
         reduce: sums a tensor over processes.
 
     Returns:
-        `reconstruction_l1` (pixels in [-1, 1]), `psnr` (dB, mean over images, reconstructions clamped), `codebook_usage`
-        in [0, 1], `codebook_perplexity` in [1, K], `images`.
+        `reconstruction_l1` (pixels in [-1, 1]), `psnr` (dB, mean over images), both of clamped reconstructions,
+        `codebook_usage` in [0, 1], `codebook_perplexity` in [1, K], `images`.
     """
     was_training = model.training
     model.eval()

@@ -153,7 +153,7 @@ class VQGANImageProcessor(BaseImageProcessor):
 
 
 def image_grid(images: Iterable[Image.Image], columns: int, min_tile: int = 0, gap: int = 2) -> Image.Image:
-    """Puts images of one size side by side, row by row, enlarged (whole-number factor) to at least `min_tile` pixels."""
+    """Puts images of one size in rows, enlarged by a whole number to at least `min_tile` pixels."""
     images = list(images)
     width, height = images[0].size
     factor = max(1, -(-min_tile // width))

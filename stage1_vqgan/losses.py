@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 Backbone = Literal["vgg", "alex", "squeeze"]
 
@@ -56,7 +57,7 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Mean distance of two batches `(B, C, H, W)` in [-1, 1], a scalar; gray images are repeated to three channels."""
+        """Mean distance of two batches `(B, C, H, W)` in [-1, 1], a scalar; gray is repeated to three channels."""
         with torch.autocast(images.device.type, enabled=False):
             pair = [x.float().expand(-1, 3, -1, -1) for x in (reconstruction, images)]
             return self.lpips(*pair).mean()
@@ -83,7 +84,7 @@ def last_layer_gradient(features: Tensor, last_layer: nn.Conv2d, output_gradient
     Returns:
         float32, the shape of `last_layer.weight`.
     """
-    return nn.grad.conv2d_weight(
+    return conv2d_weight(
         features.detach().float(), last_layer.weight.shape, output_gradient.float(), padding=last_layer.padding
     )
 

@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +134,7 @@ class Level(nn.Module):
     def __init__(self, config: VQGANConfig, in_channels: int, out_channels: int, num_blocks: int, attends: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResidualBlock(config, *pair) for pair in zip(widths[:-1], widths[1:], strict=True))
+        self.block = nn.ModuleList(ResidualBlock(config, *pair) for pair in pairwise(widths))
         self.attn = nn.ModuleList(AttentionBlock(config, out_channels) for _ in range(num_blocks if attends else 0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,10 +142,9 @@ class Level(nn.Module):
             x = block(x)
             if len(self.attn):
                 x = self.attn[index](x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        if hasattr(self, "upsample"):
-            x = self.upsample(x)
+        for name in ("downsample", "upsample"):
+            if name in self._modules:
+                x = self.get_submodule(name)(x)
         return x
 
 
@@ -228,7 +228,7 @@ class VQGANModel(PreTrainedModel):
     config: VQGANConfig
     base_model_prefix = "vqgan"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     # saved models carry these files, so that AutoModel loads them with trust_remote_code where this package is not
     _auto_class = "AutoModel"
 
@@ -243,11 +243,11 @@ class VQGANModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own defaults for convolutions and norms, as in the original; the codebook uniform in (-1/K, 1/K)."""
+        """PyTorch's own defaults for convolutions and norms, as in the original; codebook uniform in (-1/K, 1/K)."""
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             bound = 1 / math.sqrt(module.weight[0].numel())
-            init.uniform_(module.bias, -bound, bound)
+            init.uniform_(cast(Tensor, module.bias), -bound, bound)
         elif isinstance(module, nn.GroupNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -276,7 +276,7 @@ class VQGANModel(PreTrainedModel):
         """
         if codes.ndim != 3 or codes.dtype != torch.int64:
             raise ValueError(f"codes: received {codes.dtype} {tuple(codes.shape)}; needs int64 (B, h, w)")
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.config.num_embeddings):
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.config.num_embeddings):
             raise ValueError(
                 f"codes: received values from {int(codes.min())} to {int(codes.max())}; "
                 f"allowed are 0 to {self.config.num_embeddings - 1}"
@@ -286,7 +286,8 @@ class VQGANModel(PreTrainedModel):
     def forward(self, pixel_values: Tensor) -> VQGANOutput:
         """Encodes and decodes images `(B, C, H, W)` in [-1, 1]; see [`VQGANOutput`]."""
         encoded = self.encode(pixel_values)
-        features = self.decoder.trunk(self.post_quant_conv(encoded.quantized.to(self.dtype)))
+        quantized = cast(Tensor, encoded.quantized).to(self.dtype)
+        features = self.decoder.trunk(self.post_quant_conv(quantized))
         return VQGANOutput(**encoded, reconstruction=self.decoder.conv_out(features), decoder_features=features)
 
     def compute_fingerprint(self) -> str:
@@ -315,7 +316,8 @@ class VQGANModel(PreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model, info = loaded
         wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         wrong = {kind: keys for kind, keys in wrong.items() if keys}
         if wrong:

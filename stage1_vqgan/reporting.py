@@ -23,7 +23,12 @@ class Reporter:
         self.accelerator = accelerator
         self.folder = Path(output_dir)
         self.bar = tqdm(
-            total=total, initial=start, desc="stage 1", unit="step", disable=not accelerator.is_main_process, smoothing=0.05
+            total=total,
+            initial=start,
+            desc="stage 1",
+            unit="step",
+            disable=not accelerator.is_main_process,
+            smoothing=0.05,
         )
         accelerator.init_trackers("tessella-stage1")
 

@@ -10,10 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from einops import rearrange
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel
@@ -51,7 +52,8 @@ class VQGANTrainer:
         self.config, self.accelerator = config, accelerator
         torch.manual_seed(config.seed)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        model = VQGANModel(config.vqgan_config()).to(memory_format=memory_format)
+        model = VQGANModel(config.vqgan_config())
+        model.to(memory_format=memory_format)  # type: ignore[call-arg]
         self.ema = AveragedModel(model, multi_avg_fn=self._update_average).to(accelerator.device)
         self.ema.eval()
         self.generator, self.optimizer = accelerator.prepare(model, self._optimizer(model))
@@ -60,10 +62,22 @@ class VQGANTrainer:
         accelerator.register_for_checkpointing(self.monitor)
         self.perceptual: PerceptualLoss | None = None
         if config.loss.perceptual_weight:
-            self.perceptual = PerceptualLoss(config.loss.lpips_backbone, config.loss.lpips_weights).to(accelerator.device)
+            self.perceptual = PerceptualLoss(config.loss.lpips_backbone, config.loss.lpips_weights).to(
+                accelerator.device
+            )
         self.discriminator: nn.Module | None = None
         if config.loss.adversarial_weight:
             self._build_discriminator(model.config.in_channels)
+
+    @property
+    def model(self) -> VQGANModel:
+        """The tokenizer that is trained, unwrapped."""
+        return self.accelerator.unwrap_model(self.generator)
+
+    @property
+    def average(self) -> VQGANModel:
+        """Its moving average, which is evaluated and saved."""
+        return cast(VQGANModel, self.ema.module)
 
     def step(self, images: Tensor, step: int) -> dict[str, Tensor]:
         """One update of the generator and then of the discriminator, with one forward of the generator.
@@ -108,7 +122,7 @@ class VQGANTrainer:
                 metrics |= {"logits/real": logits_real.detach().mean(), "logits/fake": logits_fake.detach().mean()}
 
             if self.accelerator.sync_gradients:
-                self.ema.update_parameters(self.accelerator.unwrap_model(self.generator))
+                self.ema.update_parameters(self.model)
                 metrics |= self._care_for_codebook(out.latents, step + 1)
         return metrics
 
@@ -121,7 +135,7 @@ class VQGANTrainer:
 
     def _balance(self, features: Tensor, gradient: Tensor, push: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The adversarial term's weight λ·w, from the last layer's gradients averaged over processes."""
-        last_layer = self.accelerator.unwrap_model(self.generator).decoder.conv_out
+        last_layer = self.model.decoder.conv_out
         pair = torch.stack([last_layer_gradient(features, last_layer, g) for g in (gradient, push)])
         reconstruction_side, adversarial_side = self.accelerator.reduce(pair, "mean")
         adaptive = adaptive_weight(reconstruction_side, adversarial_side)
@@ -146,10 +160,10 @@ class VQGANTrainer:
         if not interval or step % interval:
             return {}
         restarted = self.monitor.restart(
-            self.accelerator.unwrap_model(self.generator).quantize,
-            self.ema.module.quantize,
+            self.model.quantize,
+            self.average.quantize,
             self.optimizer.optimizer,
-            latents.detach().permute(0, 2, 3, 1).flatten(0, 2),
+            rows(latents.detach()),
             self._sum,
             self.accelerator.gather,
             seed=key(self.config.seed, step),
@@ -159,16 +173,12 @@ class VQGANTrainer:
     @torch.no_grad()
     def initialise_codebook(self, batches: Iterable[Tensor]) -> None:
         """k-means over the latents of the given uint8 batches, of all processes together."""
-        model = self.accelerator.unwrap_model(self.generator)
-        latents = [
-            model.encode(normalize(batch.to(self.accelerator.device))).latents.permute(0, 2, 3, 1).flatten(0, 2)
-            for batch in batches
-        ]
+        latents = [rows(self.model.encode(normalize(batch.to(self.accelerator.device))).latents) for batch in batches]
         everything = self.accelerator.gather(torch.cat(latents))
-        config = model.config
+        config = self.model.config
         centres = kmeans(everything, config.num_embeddings, config.l2_normalize, self.config.seed)
-        for target in (model, self.ema.module):
-            target.quantize.embedding.weight.copy_(centres)
+        for model in (self.model, self.average):
+            model.quantize.embedding.weight.copy_(centres)
 
     def set_learning_rate(self, step: int) -> float:
         """Sets the rates of both optimizers for a step; returns the generator's."""
@@ -189,9 +199,14 @@ class VQGANTrainer:
 
     def _optimizer(self, model: nn.Module) -> AdamW:
         config = self.config
-        return AdamW(model.parameters(), betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.weight_decay, fused=True)
+        return AdamW(
+            model.parameters(),
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
 
-    def _update_average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+    def _update_average(self, averaged: Any, current: Any, count: Tensor | int) -> None:
         # a young average follows quickly: decay (1 + n) / (10 + n) until it reaches the configured one
         number = int(count)
         decay = min(self.config.ema_decay, (1 + number) / (10 + number))
@@ -227,13 +242,15 @@ def train(config: Stage1Config) -> VQGANModel:
     )
     finished = open_run(config, accelerator.is_main_process)
     if finished is not None:
-        accelerator.print(f"{config.output_dir} holds the finished run ({finished['global_step']} steps); nothing to do")
+        accelerator.print(
+            f"{config.output_dir} holds the finished run ({finished['global_step']} steps); nothing to do"
+        )
         return VQGANModel.from_pretrained(config.output_dir)
     accelerator.wait_for_everyone()
     started = time.perf_counter()
 
     trainer = VQGANTrainer(config, accelerator)
-    model_config = accelerator.unwrap_model(trainer.generator).config
+    model_config = trainer.model.config
     train_source, validation_source = load_images(config.data)
     size, channels = model_config.image_size, model_config.in_channels
     train_set = ImageDataset(train_source, size, channels, config.data.augmentation, config.seed)
@@ -317,10 +334,10 @@ def evaluate(
     reporter: Reporter,
     step: int,
 ) -> dict[str, float]:
-    """Reconstruction metrics over the validation split, each image once, and a grid: originals above reconstructions."""
+    """Reconstruction metrics over the validation split, each image once, and a grid of some."""
     keys = [(0, index, 0) for index in range(accelerator.process_index, len(dataset), accelerator.num_processes)]
     loader = keyed_loader(dataset, keys, config.per_device_eval_batch_size, config.dataloader_num_workers)
-    model = trainer.ema.module
+    model = trainer.average
     metrics = evaluate_reconstruction(model, loader, lambda total: accelerator.reduce(total, "sum"))
     reporter.scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
     if accelerator.is_main_process:
@@ -335,16 +352,22 @@ def evaluate(
 
 def finish(config: Stage1Config, accelerator: Accelerator, trainer: VQGANTrainer) -> VQGANModel:
     """Saves the averaged weights with their fingerprint in the run's folder, and uploads them if asked to."""
-    model = copy.deepcopy(trainer.ema.module).cpu().to(memory_format=torch.contiguous_format).eval()
+    model = copy.deepcopy(trainer.average).cpu().eval()
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]
     if accelerator.is_main_process:
         processor = VQGANImageProcessor(model.config.image_size, model.config.in_channels)
         model.save_pretrained(config.output_dir)
         processor.save_pretrained(config.output_dir)
         if config.push_to_hub:
             for part in (model, processor):
-                part.push_to_hub(config.hub_model_id, private=config.hub_private_repo)
+                part.push_to_hub(str(config.hub_model_id), private=config.hub_private_repo)
         print(f"tokenizer saved in {Path(config.output_dir).resolve()} (fingerprint {model.config.fingerprint})")
     return model
+
+
+def rows(latents: Tensor | None) -> Tensor:
+    """Latents `(B, D, h, w)` as `(B·h·w, D)`."""
+    return rearrange(cast(Tensor, latents), "B D h w -> (B h w) D")
 
 
 def schedule(config: Stage1Config, step: int) -> float:

@@ -120,7 +120,9 @@ class Stage1Config(TrainingConfig):
             return
         smallest = LPIPS_MIN_SIZE[self.loss.lpips_backbone]
         if self.loss.perceptual_weight and size < smallest:
-            allowed_size = f"LPIPS with {self.loss.lpips_backbone} needs {smallest} pixels; set loss.perceptual_weight to 0"
+            allowed_size = (
+                f"LPIPS with {self.loss.lpips_backbone} needs {smallest} pixels; set loss.perceptual_weight to 0"
+            )
             yield "model.image_size", size, allowed_size
         if self.loss.adversarial_weight and logit_grid_size(size, self.discriminator.num_layers) < 1:
             reason = f"images of {size} pixels are too small for so many layers"

@@ -18,7 +18,13 @@ _HOMES = {
     "TokenLayout": "vocabulary",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "CodeStore",
+    "Stage2Config",
+    "TokenLayout",
+    "draw_seeds",
+    "sample_codes",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +40,8 @@ class CodeDataset(Dataset):
             keys: `(epoch, row, view)` with view 0, or just rows (epoch 0).
 
         Returns:
-            `input_ids` int64 `(B, L)`: `[condition] + codes[:-1]`; `labels` and `shift_labels` int64 `(B, L)`: the codes,
-            aligned with the logits that predict them.
+            `input_ids` int64 `(B, L)`: `[condition] + codes[:-1]`; `labels` and `shift_labels` int64 `(B, L)`: the
+            codes, aligned with the logits that predict them.
         """
         pairs = np.array([key[:2] if isinstance(key, tuple) else (0, key) for key in keys], dtype=np.int64)
         codes, labels = self.split.read(pairs[:, 1])
@@ -58,6 +59,6 @@ class CodeDataset(Dataset):
         }
 
 
-def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def collate(batch: Any) -> dict[str, Tensor]:
     """The batch is one already."""
     return batch

@@ -73,7 +73,8 @@ class PreallocatedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, stop = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        start = self.get_seq_length()
+        stop = start + key_states.shape[2]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:stop] = states
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
@@ -130,7 +131,7 @@ def forward(prior: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
 
 
 def guide(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """u + s·(c - u), from logits `(2B, K)` whose second half is unconditional; without guidance the logits themselves."""
+    """u + s·(c - u), from logits `(2B, K)` whose second half is unconditional; unguided, the logits themselves."""
     if not options.guided:
         return logits
     conditional, unconditional = logits.chunk(2)
@@ -150,7 +151,9 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
         keep = probabilities.cumsum(-1) - probabilities < options.top_p
         logits = logits.where(torch.zeros_like(keep).scatter(1, order, keep), -torch.inf)
     if options.min_p > 0:
-        logits = logits.where(logits.softmax(-1) >= options.min_p * logits.softmax(-1).amax(-1, keepdim=True), -torch.inf)
+        logits = logits.where(
+            logits.softmax(-1) >= options.min_p * logits.softmax(-1).amax(-1, keepdim=True), -torch.inf
+        )
     return logits
 
 

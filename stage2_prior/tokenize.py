@@ -4,11 +4,12 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem, run
@@ -60,7 +61,10 @@ def tokenize(config: Stage2Config) -> CodeStore:
         manifest = {"token_layout": layout.to_dict(), "splits": rows, "origin": origin, "seconds": round(seconds, 1)}
         _write_json(folder / MANIFEST_NAME, manifest)
         total = sum(split["rows"] for split in rows.values())
-        print(f"{total:,} sequences of {layout.length} codes saved in {folder.resolve()} ({total / seconds:,.0f} images/s)")
+        print(
+            f"{total:,} sequences of {layout.length} codes saved in {folder.resolve()} "
+            f"({total / seconds:,.0f} images/s)"
+        )
     accelerator.wait_for_everyone()
     return CodeStore(folder)
 
@@ -86,7 +90,7 @@ def _tokenize_split(
         codes = []
         for batch in loader:
             out = model.encode(normalize(batch.to(accelerator.device, non_blocking=True)))
-            codes.append(out.codes.flatten(1))
+            codes.append(cast(Tensor, out.codes).flatten(1))
             bar.update(len(batch))
         array = torch.cat(codes).cpu().numpy().astype(code_dtype(model.config.num_embeddings))
         labels = source.labels[images] if source.labels is not None else None

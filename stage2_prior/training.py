@@ -7,7 +7,7 @@ import re
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DataLoader
 from transformers import (
@@ -45,7 +45,13 @@ class PriorTrainer(Trainer):
         args = self.args
         batches = args.max_steps * args.gradient_accumulation_steps
         sampler = TrainingSampler(
-            len(self.train_dataset), args.train_batch_size, 0, batches, args.seed, args.process_index, args.world_size
+            len(cast(CodeDataset, self.train_dataset)),
+            args.train_batch_size,
+            0,
+            batches,
+            args.seed,
+            args.process_index,
+            args.world_size,
         )
         return self._loader(self.train_dataset, batch_sampler=sampler)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from configs import Section, TrainingConfig, unknown_key
+from configs import TrainingConfig, unknown_key
 from configs.sections import Fraction, NonNegative, Positive
 from stage1_vqgan import DataConfig
 

@@ -1,0 +1,55 @@
+# Everything on a fresh machine with Python and make: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+RUNS := runs/digits
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# `accelerate launch` gives a process one CPU thread unless told otherwise; waiting threads must not spin.
+export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+export OMP_WAIT_POLICY ?= PASSIVE
+
+LAUNCH := accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: install demo test test-slow lint format clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "tessella needs Python 3.11 or newer; set PYTHON="'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: export HF_HUB_OFFLINE = 1
+demo: install
+	$(LAUNCH) -m stage1_vqgan.train configs/digits/stage1.yaml
+	$(LAUNCH) -m stage2_prior.tokenize configs/digits/stage2.yaml
+	$(LAUNCH) -m stage2_prior.train configs/digits/stage2.yaml
+	python -m pipelines.build --tokenizer $(RUNS)/vqgan --prior $(RUNS)/prior --output_dir $(RUNS)/pipeline
+	python -m pipelines.evaluate configs/digits/evaluate.yaml
+	@printf '\n%s\n' 'Done. In $(RUNS): samples.png, reconstructions.png, metrics.json, and the model in pipeline/.' \
+		'Use it from Python ($(VENV)/bin/python):' \
+		'    from pipelines import VQGANPipeline' \
+		'    pipe = VQGANPipeline.from_pretrained("$(CURDIR)/$(RUNS)/pipeline")' \
+		'    pipe.generate(class_labels=[3, 7], guidance_scale=1.5).images[0].show()'
+
+test: export HF_HUB_OFFLINE = 1
+test: install
+	python -m pytest
+
+test-slow: export HF_HUB_OFFLINE = 1
+test-slow: install
+	python -m pytest -m slow
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: install
+	ruff check --fix .
+	ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
