@@ -29,6 +29,8 @@ FREE_KEYS = {
 def open_run(config: Any, is_main_process: bool = True) -> dict[str, Any] | None:
     """Opens `config.output_dir` for a run, new or going on.
 
+    A folder with neither checkpoints nor results holds nothing that settings could disagree with: it starts anew.
+
     Returns:
         The results of the run if it has finished already, else None.
 
@@ -36,7 +38,8 @@ def open_run(config: Any, is_main_process: bool = True) -> dict[str, Any] | None
         ConfigError: the folder holds a run that was started with other settings.
     """
     folder = Path(config.output_dir)
-    if (folder / CONFIG_NAME).is_file():
+    holds_work = (folder / RESULTS_NAME).is_file() or any(folder.glob("checkpoint-*"))
+    if holds_work and (folder / CONFIG_NAME).is_file():
         started_with = yaml.safe_load((folder / CONFIG_NAME).read_text())
         differences = list(_differences(started_with, to_dict(config)))
         if differences:
