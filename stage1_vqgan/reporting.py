@@ -60,6 +60,7 @@ class Reporter:
                 log_images({name: list(pixels)}, step=step)
 
     def close(self) -> None:
-        """Ends the bar and the trackers."""
+        """Ends the bar and the trackers; `Accelerator.end_training` would end the process group as well."""
         self.bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()

@@ -1,0 +1,232 @@
+"""One step of stage 1: the adversarial game between tokenizer and discriminator.
+
+Source: Esser et al. 2021, "Taming transformers for high-resolution image synthesis", section 3.1.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from einops import rearrange
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from stage1_vqgan.codebook import CodebookMonitor, kmeans
+from stage1_vqgan.discriminator import PatchDiscriminator
+from stage1_vqgan.image_processing_vqgan import normalize
+from stage1_vqgan.losses import (
+    PerceptualLoss,
+    adaptive_weight,
+    discriminator_hinge_loss,
+    generator_hinge_loss,
+    last_layer_gradient,
+    pixel_loss,
+)
+from stage1_vqgan.modeling_vqgan import VQGANModel
+from stage1_vqgan.training_config import Stage1Config
+
+
+class VQGANTrainer:
+    """Models, optimizers and losses of a run, and the step that updates them.
+
+    Args:
+        config: the run's settings.
+        accelerator: decides devices, processes, precision and accumulation.
+    """
+
+    def __init__(self, config: Stage1Config, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        torch.manual_seed(config.seed)
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        model = VQGANModel(config.vqgan_config())
+        model.to(memory_format=memory_format)  # type: ignore[call-arg]
+        # The moving average of the weights is what is evaluated and saved.
+        self.average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
+        self.generator, self.optimizer = accelerator.prepare(model, self._optimizer(model))
+        accelerator.register_for_checkpointing(self.average)
+        self.monitor = CodebookMonitor(model.config.num_embeddings, accelerator.device)
+        accelerator.register_for_checkpointing(self.monitor)
+        self.perceptual: PerceptualLoss | None = None
+        if config.loss.perceptual_weight:
+            self.perceptual = PerceptualLoss(config.loss.lpips_backbone, config.loss.lpips_weights).to(
+                accelerator.device
+            )
+        self.discriminator: nn.Module | None = None
+        if config.loss.adversarial_weight:
+            self._build_discriminator(model.config.in_channels)
+
+    @property
+    def model(self) -> VQGANModel:
+        """The tokenizer that is trained, unwrapped."""
+        return self.accelerator.unwrap_model(self.generator)
+
+    def step(self, images: Tensor, step: int) -> dict[str, Tensor]:
+        """One update of the generator and then of the discriminator, with one forward of the generator.
+
+        Args:
+            images: float32 `(B, C, H, W)` in [-1, 1].
+            step: optimizer steps done so far.
+
+        Returns:
+            Scalars on the device, by the names they are logged under.
+        """
+        loss = self.config.loss
+        accumulated = [model for model in (self.generator, self.discriminator) if model is not None]
+        with self.accelerator.accumulate(*accumulated):
+            out = self.generator(images)
+            # The graph is cut at the reconstruction x̂: what each loss wants of x̂ is computed first, and enters the
+            # generator in one backward, weighted.
+            reconstruction = out.reconstruction.detach().float().requires_grad_()
+            terms = {"pixel": pixel_loss(reconstruction, images)}
+            if self.perceptual is not None:
+                terms["perceptual"] = self.perceptual(reconstruction, images)
+            reconstruction_loss = sum(getattr(loss, f"{name}_weight") * term for name, term in terms.items())
+            (gradient,) = torch.autograd.grad(reconstruction_loss, reconstruction)
+
+            metrics = {f"loss/{name}": term.detach() for name, term in terms.items()}
+            metrics["loss/codebook"] = out.codebook_loss.detach()
+            if self.discriminator is not None and step >= loss.adversarial_start_step:
+                adversarial, push = self._adversarial_gradient(reconstruction)
+                rate, balance = self._balance(out.decoder_features, gradient, push)
+                gradient = gradient + rate * push
+                metrics |= {"loss/generator": adversarial, **balance}
+
+            update = (out.reconstruction * gradient.to(out.reconstruction.dtype)).sum()
+            self._update(self.generator, self.optimizer, update + loss.codebook_weight * out.codebook_loss)
+            self.monitor.update(out.codes)
+            if self.discriminator is not None and step >= loss.discriminator_start_step:
+                logits_real = self.discriminator(images).float()
+                logits_fake = self.discriminator(reconstruction.detach()).float()
+                discriminator_loss = discriminator_hinge_loss(logits_real, logits_fake)
+                self._update(self.discriminator, self.discriminator_optimizer, discriminator_loss)
+                metrics["loss/discriminator"] = discriminator_loss.detach()
+                metrics |= {"logits/real": logits_real.detach().mean(), "logits/fake": logits_fake.detach().mean()}
+
+            if self.accelerator.sync_gradients:
+                self._update_average(step)
+                metrics |= self._care_for_codebook(out.latents, step + 1)
+        return metrics
+
+    def _adversarial_gradient(self, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+        """The generator's adversarial loss and ∂L/∂x̂; the discriminator's own parameters get no gradient."""
+        discriminator = self.accelerator.unwrap_model(self.discriminator)
+        with self.accelerator.autocast():
+            adversarial = generator_hinge_loss(discriminator(reconstruction).float())
+        return adversarial.detach(), torch.autograd.grad(adversarial, reconstruction)[0]
+
+    def _balance(self, features: Tensor, gradient: Tensor, push: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The adversarial term's weight λ·w, from the last layer's gradients averaged over processes."""
+        last_layer = self.model.decoder.conv_out
+        pair = torch.stack([last_layer_gradient(features, last_layer, g) for g in (gradient, push)])
+        reconstruction_side, adversarial_side = self.accelerator.reduce(pair, "mean")
+        adaptive = adaptive_weight(reconstruction_side, adversarial_side)
+        rate = adaptive * self.config.loss.adversarial_weight
+        norms = reconstruction_side.norm(), adversarial_side.norm()
+        return rate, {
+            "adversarial/adaptive_weight": adaptive,
+            "adversarial/reconstruction_grad_norm": norms[0],
+            "adversarial/adversarial_grad_norm": norms[1],
+            "adversarial/relative_force": rate * norms[1] / norms[0],
+        }
+
+    def _update(self, model: nn.Module, optimizer: Any, objective: Tensor) -> None:
+        self.accelerator.backward(objective)
+        if self.accelerator.sync_gradients and self.config.max_grad_norm:
+            self.accelerator.clip_grad_norm_(model.parameters(), self.config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _care_for_codebook(self, latents: Tensor, step: int) -> dict[str, Tensor]:
+        interval = self.config.codebook.restart_interval
+        if not interval or step % interval:
+            return {}
+        restarted = self.monitor.restart(
+            self.model.quantize,
+            self.average.quantize,
+            self.optimizer.optimizer,
+            rows(latents.detach()),
+            self._sum,
+            self.accelerator.gather,
+            seed=key(self.config.seed, step),
+        )
+        return {"codebook/restarted": restarted}
+
+    @torch.no_grad()
+    def initialise_codebook(self, batches: Iterable[Tensor]) -> None:
+        """k-means over the latents of the given uint8 batches, of all processes together."""
+        pixels = (normalize(batch.to(self.accelerator.device)) for batch in batches)
+        # gathered batch by batch: the order of the latents does not depend on the number of processes
+        everything = torch.cat([self.accelerator.gather(rows(self.model.encode(x).latents)) for x in pixels])
+        config = self.model.config
+        centres = kmeans(everything, config.num_embeddings, config.l2_normalize, self.config.seed)
+        for model in (self.model, self.average):
+            model.quantize.embedding.weight.copy_(centres)
+
+    def set_learning_rate(self, step: int) -> float:
+        """Sets the rates of both optimizers for a step; returns the generator's."""
+        config, shape = self.config, schedule(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * shape
+        if self.discriminator is not None:
+            for group in self.discriminator_optimizer.param_groups:
+                group["lr"] = (config.discriminator.learning_rate or config.learning_rate) * shape
+        return config.learning_rate * shape
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Codebook usage and perplexity since the last call."""
+        return self.monitor.statistics(self._sum)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value.clone(), "sum")
+
+    def _optimizer(self, model: nn.Module) -> AdamW:
+        config = self.config
+        return AdamW(
+            model.parameters(),
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        # a young average follows quickly: decay (1 + n) / (10 + n) until it reaches the configured one
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def _build_discriminator(self, in_channels: int) -> None:
+        settings = self.config.discriminator
+        discriminator: nn.Module = PatchDiscriminator(
+            in_channels, settings.base_channels, settings.num_layers, settings.norm_type
+        )
+        if self.accelerator.device.type == "cuda" and self.accelerator.num_processes > 1:
+            discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+        self.discriminator, self.discriminator_optimizer = self.accelerator.prepare(
+            discriminator, self._optimizer(discriminator)
+        )
+
+
+def rows(latents: Tensor | None) -> Tensor:
+    """Latents `(B, D, h, w)` as `(B·h·w, D)`."""
+    return rearrange(cast(Tensor, latents), "B D h w -> (B h w) D")
+
+
+def schedule(config: Stage1Config, step: int) -> float:
+    """Learning rate of a step as a fraction of its peak: linear warm-up, then constant, linear or cosine to zero."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    if config.lr_scheduler_type == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if config.lr_scheduler_type == "linear" else 1.0
+
+
+def key(*numbers: int) -> int:
+    """One 63-bit seed from several numbers."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return mixed
