@@ -64,6 +64,19 @@ def finish_run(config: Any, results: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def push_run(config: Any) -> str:
+    """Uploads the files of a finished run (the model, its settings and results; no checkpoints or logs) to the Hub.
+
+    Returns:
+        Address of the commit.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    repo_id = api.create_repo(config.hub_model_id, private=config.hub_private_repo, exist_ok=True).repo_id
+    return str(api.upload_folder(repo_id=repo_id, folder_path=config.output_dir, ignore_patterns=["*/*", "*.jsonl"]))
+
+
 def _differences(old: Any, new: Any, prefix: str = "") -> Any:
     for key in sorted({*old, *new}):
         if not prefix and key in FREE_KEYS:

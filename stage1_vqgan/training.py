@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs import check
-from configs.run_folder import finish_run, open_run
+from configs.run_folder import finish_run, open_run, push_run
 from stage1_vqgan import checkpointing
 from stage1_vqgan.data import ImageDataset, TrainingSampler, keyed_loader, load_images, training_loader
 from stage1_vqgan.evaluate import evaluate_reconstruction
@@ -47,6 +47,8 @@ def train(config: Stage1Config) -> VQGANModel:
         accelerator.print(
             f"{config.output_dir} holds the finished run ({finished['global_step']} steps); nothing to do"
         )
+        if config.push_to_hub and accelerator.is_main_process:
+            print(push_run(config))
         return VQGANModel.from_pretrained(config.output_dir)
     accelerator.wait_for_everyone()
 
@@ -65,6 +67,8 @@ def train(config: Stage1Config) -> VQGANModel:
     if accelerator.is_main_process:
         results = {"global_step": config.max_steps, "train_runtime": round(time.perf_counter() - started, 1), **metrics}
         finish_run(config, results)
+        if config.push_to_hub:
+            print(push_run(config))
     accelerator.wait_for_everyone()
     return model
 
@@ -173,15 +177,12 @@ def evaluate(
 
 
 def finish(config: Stage1Config, accelerator: Accelerator, trainer: VQGANTrainer) -> VQGANModel:
-    """Saves the averaged weights with their fingerprint in the run's folder, and uploads them if asked to."""
+    """Saves the averaged weights with their fingerprint in the run's folder."""
     model = copy.deepcopy(trainer.average).cpu().eval()
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]
     if accelerator.is_main_process:
         processor = VQGANImageProcessor(model.config.image_size, model.config.in_channels)
         model.save_pretrained(config.output_dir)
         processor.save_pretrained(config.output_dir)
-        if config.push_to_hub:
-            for part in (model, processor):
-                part.push_to_hub(str(config.hub_model_id), private=config.hub_private_repo)
         print(f"tokenizer saved in {Path(config.output_dir).resolve()} (fingerprint {model.config.fingerprint})")
     return model

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from configs import ConfigError, Problem, TrainingConfig, check
-from configs.run_folder import finish_run, open_run
+from configs.run_folder import finish_run, open_run, push_run
 from stage1_vqgan import TrainingSampler
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset, collate
@@ -144,9 +144,13 @@ def train(config: Stage2Config) -> PreTrainedModel:
     store = CodeStore(config.code_store)
     layout = store.layout
     # problems of the folder are found before anything is built; only the main process may make it
-    finished = open_run(config, is_main_process=int(os.environ.get("RANK", "0")) == 0)
+    is_main_process = int(os.environ.get("RANK", "0")) == 0
+    finished = open_run(config, is_main_process)
     if finished is not None:
-        print(f"{config.output_dir} holds the finished run ({finished['global_step']} steps); nothing to do")
+        if is_main_process:
+            print(f"{config.output_dir} holds the finished run ({finished['global_step']} steps); nothing to do")
+        if config.push_to_hub and is_main_process:
+            print(push_run(config))
         return AutoModelForCausalLM.from_pretrained(config.output_dir)
     started = time.perf_counter()
 
@@ -165,8 +169,6 @@ def train(config: Stage2Config) -> PreTrainedModel:
     if trainer.is_world_process_zero():
         prior.save_pretrained(config.output_dir)
         layout.save_pretrained(config.output_dir)
-        if config.push_to_hub:
-            prior.push_to_hub(config.hub_model_id, private=config.hub_private_repo)
         results = {
             "global_step": trainer.state.global_step,
             "train_runtime": round(time.perf_counter() - started, 1),
@@ -175,6 +177,8 @@ def train(config: Stage2Config) -> PreTrainedModel:
         }
         finish_run(config, results)
         print(f"prior saved in {Path(config.output_dir).resolve()}")
+        if config.push_to_hub:
+            print(push_run(config))
     trainer.accelerator.wait_for_everyone()
     return prior
 
