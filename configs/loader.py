@@ -1,6 +1,7 @@
 """YAML + `--key value` → the dataclass it is handed. All problems are reported at once, the nearest valid key named."""
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
@@ -29,6 +30,19 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.key}: {self.message}" if self.key else self.message
+
+
+class YamlReader(yaml.SafeLoader):
+    """YAML as people mean it: `1e-4` is a number, and a date is the text it is written as."""
+
+
+YamlReader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YamlReader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
 
 
 class ConfigError(ValueError):
@@ -70,7 +84,7 @@ def read_yaml(name: str) -> dict[str, Any]:
             raise ConfigError([Problem("", f"no file and no preset is called '{name}'{hint} (presets: {known})")], name)
         text = files("configs").joinpath(f"{preset}.yaml").read_text()
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, YamlReader)
     except yaml.YAMLError as error:
         raise ConfigError([Problem("", f"not valid YAML: {error}")], name) from None
     if values is None:
@@ -107,7 +121,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any
                 continue
             text = rest.pop(0)
         try:
-            overrides[key] = yaml.safe_load(text)
+            overrides[key] = yaml.load(text, YamlReader)
         except yaml.YAMLError:
             problems.append(Problem(key, f"received {text!r}, which cannot be read as a YAML value"))
     if problems:
@@ -190,8 +204,8 @@ def load_config(cls: type[T], name: str | None = None, overrides: Mapping[str, A
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as nested plain values, as written to YAML."""
-    return asdict(config)
+    """The configuration as nested plain values, as written to YAML: tuples become lists."""
+    return _plain(asdict(config))
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -229,6 +243,12 @@ def describe(cls: type, prefix: str = "") -> list[str]:
     for section, name in sections:
         lines += ["", f"[{name.rstrip('.')}]", *describe(section, name)]
     return lines
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _keys_at(cls: type, location: Sequence[Any]) -> list[str]:

@@ -47,19 +47,21 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def find(output_dir: str | Path, resume_from_checkpoint: str) -> Path | None:
+def find(output_dir: str | Path, resume_from_checkpoint: str, max_steps: int) -> Path | None:
     """The checkpoint to go on from, or None to start anew.
 
     Args:
         output_dir: folder of the run.
         resume_from_checkpoint: "latest" (if there is one), "none", or a path.
+        max_steps: of the run.
 
     Raises:
-        ConfigError: the path is not a checkpoint; or a fresh start would mix with the checkpoints of an earlier run.
+        ConfigError: the path is not a checkpoint, or one from beyond the end of the run; or a fresh start would mix
+            with the checkpoints of an earlier run.
     """
     existing = list_checkpoints(output_dir)
     if resume_from_checkpoint == "latest":
-        return existing[-1] if existing else None
+        return _within(existing[-1], max_steps) if existing else None
     if resume_from_checkpoint == "none":
         if existing:
             message = f"received 'none', but {output_dir} holds checkpoints; choose another output_dir or remove them"
@@ -69,4 +71,11 @@ def find(output_dir: str | Path, resume_from_checkpoint: str) -> Path | None:
     if not path.is_dir() or not re.fullmatch(r"checkpoint-\d+", path.name):
         message = f"received {resume_from_checkpoint!r}; needs 'latest', 'none' or the path of a checkpoint-N folder"
         raise ConfigError([Problem("resume_from_checkpoint", message)])
-    return path
+    return _within(path, max_steps)
+
+
+def _within(checkpoint: Path, max_steps: int) -> Path:
+    if step_of(checkpoint) > max_steps:
+        message = f"received {max_steps}, but {checkpoint} is further on; raise max_steps or name another checkpoint"
+        raise ConfigError([Problem("max_steps", message)])
+    return checkpoint

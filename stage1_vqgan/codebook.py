@@ -80,7 +80,7 @@ class CodebookMonitor(nn.Module):
     def statistics(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Usage and perplexity since the last call; `reduce` sums over processes."""
         counts = reduce(self.logged)
-        self.logged.zero_()
+        self.logged = torch.zeros_like(self.logged)  # not in place: `reduce` may have returned the tensor itself
         return {"codebook/usage": usage(counts), "codebook/perplexity": perplexity(counts)}
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ class CodebookMonitor(nn.Module):
             Number of restarted codes, a scalar.
         """
         dead = (reduce(self.recent) == 0).nonzero().flatten()
-        self.recent.zero_()
+        self.recent = torch.zeros_like(self.recent)
         if len(dead):
             candidates = gather(latents.float())
             if quantizer.l2_normalize:

@@ -166,11 +166,13 @@ def augment(image: Image.Image, size: int, config: AugmentationConfig, rng: np.r
 def affine(image: Image.Image, angle: float, scale: float, shift: tuple[float, float]) -> Image.Image:
     """Rotates by `angle` (radians) and scales about the centre, then shifts (pixels); the border is repeated."""
     size = image.size[0]
-    margin = size // 2
-    pixels = np.asarray(image)
-    padded = Image.fromarray(np.pad(pixels, [(margin, margin)] * 2 + [(0, 0)] * (pixels.ndim - 2), mode="edge"))
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     centre = size / 2
+    # how far outside the image its corners are looked up, and two pixels more for the interpolation
+    reach = centre * (abs(cos) + abs(sin)) + math.hypot(*shift) / scale
+    margin = max(0, math.ceil(reach - centre)) + 2
+    pixels = np.asarray(image)
+    padded = Image.fromarray(np.pad(pixels, [(margin, margin)] * 2 + [(0, 0)] * (pixels.ndim - 2), mode="edge"))
     # PIL wants the map from result to source: undo the shift, rotate back about the centre, then the margin
     x, y = -centre - shift[0], -centre - shift[1]
     matrix = (
@@ -266,19 +268,19 @@ def _load_dataset(config: DataConfig) -> tuple[ImageSource, ImageSource]:
     import datasets
 
     path = Path(config.dataset).expanduser()
-    if path.is_file():
-        splits = datasets.load_dataset("parquet", data_files={config.train_split: str(path)})
-    elif path.is_dir() or not _looks_like_a_path(config.dataset):
-        try:
-            source = str(path) if path.is_dir() else config.dataset
-            splits = datasets.load_dataset(source, name=config.dataset_config_name)
-        except Exception as error:  # datasets raises many kinds; each means that this source cannot be used
-            raise ConfigError([Problem("data.dataset", f"{config.dataset!r} cannot be loaded: {error}")]) from error
-    else:
+    if not path.exists() and _looks_like_a_path(config.dataset):
         raise ConfigError(
             [Problem("data.dataset", f"received {config.dataset!r}; there is no such file or folder (give 'digits', "
                      "a folder of images or parquet files, a parquet file, or a Hub dataset id)")]
         )  # fmt: skip
+    try:
+        if path.is_file():
+            splits = datasets.load_dataset("parquet", data_files={config.train_split: str(path)})
+        else:
+            source = str(path) if path.is_dir() else config.dataset
+            splits = datasets.load_dataset(source, name=config.dataset_config_name)
+    except Exception as error:  # datasets raises many kinds; each means that this source cannot be used
+        raise ConfigError([Problem("data.dataset", f"{config.dataset!r} cannot be loaded: {error}")]) from error
     for key in ("train_split", "validation_split"):
         name = getattr(config, key)
         if name is not None and name not in splits:
@@ -304,7 +306,11 @@ def _to_source(split: Any, config: DataConfig) -> ImageSource:
         raise ConfigError(
             [Problem("data.image_column", f"received {config.image_column!r}; the columns are {split.column_names}")]
         )
-    images = split.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
+    try:
+        images = split.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
+    except Exception as error:  # Arrow's own kinds, one for each type that is not an image
+        message = f"received {image_column!r}; its values are not images but {split.features[image_column]}"
+        raise ConfigError([Problem("data.image_column", message)]) from error
 
     label_columns = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
     label_column = config.label_column or (label_columns[0] if len(label_columns) == 1 else None)

@@ -50,7 +50,8 @@ def logit_grid_size(image_size: int, num_layers: int) -> int:
 
 
 def _group_norm(width: int) -> nn.Module:
-    return nn.GroupNorm(min(32, width // 4), width)
+    most = max(1, min(32, width // 4))
+    return nn.GroupNorm(max(groups for groups in range(1, most + 1) if width % groups == 0), width)
 
 
 def _init_weights(module: nn.Module) -> None:

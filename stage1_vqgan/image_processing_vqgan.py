@@ -31,6 +31,7 @@ def to_pil(image: Any) -> Image.Image:
         return image
     if isinstance(image, Tensor):
         image = image.detach().cpu()
+        image = image.float() if image.is_floating_point() else image
         image = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()
     if not isinstance(image, np.ndarray):
         raise ValueError(f"image: received {type(image).__name__}; needs a PIL image, an array or a tensor")

@@ -39,7 +39,7 @@ def train(config: Stage1Config) -> VQGANModel:
     accelerator = Accelerator(
         mixed_precision="bf16" if config.bf16 else None,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.report_to,
+        log_with=config.report_to or None,
         project_dir=config.output_dir,
     )
     finished = open_run(config, accelerator.is_main_process)
@@ -75,7 +75,7 @@ def train(config: Stage1Config) -> VQGANModel:
 
 def resume(config: Stage1Config, accelerator: Accelerator) -> int:
     """Loads the checkpoint to go on from, if there is one; returns the optimizer steps done."""
-    checkpoint = checkpointing.find(config.output_dir, config.resume_from_checkpoint)
+    checkpoint = checkpointing.find(config.output_dir, config.resume_from_checkpoint, config.max_steps)
     if checkpoint is None:
         return 0
     accelerator.load_state(str(checkpoint))

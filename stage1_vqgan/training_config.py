@@ -58,10 +58,6 @@ class DiscriminatorConfig(Section):
     norm_type: Literal["batch", "group"] = "batch"
     learning_rate: PositiveFloat | None = None
 
-    def problems(self) -> Iterable[tuple[str, Any, str]]:
-        if self.norm_type == "group" and self.base_channels % 4:
-            yield "base_channels", self.base_channels, "must be divisible by 4 with norm_type 'group'"
-
 
 @dataclass(kw_only=True)
 class CodebookConfig(Section):

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from configs import ConfigError, Problem
 from stage1_vqgan.codebook import CodebookMonitor, kmeans
 from stage1_vqgan.discriminator import PatchDiscriminator
 from stage1_vqgan.image_processing_vqgan import normalize
@@ -51,9 +52,7 @@ class VQGANTrainer:
         accelerator.register_for_checkpointing(self.monitor)
         self.perceptual: PerceptualLoss | None = None
         if config.loss.perceptual_weight:
-            self.perceptual = PerceptualLoss(config.loss.lpips_backbone, config.loss.lpips_weights).to(
-                accelerator.device
-            )
+            self._build_perceptual()
         self.discriminator: nn.Module | None = None
         if config.loss.adversarial_weight:
             self._build_discriminator(model.config.in_channels)
@@ -196,6 +195,15 @@ class VQGANTrainer:
         # a young average follows quickly: decay (1 + n) / (10 + n) until it reaches the configured one
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def _build_perceptual(self) -> None:
+        settings = self.config.loss
+        try:
+            self.perceptual = PerceptualLoss(settings.lpips_backbone, settings.lpips_weights).to(
+                self.accelerator.device
+            )
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError([Problem("loss", str(error))]) from error
 
     def _build_discriminator(self, in_channels: int) -> None:
         settings = self.config.discriminator

@@ -1,0 +1,297 @@
+"""The typed loader: overrides, errors a user can act on, and every shipped YAML."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+import configs
+from configs import ConfigError, Section, load_config, parse_arguments, run, save_config, to_dict
+from configs.loader import preset_names, read_yaml
+from configs.sections import Positive, PositiveFloat
+
+SHIPPED = sorted(Path(configs.__file__).parent.glob("*/*.yaml"))
+SHORT_NAMES = [f"{path.parent.name}/{path.stem}" for path in SHIPPED]
+
+
+@dataclass(kw_only=True)
+class Inner(Section):
+    """A nested section.
+
+    width: of it
+    """
+
+    width: Positive = 4
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Toy(Section):
+    """A small configuration."""
+
+    steps: Positive
+    rate: PositiveFloat = 0.5
+    flag: bool = False
+    label: str | None = "x"
+    inner: Inner = field(default_factory=Inner)
+
+    def problems(self):
+        if self.rate > self.steps:
+            yield "rate", self.rate, f"must be at most steps ({self.steps})"
+
+
+def problems(cls, name=None, overrides=None):
+    """`{key: message}` of the ConfigError that loading raises."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(cls, name, overrides)
+    return {problem.key: problem.message for problem in caught.value.problems}
+
+
+@pytest.mark.parametrize(
+    "arguments, get, expected",
+    [
+        (["--rate", "0.25"], lambda c: c.rate, 0.25),
+        (["--rate", "1e-4"], lambda c: c.rate, 1e-4),  # YAML 1.1 reads this as a string
+        (["--rate=1e-4"], lambda c: c.rate, 1e-4),
+        (["--flag", "true"], lambda c: c.flag, True),
+        (["--flag=no"], lambda c: c.flag, False),
+        (["--label", "null"], lambda c: c.label, None),
+        (["--label", "2024"], lambda c: c.label, "2024"),
+        (["--label=a=b"], lambda c: c.label, "a=b"),
+        (["--inner.width", "8"], lambda c: c.inner.width, 8),
+        (["--inner.names", "[a, b]"], lambda c: c.inner.names, ["a", "b"]),
+        (["--inner.names=[]", "--inner.width=2"], lambda c: (c.inner.names, c.inner.width), ([], 2)),
+    ],
+)
+def test_overrides(arguments, get, expected):
+    name, overrides = parse_arguments(["--steps", "7", *arguments])
+    value = get(load_config(Toy, name, overrides))
+    assert value == expected and type(value) is type(expected)
+
+
+def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("steps: 3\nrate: 0.1\ninner: {width: 5, names: [a]}\n")
+    name, overrides = parse_arguments([str(path), "--inner.width", "6"])
+    assert load_config(Toy, name, overrides) == Toy(steps=3, rate=0.1, inner=Inner(width=6, names=["a"]))
+
+
+def test_malformed_command_lines_are_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(["--rate", "--flag", "true", "stray", "--label", "[1,", "--steps"])
+    assert sorted(problem.key for problem in caught.value.problems) == ["", "label", "rate", "steps"]
+    assert "'stray'" in str(caught.value) and "--steps VALUE" in str(caught.value)
+
+
+def test_all_problems_at_once_with_the_nearest_key():
+    found = problems(
+        Toy, overrides={"rate": "fast", "inner": {"width": 0, "nams": []}, "flg": True, "zzz": 1, "label": [1]}
+    )
+    assert set(found) == {"rate", "inner.width", "inner.nams", "flg", "zzz", "label", "steps"}
+    assert "did you mean 'names'" in found["inner.nams"]
+    assert "did you mean 'flag'" in found["flg"]
+    assert all(key in found["zzz"] for key in ("flag", "inner", "label", "rate", "steps"))  # nothing near: all of them
+    assert "'fast'" in found["rate"] and "number" in found["rate"]
+    assert "0" in found["inner.width"] and "greater than 0" in found["inner.width"]
+    assert found["steps"] == "is required and was not given"
+
+
+@pytest.mark.parametrize("value", [-1, 0, float("nan"), float("inf"), None, [0.1]])
+def test_out_of_range_or_of_the_wrong_type(value):
+    assert set(problems(Toy, overrides={"steps": 1, "rate": value})) == {"rate"}
+
+
+def test_fields_are_checked_against_each_other():
+    assert problems(Toy, overrides={"steps": 1, "rate": 2}) == {"rate": "received 2.0; must be at most steps (1)"}
+
+
+STAGE1 = {
+    "output_dir": "x",
+    "max_steps": 20,
+    "data": {"dataset": "digits"},
+    "model": {
+        "image_size": 16,
+        "base_channels": 8,
+        "channel_multiplier": [1, 2],
+        "norm_num_groups": 4,
+        "latent_channels": 8,
+        "embed_dim": 4,
+        "num_embeddings": 16,
+    },
+    "loss": {"perceptual_weight": 0},
+    "discriminator": {"base_channels": 8, "num_layers": 1},
+}
+
+
+@pytest.mark.parametrize(
+    "overrides, key, words",
+    [
+        ({"loss.adversarial_start_step": 5, "loss.discriminator_start_step": 10}, "loss.adversarial_start_step", "10"),
+        ({"loss.perceptual_weight": 1, "loss.lpips_backbone": "squeeze"}, "model.image_size", "32 pixels"),
+        ({"loss.pixel_weight": 0}, "loss.pixel_weight", "both"),
+        ({"discriminator.num_layers": 4}, "discriminator.num_layers", "16 pixels"),
+        ({"model.base_chanels": 8}, "model.base_chanels", "did you mean 'base_channels'"),
+        ({"model.fingerprint": "abc"}, "model.fingerprint", "unknown"),
+        ({"model.image_size": 15}, "model", "image_size: received 15; must be divisible by the downsampling factor 2"),
+        ({"model.norm_num_groups": 3}, "model", "norm_num_groups: received 3"),
+        ({"model.in_channels": 2}, "model", "in_channels: received 2"),
+        ({"model.num_embeddings": "many"}, "model", "num_embeddings"),
+        ({"data.augmentation.rotate": 200}, "data.augmentation.rotate", "180"),
+        ({"data.augmentation.rotat": 20}, "data.augmentation.rotat", "did you mean 'rotate'"),
+        ({"warmup_steps": 21}, "warmup_steps", "max_steps (20)"),
+        ({"push_to_hub": True}, "hub_model_id", "user/name"),
+    ],
+)
+def test_stage1_rules(overrides, key, words):
+    from stage1_vqgan import Stage1Config
+
+    load_config(Stage1Config, None, plain(STAGE1))  # is fine without the override
+    found = problems(Stage1Config, None, plain(STAGE1) | overrides)
+    assert list(found) == [key] and words in found[key]
+
+
+def test_numbers_in_the_model_section_may_be_written_like_all_others():
+    from stage1_vqgan import Stage1Config
+
+    _, overrides = parse_arguments(["--model.commitment_cost", "5e-1", "--learning_rate", "5e-1"])
+    config = load_config(Stage1Config, None, plain(STAGE1) | overrides)
+    assert config.vqgan_config().commitment_cost == config.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("base_channels", [4, 6, 7, 12, 20, 36, 64, 100])
+def test_a_discriminator_width_that_is_accepted_can_be_built(base_channels):
+    from stage1_vqgan import Stage1Config
+    from stage1_vqgan.discriminator import PatchDiscriminator
+
+    wanted = {"discriminator.base_channels": base_channels, "discriminator.norm_type": "group"}
+    try:
+        settings = load_config(Stage1Config, None, plain(STAGE1) | wanted).discriminator
+    except ConfigError:
+        return
+    with torch.device("meta"):
+        PatchDiscriminator(3, settings.base_channels, 3, settings.norm_type)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"'digit/stage1'; did you mean the preset 'digits/stage1'\?"):
+        read_yaml("digit/stage1")
+    with pytest.raises(ConfigError, match="no file and no preset"):
+        read_yaml("nowhere.yaml")
+
+
+def test_presets_are_found_from_anywhere(tmp_path, monkeypatch):
+    assert sorted(SHORT_NAMES) == preset_names()
+    expected = read_yaml(str(SHIPPED[0]))
+    (tmp_path / "configs" / "own").mkdir(parents=True)
+    (tmp_path / "configs" / "own" / "stage1.yaml").write_text("steps: 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert expected == read_yaml(SHORT_NAMES[0]) == read_yaml(f"configs/{SHORT_NAMES[0]}.yaml")
+    assert read_yaml("configs/own/stage1.yaml") == {"steps": 1}
+
+
+@pytest.mark.parametrize("text, words", [("- a\n- b\n", "list"), ("just words", "str"), ("a: [1,", "not valid YAML")])
+def test_yaml_that_is_not_a_mapping(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_yaml(str(tmp_path / "c.yaml"))
+
+
+def test_empty_yaml_is_an_empty_configuration(tmp_path):
+    (tmp_path / "c.yaml").write_text("")
+    assert load_config(Toy, str(tmp_path / "c.yaml"), {"steps": 2}) == Toy(steps=2)
+
+
+def test_run_hands_the_configuration_over():
+    received = []
+    run(Toy, received.append, "toy", ["--steps", "2", "--rate=1e-1"])
+    assert received == [Toy(steps=2, rate=0.1)]
+
+
+def test_run_exits_with_2_and_the_problems_on_stderr(capsys):
+    def main(config):
+        load_config(Toy, None, {"steps": "x"})  # a problem that is found later counts too
+
+    for arguments, words in [(["--stps", "2"], "did you mean 'steps'"), (["--steps", "2"], "received 'x'")]:
+        with pytest.raises(SystemExit) as caught:
+            run(Toy, main, "toy", arguments)
+        assert caught.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(capsys, flag):
+    run(Toy, pytest.fail, "toy command", [flag])
+    shown = capsys.readouterr().out
+    assert "usage: toy command" in shown and "A small configuration." in shown
+    for words in ("--steps", "(required)", "--inner.width", "[inner]", *SHORT_NAMES):
+        assert words in shown
+
+
+def test_command_line_in_a_folder_with_configs_of_its_own(tmp_path):
+    (tmp_path / "configs" / "digits").mkdir(parents=True)
+    command = [sys.executable, "-m", "stage1_vqgan.train", "digits/stage1", "--max_stpes", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and done.returncode == 2
+    assert "max_stpes: unknown key; did you mean 'max_steps'?" in done.stderr
+
+
+def dataclass_of(kind):
+    from pipelines.evaluate import EvaluationConfig
+    from stage1_vqgan import Stage1Config
+    from stage2_prior import Stage2Config
+
+    return {"stage1": Stage1Config, "stage2": Stage2Config, "evaluate": EvaluationConfig}[kind]
+
+
+@pytest.mark.parametrize("name", SHORT_NAMES)
+def test_shipped_configurations_load_and_survive_saving(name, tmp_path):
+    cls = dataclass_of(name.rpartition("/")[2])
+    config = load_config(cls, name)
+    save_config(config, tmp_path / "config.yaml")
+    again = load_config(cls, str(tmp_path / "config.yaml"))
+    assert again == config and to_dict(again) == to_dict(config)
+
+
+@pytest.mark.parametrize("name", [name for name in SHORT_NAMES if name.endswith("/stage1")])
+def test_shipped_stage1_builds(name):
+    from stage1_vqgan import VQGANModel
+    from stage1_vqgan.discriminator import PatchDiscriminator, logit_grid_size
+
+    config = load_config(dataclass_of("stage1"), name)
+    model_config, patch = config.vqgan_config(), config.discriminator
+    size, grid = model_config.image_size, model_config.grid_size
+    with torch.device("meta"):
+        model = VQGANModel(model_config)
+        discriminator = PatchDiscriminator(
+            model_config.in_channels, patch.base_channels, patch.num_layers, patch.norm_type
+        )
+        images = torch.empty(2, model_config.in_channels, size, size)
+    assert model.quant_conv(model.encoder(images)).shape == (2, model_config.embed_dim, grid, grid)
+    if config.loss.adversarial_weight:
+        side = logit_grid_size(size, patch.num_layers)
+        assert discriminator(images).shape == (2, 1, side, side) and side >= 1
+
+
+@pytest.mark.parametrize("name", [name for name in SHORT_NAMES if name.endswith("/stage2")])
+def test_shipped_stage2_builds(name):
+    from stage2_prior import TokenLayout
+    from stage2_prior.training import build_prior
+
+    config = load_config(dataclass_of("stage2"), name)
+    layout = TokenLayout(1024, ("a", "b"), (16, 16), 16, "fingerprint")
+    with torch.device("meta"):
+        prior = build_prior(config.model, layout)
+    assert prior.get_output_embeddings().weight.shape[0] == layout.vocab_size
+    for key, value in config.model.items():
+        assert getattr(prior.config, key) == value
+
+
+def plain(values):
+    """Nested values as dotted overrides."""
+    flat = {}
+    for key, value in values.items():
+        flat |= {f"{key}.{k}": v for k, v in plain(value).items()} if isinstance(value, dict) else {key: value}
+    return flat

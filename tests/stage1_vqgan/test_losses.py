@@ -1,0 +1,188 @@
+"""The terms of the objective: naive formulas, torchvision's features, autograd, and the original's stored numbers."""
+
+import json
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+
+from stage1_vqgan.discriminator import PatchDiscriminator
+from stage1_vqgan.losses import (
+    LPIPS_MIN_SIZE,
+    PerceptualLoss,
+    adaptive_weight,
+    discriminator_hinge_loss,
+    generator_hinge_loss,
+    last_layer_gradient,
+    pixel_loss,
+)
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+SQUEEZE_FILE = "squeezenet1_1-b8a52dc0.pth"
+
+
+def test_hinge_and_pixel_losses_by_loops():
+    real, fake = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0)).mul(2)
+    on_real = [max(0.0, 1 - x) for x in real.flatten().tolist()]
+    on_fake = [max(0.0, 1 + x) for x in fake.flatten().tolist()]
+    assert 0.0 in on_real + on_fake
+    expected = 0.5 * (sum(on_real) / 9 + sum(on_fake) / 9)
+    assert discriminator_hinge_loss(real, fake).item() == pytest.approx(expected, rel=1e-5)
+    assert generator_hinge_loss(fake).item() == pytest.approx(-sum(fake.flatten().tolist()) / 9, rel=1e-4)
+    pairs = zip(real.flatten().tolist(), fake.flatten().tolist(), strict=True)
+    assert pixel_loss(fake, real).item() == pytest.approx(sum(abs(a - b) for a, b in pairs) / 9, rel=1e-5)
+
+
+@pytest.mark.parametrize("out_channels", [1, 3])
+def test_last_layer_gradient_is_autograds(out_channels):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(5, out_channels, 3, padding=1)
+    features, target = torch.randn(2, 5, 6, 7), torch.randn(2, out_channels, 6, 7)
+    output = layer(features)
+    loss = ((output - target) ** 4).mean()
+    by_weight, by_output = torch.autograd.grad(loss, (layer.weight, output))
+    found = last_layer_gradient(features.requires_grad_(), layer, by_output)
+    assert found.dtype == torch.float32 and not found.requires_grad
+    torch.testing.assert_close(found, by_weight)
+
+
+def test_adaptive_weight():
+    a, b = torch.full((3, 3), 2.0), torch.full((3, 3), 0.5)
+    assert adaptive_weight(a, b).item() == pytest.approx(6 / (1.5 + 1e-4))
+    assert adaptive_weight(a, torch.zeros(3, 3)).item() == 1e4  # 6 / 1e-4, clamped
+    assert adaptive_weight(torch.zeros(3, 3), b).item() == 0
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"{GOLDEN} is not there")
+def test_the_originals_numbers():
+    golden = load_file(GOLDEN / "losses.safetensors")
+    stored = json.loads((GOLDEN / "losses.json").read_text())
+    case, weight = stored["cases"]["hinge_step100_pw0"], stored["kwargs"]["disc_weight"]
+    layer = nn.Conv2d(8, 3, 3, padding=1, bias=False)
+    layer.weight.data = golden["io.last_layer"]
+    reconstruction = golden["io.recon"].requires_grad_()
+    pixel = pixel_loss(reconstruction, golden["io.input"])
+    assert pixel.item() == pytest.approx(case["rec_loss"], rel=1e-5)
+    (gradient,) = torch.autograd.grad(pixel, reconstruction)
+
+    discriminator = PatchDiscriminator(3, 32, 3)
+    discriminator.load_state_dict({k.removeprefix("disc."): v for k, v in golden.items() if k.startswith("disc.")})
+    adversarial = generator_hinge_loss(discriminator(reconstruction))
+    assert adversarial.item() == pytest.approx(case["g_loss"], rel=1e-4)
+    (push,) = torch.autograd.grad(adversarial, reconstruction)
+    sides = [last_layer_gradient(golden["io.feat"], layer, g) for g in (gradient, push)]
+    rate = weight * adaptive_weight(*sides)
+    assert rate.item() == pytest.approx(case["d_weight"], rel=1e-4)
+    total = sides[0] + rate * sides[1]
+    expected = golden["grad.last_layer.hinge_step100_pw0"]
+    assert (total - expected).norm() <= 1e-4 * expected.norm()
+    logits = discriminator(golden["io.input"]), discriminator(golden["io.recon"])
+    assert discriminator_hinge_loss(*logits).item() == pytest.approx(case["disc_loss"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def perceptual():
+    torch.manual_seed(0)
+    return PerceptualLoss("squeeze", "random")
+
+
+def test_perceptual_loss_is_frozen_and_stays_in_evaluation_mode(perceptual):
+    assert all(not parameter.requires_grad for parameter in perceptual.parameters())
+    nn.Sequential(perceptual).train()
+    assert not any(module.training for module in perceptual.modules())
+    a, b = torch.rand(2, 2, 3, 32, 32)
+    assert perceptual(a, b).item() == perceptual(a, b).item() > 0
+    assert perceptual(a, a).item() == 0
+
+
+def test_perceptual_loss_is_the_papers_distance(perceptual):
+    a, b = torch.rand(2, 2, 3, 40, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+    features = [perceptual.lpips.net((x - shift) / scale) for x in (a, b)]
+    expected = torch.zeros(2)
+    for fa, fb, linear in zip(*features, perceptual.lpips.lins, strict=True):
+        units = [f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (fa, fb)]
+        weight = linear.model[-1].weight
+        expected += ((units[0] - units[1]).square() * weight).sum(1).mean((1, 2))
+    torch.testing.assert_close(perceptual(a, b), expected.mean(), rtol=1e-3, atol=1e-7)
+
+
+def test_perceptual_loss_repeats_gray(perceptual):
+    a, b = torch.rand(2, 2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(perceptual(a, b), perceptual(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)))
+
+
+def test_perceptual_loss_computes_in_float32(perceptual):
+    a, b = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = perceptual(a, b)
+    assert mixed.dtype == torch.float32 and mixed.item() == perceptual(a, b).item()
+
+
+@pytest.mark.parametrize("backbone", ["squeeze", "alex"])
+def test_smallest_image(backbone, perceptual):
+    loss = perceptual if backbone == "squeeze" else PerceptualLoss(backbone, "random")
+    size = LPIPS_MIN_SIZE[backbone]
+    value = loss(torch.rand(1, 3, size, size), torch.rand(1, 3, size, size))
+    assert torch.isfinite(value) and value > 0
+
+
+@pytest.fixture(scope="module")
+def torchvision_squeezenet():
+    torch.manual_seed(1)
+    return torchvision.models.squeezenet1_1(weights=None).eval()
+
+
+def assert_features_equal(loss, model):
+    x = images = torch.rand(1, 3, 48, 48)
+    expected = []
+    for index, layer in enumerate(model.features):
+        x = layer(x)
+        if index in (1, 4, 7, 9, 10, 11, 12):  # the seven outputs LPIPS compares
+            expected.append(x)
+    for found, feature in zip(loss.lpips.net(images), expected, strict=True):
+        assert torch.equal(found, feature)
+
+
+def test_weights_from_a_local_file(torchvision_squeezenet, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(torchvision_squeezenet.state_dict(), path)
+    assert_features_equal(PerceptualLoss("squeeze", str(path)), torchvision_squeezenet)
+
+
+def test_file_of_another_backbone(torchvision_squeezenet, tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save(torchvision.models.shufflenet_v2_x0_5(weights=None).state_dict(), path)
+    with pytest.raises(ValueError, match=r"other\.pth"):
+        PerceptualLoss("squeeze", str(path))
+    state = torchvision_squeezenet.state_dict()
+    state["features.3.squeeze.weight"] = state["features.3.squeeze.weight"][:3]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"squeeze\.weight"):
+        PerceptualLoss("squeeze", str(path))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"nowhere\.pth.*{SQUEEZE_FILE}"):
+        PerceptualLoss("squeeze", str(tmp_path / "nowhere.pth"))
+
+
+def test_pretrained_without_network_and_the_advice_that_is_given(torchvision_squeezenet, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.hub, "load_state_dict_from_url", offline)
+        with pytest.raises(FileNotFoundError) as caught:
+            PerceptualLoss("squeeze", "pretrained")
+    place = tmp_path / "hub" / "checkpoints" / SQUEEZE_FILE
+    assert str(place) in str(caught.value) and "no network" in str(caught.value)
+
+    torch.save(torchvision_squeezenet.state_dict(), place)
+    assert_features_equal(PerceptualLoss("squeeze", "pretrained"), torchvision_squeezenet)

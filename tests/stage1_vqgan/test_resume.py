@@ -1,0 +1,179 @@
+"""A run that was interrupted ends exactly as one that was not; finished runs and other settings are told apart."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from configs import ConfigError, load_config
+from stage1_vqgan import Stage1Config, VQGANImageProcessor, VQGANModel, checkpointing
+from stage1_vqgan.training import train
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_accelerate_state():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def make_config(folder, **changes):
+    values = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 180,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 2,
+        "save_steps": 3,
+        "report_to": [],
+        "num_sample_images": 2,
+        "model": {
+            "image_size": 8,
+            "in_channels": 1,
+            "base_channels": 8,
+            "channel_multiplier": [1, 2],
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "norm_num_groups": 4,
+            "dropout": 0.1,
+            "latent_channels": 8,
+            "embed_dim": 4,
+            "num_embeddings": 32,
+        },
+        "data": {"dataset": "digits", "augmentation": {"rotate": 10, "translate": 0.1}},
+        "loss": {"perceptual_weight": 0, "adversarial_start_step": 2},
+        "discriminator": {"base_channels": 8, "num_layers": 1},
+        "codebook": {"kmeans_init_batches": 2, "restart_interval": 2},
+    }
+    return load_config(Stage1Config, None, {**values, **changes})
+
+
+def tensors(value, prefix=""):
+    """Every tensor and number inside nested containers, by its path."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {path: leaf for key, item in items for path, leaf in tensors(item, f"{prefix}/{key}").items()}
+
+
+def contents(folder):
+    """Everything that decides how a run goes on, of a checkpoint, and of the model that was saved."""
+    found = {"model": load_file(folder / "model.safetensors")}
+    for path in sorted((folder / "checkpoint-6").iterdir()):
+        if path.suffix == ".safetensors":
+            found[path.name] = load_file(path)
+        elif path.suffix in {".bin", ".pkl"} and not path.name.startswith("random_states"):
+            found[path.name] = torch.load(path, weights_only=False)
+    return {path: torch.as_tensor(leaf) for path, leaf in tensors(found).items() if leaf is not None}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run from start to end: its folder, and the model it returned."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    return folder, train(make_config(folder))
+
+
+@pytest.fixture
+def copied(straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    return folder
+
+
+def interrupt(folder, after):
+    """What a run leaves that was stopped between two checkpoints."""
+    for name in ("train_results.json", "model.safetensors", "config.json", "preprocessor_config.json"):
+        (folder / name).unlink()
+    for checkpoint in checkpointing.list_checkpoints(folder):
+        if checkpointing.step_of(checkpoint) > after:
+            shutil.rmtree(checkpoint)
+
+
+def test_what_a_run_leaves(straight):
+    folder, model = straight
+    assert [path.name for path in checkpointing.list_checkpoints(folder)] == ["checkpoint-3", "checkpoint-6"]
+    loaded = VQGANModel.from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert not model.training and loaded.config.fingerprint == loaded.compute_fingerprint()
+    assert VQGANImageProcessor.from_pretrained(folder).num_channels == 1
+    names = {path.split("/")[1] for path in contents(folder)}
+    kinds = ["model.safetensors", "model_1.safetensors", "optimizer.bin", "optimizer_1.bin"]
+    assert names == {"model", *kinds, "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"}
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and '"eval/psnr"' in lines[-1]  # three logs, one evaluation
+    assert [path.name for path in (folder / "reconstructions").iterdir()] == ["step_00000006.png"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_is_exact(straight, copied, num_workers):
+    interrupt(copied, after=3)
+    (copied / "checkpoint-9.partial").mkdir()  # the next one was not complete yet
+    train(make_config(copied, dataloader_num_workers=num_workers, save_total_limit=1))
+    expected, found = contents(straight[0]), contents(copied)
+    assert expected.keys() == found.keys() and len(expected) > 300
+    different = [path for path in expected if not torch.equal(expected[path], found[path])]
+    assert different == []
+    assert [path.name for path in checkpointing.list_checkpoints(copied)] == ["checkpoint-6"]
+
+
+def test_an_interruption_before_the_last_save_needs_no_training(straight, copied):
+    interrupt(copied, after=6)
+    before = {path: (copied / path).read_bytes() for path in ("checkpoint-6/model.safetensors",)}
+    train(make_config(copied))
+    assert {path: (copied / path).read_bytes() for path in before} == before
+    expected, found = (load_file(folder / "model.safetensors") for folder in (straight[0], copied))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert (copied / "train_results.json").is_file()
+
+
+def test_a_finished_run_is_not_repeated(straight):
+    folder, model = straight
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = train(make_config(folder, logging_steps=1))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == files
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_other_settings_are_refused(straight):
+    folder, _ = straight
+    with pytest.raises(ConfigError) as caught:
+        train(make_config(folder, learning_rate=2e-3, **{"data.augmentation.rotate": 5}))
+    keys = [problem.key for problem in caught.value.problems]
+    assert keys == ["data.augmentation.rotate", "learning_rate", "output_dir"]
+
+
+def test_a_fresh_start_does_not_mix_with_old_checkpoints(copied):
+    interrupt(copied, after=3)
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint.*holds checkpoints"):
+        train(make_config(copied, resume_from_checkpoint="none"))
+
+
+def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(straight, tmp_path):
+    checkpoint = str(straight[0] / "checkpoint-6")
+    with pytest.raises(ConfigError, match=r"max_steps|resume_from_checkpoint"):
+        train(make_config(tmp_path / "shorter", max_steps=4, resume_from_checkpoint=checkpoint))
+
+
+def test_checkpoints_are_found_by_step_and_only_when_complete(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.partial", "checkpoint-best", "other"):
+        (tmp_path / name).mkdir()
+    assert checkpointing.find(tmp_path, "latest", 20) == tmp_path / "checkpoint-10"
+    assert checkpointing.find(tmp_path, str(tmp_path / "checkpoint-9"), 20) == tmp_path / "checkpoint-9"
+    assert (
+        checkpointing.find(tmp_path / "empty", "latest", 20)
+        is checkpointing.find(tmp_path / "empty", "none", 20)
+        is None
+    )
+    for wrong in (tmp_path / "checkpoint-12", tmp_path / "checkpoint-11.partial", Path("newest")):
+        with pytest.raises(ConfigError, match="checkpoint-N"):
+            checkpointing.find(tmp_path, str(wrong), 20)
