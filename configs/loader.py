@@ -1,5 +1,6 @@
 """YAML + `--key value` → the dataclass it is handed. All problems are reported at once, the nearest valid key named."""
 
+import copy
 import difflib
 import re
 import sys
@@ -146,7 +147,8 @@ def unknown_key(key: str, allowed: Iterable[str]) -> str:
     """The message for a key that does not exist, with the nearest one that does."""
     allowed = sorted(allowed)
     nearest = difflib.get_close_matches(str(key), allowed, n=1)
-    return "unknown key; " + (f"did you mean '{nearest[0]}'?" if nearest else f"allowed: {', '.join(allowed)}")
+    listed = ", ".join(allowed[:40]) + (", …" if len(allowed) > 40 else "")
+    return "unknown key; " + (f"did you mean '{nearest[0]}'?" if nearest else f"allowed: {listed}")
 
 
 def check(config: T, source: str = "configuration") -> T:
@@ -199,7 +201,7 @@ def load_config(cls: type[T], name: str | None = None, overrides: Mapping[str, A
     Raises:
         ConfigError: with every problem found.
     """
-    values = merge(read_yaml(name) if name else {}, overrides or {})
+    values = merge(read_yaml(name) if name else {}, copy.deepcopy(dict(overrides or {})))
     return build(cls, values, name or "command line")
 
 

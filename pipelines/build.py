@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from configs import ConfigError, Problem, Section, run
 from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import VQGANImageProcessor, VQGANModel
+from stage1_vqgan import VQGANImageProcessor, load_tokenizer
 from stage2_prior import TokenLayout
 
 
@@ -41,11 +41,13 @@ def build(config: BuildConfig) -> VQGANPipeline:
         raise ConfigError([Problem("prior", message)])
     try:
         pipeline = VQGANPipeline(
-            vqgan=VQGANModel.from_pretrained(config.tokenizer),
+            vqgan=load_tokenizer(config.tokenizer),
             prior=AutoModelForCausalLM.from_pretrained(config.prior),
             image_processor=VQGANImageProcessor.from_pretrained(config.tokenizer),
             layout=TokenLayout.from_pretrained(config.prior),
         )
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError([Problem("tokenizer", str(error))]) from error
     pipeline.save_pretrained(config.output_dir)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from configs import Section, run
+from configs import ConfigError, Problem, Section, run
 from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import DataConfig, ImageSource, image_grid, load_images
@@ -67,22 +67,27 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = VQGANPipeline.from_pretrained(config.pipeline, device=device)
+    try:
+        pipeline = VQGANPipeline.from_pretrained(config.pipeline, device=device)
+    except OSError as error:
+        raise ConfigError([Problem("pipeline", f"received {config.pipeline!r}; {error}")]) from error
+    seconds = recorded_seconds(config)
     inputs = {"weights": weights_hash(pipeline), **asdict(config)}
     path = folder / "metrics.json"
     if path.is_file():
         metrics = json.loads(path.read_text())
         if metrics["inputs"] == inputs:
-            print(json.dumps({name: value for name, value in metrics.items() if name != "inputs"}, indent=2))
-            return metrics
+            return show(metrics)
 
     started = time.perf_counter()
     train, validation = (first(source, config.max_real_images) for source in load_images(config.data))
     train_pixels, validation_pixels = real_pixels(pipeline, train), real_pixels(pipeline, validation)
+    real_train, real_validation = (area_features(x, config.feature_size) for x in (train_pixels, validation_pixels))
+    if config.num_components > min(real_train.shape):
+        allowed = f"at most {min(real_train.shape)} with these images and this feature_size"
+        raise ConfigError([Problem("num_components", f"received {config.num_components}; {allowed}")])
     samples, labels = generate_samples(pipeline, config)
-    real_train, real_validation, generated = (
-        area_features(x, config.feature_size) for x in (train_pixels, validation_pixels, samples)
-    )
+    generated = area_features(samples, config.feature_size)
 
     metrics = dict[str, Any]()
     if labels is not None and train.labels is not None:
@@ -97,11 +102,17 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     )
     metrics |= reconstruction_metrics(pipeline, train_pixels, validation_pixels)
     metrics["num_samples"] = len(samples)
-    metrics["seconds"] = {**recorded_seconds(config), "evaluate": round(time.perf_counter() - started, 1)}
+    metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
+    metrics["inputs"] = inputs
 
     save_pictures(pipeline, config, samples, validation_pixels)
-    path.write_text(json.dumps({**metrics, "inputs": inputs}, indent=2) + "\n")
-    print(json.dumps(metrics, indent=2))
+    path.write_text(json.dumps(metrics, indent=2) + "\n")
+    return show(metrics)
+
+
+def show(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Prints the metrics, without what they were made from, and returns them."""
+    print(json.dumps({name: value for name, value in metrics.items() if name != "inputs"}, indent=2))
     return metrics
 
 
@@ -153,7 +164,7 @@ def frechet_distances(
 
     def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         components = pca.transform(features)
-        return components.mean(0), np.cov(components, rowvar=False)
+        return components.mean(0), np.atleast_2d(np.cov(components, rowvar=False))
 
     mean, covariance = moments(reference)
     distances = []
@@ -223,11 +234,15 @@ def recorded_seconds(config: EvaluationConfig) -> dict[str, float]:
         "tokenize": (config.code_store, "manifest.json", "seconds"),
         "stage2": (config.prior_run, "train_results.json", "train_runtime"),
     }
-    return {
-        step: json.loads((Path(folder) / file).read_text())[key]
-        for step, (folder, file, key) in places.items()
-        if folder is not None
-    }
+    named = {step: (Path(folder) / file, key) for step, (folder, file, key) in places.items() if folder is not None}
+    missing = [
+        Problem("", f"{path} is not there: that step has not finished")
+        for path, _ in named.values()
+        if not path.is_file()
+    ]
+    if missing:
+        raise ConfigError(missing, "recorded durations")
+    return {step: json.loads(path.read_text())[key] for step, (path, key) in named.items()}
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -289,8 +291,12 @@ class VQGANPipeline:
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            if folder.is_absolute() or str(pretrained_model_name_or_path).startswith("."):
-                raise FileNotFoundError(f"there is no folder {str(folder)!r}")
+            try:
+                validate_repo_id(str(pretrained_model_name_or_path))
+            except HFValidationError:
+                raise FileNotFoundError(
+                    f"there is no folder {str(pretrained_model_name_or_path)!r}, and no repository can have this name"
+                ) from None
             folder = Path(
                 snapshot_download(
                     str(pretrained_model_name_or_path), revision=revision, token=token, cache_dir=cache_dir
@@ -313,6 +319,10 @@ class VQGANPipeline:
     def _prompts(self, class_labels: Any, num_images: int | None, num_images_per_label: int) -> Tensor:
         """int64 `(N, 1)`."""
         if class_labels is None:
+            if num_images_per_label != 1:
+                raise ValueError(
+                    "num_images_per_label: needs class_labels; use num_images for images of no given class"
+                )
             count = 1 if num_images is None else num_images
             if count < 1:
                 raise ValueError(f"num_images: received {num_images}; must be at least 1")
@@ -321,7 +331,7 @@ class VQGANPipeline:
             raise ValueError("num_images: cannot be given with class_labels; use num_images_per_label")
         if isinstance(class_labels, Tensor):
             class_labels = class_labels.flatten().tolist()
-        labels = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        labels = [class_labels] if isinstance(class_labels, Integral | str) else list(class_labels)
         if not labels:
             raise ValueError("class_labels: received an empty list; needs at least one label")
         if num_images_per_label < 1:

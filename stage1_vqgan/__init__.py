@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     )
     from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
     from stage1_vqgan.modeling_vqgan import VQGANModel
+    from stage1_vqgan.pretrained import load_tokenizer
     from stage1_vqgan.training_config import Stage1Config
 
 # Names are loaded on first use: importing this package imports nothing else.
@@ -31,6 +32,7 @@ _HOMES = {
     "TrainingSampler": "data",
     "keyed_loader": "data",
     "load_images": "data",
+    "load_tokenizer": "pretrained",
     "Stage1Config": "training_config",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "image_grid",
     "keyed_loader",
     "load_images",
+    "load_tokenizer",
     "normalize",
 ]
 

@@ -16,6 +16,7 @@ from stage1_vqgan.codebook import perplexity, usage
 from stage1_vqgan.data import DataConfig, ImageDataset, keyed_loader, load_images
 from stage1_vqgan.image_processing_vqgan import normalize
 from stage1_vqgan.modeling_vqgan import VQGANModel
+from stage1_vqgan.pretrained import load_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -76,7 +77,8 @@ def evaluate_reconstruction(
 def evaluate(config: EvaluationConfig) -> dict[str, float]:
     """Evaluates a tokenizer on a split and prints the figures as JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = VQGANModel.from_pretrained(config.model).to(device)
+    model = load_tokenizer(config.model, "model")
+    model.to(device)  # type: ignore[arg-type]
     source = load_images(config.data)[0 if config.split == "train" else 1]
     dataset = ImageDataset(source, model.config.image_size, model.config.in_channels)
     keys = [(0, index, 0) for index in range(len(dataset))]

@@ -22,17 +22,21 @@ def mix(x: Tensor) -> Tensor:
 
 
 def uniform(*keys: Tensor) -> Tensor:
-    """float32 in (0, 1) for every combination of int64 keys, which broadcast against each other."""
+    """float64 in (0, 1), with 52 random bits, for every combination of int64 keys, which broadcast against each other.
+
+    float32 with 23 bits on devices that have no float64.
+    """
     state = mix(keys[0])
     for part in keys[1:]:
         state = mix(state ^ mix(part))
-    # 23 bits and a half: every value is exact in float32 and neither 0 nor 1
-    return (_shift_right(state, 41).float() + 0.5) * 2.0**-23
+    # half a step is added: every value is exact and neither 0 nor 1
+    dtype, bits = (torch.float32, 23) if state.device.type == "mps" else (torch.float64, 52)
+    return (_shift_right(state, 64 - bits).to(dtype) + 0.5) * 2.0**-bits
 
 
 def exponential(*keys: Tensor) -> Tensor:
     """Exponentially distributed float32 (rate 1), above 0, for every combination of int64 keys."""
-    return -uniform(*keys).double().log().float()
+    return -uniform(*keys).log().float()
 
 
 def draw_seeds(count: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:

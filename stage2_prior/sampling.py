@@ -43,13 +43,14 @@ class SamplingOptions:
         ranges = {
             "guidance_scale": (self.guidance_scale >= 0, "a number from 0 up (1.0 is no guidance)"),
             "temperature": (self.temperature >= 0, "a number from 0 up (0.0 is greedy)"),
-            "top_k": (self.top_k >= 0 and self.top_k == int(self.top_k), "a whole number from 0 up (0 is all)"),
+            "top_k": (self.top_k >= 0 and self.top_k % 1 == 0, "a whole number from 0 up (0 is all)"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
         }
         for name, (holds, allowed) in ranges.items():  # NaN fails every comparison
             if not holds or getattr(self, name) == float("inf"):
                 raise ValueError(f"{name}: received {getattr(self, name)!r}; allowed is {allowed}")
+        object.__setattr__(self, "top_k", int(self.top_k))
 
     @property
     def guided(self) -> bool:
@@ -79,6 +80,11 @@ class PreallocatedLayer(DynamicLayer):
             buffer[:, :, start:stop] = states
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
         return self.keys, self.values
+
+
+def make_cache(prior: PreTrainedModel, length: int) -> Cache:
+    """An empty cache for sequences of up to `length` tokens."""
+    return Cache(layers=[PreallocatedLayer(length) for _ in range(prior.config.num_hidden_layers)])
 
 
 @torch.inference_mode()
@@ -112,7 +118,7 @@ def sample_codes(
     """
     rows = torch.cat([prompts, null_prompts]) if options.guided else prompts
     codes = torch.empty(len(prompts), length, dtype=torch.int64, device=prompts.device)
-    cache = Cache(layers=[PreallocatedLayer(prompts.shape[1] + length) for _ in range(prior.config.num_hidden_layers)])
+    cache = make_cache(prior, prompts.shape[1] + length)
     logits = forward(prior, rows, cache)
     for position in range(length):
         code = pick(guide(logits[:, :num_codes], options), seeds, position, options)
@@ -140,7 +146,8 @@ def guide(logits: Tensor, options: SamplingOptions) -> Tensor:
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     """Temperature, top-k, top-p, min-p in this order; codes that are left out get -inf. Logits are `(B, K)`."""
-    logits = logits / options.temperature
+    # the largest logit is moved to 0 first, so that the smallest temperature cannot overflow
+    logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
     if 0 < options.top_k < logits.shape[1]:
         threshold = logits.topk(options.top_k).values[:, -1:]
         logits = logits.where(logits >= threshold, -torch.inf)

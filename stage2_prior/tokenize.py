@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem, run
-from stage1_vqgan import ImageDataset, ImageSource, VQGANModel, keyed_loader, load_images, normalize
+from stage1_vqgan import ImageDataset, ImageSource, VQGANModel, keyed_loader, load_images, load_tokenizer, normalize
 from stage2_prior.code_store import MANIFEST_NAME, SHARD_ROWS, CodeStore, code_dtype, shard_path, write_shard
 from stage2_prior.training_config import Stage2Config
 from stage2_prior.vocabulary import TokenLayout
@@ -26,7 +26,7 @@ def tokenize(config: Stage2Config) -> CodeStore:
         ConfigError: the folder holds codes that were made with other settings.
     """
     accelerator = Accelerator()
-    model = VQGANModel.from_pretrained(config.tokenizer).to(accelerator.device).eval()
+    model = load_tokenizer(config.tokenizer).to(accelerator.device)
     folder = Path(config.code_store)
     origin = {
         "tokenizer_fingerprint": model.config.fingerprint,
@@ -34,6 +34,7 @@ def tokenize(config: Stage2Config) -> CodeStore:
         "num_views": config.num_views,
         "seed": config.seed,
     }
+    train, validation = load_images(config.data)
     if accelerator.is_main_process:
         _claim(folder, origin)
     accelerator.wait_for_everyone()
@@ -42,7 +43,6 @@ def tokenize(config: Stage2Config) -> CodeStore:
         return CodeStore(folder)
 
     started = time.perf_counter()
-    train, validation = load_images(config.data)
     splits = {"train": (train, config.num_views), "validation": (validation, 1)}
     for name, (source, num_views) in splits.items():
         _tokenize_split(config, accelerator, model, name, source, num_views)
@@ -99,9 +99,9 @@ def _tokenize_split(
 
 
 def _claim(folder: Path, origin: dict[str, Any]) -> None:
-    """Notes in the folder how its codes are made, and refuses one whose codes are made otherwise."""
+    """Notes in the folder how its codes are made, and refuses one that holds codes made otherwise."""
     path = folder / "origin.json"
-    if path.is_file():
+    if path.is_file() and ((folder / MANIFEST_NAME).is_file() or any(folder.glob("*.arrow"))):
         before = json.loads(path.read_text())
         now = json.loads(json.dumps(origin))
         problems = [

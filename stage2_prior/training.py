@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -26,6 +27,7 @@ from configs.run_folder import finish_run, open_run, push_run
 from stage1_vqgan import TrainingSampler
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset, collate
+from stage2_prior.sampling import forward, make_cache
 from stage2_prior.training_config import Stage2Config
 from stage2_prior.vocabulary import TokenLayout
 
@@ -107,8 +109,32 @@ def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
         pad_token_id=None,
     )
     prior = AutoModelForCausalLM.from_config(config)
+    if not reads_like_a_sequence(prior, layout):
+        reason = "as a prior it must not look ahead, and must keep keys and values in a standard cache"
+        raise ConfigError([Problem("model.model_type", f"received {model['model_type']!r}; {reason}")])
     prior.generation_config = generation_config(layout)
     return prior
+
+
+@torch.no_grad()
+def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
+    """Whether reading tokens one by one through the sampler's cache gives the logits of reading them all at once.
+
+    It does not where a model sees later tokens, or keeps a state of another kind.
+    """
+    prior.eval()
+    tokens = torch.arange(min(6, layout.length), device=prior.device)[None]
+    if tokens.device.type == "meta":
+        return True
+    try:
+        whole = prior(input_ids=tokens).logits.float()
+        cache = make_cache(prior, tokens.shape[1])
+        steps = torch.stack([forward(prior, token, cache) for token in tokens.split(1, dim=1)], 1)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        prior.train()
+    return torch.allclose(whole, steps, rtol=1e-3, atol=1e-3 * float(whole.std()))
 
 
 def generation_config(layout: TokenLayout) -> GenerationConfig:
@@ -183,6 +209,14 @@ def train(config: Stage2Config) -> PreTrainedModel:
     return prior
 
 
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
+
+
 def find_checkpoint(config: Stage2Config) -> str | None:
     """The checkpoint to go on from: Trainer writes its state file last, so a folder that has it is complete.
 
@@ -193,7 +227,7 @@ def find_checkpoint(config: Stage2Config) -> str | None:
     complete = [
         path.parent
         for path in Path(folder).glob("checkpoint-*/trainer_state.json")
-        if re.fullmatch(r"checkpoint-\d+", path.parent.name)
+        if re.fullmatch(r"checkpoint-\d+", path.parent.name) and _is_json(path)
     ]
     if wanted == "latest":
         newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

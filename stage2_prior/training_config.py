@@ -66,3 +66,8 @@ class Stage2Config(TrainingConfig):
                 yield f"model.{key}", value, "is decided by the code store; leave it out"
             elif key not in allowed:
                 yield f"model.{key}", value, unknown_key(key, allowed)
+        if self.model.keys() <= allowed:
+            try:
+                AutoConfig.for_model(**self.model)
+            except Exception as error:  # each configuration class checks in its own way
+                yield "model", None, " ".join(str(error.__cause__ or error).split())

@@ -71,7 +71,7 @@ class TokenLayout:
         """Tokens of int64 class labels `(B,)`."""
         return labels + self.num_codes
 
-    def class_ids(self, labels: Sequence[int | str]) -> Tensor:
+    def class_ids(self, labels: Sequence[Any]) -> Tensor:
         """int64 `(B,)` class ids of labels given as ids or as names.
 
         Raises:
@@ -81,7 +81,7 @@ class TokenLayout:
         for label in labels:
             if isinstance(label, str) and label in self.class_names:
                 ids.append(self.class_names.index(label))
-            elif isinstance(label, Integral) and not isinstance(label, bool) and 0 <= label < self.num_classes:
+            elif isinstance(label, Integral) and not isinstance(label, bool) and 0 <= int(label) < self.num_classes:
                 ids.append(int(label))
             elif self.num_classes == 0:
                 raise ValueError("class_labels: this prior is unconditional; use num_images instead")

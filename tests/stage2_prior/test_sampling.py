@@ -1,0 +1,222 @@
+"""The sampler against transformers' own generation, against a loop without a cache, and against itself in other
+batches."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import Cache
+
+from stage2_prior import sample_codes
+from stage2_prior.randomness import exponential
+from stage2_prior.sampling import PreallocatedLayer, SamplingOptions, filter_logits, pick
+
+MODEL_TYPES = ["llama", "gpt2", "qwen3"]
+OPTIONS = [
+    {},
+    {"guidance_scale": 2.5},
+    {"guidance_scale": 0.0},
+    {"temperature": 0.0},
+    {"temperature": 0.0, "guidance_scale": 3.0},
+    {"temperature": 0.7, "top_k": 12, "top_p": 0.9, "min_p": 0.02, "guidance_scale": 1.5},
+]
+
+
+def draw(prior, layout, labels, seeds, **options):
+    prompts = layout.class_tokens(labels)[:, None]
+    nulls = torch.full_like(prompts, layout.null_token)
+    return sample_codes(prior, prompts, nulls, seeds, layout.length, layout.num_codes, SamplingOptions(**options))
+
+
+@torch.no_grad()
+def draw_naively(prior, layout, labels, seeds, **options):
+    """No cache, and guidance in two passes."""
+    options = SamplingOptions(**options)
+    conditional = layout.class_tokens(labels)[:, None]
+    unconditional = torch.full_like(conditional, layout.null_token)
+    for position in range(layout.length):
+        logits = prior(input_ids=conditional, use_cache=False).logits[:, -1, : layout.num_codes]
+        if options.guidance_scale != 1:
+            free = prior(input_ids=unconditional, use_cache=False).logits[:, -1, : layout.num_codes]
+            logits = free + options.guidance_scale * (logits - free)
+        code = pick(logits, seeds, position, options)[:, None]
+        conditional, unconditional = torch.cat([conditional, code], 1), torch.cat([unconditional, code], 1)
+    return conditional[:, 1:]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_greedy_codes_are_those_of_generate(random_prior, layout, model_type):
+    prior, labels = random_prior(model_type, layout), torch.arange(5)
+    prompts = layout.class_tokens(labels)[:, None]
+    expected = prior.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False)[:, 1:]
+    codes = draw(prior, layout, labels, torch.arange(5), temperature=0.0)
+    assert len(expected.unique()) > 5  # the prior does not repeat one code
+    assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_codes_are_those_of_a_loop_without_cache(random_prior, layout, model_type, options):
+    prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
+    codes = draw(prior, layout, labels, seeds, **options)
+    assert torch.equal(codes, draw_naively(prior, layout, labels, seeds, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "top_p": 0.95}], ids=str)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_an_image_does_not_depend_on_its_batch(random_prior, layout, model_type, options):
+    prior, labels = random_prior(model_type, layout), torch.arange(64) % 5
+    seeds = torch.randint(2**62, (64,), generator=torch.Generator().manual_seed(0))
+    together = draw(prior, layout, labels, seeds, **options)
+    for size, rows in [(7, torch.arange(64)), (1, torch.arange(0, 64, 8))]:
+        parts = [draw(prior, layout, labels[part], seeds[part], **options) for part in rows.split(size)]
+        assert torch.equal(torch.cat(parts), together[rows])
+    backwards = draw(prior, layout, labels.flip(0), seeds.flip(0), **options)
+    assert torch.equal(backwards.flip(0), together)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+def test_only_codes_are_ever_chosen(random_prior, layout, temperature):
+    prior = random_prior("llama", layout)
+    with torch.no_grad():
+        prior.lm_head.weight[layout.num_codes :] *= 100  # left alone, it would nearly always say something else
+    favourites = prior(input_ids=torch.tensor([[layout.null_token]])).logits[0, -1].topk(10).indices
+    assert (favourites >= layout.num_codes).all()
+    codes = draw(prior, layout, torch.arange(50) % 5, torch.arange(50), temperature=temperature, guidance_scale=2.0)
+    assert codes.min() >= 0 and codes.max() < layout.num_codes
+
+
+def test_seeds_decide_samples_but_not_greedy_codes(random_prior, layout):
+    prior, labels, seeds = random_prior("llama", layout), torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    sampled = draw(prior, layout, labels, seeds)
+    assert len(sampled.unique(dim=0)) == 4
+    greedy = draw(prior, layout, labels, seeds, temperature=0.0, top_k=3, top_p=0.5, min_p=0.5)
+    assert len(greedy.unique(dim=0)) == 1
+
+
+def test_on_step_sees_every_position(random_prior, layout):
+    steps = []
+    prompts = torch.full((3, 1), layout.null_token)
+    codes = sample_codes(
+        random_prior("gpt2", layout),
+        prompts,
+        prompts,
+        torch.arange(3),
+        layout.length,
+        layout.num_codes,
+        SamplingOptions(),
+        lambda position, chosen: steps.append((position, chosen.clone())),
+    )
+    assert [position for position, _ in steps] == list(range(16))
+    assert torch.equal(torch.stack([chosen for _, chosen in steps], 1), codes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.3},
+        {"top_k": 1},
+        {"top_k": 5},
+        {"top_k": 49},
+        {"top_k": 50},
+        {"top_k": 1000},
+        {"top_p": 0.9},
+        {"top_p": 0.3},
+        {"top_p": 1e-6},
+        {"min_p": 0.1},
+        {"min_p": 1.0},
+        {"temperature": 2.0, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
+        {"temperature": 0.5, "top_k": 30, "top_p": 0.95, "min_p": 0.3},
+    ],
+    ids=str,
+)
+def test_filters_are_those_of_transformers(options):
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * 3
+    warpers = {
+        "temperature": TemperatureLogitsWarper,
+        "top_k": TopKLogitsWarper,
+        "top_p": TopPLogitsWarper,
+        "min_p": MinPLogitsWarper,
+    }
+    reference = LogitsProcessorList([warpers[name](value) for name, value in options.items()])(None, logits)
+    filtered = filter_logits(logits, SamplingOptions(**options))
+    assert torch.equal(filtered.isfinite(), reference.isfinite())
+    torch.testing.assert_close(filtered.softmax(-1), reference.softmax(-1))
+
+
+def test_filters_always_keep_the_most_likely_code():
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(1)) * 3
+    for options in ({"top_p": 1e-9}, {"top_k": 1}, {"min_p": 1.0}):
+        filtered = filter_logits(logits, SamplingOptions(**options))
+        assert (filtered.isfinite().sum(1) == 1).all() and torch.equal(filtered.argmax(1), logits.argmax(1))
+
+
+@pytest.mark.parametrize("position", [0, 3])
+def test_picks_follow_the_probabilities(position):
+    probabilities = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
+    logits = torch.from_numpy(probabilities).log().float().expand(20_000, 5)
+    codes = pick(logits, torch.arange(20_000), position, SamplingOptions())
+    assert stats.chisquare(np.bincount(codes, minlength=5), probabilities * 20_000).pvalue > 1e-3
+    kept = pick(logits, torch.arange(20_000), position, SamplingOptions(top_k=3))
+    assert stats.chisquare(np.bincount(kept), probabilities[:3] / 0.9 * 20_000).pvalue > 1e-3
+
+
+def test_picks_at_two_positions_are_independent():
+    logits, seeds = torch.zeros(20_000, 4), torch.arange(20_000)
+    first, second = (pick(logits, seeds, position, SamplingOptions()) for position in (0, 1))
+    table = np.bincount(first * 4 + second, minlength=16).reshape(4, 4)
+    assert stats.chi2_contingency(table).pvalue > 1e-3
+
+
+def test_a_pick_is_the_winner_of_its_race():
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    codes = pick(logits, torch.arange(6), 2, SamplingOptions(temperature=0.5))
+    for row in range(6):
+        times = [exponential(torch.tensor(row), torch.tensor(2), torch.tensor(code)) for code in range(9)]
+        rates = (logits[row] / 0.5).exp()
+        assert codes[row] == int(np.argmin([time / rate for time, rate in zip(times, rates, strict=True)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, value) for name in ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
+          for value in (-1, float("nan"), float("inf"), float("-inf"))],
+        ("top_k", 1.5),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("min_p", 1.01),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name}: received {value!r}; allowed is"):
+        SamplingOptions(**{name: value})
+
+
+def test_a_whole_number_as_float_is_a_top_k(random_prior, layout):
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        filter_logits(logits, SamplingOptions(top_k=2.0)), filter_logits(logits, SamplingOptions(top_k=2))
+    )
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@torch.no_grad()
+def test_preallocated_cache_equals_dynamic_cache(random_prior, layout, model_type):
+    prior = random_prior(model_type, layout)
+    tokens = torch.randint(layout.num_codes, (3, 16), generator=torch.Generator().manual_seed(0))
+    preallocated, dynamic = Cache(layers=[PreallocatedLayer(16) for _ in range(2)]), DynamicCache()
+    for start, stop in [(0, 5), *((n, n + 1) for n in range(5, 16))]:
+        logits = [prior(input_ids=tokens[:, start:stop], past_key_values=c).logits for c in (preallocated, dynamic)]
+        assert torch.equal(*logits)
+        assert preallocated.get_seq_length() == dynamic.get_seq_length() == stop
+    for mine, theirs in zip(preallocated.layers, dynamic.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)

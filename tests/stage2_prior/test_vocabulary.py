@@ -1,0 +1,71 @@
+"""The token space: which token means what, labels to tokens, and the way through JSON."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from stage2_prior import TokenLayout
+
+
+def make(num_codes: int, num_classes: int, grid: tuple[int, int] = (4, 4), factor: int = 4) -> TokenLayout:
+    return TokenLayout(num_codes, tuple(f"class {n}" for n in range(num_classes)), grid, factor, "0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    ("num_codes", "num_classes", "null", "vocab_size"),
+    [
+        (32, 10, 42, 64),
+        (256, 10, 266, 320),
+        (53, 10, 63, 64),
+        (54, 10, 64, 128),
+        (64, 0, 64, 128),
+        (1024, 1000, 2024, 2048),
+    ],
+)
+def test_segments_follow_one_another(num_codes, num_classes, null, vocab_size):
+    layout = make(num_codes, num_classes)
+    assert (layout.null_token, layout.vocab_size) == (null, vocab_size)
+    segments = layout.to_dict()["tokens"]
+    assert list(segments) == ["codes", "classes", "null", "padding"]
+    assert list(segments.values()) == [num_codes, num_classes, 1, vocab_size - null - 1]
+    assert layout.class_tokens(torch.arange(num_classes)).tolist() == list(range(num_codes, null))
+
+
+@pytest.mark.parametrize(("grid", "factor"), [((4, 4), 4), ((16, 16), 16), ((8, 6), 2)])
+def test_codes_and_pixels_of_an_image(grid, factor):
+    layout = make(32, 0, grid, factor)
+    image = np.zeros((grid[0] * factor, grid[1] * factor))
+    assert layout.length == image[::factor, ::factor].size
+    assert layout.pixels == image.size
+
+
+def test_labels_are_ids_or_names(layout):
+    labels = [0, "elk", np.int64(2), "bee", np.uint8(3), 4]
+    assert layout.class_ids(labels).tolist() == [0, 4, 2, 1, 3, 4]
+    assert layout.class_ids(labels).dtype == torch.int64
+    assert layout.class_ids(np.array([3, 1])).tolist() == [3, 1]
+
+
+def test_a_name_that_looks_like_a_number_is_a_name():
+    assert TokenLayout(32, ("9", "8"), (4, 4), 4, "").class_ids(["8", 0]).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("label", [5, -1, True, np.True_, 1.0, "fox", "", None], ids=repr)
+def test_other_labels_are_refused(layout, label):
+    with pytest.raises(ValueError, match=r"class_labels: received .* 0 to 4 or names: ant, bee, cat, dog, elk"):
+        layout.class_ids([0, label])
+
+
+def test_an_unconditional_layout_has_no_labels():
+    with pytest.raises(ValueError, match="num_images"):
+        make(32, 0).class_ids([0])
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_round_trips(tmp_path, num_classes):
+    layout = make(300, num_classes, (8, 6))
+    assert TokenLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+    layout.save_pretrained(tmp_path)
+    assert TokenLayout.from_pretrained(tmp_path) == layout
