@@ -15,14 +15,14 @@ TEMPLATE = """---
 
 Generates {{ size }}×{{ size }} {{ colour }} images in two stages: a VQGAN tokenizer turns an image into
 {{ length }} codes out of {{ num_codes }}, and a causal language model (`{{ model_type }}`) writes such codes. Made with
-[tessella](https://pypi.org/project/tessella/).
+tessella.
 
 ## Use
 
 ```python
 from pipelines import VQGANPipeline
 
-pipe = VQGANPipeline.from_pretrained("path/or/repository")
+pipe = VQGANPipeline.from_pretrained("{{ name }}")
 images = pipe.generate({{ example }}).images
 ```
 
@@ -31,7 +31,7 @@ The prior alone is an ordinary causal language model. It needs no other code tha
 ```python
 from transformers import AutoModelForCausalLM
 
-prior = AutoModelForCausalLM.from_pretrained("path/or/repository", subfolder="prior")
+prior = AutoModelForCausalLM.from_pretrained("{{ name }}", subfolder="prior")
 ```
 
 ## Details
@@ -48,8 +48,8 @@ Classes: {{ class_names }}
 {% endif %}"""
 
 
-def model_card(pipeline: "VQGANPipeline") -> str:
-    """The card's text: what the pipeline is, how to use it, and its figures."""
+def model_card(pipeline: "VQGANPipeline", name: str = "path/or/repository") -> str:
+    """The card's text: what the pipeline is, how to use it under its name, and its figures."""
     layout, config = pipeline.layout, pipeline.vqgan.config
     classes = layout.num_classes
     shown = ", ".join(layout.class_names[:50]) + (", …" if classes > 50 else "")
@@ -60,6 +60,7 @@ def model_card(pipeline: "VQGANPipeline") -> str:
             tags=["vqgan", "image-generation", "autoregressive", "tessella"],
         ),
         template_str=TEMPLATE,
+        name=name,
         title="Class-conditional image generator" if classes else "Image generator",
         size=config.image_size,
         colour="gray" if config.in_channels == 1 else "colour",

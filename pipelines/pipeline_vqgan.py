@@ -265,6 +265,7 @@ class VQGANPipeline:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            (Path(folder) / "README.md").write_text(model_card(self, repo_id))
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **kwargs))
 
     @classmethod
