@@ -22,17 +22,26 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: export HF_HUB_OFFLINE = 1
-demo: install
-	$(LAUNCH) -m stage1_vqgan.train configs/digits/stage1.yaml
-	$(LAUNCH) -m stage2_prior.tokenize configs/digits/stage2.yaml
-	$(LAUNCH) -m stage2_prior.train configs/digits/stage2.yaml
-	python -m pipelines.build --tokenizer $(RUNS)/vqgan --prior $(RUNS)/prior --output_dir $(RUNS)/pipeline
+demo: $(RUNS)/pipeline/model_index.json
 	python -m pipelines.evaluate configs/digits/evaluate.yaml
-	@printf '\n%s\n' 'Done. In $(RUNS): samples.png, reconstructions.png, metrics.json, and the model in pipeline/.' \
-		'Use it from Python ($(VENV)/bin/python):' \
+	@printf '\n%s\n' 'Done. In $(RUNS): samples.png, reconstructions.png, metrics.json, and the model in pipeline/.'
+	@printf '%s\n' 'Use it from Python ($(VENV)/bin/python):' \
 		'    from pipelines import VQGANPipeline' \
 		'    pipe = VQGANPipeline.from_pretrained("$(CURDIR)/$(RUNS)/pipeline")' \
 		'    pipe.generate(class_labels=[3, 7], guidance_scale=1.5).images[0].show()'
+
+# Each step of the demo leaves a file when it has finished; one that was interrupted goes on where it stopped.
+$(RUNS)/vqgan/train_results.json: configs/digits/stage1.yaml | install
+	$(LAUNCH) -m stage1_vqgan.train configs/digits/stage1.yaml
+
+$(RUNS)/codes/manifest.json: configs/digits/stage2.yaml $(RUNS)/vqgan/train_results.json | install
+	$(LAUNCH) -m stage2_prior.tokenize configs/digits/stage2.yaml
+
+$(RUNS)/prior/train_results.json: configs/digits/stage2.yaml $(RUNS)/codes/manifest.json | install
+	$(LAUNCH) -m stage2_prior.train configs/digits/stage2.yaml
+
+$(RUNS)/pipeline/model_index.json: $(RUNS)/vqgan/train_results.json $(RUNS)/prior/train_results.json | install
+	python -m pipelines.build --tokenizer $(RUNS)/vqgan --prior $(RUNS)/prior --output_dir $(RUNS)/pipeline
 
 test: export HF_HUB_OFFLINE = 1
 test: install
