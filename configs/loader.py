@@ -228,6 +228,9 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from what has been saved", file=sys.stderr)
+        sys.exit(130)
 
 
 def describe(cls: type, prefix: str = "") -> list[str]:
