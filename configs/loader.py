@@ -34,13 +34,14 @@ class Problem:
 
 
 class YamlReader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-4` is a number, and a date is the text it is written as."""
+    """YAML as people mean it: `1e-4` is a number, `no` and dates are text, only true and false are booleans."""
 
 
 YamlReader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "bool")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+YamlReader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|false|False"), list("tTfF"))
 YamlReader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
 )

@@ -74,7 +74,9 @@ def push_run(config: Any) -> str:
 
     api = HfApi()
     repo_id = api.create_repo(config.hub_model_id, private=config.hub_private_repo, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=repo_id, folder_path=config.output_dir, ignore_patterns=["*/*", "*.jsonl"]))
+    return str(
+        api.upload_folder(repo_id=repo_id, folder_path=config.output_dir, ignore_patterns=["*/*", "*.jsonl", "*.bin"])
+    )
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Any:

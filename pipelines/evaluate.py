@@ -74,7 +74,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     seconds = recorded_seconds(config)
     inputs = {"weights": weights_hash(pipeline), **asdict(config)}
     path = folder / "metrics.json"
-    if path.is_file():
+    if all((folder / name).is_file() for name in ("metrics.json", "samples.png", "reconstructions.png")):
         metrics = json.loads(path.read_text())
         if metrics["inputs"] == inputs:
             return show(metrics)

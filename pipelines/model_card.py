@@ -49,7 +49,7 @@ Classes: {{ class_names }}
 
 
 def model_card(pipeline: "VQGANPipeline", name: str = "path/or/repository") -> str:
-    """The card's text: what the pipeline is, how to use it under its name, and its figures."""
+    """The card's text: what the pipeline is, and how to use it under its name."""
     layout, config = pipeline.layout, pipeline.vqgan.config
     classes = layout.num_classes
     shown = ", ".join(layout.class_names[:50]) + (", …" if classes > 50 else "")

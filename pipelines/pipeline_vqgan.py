@@ -13,6 +13,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import snapshot_download
@@ -154,6 +155,12 @@ class VQGANPipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: received {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}")
+        if not self.layout.has_null and (guidance_scale != 1.0 or class_labels is None):
+            what = "guidance_scale" if class_labels is not None else "class_labels"
+            raise ValueError(
+                f"{what}: this prior was trained without condition dropout and knows no null token; "
+                "it needs class_labels and guidance_scale 1.0"
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size: received {batch_size}; must be at least 1")
         options = SamplingOptions(
@@ -192,11 +199,10 @@ class VQGANPipeline:
             ).view(-1, *self.layout.grid)
             all_codes.append(codes)
             if output_type != "codes":
-                decoded.append(self.vqgan.decode_codes(codes))
+                decoded.append(self.image_processor.postprocess(self.vqgan.decode_codes(codes), output_type))
         bar.close()
         codes = torch.cat(all_codes)
-        images = None if output_type == "codes" else self.image_processor.postprocess(torch.cat(decoded), output_type)
-        return VQGANPipelineOutput(images=images, codes=codes)
+        return VQGANPipelineOutput(images=_join(decoded, output_type), codes=codes)
 
     __call__ = generate
 
@@ -209,7 +215,9 @@ class VQGANPipeline:
     @torch.no_grad()
     def decode(self, codes: Tensor, output_type: str = "pil") -> Any:
         """Images of int64 codes `(N, h, w)`; see `generate` for the output types ("codes" is not one here)."""
-        return self.image_processor.postprocess(self.vqgan.decode_codes(codes.to(self.device)), output_type)
+        return self.image_processor.postprocess(
+            self.vqgan.decode_codes(torch.as_tensor(codes).to(self.device, torch.int64)), output_type
+        )
 
     def reconstruct(self, images: Any, output_type: str = "pil") -> Any:
         """Images through the tokenizer and back: what the best possible prior could make of them."""
@@ -330,7 +338,7 @@ class VQGANPipeline:
             return torch.full((count, 1), self.layout.null_token, device=self.device)
         if num_images is not None:
             raise ValueError("num_images: cannot be given with class_labels; use num_images_per_label")
-        if isinstance(class_labels, Tensor):
+        if isinstance(class_labels, Tensor | np.ndarray):
             class_labels = class_labels.flatten().tolist()
         labels = [class_labels] if isinstance(class_labels, Integral | str) else list(class_labels)
         if not labels:
@@ -339,6 +347,15 @@ class VQGANPipeline:
             raise ValueError(f"num_images_per_label: received {num_images_per_label}; must be at least 1")
         ids = self.layout.class_ids(labels).repeat_interleave(num_images_per_label)
         return self.layout.class_tokens(ids)[:, None].to(self.device)
+
+
+def _join(batches: list[Any], output_type: str) -> Any:
+    """One set of images from those of each batch."""
+    if output_type == "codes":
+        return None
+    if output_type == "pil":
+        return [image for batch in batches for image in batch]
+    return torch.cat(batches) if output_type == "pt" else np.concatenate(batches)
 
 
 def tokenizer_sources() -> list[Path]:

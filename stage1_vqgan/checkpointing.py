@@ -76,6 +76,6 @@ def find(output_dir: str | Path, resume_from_checkpoint: str, max_steps: int) ->
 
 def _within(checkpoint: Path, max_steps: int) -> Path:
     if step_of(checkpoint) > max_steps:
-        message = f"received {max_steps}, but {checkpoint} is further on; raise max_steps or name another checkpoint"
+        message = f"received {max_steps}, but {checkpoint} is further on; choose another output_dir"
         raise ConfigError([Problem("max_steps", message)])
     return checkpoint

@@ -73,9 +73,9 @@ class CodebookMonitor(nn.Module):
 
     def update(self, codes: Tensor) -> None:
         """Adds the codes of one process's batch."""
-        counts = torch.bincount(codes.flatten(), minlength=len(self.logged))
-        self.logged += counts
-        self.recent += counts
+        codes = codes.flatten()
+        for counts in (self.logged, self.recent):  # unlike bincount this needs nothing from the host
+            counts.scatter_add_(0, codes, torch.ones_like(codes))
 
     def statistics(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Usage and perplexity since the last call; `reduce` sums over processes."""

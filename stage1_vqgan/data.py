@@ -5,9 +5,10 @@ depend on workers, processes or interruptions.
 """
 
 import io
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,8 @@ from configs.sections import Fraction
 from stage1_vqgan.image_processing_vqgan import convert_mode, resize_and_crop, to_uint8
 
 DIGITS = "digits"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -287,13 +290,16 @@ def _load_dataset(config: DataConfig) -> tuple[ImageSource, ImageSource]:
             raise ConfigError([Problem(f"data.{key}", f"received {name!r}; the dataset has {sorted(splits)}")])
     train = splits[config.train_split]
     if config.validation_split is not None:
-        return _to_source(train, config), _to_source(splits[config.validation_split], config)
-    every = round(1 / config.validation_fraction)
-    held_out = np.arange(len(train)) % every == 0
-    return (
-        _to_source(train.select(np.flatnonzero(~held_out)), config),
-        _to_source(train.select(np.flatnonzero(held_out)), config),
-    )
+        pair = _to_source(train, config), _to_source(splits[config.validation_split], config)
+    else:
+        held_out = np.arange(len(train)) % round(1 / config.validation_fraction) == 0
+        training, validation = (train.select(np.flatnonzero(chosen)) for chosen in (~held_out, held_out))
+        pair = _to_source(training, config), _to_source(validation, config)
+    if pair[0].labels is None and config.use_labels:
+        logger.warning("no class labels in %s: the model will be unconditional", config.dataset)
+    # classes without names are counted over both splits
+    names = max((source.class_names for source in pair if source.class_names is not None), key=len, default=None)
+    return replace(pair[0], class_names=names), replace(pair[1], class_names=names)
 
 
 def _to_source(split: Any, config: DataConfig) -> ImageSource:
@@ -313,14 +319,17 @@ def _to_source(split: Any, config: DataConfig) -> ImageSource:
         raise ConfigError([Problem("data.image_column", message)]) from error
 
     label_columns = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
-    label_column = config.label_column or (label_columns[0] if len(label_columns) == 1 else None)
+    if config.use_labels and config.label_column is None and len(label_columns) > 1:
+        message = f"there are several columns of class labels; name one: {', '.join(label_columns)}"
+        raise ConfigError([Problem("data.label_column", message)])
+    label_column = config.label_column or (label_columns[0] if label_columns else None)
     if not config.use_labels or label_column is None:
         return ImageSource(images, None, None)
     if label_column not in split.features:
         raise ConfigError(
             [Problem("data.label_column", f"received {label_column!r}; the columns are {split.column_names}")]
         )
-    labels = np.asarray(split[label_column])
+    labels = np.asarray(split.with_format("numpy")[label_column][:])
     if not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
         raise ConfigError(
             [Problem("data.label_column", f"received {label_column!r}; its values must be class numbers from 0 up")]

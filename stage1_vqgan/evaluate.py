@@ -52,7 +52,8 @@ def evaluate_reconstruction(
     was_training = model.training
     model.eval()
     counts = torch.zeros(model.config.num_embeddings, dtype=torch.int64, device=model.device)
-    totals = torch.zeros(3, dtype=torch.float64, device=model.device)
+    precision = torch.float32 if model.device.type == "mps" else torch.float64
+    totals = torch.zeros(3, dtype=precision, device=model.device)
     for batch in batches:
         images = normalize(batch.to(model.device))
         out = model(images)
@@ -60,7 +61,9 @@ def evaluate_reconstruction(
         absolute = F.l1_loss(reconstruction, images, reduction="none").flatten(1).mean(1)
         squared = F.mse_loss(reconstruction, images, reduction="none").flatten(1).mean(1)
         psnr = 10 * torch.log10(4 / squared.clamp(min=1e-10))
-        totals += torch.stack([absolute.sum(), psnr.sum(), torch.tensor(len(images), device=model.device)]).double()
+        totals += torch.stack([absolute.sum(), psnr.sum(), torch.tensor(len(images), device=model.device)]).to(
+            precision
+        )
         counts += torch.bincount(out.codes.flatten(), minlength=len(counts))
     model.train(was_training)
     counts, totals = reduce(counts), reduce(totals)

@@ -77,7 +77,7 @@ def last_layer_gradient(features: Tensor, last_layer: nn.Conv2d, output_gradient
     """∂L/∂W of the last convolution from ∂L/∂x̂, without a pass through anything else.
 
     Args:
-        features: `(B, base_channels, H, W)`, input of the last convolution.
+        features: `(B, base_channels × channel_multiplier[0], H, W)`, input of the last convolution.
         last_layer: the decoder's last convolution.
         output_gradient: `(B, C, H, W)`, ∂L/∂x̂.
 

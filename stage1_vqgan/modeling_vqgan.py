@@ -63,7 +63,7 @@ class VQGANOutput(VQGANEncoderOutput):
 
     Attributes:
         reconstruction: `(B, C, H, W)`, about [-1, 1], not clamped.
-        decoder_features: `(B, base_channels, H, W)`, input of the decoder's last convolution.
+        decoder_features: `(B, base_channels × channel_multiplier[0], H, W)`, input of the decoder's last convolution.
     """
 
     reconstruction: Tensor | None = None

@@ -37,7 +37,7 @@ def train(config: Stage1Config) -> VQGANModel:
     config = check(config)
     started = time.perf_counter()
     accelerator = Accelerator(
-        mixed_precision="bf16" if config.bf16 else None,
+        mixed_precision="bf16" if config.bf16 else "no",  # the saved config says what was used, not the launcher
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to or None,
         project_dir=config.output_dir,
@@ -58,7 +58,7 @@ def train(config: Stage1Config) -> VQGANModel:
     train_set = ImageDataset(train_source, size, channels, config.data.augmentation, config.seed)
     validation_set = ImageDataset(validation_source, size, channels)
 
-    start = resume(config, accelerator)
+    start = resume(config, accelerator, trainer)
     reporter = Reporter(accelerator, config.output_dir, start, config.max_steps)
     metrics = run_steps(config, accelerator, trainer, train_set, validation_set, reporter, start)
     reporter.close()
@@ -73,12 +73,13 @@ def train(config: Stage1Config) -> VQGANModel:
     return model
 
 
-def resume(config: Stage1Config, accelerator: Accelerator) -> int:
+def resume(config: Stage1Config, accelerator: Accelerator, trainer: VQGANTrainer) -> int:
     """Loads the checkpoint to go on from, if there is one; returns the optimizer steps done."""
     checkpoint = checkpointing.find(config.output_dir, config.resume_from_checkpoint, config.max_steps)
     if checkpoint is None:
         return 0
     accelerator.load_state(str(checkpoint))
+    trainer.keep_statistics_on_main_process()
     accelerator.print(f"going on from {checkpoint}")
     return checkpointing.step_of(checkpoint)
 
@@ -140,6 +141,7 @@ def run_steps(
             metrics = evaluate(config, accelerator, trainer, validation_set, reporter, step)
             clock = time.perf_counter()
         if step % config.save_steps == 0 or is_last:
+            trainer.pool_statistics()
             checkpointing.save(accelerator, config.output_dir, step, config.save_total_limit)
             clock = time.perf_counter()
     return metrics

@@ -16,7 +16,7 @@ from stage1_vqgan.losses import LPIPS_MIN_SIZE
 
 @dataclass(kw_only=True)
 class LossConfig(Section):
-    """Terms of the objective and their weights; a term of weight 0 is not computed.
+    """Terms of the objective and their weights. What only a term of weight 0 would need is not built.
 
     pixel_weight: mean absolute error
     perceptual_weight: LPIPS

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from einops import rearrange
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -140,7 +141,7 @@ class VQGANTrainer:
 
     def _care_for_codebook(self, latents: Tensor, step: int) -> dict[str, Tensor]:
         interval = self.config.codebook.restart_interval
-        if not interval or step % interval:
+        if not interval or step % interval or step == self.config.max_steps:  # the decoder must still meet them
             return {}
         restarted = self.monitor.restart(
             self.model.quantize,
@@ -161,6 +162,7 @@ class VQGANTrainer:
         everything = torch.cat([self.accelerator.gather(rows(self.model.encode(x).latents)) for x in pixels])
         config = self.model.config
         centres = kmeans(everything, config.num_embeddings, config.l2_normalize, self.config.seed)
+        centres = broadcast(centres)  # sums on a GPU come in any order: take those of one process
         for model in (self.model, self.average):
             model.quantize.embedding.weight.copy_(centres)
 
@@ -177,6 +179,18 @@ class VQGANTrainer:
     def statistics(self) -> dict[str, Tensor]:
         """Codebook usage and perplexity since the last call."""
         return self.monitor.statistics(self._sum)
+
+    def pool_statistics(self) -> None:
+        """Sums the codebook's counters on the main process, whose counters are those a checkpoint holds."""
+        for name in ("logged", "recent"):
+            setattr(self.monitor, name, self._sum(getattr(self.monitor, name)))
+        self.keep_statistics_on_main_process()
+
+    def keep_statistics_on_main_process(self) -> None:
+        """Clears the counters of the other processes, which hold the same after loading a checkpoint."""
+        if not self.accelerator.is_main_process:
+            self.monitor.logged.zero_()
+            self.monitor.recent.zero_()
 
     def _sum(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.clone(), "sum")

@@ -35,6 +35,7 @@ def tokenize(config: Stage2Config) -> CodeStore:
         "seed": config.seed,
     }
     train, validation = load_images(config.data)
+    origin |= {"images": [len(train), len(validation)], "class_names": train.class_names}
     if accelerator.is_main_process:
         _claim(folder, origin)
     accelerator.wait_for_everyone()
@@ -101,7 +102,10 @@ def _tokenize_split(
 def _claim(folder: Path, origin: dict[str, Any]) -> None:
     """Notes in the folder how its codes are made, and refuses one that holds codes made otherwise."""
     path = folder / "origin.json"
-    if path.is_file() and ((folder / MANIFEST_NAME).is_file() or any(folder.glob("*.arrow"))):
+    holds_codes = (folder / MANIFEST_NAME).is_file() or any(folder.glob("*.arrow"))
+    if holds_codes and not path.is_file():
+        raise ConfigError([Problem("code_store", f"{folder} holds codes of unknown origin; choose another folder")])
+    if holds_codes:
         before = json.loads(path.read_text())
         now = json.loads(json.dumps(origin))
         problems = [

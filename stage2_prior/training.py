@@ -5,7 +5,7 @@ import math
 import os
 import re
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,13 +22,14 @@ from transformers import (
     set_seed,
 )
 
-from configs import ConfigError, Problem, TrainingConfig, check
-from configs.run_folder import finish_run, open_run, push_run
+from configs import ConfigError, Problem, TrainingConfig, check, to_dict
+from configs.run_folder import RESULTS_NAME, finish_run, open_run, push_run
 from stage1_vqgan import TrainingSampler
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset, collate
 from stage2_prior.sampling import forward, make_cache
 from stage2_prior.training_config import Stage2Config
+from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
 from stage2_prior.vocabulary import TokenLayout
 
 # Keys of ours that Trainer must not act on: the run resumes, reports and uploads in its own way.
@@ -153,8 +154,16 @@ def generation_config(layout: TokenLayout) -> GenerationConfig:
 def training_arguments(config: Stage2Config) -> TrainingArguments:
     """TrainingArguments from the keys both share, and those of the `training_arguments` section."""
     shared = {field.name: getattr(config, field.name) for field in fields(TrainingConfig) if field.name not in OWN_KEYS}
-    defaults = {"eval_strategy": "steps", "prediction_loss_only": True, "save_strategy": "steps"}
-    return TrainingArguments(**{**shared, **defaults, **config.training_arguments})
+    defaults = {
+        "eval_strategy": "steps",
+        "prediction_loss_only": True,
+        "save_strategy": "steps",
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    try:
+        return TrainingArguments(**{**shared, **defaults, **config.training_arguments})
+    except (TypeError, ValueError) as error:
+        raise ConfigError([Problem("training_arguments", str(error))]) from error
 
 
 def train(config: Stage2Config) -> PreTrainedModel:
@@ -168,7 +177,8 @@ def train(config: Stage2Config) -> PreTrainedModel:
     """
     config = check(config)
     store = CodeStore(config.code_store)
-    layout = store.layout
+    check_codes(config, store)
+    layout = replace(store.layout, has_null=not store.layout.num_classes or config.condition_dropout > 0)
     # problems of the folder are found before anything is built; only the main process may make it
     is_main_process = int(os.environ.get("RANK", "0")) == 0
     finished = open_run(config, is_main_process)
@@ -179,6 +189,8 @@ def train(config: Stage2Config) -> PreTrainedModel:
             print(push_run(config))
         return AutoModelForCausalLM.from_pretrained(config.output_dir)
     started = time.perf_counter()
+    if is_main_process:
+        layout.save_pretrained(config.output_dir)
 
     set_seed(config.seed)
     trainer = PriorTrainer(
@@ -191,10 +203,8 @@ def train(config: Stage2Config) -> PreTrainedModel:
     )
     trainer.train(resume_from_checkpoint=find_checkpoint(config))
     metrics = trainer.evaluate()
-    prior = trainer.accelerator.unwrap_model(trainer.model).cpu().eval()
+    trainer.save_model(config.output_dir)  # on all processes: a sharded model is gathered
     if trainer.is_world_process_zero():
-        prior.save_pretrained(config.output_dir)
-        layout.save_pretrained(config.output_dir)
         results = {
             "global_step": trainer.state.global_step,
             "train_runtime": round(time.perf_counter() - started, 1),
@@ -206,7 +216,34 @@ def train(config: Stage2Config) -> PreTrainedModel:
         if config.push_to_hub:
             print(push_run(config))
     trainer.accelerator.wait_for_everyone()
-    return prior
+    return AutoModelForCausalLM.from_pretrained(config.output_dir)
+
+
+def check_codes(config: Stage2Config, store: CodeStore) -> None:
+    """Refuses a store whose codes are not those the configuration describes, or the run's folder was started with.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    origin, fingerprint = store.manifest["origin"], store.layout.tokenizer_fingerprint
+    wanted = {"num_views": config.num_views, "data": to_dict(config)["data"]}
+    problems = [
+        Problem(key, f"{config.code_store} was made with {origin[key]!r}, the configuration says {value!r}")
+        for key, value in wanted.items()
+        if origin[key] != value
+    ]
+    tokenizer, run = Path(config.tokenizer) / "config.json", Path(config.output_dir) / LAYOUT_NAME
+    if tokenizer.is_file() and json.loads(tokenizer.read_text()).get("fingerprint") != fingerprint:
+        message = (
+            f"received {config.tokenizer!r}, but {config.code_store} holds codes of another tokenizer ({fingerprint})"
+        )
+        problems.append(Problem("tokenizer", message))
+    holds_work = (run.parent / RESULTS_NAME).is_file() or any(run.parent.glob("checkpoint-*"))
+    if holds_work and run.is_file() and TokenLayout.from_pretrained(run.parent).tokenizer_fingerprint != fingerprint:
+        message = f"{run.parent} holds a run on the codes of another tokenizer; choose another folder, or remove it"
+        problems.append(Problem("output_dir", message))
+    if problems:
+        raise ConfigError(problems, "codes")
 
 
 def _is_json(path: Path) -> bool:

@@ -34,6 +34,7 @@ class TokenLayout:
         grid: h and w of an image's codes.
         downsampling_factor: pixels of the image's side per code.
         tokenizer_fingerprint: of the tokenizer the codes come from.
+        has_null: whether the prior knows the null token: it is unconditional, or was trained with condition dropout.
     """
 
     num_codes: int
@@ -41,6 +42,7 @@ class TokenLayout:
     grid: tuple[int, int]
     downsampling_factor: int
     tokenizer_fingerprint: str
+    has_null: bool = True
 
     @property
     def num_classes(self) -> int:

@@ -93,7 +93,10 @@ STAGES = {
     "stage2_prior.train": (
         Stage2Config,
         train_prior,
-        ["digits/stage2", "--max_steps=2", "--warmup_steps=0", "--report_to=[]"],
+        [
+            *("digits/stage2", "--max_steps=2", "--warmup_steps=0", "--report_to=[]", "--num_views=2"),
+            "--data.augmentation={rotate: 10, translate: 0.06, scale: 0.1}",
+        ],
         "--model.hidden_size=33",
     ),
 }

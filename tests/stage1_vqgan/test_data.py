@@ -326,3 +326,28 @@ def test_too_few_images_for_a_batch():
     assert len(batches(num_images=8, batch_size=4, world_size=2, stop=3)) == 3
     with pytest.raises(ConfigError, match=r"per_device_train_batch_size.* 7 training images"):
         batches(num_images=7, batch_size=4, world_size=2)
+
+
+def test_plain_numbers_as_labels_are_counted_over_both_splits(tmp_path):
+    pixels = [Image.new("L", (8, 8), shade) for shade in range(20)]
+    labels = [3 if index == 0 else 0 for index in range(20)]  # class 3 is only among the held-out images
+    features = datasets.Features({"image": datasets.Image(), "y": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": pixels, "y": labels}, features).to_parquet(tmp_path / "train.parquet")
+    train, validation = load_images(
+        DataConfig(dataset=str(tmp_path / "train.parquet"), label_column="y", validation_fraction=0.1)
+    )
+    assert train.class_names == validation.class_names == ["0", "1", "2", "3"]
+    assert validation.labels.tolist() == [3, 0]
+
+
+def test_several_columns_of_class_labels_ask_for_a_choice(tmp_path):
+    classes = datasets.ClassLabel(names=["a", "b"])
+    features = datasets.Features({"image": datasets.Image(), "fine": classes, "coarse": classes})
+    rows = {"image": [Image.new("L", (8, 8))] * 4, "fine": [0, 1, 0, 1], "coarse": [0, 0, 1, 1]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ConfigError, match="fine, coarse"):
+        load_images(DataConfig(dataset=str(tmp_path / "train.parquet")))
+    train, _ = load_images(
+        DataConfig(dataset=str(tmp_path / "train.parquet"), label_column="coarse", validation_fraction=0.5)
+    )
+    assert train.labels.tolist() == [0, 1]

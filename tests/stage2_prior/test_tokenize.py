@@ -63,6 +63,8 @@ def test_manifest_says_what_the_codes_are(tiny_runs):
         "data": asdict(tiny_runs.stage2.data),
         "num_views": 2,
         "seed": 0,
+        "images": [1437, 360],
+        "class_names": [str(digit) for digit in range(10)],
     }
     layout = CodeStore(tiny_runs.codes).layout
     assert (layout.num_codes, layout.grid, layout.downsampling_factor) == (32, (4, 4), 4)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from configs import ConfigError, load_config
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
+from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import CodeStore, Stage2Config, TokenLayout
 from stage2_prior.tokenize import tokenize
 from stage2_prior.training import bits_per_pixel, train
@@ -227,3 +229,42 @@ def test_checkpoints_that_cannot_be_gone_on_from(make_config, tmp_path, wanted):
     (tmp_path / "prior" / "checkpoint-1" / "trainer_state.json").write_text("{}")
     with pytest.raises(ConfigError, match="resume_from_checkpoint: received"):
         train(make_config(resume_from_checkpoint=wanted))
+
+
+@pytest.mark.parametrize("changes", [{"num_views": 5}, {"data.use_labels": False}], ids=str)
+def test_codes_that_are_not_those_of_the_configuration_are_refused(make_config, changes):
+    with pytest.raises(ConfigError, match=next(iter(changes)).partition(".")[0] + r": .* was made with"):
+        train(make_config(**changes))
+
+
+def test_a_run_keeps_to_the_codes_of_its_tokenizer(make_config, tiny_runs, tmp_path):
+    """A tokenizer trained anew in the same place must not lend its fingerprint to a prior of the old one's codes."""
+    store, run = tmp_path / "codes", tmp_path / "run"
+    shutil.copytree(tiny_runs.codes, store)
+    config = make_config(code_store=str(store), output_dir=str(run), tokenizer=str(tmp_path / "gone"))
+    train(config)
+    manifest = (store / "manifest.json").read_text()
+    fingerprint = TokenLayout.from_pretrained(run).tokenizer_fingerprint
+    (store / "manifest.json").write_text(manifest.replace(fingerprint, "another"))
+    for unfinished in (False, True):
+        if unfinished:
+            (run / "train_results.json").unlink()
+        with pytest.raises(ConfigError, match="another tokenizer"):
+            train(config)
+    with pytest.raises(ConfigError, match="tokenizer: received"):
+        train(replace(config, tokenizer=str(tiny_runs.vqgan), output_dir=str(tmp_path / "new")))
+
+
+def test_a_prior_without_condition_dropout_has_no_null_token(make_config, tiny_runs):
+    config = make_config(condition_dropout=0.0)
+    prior = train(config)
+    pipe = VQGANPipeline(
+        VQGANModel.from_pretrained(tiny_runs.vqgan),
+        prior,
+        VQGANImageProcessor.from_pretrained(tiny_runs.vqgan),
+        TokenLayout.from_pretrained(config.output_dir),
+    )
+    assert len(pipe.generate(class_labels=[3]).images) == 1
+    for arguments in ({"class_labels": [3], "guidance_scale": 2.0}, {"num_images": 2}):
+        with pytest.raises(ValueError, match="no null token"):
+            pipe.generate(**arguments)
