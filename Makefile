@@ -33,12 +33,15 @@ demo: $(RUNS)/pipeline/model_index.json
 # Each step of the demo leaves a file when it has finished; one that was interrupted goes on where it stopped.
 $(RUNS)/vqgan/train_results.json: configs/digits/stage1.yaml | install
 	$(LAUNCH) -m stage1_vqgan.train configs/digits/stage1.yaml
+	@touch $@
 
 $(RUNS)/codes/manifest.json: configs/digits/stage2.yaml $(RUNS)/vqgan/train_results.json | install
 	$(LAUNCH) -m stage2_prior.tokenize configs/digits/stage2.yaml
+	@touch $@
 
 $(RUNS)/prior/train_results.json: configs/digits/stage2.yaml $(RUNS)/codes/manifest.json | install
 	$(LAUNCH) -m stage2_prior.train configs/digits/stage2.yaml
+	@touch $@
 
 $(RUNS)/pipeline/model_index.json: $(RUNS)/vqgan/train_results.json $(RUNS)/prior/train_results.json | install
 	python -m pipelines.build --tokenizer $(RUNS)/vqgan --prior $(RUNS)/prior --output_dir $(RUNS)/pipeline
