@@ -26,6 +26,18 @@ FREE_KEYS = {
 }
 
 
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a file beside and renames it: a file of this name is complete."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(path)
+
+
+def holds_work(folder: str | Path) -> bool:
+    """Whether a run's folder holds something to go on from: checkpoints or results."""
+    return (Path(folder) / RESULTS_NAME).is_file() or any(Path(folder).glob("checkpoint-*"))
+
+
 def open_run(config: Any, is_main_process: bool = True) -> dict[str, Any] | None:
     """Opens `config.output_dir` for a run, new or going on.
 
@@ -38,8 +50,7 @@ def open_run(config: Any, is_main_process: bool = True) -> dict[str, Any] | None
         ConfigError: the folder holds a run that was started with other settings.
     """
     folder = Path(config.output_dir)
-    holds_work = (folder / RESULTS_NAME).is_file() or any(folder.glob("checkpoint-*"))
-    if holds_work and (folder / CONFIG_NAME).is_file():
+    if holds_work(folder) and (folder / CONFIG_NAME).is_file():
         started_with = yaml.safe_load((folder / CONFIG_NAME).read_text())
         differences = list(_differences(started_with, to_dict(config)))
         if differences:
@@ -58,10 +69,7 @@ def open_run(config: Any, is_main_process: bool = True) -> dict[str, Any] | None
 
 def finish_run(config: Any, results: dict[str, Any]) -> None:
     """Writes the results, which marks the run as finished."""
-    path = Path(config.output_dir) / RESULTS_NAME
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    partial.replace(path)
+    write_json(Path(config.output_dir) / RESULTS_NAME, results)
 
 
 def push_run(config: Any) -> str:

@@ -155,22 +155,13 @@ class VQGANPipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: received {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}")
-        if not self.layout.has_null and (guidance_scale != 1.0 or class_labels is None):
-            what = "guidance_scale" if class_labels is not None else "class_labels"
-            raise ValueError(
-                f"{what}: this prior was trained without condition dropout and knows no null token; "
-                "it needs class_labels and guidance_scale 1.0"
-            )
         if batch_size < 1:
             raise ValueError(f"batch_size: received {batch_size}; must be at least 1")
         options = SamplingOptions(
             guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         )
+        self._check_conditions(options, has_labels=class_labels is not None)
         prompts = self._prompts(class_labels, num_images, num_images_per_label)
-        if options.guided and class_labels is None:
-            raise ValueError(
-                f"guidance_scale: received {guidance_scale}; without class_labels there is nothing to guide"
-            )
         seeds = draw_seeds(len(prompts), generator).to(self.device)
         null = torch.full_like(prompts, self.layout.null_token)
 
@@ -324,6 +315,19 @@ class VQGANPipeline:
         return pipeline.to(device) if device is not None else pipeline
 
     # ------------------------------------------------------------------ helpers
+
+    def _check_conditions(self, options: SamplingOptions, has_labels: bool) -> None:
+        """Whether the prior can do what is asked: guidance and images of no class need the null token."""
+        if not self.layout.has_null and (options.guided or not has_labels):
+            what = "guidance_scale" if has_labels else "class_labels"
+            raise ValueError(
+                f"{what}: this prior was trained without condition dropout and knows no null token; "
+                "it needs class_labels and guidance_scale 1.0"
+            )
+        if options.guided and not has_labels:
+            raise ValueError(
+                f"guidance_scale: received {options.guidance_scale}; without class_labels there is nothing to guide"
+            )
 
     def _prompts(self, class_labels: Any, num_images: int | None, num_images_per_label: int) -> Tensor:
         """int64 `(N, 1)`."""

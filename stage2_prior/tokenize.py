@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem, run
+from configs.run_folder import write_json
 from stage1_vqgan import ImageDataset, ImageSource, VQGANModel, keyed_loader, load_images, load_tokenizer, normalize
 from stage2_prior.code_store import MANIFEST_NAME, SHARD_ROWS, CodeStore, code_dtype, shard_path, write_shard
 from stage2_prior.training_config import Stage2Config
@@ -60,7 +61,7 @@ def tokenize(config: Stage2Config) -> CodeStore:
         )
         rows = {name: {"images": len(source), "rows": len(source) * views} for name, (source, views) in splits.items()}
         manifest = {"token_layout": layout.to_dict(), "splits": rows, "origin": origin, "seconds": round(seconds, 1)}
-        _write_json(folder / MANIFEST_NAME, manifest)
+        write_json(folder / MANIFEST_NAME, manifest)
         total = sum(split["rows"] for split in rows.values())
         print(
             f"{total:,} sequences of {layout.length} codes saved in {folder.resolve()} "
@@ -118,13 +119,7 @@ def _claim(folder: Path, origin: dict[str, Any]) -> None:
             raise ConfigError(problems, "code store")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(path, origin)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(path)
+    write_json(path, origin)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from configs import ConfigError, Problem, TrainingConfig, check, to_dict
-from configs.run_folder import RESULTS_NAME, finish_run, open_run, push_run
+from configs.run_folder import finish_run, holds_work, open_run, push_run
 from stage1_vqgan import TrainingSampler
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset, collate
@@ -238,8 +238,8 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
             f"received {config.tokenizer!r}, but {config.code_store} holds codes of another tokenizer ({fingerprint})"
         )
         problems.append(Problem("tokenizer", message))
-    holds_work = (run.parent / RESULTS_NAME).is_file() or any(run.parent.glob("checkpoint-*"))
-    if holds_work and run.is_file() and TokenLayout.from_pretrained(run.parent).tokenizer_fingerprint != fingerprint:
+    started = holds_work(run.parent) and run.is_file()
+    if started and TokenLayout.from_pretrained(run.parent).tokenizer_fingerprint != fingerprint:
         message = f"{run.parent} holds a run on the codes of another tokenizer; choose another folder, or remove it"
         problems.append(Problem("output_dir", message))
     if problems:

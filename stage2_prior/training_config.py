@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from configs import TrainingConfig, unknown_key
-from configs.sections import Fraction, NonNegative, Positive
+from configs.sections import Fraction, Positive
 from stage1_vqgan import DataConfig
 
 # Decided by the code store, not by the user.
@@ -36,7 +36,6 @@ class Stage2Config(TrainingConfig):
     model: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
     condition_dropout: Fraction = 0.1
     training_arguments: dict[str, Any] = field(default_factory=dict)
-    seed: NonNegative = 0
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         yield from super().problems()
