@@ -1,12 +1,11 @@
 """YAML presets and the typed loader that turns them into the dataclasses of each stage."""
 
+from configs.command_line import parse_arguments, run
 from configs.loader import (
     ConfigError,
     Problem,
     check,
     load_config,
-    parse_arguments,
-    run,
     save_config,
     to_dict,
     unknown_key,

@@ -1,11 +1,10 @@
-"""YAML + `--key value` → the dataclass it is handed. All problems are reported at once, the nearest valid key named."""
+"""YAML and overrides → the dataclass it is handed. All problems are reported at once, the nearest valid key named."""
 
 import copy
 import difflib
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -13,13 +12,6 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 T = TypeVar("T")
-
-USAGE = """usage: {command} [CONFIG] [--key value ...]
-
-CONFIG is a YAML file, or the short name of a preset: {presets}
-Any key can be given or overridden on the command line; nested keys are joined by dots (--data.image_column img).
-
-"""
 
 
 @dataclass(frozen=True)
@@ -96,39 +88,6 @@ def read_yaml(name: str) -> dict[str, Any]:
             [Problem("", f"a mapping of keys to values is needed, this is a {type(values).__name__}")], name
         )
     return values
-
-
-def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """Splits command-line arguments into the config's name and `{dotted key: value}`; values are read as YAML.
-
-    Raises:
-        ConfigError: an argument has no key, a key has no value, or a value is not YAML.
-    """
-    name: str | None = None
-    overrides: dict[str, Any] = {}
-    problems = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            if name is None and not overrides:
-                name = argument
-            else:
-                problems.append(Problem("", f"'{argument}' follows no --key (only the first argument may be a config)"))
-            continue
-        key, equals, text = argument[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                problems.append(Problem(key, f"no value given; write --{key} VALUE"))
-                continue
-            text = rest.pop(0)
-        try:
-            overrides[key] = yaml.load(text, YamlReader)
-        except yaml.YAMLError:
-            problems.append(Problem(key, f"received {text!r}, which cannot be read as a YAML value"))
-    if problems:
-        raise ConfigError(problems, "command line")
-    return name, overrides
 
 
 def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,41 +173,6 @@ def to_dict(config: Any) -> dict[str, Any]:
 def save_config(config: Any, path: str | Path) -> None:
     """Writes the resolved configuration as YAML."""
     Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-
-
-def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequence[str] | None = None) -> None:
-    """The body of every entry point: arguments → config → `main(config)`; a mistake of the user's exits with code 2."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if "--help" in arguments or "-h" in arguments:
-        print(USAGE.format(command=command, presets=", ".join(preset_names())) + "\n".join(describe(cls)))
-        return
-    try:
-        name, overrides = parse_arguments(arguments)
-        config = load_config(cls, name, overrides)
-        main(config)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from what has been saved", file=sys.stderr)
-        sys.exit(130)
-
-
-def describe(cls: type, prefix: str = "") -> list[str]:
-    """The lines of `--help`: each section's explanation, then its keys with their defaults."""
-    documentation = [line.strip() for line in (cls.__doc__ or "").strip().splitlines()]
-    lines = [*documentation, ""]
-    sections = []
-    hints = get_type_hints(cls)
-    for field in fields(cls):  # type: ignore[arg-type]
-        if is_dataclass(hints[field.name]):
-            sections.append((hints[field.name], f"{prefix}{field.name}."))
-            continue
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        lines.append(f"  --{prefix}{field.name:<32} {'(required)' if default is MISSING else default}")
-    for section, name in sections:
-        lines += ["", f"[{name.rstrip('.')}]", *describe(section, name)]
-    return lines
 
 
 def _plain(value: Any) -> Any:

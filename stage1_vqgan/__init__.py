@@ -4,18 +4,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stage1_vqgan.configuration_vqgan import VQGANConfig
-    from stage1_vqgan.data import (
-        AugmentationConfig,
-        DataConfig,
-        ImageDataset,
-        ImageSource,
-        TrainingSampler,
-        keyed_loader,
-        load_images,
-    )
+    from stage1_vqgan.data import ImageDataset, TrainingSampler, keyed_loader
+    from stage1_vqgan.data_config import AugmentationConfig, DataConfig
     from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
     from stage1_vqgan.modeling_vqgan import VQGANModel
     from stage1_vqgan.pretrained import load_tokenizer
+    from stage1_vqgan.sources import ImageSource, load_images
     from stage1_vqgan.training_config import Stage1Config
 
 # Names are loaded on first use: importing this package imports nothing else.
@@ -25,13 +19,13 @@ _HOMES = {
     "VQGANImageProcessor": "image_processing_vqgan",
     "image_grid": "image_processing_vqgan",
     "normalize": "image_processing_vqgan",
-    "AugmentationConfig": "data",
-    "DataConfig": "data",
+    "AugmentationConfig": "data_config",
+    "DataConfig": "data_config",
     "ImageDataset": "data",
-    "ImageSource": "data",
+    "ImageSource": "sources",
     "TrainingSampler": "data",
     "keyed_loader": "data",
-    "load_images": "data",
+    "load_images": "sources",
     "load_tokenizer": "pretrained",
     "Stage1Config": "training_config",
 }

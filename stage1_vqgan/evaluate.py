@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 from configs import Section, run
 from configs.sections import NonNegative, Positive
 from stage1_vqgan.codebook import perplexity, usage
-from stage1_vqgan.data import DataConfig, ImageDataset, keyed_loader, load_images
+from stage1_vqgan.data import ImageDataset, keyed_loader
+from stage1_vqgan.data_config import DataConfig
 from stage1_vqgan.image_processing_vqgan import normalize
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import load_tokenizer
+from stage1_vqgan.sources import load_images
 
 
 @dataclass(kw_only=True)

@@ -13,11 +13,12 @@ from torch import Tensor
 from configs import check
 from configs.run_folder import finish_run, open_run, push_run
 from stage1_vqgan import checkpointing
-from stage1_vqgan.data import ImageDataset, TrainingSampler, keyed_loader, load_images, training_loader
+from stage1_vqgan.data import ImageDataset, TrainingSampler, keyed_loader, training_loader
 from stage1_vqgan.evaluate import evaluate_reconstruction
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.reporting import Reporter
+from stage1_vqgan.sources import load_images
 from stage1_vqgan.training_config import Stage1Config
 from stage1_vqgan.training_step import VQGANTrainer, key
 

@@ -9,7 +9,7 @@ from annotated_types import Ge, Le, Lt
 from configs import Section, TrainingConfig, unknown_key
 from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from stage1_vqgan.configuration_vqgan import VQGANConfig
-from stage1_vqgan.data import DataConfig
+from stage1_vqgan.data_config import DataConfig
 from stage1_vqgan.discriminator import logit_grid_size
 from stage1_vqgan.losses import LPIPS_MIN_SIZE
 

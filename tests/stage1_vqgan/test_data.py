@@ -10,8 +10,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from configs import ConfigError
-from stage1_vqgan import AugmentationConfig, DataConfig, ImageDataset, ImageSource, TrainingSampler, keyed_loader
-from stage1_vqgan.data import affine, augment, load_images, training_loader
+from stage1_vqgan import (
+    AugmentationConfig,
+    DataConfig,
+    ImageDataset,
+    ImageSource,
+    TrainingSampler,
+    keyed_loader,
+    load_images,
+)
+from stage1_vqgan.augmentation import affine, augment
+from stage1_vqgan.data import training_loader
 from stage1_vqgan.image_processing_vqgan import resize_and_crop
 
 

@@ -1,0 +1,54 @@
+"""Settings of the image data: where it comes from, and how training images are changed."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge, Interval
+
+from configs import Section
+from configs.sections import Fraction
+
+
+@dataclass(kw_only=True)
+class AugmentationConfig(Section):
+    """Random changes to training images.
+
+    max_zoom: the shorter side is resized to between 1 and max_zoom times the image size before the crop
+    random_crop: crop anywhere; false crops the centre
+    horizontal_flip: mirror half of the images
+    rotate: largest rotation in degrees
+    translate: largest shift as a fraction of the image's side
+    scale: largest relative change of size, for instance 0.1 for 0.9 to 1.1
+    """
+
+    max_zoom: Annotated[float, Ge(1)] = 1.0
+    random_crop: bool = False
+    horizontal_flip: bool = False
+    rotate: Annotated[float, Interval(ge=0, le=180)] = 0.0
+    translate: Fraction = 0.0
+    scale: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+
+
+@dataclass(kw_only=True)
+class DataConfig(Section):
+    """Where the images come from.
+
+    dataset: "digits" (1,797 handwritten 8×8 digits that ship with scikit-learn), a folder of images (sub-folders are
+        classes), a folder of parquet files or one parquet file, or the id of a dataset on the Hugging Face Hub
+    dataset_config_name: configuration of a Hub dataset
+    train_split, validation_split: names of the splits; without a validation split every n-th training image is held
+        out, n = 1 / validation_fraction
+    validation_fraction: see above
+    image_column, label_column: column names; by default the only image column, and the class label column if any
+    use_labels: false ignores the labels: an unconditional model
+    """
+
+    dataset: str
+    dataset_config_name: str | None = None
+    train_split: str = "train"
+    validation_split: str | None = None
+    validation_fraction: Annotated[float, Interval(gt=0, le=0.5)] = 0.05
+    image_column: str | None = None
+    label_column: str | None = None
+    use_labels: bool = True
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
