@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from configs import ConfigError, Problem, Section, run
 from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import DataConfig, ImageSource, image_grid, load_images
+from stage1_vqgan import DataConfig, ImageSource, decode, image_grid, load_images
 
 
 @dataclass(kw_only=True)
@@ -136,7 +136,12 @@ def generate_samples(pipeline: VQGANPipeline, config: EvaluationConfig) -> tuple
 def real_pixels(pipeline: VQGANPipeline, source: ImageSource) -> Tensor:
     """Pixels float32 `(N, C, H, W)` in [-1, 1] of real images."""
     chunks = [range(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
-    return torch.cat([pipeline.image_processor(source.read(list(chunk)))["pixel_values"] for chunk in chunks])
+    return torch.cat(
+        [
+            pipeline.image_processor([decode(item) for item in source.encoded(list(chunk))])["pixel_values"]
+            for chunk in chunks
+        ]
+    )
 
 
 def area_features(pixels: Tensor, size: int) -> np.ndarray:

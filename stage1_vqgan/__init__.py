@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stage1_vqgan.configuration_vqgan import VQGANConfig
-    from stage1_vqgan.data import ImageDataset, TrainingSampler, keyed_loader
+    from stage1_vqgan.data import ImageBatch, ImageDataset, ImageKey, TrainingSampler, keyed_loader
     from stage1_vqgan.data_config import AugmentationConfig, DataConfig
+    from stage1_vqgan.decoding import EncodedImage, decode
     from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
     from stage1_vqgan.modeling_vqgan import VQGANModel
     from stage1_vqgan.pretrained import load_tokenizer
@@ -21,7 +22,11 @@ _HOMES = {
     "normalize": "image_processing_vqgan",
     "AugmentationConfig": "data_config",
     "DataConfig": "data_config",
+    "ImageBatch": "data",
     "ImageDataset": "data",
+    "ImageKey": "data",
+    "EncodedImage": "decoding",
+    "decode": "decoding",
     "ImageSource": "sources",
     "TrainingSampler": "data",
     "keyed_loader": "data",
@@ -33,13 +38,17 @@ _HOMES = {
 __all__ = [
     "AugmentationConfig",
     "DataConfig",
+    "EncodedImage",
+    "ImageBatch",
     "ImageDataset",
+    "ImageKey",
     "ImageSource",
     "Stage1Config",
     "TrainingSampler",
     "VQGANConfig",
     "VQGANImageProcessor",
     "VQGANModel",
+    "decode",
     "image_grid",
     "keyed_loader",
     "load_images",

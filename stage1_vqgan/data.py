@@ -6,6 +6,7 @@ depend on workers, processes or interruptions.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +17,44 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from configs import ConfigError, Problem
 from stage1_vqgan.augmentation import augment
 from stage1_vqgan.data_config import AugmentationConfig
+from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode
 from stage1_vqgan.image_processing_vqgan import convert_mode, resize_and_crop, to_uint8
 from stage1_vqgan.sources import ImageSource
 
 
+class ImageKey(NamedTuple):
+    """Address of a training image: what decides its augmentation, and where it lies.
+
+    Attributes:
+        epoch, image, view: with the seed, the key of every random choice.
+        encoded: the image itself, where the source is a stream; else it is read from the source by its number.
+    """
+
+    epoch: int
+    image: int
+    view: int = 0
+    encoded: EncodedImage | None = None
+
+
+class ImageBatch(NamedTuple):
+    """What a loader yields.
+
+    Attributes:
+        pixels: uint8 `(B, C, H, W)`.
+        indices: int64 `(B,)`, of the images in the source.
+        skipped: images that could not be used.
+    """
+
+    pixels: Tensor
+    indices: Tensor
+    skipped: list[SkippedImage]
+
+
 @dataclass(frozen=True)
 class ImageDataset(Dataset):
-    """Images of one split as uint8 squares, augmented by key.
+    """Images of one split as uint8 squares, augmented by key; `__getitems__` makes the batch, `collate` leaves it.
 
-    Items are addressed by `(epoch, index, view)`; with `augmentation=None` only the index matters. With
-    `first_view_plain` view 0 is the image itself.
+    With `augmentation=None` only the index matters. With `first_view_plain` view 0 is the image itself.
     """
 
     source: ImageSource
@@ -38,24 +67,34 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int, int]) -> Tensor:
-        return self.__getitems__([key])[0]
+    def __getitems__(self, keys: Sequence[ImageKey]) -> ImageBatch:
+        """The batch of some keys, in order, without the images that cannot be used."""
+        images = self.source.encoded([key.image for key in keys])
+        kept, pixels, skipped = [], [], []
+        for key, encoded in zip(keys, images, strict=True):
+            try:
+                pixels.append(torch.from_numpy(to_uint8(self._transform(decode(encoded), key))))
+                kept.append(key.image)
+            except UndecodableImage as error:
+                skipped.append(SkippedImage(key.image, encoded.name, str(error)))
+        shape = (0, self.num_channels, self.image_size, self.image_size)
+        stacked = torch.stack(pixels) if pixels else torch.empty(shape, dtype=torch.uint8)
+        return ImageBatch(stacked, torch.tensor(kept, dtype=torch.int64), skipped)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int, int]]) -> list[Tensor]:
-        """uint8 tensors `(C, image_size, image_size)`, one for each key."""
-        images = self.source.read([index for _, index, _ in keys])
-        return [torch.from_numpy(to_uint8(self._transform(*pair))) for pair in zip(images, keys, strict=True)]
-
-    def _transform(self, image: Image.Image, key: tuple[int, int, int]) -> Image.Image:
+    def _transform(self, image: Image.Image, key: ImageKey) -> Image.Image:
         image = convert_mode(image, self.num_channels)
-        epoch, index, view = key
-        if self.augmentation is None or (self.first_view_plain and view == 0):
+        if self.augmentation is None or (self.first_view_plain and key.view == 0):
             return resize_and_crop(image, self.image_size)
-        rng = np.random.default_rng((self.seed, epoch, index, view))
+        rng = np.random.default_rng((self.seed, key.epoch, key.image, key.view))
         return augment(image, self.image_size, self.augmentation, rng)
 
 
-class TrainingSampler(Sampler[list[tuple[int, int, int]]]):
+def collate(batch: Any) -> ImageBatch:
+    """The batch is one already."""
+    return batch
+
+
+class TrainingSampler(Sampler[list[ImageKey]]):
     """Batches of keys for one process, a pure function of (seed, step): nothing to save for an exact resume.
 
     Every epoch is a permutation; one batch of every process together is a slice of it, so no image comes twice in an
@@ -88,7 +127,7 @@ class TrainingSampler(Sampler[list[tuple[int, int, int]]]):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list[ImageKey]]:
         global_batch = self.batch_size * self.world_size
         per_epoch = self.num_images // global_batch
         current, order = -1, np.empty(0, dtype=np.int64)
@@ -97,26 +136,29 @@ class TrainingSampler(Sampler[list[tuple[int, int, int]]]):
             if epoch != current:
                 current, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
             first = position * global_batch + self.rank * self.batch_size
-            yield [(epoch, int(index), 0) for index in order[first : first + self.batch_size]]
+            yield [ImageKey(epoch, int(index)) for index in order[first : first + self.batch_size]]
 
 
 def training_loader(dataset: ImageDataset, sampler: TrainingSampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    """uint8 batches `(B, C, H, W)` in the sampler's order."""
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory)
+    """Batches in the sampler's order."""
+    return DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory
+    )
 
 
 def keyed_loader(
     dataset: ImageDataset,
-    keys: Iterable[tuple[int, int, int]],
+    keys: Iterable[ImageKey],
     batch_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """uint8 batches of the given keys in order, each exactly once."""
+    """Batches of the given keys in order, each exactly once."""
     return DataLoader(
         dataset,
         sampler=list(keys),  # type: ignore[arg-type]
         batch_size=batch_size,
+        collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
     )

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from configs import Section, run
 from configs.sections import NonNegative, Positive
 from stage1_vqgan.codebook import perplexity, usage
-from stage1_vqgan.data import ImageDataset, keyed_loader
+from stage1_vqgan.data import ImageDataset, ImageKey, keyed_loader
 from stage1_vqgan.data_config import DataConfig
 from stage1_vqgan.image_processing_vqgan import normalize
 from stage1_vqgan.modeling_vqgan import VQGANModel
@@ -86,9 +86,10 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
     model.to(device)  # type: ignore[arg-type]
     source = load_images(config.data)[0 if config.split == "train" else 1]
     dataset = ImageDataset(source, model.config.image_size, model.config.in_channels)
-    keys = [(0, index, 0) for index in range(len(dataset))]
+    keys = [ImageKey(0, index) for index in range(len(dataset))]
     loader = keyed_loader(dataset, keys, config.per_device_eval_batch_size, config.dataloader_num_workers)
-    metrics = evaluate_reconstruction(model, tqdm(loader, desc="evaluating", unit="batch"))
+    batches = (batch.pixels for batch in tqdm(loader, desc="evaluating", unit="batch"))
+    metrics = evaluate_reconstruction(model, batches)
     print(json.dumps(metrics, indent=2))
     return metrics
 

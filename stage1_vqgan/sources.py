@@ -1,6 +1,5 @@
 """Where images come from: the built-in digits, a folder, parquet or the Hub, as splits of encoded images."""
 
-import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from PIL import Image
 
 from configs import ConfigError, Problem
 from stage1_vqgan.data_config import DataConfig
+from stage1_vqgan.decoding import EncodedImage
 
 DIGITS = "digits"
 
@@ -35,16 +35,16 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: Sequence[int]) -> list[Image.Image]:
-        """Decoded images.
-
-        Raises:
-            ValueError: an image cannot be decoded.
-        """
+    def encoded(self, indices: Sequence[int]) -> list[EncodedImage]:
+        """Images as they are stored, by index."""
         if isinstance(self.images, list):
-            return [self.images[index] for index in indices]
+            return [EncodedImage(f"image {index}", self.images[index]) for index in indices]
         (column,) = self.images.column_names
-        return [_decode(item, index) for item, index in zip(self.images[list(indices)][column], indices, strict=True)]
+        items = self.images[list(indices)][column]
+        return [
+            EncodedImage(item["path"] or f"image {index}", item["path"] if item["bytes"] is None else item["bytes"])
+            for item, index in zip(items, indices, strict=True)
+        ]
 
 
 def load_images(config: DataConfig) -> tuple[ImageSource, ImageSource]:
@@ -147,13 +147,3 @@ def _to_source(split: Any, config: DataConfig) -> ImageSource:
 
 def _looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix == ".parquet"
-
-
-def _decode(item: dict[str, Any], index: int) -> Image.Image:
-    name = item["path"] or f"image {index}"
-    try:
-        image = Image.open(io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"])
-        image.load()
-    except Exception as error:
-        raise ValueError(f"{name} (index {index}) cannot be decoded: {error}") from error
-    return image

@@ -13,7 +13,7 @@ from torch import Tensor
 from configs import check
 from configs.run_folder import finish_run, open_run, push_run
 from stage1_vqgan import checkpointing
-from stage1_vqgan.data import ImageDataset, TrainingSampler, keyed_loader, training_loader
+from stage1_vqgan.data import ImageDataset, ImageKey, TrainingSampler, keyed_loader, training_loader
 from stage1_vqgan.evaluate import evaluate_reconstruction
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
 from stage1_vqgan.modeling_vqgan import VQGANModel
@@ -108,7 +108,7 @@ def run_steps(
     pin_memory = accelerator.device.type == "cuda"
     loader = training_loader(train_set, sampler, config.dataloader_num_workers, pin_memory)
     if start == 0 and config.codebook.kmeans_init_batches:
-        trainer.initialise_codebook(islice(loader, config.codebook.kmeans_init_batches))
+        trainer.initialise_codebook(batch.pixels for batch in islice(loader, config.codebook.kmeans_init_batches))
     if start == config.max_steps:
         return evaluate(config, accelerator, trainer, validation_set, reporter, start)
 
@@ -120,7 +120,9 @@ def run_steps(
         step = number // accumulation
         torch.manual_seed(key(config.seed, number, accelerator.process_index))  # dropout: keyed, so resuming is exact
         learning_rate = trainer.set_learning_rate(step)
-        images = normalize(batch.to(accelerator.device, non_blocking=True)).contiguous(memory_format=memory_format)
+        images = normalize(batch.pixels.to(accelerator.device, non_blocking=True)).contiguous(
+            memory_format=memory_format
+        )
         for name, value in trainer.step(images, step).items():
             collected[name].append(value)
         if (number + 1) % accumulation:
@@ -164,18 +166,20 @@ def evaluate(
     step: int,
 ) -> dict[str, float]:
     """Reconstruction metrics over the validation split, each image once, and a grid of some."""
-    keys = [(0, index, 0) for index in range(accelerator.process_index, len(dataset), accelerator.num_processes)]
+    keys = [ImageKey(0, index) for index in range(accelerator.process_index, len(dataset), accelerator.num_processes)]
     loader = keyed_loader(dataset, keys, config.per_device_eval_batch_size, config.dataloader_num_workers)
     model = trainer.average
-    metrics = evaluate_reconstruction(model, loader, lambda total: accelerator.reduce(total, "sum"))
+    metrics = evaluate_reconstruction(
+        model, (batch.pixels for batch in loader), lambda total: accelerator.reduce(total, "sum")
+    )
     reporter.scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
     if accelerator.is_main_process:
         shown = range(0, len(dataset), max(1, len(dataset) // config.num_sample_images))[: config.num_sample_images]
-        originals = normalize(torch.stack(dataset.__getitems__([(0, index, 0) for index in shown])))
+        originals = normalize(dataset.__getitems__([ImageKey(0, index) for index in shown]).pixels)
         with torch.no_grad():
             pair = torch.cat([originals, model(originals.to(model.device)).reconstruction.cpu()])
         processor = VQGANImageProcessor(dataset.image_size, dataset.num_channels)
-        reporter.image("reconstructions", image_grid(processor.postprocess(pair), len(shown), min_tile=64), step)
+        reporter.image("reconstructions", image_grid(processor.postprocess(pair), len(originals), min_tile=64), step)
     return metrics
 
 

@@ -14,7 +14,16 @@ from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem, run
 from configs.run_folder import write_json
-from stage1_vqgan import ImageDataset, ImageSource, VQGANModel, keyed_loader, load_images, load_tokenizer, normalize
+from stage1_vqgan import (
+    ImageDataset,
+    ImageKey,
+    ImageSource,
+    VQGANModel,
+    keyed_loader,
+    load_images,
+    load_tokenizer,
+    normalize,
+)
 from stage2_prior.code_store import MANIFEST_NAME, SHARD_ROWS, CodeStore, code_dtype, shard_path, write_shard
 from stage2_prior.training_config import Stage2Config
 from stage2_prior.vocabulary import TokenLayout
@@ -86,14 +95,14 @@ def _tokenize_split(
     for shard in shards_to_do:
         numbers = np.arange(shard * SHARD_ROWS, min(rows, (shard + 1) * SHARD_ROWS))
         views, images = np.divmod(numbers, len(source))
-        keys = [(0, int(image), int(view)) for image, view in zip(images, views, strict=True)]
+        keys = [ImageKey(0, int(image), int(view)) for image, view in zip(images, views, strict=True)]
         pin_memory = accelerator.device.type == "cuda"
         loader = keyed_loader(dataset, keys, config.tokenize_batch_size, config.dataloader_num_workers, pin_memory)
         codes = []
         for batch in loader:
-            out = model.encode(normalize(batch.to(accelerator.device, non_blocking=True)))
+            out = model.encode(normalize(batch.pixels.to(accelerator.device, non_blocking=True)))
             codes.append(cast(Tensor, out.codes).flatten(1))
-            bar.update(len(batch))
+            bar.update(len(batch.pixels))
         array = torch.cat(codes).cpu().numpy().astype(code_dtype(model.config.num_embeddings))
         labels = source.labels[images] if source.labels is not None else None
         write_shard(shard_path(config.code_store, name, shard), array, labels)
