@@ -1,15 +1,25 @@
-"""A run's folder: the resolved configuration it was started with, and the results that mark it as finished."""
+"""A run's folder: the resolved configuration it was started with, checkpoints, logs, and at the end the results."""
 
+import contextlib
 import json
+import logging
+import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from configs.checkpoints import Checkpoint, complete_checkpoints, find_checkpoint, publish, remove_unfinished
+from configs.folder_lock import held
+from configs.interruption import Stopped
 from configs.loader import ConfigError, Problem, save_config, to_dict
 
 CONFIG_NAME = "config.yaml"
 RESULTS_NAME = "train_results.json"
+LOG_NAME = "metrics.jsonl"
+ALLOW = "give --allow_config_changes true"
 
 # What may change when a run goes on: none of it has an influence on the result.
 FREE_KEYS = {
@@ -18,12 +28,15 @@ FREE_KEYS = {
     "save_steps",
     "save_total_limit",
     "resume_from_checkpoint",
+    "allow_config_changes",
     "dataloader_num_workers",
     "report_to",
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
 }
+
+logger = logging.getLogger(__name__)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -35,41 +48,132 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def holds_work(folder: str | Path) -> bool:
     """Whether a run's folder holds something to go on from: checkpoints or results."""
-    return (Path(folder) / RESULTS_NAME).is_file() or any(Path(folder).glob("checkpoint-*"))
+    return (Path(folder) / RESULTS_NAME).is_file() or bool(complete_checkpoints(folder))
 
 
-def open_run(config: Any, is_main_process: bool = True) -> dict[str, Any] | None:
-    """Opens `config.output_dir` for a run, new or going on.
+class RunFolder:
+    """The folder of a run, new or going on, held by this job while it is open; for every process of the run.
 
-    A folder with neither checkpoints nor results holds nothing that settings could disagree with: it starts anew.
-
-    Returns:
-        The results of the run if it has finished already, else None.
+    Args:
+        config: the resolved settings.
+        is_main_process: the one that writes what all share.
 
     Raises:
-        ConfigError: the folder holds a run that was started with other settings.
+        ConfigError: on entering, if another job holds the folder, or it holds a run that was started with other
+            settings, unless `config.allow_config_changes`.
     """
-    folder = Path(config.output_dir)
-    if holds_work(folder) and (folder / CONFIG_NAME).is_file():
-        started_with = yaml.safe_load((folder / CONFIG_NAME).read_text())
-        differences = list(_differences(started_with, to_dict(config)))
-        if differences:
-            advice = f"choose another output_dir, or remove {folder} to start over"
-            raise ConfigError(
-                [Problem(key, f"the run was started with {old!r}, now it is {new!r}") for key, old, new in differences]
-                + [Problem("output_dir", advice)],
-                f"{folder} holds a run with other settings",
-            )
-    elif is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / CONFIG_NAME)
-    results = folder / RESULTS_NAME
-    return json.loads(results.read_text()) if results.is_file() else None
 
+    def __init__(self, config: Any, is_main_process: bool = True):
+        self.config, self.is_main_process = config, is_main_process
+        self.path = Path(config.output_dir)
+        self._lock = held(self.path, "output_dir") if is_main_process else nullcontext()
+        self._started = time.perf_counter()
 
-def finish_run(config: Any, results: dict[str, Any]) -> None:
-    """Writes the results, which marks the run as finished."""
-    write_json(Path(config.output_dir) / RESULTS_NAME, results)
+    def __enter__(self) -> "RunFolder":
+        self._lock.__enter__()
+        try:
+            if holds_work(self.path):
+                self._compare(self.path / CONFIG_NAME)
+            if self.is_main_process:
+                remove_unfinished(self.path)
+                if self.finished is None:
+                    (self.path / RESULTS_NAME).unlink(missing_ok=True)
+                    save_config(self.config, self.path / CONFIG_NAME)
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._lock.__exit__(*exception)
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The results, if the run has done all its steps."""
+        try:
+            results = json.loads((self.path / RESULTS_NAME).read_text())
+        except FileNotFoundError:
+            return None
+        return results if results["global_step"] >= self.config.max_steps else None
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the run so far, over all its sessions."""
+        return time.perf_counter() - self._started
+
+    def checkpoint_to_resume(self, num_processes: int) -> Checkpoint | None:
+        """The complete checkpoint to go on from, see `find_checkpoint`; None to start anew.
+
+        The logs are cut back to it.
+
+        Raises:
+            ConfigError: see `find_checkpoint`; or the number of processes, or settings of the run it is from, differ.
+        """
+        config = self.config
+        found = find_checkpoint(self.path, config.resume_from_checkpoint, config.max_steps)
+        if found is None:
+            return None
+        if found.path.parent.resolve() != self.path.resolve():
+            self._compare(found.path.parent / CONFIG_NAME)
+        if found.num_processes != num_processes and not config.allow_config_changes:
+            message = f"received {num_processes}, but {found.path} was saved by {found.num_processes}"
+            advice = f"batches would change; launch as before, or {ALLOW}"
+            raise ConfigError([Problem("number of processes", f"{message}: {advice}")])
+        self._started -= found.seconds
+        if self.is_main_process:
+            self._cut_log(found.step)
+        return found
+
+    def publish(self, step: int, num_processes: int) -> Path:
+        """Completes the checkpoint that all processes have written at `unfinished_path`; for the main process."""
+        return publish(self.path, step, num_processes, self.seconds, self.config.save_total_limit)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Adds a line to metrics.jsonl; for the main process."""
+        with open(self.path / LOG_NAME, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Writes the results, which marks the run as finished; for the main process."""
+        write_json(self.path / RESULTS_NAME, results)
+
+    def stopped(self, step: int, signal_number: int) -> Stopped:
+        """What to raise when the run ends early on request, with its checkpoint saved."""
+        message = f"stopped after step {step} of {self.config.max_steps}, which is saved in {self.path}"
+        return Stopped(f"{message}; the same command goes on from there", signal_number)
+
+    def _compare(self, path: Path) -> None:
+        """Refuses settings other than those in a config.yaml, if it is there."""
+        if not path.is_file():
+            return
+        differences = list(_differences(yaml.safe_load(path.read_text()), to_dict(self.config)))
+        if not differences:
+            return
+        if self.config.allow_config_changes:
+            if self.is_main_process:
+                changes = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences)
+                logger.warning("going on with changed settings: %s", changes)
+            return
+        advice = f"choose another output_dir, remove {path.parent} to start over, or {ALLOW}"
+        raise ConfigError(
+            [Problem(key, f"the run was started with {old!r}, now it is {new!r}") for key, old, new in differences]
+            + [Problem("output_dir", advice)],
+            f"{path.parent} holds a run with other settings",
+        )
+
+    def _cut_log(self, step: int) -> None:
+        """Removes what was logged after a step, which will be logged again."""
+        path = self.path / LOG_NAME
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            with contextlib.suppress(ValueError):  # the last line may be cut off
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
 
 
 def push_run(config: Any) -> str:
@@ -89,7 +193,7 @@ def push_run(config: Any) -> str:
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Any:
     for key in sorted({*old, *new}):
-        if not prefix and key in FREE_KEYS:
+        if f"{prefix}{key}" in FREE_KEYS:
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):

@@ -46,6 +46,7 @@ class TrainingConfig(Section):
     logging_steps, eval_steps, save_steps: how often, in optimizer steps
     save_total_limit: checkpoints kept; older ones are removed after a newer one is complete
     resume_from_checkpoint: "latest", "none", or a path
+    allow_config_changes: go on in a folder whose run was started with other settings, or on other processes
     dataloader_num_workers: processes that decode images; 0 decodes in the training process
     report_to: accelerate trackers, for instance ["tensorboard", "wandb"]; scalars always go to metrics.jsonl too
     push_to_hub, hub_model_id, hub_private_repo: upload the trained model when done
@@ -70,6 +71,7 @@ class TrainingConfig(Section):
     save_steps: Positive = 1000
     save_total_limit: Positive = 2
     resume_from_checkpoint: str = "latest"
+    allow_config_changes: bool = False
     dataloader_num_workers: NonNegative = 0
     report_to: list[str] = ("tensorboard",)  # type: ignore[assignment]
     push_to_hub: bool = False

@@ -19,6 +19,8 @@ Backbone = Literal["vgg", "alex", "squeeze"]
 # Smallest image side that passes every pooling layer of the LPIPS backbone.
 LPIPS_MIN_SIZE = {"vgg": 16, "alex": 32, "squeeze": 32}
 
+MAX_ADAPTIVE_WEIGHT = 1e4
+
 
 def pixel_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Mean absolute error, a scalar."""
@@ -94,7 +96,7 @@ def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tenso
 
     Source: Esser et al. 2021, equation 7, with δ and the clamp of the original's code.
     """
-    return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0.0, 1e4)
+    return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0.0, MAX_ADAPTIVE_WEIGHT)
 
 
 def _backbone_weights(backbone: Backbone, weights: str) -> dict[str, Tensor]:

@@ -1,23 +1,23 @@
 """A run of stage 1: set-up, loop, finish."""
 
 import copy
-import time
-from collections import defaultdict
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.state import AcceleratorState, GradientState
 
 from configs import check
-from configs.run_folder import finish_run, open_run, push_run
+from configs.interruption import StopRequest
+from configs.run_folder import RunFolder, push_run
 from stage1_vqgan import checkpointing
 from stage1_vqgan.data import ImageDataset, ImageKey, TrainingSampler, keyed_loader, training_loader
 from stage1_vqgan.evaluate import evaluate_reconstruction
+from stage1_vqgan.health import Health
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.reporting import Reporter
+from stage1_vqgan.reporting import Reporter, Window
 from stage1_vqgan.sources import load_images
 from stage1_vqgan.training_config import Stage1Config
 from stage1_vqgan.training_step import VQGANTrainer, key
@@ -33,68 +33,73 @@ def train(config: Stage1Config) -> VQGANModel:
         The trained tokenizer (the moving average of the weights), on the CPU.
 
     Raises:
-        ConfigError: the configuration cannot work, or the folder holds a run with other settings.
+        ConfigError: the configuration cannot work, or the folder holds a run with other settings, or is in use.
+        Diverged: a loss or a weight is not finite any more.
+        Stopped: SIGTERM or Ctrl-C; a checkpoint was saved.
     """
     config = check(config)
-    started = time.perf_counter()
+    # a session may train with one precision after another
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     accelerator = Accelerator(
         mixed_precision="bf16" if config.bf16 else "no",  # the saved config says what was used, not the launcher
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to or None,
         project_dir=config.output_dir,
     )
-    finished = open_run(config, accelerator.is_main_process)
-    if finished is not None:
-        accelerator.print(
-            f"{config.output_dir} holds the finished run ({finished['global_step']} steps); nothing to do"
-        )
-        if config.push_to_hub and accelerator.is_main_process:
-            print(push_run(config))
-        return VQGANModel.from_pretrained(config.output_dir)
-    accelerator.wait_for_everyone()
+    with RunFolder(config, accelerator.is_main_process) as run, StopRequest() as request:
+        if run.finished is not None:
+            accelerator.print(
+                f"{config.output_dir} holds the finished run ({run.finished['global_step']} steps); nothing to do"
+            )
+            if config.push_to_hub and accelerator.is_main_process:
+                print(push_run(config))
+            return VQGANModel.from_pretrained(config.output_dir)
+        accelerator.wait_for_everyone()
 
-    trainer = VQGANTrainer(config, accelerator)
-    train_source, validation_source = load_images(config.data)
-    size, channels = trainer.model.config.image_size, trainer.model.config.in_channels
-    train_set = ImageDataset(train_source, size, channels, config.data.augmentation, config.seed)
-    validation_set = ImageDataset(validation_source, size, channels)
+        trainer = VQGANTrainer(config, accelerator)
+        train_source, validation_source = load_images(config.data)
+        size, channels = trainer.model.config.image_size, trainer.model.config.in_channels
+        train_set = ImageDataset(train_source, size, channels, config.data.augmentation, config.seed)
+        validation_set = ImageDataset(validation_source, size, channels)
 
-    start = resume(config, accelerator, trainer)
-    reporter = Reporter(accelerator, config.output_dir, start, config.max_steps)
-    metrics = run_steps(config, accelerator, trainer, train_set, validation_set, reporter, start)
-    reporter.close()
-
-    model = finish(config, accelerator, trainer)
-    if accelerator.is_main_process:
-        results = {"global_step": config.max_steps, "train_runtime": round(time.perf_counter() - started, 1), **metrics}
-        finish_run(config, results)
-        if config.push_to_hub:
-            print(push_run(config))
-    accelerator.wait_for_everyone()
+        health = Health(accelerator)
+        start = resume(run, accelerator, trainer, health)
+        with Reporter(accelerator, run, start) as reporter:
+            metrics = run_steps(run, request, accelerator, trainer, train_set, validation_set, reporter, health, start)
+        model = finish(config, accelerator, trainer)
+        if accelerator.is_main_process:
+            run.finish({"global_step": config.max_steps, "train_runtime": round(run.seconds, 1), **metrics})
+            if config.push_to_hub:
+                print(push_run(config))
+        accelerator.wait_for_everyone()
     return model
 
 
-def resume(config: Stage1Config, accelerator: Accelerator, trainer: VQGANTrainer) -> int:
+def resume(run: RunFolder, accelerator: Accelerator, trainer: VQGANTrainer, health: Health) -> int:
     """Loads the checkpoint to go on from, if there is one; returns the optimizer steps done."""
-    checkpoint = checkpointing.find(config.output_dir, config.resume_from_checkpoint, config.max_steps)
+    checkpoint = run.checkpoint_to_resume(accelerator.num_processes)
     if checkpoint is None:
         return 0
-    accelerator.load_state(str(checkpoint))
-    trainer.keep_statistics_on_main_process()
-    accelerator.print(f"going on from {checkpoint}")
-    return checkpointing.step_of(checkpoint)
+    checkpointing.load(checkpoint.path, accelerator, trainer)
+    health.last_checkpoint = str(checkpoint.path)
+    accelerator.print(f"going on from {checkpoint.path}")
+    return checkpoint.step
 
 
 def run_steps(
-    config: Stage1Config,
+    run: RunFolder,
+    request: StopRequest,
     accelerator: Accelerator,
     trainer: VQGANTrainer,
     train_set: ImageDataset,
     validation_set: ImageDataset,
     reporter: Reporter,
+    health: Health,
     start: int,
 ) -> dict[str, float]:
     """Takes the steps from `start` to the last, with logs, evaluations and checkpoints; returns the last evaluation."""
+    config: Stage1Config = run.config
     accumulation = config.gradient_accumulation_steps
     sampler = TrainingSampler(
         len(train_set),
@@ -113,48 +118,42 @@ def run_steps(
         return evaluate(config, accelerator, trainer, validation_set, reporter, start)
 
     metrics: dict[str, float] = {}
-    collected: dict[str, list[Tensor]] = defaultdict(list)
-    clock = time.perf_counter()
+    window = Window(accelerator)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     for number, batch in enumerate(loader, start * accumulation):
         step = number // accumulation
         torch.manual_seed(key(config.seed, number, accelerator.process_index))  # dropout: keyed, so resuming is exact
         learning_rate = trainer.set_learning_rate(step)
-        images = normalize(batch.pixels.to(accelerator.device, non_blocking=True)).contiguous(
-            memory_format=memory_format
-        )
-        for name, value in trainer.step(images, step).items():
-            collected[name].append(value)
+        pixels = batch.pixels.to(accelerator.device, non_blocking=True)
+        images = normalize(pixels).contiguous(memory_format=memory_format)
+        window.add(step, len(images), trainer.step(images, step))
         if (number + 1) % accumulation:
             continue
 
         step += 1
+        signal_number = request.agreed()
         is_last = step == config.max_steps
         reporter.bar.update()
         if step % config.logging_steps == 0 or is_last:
-            images_seen = len(collected["loss/codebook"]) * len(images) * accelerator.num_processes
-            scalars = average(collected, trainer, accelerator)
-            scalars["learning_rate"] = learning_rate
-            scalars["images_per_second"] = images_seen / (time.perf_counter() - clock)
+            health.require_finite_losses(window.collected)
+            scalars = window.means() | trainer.statistics()
+            scalars |= {"learning_rate": learning_rate, "images_per_second": window.images_per_second}
+            health.look(scalars, window.collected, window.images * trainer.codes_per_image, trainer.num_codes)
             reporter.show({name: scalars[f"loss/{name}"] for name in SHOWN_TERMS if f"loss/{name}" in scalars})
             reporter.scalars(scalars, step)
-            collected.clear()
-            clock = time.perf_counter()
+            window = Window(accelerator)
         if step % config.eval_steps == 0 or is_last:
-            metrics = evaluate(config, accelerator, trainer, validation_set, reporter, step)
-            clock = time.perf_counter()
-        if step % config.save_steps == 0 or is_last:
-            trainer.pool_statistics()
-            checkpointing.save(accelerator, config.output_dir, step, config.save_total_limit)
-            clock = time.perf_counter()
+            with window.paused():
+                metrics = evaluate(config, accelerator, trainer, validation_set, reporter, step)
+        if step % config.save_steps == 0 or is_last or signal_number:
+            with window.paused():
+                health.require_finite_losses(window.collected)
+                health.require_finite_state(trainer.state(), step)
+                checkpointing.save(run, accelerator, trainer, step)
+                health.last_checkpoint = f"{run.path}/checkpoint-{step}"
+        if signal_number and not is_last:
+            raise run.stopped(step, signal_number)
     return metrics
-
-
-def average(collected: dict[str, list[Tensor]], trainer: VQGANTrainer, accelerator: Accelerator) -> dict[str, float]:
-    """Means over processes and the steps since the last log, and the use of the codebook."""
-    means = {name: torch.stack(values).float().mean() for name, values in sorted(collected.items())}
-    scalars = {name: accelerator.reduce(value, "mean").item() for name, value in means.items()}
-    return scalars | {name: value.item() for name, value in trainer.statistics().items()}
 
 
 def evaluate(

@@ -63,6 +63,16 @@ class VQGANTrainer:
         """The tokenizer that is trained, unwrapped."""
         return self.accelerator.unwrap_model(self.generator)
 
+    @property
+    def num_codes(self) -> int:
+        """K."""
+        return self.average.config.num_embeddings
+
+    @property
+    def codes_per_image(self) -> int:
+        """h · w."""
+        return self.average.config.grid_size**2
+
     def step(self, images: Tensor, step: int) -> dict[str, Tensor]:
         """One update of the generator and then of the discriminator, with one forward of the generator.
 
@@ -176,9 +186,22 @@ class VQGANTrainer:
                 group["lr"] = (config.discriminator.learning_rate or config.learning_rate) * shape
         return config.learning_rate * shape
 
-    def statistics(self) -> dict[str, Tensor]:
+    def statistics(self) -> dict[str, float]:
         """Codebook usage and perplexity since the last call."""
-        return self.monitor.statistics(self._sum)
+        return {name: value.item() for name, value in self.monitor.statistics(self._sum).items()}
+
+    def state(self) -> Iterable[tuple[str, Iterable[Tensor]]]:
+        """Everything a checkpoint holds that training may drive out of range, by what it belongs to."""
+        yield "the generator", self.model.parameters()
+        yield "the moving average", self.average.parameters()
+        optimizers = {"generator": self.optimizer}
+        if self.discriminator is not None:
+            yield "the discriminator", self.discriminator.parameters()
+            optimizers["discriminator"] = self.discriminator_optimizer
+        for name, optimizer in optimizers.items():
+            moments = [value for state in optimizer.state.values() for value in state.values()]
+            if moments:
+                yield f"the {name}'s optimizer", moments
 
     def pool_statistics(self) -> None:
         """Sums the codebook's counters on the main process, whose counters are those a checkpoint holds."""

@@ -3,13 +3,12 @@
 import json
 import math
 import os
-import re
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -23,7 +22,9 @@ from transformers import (
 )
 
 from configs import ConfigError, Problem, TrainingConfig, check, to_dict
-from configs.run_folder import finish_run, holds_work, open_run, push_run
+from configs.checkpoints import complete_checkpoints, unfinished_path
+from configs.interruption import Diverged, StopRequest
+from configs.run_folder import RunFolder, holds_work, push_run
 from stage1_vqgan import TrainingSampler
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset, collate
@@ -32,16 +33,24 @@ from stage2_prior.training_config import Stage2Config
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
 from stage2_prior.vocabulary import TokenLayout
 
-# Keys of ours that Trainer must not act on: the run resumes, reports and uploads in its own way.
-OWN_KEYS = {"resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo"}
+# Keys of ours that Trainer must not act on: the run resumes, removes old checkpoints and uploads in its own way.
+OWN_KEYS = {
+    "resume_from_checkpoint",
+    "allow_config_changes",
+    "save_total_limit",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+}
 
 
 class PriorTrainer(Trainer):
     """Trainer with keyed batches, and losses in the units of the field."""
 
-    def __init__(self, *args: Any, layout: TokenLayout, **kwargs: Any):
+    def __init__(self, *args: Any, layout: TokenLayout, run: RunFolder, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.layout = layout
+        self.layout, self.run = layout, run
+        self._losses: list[tuple[int, Tensor]] = []
 
     def get_train_dataloader(self) -> DataLoader:
         """All batches of the run in one pass; a pure function of the seed, cut for this process already."""
@@ -68,8 +77,50 @@ class PriorTrainer(Trainer):
         workers = self.args.dataloader_num_workers
         return DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin_memory, **kwargs)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward; its loss is kept to be looked at before the next log or checkpoint."""
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append((self.state.global_step, loss.detach()))
+        return loss
+
+    def require_finite(self) -> None:
+        """Ends the run if a loss since the last call, or a weight, is not finite; all processes must call this.
+
+        Raises:
+            Diverged: naming the step.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        parameters = (getattr(tensor, "_local_tensor", tensor) for tensor in model.parameters())  # of sharded ones
+        finite = [tensor.isfinite().all() for tensor in parameters]
+        losses = torch.stack([loss.float() for _, loss in self._losses]).isfinite() if self._losses else torch.ones(1)
+        bad = torch.stack([~losses.all().to(finite[0].device), ~torch.stack(finite).all()])
+        found = self.accelerator.gather(bad[None]).any(0).tolist()
+        if any(found):
+            steps = [step + 1 for step, loss in self._losses if not loss.isfinite()]
+            what = f"the loss was not finite at step {steps[0]}" if steps else "a weight is not finite"
+            existing = complete_checkpoints(self.run.path)
+            saved = f"the last good checkpoint is {existing[-1].path}" if existing else "none was saved yet"
+            advice = "Try a lower learning_rate, more warmup_steps, max_grad_norm 1, or bf16 false"
+            raise Diverged(f"{what} (now at step {self.state.global_step}); {saved}. {advice}")
+        self._losses.clear()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's checkpoint, written beside and then published, see configs/checkpoints.py."""
+        self.require_finite()
+        super()._save_checkpoint(*args, **kwargs)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            self.run.publish(self.state.global_step, self.accelerator.num_processes)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
+        """Where Trainer puts its checkpoints."""
+        return str(unfinished_path(self.run.path, self.state.global_step).parent)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds bits per pixel and perplexity to a loss in nats per code."""
+        if "loss" in logs:
+            self.require_finite()
         for name in ("loss", "eval_loss"):
             if name in logs:
                 prefix = name.removesuffix("loss")
@@ -78,13 +129,21 @@ class PriorTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class JsonLines(TrainerCallback):
-    """Writes every log as a line of metrics.jsonl in the run's folder."""
+class RunCallback(TrainerCallback):
+    """Ties Trainer to the run's folder: metrics.jsonl, and the end on request."""
+
+    def __init__(self, run: RunFolder, request: StopRequest):
+        self.run, self.request = run, request
+        self.signal_number: int | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            with open(os.path.join(args.output_dir, "metrics.jsonl"), "a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            self.run.log(state.global_step, logs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.signal_number = self.request.agreed()
+        if self.signal_number:
+            control.should_save = control.should_training_stop = True
 
 
 def bits_per_pixel(nats_per_code: float, layout: TokenLayout) -> float:
@@ -158,6 +217,7 @@ def training_arguments(config: Stage2Config) -> TrainingArguments:
         "eval_strategy": "steps",
         "prediction_loss_only": True,
         "save_strategy": "steps",
+        "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
         "use_cpu": not torch.accelerator.is_available(),
     }
     try:
@@ -179,43 +239,49 @@ def train(config: Stage2Config) -> PreTrainedModel:
     store = CodeStore(config.code_store)
     check_codes(config, store)
     layout = replace(store.layout, has_null=not store.layout.num_classes or config.condition_dropout > 0)
-    # problems of the folder are found before anything is built; only the main process may make it
     is_main_process = int(os.environ.get("RANK", "0")) == 0
-    finished = open_run(config, is_main_process)
-    if finished is not None:
+    with RunFolder(config, is_main_process) as run, StopRequest() as request:
+        check_run(config, layout)
+        if run.finished is not None:
+            if is_main_process:
+                print(
+                    f"{config.output_dir} holds the finished run ({run.finished['global_step']} steps); nothing to do"
+                )
+            if config.push_to_hub and is_main_process:
+                print(push_run(config))
+            return AutoModelForCausalLM.from_pretrained(config.output_dir)
         if is_main_process:
-            print(f"{config.output_dir} holds the finished run ({finished['global_step']} steps); nothing to do")
-        if config.push_to_hub and is_main_process:
-            print(push_run(config))
-        return AutoModelForCausalLM.from_pretrained(config.output_dir)
-    started = time.perf_counter()
-    if is_main_process:
-        layout.save_pretrained(config.output_dir)
+            layout.save_pretrained(config.output_dir)
 
-    set_seed(config.seed)
-    trainer = PriorTrainer(
-        model=build_prior(config.model, layout),
-        args=training_arguments(config),
-        train_dataset=CodeDataset(store.split("train"), layout, config.condition_dropout, config.seed),
-        eval_dataset=CodeDataset(store.split("validation"), layout),
-        callbacks=[JsonLines()],
-        layout=layout,
-    )
-    trainer.train(resume_from_checkpoint=find_checkpoint(config))
-    metrics = trainer.evaluate()
-    trainer.save_model(config.output_dir)  # on all processes: a sharded model is gathered
-    if trainer.is_world_process_zero():
-        results = {
-            "global_step": trainer.state.global_step,
-            "train_runtime": round(time.perf_counter() - started, 1),
-            "eval_loss": metrics["eval_loss"],
-            "bits_per_pixel": bits_per_pixel(metrics["eval_loss"], layout),
-        }
-        finish_run(config, results)
-        print(f"prior saved in {Path(config.output_dir).resolve()}")
-        if config.push_to_hub:
-            print(push_run(config))
-    trainer.accelerator.wait_for_everyone()
+        set_seed(config.seed)
+        callback = RunCallback(run, request)
+        trainer = PriorTrainer(
+            model=build_prior(config.model, layout),
+            args=training_arguments(config),
+            train_dataset=CodeDataset(store.split("train"), layout, config.condition_dropout, config.seed),
+            eval_dataset=CodeDataset(store.split("validation"), layout),
+            callbacks=[callback],
+            layout=layout,
+            run=run,
+        )
+        checkpoint = run.checkpoint_to_resume(trainer.accelerator.num_processes)
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint is not None else None)
+        if callback.signal_number and trainer.state.global_step < config.max_steps:
+            raise run.stopped(trainer.state.global_step, callback.signal_number)
+        metrics = trainer.evaluate()
+        trainer.save_model(config.output_dir)  # on all processes: a sharded model is gathered
+        if is_main_process:
+            results = {
+                "global_step": trainer.state.global_step,
+                "train_runtime": round(run.seconds, 1),
+                "eval_loss": metrics["eval_loss"],
+                "bits_per_pixel": bits_per_pixel(metrics["eval_loss"], layout),
+            }
+            run.finish(results)
+            print(f"prior saved in {Path(config.output_dir).resolve()}")
+            if config.push_to_hub:
+                print(push_run(config))
+        trainer.accelerator.wait_for_everyone()
     return AutoModelForCausalLM.from_pretrained(config.output_dir)
 
 
@@ -232,49 +298,25 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
         for key, value in wanted.items()
         if origin[key] != value
     ]
-    tokenizer, run = Path(config.tokenizer) / "config.json", Path(config.output_dir) / LAYOUT_NAME
+    tokenizer = Path(config.tokenizer) / "config.json"
     if tokenizer.is_file() and json.loads(tokenizer.read_text()).get("fingerprint") != fingerprint:
         message = (
             f"received {config.tokenizer!r}, but {config.code_store} holds codes of another tokenizer ({fingerprint})"
         )
         problems.append(Problem("tokenizer", message))
-    started = holds_work(run.parent) and run.is_file()
-    if started and TokenLayout.from_pretrained(run.parent).tokenizer_fingerprint != fingerprint:
-        message = f"{run.parent} holds a run on the codes of another tokenizer; choose another folder, or remove it"
-        problems.append(Problem("output_dir", message))
     if problems:
         raise ConfigError(problems, "codes")
 
 
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except ValueError:
-        return False
-    return True
-
-
-def find_checkpoint(config: Stage2Config) -> str | None:
-    """The checkpoint to go on from: Trainer writes its state file last, so a folder that has it is complete.
+def check_run(config: Stage2Config, layout: TokenLayout) -> None:
+    """Refuses to go on with a run that was started on the codes of another tokenizer.
 
     Raises:
-        ConfigError: the path is not a checkpoint; or a fresh start would mix with the checkpoints of an earlier run.
+        ConfigError: the run's folder holds work on other codes.
     """
-    wanted, folder = config.resume_from_checkpoint, config.output_dir
-    complete = [
-        path.parent
-        for path in Path(folder).glob("checkpoint-*/trainer_state.json")
-        if re.fullmatch(r"checkpoint-\d+", path.parent.name) and _is_json(path)
-    ]
-    if wanted == "latest":
-        newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-        return str(newest) if newest is not None else None
-    if wanted == "none":
-        if complete:
-            message = f"received 'none', but {folder} holds checkpoints; choose another output_dir or remove them"
-            raise ConfigError([Problem("resume_from_checkpoint", message)])
-        return None
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        message = f"received {wanted!r}; needs 'latest', 'none' or the path of a complete checkpoint"
-        raise ConfigError([Problem("resume_from_checkpoint", message)])
-    return wanted
+    folder = Path(config.output_dir)
+    if not (holds_work(folder) and (folder / LAYOUT_NAME).is_file()):
+        return
+    if TokenLayout.from_pretrained(folder).tokenizer_fingerprint != layout.tokenizer_fingerprint:
+        message = f"{folder} holds a run on the codes of another tokenizer; choose another folder, or remove it"
+        raise ConfigError([Problem("output_dir", message)], "codes")

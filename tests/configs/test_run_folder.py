@@ -1,5 +1,8 @@
 """A run's folder: same settings go on, other settings are refused, finished means finished."""
 
+import json
+import logging
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +10,8 @@ from typing import Any
 import pytest
 
 from configs import ConfigError, Section, load_config
-from configs.run_folder import CONFIG_NAME, FREE_KEYS, finish_run, open_run
+from configs.checkpoints import unfinished_path
+from configs.run_folder import CONFIG_NAME, FREE_KEYS, LOG_NAME, RunFolder
 
 
 @dataclass(kw_only=True)
@@ -19,8 +23,12 @@ class Part(Section):
 @dataclass(kw_only=True)
 class Run(Section):
     output_dir: str
+    max_steps: int = 20
     learning_rate: float = 1e-5
     save_steps: int = 10
+    save_total_limit: int = 2
+    resume_from_checkpoint: str = "latest"
+    allow_config_changes: bool = False
     report_to: list[str] = field(default_factory=list)
     part: Part = field(default_factory=Part)
     model: dict[str, Any] = field(default_factory=dict)
@@ -31,54 +39,69 @@ def config(tmp_path):
     return Run(output_dir=str(tmp_path / "a" / "run"), model={"widths": [1, 2], "cost": 0.25})
 
 
+def opened(config, **kwargs):
+    """What a run finds finished when it opens its folder."""
+    with RunFolder(config, **kwargs) as run:
+        return run.finished
+
+
+def checkpoint(run, step, num_processes=1):
+    unfinished_path(run.path, step).mkdir(parents=True)
+    run.publish(step, num_processes)
+
+
 def start(config):
     """A run that was interrupted after a checkpoint."""
-    open_run(config)
-    (Path(config.output_dir) / "checkpoint-10").mkdir()
+    with RunFolder(config) as run:
+        for step in (5, 10, 15):
+            run.log(step, {"loss": 1 / step})
+        checkpoint(run, 10)
 
 
 def test_new_folder_gets_the_resolved_configuration(config):
-    assert open_run(config) is None
+    assert opened(config) is None
     assert load_config(Run, f"{config.output_dir}/{CONFIG_NAME}") == config
 
 
 def test_other_processes_than_the_main_one_write_nothing(config, tmp_path):
-    assert open_run(config, is_main_process=False) is None
+    assert opened(config, is_main_process=False) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_work_starts_anew(config):
-    open_run(config)
+    opened(config)
     changed = replace(config, learning_rate=0.1)
-    assert open_run(changed) is None
+    assert opened(changed) is None
     assert load_config(Run, f"{config.output_dir}/{CONFIG_NAME}") == changed
 
 
 def test_going_on_and_finishing(config):
-    open_run(config)
-    assert open_run(config) is None
-    results = {"global_step": 3, "psnr": 20.5}
-    finish_run(config, results)
-    assert open_run(config) == results == open_run(config, is_main_process=False)
+    opened(config)
+    assert opened(config) is None
+    results = {"global_step": 20, "psnr": 20.5}
+    with RunFolder(config) as run:
+        run.finish(results)
+    assert opened(config) == results == opened(config, is_main_process=False)
 
 
 def test_what_has_no_influence_may_change(config):
     start(config)
     assert {"save_steps", "report_to"} <= FREE_KEYS
-    assert open_run(replace(config, save_steps=99, report_to=["tensorboard"])) is None
+    assert opened(replace(config, save_steps=99, report_to=["tensorboard"])) is None
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_other_settings_are_refused_with_each_key(config, finished):
     start(config)
     if finished:
-        (Path(config.output_dir) / "checkpoint-10").rmdir()
-        finish_run(config, {"global_step": 10})
+        shutil.rmtree(Path(config.output_dir) / "checkpoint-10")
+        with RunFolder(config) as run:
+            run.finish({"global_step": 20})
     changed = replace(
         config, learning_rate=0.1, part=Part(rotate=2.0, save_steps=9), model={"widths": [1, 3], "new": 1}
     )
     with pytest.raises(ConfigError) as caught:
-        open_run(changed)
+        opened(changed)
     found = {problem.key: problem.message for problem in caught.value.problems}
     # a nested key may be called like a free one and still matter
     keys = {"learning_rate", "part.rotate", "part.save_steps", "model.widths", "model.cost", "model.new"}
@@ -91,5 +114,71 @@ def test_other_settings_are_refused_with_each_key(config, finished):
 def test_a_tuple_is_the_list_it_becomes_in_yaml(config):
     tupled = replace(config, model={"widths": (1, 2), "cost": 0.25})
     start(tupled)
-    assert open_run(tupled) is None
-    assert open_run(config) is None
+    assert opened(tupled) is None
+    assert opened(config) is None
+
+
+def test_changes_can_be_allowed(config, caplog):
+    start(config)
+    changed = replace(config, learning_rate=0.1, max_steps=30, allow_config_changes=True)
+    with caplog.at_level(logging.WARNING):
+        assert opened(changed) is None
+    assert "learning_rate: 1e-05 -> 0.1" in caplog.text and "max_steps: 20 -> 30" in caplog.text
+    assert opened(changed) is None  # these are the settings of the run now
+    with pytest.raises(ConfigError, match="learning_rate"):
+        opened(config)
+
+
+def test_a_finished_run_can_be_lengthened(config):
+    with RunFolder(config) as run:
+        checkpoint(run, 20)
+        run.finish({"global_step": 20})
+    longer = replace(config, max_steps=30)
+    with pytest.raises(
+        ConfigError, match=r"max_steps: the run was started with 20, now it is 30[^$]*allow_config_changes"
+    ):
+        opened(longer)
+    assert opened(config) is not None
+    with RunFolder(replace(longer, allow_config_changes=True)) as run:
+        assert run.finished is None
+        assert run.checkpoint_to_resume(1).step == 20
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(config):
+    start(config)
+    log = Path(config.output_dir) / LOG_NAME
+    with open(log, "a") as file:
+        file.write('{"step": 16, "lo')  # cut off
+    with RunFolder(config) as run:
+        assert run.checkpoint_to_resume(1).step == 10
+        run.log(11, {})
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [5, 10, 11]
+
+
+def test_another_number_of_processes_is_refused(config):
+    start(config)
+    with RunFolder(config) as run, pytest.raises(ConfigError, match=r"received 2, but .*checkpoint-10 was saved by 1"):
+        run.checkpoint_to_resume(2)
+    with RunFolder(replace(config, allow_config_changes=True)) as run:
+        assert run.checkpoint_to_resume(2).step == 10
+
+
+def test_the_settings_of_another_run_s_checkpoint_count(config, tmp_path):
+    start(config)
+    branch = replace(
+        config, output_dir=str(tmp_path / "branch"), resume_from_checkpoint=f"{config.output_dir}/checkpoint-10"
+    )
+    with RunFolder(branch) as run:
+        assert run.checkpoint_to_resume(1).step == 10
+    with RunFolder(replace(branch, learning_rate=0.1)) as run, pytest.raises(ConfigError, match="learning_rate"):
+        run.checkpoint_to_resume(1)
+
+
+def test_seconds_add_up_over_sessions(config):
+    with RunFolder(config) as run:
+        run._started -= 100
+        checkpoint(run, 10)
+    with RunFolder(config) as run:
+        assert run.seconds < 50
+        run.checkpoint_to_resume(1)
+        assert 100 < run.seconds < 150

@@ -1,23 +1,15 @@
 """A run that was interrupted ends exactly as one that was not; finished runs and other settings are told apart."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from configs import ConfigError, load_config
-from stage1_vqgan import Stage1Config, VQGANImageProcessor, VQGANModel, checkpointing
+from configs.checkpoints import complete_checkpoints
+from stage1_vqgan import Stage1Config, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.training import train
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def make_config(folder, **changes):
@@ -94,14 +86,14 @@ def interrupt(folder, after):
     """What a run leaves that was stopped between two checkpoints."""
     for name in ("train_results.json", "model.safetensors", "config.json", "preprocessor_config.json"):
         (folder / name).unlink()
-    for checkpoint in checkpointing.list_checkpoints(folder):
-        if checkpointing.step_of(checkpoint) > after:
-            shutil.rmtree(checkpoint)
+    for checkpoint in complete_checkpoints(folder):
+        if checkpoint.step > after:
+            shutil.rmtree(checkpoint.path)
 
 
 def test_what_a_run_leaves(straight):
     folder, model = straight
-    assert [path.name for path in checkpointing.list_checkpoints(folder)] == ["checkpoint-3", "checkpoint-6"]
+    assert [checkpoint.path.name for checkpoint in complete_checkpoints(folder)] == ["checkpoint-3", "checkpoint-6"]
     loaded = VQGANModel.from_pretrained(folder)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     assert not model.training and loaded.config.fingerprint == loaded.compute_fingerprint()
@@ -117,13 +109,13 @@ def test_what_a_run_leaves(straight):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resuming_is_exact(straight, copied, num_workers):
     interrupt(copied, after=3)
-    (copied / "checkpoint-9.partial").mkdir()  # the next one was not complete yet
+    (copied / "unfinished" / "checkpoint-6").mkdir(parents=True)  # the next one was not complete yet
     train(make_config(copied, dataloader_num_workers=num_workers, save_total_limit=1))
     expected, found = contents(straight[0]), contents(copied)
     assert expected.keys() == found.keys() and len(expected) > 300
     different = [path for path in expected if not torch.equal(expected[path], found[path])]
     assert different == []
-    assert [path.name for path in checkpointing.list_checkpoints(copied)] == ["checkpoint-6"]
+    assert [checkpoint.path.name for checkpoint in complete_checkpoints(copied)] == ["checkpoint-6"]
 
 
 def test_an_interruption_before_the_last_save_needs_no_training(straight, copied):
@@ -162,18 +154,3 @@ def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(straight, tmp_path):
     checkpoint = str(straight[0] / "checkpoint-6")
     with pytest.raises(ConfigError, match=r"max_steps|resume_from_checkpoint"):
         train(make_config(tmp_path / "shorter", max_steps=4, resume_from_checkpoint=checkpoint))
-
-
-def test_checkpoints_are_found_by_step_and_only_when_complete(tmp_path):
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.partial", "checkpoint-best", "other"):
-        (tmp_path / name).mkdir()
-    assert checkpointing.find(tmp_path, "latest", 20) == tmp_path / "checkpoint-10"
-    assert checkpointing.find(tmp_path, str(tmp_path / "checkpoint-9"), 20) == tmp_path / "checkpoint-9"
-    assert (
-        checkpointing.find(tmp_path / "empty", "latest", 20)
-        is checkpointing.find(tmp_path / "empty", "none", 20)
-        is None
-    )
-    for wrong in (tmp_path / "checkpoint-12", tmp_path / "checkpoint-11.partial", Path("newest")):
-        with pytest.raises(ConfigError, match="checkpoint-N"):
-            checkpointing.find(tmp_path, str(wrong), 20)

@@ -1,0 +1,57 @@
+"""One job at a time in a folder."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from configs.loader import ConfigError, Problem
+
+LOCK_NAME = ".lock"
+HOLDER_NAME = ".holder.json"
+
+
+@contextmanager
+def held(folder: str | Path, key: str) -> Iterator[None]:
+    """Holds a folder, which is made if need be; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        folder: to be written in.
+        key: of the configuration that names the folder, for the message.
+
+    Raises:
+        ConfigError: another process holds it, or it cannot be made or written in.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK_NAME, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError([Problem(key, f"{folder} is in use by {_holder(folder)}; {ADVICE}")]) from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError([Problem(key, f"received {str(folder)!r}; this folder cannot be used: {reason}")]) from None
+    try:
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        (folder / HOLDER_NAME).write_text(json.dumps(holder) + "\n")
+        yield
+    finally:
+        (folder / HOLDER_NAME).unlink(missing_ok=True)
+        lock.release()
+
+
+ADVICE = "wait until it has ended, stop it, or choose another folder"
+
+
+def _holder(folder: Path) -> str:
+    try:
+        holder = json.loads((folder / HOLDER_NAME).read_text())
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"

@@ -1,0 +1,118 @@
+"""Checkpoints: what has the name is complete, the newest complete one is found, and one always stays."""
+
+import json
+import shutil
+
+import pytest
+
+from configs import ConfigError
+from configs import checkpoints as module
+from configs.checkpoints import complete_checkpoints, find_checkpoint, publish, remove_unfinished, unfinished_path
+
+
+def save(folder, step, total_limit=9, content="weights"):
+    path = unfinished_path(folder, step)
+    (path / "part").mkdir(parents=True)
+    (path / "part" / "model").write_text(content)
+    return publish(folder, step, num_processes=2, seconds=1.25, total_limit=total_limit)
+
+
+def steps(folder):
+    return [checkpoint.step for checkpoint in complete_checkpoints(folder)]
+
+
+def test_published(tmp_path):
+    path = save(tmp_path, 7)
+    assert path == tmp_path / "checkpoint-7" and (path / "part" / "model").read_text() == "weights"
+    assert complete_checkpoints(tmp_path) == [module.Checkpoint(path, 7, 2, 1.2)]
+
+
+def test_found_by_step_and_only_when_complete(tmp_path):
+    for step in (9, 10):
+        save(tmp_path, step)
+    for name in ("checkpoint-11", "checkpoint-best", "other", "unfinished/checkpoint-12"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copytree(tmp_path / "checkpoint-9", tmp_path / "checkpoint-13")  # its marker says another step
+    (tmp_path / "checkpoint-11" / "complete.json").write_text('{"step": 1')
+    assert steps(tmp_path) == [9, 10]
+    assert find_checkpoint(tmp_path, "latest", 20).step == 10
+    assert find_checkpoint(tmp_path / "empty", "latest", 20) is find_checkpoint(tmp_path / "empty", "none", 20) is None
+    for wrong in (tmp_path / "checkpoint-11", tmp_path / "checkpoint-12", "newest"):
+        with pytest.raises(ConfigError, match="complete checkpoint-N"):
+            find_checkpoint(tmp_path, str(wrong), 20)
+
+
+def test_a_path_in_the_folder_must_be_the_newest(tmp_path):
+    for step in (9, 10):
+        save(tmp_path, step)
+    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-10"), 20).step == 10
+    with pytest.raises(ConfigError, match=r"later ones; move or remove .*checkpoint-10"):
+        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-9"), 20)
+    assert find_checkpoint(tmp_path / "elsewhere", str(tmp_path / "checkpoint-9"), 20).step == 9
+
+
+def test_a_fresh_start_does_not_mix(tmp_path):
+    save(tmp_path, 9)
+    with pytest.raises(ConfigError, match=r"'none', but .* holds checkpoints"):
+        find_checkpoint(tmp_path, "none", 20)
+
+
+@pytest.mark.parametrize("wanted", ["latest", "{}/checkpoint-9"])
+def test_beyond_the_end_of_the_run(tmp_path, wanted):
+    save(tmp_path, 9)
+    with pytest.raises(ConfigError, match="max_steps: received 8"):
+        find_checkpoint(tmp_path, wanted.format(tmp_path), 8)
+
+
+def test_the_newest_stay(tmp_path):
+    for step in (8, 9, 10, 11):
+        save(tmp_path, step, total_limit=2)
+    assert steps(tmp_path) == [10, 11]
+    assert not (tmp_path / "unfinished").exists()
+
+
+class Crash(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("calls", range(12))
+def test_a_crash_anywhere_leaves_a_complete_one(tmp_path, monkeypatch, calls):
+    """Every step of a save with removal, cut off after so many file operations."""
+    save(tmp_path, 1)
+    left = [calls]
+
+    def crashing(function):
+        def call(*args, **kwargs):
+            if not left[0]:
+                raise Crash
+            left[0] -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in [
+            (module.os, "fsync"),
+            (module.Path, "rename"),
+            (module.Path, "write_text"),
+            (module.os, "unlink"),
+        ]:
+            patch.setattr(owner, name, crashing(getattr(owner, name)))
+        try:
+            path = unfinished_path(tmp_path, 2)
+            path.mkdir(parents=True)
+            for name in "ab":
+                (path / name).write_bytes(b"weights")
+            publish(tmp_path, 2, 1, 0.0, total_limit=1)
+        except Crash:
+            pass
+    found = complete_checkpoints(tmp_path)
+    assert found and found[-1].step in (1, 2)
+    for checkpoint in found:
+        expected = {1: {"part", "complete.json"}, 2: {"a", "b", "complete.json"}}[checkpoint.step]
+        assert {path.name for path in checkpoint.path.iterdir()} == expected
+        assert json.loads((checkpoint.path / "complete.json").read_text())["step"] == checkpoint.step
+    remove_unfinished(tmp_path)
+    assert not (tmp_path / "unfinished").exists()
+    save(tmp_path, 3, total_limit=1)
+    assert steps(tmp_path) == [3]
