@@ -112,7 +112,7 @@ def run_steps(
     )
     pin_memory = accelerator.device.type == "cuda"
     loader = training_loader(train_set, sampler, config.dataloader_num_workers, pin_memory)
-    if start == 0 and config.codebook.kmeans_init_batches:
+    if start == 0 and config.codebook.kmeans_init_batches and config.model_name_or_path is None:
         trainer.initialise_codebook(batch.pixels for batch in islice(loader, config.codebook.kmeans_init_batches))
     if start == config.max_steps:
         return evaluate(config, accelerator, trainer, validation_set, reporter, start)

@@ -84,11 +84,16 @@ class Stage1Config(TrainingConfig):
     channels_last: keep images channels-last in memory, which convolutions prefer
     num_sample_images: images in the reconstruction grid made at every evaluation
     model: fields of VQGANConfig
+    model_name_or_path: fine-tunes the tokenizer in this folder or Hub repository, without k-means; `model` may then
+        change what leaves the shapes of the weights as they are, for instance image_size
+    trainable: "all", or "decoder", which leaves encoder and codebook, and with them all codes, as they are
 
     The other keys are those of transformers.TrainingArguments.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
+    model_name_or_path: str | None = None
+    trainable: Literal["all", "decoder"] = "all"
     data: DataConfig
     loss: LossConfig = field(default_factory=LossConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -103,17 +108,25 @@ class Stage1Config(TrainingConfig):
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         yield from super().problems()
+        if self.trainable == "decoder" and self.model_name_or_path is None:
+            yield "trainable", self.trainable, "needs model_name_or_path: a tokenizer whose codes are kept"
         allowed = sorted(VQGANConfig.__annotations__.keys() - {"model_type", "fingerprint"})
         unknown = [key for key in self.model if key not in allowed]
         for key in unknown:
             yield f"model.{key}", self.model[key], unknown_key(key, allowed)
         if unknown:
             return
+        if self.model_name_or_path is not None:  # the rest is known when the tokenizer has been loaded
+            return
         try:
             size = self.vqgan_config().image_size
         except Exception as error:  # huggingface_hub wraps type and value errors in a class of its own
             yield "model", None, " ".join(str(error.__cause__ or error).split())
             return
+        yield from self.size_problems(size)
+
+    def size_problems(self, size: int) -> Iterable[tuple[str, Any, str]]:
+        """Problems of losses and discriminator with images of `size` pixels, as `problems` has them."""
         smallest = LPIPS_MIN_SIZE[self.loss.lpips_backbone]
         if self.loss.perceptual_weight and size < smallest:
             allowed_size = (

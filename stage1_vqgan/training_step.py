@@ -28,6 +28,7 @@ from stage1_vqgan.losses import (
     pixel_loss,
 )
 from stage1_vqgan.modeling_vqgan import VQGANModel
+from stage1_vqgan.pretrained import load_tokenizer
 from stage1_vqgan.training_config import Stage1Config
 
 
@@ -43,7 +44,7 @@ class VQGANTrainer:
         self.config, self.accelerator = config, accelerator
         torch.manual_seed(config.seed)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        model = VQGANModel(config.vqgan_config())
+        model = self._initial_model()
         model.to(memory_format=memory_format)  # type: ignore[call-arg]
         # The moving average of the weights is what is evaluated and saved.
         self.average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
@@ -62,6 +63,11 @@ class VQGANTrainer:
     def model(self) -> VQGANModel:
         """The tokenizer that is trained, unwrapped."""
         return self.accelerator.unwrap_model(self.generator)
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether encoder and codebook stay as they are."""
+        return self.config.trainable == "decoder"
 
     @property
     def num_codes(self) -> int:
@@ -151,7 +157,8 @@ class VQGANTrainer:
 
     def _care_for_codebook(self, latents: Tensor, step: int) -> dict[str, Tensor]:
         interval = self.config.codebook.restart_interval
-        if not interval or step % interval or step == self.config.max_steps:  # the decoder must still meet them
+        is_last = step == self.config.max_steps  # the decoder must still meet the codes that moved
+        if self.keeps_codes or not interval or step % interval or is_last:
             return {}
         restarted = self.monitor.restart(
             self.model.quantize,
@@ -218,10 +225,27 @@ class VQGANTrainer:
     def _sum(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.clone(), "sum")
 
+    def _initial_model(self) -> VQGANModel:
+        """The tokenizer before its first step: a new one, or the one to fine-tune."""
+        config = self.config
+        if config.model_name_or_path is None:
+            return VQGANModel(config.vqgan_config())
+        model = load_tokenizer(config.model_name_or_path, "model_name_or_path", **config.model).train()
+        found = config.size_problems(model.config.image_size)
+        problems = [Problem(field, f"received {value!r}; {message}") for field, value, message in found]
+        if problems:
+            raise ConfigError(problems)
+        if self.keeps_codes:
+            for part in (model.encoder, model.quant_conv, model.quantize):
+                part.requires_grad_(False).eval()
+        else:
+            model.config.fingerprint = None  # other codes: it gets a new one when it is saved
+        return model
+
     def _optimizer(self, model: nn.Module) -> AdamW:
         config = self.config
         return AdamW(
-            model.parameters(),
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
             fused=True,

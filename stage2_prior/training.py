@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -28,7 +26,7 @@ from configs.run_folder import RunFolder, holds_work, push_run
 from stage1_vqgan import TrainingSampler
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset, collate
-from stage2_prior.sampling import forward, make_cache
+from stage2_prior.prior import adapt_prior, build_prior
 from stage2_prior.training_config import Stage2Config
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
 from stage2_prior.vocabulary import TokenLayout
@@ -151,65 +149,6 @@ def bits_per_pixel(nats_per_code: float, layout: TokenLayout) -> float:
     return nats_per_code * layout.length / (math.log(2) * layout.pixels)
 
 
-def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
-    """A freshly initialised stock causal language model for a token layout.
-
-    Args:
-        model: `model_type`, and fields of that model's configuration.
-        layout: decides vocabulary and positions.
-    """
-    settings = {name: value for name, value in model.items() if name != "model_type"}
-    config = AutoConfig.for_model(
-        model["model_type"],
-        **settings,
-        vocab_size=layout.vocab_size,
-        max_position_embeddings=layout.length,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    prior = AutoModelForCausalLM.from_config(config)
-    if not reads_like_a_sequence(prior, layout):
-        reason = "as a prior it must not look ahead, and must keep keys and values in a standard cache"
-        raise ConfigError([Problem("model.model_type", f"received {model['model_type']!r}; {reason}")])
-    prior.generation_config = generation_config(layout)
-    return prior
-
-
-@torch.no_grad()
-def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
-    """Whether reading tokens one by one through the sampler's cache gives the logits of reading them all at once.
-
-    It does not where a model sees later tokens, or keeps a state of another kind.
-    """
-    prior.eval()
-    tokens = torch.arange(min(6, layout.length), device=prior.device)[None]
-    if tokens.device.type == "meta":
-        return True
-    try:
-        whole = prior(input_ids=tokens).logits.float()
-        cache = make_cache(prior, tokens.shape[1])
-        steps = torch.stack([forward(prior, token, cache) for token in tokens.split(1, dim=1)], 1)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return False
-    finally:
-        prior.train()
-    return torch.allclose(whole, steps, rtol=1e-3, atol=1e-3 * float(whole.std()))
-
-
-def generation_config(layout: TokenLayout) -> GenerationConfig:
-    """Makes a bare `prior.generate(condition)` yield an image's codes and nothing else."""
-    return GenerationConfig(
-        suppress_tokens=list(range(layout.num_codes, layout.vocab_size)),
-        max_new_tokens=layout.length,
-        do_sample=True,
-        top_k=0,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-
-
 def training_arguments(config: Stage2Config) -> TrainingArguments:
     """TrainingArguments from the keys both share, and those of the `training_arguments` section."""
     shared = {field.name: getattr(config, field.name) for field in fields(TrainingConfig) if field.name not in OWN_KEYS}
@@ -256,7 +195,7 @@ def train(config: Stage2Config) -> PreTrainedModel:
         set_seed(config.seed)
         callback = RunCallback(run, request)
         trainer = PriorTrainer(
-            model=build_prior(config.model, layout),
+            model=initial_prior(config, layout),
             args=training_arguments(config),
             train_dataset=CodeDataset(store.split("train"), layout, config.condition_dropout, config.seed),
             eval_dataset=CodeDataset(store.split("validation"), layout),
@@ -283,6 +222,13 @@ def train(config: Stage2Config) -> PreTrainedModel:
                 print(push_run(config))
         trainer.accelerator.wait_for_everyone()
     return AutoModelForCausalLM.from_pretrained(config.output_dir)
+
+
+def initial_prior(config: Stage2Config, layout: TokenLayout) -> PreTrainedModel:
+    """The prior before its first step: a new one, or the one to fine-tune."""
+    if config.model_name_or_path is None:
+        return build_prior(config.model, layout)
+    return adapt_prior(config.model_name_or_path, config.model, layout)
 
 
 def check_codes(config: Stage2Config, store: CodeStore) -> None:

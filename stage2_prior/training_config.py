@@ -21,6 +21,8 @@ class Stage2Config(TrainingConfig):
     num_views: versions of every training image in the store: the image itself, the others augmented
     tokenize_batch_size: images on one device in one forward of the tokenizer
     output_dir: folder of the run: checkpoints, logs, and at the end the trained prior itself
+    model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; classes that
+        it does not know by name are learnt anew
     model: `model_type` of a causal language model in transformers, and fields of its configuration
     condition_dropout: share of training sequences with the null token in place of the class, for guidance
     training_arguments: any other field of transformers.TrainingArguments
@@ -33,7 +35,8 @@ class Stage2Config(TrainingConfig):
     code_store: str
     num_views: Positive = 1
     tokenize_batch_size: Positive = 128
-    model: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
+    model_name_or_path: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
     condition_dropout: Fraction = 0.1
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -53,6 +56,8 @@ class Stage2Config(TrainingConfig):
     def _model_problems(self) -> Iterable[tuple[str, Any, str]]:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+        if self.model_name_or_path is not None:  # the prior has an architecture, and is asked for it
+            return
         known = sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
         model_type = self.model.get("model_type")
         if model_type not in known:

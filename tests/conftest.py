@@ -21,8 +21,8 @@ from pipelines.build import BuildConfig, build
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.training import train as train_stage1
 from stage2_prior import Stage2Config, TokenLayout
+from stage2_prior.prior import build_prior
 from stage2_prior.tokenize import tokenize
-from stage2_prior.training import build_prior
 from stage2_prior.training import train as train_stage2
 
 LLAMA = {

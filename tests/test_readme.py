@@ -15,7 +15,7 @@ from pipelines.build import BuildConfig
 from pipelines.evaluate import EvaluationConfig
 from stage1_vqgan import Stage1Config, VQGANImageProcessor, VQGANModel
 from stage2_prior import Stage2Config, TokenLayout
-from stage2_prior.training import build_prior
+from stage2_prior.prior import build_prior
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

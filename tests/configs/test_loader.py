@@ -278,7 +278,7 @@ def test_shipped_stage1_builds(name):
 @pytest.mark.parametrize("name", [name for name in SHORT_NAMES if name.endswith("/stage2")])
 def test_shipped_stage2_builds(name):
     from stage2_prior import TokenLayout
-    from stage2_prior.training import build_prior
+    from stage2_prior.prior import build_prior
 
     config = load_config(dataclass_of("stage2"), name)
     layout = TokenLayout(1024, ("a", "b"), (16, 16), 16, "fingerprint")

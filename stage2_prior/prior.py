@@ -1,0 +1,147 @@
+"""A prior is a stock causal language model over a token layout: a new one, or one that was trained before."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from configs import ConfigError, Problem
+from stage2_prior.sampling import forward, make_cache
+from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
+from stage2_prior.vocabulary import TokenLayout
+
+
+def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
+    """A freshly initialised stock causal language model for a token layout.
+
+    Args:
+        model: `model_type`, and fields of that model's configuration.
+        layout: decides vocabulary and positions.
+
+    Raises:
+        ConfigError: a model of this type cannot be a prior.
+    """
+    settings = {name: value for name, value in model.items() if name != "model_type"}
+    return _initialise(AutoConfig.for_model(model["model_type"], **settings, **decided_by(layout)), layout)
+
+
+def decided_by(layout: TokenLayout) -> dict[str, Any]:
+    """Fields of a model's configuration that follow from the token layout."""
+    return {
+        "vocab_size": layout.vocab_size,
+        "max_position_embeddings": layout.length,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def _initialise(config: Any, layout: TokenLayout) -> PreTrainedModel:
+    prior = AutoModelForCausalLM.from_config(config)
+    if not reads_like_a_sequence(prior, layout):
+        reason = "as a prior it must not look ahead, and must keep keys and values in a standard cache"
+        raise ConfigError([Problem("model.model_type", f"received {config.model_type!r}; {reason}")])
+    prior.generation_config = generation_config(layout)
+    return prior
+
+
+@torch.no_grad()
+def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
+    """Whether reading tokens one by one through the sampler's cache gives the logits of reading them all at once.
+
+    It does not where a model sees later tokens, or keeps a state of another kind.
+    """
+    prior.eval()
+    tokens = torch.arange(min(6, layout.length), device=prior.device)[None]
+    if tokens.device.type == "meta":
+        return True
+    try:
+        whole = prior(input_ids=tokens).logits.float()
+        cache = make_cache(prior, tokens.shape[1])
+        steps = torch.stack([forward(prior, token, cache) for token in tokens.split(1, dim=1)], 1)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        prior.train()
+    return torch.allclose(whole, steps, rtol=1e-3, atol=1e-3 * float(whole.std()))
+
+
+def generation_config(layout: TokenLayout) -> GenerationConfig:
+    """Makes a bare `prior.generate(condition)` yield an image's codes and nothing else."""
+    return GenerationConfig(
+        suppress_tokens=list(range(layout.num_codes, layout.vocab_size)),
+        max_new_tokens=layout.length,
+        do_sample=True,
+        top_k=0,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
+    """A trained prior, made to fit a token layout: what it knows of codes and of classes with the same names is kept.
+
+    Args:
+        name: output folder of stage 2, or Hub id of a prior that was pushed from there.
+        model: fields of the architecture, which must be those the prior has.
+        layout: of the codes to train on; of the same tokenizer.
+
+    Raises:
+        ConfigError: there is no prior, it has another architecture, or it was trained on another tokenizer's codes.
+    """
+    key = "model_name_or_path"
+    try:
+        file = Path(name) / LAYOUT_NAME if Path(name).is_dir() else Path(hf_hub_download(name, LAYOUT_NAME))
+        known = TokenLayout.from_pretrained(file.parent)
+        trained = AutoModelForCausalLM.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        message = f"received {name!r}; no prior can be loaded from there (stage2_prior.train makes one): {reason}"
+        raise ConfigError([Problem(key, message)]) from error
+    if known.tokenizer_fingerprint != layout.tokenizer_fingerprint:
+        codes = f"the codes of tokenizer {known.tokenizer_fingerprint}, these are of {layout.tokenizer_fingerprint}"
+        raise ConfigError([Problem(key, f"received {name!r}, which was trained on {codes}")])
+    has = {field: getattr(trained.config, field, None) for field in model}
+    different = [field for field in model if model[field] != has[field]]
+    if different:
+        advice = "leave it out, the architecture is that of the prior"
+        raise ConfigError(
+            [
+                Problem(f"model.{field}", f"received {model[field]!r}, but {name} has {has[field]!r}; {advice}")
+                for field in different
+            ]
+        )
+    if known.to_dict() == layout.to_dict():
+        return trained
+
+    config = copy.deepcopy(trained.config)
+    for field, value in decided_by(layout).items():
+        setattr(config, field, value)
+    prior = _initialise(config, layout)
+    old, new = shared_tokens(known, layout)
+    ends = (prior.get_input_embeddings(), prior.get_output_embeddings())
+    by_token = {id(parameter) for end in ends for parameter in end.parameters()}
+    before = dict(trained.named_parameters())
+    with torch.no_grad():
+        for parameter_name, parameter in prior.named_parameters():
+            if id(parameter) in by_token:
+                parameter[new] = before[parameter_name][old]
+            else:
+                parameter.copy_(before[parameter_name])
+    return prior
+
+
+def shared_tokens(old: TokenLayout, new: TokenLayout) -> Tensor:
+    """int64 `(2, n)`: tokens of either layout that mean the same: codes, classes by name, the null token."""
+    pairs = [(code, code) for code in range(new.num_codes)]
+    for number, name in enumerate(new.class_names):
+        if name in old.class_names:
+            pairs.append((old.num_codes + old.class_names.index(name), new.num_codes + number))
+    if old.has_null and new.has_null:
+        pairs.append((old.null_token, new.null_token))
+    return torch.tensor(pairs).T

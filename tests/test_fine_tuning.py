@@ -1,0 +1,119 @@
+"""Fine-tuning from trained models, in both stages, called from Python."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs import ConfigError
+from stage1_vqgan import VQGANModel
+from stage1_vqgan.training import train as train_tokenizer
+from stage2_prior import TokenLayout
+from stage2_prior.prior import adapt_prior, shared_tokens
+from stage2_prior.training import train as train_prior
+
+
+def tokenizer_config(tiny_runs, folder, **changes):
+    path = str(tiny_runs.vqgan)
+    return replace(tiny_runs.stage1, output_dir=str(folder), model={}, model_name_or_path=path, max_steps=3, **changes)
+
+
+def changed(before, after):
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_a_tokenizer_goes_on_from_its_weights(tiny_runs, tmp_path):
+    first = tokenizer_config(tiny_runs, tmp_path / "still", learning_rate=1e-30)
+    before, still = VQGANModel.from_pretrained(tiny_runs.vqgan), train_tokenizer(first)
+    weights = before.state_dict()
+    # nothing but codes that were restarted may move at this rate: no k-means, no fresh initialisation
+    assert changed(weights, still.state_dict()) <= {"quantize"}
+    moved = train_tokenizer(tokenizer_config(tiny_runs, tmp_path / "moved"))
+    assert changed(weights, moved.state_dict()) >= {"encoder", "decoder", "quantize"}
+    assert moved.config.fingerprint == moved.compute_fingerprint() != before.config.fingerprint
+
+
+def test_decoder_only_keeps_every_code(tiny_runs, tmp_path):
+    config = tokenizer_config(tiny_runs, tmp_path / "decoder", trainable="decoder")
+    config.codebook.restart_interval = 1
+    tuned = train_tokenizer(config)
+    before = VQGANModel.from_pretrained(tiny_runs.vqgan)
+    assert changed(before.state_dict(), tuned.state_dict()) == {"post_quant_conv", "decoder"}
+    assert tuned.config.fingerprint == before.config.fingerprint == tuned.compute_fingerprint()
+    images = torch.rand(8, 1, 16, 16) * 2 - 1
+    assert torch.equal(before.eval().encode(images).codes, tuned.encode(images).codes)
+
+
+def test_resuming_decoder_only_is_exact(tiny_runs, tmp_path):
+    config = tokenizer_config(tiny_runs, tmp_path / "run", trainable="decoder", save_steps=2)
+    straight = train_tokenizer(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    (tmp_path / "run" / "train_results.json").unlink()
+    again = train_tokenizer(config)
+    assert changed(straight.state_dict(), again.state_dict()) == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_name_or_path": "./nowhere"}, r"model_name_or_path: received './nowhere'"),
+        ({"model": {"base_channels": 16}}, r"model_name_or_path: .*do not fit"),
+        (
+            {"model_name_or_path": None, "trainable": "decoder"},
+            r"trainable: received 'decoder'; needs model_name_or_path",
+        ),
+    ],
+    ids=str,
+)
+def test_tokenizers_that_cannot_be_fine_tuned(tiny_runs, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train_tokenizer(replace(tokenizer_config(tiny_runs, tmp_path / "run"), **changes))
+
+
+def test_a_tokenizer_at_another_resolution(tiny_runs, tmp_path):
+    config = replace(tokenizer_config(tiny_runs, tmp_path / "run"), model={"image_size": 32})
+    tuned = train_tokenizer(config)
+    assert tuned.config.image_size == VQGANModel.from_pretrained(config.output_dir).config.image_size == 32
+
+
+def prior_config(tiny_runs, folder, **changes):
+    path = str(tiny_runs.prior)
+    return replace(tiny_runs.stage2, output_dir=str(folder), model={}, model_name_or_path=path, max_steps=2, **changes)
+
+
+def test_a_prior_goes_on_from_its_weights(tiny_runs, tmp_path):
+    weights = load_file(tiny_runs.prior / "model.safetensors")
+    still = train_prior(prior_config(tiny_runs, tmp_path / "still", learning_rate=1e-30))
+    assert changed(weights, still.state_dict()) == set()
+    moved = train_prior(prior_config(tiny_runs, tmp_path / "moved"))
+    assert changed(weights, moved.state_dict()) == {"model", "lm_head"}
+
+
+def test_classes_are_matched_by_name(tiny_runs):
+    known = TokenLayout.from_pretrained(tiny_runs.prior)
+    layout = replace(known, class_names=("new", *reversed(known.class_names)))
+    before = adapt_prior(str(tiny_runs.prior), {}, known)
+    torch.manual_seed(0)
+    prior = adapt_prior(str(tiny_runs.prior), {}, layout)
+    rows = prior.get_input_embeddings().weight, before.get_input_embeddings().weight
+    assert torch.equal(rows[0][:32], rows[1][:32])
+    for number in range(10):
+        assert torch.equal(rows[0][32 + layout.class_names.index(str(number))], rows[1][32 + number])
+    assert torch.equal(rows[0][layout.null_token], rows[1][known.null_token])
+    assert not torch.equal(rows[0][32], rows[1][32])  # the new one
+    assert changed(before.model.layers.state_dict(), prior.model.layers.state_dict()) == set()
+    codes = torch.arange(5)[None]
+    assert torch.equal(before(codes).logits[..., :32], prior(codes).logits[..., :32])
+    assert shared_tokens(known, known).T.tolist() == [[token, token] for token in range(43)]
+
+
+def test_priors_that_cannot_be_fine_tuned(tiny_runs, tmp_path):
+    layout = TokenLayout.from_pretrained(tiny_runs.prior)
+    with pytest.raises(ConfigError, match=r"model_name_or_path: received 'nowhere/'; no prior can be loaded"):
+        adapt_prior("nowhere/", {}, layout)
+    with pytest.raises(ConfigError, match=r"trained on the codes of tokenizer"):
+        adapt_prior(str(tiny_runs.prior), {}, replace(layout, tokenizer_fingerprint="another"))
+    with pytest.raises(ConfigError, match=r"model\.hidden_size: received 64, but .* has 32"):
+        adapt_prior(str(tiny_runs.prior), {"model_type": "llama", "hidden_size": 64}, layout)
