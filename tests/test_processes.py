@@ -1,0 +1,132 @@
+"""Two processes are one with twice the batch; every process holds the same; a process that dies ends the job."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from stage2_prior import CodeStore
+from tests import process_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+
+
+def launch(module: str, *arguments: object, path: Path = ROOT) -> subprocess.CompletedProcess:
+    """Runs a module on two processes of this machine's CPU."""
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
+    environment = {**os.environ, **settings}
+    command = [sys.executable, *LAUNCH.split(), "--dynamo_backend", "no", "--main_process_port", "0", "-m", module]
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    process_runs.run_all(folder, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(one, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    done = launch("tests.process_runs", folder, one)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def state(folder, name, process):
+    return torch.load(folder / "states" / f"{name}-{process}.pt", weights_only=True)
+
+
+def tensors(value, prefix=""):
+    if not isinstance(value, dict):
+        return {prefix: torch.as_tensor(value)}
+    return {path: leaf for key, item in value.items() for path, leaf in tensors(item, f"{prefix}/{key}").items()}
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_every_process_holds_the_same(two, name):
+    first, second = (tensors(state(two, name, process)) for process in range(2))
+    assert first.keys() == second.keys() and len(first) > 20
+    assert [path for path in first if not torch.equal(first[path], second[path])] == []
+
+
+def test_without_the_wrapper_they_would_not(two):
+    first, second = (tensors(state(two, "bypassed", process)) for process in range(2))
+    assert [path for path in first if not torch.equal(first[path], second[path])] != []
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_two_processes_are_one_with_twice_the_batch(one, two, name):
+    single, double = (tensors(state(folder, name, 0)) for folder in (one, two))
+    assert single.keys() == double.keys()
+    differences = {path: (single[path].double() - double[path].double()).abs().max().item() for path in single}
+    assert max(differences.values()) <= 1e-5, worst(differences)
+    # attention does not depend on the bias of its keys: its gradient is rounding, which Adam makes as large as any
+    felt = {path: value for path, value in differences.items() if not path.endswith("attn_1.k.bias")}
+    assert max(felt.values()) <= 2e-6, worst(felt)
+    if name == "stage1":
+        assert single["/restarted"] > 0  # codes did restart
+
+
+def worst(differences):
+    return sorted(differences.items(), key=lambda pair: -pair[1])[:5]
+
+
+def test_the_codes_are_the_same_files(one, two):
+    """Of the same tokenizer: two processes share the work out and write what one would."""
+    stores = one / "codes", two / "codes_of_other"
+    names = [sorted(path.name for path in store.glob("*.arrow")) for store in stores]
+    assert names[0] == names[1] == ["train-00000.arrow", "validation-00000.arrow"]
+    for name in names[0]:
+        assert (stores[0] / name).read_bytes() == (stores[1] / name).read_bytes()
+    assert CodeStore(stores[1]).split("train").rows == 2 * 1437
+
+
+def test_metrics_are_global(one, two):
+    lines = [
+        [json.loads(line) for line in (folder / "vqgan" / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one, two)
+    ]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [5, 10, 10]
+    for single, double in zip(*lines, strict=True):
+        for key in set(single) - {"images_per_second"}:
+            assert double[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5), key
+    assert lines[1][-1]["eval/images"] == 360
+
+
+DYING = """
+import os, sys, torch
+from pathlib import Path
+from tests import process_runs
+from stage1_vqgan.training_step import VQGANTrainer
+step = VQGANTrainer.step
+def die(self, images, number):
+    if number == 3 and self.accelerator.process_index == 1:
+        raise RuntimeError("this process cannot go on")
+    return step(self, images, number)
+VQGANTrainer.step = die
+process_runs.run_stage1(process_runs.stage1_config(Path(sys.argv[1]), 2, max_steps=10**6), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_job(tmp_path):
+    (tmp_path / "dying.py").write_text(DYING)
+    started = time.monotonic()
+    done = launch("dying", tmp_path, path=tmp_path)
+    assert done.returncode != 0 and "this process cannot go on" in done.stderr
+    assert time.monotonic() - started < 60
