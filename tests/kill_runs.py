@@ -1,0 +1,110 @@
+"""Runs of every stage that can be killed at a chosen point; for tests/test_kills.py."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs import checkpoints
+from stage1_vqgan import training as stage1
+from stage1_vqgan.training_step import VQGANTrainer
+from stage2_prior import code_store, tokenize
+from stage2_prior import training as stage2
+from tests import process_runs
+
+# A process of its own for each run, forked from one in which everything is imported already.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__])
+
+COMMON = {"dataloader_num_workers": 2, "logging_steps": 7, "save_steps": 4, "save_total_limit": 2}
+SHARD_ROWS = 400
+
+
+def run_stage1(folder: Path) -> None:
+    """18 steps over 14 batches an epoch, with augmentation, dropout, k-means, restarts and the game."""
+    config = process_runs.stage1_config(folder, 1, max_steps=18, per_device_train_batch_size=96, **COMMON)
+    config.model["dropout"] = 0.1
+    config.eval_steps = 12
+    stage1.train(config)
+
+
+def run_stage2(folder: Path) -> None:
+    """30 steps over 22 batches an epoch, with dropout of conditions and of attention."""
+    changes = {"max_steps": 30, "per_device_train_batch_size": 128, "eval_steps": 12, **COMMON, "save_steps": 6}
+    config = process_runs.stage2_config(folder, 1, **changes)
+    config.model["attention_dropout"] = 0.1
+    stage2.train(config)
+
+
+def run_tokenize(folder: Path) -> None:
+    """A store of several shards."""
+    tokenize.tokenize(process_runs.stage2_config(folder, 1, **COMMON, tokenize_batch_size=64))
+
+
+RUNS = {"stage1": run_stage1, "stage2": run_stage2, "tokenize": run_tokenize}
+
+# What is counted, and where: the process kills itself when the count of a point is reached.
+POINTS = {
+    "step": [(VQGANTrainer, "_update"), (stage2.PriorTrainer, "training_step")],  # an optimizer has or has not stepped
+    "write": [(checkpoints.os, "fsync"), (checkpoints.Path, "rename")],  # a checkpoint is partly on the disk
+    "save": [(torch, "save")],  # optimizer states are partly written
+    "shard": [(tokenize, "write_shard"), (code_store.Path, "replace")],
+}
+
+
+def _child(name: str, folder: Path, point: str | None, count: float) -> None:
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers
+    for module in (code_store, tokenize):
+        module.SHARD_ROWS = SHARD_ROWS  # type: ignore[attr-defined]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if point == "seconds":
+        threading.Timer(count, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    elif point is not None:
+        left = [count]
+        for owner, function in POINTS[point]:
+            setattr(owner, function, _counting(getattr(owner, function), left))
+    RUNS[name](folder)
+    os._exit(0)
+
+
+def _counting(function: Callable, left: list[float]) -> Callable:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def run(name: str, folder: Path, point: str | None = None, count: float = 0) -> int | None:
+    """Runs to the end, or to its death; returns the exit code (-9 if it was killed)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    process = CONTEXT.Process(target=_child, args=(name, folder, point, count))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def interrupt(name: str, folder: Path, signals: list[tuple[int, float]], wait_for: str) -> int | None:
+    """Sends signals to a run, each after some seconds, from when its log holds a word on; returns the exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    process = CONTEXT.Process(target=_child, args=(name, folder, None, 0))
+    process.start()
+    while wait_for not in (folder / "log.txt").read_text() if (folder / "log.txt").exists() else True:
+        time.sleep(0.02)
+    for number, seconds in signals:
+        time.sleep(seconds)
+        os.kill(process.pid or 0, number)
+    process.join()
+    return process.exitcode

@@ -1,0 +1,91 @@
+"""Killed at any point, a run that is started again ends exactly as one that was left alone."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import kill_runs
+
+SHORT = {
+    "stage1": [("step", 11), ("write", 6), ("step", 22)],
+    "stage2": [("save", 2), ("write", 9), ("step", 20)],
+    "tokenize": [("shard", 1), ("shard", 4), ("shard", 6)],
+}
+MOST = {"step": 30, "write": 50, "save": 12, "shard": 12}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Each run without interruption; stage 2 and the codes need a tokenizer, stage 2 codes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for name in ("stage1", "tokenize", "stage2"):
+        assert kill_runs.run(name, folder) == 0, (folder / "log.txt").read_text()[-3000:]
+    return folder
+
+
+def tensors(value, prefix=""):
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {} if value is None or isinstance(value, str) else {prefix: torch.as_tensor(value)}
+    return {path: leaf for key, item in items for path, leaf in tensors(item, f"{prefix}/{key}").items()}
+
+
+def contents(name, folder):
+    """Everything that was made: models, moving average, codebook and optimizer states; or the store's files."""
+    if name == "tokenize":
+        store = folder / "codes"
+        manifest = json.loads((store / "manifest.json").read_text())
+        del manifest["seconds"]
+        return {"manifest": str(manifest), **{path.name: path.read_bytes() for path in sorted(store.glob("*.arrow"))}}
+    run = folder / {"stage1": "vqgan", "stage2": "prior"}[name]
+    checkpoint = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    found = {"model": load_file(run / "model.safetensors")}
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix == ".safetensors":
+            found[path.name] = load_file(path)
+        elif path.suffix in {".bin", ".pkl", ".pt"} and not path.name.startswith(("random_states", "training_args")):
+            found[path.name] = torch.load(path, weights_only=True)
+    return {path: leaf.numpy().tobytes() for path, leaf in tensors(found).items()}
+
+
+def survive(name, undisturbed, folder, points):
+    """Kills a run at each point in turn, then lets it end; returns how often it really was killed."""
+    for needed in {"stage1": [], "tokenize": ["vqgan"], "stage2": ["vqgan", "codes"]}[name]:
+        shutil.copytree(undisturbed / needed, folder / needed)
+        if name == "tokenize":
+            shutil.rmtree(folder / "codes", ignore_errors=True)
+    killed = 0
+    for point, count in points:
+        code = kill_runs.run(name, folder, point, count)
+        assert code in (0, -9), (folder / "log.txt").read_text()[-3000:]
+        killed += code == -9
+    assert kill_runs.run(name, folder) == 0, (folder / "log.txt").read_text()[-3000:]
+    expected, found = contents(name, undisturbed), contents(name, folder)
+    assert expected.keys() == found.keys() and len(expected) >= (6 if name == "tokenize" else 60)
+    assert [path for path in expected if expected[path] != found[path]] == []
+    return killed
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_killed_runs_end_as_undisturbed_ones(name, undisturbed, tmp_path):
+    assert survive(name, undisturbed, tmp_path, SHORT[name]) == len(SHORT[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", SHORT)
+def test_killed_at_ten_random_points(name, seed, undisturbed, tmp_path):
+    rng = random.Random(f"{name} {seed}")
+    kinds = ["shard"] if name == "tokenize" else ["step", "write", "save"]
+    points = []
+    for _ in range(5):
+        kind = rng.choice(kinds)
+        points += [(kind, rng.randint(1, MOST[kind])), ("seconds", rng.uniform(0.1, 2.5))]
+    assert survive(name, undisturbed, tmp_path, points) >= 5
