@@ -119,6 +119,8 @@ class PriorTrainer(Trainer):
         """Adds bits per pixel and perplexity to a loss in nats per code."""
         if "loss" in logs:
             self.require_finite()
+        rows = self.args.world_size * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self.state.epoch = self.state.global_step * rows / len(cast(CodeDataset, self.train_dataset))  # not of one pass
         for name in ("loss", "eval_loss"):
             if name in logs:
                 prefix = name.removesuffix("loss")
@@ -153,6 +155,7 @@ def training_arguments(config: Stage2Config) -> TrainingArguments:
     """TrainingArguments from the keys both share, and those of the `training_arguments` section."""
     shared = {field.name: getattr(config, field.name) for field in fields(TrainingConfig) if field.name not in OWN_KEYS}
     defaults = {
+        "ddp_find_unused_parameters": False,  # every parameter takes part in every step
         "eval_strategy": "steps",
         "prediction_loss_only": True,
         "save_strategy": "steps",
