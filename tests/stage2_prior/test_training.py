@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs import ConfigError, load_config
+from configs.checkpoints import complete_checkpoints
+from configs.interruption import Diverged
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import CodeStore, Stage2Config, TokenLayout
 from stage2_prior.tokenize import tokenize
-from stage2_prior.training import bits_per_pixel, train
+from stage2_prior.training import PriorTrainer, bits_per_pixel, train
 
 
 @pytest.fixture
@@ -269,3 +272,35 @@ def test_a_prior_without_condition_dropout_has_no_null_token(make_config, tiny_r
     for arguments in ({"class_labels": [3], "guidance_scale": 2.0}, {"num_images": 2}):
         with pytest.raises(ValueError, match="no null token"):
             pipe.generate(**arguments)
+
+
+def test_a_run_whose_numbers_overflow_ends_and_saves_nothing_of_it(make_config):
+    """No tampering: a learning rate that no run survives; the loss is not hidden, as Trainer would by default."""
+    config = make_config(learning_rate=1e30, max_grad_norm=0, max_steps=30, save_steps=25)
+    with pytest.raises(Diverged, match=r"the loss was not finite at step \d+ .*none was saved yet"):
+        train(config)
+    assert complete_checkpoints(config.output_dir) == []
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(make_config, monkeypatch):
+    step = PriorTrainer.training_step
+
+    def broken(trainer, *args, **kwargs):
+        loss = step(trainer, *args, **kwargs)
+        if trainer.state.global_step == 5:
+            trainer.model.lm_head.weight.grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(PriorTrainer, "training_step", broken)
+    config = make_config(max_steps=6, save_steps=3, max_grad_norm=0, logging_steps=100)
+    with pytest.raises(Diverged, match=r"a weight is not finite .*the last good checkpoint is .*checkpoint-3\."):
+        train(config)
+    assert [checkpoint.step for checkpoint in complete_checkpoints(config.output_dir)] == [3]
+
+
+def test_the_log_counts_epochs_of_the_data(make_config):
+    config = make_config(max_steps=50, logging_steps=25)
+    train(config)
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    epochs = [json.loads(line)["epoch"] for line in lines if '"loss"' in line]
+    assert epochs == pytest.approx([25 * 64 / 2874, 50 * 64 / 2874])
