@@ -33,7 +33,7 @@ from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
 from stage2_prior.vocabulary import TokenLayout
 
 # Keys of ours that Trainer must not act on: the run resumes, reports and uploads in its own way.
-OWN_KEYS = {"resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo"}
+OWN_KEYS = {"global_batch_size", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo"}
 
 
 class PriorTrainer(Trainer):
