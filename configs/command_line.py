@@ -47,17 +47,17 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any
         key, equals, text = argument[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                problems.append(Problem(key, f"no value given; write {argument} VALUE" if key else "-- names no key"))
+                problems.append(Problem(key, f"no value given; write --{key or 'key'} VALUE"))
                 continue
             text = rest.pop(0)
         if not key:
-            problems.append(Problem("", f"received '{argument} {text}', which names no key; write --key {text}"))
+            problems.append(Problem("", f"'{argument}' names no key; write --key {text}"))
             continue
         try:
             overrides[key], repeated = parse_yaml(text)
             problems += [Problem(f"{key}.{problem.key}", "is given twice; leave one out") for problem in repeated]
         except ValueError as error:
-            problems.append(Problem(key, f"received {shown(text)}, which is not valid YAML: {error}"))
+            problems.append(Problem(key, f"received {shown(text)}, which is not a valid value: {error}"))
     return name, overrides, problems
 
 
@@ -95,7 +95,8 @@ def refused_path(config: Any, error: OSError) -> Problem | None:
             continue
         into = path in failed.parents and error.errno in NO_WRITING
         if failed == path or failed in path.parents or into:
-            return Problem(key, f"received {shown(value)}; the system refuses this path ({error.strerror})")
+            reason = "there is a file of this name" if isinstance(error, FileExistsError) else error.strerror
+            return Problem(key, f"received {shown(value)}; it cannot be made or used ({reason}); choose another path")
     return None
 
 

@@ -77,7 +77,9 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
     if foreign:
         about = (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")
         listed = textwrap.shorten(", ".join(foreign), 70, placeholder=" …")
-        problems.append(Problem("", f"unknown keys {listed}; is this for another command? This one: {about}"))
+        problems.append(
+            Problem("", f"unknown keys {listed}: is this configuration for another command? This one is {about}")
+        )
         values = {key: value for key, value in values.items() if key not in foreign}
     config = _read_section(cls, values, "", problems)
     if foreign:  # what else is missing or does not fit follows from it
@@ -102,7 +104,7 @@ def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> list[Problem]
         node = values
         for depth, parent in enumerate(parents, 1):
             if node.get(parent) is not None and not isinstance(node[parent], dict):
-                message = f"received {shown(node[parent])}; {dotted} needs a section here"
+                message = f"received {shown(node[parent])}; a single value has no key such as {dotted}"
                 problems.append(Problem(".".join(parents[:depth]), message))
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}

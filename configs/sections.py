@@ -113,7 +113,10 @@ class TrainingConfig(Section):
             yield "global_batch_size", self.global_batch_size, f"must be a multiple of {factors} = {parts}"
         launched = LAUNCHED_WITH["MIXED_PRECISION"] or "no"  # which is also what the launcher says if told nothing
         if launched not in ("no", self.mixed_precision):
-            allowed = f"accelerate launch was told --mixed_precision {launched}; make the two agree, or leave that out"
+            here = ", or set bf16: true here" if launched == "bf16" else ""
+            allowed = (
+                f"accelerate launch, or its config file, says mixed_precision {launched}; leave it out there{here}"
+            )
             yield "bf16", self.bf16, allowed
         yield from self._unknown_trackers()
 

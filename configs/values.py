@@ -28,7 +28,7 @@ def read_value(hint: Any, value: Any, strict: bool = False) -> Any:
     try:
         # true is not the number 1
         result = _adapter(hint).validate_python(value, strict=strict or isinstance(value, bool))
-        if not isinstance(value, str) or (value.strip() and "\0" not in value) or hint is Any:
+        if not isinstance(value, str) or (value.strip() and value.isprintable()) or hint is Any:
             return result
     except ValidationError:
         pass
@@ -46,8 +46,9 @@ def allowed_values(hint: Any, value: Any = None) -> str:
     if origin is Annotated:
         return f"{allowed_values(arguments[0], value)} {_range(arguments[1:])}"
     if origin in (Union, UnionType):
-        return _either([allowed_values(argument, value) for argument in arguments])
-    if origin is list:
+        kinds = [kind for kind in arguments if kind is not int or float not in arguments]
+        return _either([allowed_values(kind, value) for kind in kinds])
+    if origin in (list, tuple):
         example = f"; write [{value}]" if isinstance(value, str | int | float) else ""
         return f"a list in which every entry is {allowed_values(arguments[0])}{example}"
     finite = "finite " if isinstance(value, float) and not math.isfinite(value) else ""
@@ -55,7 +56,7 @@ def allowed_values(hint: Any, value: Any = None) -> str:
         bool: "true or false",
         int: "a whole number",
         float: f"a {finite}number",
-        str: "text",
+        str: "printable text, not blank" if isinstance(value, str) else "text",
         NoneType: "null",
         list: "a list",
         tuple: "a list",
@@ -81,14 +82,15 @@ def _choices(hint: Any) -> list[Any]:
 
 
 def _range(bounds: Iterable[Any]) -> str:
-    signs = {"gt": "above", "ge": "from", "lt": "below", "le": "at most"}
+    signs = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
     limits = {
         sign: getattr(bound, sign) for bound in bounds for sign in signs if getattr(bound, sign, None) is not None
     }
     if "ge" in limits and "le" in limits:
         return f"from {limits['ge']} to {limits['le']}"
-    words = [f"{signs[sign]} {limit}" for sign, limit in sorted(limits.items())]
-    return " and ".join(words) + (" up" if list(limits) == ["ge"] else "")
+    if list(limits) == ["ge"]:
+        return f"from {limits['ge']} up"
+    return " and ".join(f"{signs[sign]} {limit}" for sign, limit in sorted(limits.items()))
 
 
 @cache

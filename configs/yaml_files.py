@@ -10,6 +10,16 @@ import yaml
 
 from configs.problems import ConfigError, Problem, shown
 
+# What the parser says, and what it means.
+PLAIN_REASONS = {
+    "'\\t'": "a tab; YAML is indented by spaces",
+    "<stream end>": "it ends before a bracket or quote is closed",
+    "end of stream": "it ends before a bracket or quote is closed",
+    "could not determine a constructor": "a tag (a word after '!'), which has no meaning here",
+    "mapping values are not allowed": "a second ':' in a line, or a key at the wrong depth; quote text that holds ': '",
+    "could not find expected ':'": "a line without ': ', or one at the wrong depth",
+}
+
 
 class YamlReader(yaml.SafeLoader):
     """YAML as people mean it: `1e-4` is a number, `no` and dates are text, only true and false are booleans.
@@ -66,13 +76,15 @@ def parse_yaml(text: str) -> tuple[Any, list[Problem]]:
         return reader.get_single_data(), reader.repeated
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        reason = error.problem or error.context
-        if "'\\t'" in str(reason):
-            reason = "a tab; YAML is indented by spaces"
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark and "\n" in text else ""
+        reason = str(error.problem or error.context)
+        for words, plain in PLAIN_REASONS.items():
+            if words in reason:
+                reason = plain
         raise ValueError(f"{where}{reason}") from None
     except yaml.reader.ReaderError as error:
-        raise ValueError(f"its character {error.position + 1} is not allowed in YAML") from None
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"line {line}: a control character; YAML holds text only") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -294,7 +294,7 @@ class VQGANPipeline:
                 validate_repo_id(str(pretrained_model_name_or_path))
             except HFValidationError:
                 raise FileNotFoundError(
-                    f"there is no folder {str(pretrained_model_name_or_path)!r}, and no repository can have this name"
+                    f"there is no folder {str(pretrained_model_name_or_path)!r}, and no repository can have such a name"
                 ) from None
             folder = Path(
                 snapshot_download(

@@ -3,6 +3,7 @@
 import textwrap
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedConfig
 
@@ -32,7 +33,7 @@ def load_tokenizer(name: str, key: str = "tokenizer") -> VQGANModel:
             if kind == VQGANConfig.model_type:
                 return VQGANModel.from_pretrained(name).eval()
             reason = f"this is no tokenizer but a model of type {kind!r} ({makes})"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, StrictDataclassError) as error:
             first_line = str(error).strip().partition("\n")[0]
             reason = f"no tokenizer can be loaded from it: {textwrap.shorten(first_line, 160, placeholder=' …')}"
     raise ConfigError([Problem(key, f"received {name!r}; {reason}")])

@@ -126,16 +126,20 @@ class Stage1Config(TrainingConfig):
                 names.add(name)
         if names & {"image_size", "channel_multiplier"}:
             return
-        size, absent = model.image_size, set(self.model.get("attn_resolutions", ())) - set(model.resolutions)
-        if absent and "attn_resolutions" not in names:
-            yield "model.attn_resolutions", self.model["attn_resolutions"], f"the levels have {model.resolutions}"
+        size = model.image_size
+        given = "attn_resolutions" in self.model and "attn_resolutions" not in names
+        if given and set(model.attn_resolutions) - set(model.resolutions):
+            levels = ", ".join(map(str, model.resolutions))
+            allowed = f"must be among the resolutions of the levels, {levels} (image_size, halved by each)"
+            yield "model.attn_resolutions", self.model["attn_resolutions"], allowed
         smallest = LPIPS_MIN_SIZE[loss.lpips_backbone]
         if loss.perceptual_weight and size < smallest:
             allowed = f"LPIPS with {loss.lpips_backbone} needs {smallest} pixels; set loss.perceptual_weight to 0"
             yield "model.image_size", size, allowed
         if loss.adversarial_weight and logit_grid_size(size, self.discriminator.num_layers) < 1:
-            reason = f"images of {size} pixels (model.image_size) are too small for so many layers"
-            yield "discriminator.num_layers", self.discriminator.num_layers, reason
+            most = max((layers for layers in range(9) if logit_grid_size(size, layers) >= 1), default=0)
+            allowed = f"images of {size} pixels (model.image_size) allow at most {most}"
+            yield "discriminator.num_layers", self.discriminator.num_layers, allowed
 
     def _model_fields(self) -> tuple[VQGANConfig, list[tuple[str, Any, str]]]:
         """The model's configuration with those fields that have the right type, and what is wrong with the others."""

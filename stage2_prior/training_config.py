@@ -1,5 +1,7 @@
 """Settings of stage 2: making the codes, and training the prior over them."""
 
+import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -57,7 +59,7 @@ class Stage2Config(TrainingConfig):
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         yield from super().problems()
         if self.num_views > 1 and self.data.augmentation == AugmentationConfig():
-            yield "num_views", self.num_views, "without data.augmentation all views are the same; set one, or 1 view"
+            yield "num_views", self.num_views, "without data.augmentation all views are the same; turn one on, or set 1"
         yield from self._model_problems()
         yield from self._argument_problems()
 
@@ -69,15 +71,16 @@ class Stage2Config(TrainingConfig):
         for name, value in self.training_arguments.items():
             key = f"training_arguments.{name}"
             if name in own:
-                yield key, value, f"is a key of its own; write {name} at the top level"
+                yield key, value, f"it is a key of its own; write {name} at the top level"
             elif name not in types:
                 yield key, None, unknown_key(name, types)
             else:
                 yield from wrong_value(key, types[name], value)
         if self.bf16 and self.training_arguments.get("fp16") is True:
-            yield "training_arguments.fp16", True, "bf16 is on too; one of them must be off"
+            yield "training_arguments.fp16", True, "but bf16 is true as well; turn one of them off"
 
     def _model_problems(self) -> Iterable[tuple[str, Any, str]]:
+        from huggingface_hub.errors import StrictDataclassFieldValidationError
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
         known = sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
@@ -95,7 +98,7 @@ class Stage2Config(TrainingConfig):
             name = aliases.get(key, key)
             settings[name] = key, value
             if key in DERIVED_KEYS:
-                problems.append((f"model.{key}", value, "is decided by the code store; leave it out"))
+                problems.append((f"model.{key}", value, "it is decided by the code store; leave it out"))
             elif name in types:
                 problems += wrong_value(f"model.{key}", types[name], value)
             elif key != "model_type":
@@ -105,8 +108,13 @@ class Stage2Config(TrainingConfig):
         if not problems:
             try:
                 AutoConfig.for_model(**self.model)
+            except StrictDataclassFieldValidationError as error:
+                name = re.sub(r".*for field '(\w+)'.*", r"\1", str(error), flags=re.DOTALL)
+                key, value = settings.get(name, (name, None))
+                problems.append((f"model.{key}", value, f"not a value that {model_type} takes here"))
             except Exception as error:  # each configuration class checks in its own way
-                problems.append(("model", None, " ".join(str(error.__cause__ or error).split())))
+                reason = textwrap.shorten(str(error.__cause__ or error), 180, placeholder=" …")
+                problems.append(("model", None, f"{model_type} cannot have these settings: {reason}"))
         yield from problems
 
     @staticmethod
