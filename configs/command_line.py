@@ -1,15 +1,21 @@
 """What every command shares: `CONFIG --key value …` → a configuration, help, exit codes."""
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import yaml
-
-from configs.loader import ConfigError, Problem, YamlReader, load_config, preset_names
+from configs.loader import load_config, to_dict
+from configs.problems import ConfigError, Problem, shown
+from configs.yaml_files import parse_yaml, preset_names
 
 T = TypeVar("T")
+
+# What a folder that is there may still refuse.
+NO_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 USAGE = """usage: {command} [CONFIG] [--key value ...]
 
@@ -19,11 +25,12 @@ Any key can be given or overridden on the command line; nested keys are joined b
 """
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """Splits command-line arguments into the config's name and `{dotted key: value}`; values are read as YAML.
+def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any], list[Problem]]:
+    """Splits command-line arguments; values are read as YAML.
 
-    Raises:
-        ConfigError: an argument has no key, a key has no value, or a value is not YAML.
+    Returns:
+        The config's name, `{dotted key: value}`, and the problems: an argument without a key, a key without a value,
+        or a value that is not YAML.
     """
     name: str | None = None
     overrides: dict[str, Any] = {}
@@ -32,7 +39,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            if name is None and not overrides:
+            if name is None and len(rest) + 1 == len(arguments):
                 name = argument
             else:
                 problems.append(Problem("", f"'{argument}' follows no --key (only the first argument may be a config)"))
@@ -40,16 +47,18 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any
         key, equals, text = argument[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                problems.append(Problem(key, f"no value given; write --{key} VALUE"))
+                problems.append(Problem(key, f"no value given; write --{key or 'key'} VALUE"))
                 continue
             text = rest.pop(0)
+        if not key:
+            problems.append(Problem("", f"'{argument}' names no key; write --key {text}"))
+            continue
         try:
-            overrides[key] = yaml.load(text, YamlReader)
-        except yaml.YAMLError:
-            problems.append(Problem(key, f"received {text!r}, which cannot be read as a YAML value"))
-    if problems:
-        raise ConfigError(problems, "command line")
-    return name, overrides
+            overrides[key], repeated = parse_yaml(text)
+            problems += [Problem(f"{key}.{problem.key}", "is given twice; leave one out") for problem in repeated]
+        except ValueError as error:
+            problems.append(Problem(key, f"received {shown(text)}, which is not a valid value: {error}"))
+    return name, overrides, problems
 
 
 def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequence[str] | None = None) -> None:
@@ -59,15 +68,36 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
         print(USAGE.format(command=command, presets=", ".join(preset_names())) + "\n".join(describe(cls)))
         return
     try:
-        name, overrides = parse_arguments(arguments)
-        config = load_config(cls, name, overrides)
-        main(config)
+        config = load_config(cls, *parse_arguments(arguments))
+        try:
+            main(config)
+        except OSError as error:
+            refused = refused_path(config, error)
+            if refused is None:
+                raise
+            raise ConfigError([refused]) from error
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what has been saved", file=sys.stderr)
         sys.exit(130)
+
+
+def refused_path(config: Any, error: OSError) -> Problem | None:
+    """The key whose path the system refused to make, to open or to write into; None if it was another one."""
+    if not isinstance(error.filename, str | PathLike):
+        return None
+    failed = Path(error.filename).absolute()
+    for key, value in to_dict(config).items():
+        path = Path(value).absolute() if isinstance(value, str) else None
+        if path is None or "\0" in str(path):
+            continue
+        into = path in failed.parents and error.errno in NO_WRITING
+        if failed == path or failed in path.parents or into:
+            reason = "there is a file of this name" if isinstance(error, FileExistsError) else error.strerror
+            return Problem(key, f"received {shown(value)}; it cannot be made or used ({reason}); choose another path")
+    return None
 
 
 def describe(cls: type, prefix: str = "") -> list[str]:

@@ -1,114 +1,51 @@
 """YAML and overrides → the dataclass it is handed. All problems are reported at once, the nearest valid key named."""
 
-import copy
 import difflib
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from importlib.resources import files
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
+from configs.problems import ConfigError, Problem, shown, unknown_key
+from configs.values import read_value
+from configs.yaml_files import read_yaml
+
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with a configuration: where, what was received, and what is allowed."""
-
-    key: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.message}" if self.key else self.message
+NOT_GIVEN = "is required and was not given"
 
 
-class YamlReader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-4` is a number, `no` and dates are text, only true and false are booleans."""
+def load_config(
+    cls: type[T],
+    name: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    found: Sequence[Problem] = (),
+) -> T:
+    """Loads a configuration from a YAML file or preset, with dotted overrides.
 
-
-YamlReader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "bool")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-YamlReader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|false|False"), list("tTfF"))
-YamlReader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
-
-
-class ConfigError(ValueError):
-    """Every problem of one configuration."""
-
-    def __init__(self, problems: Sequence[Problem], source: str = "configuration"):
-        self.problems = list(problems)
-        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
-        super().__init__("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in self.problems)]))
-
-
-def preset_names() -> list[str]:
-    """Short names of the presets that ship with the package, such as `digits/stage1`."""
-    root = files("configs")
-    return sorted(
-        f"{folder.name}/{Path(entry.name).stem}"
-        for folder in root.iterdir()
-        if folder.is_dir()
-        for entry in folder.iterdir()
-        if entry.name.endswith(".yaml")
-    )
-
-
-def read_yaml(name: str) -> dict[str, Any]:
-    """Reads a YAML file, or a preset by its short name or by its path in the repository.
+    Args:
+        cls: the dataclass to make.
+        name: path of a YAML file or short name of a preset; None starts from nothing.
+        overrides: `{dotted key: value}`.
+        found: problems found before, reported with the others.
 
     Raises:
-        ConfigError: neither a file nor a preset has this name, or the file is not a YAML mapping.
+        ConfigError: with every problem found.
     """
-    path = Path(name)
-    if path.is_file():
-        text = path.read_text()
-    else:
-        preset = str(path.with_suffix("") if path.suffix in {".yaml", ".yml"} else path).removeprefix("configs/")
-        if preset not in preset_names():
-            nearest = difflib.get_close_matches(preset, preset_names(), n=1)
-            hint = f"; did you mean the preset '{nearest[0]}'?" if nearest else ""
-            known = ", ".join(preset_names())
-            raise ConfigError([Problem("", f"no file and no preset is called '{name}'{hint} (presets: {known})")], name)
-        text = files("configs").joinpath(f"{preset}.yaml").read_text()
-    try:
-        values = yaml.load(text, YamlReader)
-    except yaml.YAMLError as error:
-        raise ConfigError([Problem("", f"not valid YAML: {error}")], name) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(
-            [Problem("", f"a mapping of keys to values is needed, this is a {type(values).__name__}")], name
-        )
-    return values
-
-
-def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts dotted `overrides` into nested `values` (changed in place and returned)."""
-    for dotted, value in overrides.items():
-        *parents, last = dotted.split(".")
-        node = values
-        for parent in parents:
-            if not isinstance(node.get(parent), dict):
-                node[parent] = {}
-            node = node[parent]
-        node[last] = value
-    return values
-
-
-def unknown_key(key: str, allowed: Iterable[str]) -> str:
-    """The message for a key that does not exist, with the nearest one that does."""
-    allowed = sorted(allowed)
-    nearest = difflib.get_close_matches(str(key), allowed, n=1)
-    listed = ", ".join(allowed[:40]) + (", …" if len(allowed) > 40 else "")
-    return "unknown key; " + (f"did you mean '{nearest[0]}'?" if nearest else f"allowed: {listed}")
+    problems = list(found)
+    values: dict[str, Any] = {}
+    if name:
+        try:
+            values, repeated = read_yaml(name)
+        except ConfigError as error:
+            raise ConfigError([*error.problems, *problems], name) from None
+        problems += repeated
+    problems += merge(values, _plain(dict(overrides or {})))
+    return build(cls, values, name or "command line", problems)
 
 
 def check(config: T, source: str = "configuration") -> T:
@@ -120,49 +57,60 @@ def check(config: T, source: str = "configuration") -> T:
     return build(type(config), to_dict(config), source)
 
 
-def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration") -> T:
+def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration", found: Sequence[Problem] = ()) -> T:
     """Makes a `cls` of nested plain values.
+
+    Rules across keys are checked even if some keys are wrong: those have their defaults meanwhile, and a problem that
+    concerns one of them is left out.
+
+    Args:
+        cls: the dataclass to make.
+        values: nested plain values.
+        source: where they come from, for the message.
+        found: problems found before, reported with the others.
 
     Raises:
         ConfigError: with every problem found.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        config = TypeAdapter(cls).validate_python(dict(values))
-    except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            if item["type"] == "unexpected_keyword_argument":
-                problems.append(Problem(key, unknown_key(str(item["loc"][-1]), _keys_at(cls, item["loc"][:-1]))))
-            elif item["type"] == "missing":
-                problems.append(Problem(key, "is required and was not given"))
-            else:
-                problems.append(Problem(key, f"received {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}"))
-        raise ConfigError(problems, source) from None
-    problems = [
-        Problem(key, message if value is None else f"received {value!r}; {message}")
-        for key, value, message in _cross_field_problems(config)
-    ]
+    problems = list(found)
+    foreign = _foreign_keys(cls, values)
+    if foreign:
+        about = (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        listed = textwrap.shorten(", ".join(foreign), 70, placeholder=" …")
+        problems.append(
+            Problem("", f"unknown keys {listed}: is this configuration for another command? This one is {about}")
+        )
+        values = {key: value for key, value in values.items() if key not in foreign}
+    config = _read_section(cls, values, "", problems)
+    if foreign:  # what else is missing or does not fit follows from it
+        problems = [problem for problem in problems if problem.message != NOT_GIVEN]
+    else:
+        wrong = {problem.key for problem in problems} - {""}
+        problems += [
+            Problem(key, message if value is None else f"received {shown(value)}; {message}")
+            for key, value, message in _cross_field_problems(config)
+            if not _concerns(key, message, wrong)
+        ]
     if problems:
         raise ConfigError(problems, source)
     return config
 
 
-def load_config(cls: type[T], name: str | None = None, overrides: Mapping[str, Any] | None = None) -> T:
-    """Loads a configuration from a YAML file or preset, with dotted overrides.
-
-    Args:
-        cls: the dataclass to make.
-        name: path of a YAML file or short name of a preset; None starts from nothing.
-        overrides: `{dotted key: value}`.
-
-    Raises:
-        ConfigError: with every problem found.
-    """
-    values = merge(read_yaml(name) if name else {}, copy.deepcopy(dict(overrides or {})))
-    return build(cls, values, name or "command line")
+def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> list[Problem]:
+    """Puts dotted `overrides` into nested `values` (changed in place); returns what was in the way."""
+    problems = []
+    for dotted, value in overrides.items():
+        *parents, last = str(dotted).split(".")
+        node = values
+        for depth, parent in enumerate(parents, 1):
+            if node.get(parent) is not None and not isinstance(node[parent], dict):
+                message = f"received {shown(node[parent])}; a single value has no key such as {dotted}"
+                problems.append(Problem(".".join(parents[:depth]), message))
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        node[last] = value
+    return problems
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -171,20 +119,74 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Writes the resolved configuration as YAML."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    """Writes the resolved configuration as YAML, beside and renamed: a file of this name is complete."""
+    partial = Path(path).with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    partial.replace(path)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems: list[Problem]) -> T:
+    """Makes a section; what is wrong or missing goes to `problems` and has its default, or a stand-in, meanwhile."""
+    hints = get_type_hints(cls, include_extras=True)
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    reported = {problem.key for problem in problems}
+    for name, value in values.items():
+        if name not in known and f"{prefix}{name}" not in reported:
+            refused = getattr(cls, "refused", {}).get(name)
+            message = f"received {shown(value)}; {refused}" if refused else unknown_key(name, known)
+            problems.append(Problem(f"{prefix}{name}", message))
+    good: dict[str, Any] = {}
+    for name, field in known.items():
+        key, hint = f"{prefix}{name}", hints[name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            section = values.get(name, {})
+            if not isinstance(section, Mapping):
+                listed = textwrap.shorten(", ".join(item.name for item in fields(hint)), 80, placeholder=" …")
+                problems.append(
+                    Problem(key, f"received {shown(section)}; must be a section with keys such as {listed}")
+                )
+                good[name] = _read_section(hint, {}, f"{key}.", [])
+            else:
+                good[name] = _read_section(hint, section, f"{key}.", problems)
+            continue
+        if name in values:
+            try:
+                good[name] = read_value(hint, values[name])
+                continue
+            except ValueError as error:
+                if key not in reported:
+                    problems.append(Problem(key, str(error)))
+        elif field.default is MISSING and field.default_factory is MISSING and key not in reported:
+            problems.append(Problem(key, NOT_GIVEN))
+        if field.default is MISSING and field.default_factory is MISSING:
+            good[name] = _stand_in(hint)
+    return cls(**good)
 
 
-def _keys_at(cls: type, location: Sequence[Any]) -> list[str]:
-    for part in location:
-        cls = get_type_hints(cls)[part]
-    return [field.name for field in fields(cls)]  # type: ignore[arg-type]
+def _stand_in(hint: Any) -> Any:
+    candidates: list[Any] = [1, 0.5, "-", True, [], {}]
+    for value in candidates:
+        try:
+            return read_value(hint, value)
+        except ValueError:
+            continue
+    return None
+
+
+def _foreign_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
+    """Keys of a configuration that seems to be for another command: several that resemble none of this one."""
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    unknown = [str(key) for key in values if key not in known]
+    far = [key for key in unknown if not difflib.get_close_matches(key, known, n=1)]
+    return unknown if len(unknown) >= 3 and 2 * len(far) >= len(unknown) else []
+
+
+def _concerns(key: str, message: str, wrong: Iterable[str]) -> bool:
+    """Whether a problem across keys is about, or names, one of the wrong keys."""
+    return any(
+        f"{key}.".startswith(f"{other}.") or re.search(rf"\b{re.escape(other.rpartition('.')[2])}\b", message)
+        for other in wrong
+    )
 
 
 def _cross_field_problems(config: Any, prefix: str = "") -> Iterable[tuple[str, Any, str]]:
@@ -195,3 +197,11 @@ def _cross_field_problems(config: Any, prefix: str = "") -> Iterable[tuple[str, 
         value = getattr(config, field.name)
         if is_dataclass(value):
             yield from _cross_field_problems(value, f"{prefix}{field.name}.")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

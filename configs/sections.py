@@ -1,32 +1,41 @@
 """What every typed configuration shares: strict keys, and the training keys that mean the same in both stages."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-Positive = Annotated[int, Gt(0)]
-NonNegative = Annotated[int, Ge(0)]
+LARGEST = 2**31 - 1
+Positive = Annotated[int, Ge(1), Le(LARGEST)]
+NonNegative = Annotated[int, Ge(0), Le(LARGEST)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 Momentum = Annotated[float, Ge(0), Lt(1)]
+
+# What `accelerate launch` was told. Taken when this is imported, for Trainer sets the same variables later on.
+LAUNCHED_WITH = {
+    name: os.environ.get(f"ACCELERATE_{name}") for name in ("MIXED_PRECISION", "USE_FSDP", "USE_DEEPSPEED")
+}
 
 
 @dataclass(kw_only=True)
 class Section:
-    """A group of settings. Unknown keys are errors; `problems` may add checks across fields."""
+    """A group of settings. Unknown keys are errors; `problems` may add checks across fields.
 
-    __pydantic_config__: ClassVar[Any] = {
-        "extra": "forbid",
-        "coerce_numbers_to_str": True,
-        "allow_inf_nan": False,
-        "protected_namespaces": (),
-    }
+    `refused`: keys that one may expect here, and why there are none.
+    """
+
+    refused: ClassVar[dict[str, str]] = {}
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
-        """Cross-field problems as `(key, value received, what is allowed and what to do)`."""
+        """Cross-field problems as `(key, value received, what is allowed and what to do)`.
+
+        The text names every other key the problem depends on: if that key is wrong itself, this one is left out.
+        """
         return ()
 
 
@@ -38,6 +47,7 @@ class TrainingConfig(Section):
     max_steps: optimizer steps of the whole run
     per_device_train_batch_size, per_device_eval_batch_size: images on one device in one forward
     gradient_accumulation_steps: forwards that make one optimizer step
+    global_batch_size: images in one optimizer step over all processes; sets per_device_train_batch_size
     learning_rate, lr_scheduler_type, warmup_steps: peak rate, its shape over the run, steps of linear warm-up
     adam_beta1, adam_beta2, weight_decay: AdamW
     max_grad_norm: gradients above this norm are scaled down to it; 0 turns clipping off
@@ -57,6 +67,7 @@ class TrainingConfig(Section):
     per_device_train_batch_size: Positive = 32
     per_device_eval_batch_size: Positive = 64
     gradient_accumulation_steps: Positive = 1
+    global_batch_size: Positive | None = None
     learning_rate: PositiveFloat = 1e-4
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     warmup_steps: NonNegative = 0
@@ -65,7 +76,7 @@ class TrainingConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
     bf16: bool = False
-    seed: NonNegative = 0
+    seed: Seed = 0
     logging_steps: Positive = 50
     eval_steps: Positive = 1000
     save_steps: Positive = 1000
@@ -81,8 +92,44 @@ class TrainingConfig(Section):
     def __post_init__(self) -> None:
         self.report_to = list(self.report_to)
 
+    @property
+    def mixed_precision(self) -> str:
+        """As `accelerate launch --mixed_precision` calls it."""
+        return "bf16" if self.bf16 else "no"
+
+    def device_batch_size(self, num_processes: int) -> int:
+        """Images on one device in one forward: `per_device_train_batch_size`, or what `global_batch_size` makes it."""
+        if self.global_batch_size is None:
+            return self.per_device_train_batch_size
+        return self.global_batch_size // (num_processes * self.gradient_accumulation_steps)
+
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if self.warmup_steps > self.max_steps:
             yield "warmup_steps", self.warmup_steps, f"must be at most max_steps ({self.max_steps})"
         if self.push_to_hub and not self.hub_model_id:
             yield "hub_model_id", self.hub_model_id, "push_to_hub needs the repository to push to, as 'user/name'"
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        parts = processes * self.gradient_accumulation_steps
+        if self.global_batch_size is not None and self.global_batch_size % parts:
+            factors = f"{processes} (processes) × {self.gradient_accumulation_steps} (gradient_accumulation_steps)"
+            yield "global_batch_size", self.global_batch_size, f"must be a multiple of {factors} = {parts}"
+        launched = LAUNCHED_WITH["MIXED_PRECISION"] or "no"  # which is also what the launcher says if told nothing
+        if launched not in ("no", self.mixed_precision):
+            here = ", or set bf16: true here" if launched == "bf16" else ""
+            allowed = (
+                f"accelerate launch, or its config file, says mixed_precision {launched}; leave it out there{here}"
+            )
+            yield "bf16", self.bf16, allowed
+        yield from self._unknown_trackers()
+
+    def _unknown_trackers(self) -> Iterable[tuple[str, Any, str]]:
+        if not set(self.report_to) - {"tensorboard"}:  # which is always there
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+        installed = sorted(str(tracker) for tracker in get_available_trackers())
+        for tracker in self.report_to:
+            if tracker not in installed:
+                known = tracker in LOGGER_TYPE_TO_CLASS
+                reason = f"the package {tracker} is not installed" if known else "there is no such tracker"
+                yield "report_to", self.report_to, f"{reason}; installed: {', '.join(installed)}"

@@ -39,17 +39,18 @@ def build(config: BuildConfig) -> VQGANPipeline:
     if not (Path(config.prior) / "token_layout.json").is_file():
         message = f"received {config.prior!r}; there is no trained prior in it (run stage2_prior.train first)"
         raise ConfigError([Problem("prior", message)])
+    vqgan = load_tokenizer(config.tokenizer)
     try:
-        pipeline = VQGANPipeline(
-            vqgan=load_tokenizer(config.tokenizer),
-            prior=AutoModelForCausalLM.from_pretrained(config.prior),
-            image_processor=VQGANImageProcessor.from_pretrained(config.tokenizer),
-            layout=TokenLayout.from_pretrained(config.prior),
-        )
-    except ConfigError:
-        raise
+        prior = AutoModelForCausalLM.from_pretrained(config.prior)
+    except (OSError, ValueError) as error:
+        message = f"received {config.prior!r}; its training has not finished (run stage2_prior.train to its end)"
+        raise ConfigError([Problem("prior", message)]) from error
+    processor, layout = VQGANImageProcessor.from_pretrained(config.tokenizer), TokenLayout.from_pretrained(config.prior)
+    try:
+        pipeline = VQGANPipeline(vqgan, prior, processor, layout)
     except ValueError as error:
-        raise ConfigError([Problem("tokenizer", str(error))]) from error
+        key, _, message = str(error).partition(": ")
+        raise ConfigError([Problem(key, message)]) from error
     pipeline.save_pretrained(config.output_dir)
     print(f"pipeline saved in {Path(config.output_dir).resolve()}")
     if config.push_to_hub:

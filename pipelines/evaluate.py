@@ -7,6 +7,7 @@ Real and generated images take the same path: the image processor's pixels, aver
 
 import hashlib
 import json
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -69,8 +70,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         pipeline = VQGANPipeline.from_pretrained(config.pipeline, device=device)
-    except OSError as error:
-        raise ConfigError([Problem("pipeline", f"received {config.pipeline!r}; {error}")]) from error
+    except (OSError, ValueError) as error:
+        reason = textwrap.shorten(str(error).strip().partition("\n")[0], 180, placeholder=" …")
+        raise ConfigError([Problem("pipeline", f"received {config.pipeline!r}; {reason}")]) from error
     seconds = recorded_seconds(config)
     inputs = {"weights": weights_hash(pipeline), **asdict(config)}
     path = folder / "metrics.json"

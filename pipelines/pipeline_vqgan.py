@@ -6,7 +6,7 @@ Shape letters: N images, h w code grid, L = h·w codes of an image, K codebook s
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral
@@ -155,8 +155,7 @@ class VQGANPipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: received {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size: received {batch_size}; must be at least 1")
+        _check_count("batch_size", batch_size)
         options = SamplingOptions(
             guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         )
@@ -295,7 +294,7 @@ class VQGANPipeline:
                 validate_repo_id(str(pretrained_model_name_or_path))
             except HFValidationError:
                 raise FileNotFoundError(
-                    f"there is no folder {str(pretrained_model_name_or_path)!r}, and no repository can have this name"
+                    f"there is no folder {str(pretrained_model_name_or_path)!r}, and no repository can have such a name"
                 ) from None
             folder = Path(
                 snapshot_download(
@@ -334,23 +333,30 @@ class VQGANPipeline:
         if class_labels is None:
             if num_images_per_label != 1:
                 raise ValueError(
-                    "num_images_per_label: needs class_labels; use num_images for images of no given class"
+                    f"num_images_per_label: received {num_images_per_label}; needs class_labels (use num_images for "
+                    "images of no given class)"
                 )
             count = 1 if num_images is None else num_images
-            if count < 1:
-                raise ValueError(f"num_images: received {num_images}; must be at least 1")
+            _check_count("num_images", count)
             return torch.full((count, 1), self.layout.null_token, device=self.device)
         if num_images is not None:
-            raise ValueError("num_images: cannot be given with class_labels; use num_images_per_label")
+            raise ValueError(
+                f"num_images: received {num_images}; cannot be given with class_labels (use num_images_per_label)"
+            )
         if isinstance(class_labels, Tensor | np.ndarray):
             class_labels = class_labels.flatten().tolist()
-        labels = [class_labels] if isinstance(class_labels, Integral | str) else list(class_labels)
+        one = isinstance(class_labels, str) or not isinstance(class_labels, Iterable)
+        labels = [class_labels] if one else list(class_labels)
         if not labels:
             raise ValueError("class_labels: received an empty list; needs at least one label")
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label: received {num_images_per_label}; must be at least 1")
+        _check_count("num_images_per_label", num_images_per_label)
         ids = self.layout.class_ids(labels).repeat_interleave(num_images_per_label)
         return self.layout.class_tokens(ids)[:, None].to(self.device)
+
+
+def _check_count(name: str, count: Any) -> None:
+    if not isinstance(count, Integral) or count < 1:
+        raise ValueError(f"{name}: received {count!r}; must be a whole number from 1 up")
 
 
 def _join(batches: list[Any], output_type: str) -> Any:

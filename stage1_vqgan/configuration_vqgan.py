@@ -1,5 +1,8 @@
 """Configuration of the VQGAN tokenizer."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -67,8 +70,14 @@ class VQGANConfig(PreTrainedConfig):
         """Checks what single field types cannot; called by the constructor.
 
         Raises:
-            ValueError: naming the field, the value received and what is allowed.
+            ValueError: naming every field that is wrong, the value received and what is allowed.
         """
+        problems = [f"{name}: received {value!r}; {allowed}" for name, value, allowed in self.architecture_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def architecture_problems(self) -> Iterator[tuple[str, Any, str]]:
+        """What cannot be built, as `(field, value received, what is allowed)`."""
         for name in (
             "image_size",
             "base_channels",
@@ -78,28 +87,37 @@ class VQGANConfig(PreTrainedConfig):
             "norm_num_groups",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: received {getattr(self, name)}; must be at least 1")
+                yield name, getattr(self, name), "must be at least 1"
         if self.num_embeddings < 2:
-            raise ValueError(f"num_embeddings: received {self.num_embeddings}; a codebook needs at least 2 entries")
+            yield "num_embeddings", self.num_embeddings, "a codebook needs at least 2 entries"
         if self.in_channels not in (1, 3):
-            raise ValueError(f"in_channels: received {self.in_channels}; must be 1 (gray) or 3 (RGB)")
-        if not self.channel_multiplier or min(self.channel_multiplier) < 1:
-            raise ValueError(f"channel_multiplier: received {self.channel_multiplier}; needs positive whole numbers")
-        if self.image_size % self.downsampling_factor:
-            raise ValueError(
-                f"image_size: received {self.image_size}; must be divisible by the downsampling factor "
-                f"{self.downsampling_factor} (one halving per entry of channel_multiplier after the first)"
-            )
-        for multiplier in self.channel_multiplier:
-            if (self.base_channels * multiplier) % self.norm_num_groups:
-                raise ValueError(
-                    f"norm_num_groups: received {self.norm_num_groups}; must divide every width, and "
-                    f"base_channels × {multiplier} = {self.base_channels * multiplier} is not a multiple of it"
-                )
+            yield "in_channels", self.in_channels, "must be 1 (gray) or 3 (RGB)"
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: received {self.dropout}; must be at least 0 and below 1")
-        if self.commitment_cost < 0:
-            raise ValueError(f"commitment_cost: received {self.commitment_cost}; must not be negative")
+            yield "dropout", self.dropout, "must be at least 0 and below 1"
+        if not 0 <= self.commitment_cost < float("inf"):
+            yield "commitment_cost", self.commitment_cost, "must be a number from 0 up"
+        if not self.channel_multiplier or min(self.channel_multiplier) < 1:
+            yield "channel_multiplier", self.channel_multiplier, "needs positive whole numbers, one for each level"
+            return
+        if self.image_size % self.downsampling_factor:
+            allowed = (
+                f"must be divisible by the downsampling factor {self.downsampling_factor} "
+                "(one halving per entry of channel_multiplier after the first)"
+            )
+            yield "image_size", self.image_size, allowed
+        widths = [self.base_channels * multiplier for multiplier in self.channel_multiplier]
+        uneven = [width for width in widths if self.norm_num_groups > 0 and width % self.norm_num_groups]
+        if uneven:
+            allowed = (
+                "must divide every width, which are base_channels × channel_multiplier = "
+                f"{', '.join(map(str, widths))}; it does not divide {uneven[0]}"
+            )
+            yield "norm_num_groups", self.norm_num_groups, allowed
+
+    @property
+    def resolutions(self) -> list[int]:
+        """Side in pixels of the feature maps of each level, at the training resolution."""
+        return [self.image_size >> level for level in range(len(self.channel_multiplier))]
 
 
 __all__ = ["VQGANConfig"]

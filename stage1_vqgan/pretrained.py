@@ -1,8 +1,15 @@
 """A trained tokenizer by its name, for the commands that need one."""
 
+import textwrap
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import PreTrainedConfig
+
 from configs import ConfigError, Problem
+from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.modeling_vqgan import VQGANModel
 
 
@@ -17,9 +24,27 @@ def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANMo
     Raises:
         ConfigError: there is none, or its weights do not fit.
     """
+    folder, makes, reason = Path(name), "stage1_vqgan.train makes one", ""
+    if not folder.is_dir() and not is_repo_id(name):
+        reason = f"there is no such folder ({makes})"
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        reason = f"this folder holds no trained tokenizer ({makes})"
+    else:
+        try:
+            kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+            if kind == VQGANConfig.model_type:
+                return VQGANModel.from_pretrained(name, **changes).eval()
+            reason = f"this is no tokenizer but a model of type {kind!r} ({makes})"
+        except (OSError, ValueError, StrictDataclassError) as error:
+            first_line = str(error).strip().partition("\n")[0]
+            reason = f"no tokenizer can be loaded from it: {textwrap.shorten(first_line, 160, placeholder=' …')}"
+    raise ConfigError([Problem(key, f"received {name!r}; {reason}")])
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a repository on the Hub can have this name."""
     try:
-        return VQGANModel.from_pretrained(name, **changes).eval()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        message = f"received {name!r}; no tokenizer can be loaded from there (stage1_vqgan.train makes one): {reason}"
-        raise ConfigError([Problem(key, message)]) from error
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

@@ -1,13 +1,15 @@
 """Settings of a stage 1 run."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le, Lt
 
 from configs import Section, TrainingConfig, unknown_key
-from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from configs.sections import LAUNCHED_WITH, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from configs.values import read_value
 from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.data_config import DataConfig
 from stage1_vqgan.discriminator import logit_grid_size
@@ -106,33 +108,60 @@ class Stage1Config(TrainingConfig):
         """The configuration of the model to train."""
         return VQGANConfig(**self.model)
 
+    refused: ClassVar[dict[str, str]] = {
+        "fp16": "stage 1 cannot train in float16: gradients of the adversarial term are taken unscaled; use bf16: true"
+    }
+
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         yield from super().problems()
+        for name in ("FSDP", "DEEPSPEED"):
+            if LAUNCHED_WITH[f"USE_{name}"] == "true":
+                reason = "two models and a moving average (ema_decay) cannot be sharded"
+                yield "", None, f"stage 1 was launched with {name}, but {reason}; use accelerate launch --multi_gpu"
         if self.trainable == "decoder" and self.model_name_or_path is None:
             yield "trainable", self.trainable, "needs model_name_or_path: a tokenizer whose codes are kept"
-        allowed = sorted(VQGANConfig.__annotations__.keys() - {"model_type", "fingerprint"})
-        unknown = [key for key in self.model if key not in allowed]
-        for key in unknown:
-            yield f"model.{key}", self.model[key], unknown_key(key, allowed)
-        if unknown:
-            return
+        model, wrong = self._model_fields()
+        yield from wrong
         if self.model_name_or_path is not None:  # the rest is known when the tokenizer has been loaded
             return
-        try:
-            size = self.vqgan_config().image_size
-        except Exception as error:  # huggingface_hub wraps type and value errors in a class of its own
-            yield "model", None, " ".join(str(error.__cause__ or error).split())
+        names = {key.removeprefix("model.") for key, _, _ in wrong}
+        for name, value, allowed in model.architecture_problems():
+            if not any(re.search(rf"\b{other}\b", f"{name} {allowed}") for other in names):
+                yield f"model.{name}", value, allowed
+                names.add(name)
+        if names & {"image_size", "channel_multiplier"}:
             return
-        yield from self.size_problems(size)
+        given = "attn_resolutions" in self.model and "attn_resolutions" not in names
+        if given and set(model.attn_resolutions) - set(model.resolutions):
+            levels = ", ".join(map(str, model.resolutions))
+            allowed = f"must be among the resolutions of the levels, {levels} (image_size, halved by each)"
+            yield "model.attn_resolutions", self.model["attn_resolutions"], allowed
+        yield from self.size_problems(model.image_size)
 
     def size_problems(self, size: int) -> Iterable[tuple[str, Any, str]]:
         """Problems of losses and discriminator with images of `size` pixels, as `problems` has them."""
-        smallest = LPIPS_MIN_SIZE[self.loss.lpips_backbone]
-        if self.loss.perceptual_weight and size < smallest:
-            allowed_size = (
-                f"LPIPS with {self.loss.lpips_backbone} needs {smallest} pixels; set loss.perceptual_weight to 0"
-            )
-            yield "model.image_size", size, allowed_size
-        if self.loss.adversarial_weight and logit_grid_size(size, self.discriminator.num_layers) < 1:
-            reason = f"images of {size} pixels are too small for so many layers"
-            yield "discriminator.num_layers", self.discriminator.num_layers, reason
+        loss = self.loss
+        smallest = LPIPS_MIN_SIZE[loss.lpips_backbone]
+        if loss.perceptual_weight and size < smallest:
+            allowed = f"LPIPS with {loss.lpips_backbone} needs {smallest} pixels; set loss.perceptual_weight to 0"
+            yield "model.image_size", size, allowed
+        if loss.adversarial_weight and logit_grid_size(size, self.discriminator.num_layers) < 1:
+            most = max((layers for layers in range(9) if logit_grid_size(size, layers) >= 1), default=0)
+            allowed = f"images of {size} pixels (model.image_size) allow at most {most}"
+            yield "discriminator.num_layers", self.discriminator.num_layers, allowed
+
+    def _model_fields(self) -> tuple[VQGANConfig, list[tuple[str, Any, str]]]:
+        """The model's configuration with those fields that have the right type, and what is wrong with the others."""
+        types = {
+            name: VQGANConfig.__annotations__[name] for name in VQGANConfig.__annotations__ if name != "fingerprint"
+        }
+        model, wrong = VQGANConfig(), []
+        for name, value in self.model.items():
+            if name not in types:
+                wrong.append((f"model.{name}", None, unknown_key(name, types)))
+                continue
+            try:
+                setattr(model, name, read_value(types[name], value, strict=True))
+            except ValueError as error:
+                wrong.append((f"model.{name}", None, str(error)))
+        return model, wrong

@@ -47,12 +47,14 @@ def draw_seeds(count: int, generator: torch.Generator | list[torch.Generator] | 
         generator: one generator, which draws them all, a list with one for each image, or None for torch's global one.
 
     Raises:
-        ValueError: the list has another length.
+        ValueError: the list has another length, or this is no generator.
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != count:
             raise ValueError(f"generator: received a list of {len(generator)} for {count} images; needs one each")
         return torch.cat([draw_seeds(1, one) for one in generator])
+    if not isinstance(generator, torch.Generator | None):
+        raise ValueError(f"generator: received {generator!r}; needs a torch.Generator (with manual_seed), or a list")
     device = generator.device if generator is not None else "cpu"
     return torch.randint(2**63 - 1, (count,), generator=generator, device=device).cpu()
 

@@ -3,8 +3,10 @@
 Shape letters: B images, P prompt length, L codes of an image, K codebook size.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,15 +43,16 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         ranges = {
-            "guidance_scale": (self.guidance_scale >= 0, "a number from 0 up (1.0 is no guidance)"),
-            "temperature": (self.temperature >= 0, "a number from 0 up (0.0 is greedy)"),
-            "top_k": (self.top_k >= 0 and self.top_k % 1 == 0, "a whole number from 0 up (0 is all)"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "guidance_scale": (lambda value: value >= 0, "a number from 0 up (1.0 is no guidance)"),
+            "temperature": (lambda value: value >= 0, "a number from 0 up (0.0 is greedy)"),
+            "top_k": (lambda value: value >= 0 and value % 1 == 0, "a whole number from 0 up (0 is all)"),
+            "top_p": (lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+            "min_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
         }
-        for name, (holds, allowed) in ranges.items():  # NaN fails every comparison
-            if not holds or getattr(self, name) == float("inf"):
-                raise ValueError(f"{name}: received {getattr(self, name)!r}; allowed is {allowed}")
+        for name, (holds, allowed) in ranges.items():
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not math.isfinite(value) or not holds(value):
+                raise ValueError(f"{name}: received {value!r}; allowed is {allowed}")
         object.__setattr__(self, "top_k", int(self.top_k))
 
     @property

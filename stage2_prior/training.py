@@ -33,6 +33,7 @@ from stage2_prior.vocabulary import TokenLayout
 
 # Keys of ours that Trainer must not act on: the run resumes, removes old checkpoints and uploads in its own way.
 OWN_KEYS = {
+    "global_batch_size",
     "resume_from_checkpoint",
     "allow_config_changes",
     "save_total_limit",

@@ -1,20 +1,34 @@
 """Settings of stage 2: making the codes, and training the prior over them."""
 
+import re
+import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, Literal, get_args
 
 from configs import TrainingConfig, unknown_key
 from configs.sections import Fraction, Positive
-from stage1_vqgan import DataConfig
+from configs.values import read_value
+from stage1_vqgan import AugmentationConfig, DataConfig
 
 # Decided by the code store, not by the user.
 DERIVED_KEYS = {"vocab_size", "max_position_embeddings", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id"}
 
+# Of a language model; architectures that call one otherwise say so in their `attribute_map`.
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
 
 @dataclass(kw_only=True)
 class Stage2Config(TrainingConfig):
-    """Stage 2: makes codes (stage2_prior.tokenize) and trains a prior over them (stage2_prior.train).
+    """Stage 2: makes codes and trains a prior over them.
 
     tokenizer: folder or Hub id of a trained tokenizer
     code_store: folder of the codes
@@ -40,38 +54,110 @@ class Stage2Config(TrainingConfig):
     condition_dropout: Fraction = 0.1
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def mixed_precision(self) -> str:
+        """As `accelerate launch --mixed_precision` calls it."""
+        return "fp16" if self.training_arguments.get("fp16") is True else super().mixed_precision
+
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         yield from super().problems()
+        if self.num_views > 1 and self.data.augmentation == AugmentationConfig():
+            yield "num_views", self.num_views, "without data.augmentation all views are the same; turn one on, or set 1"
         yield from self._model_problems()
+        yield from self._argument_problems()
+
+    def _argument_problems(self) -> Iterable[tuple[str, Any, str]]:
         from transformers import TrainingArguments
 
         own = set(TrainingConfig.__dataclass_fields__)
-        allowed = set(TrainingArguments.__dataclass_fields__) - own
-        for key, value in self.training_arguments.items():
-            if key in own:
-                yield f"training_arguments.{key}", value, f"is a key of its own; write {key} at the top level"
-            elif key not in allowed:
-                yield f"training_arguments.{key}", value, unknown_key(key, allowed)
+        types = {field.name: field.type for field in fields(TrainingArguments) if field.name not in own}
+        for name, value in self.training_arguments.items():
+            key = f"training_arguments.{name}"
+            if name in own:
+                yield key, value, f"it is a key of its own; write {name} at the top level"
+            elif name not in types:
+                yield key, None, unknown_key(name, types)
+            else:
+                yield from wrong_value(key, types[name], value)
+        if self.bf16 and self.training_arguments.get("fp16") is True:
+            yield "training_arguments.fp16", True, "but bf16 is true as well; turn one of them off"
 
     def _model_problems(self) -> Iterable[tuple[str, Any, str]]:
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+        from huggingface_hub.errors import StrictDataclassFieldValidationError
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
         if self.model_name_or_path is not None:  # the prior has an architecture, and is asked for it
             return
         known = sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
         model_type = self.model.get("model_type")
         if model_type not in known:
-            yield "model.model_type", model_type, unknown_key(str(model_type), known).replace("key", "model type")
+            message = unknown_key(str(model_type), known).replace("key", "causal language model of transformers")
+            yield "model.model_type", model_type, message
             return
         config_class = type(AutoConfig.for_model(model_type))
-        allowed = {*config_class.__dataclass_fields__, *config_class.attribute_map, "model_type"} - DERIVED_KEYS
+        types = {field.name: field.type for field in fields(config_class)}
+        aliases = {alias: name for alias, name in config_class.attribute_map.items() if name in types}
+        problems: list[tuple[str, Any, str]] = []
+        settings = {}
         for key, value in self.model.items():
+            name = aliases.get(key, key)
+            settings[name] = key, value
             if key in DERIVED_KEYS:
-                yield f"model.{key}", value, "is decided by the code store; leave it out"
-            elif key not in allowed:
-                yield f"model.{key}", value, unknown_key(key, allowed)
-        if self.model.keys() <= allowed:
+                problems.append((f"model.{key}", value, "it is decided by the code store; leave it out"))
+            elif name in types:
+                problems += wrong_value(f"model.{key}", types[name], value)
+            elif key != "model_type":
+                common = {field.name for field in fields(PreTrainedConfig)}
+                problems.append((f"model.{key}", None, unknown_key(key, {*types, *aliases} - common - DERIVED_KEYS)))
+        problems = problems or list(self._shape_problems(config_class, settings))
+        if not problems:
             try:
                 AutoConfig.for_model(**self.model)
+            except StrictDataclassFieldValidationError as error:
+                name = re.sub(r".*for field '(\w+)'.*", r"\1", str(error), flags=re.DOTALL)
+                key, value = settings.get(name, (name, None))
+                problems.append((f"model.{key}", value, f"not a value that {model_type} takes here"))
             except Exception as error:  # each configuration class checks in its own way
-                yield "model", None, " ".join(str(error.__cause__ or error).split())
+                reason = textwrap.shorten(str(error.__cause__ or error), 180, placeholder=" …")
+                problems.append(("model", None, f"{model_type} cannot have these settings: {reason}"))
+        yield from problems
+
+    @staticmethod
+    def _shape_problems(config_class: type, settings: dict[str, tuple[str, Any]]) -> Iterable[tuple[str, Any, str]]:
+        """Sizes that no architecture can have; `settings` is `{field: (key it was given by, value)}`."""
+        from transformers.activations import ACT2FN
+
+        names = {name: config_class.attribute_map.get(name, name) for name in SIZES}  # type: ignore[attr-defined]
+        defaults = {field.name: field.default for field in fields(config_class)}  # type: ignore[arg-type]
+        given = {name: settings[field] for name, field in names.items() if field in settings}
+        sizes = {name: given[name][1] if name in given else defaults.get(field) for name, field in names.items()}
+        too_small = [(key, value) for key, value in given.values() if isinstance(value, int) and value < 1]
+        for key, value in too_small:
+            yield f"model.{key}", value, "must be at least 1"
+        for name in settings.keys() & {"hidden_act", "activation_function"}:
+            key, value = settings[name]
+            if value not in ACT2FN:
+                yield f"model.{key}", value, unknown_key(value, ACT2FN).replace("key", "activation")
+        if too_small:
+            return
+        width, heads, groups = (sizes[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+        if isinstance(width, int) and isinstance(heads, int) and sizes["head_dim"] is None and width % heads:
+            key = given.get("hidden_size", ("hidden_size",))[0]
+            yield f"model.{key}", width, f"must be a multiple of the {heads} attention heads (num_attention_heads)"
+        if isinstance(heads, int) and isinstance(groups, int) and "num_key_value_heads" in given and heads % groups:
+            yield f"model.{given['num_key_value_heads'][0]}", groups, f"must divide num_attention_heads ({heads})"
+
+
+def wrong_value(key: str, hint: Any, value: Any) -> Iterable[tuple[str, Any, str]]:
+    """The problem of a value that does not fit a type of another library; types that cannot be told fit everything."""
+    from pydantic import PydanticUserError
+
+    enums = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
+    if enums:  # beside them stands `str`, but only their values are meant
+        hint = Literal[tuple(member.value for kind in enums for member in kind)]
+    try:
+        read_value(hint, value, strict=not isinstance(value, str))
+    except ValueError as error:
+        yield key, None, str(error)
+    except (NameError, PydanticUserError):
+        return

@@ -23,6 +23,7 @@ TINY = {
     "model.num_embeddings": 16,
     "discriminator.base_channels": 8,
     "codebook.kmeans_init_batches": 1,
+    "loss.adversarial_start_step": 0,
     "per_device_train_batch_size": 8,
     "max_steps": 2,
     "warmup_steps": 0,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs import load_config, parse_arguments
-from configs.loader import preset_names
+from configs.yaml_files import preset_names
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig
 from pipelines.evaluate import EvaluationConfig
@@ -82,7 +82,8 @@ def test_launched_modules_can_be_imported():
 def test_launched_configurations_can_be_loaded():
     for module, arguments in launched():
         if module in CONFIGS:
-            name, overrides = parse_arguments(arguments)
+            name, overrides, problems = parse_arguments(arguments)
+            assert not problems
             if name is not None and name.removeprefix("configs/").removesuffix(".yaml") not in preset_names():
                 pytest.fail(f"README.md: {module} is launched with {name!r}, which is no preset")
             load_config(CONFIGS[module], name, overrides)

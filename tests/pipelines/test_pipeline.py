@@ -172,7 +172,7 @@ def test_progress_bar_can_be_hidden_and_named(tiny_runs, capfd):
         ({"class_labels": [1], "temperature": -1}, "temperature: received -1"),
         ({"class_labels": [1], "top_p": 0}, "top_p: received 0"),
         ({"guidance_scale": 2.0}, "guidance_scale: received 2.0; without class_labels"),
-        ({"class_labels": [1], "num_images": 2}, "num_images: cannot be given with class_labels"),
+        ({"class_labels": [1], "num_images": 2}, "num_images: received 2; cannot be given with class_labels"),
         ({"num_images": 0}, "num_images: received 0"),
         ({"num_images_per_label": 2}, "num_images_per_label: "),
         ({"class_labels": [1], "num_images_per_label": 0}, "num_images_per_label: received 0"),

@@ -33,7 +33,7 @@ def make_config(**changes):
             "base_channels": 8,
             "channel_multiplier": [1, 2],
             "num_res_blocks": 1,
-            "attn_resolutions": [8],
+            "attn_resolutions": [16],
             "norm_num_groups": 4,
             "latent_channels": 8,
             "embed_dim": 4,
