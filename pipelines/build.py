@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from configs import ConfigError, Problem, Section, run
@@ -41,11 +42,15 @@ def build(config: BuildConfig) -> VQGANPipeline:
         raise ConfigError([Problem("prior", message)])
     vqgan = load_tokenizer(config.tokenizer)
     try:
-        prior = AutoModelForCausalLM.from_pretrained(config.prior)
-    except (OSError, ValueError) as error:
-        message = f"received {config.prior!r}; its training has not finished (run stage2_prior.train to its end)"
+        prior, layout = AutoModelForCausalLM.from_pretrained(config.prior), TokenLayout.from_pretrained(config.prior)
+    except (OSError, ValueError, SafetensorError) as error:
+        message = f"received {config.prior!r}; the prior in it is not complete (run stage2_prior.train to its end)"
         raise ConfigError([Problem("prior", message)]) from error
-    processor, layout = VQGANImageProcessor.from_pretrained(config.tokenizer), TokenLayout.from_pretrained(config.prior)
+    try:
+        processor = VQGANImageProcessor.from_pretrained(config.tokenizer)
+    except (OSError, ValueError) as error:
+        message = f"received {config.tokenizer!r}; there is no preprocessor_config.json in it that can be read"
+        raise ConfigError([Problem("tokenizer", message)]) from error
     try:
         pipeline = VQGANPipeline(vqgan, prior, processor, layout)
     except ValueError as error:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -70,7 +71,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         pipeline = VQGANPipeline.from_pretrained(config.pipeline, device=device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 180, placeholder=" …")
         raise ConfigError([Problem("pipeline", f"received {config.pipeline!r}; {reason}")]) from error
     seconds = recorded_seconds(config)

@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from configs import ConfigError, Problem
@@ -35,9 +36,10 @@ def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANMo
             if kind == VQGANConfig.model_type:
                 return VQGANModel.from_pretrained(name, **changes).eval()
             reason = f"this is no tokenizer but a model of type {kind!r} ({makes})"
+        except SafetensorError:
+            reason = "its weights file is damaged; save or download it again"
         except (OSError, ValueError, StrictDataclassError) as error:
-            first_line = str(error).strip().partition("\n")[0]
-            reason = f"no tokenizer can be loaded from it: {textwrap.shorten(first_line, 160, placeholder=' …')}"
+            reason = f"no tokenizer can be loaded from it: {textwrap.shorten(str(error), 160, placeholder=' …')}"
     raise ConfigError([Problem(key, f"received {name!r}; {reason}")])
 
 

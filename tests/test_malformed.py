@@ -273,6 +273,8 @@ CASES = {
     "tokenizer for a prior": ("build", "--prior $vqgan", {"prior": "no trained prior in it"}),
     "prior for a pipeline": ("evaluate", "--pipeline $prior", {"pipeline": "holds no pipeline"}),
     "images for codes": ("stage2", "--code_store $folder", {"code_store": "no finished code store"}),
+    "broken tokenizer": ("tokenize", "--tokenizer $folder/broken", {"tokenizer": "its weights file is damaged"}),
+    "prior without weights": ("build", "--prior $folder/unfinished", {"prior": "the prior in it is not complete"}),
     "unknown split": ("evaluate1", "--split test", {"split": "'train' or 'validation'"}),
     "place that refuses": ("stage1", "--output_dir /proc/nope", {"output_dir": "cannot be made or used (No such file"}),
     "codes in a place that refuses": ("tokenize", "--code_store /proc/nope", {"code_store": "cannot be made or used"}),
@@ -312,6 +314,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_runs) -> Path:
     shutil.copytree(tiny_runs.vqgan, folder / "other", ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
     settings = json.loads((folder / "other" / "config.json").read_text())
     (folder / "other" / "config.json").write_text(json.dumps({**settings, "fingerprint": "0123456789abcdef"}))
+    shutil.copytree(folder / "other", folder / "broken")
+    (folder / "broken" / "model.safetensors").write_bytes(b"half")
+    shutil.copytree(
+        tiny_runs.prior, folder / "unfinished", ignore=shutil.ignore_patterns("checkpoint-*", "*.safetensors")
+    )
     return folder
 
 

@@ -109,6 +109,13 @@ def test_fields_are_checked_against_each_other():
     assert problems(Toy, overrides={"steps": 1, "rate": 2}) == {"rate": "received 2.0; must be at most steps (1)"}
 
 
+def test_what_follows_from_a_wrong_value_is_not_a_problem_of_its_own():
+    assert set(problems(Toy, overrides={"steps": "x", "rate": 2})) == {"steps"}
+    assert set(problems(Toy, overrides={"rate": 2, "inner": 5})) == {"steps", "inner"}
+    # but a rule that has nothing to do with it still holds
+    assert set(problems(Toy, overrides={"steps": 1, "rate": 2, "flag": "maybe"})) == {"rate", "flag"}
+
+
 STAGE1 = {
     "output_dir": "x",
     "max_steps": 20,
