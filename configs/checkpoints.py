@@ -14,7 +14,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from configs.loader import ConfigError, Problem
+from configs.problems import ConfigError, Problem
 
 MARKER_NAME = "complete.json"
 UNFINISHED = "unfinished"

@@ -1,13 +1,16 @@
 """What every command shares: `CONFIG --key value …` → a configuration, help, exit codes."""
 
 import errno
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
+from configs.interruption import Diverged, Stopped, sigterm_raises
 from configs.loader import load_config, to_dict
 from configs.problems import ConfigError, Problem, shown
 from configs.yaml_files import parse_yaml, preset_names
@@ -62,26 +65,36 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any
 
 
 def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequence[str] | None = None) -> None:
-    """The body of every entry point: arguments → config → `main(config)`; a mistake of the user's exits with code 2."""
+    """The body of every entry point: arguments → config → `main(config)`; exit codes are in configs/interruption.py.
+
+    Of the processes of a job on one machine, which all make the same mistakes, the first one tells.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "--help" in arguments or "-h" in arguments:
         print(USAGE.format(command=command, presets=", ".join(preset_names())) + "\n".join(describe(cls)))
         return
     try:
-        config = load_config(cls, *parse_arguments(arguments))
-        try:
-            main(config)
-        except OSError as error:
-            refused = refused_path(config, error)
-            if refused is None:
-                raise
-            raise ConfigError([refused]) from error
+        with sigterm_raises():
+            config = load_config(cls, *parse_arguments(arguments))
+            try:
+                main(config)
+            except OSError as error:
+                refused = refused_path(config, error)
+                if refused is None:
+                    raise
+                raise ConfigError([refused]) from error
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        _exit(error, 2)
+    except (Diverged, Stopped) as error:
+        _exit(error, error.exit_code)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from what has been saved", file=sys.stderr)
-        sys.exit(130)
+        _exit("stopped at once; the same command goes on from what has been saved", 128 + signal.SIGINT)
+
+
+def _exit(message: object, code: int) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"\n{message}" if code > 2 else message, file=sys.stderr)
+    sys.exit(code)
 
 
 def refused_path(config: Any, error: OSError) -> Problem | None:

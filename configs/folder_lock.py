@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from configs.loader import ConfigError, Problem
+from configs.problems import ConfigError, Problem
 
 LOCK_NAME = ".lock"
 HOLDER_NAME = ".holder.json"
@@ -25,18 +25,16 @@ def held(folder: str | Path, key: str) -> Iterator[None]:
         key: of the configuration that names the folder, for the message.
 
     Raises:
-        ConfigError: another process holds it, or it cannot be made or written in.
+        ConfigError: another process holds it.
+        OSError: it cannot be made or written in.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK_NAME, timeout=0)
         lock.acquire()
     except Timeout:
         raise ConfigError([Problem(key, f"{folder} is in use by {_holder(folder)}; {ADVICE}")]) from None
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ConfigError([Problem(key, f"received {str(folder)!r}; this folder cannot be used: {reason}")]) from None
     try:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         (folder / HOLDER_NAME).write_text(json.dumps(holder) + "\n")

@@ -14,7 +14,8 @@ import yaml
 from configs.checkpoints import Checkpoint, complete_checkpoints, find_checkpoint, publish, remove_unfinished
 from configs.folder_lock import held
 from configs.interruption import Stopped
-from configs.loader import ConfigError, Problem, save_config, to_dict
+from configs.loader import save_config, to_dict
+from configs.problems import ConfigError, Problem
 
 CONFIG_NAME = "config.yaml"
 RESULTS_NAME = "train_results.json"

@@ -59,7 +59,7 @@ def preset_names() -> list[str]:
     return sorted(
         f"{folder.name}/{Path(entry.name).stem}"
         for folder in root.iterdir()
-        if folder.is_dir()
+        if folder.is_dir() and folder.name != "accelerate"  # which says how to launch, not what
         for entry in folder.iterdir()
         if entry.name.endswith(".yaml")
     )

@@ -1,6 +1,7 @@
 """A run of stage 1: set-up, loop, finish."""
 
 import copy
+import logging
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from stage1_vqgan.sources import load_images
 from stage1_vqgan.training_config import Stage1Config
 from stage1_vqgan.training_step import VQGANTrainer, key
 
+logger = logging.getLogger(__name__)
+
 # Terms beside the progress bar.
 SHOWN_TERMS = ("pixel", "perceptual", "codebook", "generator", "discriminator")
 
@@ -38,6 +41,9 @@ def train(config: Stage1Config) -> VQGANModel:
         Stopped: SIGTERM or Ctrl-C; a checkpoint was saved.
     """
     config = check(config)
+    loss = config.loss
+    if loss.adversarial_weight and loss.adversarial_start_step >= config.max_steps:
+        logger.warning("loss.adversarial_start_step is beyond max_steps: this run trains without the adversarial loss")
     # a session may train with one precision after another
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -103,7 +109,7 @@ def run_steps(
     accumulation = config.gradient_accumulation_steps
     sampler = TrainingSampler(
         len(train_set),
-        config.per_device_train_batch_size,
+        config.device_batch_size(accelerator.num_processes),
         start * accumulation,
         config.max_steps * accumulation,
         config.seed,

@@ -1,6 +1,7 @@
 """A prior is a stock causal language model over a token layout: a new one, or one that was trained before."""
 
 import copy
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
         ConfigError: a model of this type cannot be a prior.
     """
     settings = {name: value for name, value in model.items() if name != "model_type"}
-    return _initialise(AutoConfig.for_model(model["model_type"], **settings, **decided_by(layout)), layout)
+    try:
+        return _initialise(AutoConfig.for_model(model["model_type"], **settings, **decided_by(layout)), layout)
+    except ConfigError:
+        raise
+    except Exception as error:  # each architecture refuses its settings in its own way
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+        raise ConfigError([Problem("model", f"these settings make no {model['model_type']}: {reason}")]) from error
 
 
 def decided_by(layout: TokenLayout) -> dict[str, Any]:

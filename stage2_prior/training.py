@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import textwrap
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -153,7 +154,11 @@ def bits_per_pixel(nats_per_code: float, layout: TokenLayout) -> float:
 
 
 def training_arguments(config: Stage2Config) -> TrainingArguments:
-    """TrainingArguments from the keys both share, and those of the `training_arguments` section."""
+    """TrainingArguments from the keys both share, and those of the `training_arguments` section.
+
+    Raises:
+        ConfigError: transformers refuses a setting.
+    """
     shared = {field.name: getattr(config, field.name) for field in fields(TrainingConfig) if field.name not in OWN_KEYS}
     defaults = {
         "ddp_find_unused_parameters": False,  # every parameter takes part in every step
@@ -163,10 +168,12 @@ def training_arguments(config: Stage2Config) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
         "use_cpu": not torch.accelerator.is_available(),
     }
+    defaults["per_device_train_batch_size"] = config.device_batch_size(int(os.environ.get("WORLD_SIZE", "1")))
     try:
         return TrainingArguments(**{**shared, **defaults, **config.training_arguments})
-    except (TypeError, ValueError) as error:
-        raise ConfigError([Problem("training_arguments", str(error))]) from error
+    except (ImportError, KeyError, TypeError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" …")
+        raise ConfigError([Problem("training_arguments", f"transformers refuses these settings: {reason}")]) from error
 
 
 def train(config: Stage2Config) -> PreTrainedModel:
@@ -182,7 +189,8 @@ def train(config: Stage2Config) -> PreTrainedModel:
     store = CodeStore(config.code_store)
     check_codes(config, store)
     layout = replace(store.layout, has_null=not store.layout.num_classes or config.condition_dropout > 0)
-    is_main_process = int(os.environ.get("RANK", "0")) == 0
+    arguments = training_arguments(config)
+    is_main_process = arguments.process_index == 0
     with RunFolder(config, is_main_process) as run, StopRequest() as request:
         check_run(config, layout)
         if run.finished is not None:
@@ -200,7 +208,7 @@ def train(config: Stage2Config) -> PreTrainedModel:
         callback = RunCallback(run, request)
         trainer = PriorTrainer(
             model=initial_prior(config, layout),
-            args=training_arguments(config),
+            args=arguments,
             train_dataset=CodeDataset(store.split("train"), layout, config.condition_dropout, config.seed),
             eval_dataset=CodeDataset(store.split("validation"), layout),
             callbacks=[callback],
@@ -251,7 +259,8 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
     tokenizer = Path(config.tokenizer) / "config.json"
     if tokenizer.is_file() and json.loads(tokenizer.read_text()).get("fingerprint") != fingerprint:
         message = (
-            f"received {config.tokenizer!r}, but {config.code_store} holds codes of another tokenizer ({fingerprint})"
+            f"received {config.tokenizer!r}, but {config.code_store} holds codes of another tokenizer ({fingerprint}); "
+            "choose another code_store and run stage2_prior.tokenize"
         )
         problems.append(Problem("tokenizer", message))
     if problems:

@@ -163,11 +163,6 @@ CASES = {
     ),
     "no reconstruction": ("stage1", "--loss.pixel_weight 0", {"loss.pixel_weight": "must not both be 0"}),
     "discriminator": ("stage1", "--discriminator.num_layers 5", {"discriminator.num_layers": "allow at most 2"}),
-    "GAN never starts": (
-        "stage1",
-        "--max_steps 50",
-        {"loss.adversarial_start_step": "must be below max_steps (50), or set loss.adv"},
-    ),
     "warm-up": ("stage1", "--warmup_steps 400", {"warmup_steps": "must be at most max_steps (320)"}),
     "global batch": (
         "stage1",

@@ -13,7 +13,7 @@ from configs import ConfigError, Section, load_config, parse_arguments, run, sav
 from configs.sections import Positive, PositiveFloat
 from configs.yaml_files import preset_names, read_yaml
 
-SHIPPED = sorted(Path(configs.__file__).parent.glob("*/*.yaml"))
+SHIPPED = sorted(path for path in Path(configs.__file__).parent.glob("*/*.yaml") if path.parent.name != "accelerate")
 SHORT_NAMES = [f"{path.parent.name}/{path.stem}" for path in SHIPPED]
 
 
