@@ -4,27 +4,35 @@ import math
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from stage1_vqgan.data_config import AugmentationConfig
-from stage1_vqgan.image_processing_vqgan import resize_and_crop
+from stage1_vqgan.image_processing_vqgan import AspectRatio, to_pil, to_pixels, to_square
 
 
-def augment(image: Image.Image, size: int, config: AugmentationConfig, rng: np.random.Generator) -> Image.Image:
-    """Random resize, crop, flip and affine change of an 8-bit image; the result is a `size × size` square."""
+def augment(
+    pixels: Tensor,
+    size: int,
+    config: AugmentationConfig,
+    rng: np.random.Generator,
+    aspect_ratio: AspectRatio = "crop",
+) -> Tensor:
+    """Random resize, crop, flip and affine change of an image: uint8 `(H, W, C)` → uint8 `(size, size, C)`."""
     zoom, left, top, flip = rng.random(4)
     position = (left, top) if config.random_crop else (0.5, 0.5)
-    image = resize_and_crop(image, size, 1 + zoom * (config.max_zoom - 1), position)
+    pixels = to_square(pixels, size, aspect_ratio, 1 + zoom * (config.max_zoom - 1), position)
     if config.horizontal_flip and flip < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = pixels.flip(1)
     if config.rotate or config.translate or config.scale:
         angle, shift_x, shift_y, scale = rng.uniform(-1, 1, 4)
         image = affine(
-            image,
+            to_pil(pixels.numpy()),
             math.radians(angle * config.rotate),
             1 + scale * config.scale,
             (shift_x * config.translate * size, shift_y * config.translate * size),
         )
-    return image
+        pixels = to_pixels(image)
+    return pixels
 
 
 def affine(image: Image.Image, angle: float, scale: float, shift: tuple[float, float]) -> Image.Image:

@@ -4,21 +4,22 @@ Every random choice is keyed by (seed, epoch, index, view), never drawn from a g
 depend on workers, processes or interruptions.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from configs import ConfigError, Problem
 from stage1_vqgan.augmentation import augment
 from stage1_vqgan.data_config import AugmentationConfig
-from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode
-from stage1_vqgan.image_processing_vqgan import convert_mode, resize_and_crop, to_uint8
+from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode_pixels
+from stage1_vqgan.image_processing_vqgan import AspectRatio, to_square
 from stage1_vqgan.sources import ImageSource
 
 
@@ -40,8 +41,8 @@ class ImageBatch(NamedTuple):
     """What a loader yields.
 
     Attributes:
-        pixels: uint8 `(B, C, H, W)`.
-        indices: int64 `(B,)`, of the images in the source.
+        pixels: uint8 `(B, C, H, W)`, channels-last in memory.
+        indices: int64 `(B,)`, the numbers in the source of the images that are there.
         skipped: images that could not be used.
     """
 
@@ -54,7 +55,15 @@ class ImageBatch(NamedTuple):
 class ImageDataset(Dataset):
     """Images of one split as uint8 squares, augmented by key; `__getitems__` makes the batch, `collate` leaves it.
 
-    With `augmentation=None` only the index matters. With `first_view_plain` view 0 is the image itself.
+    Attributes:
+        source: where the images are.
+        image_size, num_channels: side of the squares in pixels; 1 (gray) or 3 (RGB).
+        augmentation: None leaves the images as they are; then only their numbers matter.
+        seed: of the augmentation.
+        first_view_plain: view 0 is the image itself.
+        aspect_ratio: see `to_square`.
+        keep_batch_size: the place of an image that cannot be used goes to the next one of the batch that can, in
+            another view; otherwise it is left out, and the batch may even be empty.
     """
 
     source: ImageSource
@@ -63,30 +72,65 @@ class ImageDataset(Dataset):
     augmentation: AugmentationConfig | None = None
     seed: int = 0
     first_view_plain: bool = False
+    aspect_ratio: AspectRatio = "crop"
+    keep_batch_size: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, keys: Sequence[ImageKey]) -> ImageBatch:
-        """The batch of some keys, in order, without the images that cannot be used."""
-        images = self.source.encoded([key.image for key in keys])
-        kept, pixels, skipped = [], [], []
-        for key, encoded in zip(keys, images, strict=True):
-            try:
-                pixels.append(torch.from_numpy(to_uint8(self._transform(decode(encoded), key))))
-                kept.append(key.image)
-            except UndecodableImage as error:
-                skipped.append(SkippedImage(key.image, encoded.name, str(error)))
-        shape = (0, self.num_channels, self.image_size, self.image_size)
-        stacked = torch.stack(pixels) if pixels else torch.empty(shape, dtype=torch.uint8)
-        return ImageBatch(stacked, torch.tensor(kept, dtype=torch.int64), skipped)
+        """The batch of some keys, in order; it depends on nothing else.
 
-    def _transform(self, image: Image.Image, key: ImageKey) -> Image.Image:
-        image = convert_mode(image, self.num_channels)
+        Raises:
+            UndecodableImage: `keep_batch_size`, and none of the images can be used.
+        """
+        encoded = self._encoded(keys)
+        pixels = torch.empty((len(keys), self.image_size, self.image_size, self.num_channels), dtype=torch.uint8)
+        images = [key.image for key in keys]
+        skipped: dict[int, SkippedImage] = {}
+        for place, key in enumerate(keys):
+            try:
+                pixels[place] = self._square(encoded[place], key)
+            except UndecodableImage as error:
+                skipped[place] = SkippedImage(key.image, encoded[place].name, str(error))
+        if skipped:
+            used = [place for place in range(len(keys)) if place not in skipped]
+            if self.keep_batch_size:
+                for place, stand_in, key in _stand_ins(keys, used, skipped):
+                    pixels[place] = self._square(encoded[stand_in], key)
+                    images[place] = key.image
+            else:
+                pixels, images = pixels[used], [images[place] for place in used]
+        indices = torch.tensor(images, dtype=torch.int64)
+        return ImageBatch(pixels.permute(0, 3, 1, 2), indices, list(skipped.values()))
+
+    def _encoded(self, keys: Sequence[ImageKey]) -> list[EncodedImage]:
+        """The images themselves: from the keys of a stream, else from the source in one go."""
+        numbers = [key.image for key in keys if key.encoded is None]
+        read = iter(self.source.encoded(numbers) if numbers else ())
+        return [next(read) if key.encoded is None else key.encoded for key in keys]
+
+    def _square(self, encoded: EncodedImage, key: ImageKey) -> Tensor:
+        """uint8 `(image_size, image_size, C)`."""
+        pixels = decode_pixels(encoded, self.num_channels)
         if self.augmentation is None or (self.first_view_plain and key.view == 0):
-            return resize_and_crop(image, self.image_size)
+            return to_square(pixels, self.image_size, self.aspect_ratio)
         rng = np.random.default_rng((self.seed, key.epoch, key.image, key.view))
-        return augment(image, self.image_size, self.augmentation, rng)
+        return augment(pixels, self.image_size, self.augmentation, rng, self.aspect_ratio)
+
+
+def _stand_ins(
+    keys: Sequence[ImageKey], used: Sequence[int], skipped: Mapping[int, SkippedImage]
+) -> Iterator[tuple[int, int, ImageKey]]:
+    """For each place that is free: the place of the next image that can be used, and the key of a new view of it."""
+    if not used:
+        listed = "\n".join(f"  {image.name}: {image.reason}" for image in skipped.values())
+        raise UndecodableImage(f"none of the {len(keys)} images of a batch can be used:\n{listed}")
+    times = Counter[int]()
+    for place in skipped:
+        stand_in = used[bisect(used, place) % len(used)]
+        times[stand_in] += 1
+        yield place, stand_in, keys[stand_in]._replace(view=keys[stand_in].view + times[stand_in])
 
 
 def collate(batch: Any) -> ImageBatch:
