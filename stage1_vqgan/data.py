@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from configs import ConfigError, Problem
-from stage1_vqgan.augmentation import augment
+from stage1_vqgan.augmentation import augment, keyed_draws
 from stage1_vqgan.data_config import AugmentationConfig
 from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode_pixels
 from stage1_vqgan.image_processing_vqgan import AspectRatio, to_square
@@ -86,18 +86,18 @@ class ImageDataset(Dataset):
         """
         encoded = self._encoded(keys)
         pixels = torch.empty((len(keys), self.image_size, self.image_size, self.num_channels), dtype=torch.uint8)
-        images = [key.image for key in keys]
-        skipped: dict[int, SkippedImage] = {}
-        for place, key in enumerate(keys):
+        skipped = {}
+        for place, key, draws in zip(range(len(keys)), keys, self._draws(keys), strict=True):
             try:
-                pixels[place] = self._square(encoded[place], key)
+                pixels[place] = self._square(encoded[place], key, draws)
             except UndecodableImage as error:
                 skipped[place] = SkippedImage(key.image, encoded[place].name, str(error))
+        images = [key.image for key in keys]
         if skipped:
             used = [place for place in range(len(keys)) if place not in skipped]
             if self.keep_batch_size:
                 for place, stand_in, key in _stand_ins(keys, used, skipped):
-                    pixels[place] = self._square(encoded[stand_in], key)
+                    pixels[place] = self._square(encoded[stand_in], key, self._draws([key])[0])
                     images[place] = key.image
             else:
                 pixels, images = pixels[used], [images[place] for place in used]
@@ -110,13 +110,15 @@ class ImageDataset(Dataset):
         read = iter(self.source.encoded(numbers) if numbers else ())
         return [next(read) if key.encoded is None else key.encoded for key in keys]
 
-    def _square(self, encoded: EncodedImage, key: ImageKey) -> Tensor:
+    def _draws(self, keys: Sequence[ImageKey]) -> np.ndarray:
+        return keyed_draws(self.seed, np.array([key[:3] for key in keys], dtype=np.int64).reshape(-1, 3))
+
+    def _square(self, encoded: EncodedImage, key: ImageKey, draws: np.ndarray) -> Tensor:
         """uint8 `(image_size, image_size, C)`."""
         pixels = decode_pixels(encoded, self.num_channels)
         if self.augmentation is None or (self.first_view_plain and key.view == 0):
             return to_square(pixels, self.image_size, self.aspect_ratio)
-        rng = np.random.default_rng((self.seed, key.epoch, key.image, key.view))
-        return augment(pixels, self.image_size, self.augmentation, rng, self.aspect_ratio)
+        return augment(pixels, self.image_size, self.augmentation, draws, self.aspect_ratio)
 
 
 def _stand_ins(
