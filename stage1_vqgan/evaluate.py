@@ -85,7 +85,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
     model = load_tokenizer(config.model, "model")
     model.to(device)  # type: ignore[arg-type]
     source = load_images(config.data)[0 if config.split == "train" else 1]
-    dataset = ImageDataset(source, model.config.image_size, model.config.in_channels)
+    dataset = ImageDataset(
+        source, model.config.image_size, model.config.in_channels, aspect_ratio=config.data.aspect_ratio
+    )
     keys = [ImageKey(0, index) for index in range(len(dataset))]
     loader = keyed_loader(dataset, keys, config.per_device_eval_batch_size, config.dataloader_num_workers)
     batches = (batch.pixels for batch in tqdm(loader, desc="evaluating", unit="batch"))

@@ -56,8 +56,17 @@ def train(config: Stage1Config) -> VQGANModel:
     trainer = VQGANTrainer(config, accelerator)
     train_source, validation_source = load_images(config.data)
     size, channels = trainer.model.config.image_size, trainer.model.config.in_channels
-    train_set = ImageDataset(train_source, size, channels, config.data.augmentation, config.seed)
-    validation_set = ImageDataset(validation_source, size, channels)
+    aspect_ratio = config.data.aspect_ratio
+    train_set = ImageDataset(
+        train_source,
+        size,
+        channels,
+        config.data.augmentation,
+        config.seed,
+        aspect_ratio=aspect_ratio,
+        keep_batch_size=True,
+    )
+    validation_set = ImageDataset(validation_source, size, channels, aspect_ratio=aspect_ratio)
 
     start = resume(config, accelerator, trainer)
     reporter = Reporter(accelerator, config.output_dir, start, config.max_steps)
@@ -188,7 +197,7 @@ def finish(config: Stage1Config, accelerator: Accelerator, trainer: VQGANTrainer
     model = copy.deepcopy(trainer.average).cpu().eval()
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]
     if accelerator.is_main_process:
-        processor = VQGANImageProcessor(model.config.image_size, model.config.in_channels)
+        processor = VQGANImageProcessor(model.config.image_size, model.config.in_channels, config.data.aspect_ratio)
         model.save_pretrained(config.output_dir)
         processor.save_pretrained(config.output_dir)
         print(f"tokenizer saved in {Path(config.output_dir).resolve()} (fingerprint {model.config.fingerprint})")
