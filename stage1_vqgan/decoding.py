@@ -48,7 +48,7 @@ def decode(encoded: EncodedImage) -> Image.Image:
     if isinstance(encoded.content, Image.Image):
         return encoded.content
     with _undecodable():
-        image = _open(_read(encoded.content))
+        image = _open(read(encoded.content))
         image.load()
         return image
 
@@ -73,7 +73,7 @@ def decode_pixels(encoded: EncodedImage, num_channels: int) -> Tensor:
     with _undecodable():
         if isinstance(encoded.content, Image.Image):
             return to_pixels(convert_mode(encoded.content, num_channels))
-        content = _read(encoded.content)
+        content = read(encoded.content)
         image = _open(content)
         if _is_plain_jpeg(image, num_channels):
             try:
@@ -92,7 +92,8 @@ def _is_plain_jpeg(image: Image.Image, num_channels: int) -> bool:
     return image.info.keys().isdisjoint(("exif", "xmp")) or orientation(image) == 1
 
 
-def _read(content: bytes | str) -> bytes:
+def read(content: bytes | str) -> bytes:
+    """The bytes of a file."""
     return Path(content).read_bytes() if isinstance(content, str) else content
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -64,6 +64,12 @@ class SkippedImages:
             elif len(self._known) == MAX_WARNINGS + 1:
                 where = f"in {self.path}" if self.path else "not shown"
                 logger.warning("more images are skipped; further ones are %s", where)
+
+    def watch(self, split: str, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
+        """The batches, each taken note of before it is used."""
+        for batch in batches:
+            self.add(split, batch)
+            yield batch
 
     def exchange(self) -> None:
         """Brings what all processes found together, and records it. Every process calls it, at the same step.

@@ -18,6 +18,7 @@ from stage1_vqgan.evaluate import evaluate_reconstruction
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.reporting import Reporter
+from stage1_vqgan.skipped import SkippedImages
 from stage1_vqgan.sources import load_images
 from stage1_vqgan.training_config import Stage1Config
 from stage1_vqgan.training_step import VQGANTrainer, key
@@ -68,9 +69,15 @@ def train(config: Stage1Config) -> VQGANModel:
     )
     validation_set = ImageDataset(validation_source, size, channels, aspect_ratio=aspect_ratio)
 
+    skipped = SkippedImages(
+        config.data.max_skipped_fraction,
+        {"train": len(train_set), "validation": len(validation_set)},
+        config.output_dir,
+        accelerator.is_main_process,
+    )
     start = resume(config, accelerator, trainer)
     reporter = Reporter(accelerator, config.output_dir, start, config.max_steps)
-    metrics = run_steps(config, accelerator, trainer, train_set, validation_set, reporter, start)
+    metrics = run_steps(config, accelerator, trainer, train_set, validation_set, skipped, reporter, start)
     reporter.close()
 
     model = finish(config, accelerator, trainer)
@@ -100,6 +107,7 @@ def run_steps(
     trainer: VQGANTrainer,
     train_set: ImageDataset,
     validation_set: ImageDataset,
+    skipped: SkippedImages,
     reporter: Reporter,
     start: int,
 ) -> dict[str, float]:
@@ -117,15 +125,16 @@ def run_steps(
     pin_memory = accelerator.device.type == "cuda"
     loader = training_loader(train_set, sampler, config.dataloader_num_workers, pin_memory)
     if start == 0 and config.codebook.kmeans_init_batches:
-        trainer.initialise_codebook(batch.pixels for batch in islice(loader, config.codebook.kmeans_init_batches))
+        first = skipped.watch("train", islice(loader, config.codebook.kmeans_init_batches))
+        trainer.initialise_codebook(batch.pixels for batch in first)
     if start == config.max_steps:
-        return evaluate(config, accelerator, trainer, validation_set, reporter, start)
+        return evaluate(config, accelerator, trainer, validation_set, skipped, reporter, start)
 
     metrics: dict[str, float] = {}
     collected: dict[str, list[Tensor]] = defaultdict(list)
     clock = time.perf_counter()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    for number, batch in enumerate(loader, start * accumulation):
+    for number, batch in enumerate(skipped.watch("train", loader), start * accumulation):
         step = number // accumulation
         torch.manual_seed(key(config.seed, number, accelerator.process_index))  # dropout: keyed, so resuming is exact
         learning_rate = trainer.set_learning_rate(step)
@@ -141,6 +150,7 @@ def run_steps(
         is_last = step == config.max_steps
         reporter.bar.update()
         if step % config.logging_steps == 0 or is_last:
+            skipped.exchange()
             images_seen = len(collected["loss/codebook"]) * len(images) * accelerator.num_processes
             scalars = average(collected, trainer, accelerator)
             scalars["learning_rate"] = learning_rate
@@ -150,7 +160,7 @@ def run_steps(
             collected.clear()
             clock = time.perf_counter()
         if step % config.eval_steps == 0 or is_last:
-            metrics = evaluate(config, accelerator, trainer, validation_set, reporter, step)
+            metrics = evaluate(config, accelerator, trainer, validation_set, skipped, reporter, step)
             clock = time.perf_counter()
         if step % config.save_steps == 0 or is_last:
             trainer.pool_statistics()
@@ -171,6 +181,7 @@ def evaluate(
     accelerator: Accelerator,
     trainer: VQGANTrainer,
     dataset: ImageDataset,
+    skipped: SkippedImages,
     reporter: Reporter,
     step: int,
 ) -> dict[str, float]:
@@ -178,9 +189,9 @@ def evaluate(
     keys = [ImageKey(0, index) for index in range(accelerator.process_index, len(dataset), accelerator.num_processes)]
     loader = keyed_loader(dataset, keys, config.per_device_eval_batch_size, config.dataloader_num_workers)
     model = trainer.average
-    metrics = evaluate_reconstruction(
-        model, (batch.pixels for batch in loader), lambda total: accelerator.reduce(total, "sum")
-    )
+    batches = (batch.pixels for batch in skipped.watch("validation", loader))
+    metrics = evaluate_reconstruction(model, batches, lambda total: accelerator.reduce(total, "sum"))
+    skipped.exchange()
     reporter.scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
     if accelerator.is_main_process:
         shown = range(0, len(dataset), max(1, len(dataset) // config.num_sample_images))[: config.num_sample_images]
