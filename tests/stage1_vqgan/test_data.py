@@ -252,6 +252,19 @@ def test_batches_do_not_depend_on_workers():
         assert torch.equal(alone.pixels, others.pixels) and torch.equal(alone.indices, others.indices)
 
 
+def test_passes_that_overlap_do_not_meet_in_memory():
+    """Workers write into memory that is used again and again; nobody sees a batch that was overwritten."""
+    dataset, sampler = strong(), TrainingSampler(12, 4, 0, 40, 0)
+    expected = [batch.pixels for batch in training_loader(dataset, sampler, 0, False)]
+    loader = training_loader(dataset, sampler, 2, False)
+    first = iter(loader)
+    kept = [next(first).pixels for _ in range(9)]
+    second = [batch.pixels for batch in loader]  # while the workers of the first pass are ahead of it
+    kept += [batch.pixels for batch in first]
+    for found in (kept, second):
+        assert len(found) == 40 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_keyed_loader_yields_each_key_once_in_order(num_workers):
     keys = [ImageKey(0, index, view) for view in (1, 0) for index in (5, 0, 11, 7, 3)]
