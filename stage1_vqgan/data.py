@@ -4,21 +4,22 @@ Every random choice is keyed by (seed, epoch, index, view), never drawn from a g
 depend on workers, processes or interruptions.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
 from configs import ConfigError, Problem
-from stage1_vqgan.augmentation import augment
+from stage1_vqgan.augmentation import augment, keyed_draws
 from stage1_vqgan.data_config import AugmentationConfig
-from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode
-from stage1_vqgan.image_processing_vqgan import convert_mode, resize_and_crop, to_uint8
+from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode_pixels
+from stage1_vqgan.image_processing_vqgan import AspectRatio, to_square
 from stage1_vqgan.sources import ImageSource
 
 
@@ -40,8 +41,8 @@ class ImageBatch(NamedTuple):
     """What a loader yields.
 
     Attributes:
-        pixels: uint8 `(B, C, H, W)`.
-        indices: int64 `(B,)`, of the images in the source.
+        pixels: uint8 `(B, C, H, W)`, channels-last in memory.
+        indices: int64 `(B,)`, the numbers in the source of the images that are there.
         skipped: images that could not be used.
     """
 
@@ -52,9 +53,17 @@ class ImageBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageDataset(Dataset):
-    """Images of one split as uint8 squares, augmented by key; `__getitems__` makes the batch, `collate` leaves it.
+    """Images of one split as uint8 squares, augmented by key.
 
-    With `augmentation=None` only the index matters. With `first_view_plain` view 0 is the image itself.
+    Attributes:
+        source: where the images are.
+        image_size, num_channels: side of the squares in pixels; 1 (gray) or 3 (RGB).
+        augmentation: None leaves the images as they are; then only their numbers matter.
+        seed: of the augmentation.
+        first_view_plain: view 0 is the image itself.
+        aspect_ratio: see `to_square`.
+        keep_batch_size: the place of an image that cannot be used goes to the next one of the batch that can, in
+            another view; otherwise it is left out, and the batch may even be empty.
     """
 
     source: ImageSource
@@ -63,35 +72,67 @@ class ImageDataset(Dataset):
     augmentation: AugmentationConfig | None = None
     seed: int = 0
     first_view_plain: bool = False
+    aspect_ratio: AspectRatio = "crop"
+    keep_batch_size: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, keys: Sequence[ImageKey]) -> ImageBatch:
-        """The batch of some keys, in order, without the images that cannot be used."""
-        images = self.source.encoded([key.image for key in keys])
-        kept, pixels, skipped = [], [], []
-        for key, encoded in zip(keys, images, strict=True):
+        """The batch of some keys, in order; it depends on nothing else.
+
+        Raises:
+            UndecodableImage: `keep_batch_size`, and none of the images can be used.
+        """
+        encoded = self._encoded(keys)
+        pixels = torch.empty((len(keys), self.image_size, self.image_size, self.num_channels), dtype=torch.uint8)
+        skipped = {}
+        for place, key, draws in zip(range(len(keys)), keys, self._draws(keys), strict=True):
             try:
-                pixels.append(torch.from_numpy(to_uint8(self._transform(decode(encoded), key))))
-                kept.append(key.image)
+                pixels[place] = self._square(encoded[place], key, draws)
             except UndecodableImage as error:
-                skipped.append(SkippedImage(key.image, encoded.name, str(error)))
-        shape = (0, self.num_channels, self.image_size, self.image_size)
-        stacked = torch.stack(pixels) if pixels else torch.empty(shape, dtype=torch.uint8)
-        return ImageBatch(stacked, torch.tensor(kept, dtype=torch.int64), skipped)
+                skipped[place] = SkippedImage(key.image, encoded[place].name, str(error))
+        images = [key.image for key in keys]
+        if skipped:
+            used = [place for place in range(len(keys)) if place not in skipped]
+            if self.keep_batch_size:
+                for place, stand_in, key in _stand_ins(keys, used, skipped):
+                    pixels[place] = self._square(encoded[stand_in], key, self._draws([key])[0])
+                    images[place] = key.image
+            else:
+                pixels, images = pixels[used], [images[place] for place in used]
+        indices = torch.tensor(images, dtype=torch.int64)
+        return ImageBatch(pixels.permute(0, 3, 1, 2), indices, list(skipped.values()))
 
-    def _transform(self, image: Image.Image, key: ImageKey) -> Image.Image:
-        image = convert_mode(image, self.num_channels)
+    def _encoded(self, keys: Sequence[ImageKey]) -> list[EncodedImage]:
+        """The images themselves: from the keys of a stream, else from the source in one go."""
+        numbers = [key.image for key in keys if key.encoded is None]
+        read = iter(self.source.encoded(numbers) if numbers else ())
+        return [next(read) if key.encoded is None else key.encoded for key in keys]
+
+    def _draws(self, keys: Sequence[ImageKey]) -> np.ndarray:
+        return keyed_draws(self.seed, np.array([key[:3] for key in keys], dtype=np.int64).reshape(-1, 3))
+
+    def _square(self, encoded: EncodedImage, key: ImageKey, draws: np.ndarray) -> Tensor:
+        """uint8 `(image_size, image_size, C)`."""
+        pixels = decode_pixels(encoded, self.num_channels)
         if self.augmentation is None or (self.first_view_plain and key.view == 0):
-            return resize_and_crop(image, self.image_size)
-        rng = np.random.default_rng((self.seed, key.epoch, key.image, key.view))
-        return augment(image, self.image_size, self.augmentation, rng)
+            return to_square(pixels, self.image_size, self.aspect_ratio)
+        return augment(pixels, self.image_size, self.augmentation, draws, self.aspect_ratio)
 
 
-def collate(batch: Any) -> ImageBatch:
-    """The batch is one already."""
-    return batch
+def _stand_ins(
+    keys: Sequence[ImageKey], used: Sequence[int], skipped: Mapping[int, SkippedImage]
+) -> Iterator[tuple[int, int, ImageKey]]:
+    """For each place that is free: the place of the next image that can be used, and the key of a new view of it."""
+    if not used:
+        listed = "\n".join(f"  {image.name}: {image.reason}" for image in skipped.values())
+        raise UndecodableImage(f"none of the {len(keys)} images of a batch can be used:\n{listed}")
+    times = Counter[int]()
+    for place in skipped:
+        stand_in = used[bisect(used, place) % len(used)]
+        times[stand_in] += 1
+        yield place, stand_in, keys[stand_in]._replace(view=keys[stand_in].view + times[stand_in])
 
 
 class TrainingSampler(Sampler[list[ImageKey]]):
@@ -139,11 +180,92 @@ class TrainingSampler(Sampler[list[ImageKey]]):
             yield [ImageKey(epoch, int(index)) for index in order[first : first + self.batch_size]]
 
 
-def training_loader(dataset: ImageDataset, sampler: TrainingSampler, num_workers: int, pin_memory: bool) -> DataLoader:
+# Batches that torch lets each worker prepare ahead.
+PREFETCH = 2
+
+
+class BatchInSlot(NamedTuple):
+    """What a worker sends of an `ImageBatch`: where its pixels are."""
+
+    slot: int
+    images: list[int]
+    skipped: list[SkippedImage]
+
+
+class SharedSlots:
+    """Memory for the pixels of some batches that workers and the training process share from the start.
+
+    Shared memory made anew for every batch, torch's own way, costs a sixth of the time of loading (page faults). A
+    worker uses its `PREFETCH + 1` slots in turn. When it is told to make a batch, the one `PREFETCH` batches before has
+    arrived, so the one before that has been taken out, and its slot is free.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_workers: int):
+        self.pixels = torch.empty((num_workers, PREFETCH + 1, *shape), dtype=torch.uint8).flatten(0, 1).share_memory_()
+        self.turn = 0
+
+    def put(self, batch: ImageBatch) -> BatchInSlot:
+        """In a worker: the batch, its pixels left in the worker's next slot."""
+        slot = cast(Any, get_worker_info()).id * (PREFETCH + 1) + self.turn
+        self.turn = (self.turn + 1) % (PREFETCH + 1)
+        self.pixels[slot, : len(batch.pixels)] = batch.pixels.permute(0, 2, 3, 1)
+        return BatchInSlot(slot, batch.indices.tolist(), batch.skipped)
+
+    def take(self, batch: BatchInSlot, pin_memory: bool) -> ImageBatch:
+        """In the training process: the batch, in memory of its own."""
+        pixels = self.pixels[batch.slot, : len(batch.images)]
+        pixels = torch.empty_like(pixels, pin_memory=pin_memory).copy_(pixels)
+        return ImageBatch(pixels.permute(0, 3, 1, 2), torch.tensor(batch.images, dtype=torch.int64), batch.skipped)
+
+
+class BatchLoader(DataLoader):
+    """Batches of an `ImageDataset`, made by workers or, without any, in this process.
+
+    Args:
+        dataset: the images.
+        batch_sampler: the keys of each batch.
+        batch_size: keys in the largest batch.
+        num_workers: processes; 0 makes the batches in this one.
+        pin_memory: whether batches lie where a GPU copies from without waiting.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_sampler: Sampler,
+        batch_size: int,
+        num_workers: int,
+        pin_memory: bool,
+    ):
+        self._shape = (batch_size, dataset.image_size, dataset.image_size, dataset.num_channels)
+        self._pins = pin_memory
+        super().__init__(
+            dataset,
+            batch_sampler=batch_sampler,
+            collate_fn=_leave,  # type: ignore[arg-type]
+            num_workers=num_workers,
+            prefetch_factor=PREFETCH if num_workers else None,
+        )
+
+    def __iter__(self) -> Iterator[ImageBatch]:  # type: ignore[override]
+        if not self.num_workers:
+            for batch in super().__iter__():
+                yield batch._replace(pixels=batch.pixels.pin_memory()) if self._pins else batch
+            return
+        slots = SharedSlots(self._shape, self.num_workers)  # of this pass alone: another may be going on
+        self.collate_fn = slots.put
+        for message in super().__iter__():
+            yield slots.take(message, self._pins)
+
+
+def _leave(batch: ImageBatch) -> ImageBatch:
+    """The batch is one already."""
+    return batch
+
+
+def training_loader(dataset: ImageDataset, sampler: TrainingSampler, num_workers: int, pin_memory: bool) -> BatchLoader:
     """Batches in the sampler's order."""
-    return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory
-    )
+    return BatchLoader(dataset, sampler, sampler.batch_size, num_workers, pin_memory)
 
 
 def keyed_loader(
@@ -152,13 +274,7 @@ def keyed_loader(
     batch_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> BatchLoader:
     """Batches of the given keys in order, each exactly once."""
-    return DataLoader(
-        dataset,
-        sampler=list(keys),  # type: ignore[arg-type]
-        batch_size=batch_size,
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-    )
+    batches = BatchSampler(list(keys), batch_size, drop_last=False)  # type: ignore[arg-type]
+    return BatchLoader(dataset, batches, batch_size, num_workers, pin_memory)

@@ -1,7 +1,7 @@
 """Settings of the image data: where it comes from, and how training images are changed."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval
 
@@ -41,6 +41,10 @@ class DataConfig(Section):
     validation_fraction: see above
     image_column, label_column: column names; by default the only image column, and the class label column if any
     use_labels: false ignores the labels: an unconditional model
+    aspect_ratio: "crop" resizes the shorter side and crops a square; "pad" resizes the longer side and fills up with
+        white
+    max_skipped_fraction: images that cannot be used are left out; when they are more than this share of their split,
+        the run stops
     """
 
     dataset: str
@@ -52,3 +56,5 @@ class DataConfig(Section):
     label_column: str | None = None
     use_labels: bool = True
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    aspect_ratio: Literal["crop", "pad"] = "crop"
+    max_skipped_fraction: Fraction = 0.01

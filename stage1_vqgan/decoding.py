@@ -1,9 +1,18 @@
-"""Encoded images → PIL images; what cannot be decoded is told by one exception, with the reason."""
+"""Encoded images → pixels; what cannot be decoded is told by one exception, with the reason."""
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import decode_jpeg
+
+from stage1_vqgan.image_processing_vqgan import convert_mode, orientation, to_pixels
 
 
 class EncodedImage(NamedTuple):
@@ -27,20 +36,93 @@ class SkippedImage(NamedTuple):
 
 
 class UndecodableImage(ValueError):
-    """An image that cannot be used; the message is the reason."""
+    """An image that cannot be used; the message is the reason, in one line."""
 
 
 def decode(encoded: EncodedImage) -> Image.Image:
-    """The decoded image.
+    """The decoded image; of an animation or a file of several pages, the first.
 
     Raises:
-        UndecodableImage: it cannot be decoded.
+        UndecodableImage: it cannot be decoded, or declares more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     if isinstance(encoded.content, Image.Image):
         return encoded.content
-    try:
-        image = Image.open(io.BytesIO(encoded.content) if isinstance(encoded.content, bytes) else encoded.content)
+    with _undecodable():
+        image = _open(read(encoded.content))
         image.load()
+        return image
+
+
+def decode_pixels(encoded: EncodedImage, num_channels: int) -> Tensor:
+    """8-bit pixels of an image, upright, as `convert_mode` makes them.
+
+    Plain JPEGs are decoded by torchvision, which is faster than Pillow and agrees with it bit by bit; what torchvision
+    refuses, and everything else, is Pillow's to decode or to refuse.
+
+    Args:
+        encoded: the image.
+        num_channels: 1 (gray) or 3 (RGB).
+
+    Returns:
+        uint8 `(H, W, C)`.
+
+    Raises:
+        UndecodableImage: it cannot be decoded, declares more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or its values
+            are out of range.
+    """
+    with _undecodable():
+        if isinstance(encoded.content, Image.Image):
+            return to_pixels(convert_mode(encoded.content, num_channels))
+        content = read(encoded.content)
+        image = _open(content)
+        if _is_plain_jpeg(image, num_channels):
+            try:
+                pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)).permute(1, 2, 0)
+            except RuntimeError:
+                pass  # Pillow says whether it is broken, and why
+            else:
+                return pixels.expand(-1, -1, num_channels)
+        return to_pixels(convert_mode(image, num_channels))
+
+
+def _is_plain_jpeg(image: Image.Image, num_channels: int) -> bool:
+    """Whether a JPEG's own pixels are those wanted: right colours, upright."""
+    if image.format != "JPEG" or not (image.mode == "L" or (image.mode == "RGB" and num_channels == 3)):
+        return False
+    return image.info.keys().isdisjoint(("exif", "xmp")) or orientation(image) == 1
+
+
+def read(content: bytes | str) -> bytes:
+    """The bytes of a file."""
+    return Path(content).read_bytes() if isinstance(content, str) else content
+
+
+def _open(content: bytes) -> Image.Image:
+    if not content:
+        raise UndecodableImage("the file is empty")
+    return Image.open(io.BytesIO(content))
+
+
+@contextmanager
+def _undecodable() -> Iterator[None]:
+    """Whatever is raised inside becomes an `UndecodableImage`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd files that it can read
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except UndecodableImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = f"{Image.MAX_IMAGE_PIXELS:,} (PIL.Image.MAX_IMAGE_PIXELS)"
+        raise UndecodableImage(f"decompression bomb: it declares more pixels than the limit of {limit}") from error
+    except UnidentifiedImageError as error:
+        raise UndecodableImage("it is in no image format that Pillow knows") from error
+    except ValueError as error:
+        raise UndecodableImage(_one_line(error)) from error
     except Exception as error:  # decoders raise many kinds
-        raise UndecodableImage(f"{type(error).__name__}: {error}") from error
-    return image
+        raise UndecodableImage(f"{type(error).__name__}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

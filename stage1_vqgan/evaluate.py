@@ -18,6 +18,7 @@ from stage1_vqgan.data_config import DataConfig
 from stage1_vqgan.image_processing_vqgan import normalize
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import load_tokenizer
+from stage1_vqgan.skipped import SkippedImages
 from stage1_vqgan.sources import load_images
 
 
@@ -57,6 +58,8 @@ def evaluate_reconstruction(
     precision = torch.float32 if model.device.type == "mps" else torch.float64
     totals = torch.zeros(3, dtype=precision, device=model.device)
     for batch in batches:
+        if not len(batch):  # none of its images could be used
+            continue
         images = normalize(batch.to(model.device))
         out = model(images)
         reconstruction = out.reconstruction.float().clamp(-1, 1)
@@ -85,11 +88,15 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
     model = load_tokenizer(config.model, "model")
     model.to(device)  # type: ignore[arg-type]
     source = load_images(config.data)[0 if config.split == "train" else 1]
-    dataset = ImageDataset(source, model.config.image_size, model.config.in_channels)
+    dataset = ImageDataset(
+        source, model.config.image_size, model.config.in_channels, aspect_ratio=config.data.aspect_ratio
+    )
     keys = [ImageKey(0, index) for index in range(len(dataset))]
     loader = keyed_loader(dataset, keys, config.per_device_eval_batch_size, config.dataloader_num_workers)
-    batches = (batch.pixels for batch in tqdm(loader, desc="evaluating", unit="batch"))
-    metrics = evaluate_reconstruction(model, batches)
+    skipped = SkippedImages(config.data.max_skipped_fraction, {config.split: len(dataset)})
+    batches = skipped.watch(config.split, tqdm(loader, desc="evaluating", unit="batch"))
+    metrics = evaluate_reconstruction(model, (batch.pixels for batch in batches))
+    skipped.exchange()
     print(json.dumps(metrics, indent=2))
     return metrics
 

@@ -4,17 +4,31 @@ Shape letters: B batch, C channels, H W image size.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import ExifTags, Image
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-# What shows through transparent pixels.
-BACKGROUND = "white"
+# What shows through transparent pixels, and fills up the sides of a padded image.
+BACKGROUND, BACKGROUND_LEVEL = "white", 255
+
+AspectRatio = Literal["crop", "pad"]
+
+# EXIF orientation → what sets the image upright.
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_pil(image: Any) -> Image.Image:
@@ -46,40 +60,121 @@ def to_pil(image: Any) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
 
 
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 (upright) if there is none, or none that can be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken EXIF raises many kinds; the pixels are none the worse
+        return 1
+    return value if value in TRANSPOSITIONS else 1
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """Gray with more than 8 bits → 8-bit gray.
+
+    Integers are 16-bit numbers: 65535 is white. Floats are taken by their range: within [0, 1], 1 is white; else within
+    [0, 255], 255 is; else within [0, 65535], 65535 is.
+
+    Raises:
+        ValueError: a value that is negative, above 65535 or not a number.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 65535):
+        raise ValueError(f"image: received pixels from {low} to {high}; needs [0, 1], [0, 255] or [0, 65535]")
+    if image.mode == "F":
+        values = np.rint(values * np.float32(255 if high <= 1 else 1 if high <= 255 else 1 / 257))
+    else:
+        values = (values.astype(np.int32) + 128) // 257
+    return Image.fromarray(values.astype(np.uint8))
+
+
 def convert_mode(image: Image.Image, num_channels: int) -> Image.Image:
-    """8-bit gray or RGB: EXIF orientation applied, 16-bit scaled down, transparency composited on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray(np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255).round().astype(np.uint8))
+    """8-bit gray or RGB: EXIF orientation applied, more than 8 bits scaled down, transparency composited on white.
+
+    Raises:
+        ValueError: no pixels, or values out of range, see `to_8_bit`.
+    """
+    if not all(image.size):
+        raise ValueError(f"image: received {image.width}×{image.height} pixels; needs at least one")
+    image.load()  # some formats keep EXIF behind the pixels, and TIFF applies it while loading
+    if (value := orientation(image)) != 1:
+        image = image.transpose(TRANSPOSITIONS[value])
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = to_8_bit(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+    if num_channels == 1 and image.mode not in ("1", "L"):
+        image = image.convert("RGB")  # LAB knows no direct way to gray
     return image.convert("L" if num_channels == 1 else "RGB")
 
 
-def resize_and_crop(
-    image: Image.Image, size: int, zoom: float = 1.0, position: tuple[float, float] = (0.5, 0.5)
-) -> Image.Image:
-    """Resizes the shorter side to `zoom × size` (bicubic, antialiased) and crops a `size × size` square.
+def to_pixels(image: Image.Image) -> Tensor:
+    """8-bit image as uint8 `(H, W, C)`."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def to_square(
+    pixels: Tensor,
+    size: int,
+    aspect_ratio: AspectRatio = "crop",
+    zoom: float = 1.0,
+    position: tuple[float, float] = (0.5, 0.5),
+) -> Tensor:
+    """Makes a `size × size` square of an image (bicubic, antialiased).
+
+    "crop" resizes the shorter side to `zoom × size` and cuts a square out. "pad" resizes the longer side to
+    `zoom × size`, fills the square up with the background on both sides, and cuts out of that.
 
     Args:
-        image: 8-bit image.
+        pixels: uint8 `(H, W, C)`.
         size: side of the result in pixels.
+        aspect_ratio: what becomes of an image that is no square.
         zoom: at least 1.
         position: where the square lies, from left to right and from top to bottom in [0, 1]; (0.5, 0.5) is the centre.
+
+    Returns:
+        uint8 `(size, size, C)`.
     """
-    scale = round(zoom * size) / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round(position[0] * (width - size)), round(position[1] * (height - size))
-    return image.crop((left, top, left + size, top + size)) if (width, height) != (size, size) else image
+    height, width = pixels.shape[:2]
+    zoomed = round(zoom * size)
+    if aspect_ratio == "pad":
+        scale = zoomed / max(height, width)
+        pixels = resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
+        return window(pad(pixels, zoomed), size, position)
+    # What is cut off is never resized. The square is cut on the finer grid: that of the source if it has more pixels
+    # than the result, else that of the result.
+    side = round(min(height, width) / zoom)
+    if side >= size:
+        return resize(window(pixels, side, position), size, size)
+    return window(resize(window(pixels, min(height, width), position), zoomed, zoomed), size, position)
 
 
-def to_uint8(image: Image.Image) -> np.ndarray:
-    """8-bit image as uint8 `(C, H, W)`."""
-    array = np.array(image)
-    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic, antialiased: uint8 `(H, W, C)` → uint8 `(height, width, C)`."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    # channels-last in memory, a batch of one: the layout torch resizes uint8 in without unpacking it
+    images = pixels.contiguous()[None].permute(0, 3, 1, 2)
+    return F.interpolate(images, size=(height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+
+
+def window(pixels: Tensor, side: int, position: tuple[float, float]) -> Tensor:
+    """The `side × side` square that lies at a position, see `to_square`; a view."""
+    height, width = pixels.shape[:2]
+    left, top = round(position[0] * (width - side)), round(position[1] * (height - side))
+    return pixels[top : top + side, left : left + side]
+
+
+def pad(pixels: Tensor, side: int) -> Tensor:
+    """Fills up to a `side × side` square with the background; the image is in the middle."""
+    height, width, channels = pixels.shape
+    square = torch.full((side, side, channels), BACKGROUND_LEVEL, dtype=torch.uint8)
+    window_of_image = square[(side - height) // 2 :, (side - width) // 2 :][:height, :width]
+    window_of_image.copy_(pixels)
+    return square
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -90,21 +185,29 @@ def normalize(pixels: Tensor) -> Tensor:
 class VQGANImageProcessor(BaseImageProcessor):
     r"""Prepares images for a [`VQGANModel`] and turns its output back into images.
 
-    Orientation applied, transparency composited on white, shorter side resized to `image_size` (bicubic,
-    antialiased), centre cropped, scaled to [-1, 1].
+    Orientation applied, transparency composited on white, made a square of `image_size` (bicubic, antialiased), scaled
+    to [-1, 1].
 
     Args:
         image_size: side of the square in pixels.
         num_channels: 1 (gray) or 3 (RGB).
+        aspect_ratio: "crop" resizes the shorter side to `image_size` and crops the centre; "pad" resizes the longer
+            side to it and fills up with white.
+
+    Raises:
+        ValueError: another aspect_ratio.
     """
 
     model_input_names = ["pixel_values"]
     _auto_class = "AutoImageProcessor"
 
-    def __init__(self, image_size: int = 256, num_channels: int = 3, **kwargs: Any):
+    def __init__(self, image_size: int = 256, num_channels: int = 3, aspect_ratio: AspectRatio = "crop", **kwargs: Any):
         super().__init__(**kwargs)
+        if aspect_ratio not in get_args(AspectRatio):
+            raise ValueError(f"aspect_ratio: received {aspect_ratio!r}; allowed are 'crop', 'pad'")
         self.image_size = image_size
         self.num_channels = num_channels
+        self.aspect_ratio = aspect_ratio
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """Prepares one image or a list of them.
@@ -119,17 +222,16 @@ class VQGANImageProcessor(BaseImageProcessor):
             ValueError: an image of another type, shape or range, an empty list, or an unknown option.
         """
         if kwargs:
-            raise ValueError(f"unknown options {sorted(kwargs)}; set image_size and num_channels on the processor")
+            raise ValueError(f"unknown options {sorted(kwargs)}; they are fields of the processor")
         is_batch = isinstance(images, (list, tuple)) or (getattr(images, "ndim", 0) == 4)
-        arrays = [to_uint8(self.prepare(image)) for image in (images if is_batch else [images])]
-        if not arrays:
+        squares = [
+            to_square(to_pixels(convert_mode(to_pil(image), self.num_channels)), self.image_size, self.aspect_ratio)
+            for image in (images if is_batch else [images])
+        ]
+        if not squares:
             raise ValueError("images: received an empty list; needs at least one image")
-        pixel_values = normalize(torch.from_numpy(np.stack(arrays)))
+        pixel_values = normalize(torch.stack(squares).permute(0, 3, 1, 2)).contiguous()
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
-
-    def prepare(self, image: Any) -> Image.Image:
-        """One image as the 8-bit square that is normalised next."""
-        return resize_and_crop(convert_mode(to_pil(image), self.num_channels), self.image_size)
 
     def postprocess(self, images: Tensor, output_type: str = "pil") -> Any:
         """Turns model output into images.

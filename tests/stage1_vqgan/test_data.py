@@ -13,15 +13,21 @@ from configs import ConfigError
 from stage1_vqgan import (
     AugmentationConfig,
     DataConfig,
+    EncodedImage,
     ImageDataset,
+    ImageKey,
     ImageSource,
     TrainingSampler,
+    VQGANImageProcessor,
+    decode,
     keyed_loader,
     load_images,
+    normalize,
 )
-from stage1_vqgan.augmentation import affine, augment
+from stage1_vqgan.augmentation import NUM_DRAWS, _mix, affine, augment, keyed_draws
 from stage1_vqgan.data import training_loader
-from stage1_vqgan.image_processing_vqgan import resize_and_crop
+from stage1_vqgan.decoding import UndecodableImage
+from stage1_vqgan.image_processing_vqgan import to_pixels, to_square
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +45,12 @@ def value_of(image):
     return image.convert("RGB").getpixel((0, 0))[0]
 
 
+def images_of(source):
+    return [decode(encoded) for encoded in source.encoded(range(len(source)))]
+
+
 def values(source):
-    return [value_of(image) for image in source.read(range(len(source)))]
+    return [value_of(image) for image in images_of(source)]
 
 
 def write_folder(root, layout):
@@ -72,7 +82,7 @@ def test_digits():
         assert len(source) == count
         assert np.array_equal(source.labels, bunch.target[mask]) and source.labels.dtype == np.int64
         assert source.class_names == list("0123456789")
-        pixels = np.stack([np.asarray(image) for image in source.read(range(count))])
+        pixels = np.stack([np.asarray(image) for image in images_of(source)])
         assert np.abs(pixels / 255 - bunch.images[mask] / 16).max() <= 0.5 / 255 + 1e-9
     unlabelled, _ = load_images(DataConfig(dataset="digits", use_labels=False))
     assert unlabelled.labels is None and unlabelled.class_names is None
@@ -165,15 +175,6 @@ def test_a_file_that_is_not_parquet(tmp_path):
     assert problem(dataset=str(tmp_path / "notes.txt"))[0] == "data.dataset"
 
 
-def test_a_broken_image_is_named(tmp_path):
-    folder = write_folder(tmp_path / "a", {"0.png": 0, "1.png": 1, "2.png": 2})
-    (tmp_path / "a" / "2.png").write_bytes(b"no image")
-    train, _ = load_images(DataConfig(dataset=folder, validation_fraction=0.5))
-    with pytest.raises(ValueError, match=r"2\.png"):
-        ImageDataset(load_images(DataConfig(dataset=folder, validation_fraction=0.5))[1], 4, 3)[0, 1, 0]
-    assert values(train) == [1]
-
-
 def noise_images(count=12, size=(14, 10), mode="RGB"):
     rng = np.random.default_rng(0)
     shape = (size[1], size[0]) + ((3,) if mode == "RGB" else ())
@@ -187,42 +188,146 @@ def strong(**settings):
     return ImageDataset(ImageSource(noise_images(), None, None), 8, 3, STRONG, **settings)
 
 
+def one(dataset, *key):
+    """The image of one key, `(C, H, W)`."""
+    (image,) = dataset.__getitems__([ImageKey(*key)]).pixels
+    return image
+
+
 def test_augmentation_is_a_function_of_the_key():
     first, second = strong(seed=3), strong(seed=3)
-    keys = [(epoch, index, view) for epoch in (0, 1) for index in (2, 5) for view in (0, 1)]
-    images = dict(zip(keys, first.__getitems__(keys), strict=True))
+    keys = [ImageKey(epoch, index, view) for epoch in (0, 1) for index in (2, 5) for view in (0, 1)]
+    images = dict(zip(keys, first.__getitems__(keys).pixels, strict=True))
     np.random.seed(1)
     torch.manual_seed(1)
     for key in reversed(keys):  # another order, one at a time
-        assert torch.equal(second[key], images[key])
+        assert torch.equal(one(second, *key), images[key])
     assert len({image.numpy().tobytes() for image in images.values()}) == len(keys)  # every part of the key counts
-    assert not torch.equal(strong(seed=4)[keys[0]], images[keys[0]])
+    assert not torch.equal(one(strong(seed=4), *keys[0]), images[keys[0]])
+
+
+def test_draws_are_uniform_and_independent():
+    keys = np.stack(np.meshgrid(range(3), range(2000), range(2), indexing="ij"), -1).reshape(-1, 3)
+    draws = keyed_draws(7, keys)
+    assert draws.shape == (12000, NUM_DRAWS) and draws.min() >= 0 and draws.max() < 1
+    assert np.abs(np.quantile(draws, np.linspace(0, 1, 11), axis=0) - np.linspace(0, 1, 11)[:, None]).max() < 0.02
+    beside = np.concatenate([draws[:-1], draws[1:]], axis=1)  # within an image, and from one to the next
+    assert np.abs(np.corrcoef(beside.T) - np.eye(2 * NUM_DRAWS)).max() < 0.05
+    assert np.array_equal(keyed_draws(7, keys[5:6]), draws[5:6])
+    assert len(np.unique(np.concatenate([draws, keyed_draws(8, keys)]))) == 2 * draws.size
+
+
+def test_splitmix64():
+    """The first numbers of the reference implementation for seed 1234567 (Vigna, splitmix64.c)."""
+    steps = np.uint64(1234567) + np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert _mix(steps).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 def test_without_augmentation_only_the_index_matters():
     images = noise_images()
     plain = ImageDataset(ImageSource(images, None, None), 8, 3)
     for index, image in enumerate(images):
-        expected = torch.from_numpy(np.array(resize_and_crop(image, 8))).permute(2, 0, 1)
-        assert torch.equal(plain[0, index, 0], expected) and torch.equal(plain[3, index, 1], expected)
+        expected = to_square(to_pixels(image), 8).permute(2, 0, 1)
+        assert torch.equal(one(plain, 0, index), expected) and torch.equal(one(plain, 3, index, 1), expected)
         first_plain = strong(first_view_plain=True)
-        assert torch.equal(first_plain[2, index, 0], expected)
-        assert torch.equal(first_plain[2, index, 1], strong()[2, index, 1])
+        assert torch.equal(one(first_plain, 2, index), expected)
+        assert torch.equal(one(first_plain, 2, index, 1), one(strong(), 2, index, 1))
+
+
+def test_training_and_the_processor_make_the_same_pixels():
+    for aspect_ratio in ("crop", "pad"):
+        dataset = ImageDataset(ImageSource(noise_images(), None, None), 8, 3, aspect_ratio=aspect_ratio)
+        batch = dataset.__getitems__([ImageKey(0, index) for index in range(12)])
+        processor = VQGANImageProcessor(8, 3, aspect_ratio)
+        assert torch.equal(normalize(batch.pixels), processor(noise_images())["pixel_values"])
 
 
 def test_batches_do_not_depend_on_workers():
     dataset = strong()
     batches = [list(training_loader(dataset, TrainingSampler(12, 4, 2, 9, 0), n, False)) for n in (0, 2)]
-    assert len(batches[0]) == 7 and batches[0][0].dtype == torch.uint8 and batches[0][0].shape == (4, 3, 8, 8)
-    assert torch.equal(torch.stack(batches[0]), torch.stack(batches[1]))
+    first = batches[0][0].pixels
+    assert len(batches[0]) == 7 and first.dtype == torch.uint8 and first.shape == (4, 3, 8, 8)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    for alone, others in zip(*batches, strict=True):
+        assert torch.equal(alone.pixels, others.pixels) and torch.equal(alone.indices, others.indices)
+
+
+def test_passes_that_overlap_do_not_meet_in_memory():
+    """Workers write into memory that is used again and again; nobody sees a batch that was overwritten."""
+    dataset, sampler = strong(), TrainingSampler(12, 4, 0, 40, 0)
+    expected = [batch.pixels for batch in training_loader(dataset, sampler, 0, False)]
+    loader = training_loader(dataset, sampler, 2, False)
+    first = iter(loader)
+    kept = [next(first).pixels for _ in range(9)]
+    second = [batch.pixels for batch in loader]  # while the workers of the first pass are ahead of it
+    kept += [batch.pixels for batch in first]
+    for found in (kept, second):
+        assert len(found) == 40 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_keyed_loader_yields_each_key_once_in_order(num_workers):
-    keys = [(0, index, view) for view in (1, 0) for index in (5, 0, 11, 7, 3)]
+    keys = [ImageKey(0, index, view) for view in (1, 0) for index in (5, 0, 11, 7, 3)]
     batches = list(keyed_loader(strong(), keys, 4, num_workers))
-    assert [len(batch) for batch in batches] == [4, 4, 2]
-    assert torch.equal(torch.cat(batches), torch.stack([strong()[key] for key in keys]))
+    assert [len(batch.pixels) for batch in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat([batch.pixels for batch in batches]), strong().__getitems__(keys).pixels)
+    assert torch.cat([batch.indices for batch in batches]).tolist() == [key.image for key in keys]
+
+
+def test_a_stream_brings_its_images_in_the_keys():
+    images = noise_images()
+    keys = [ImageKey(1, index, 0, EncodedImage("here", images[index]) if index % 2 else None) for index in range(6)]
+    source = ImageSource([image if n % 2 == 0 else None for n, image in enumerate(images)], None, None)
+    found = ImageDataset(source, 8, 3, STRONG).__getitems__(keys)
+    expected = strong().__getitems__([ImageKey(1, index) for index in range(6)])
+    assert torch.equal(found.pixels, expected.pixels) and not found.skipped
+
+
+BAD = (1, 2, 7)
+
+
+def with_bad_images(**settings):
+    """12 images, of which three cannot be used."""
+    images = [b"no image" if index in BAD else image for index, image in enumerate(noise_images())]
+
+    class Source(ImageSource):
+        def encoded(self, indices):
+            return [EncodedImage(f"{index}.png", self.images[index]) for index in indices]
+
+    return ImageDataset(Source(images, None, None), 8, 3, STRONG, **settings)
+
+
+def test_images_that_cannot_be_used_are_left_out():
+    keys = [ImageKey(0, index) for index in (3, 1, 0, 2, 5)]
+    batch = with_bad_images().__getitems__(keys)
+    assert batch.indices.tolist() == [3, 0, 5]
+    assert torch.equal(batch.pixels, strong().__getitems__([keys[0], keys[2], keys[4]]).pixels)
+    assert [(image.image, image.name) for image in batch.skipped] == [(1, "1.png"), (2, "2.png")]
+    assert all("no image format" in image.reason for image in batch.skipped)
+    empty = with_bad_images().__getitems__([ImageKey(0, index) for index in BAD])
+    assert empty.pixels.shape == (0, 3, 8, 8) and empty.pixels.dtype == torch.uint8
+    assert empty.indices.shape == (0,) and empty.indices.dtype == torch.int64 and len(empty.skipped) == 3
+
+
+def test_a_batch_keeps_its_size_with_other_views_of_its_next_images():
+    dataset = with_bad_images(keep_batch_size=True)
+    batch = dataset.__getitems__([ImageKey(4, index) for index in (3, 1, 2, 0, 5, 7)])
+    assert batch.indices.tolist() == [3, 0, 0, 0, 5, 3]  # the last place goes round to the first image
+    views = [(3, 0), (0, 1), (0, 2), (0, 0), (5, 0), (3, 1)]
+    expected = strong().__getitems__([ImageKey(4, index, view) for index, view in views])
+    assert torch.equal(batch.pixels, expected.pixels)
+    assert [image.image for image in batch.skipped] == [1, 2, 7]
+    with pytest.raises(UndecodableImage, match=r"none of the 3 images[\s\S]*1\.png: .*\n.*2\.png: .*\n.*7\.png: "):
+        dataset.__getitems__([ImageKey(0, index) for index in BAD])
+
+
+def test_bad_images_do_not_depend_on_workers():
+    dataset = with_bad_images(keep_batch_size=True)
+    alone, others = (list(training_loader(dataset, TrainingSampler(12, 4, 0, 6, 0), n, False)) for n in (0, 2))
+    for one_batch, other in zip(alone, others, strict=True):
+        assert len(one_batch.pixels) == 4 and torch.equal(one_batch.pixels, other.pixels)
+        assert torch.equal(one_batch.indices, other.indices) and one_batch.skipped == other.skipped
+    assert sum(len(batch.skipped) for batch in alone) == 2 * len(BAD)  # two epochs
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -230,15 +335,19 @@ def test_keyed_loader_yields_each_key_once_in_order(num_workers):
 def test_channels_and_type(channels, mode):
     source = ImageSource(noise_images(2, mode=mode), None, None)
     for augmentation in (None, STRONG):
-        image = ImageDataset(source, 7, channels, augmentation)[0, 1, 0]
+        image = one(ImageDataset(source, 7, channels, augmentation), 0, 1)
         assert image.shape == (channels, 7, 7) and image.dtype == torch.uint8
+
+
+def augmented(image, config, number):
+    return augment(to_pixels(image), 8, config, np.random.default_rng(number).random(NUM_DRAWS)).numpy()
 
 
 def test_flip_mirrors_half_of_the_images():
     config = AugmentationConfig(horizontal_flip=True)
     (image,) = noise_images(1, (8, 8))
     plain = np.asarray(image)
-    found = [np.asarray(augment(image, 8, config, np.random.default_rng(n))) for n in range(300)]
+    found = [augmented(image, config, n) for n in range(300)]
     flipped = [np.array_equal(other, plain[:, ::-1]) for other in found]
     assert all(flip or np.array_equal(other, plain) for flip, other in zip(flipped, found, strict=True))
     assert 110 < sum(flipped) < 190
@@ -250,7 +359,7 @@ def test_random_crop_is_a_window_of_the_image():
     windows = [plain[:, left : left + 8] for left in range(6)]
     seen = set()
     for n in range(100):
-        crop = np.asarray(augment(image, 8, AugmentationConfig(random_crop=True), np.random.default_rng(n)))
+        crop = augmented(image, AugmentationConfig(random_crop=True), n)
         seen.add(next(left for left, window in enumerate(windows) if np.array_equal(window, crop)))
     assert seen == set(range(6))
 
@@ -304,9 +413,9 @@ def batches(num_images=23, batch_size=4, start=0, stop=17, seed=5, **where):
 def test_an_epoch_has_no_image_twice_and_drops_less_than_a_batch():
     by_epoch = {}
     for batch in batches():
-        assert len(batch) == 4 and all(view == 0 for _, _, view in batch)
-        for epoch, index, _ in batch:
-            by_epoch.setdefault(epoch, []).append(index)
+        assert len(batch) == 4 and all(key.view == 0 and key.encoded is None for key in batch)
+        for key in batch:
+            by_epoch.setdefault(key.epoch, []).append(key.image)
     assert list(by_epoch) == [0, 1, 2, 3]
     for indices in list(by_epoch.values())[:3]:
         assert len(indices) == 20 and len(set(indices)) == 20 and set(indices) <= set(range(23))

@@ -1,6 +1,7 @@
 """Pixels in, pixels out: every kind of image, geometry, and the exact way back."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from stage1_vqgan import VQGANImageProcessor, image_grid, normalize
-from stage1_vqgan.image_processing_vqgan import convert_mode, resize_and_crop, to_pil, to_uint8
+from stage1_vqgan.image_processing_vqgan import convert_mode, resize, to_pil, to_pixels, to_square
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 4, 3), dtype=np.uint8)
@@ -96,12 +97,19 @@ def test_16_bits_become_8(dtype):
     assert found.tolist() == [[0, 1], [200, 255]]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_mode_becomes_8_bit_pixels(mode, channels):
-    image = Image.new("RGB", (5, 4), (255, 255, 255)).convert(mode)
-    array = to_uint8(convert_mode(image, channels))
-    assert array.shape == (channels, 4, 5) and array.dtype == np.uint8 and array.min() == 255
+    white = Image.new("RGB", (5, 4), (255, 255, 255))
+    image = Image.new("I", (5, 4), 65535) if mode == "I" else white.convert(mode)
+    pixels = to_pixels(convert_mode(image, channels))
+    assert pixels.shape == (4, 5, channels) and pixels.dtype == torch.uint8
+    assert pixels.min() >= (253 if mode == "LAB" else 255)  # Pillow's white of LAB is not quite white
+
+
+def square(image, size, *args):
+    """`to_square` of a PIL image, as an array `(size, size)` or `(size, size, C)`."""
+    return to_square(to_pixels(image), size, *args).squeeze(2).numpy()
 
 
 @pytest.mark.parametrize(
@@ -109,22 +117,84 @@ def test_every_mode_becomes_8_bit_pixels(mode, channels):
 )
 @pytest.mark.parametrize("zoom, position", [(1.0, (0.5, 0.5)), (1.3, (0.0, 1.0)), (1.01, (1.0, 0.3))])
 def test_every_shape_becomes_a_square_without_foreign_pixels(width, height, zoom, position):
-    square = resize_and_crop(Image.new("L", (width, height), 77), 32, zoom, position)
-    assert square.size == (32, 32) and set(np.asarray(square).flatten()) == {77}
+    found = square(Image.new("L", (width, height), 77), 32, "crop", zoom, position)
+    assert found.shape == (32, 32) and set(found.flatten()) == {77}
+    padded = square(Image.new("L", (width, height), 77), 32, "pad", 1.0, position)
+    assert padded.shape == (32, 32) and set(padded.flatten()) <= {77, 255} and 77 in padded
 
 
 def test_the_crop_is_where_it_should_be():
     wide = np.arange(32 * 50, dtype=np.uint8).reshape(32, 50)  # no resize needed
     for position, left in [((0, 0.5), 0), ((0.5, 0.5), 9), ((1, 0.5), 18)]:
-        found = np.asarray(resize_and_crop(Image.fromarray(wide), 32, 1.0, position))
-        assert np.array_equal(found, wide[:, left : left + 32])
+        assert np.array_equal(square(Image.fromarray(wide), 32, "crop", 1.0, position), wide[:, left : left + 32])
     tall = np.ascontiguousarray(wide.T)
-    assert np.array_equal(resize_and_crop(Image.fromarray(tall), 32, 1.0, (0.5, 1)), tall[18:])
+    assert np.array_equal(square(Image.fromarray(tall), 32, "crop", 1.0, (0.5, 1)), tall[18:])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("before, after", [((90, 70), (40, 40)), ((9, 8), (33, 31)), ((300, 7), (24, 24))])
+def test_resize_is_that_of_pillow(before, after, channels):
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(before, Image.Resampling.BILINEAR)
+    image = smooth.convert("L" if channels == 1 else "RGB")
+    expected = np.asarray(image.resize(after, Image.Resampling.BICUBIC), dtype=int).reshape(*after[::-1], channels)
+    found = resize(to_pixels(image), *after[::-1]).numpy()
+    assert found.dtype == np.uint8 and np.abs(found - expected).max() <= 2
+
+
+@pytest.mark.parametrize("size, zoom", [(32, 1.0), (32, 1.25), (32, 1.6), (128, 1.0), (128, 1.3)])
+def test_crop_against_pillow_with_an_exact_box(size, zoom):
+    """Two ways to the same region: an integer box here, a fractional one there; at most half a pixel apart."""
+    ramp = np.add.outer(np.arange(60) * 2, np.arange(90)).astype(np.uint8)
+    side = 60 / zoom
+    for x, y in [(0.0, 0.0), (0.5, 0.5), (1.0, 0.2)]:
+        left, top = x * (90 - side), y * (60 - side)
+        box = (left, top, left + side, top + side)
+        expected = np.asarray(Image.fromarray(ramp).resize((size, size), Image.Resampling.BICUBIC, box), dtype=int)
+        found = square(Image.fromarray(ramp), size, "crop", zoom, (x, y))
+        assert np.abs(found - expected).max() <= 4  # the ramp rises by 3 levels a pixel
+
+
+def test_pad_keeps_the_whole_image_in_the_middle():
+    wide = Image.fromarray(np.arange(20 * 40, dtype=np.uint8).reshape(20, 40) // 4)
+    found = square(wide, 40, "pad")
+    assert np.array_equal(found[10:30], wide) and (found[:10] == 255).all() and (found[30:] == 255).all()
+    tall = square(wide.transpose(Image.Transpose.TRANSPOSE), 40, "pad")
+    assert np.array_equal(tall, found.T)
+    half = square(wide, 20, "pad")
+    assert np.abs(half[5:15] - np.asarray(wide.resize((20, 10), Image.Resampling.BICUBIC), dtype=int)).max() <= 2
+    zoomed = square(wide, 20, "pad", 2.0, (1.0, 0.0))  # the upper right quarter of the padded image
+    assert np.array_equal(zoomed, found[:20, 20:])
+
+
+@pytest.mark.parametrize("aspect_ratio", ["crop", "pad"])
+@pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1), (2, 1000)])
+def test_extreme_shapes_take_no_memory(shape, aspect_ratio):
+    pixels = torch.full((*shape, 3), 9, dtype=torch.uint8)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        found = to_square(pixels, 64, aspect_ratio, 1.2, (0.3, 0.7))
+    assert found.shape == (64, 64, 3) and 9 in found
+    taken = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+    assert taken < 10 * 2**20  # the whole image enlarged would take gigabytes
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_do_not_depend_on_threads(channels):
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (700, 900, channels), dtype=np.uint8))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(to_square(pixels, 256, "crop", 1.1, (0.2, 0.9)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_a_large_image_is_averaged_not_sampled():
     checkers = np.indices((256, 256)).sum(0) % 2 * 255
-    small = np.asarray(resize_and_crop(Image.fromarray(checkers.astype(np.uint8)), 16))
+    small = square(Image.fromarray(checkers.astype(np.uint8)), 16)
     assert small.min() > 100 and small.max() < 155
 
 
@@ -172,7 +242,7 @@ def test_bytes_come_back_exactly(channels):
     pixels = normalize(values)
     assert pixels.dtype == torch.float32 and pixels.min() == -1 and pixels.max() == 1
     (image,) = VQGANImageProcessor(16, channels).postprocess(pixels)
-    assert np.array_equal(to_uint8(image), values[0].numpy())
+    assert torch.equal(to_pixels(image).permute(2, 0, 1), values[0])
     again = VQGANImageProcessor(16, channels)(image)["pixel_values"]
     assert torch.equal(again, pixels)
 
@@ -180,8 +250,23 @@ def test_bytes_come_back_exactly(channels):
 def test_save_and_load(tmp_path):
     VQGANImageProcessor(image_size=24, num_channels=1).save_pretrained(tmp_path)
     loaded = VQGANImageProcessor.from_pretrained(tmp_path)
-    assert (loaded.image_size, loaded.num_channels) == (24, 1)
+    assert (loaded.image_size, loaded.num_channels, loaded.aspect_ratio) == (24, 1, "crop")
     assert loaded(RGB)["pixel_values"].shape == (1, 1, 24, 24)
+
+
+def test_aspect_ratio_is_a_setting_of_the_processor(tmp_path):
+    wide = np.zeros((10, 20, 3), dtype=np.uint8)
+    VQGANImageProcessor(20, 3, "pad").save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["aspect_ratio"] == "pad"
+    pixels = VQGANImageProcessor.from_pretrained(tmp_path)(wide)["pixel_values"]
+    assert pixels[0, 0, 5:15].eq(-1).all() and pixels[0, 0, :5].eq(1).all() and pixels[0, 0, 15:].eq(1).all()
+    del saved["aspect_ratio"]  # saved before there was a choice
+    path.write_text(json.dumps(saved))
+    assert VQGANImageProcessor.from_pretrained(tmp_path)(wide)["pixel_values"].eq(-1).all()
+    with pytest.raises(ValueError, match="'stretch'"):
+        VQGANImageProcessor(aspect_ratio="stretch")
 
 
 def test_image_grid():
