@@ -19,7 +19,7 @@ from stage1_vqgan.augmentation import augment
 from stage1_vqgan.data_config import AugmentationConfig
 from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode
 from stage1_vqgan.image_processing_vqgan import convert_mode, resize_and_crop, to_uint8
-from stage1_vqgan.sources import ImageSource
+from stage1_vqgan.sources import Images, ImageSource
 
 
 class ImageKey(NamedTuple):
@@ -57,21 +57,17 @@ class ImageDataset(Dataset):
     With `augmentation=None` only the index matters. With `first_view_plain` view 0 is the image itself.
     """
 
-    source: ImageSource
+    source: Images
     image_size: int
     num_channels: int
     augmentation: AugmentationConfig | None = None
     seed: int = 0
     first_view_plain: bool = False
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitems__(self, keys: Sequence[ImageKey]) -> ImageBatch:
         """The batch of some keys, in order, without the images that cannot be used."""
-        images = self.source.encoded([key.image for key in keys])
         kept, pixels, skipped = [], [], []
-        for key, encoded in zip(keys, images, strict=True):
+        for key, encoded in zip(keys, self._encoded(keys), strict=True):
             try:
                 pixels.append(torch.from_numpy(to_uint8(self._transform(decode(encoded), key))))
                 kept.append(key.image)
@@ -80,6 +76,12 @@ class ImageDataset(Dataset):
         shape = (0, self.num_channels, self.image_size, self.image_size)
         stacked = torch.stack(pixels) if pixels else torch.empty(shape, dtype=torch.uint8)
         return ImageBatch(stacked, torch.tensor(kept, dtype=torch.int64), skipped)
+
+    def _encoded(self, keys: Sequence[ImageKey]) -> list[EncodedImage]:
+        """The images themselves: from the keys of a stream, else from the source in one go."""
+        numbers = [key.image for key in keys if key.encoded is None]
+        read = iter(self.source.encoded(numbers) if isinstance(self.source, ImageSource) else ())
+        return [next(read) if key.encoded is None else key.encoded for key in keys]
 
     def _transform(self, image: Image.Image, key: ImageKey) -> Image.Image:
         image = convert_mode(image, self.num_channels)
@@ -139,7 +141,9 @@ class TrainingSampler(Sampler[list[ImageKey]]):
             yield [ImageKey(epoch, int(index)) for index in order[first : first + self.batch_size]]
 
 
-def training_loader(dataset: ImageDataset, sampler: TrainingSampler, num_workers: int, pin_memory: bool) -> DataLoader:
+def training_loader(
+    dataset: ImageDataset, sampler: Sampler[list[ImageKey]], num_workers: int, pin_memory: bool
+) -> DataLoader:
     """Batches in the sampler's order."""
     return DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory
@@ -153,10 +157,10 @@ def keyed_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches of the given keys in order, each exactly once."""
+    """Batches of the given keys in order, each exactly once; keys are taken as batches are wanted."""
     return DataLoader(
         dataset,
-        sampler=list(keys),  # type: ignore[arg-type]
+        sampler=keys,
         batch_size=batch_size,
         collate_fn=collate,
         num_workers=num_workers,

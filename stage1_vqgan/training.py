@@ -13,12 +13,13 @@ from torch import Tensor
 from configs import check
 from configs.run_folder import finish_run, open_run, push_run
 from stage1_vqgan import checkpointing
-from stage1_vqgan.data import ImageDataset, ImageKey, TrainingSampler, keyed_loader, training_loader
+from stage1_vqgan.data import ImageDataset, training_loader
 from stage1_vqgan.evaluate import evaluate_reconstruction
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.reporting import Reporter
 from stage1_vqgan.sources import load_images
+from stage1_vqgan.streaming import evaluation_loader, some_images, training_sampler
 from stage1_vqgan.training_config import Stage1Config
 from stage1_vqgan.training_step import VQGANTrainer, key
 
@@ -96,8 +97,8 @@ def run_steps(
 ) -> dict[str, float]:
     """Takes the steps from `start` to the last, with logs, evaluations and checkpoints; returns the last evaluation."""
     accumulation = config.gradient_accumulation_steps
-    sampler = TrainingSampler(
-        len(train_set),
+    sampler = training_sampler(
+        train_set.source,
         config.per_device_train_batch_size,
         start * accumulation,
         config.max_steps * accumulation,
@@ -166,16 +167,19 @@ def evaluate(
     step: int,
 ) -> dict[str, float]:
     """Reconstruction metrics over the validation split, each image once, and a grid of some."""
-    keys = [ImageKey(0, index) for index in range(accelerator.process_index, len(dataset), accelerator.num_processes)]
-    loader = keyed_loader(dataset, keys, config.per_device_eval_batch_size, config.dataloader_num_workers)
-    model = trainer.average
-    metrics = evaluate_reconstruction(
-        model, (batch.pixels for batch in loader), lambda total: accelerator.reduce(total, "sum")
+    loader = evaluation_loader(
+        dataset,
+        config.per_device_eval_batch_size,
+        config.dataloader_num_workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
     )
+    model = trainer.average
+    metrics = evaluate_reconstruction(model, loader, lambda total: accelerator.reduce(total, "sum"))
     reporter.scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
     if accelerator.is_main_process:
-        shown = range(0, len(dataset), max(1, len(dataset) // config.num_sample_images))[: config.num_sample_images]
-        originals = normalize(dataset.__getitems__([ImageKey(0, index) for index in shown]).pixels)
+        shown = dataset.__getitems__(some_images(dataset.source, config.num_sample_images))
+        originals = normalize(shown.pixels)
         with torch.no_grad():
             pair = torch.cat([originals, model(originals.to(model.device)).reconstruction.cpu()])
         processor = VQGANImageProcessor(dataset.image_size, dataset.num_channels)
