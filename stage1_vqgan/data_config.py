@@ -1,12 +1,15 @@
 """Settings of the image data: where it comes from, and how training images are changed."""
 
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
 from annotated_types import Ge, Interval
 
 from configs import Section
 from configs.sections import Fraction, Positive
+
+# How images are brought along, and when a run stops: no influence on the images themselves.
+FREE_KEYS = {"shuffle_buffer_size", "max_skipped_fraction"}
 
 
 @dataclass(kw_only=True)
@@ -60,3 +63,7 @@ class DataConfig(Section):
     streaming: bool = False
     shuffle_buffer_size: Positive = 1000
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide which images there are, and what is made of them."""
+        return {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -43,8 +42,6 @@ from stage2_prior.code_store import (
 from stage2_prior.training_config import Stage2Config
 from stage2_prior.vocabulary import TokenLayout
 
-# Settings of the data that change no code.
-FREE_DATA_KEYS = {"shuffle_buffer_size", "max_skipped_fraction"}
 SHOWN_SKIPPED = 20
 
 
@@ -65,7 +62,7 @@ def tokenize(config: Stage2Config) -> CodeStore:
     train, validation = load_images(config.data)
     origin = {
         "tokenizer_fingerprint": model.config.fingerprint,
-        "data": {key: value for key, value in asdict(config.data).items() if key not in FREE_DATA_KEYS},
+        "data": config.data.identity(),
         "num_views": config.num_views,
         "seed": config.seed,
         "images": [_known_length(source) for source in (train, validation)],
@@ -124,18 +121,17 @@ def _tokenize_split(
     skipped: list[SkippedImage] = []
     num_shards = 0
     total = None if length is None else length * num_views
-    bar = tqdm(total=total, desc=f"tokenizing {name}", unit="image", disable=not accelerator.is_main_process)
-    for shard, images in _shards(source, images_per_shard(num_views)):
-        num_shards += 1
-        path = shard_path(config.code_store, name, shard)
-        if shard % accelerator.num_processes != accelerator.process_index or path.is_file():
-            continue
-        made = _encode_shard(config, accelerator, model, dataset, images, num_views, bar)
-        skipped += made.skipped
-        if length is not None:
-            _check_skipped(config, name, skipped, length)
-        write_shard(path, made.codes, made.labels if source.has_labels else None, made.images, made.skipped)
-    bar.close()
+    with tqdm(total=total, desc=f"tokenizing {name}", unit="image", disable=not accelerator.is_main_process) as bar:
+        for shard, images in _shards(source, images_per_shard(num_views)):
+            num_shards += 1
+            path = shard_path(config.code_store, name, shard)
+            if shard % accelerator.num_processes != accelerator.process_index or path.is_file():
+                continue
+            made = _encode_shard(config, accelerator, model, dataset, images, num_views, bar)
+            skipped += made.skipped
+            if length is not None:
+                _check_skipped(config, name, skipped, length)
+            write_shard(path, made.codes, made.labels if source.has_labels else None, made.images, made.skipped)
     return num_shards
 
 

@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from configs import ConfigError, Problem, TrainingConfig, check, to_dict
+from configs import ConfigError, Problem, TrainingConfig, check
 from configs.run_folder import finish_run, holds_work, open_run, push_run
 from stage1_vqgan import TrainingSampler
 from stage2_prior.code_store import CodeStore
@@ -226,7 +226,7 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
         ConfigError: naming what differs.
     """
     origin, fingerprint = store.manifest["origin"], store.layout.tokenizer_fingerprint
-    wanted = {"num_views": config.num_views, "data": to_dict(config)["data"]}
+    wanted = {"num_views": config.num_views, "data": config.data.identity()}
     problems = [
         Problem(key, f"{config.code_store} was made with {origin[key]!r}, the configuration says {value!r}")
         for key, value in wanted.items()
