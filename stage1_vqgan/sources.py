@@ -1,11 +1,11 @@
 """Where images come from: the built-in digits, folders, parquet, tars or the Hub, as splits of encoded images."""
 
 import logging
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,8 @@ from stage1_vqgan.source_files import ALLOWED, SourceFiles, class_folders, find_
 
 DIGITS = "digits"
 WEBDATASET_LABEL = "cls"
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -92,34 +94,59 @@ class ImageStream:
         Raises:
             ConfigError: a label is no class number.
         """
-        images, own_files = self.images, not self.is_part and self.images.num_shards % world_size == 0
+        images, own_files = self.images, self._has_own_files(world_size)
         if own_files:
             images = images.shard(num_shards=world_size, index=rank, contiguous=False)
+        items = self._items([images])
         if shuffle is not None:
-            images = images.shuffle(generator=np.random.default_rng(shuffle), buffer_size=self.shuffle_buffer_size)
-        items = self._items(images)
+            rng = np.random.default_rng(shuffle)
+            files = [images]
+            if not self.is_part:
+                num_files = images.num_shards
+                files = [images.shard(num_shards=num_files, index=index) for index in rng.permutation(num_files)]
+            items = _shuffled(self._items(files), self.shuffle_buffer_size, rng)
         yield from items if own_files else islice(items, rank, None, world_size)
 
     def length(self, rank: int, world_size: int) -> int | None:
         """Images in a pass of one process, if it is known before reading."""
         if self.num_images is None:
             return None
-        if world_size > 1 and not self.is_part and self.images.num_shards % world_size == 0:
+        if world_size > 1 and self._has_own_files(world_size):
             return None  # the files of a process may be larger or smaller than those of another
         return len(range(rank, self.num_images, world_size))
 
-    def _items(self, images: Any) -> Iterator[tuple[EncodedImage, int | None]]:
+    def _has_own_files(self, world_size: int) -> bool:
+        return not self.is_part and self.images.num_shards % world_size == 0
+
+    def _items(self, files: Iterable[Any]) -> Iterator[tuple[EncodedImage, int | None]]:
         numbers = count()
-        for rows in images.iter(batch_size=16):
+        for rows in chain.from_iterable(file.iter(batch_size=16) for file in files):
             items = rows[self.image_column]
             labels = rows[self.label_column] if self.label_column is not None else [None] * len(items)
-            for number, item, label in zip(numbers, items, labels, strict=False):
+            for item, label, number in zip(items, labels, numbers, strict=False):
                 yield _encoded(item, number), None if self.label_column is None else self._checked(label)
 
     def _checked(self, label: Any) -> int:
         if not isinstance(label, int) or label < 0 or (self.class_names and label >= len(self.class_names)):
             raise _problem("label_column", f"the stream holds the label {label!r}; {_allowed_labels(self.class_names)}")
         return label
+
+
+def _shuffled(items: Iterable[T], buffer_size: int, rng: np.random.Generator) -> Iterator[T]:
+    """Each item is one drawn from a buffer, whose place the next one takes; a function of the generator's state.
+
+    `datasets` shuffles alike, in a way that changes between its releases, and waits 5 seconds after each pass over
+    parquet files.
+    """
+    buffer: list[T] = []
+    for item in items:
+        if len(buffer) < buffer_size:
+            buffer.append(item)
+        else:
+            place = rng.integers(buffer_size)
+            drawn, buffer[place] = buffer[place], item
+            yield drawn
+    yield from (buffer[place] for place in rng.permutation(len(buffer)))
 
 
 Images: TypeAlias = ImageSource | ImageStream
@@ -138,16 +165,18 @@ def load_images(config: DataConfig) -> tuple[Images, Images]:
         return _load_digits(config)
     files = find_files(config)
     splits = _open_hub(config) if files is None else _open_files(config, files)
-    train = splits[config.train_split]
-    validation = None if config.validation_split is None else splits[config.validation_split]
-    pair: tuple[Images, Images]
-    if hasattr(train.dataset, "num_rows"):
-        pair = _sources(config, train.dataset, None if validation is None else validation.dataset)
-    else:
-        pair = _streams(config, train, validation)
+    pair = _load_splits(config, splits)
     if config.use_labels and not pair[0].has_labels:
         logger.warning("no class labels in %s: the model will be unconditional", config.dataset)
     return pair
+
+
+def _load_splits(config: DataConfig, splits: dict[str, "_Split"]) -> tuple[Images, Images]:
+    train = splits[config.train_split]
+    validation = None if config.validation_split is None else splits[config.validation_split]
+    if hasattr(train.dataset, "num_rows"):
+        return _sources(config, train.dataset, None if validation is None else validation.dataset)
+    return _streams(config, train, validation)
 
 
 class _Split(NamedTuple):

@@ -7,12 +7,16 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
+import yaml
 from image_files import picture, read, values, write_folder, write_parquet, write_tar
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from configs import ConfigError
 from stage1_vqgan import DataConfig, ImageSource, ImageStream, decode, load_images
+from stage1_vqgan.sources import _load_splits, _open_hub
+
+AB = datasets.ClassLabel(names=["a", "b"])
 
 
 @pytest.fixture(autouse=True)
@@ -223,9 +227,8 @@ class TestPacked:
             assert key == "data.label_column" and f"received {column!r}" in message
 
     def test_several_columns_of_class_labels_ask_for_a_choice(self, tmp_path, streaming):
-        classes = datasets.ClassLabel(names=["a", "b"])
         rows = {"picture": [picture(1)] * 4, "fine": [0, 1, 0, 1], "coarse": [0, 0, 1, 1]}
-        config = {"dataset": write_parquet(tmp_path / "a.parquet", rows, fine=classes, coarse=classes)}
+        config = {"dataset": write_parquet(tmp_path / "a.parquet", rows, fine=AB, coarse=AB)}
         config |= {"streaming": streaming, "validation_fraction": 0.5}
         assert problem(**config)[1].endswith("name one: fine, coarse")
         train, _ = load_images(DataConfig(**config, label_column="coarse"))
@@ -255,6 +258,29 @@ def test_no_such_source(name):
 def test_a_hub_dataset_out_of_reach(streaming):
     key, message = problem(dataset="no-such-user/no-such-dataset", streaming=streaming)
     assert key == "data.dataset" and "cannot be loaded" in message and "a Hub dataset id" in message
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_hub_way(tmp_path, streaming):
+    """What `datasets` makes of a repository; a local copy of one stands in for the Hub."""
+    for split, first in [("train", 0), ("test", 50)]:
+        rows = {"picture": [picture(first + n) for n in range(8)], "y": [0, 1] * 4}
+        write_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet", rows, y=AB)
+    sizes = [{"name": split, "num_examples": 8, "num_bytes": 1} for split in ("train", "test")]
+    card = yaml.safe_dump({"dataset_info": {"splits": sizes}})
+    (tmp_path / "README.md").write_text(f"---\n{card}---\n")
+    for validation_split, held_out in [("test", list(range(50, 58))), (None, [0, 1] if streaming else [0, 4])]:
+        config = DataConfig(
+            dataset=str(tmp_path), validation_split=validation_split, streaming=streaming, validation_fraction=0.25
+        )
+        train, validation = _load_splits(config, _open_hub(config))
+        assert isinstance(train, ImageStream if streaming else ImageSource)
+        assert values(validation) == held_out and sorted(values(train) + values(validation))[:8] == list(range(8))
+        assert train.class_names == validation.class_names == ["a", "b"]
+        if streaming:
+            assert train.num_images == (8 if validation_split else 6)
+    with pytest.raises(ConfigError, match=r"data\.train_split: received 'all'; the dataset has \['test', 'train'\]"):
+        _open_hub(DataConfig(dataset=str(tmp_path), train_split="all", streaming=streaming))
 
 
 class TestLabels:
@@ -315,7 +341,7 @@ class TestLabels:
         )
 
     def test_validation_without_labels(self, tmp_path):
-        config = self.write(tmp_path, [0, 1], None, datasets.ClassLabel(names=["a", "b"])) | {"label_column": None}
+        config = self.write(tmp_path, [0, 1], None, AB) | {"label_column": None}
         write_parquet(tmp_path / "val.parquet", {"picture": [picture(1)]})
         assert problem(**config, validation_split="val")[1] == "'val' has no labels, 'train' has"
         assert problem(**config, validation_split="val", streaming=True)[0] == "data.validation_split"
