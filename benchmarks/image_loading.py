@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stage1_vqgan import AugmentationConfig, DataConfig, ImageDataset, ImageSource, TrainingSampler, load_images
+from stage1_vqgan import AugmentationConfig, DataConfig, ImageDataset, Images, ImageSource, TrainingSampler, load_images
 from stage1_vqgan.data import training_loader
 from stage1_vqgan.decoding import read
 
@@ -52,7 +52,7 @@ def _decode_for(decoder: Callable[[bytes], None], contents: Sequence[bytes], sec
 
 def loading_rate(dataset: ImageDataset, batch_size: int, workers: int, seconds: float) -> float:
     """Images per second that leave the training loader, from a warm start."""
-    sampler = TrainingSampler(len(dataset), batch_size, 0, 10**6, seed=0)
+    sampler = TrainingSampler(dataset.source.num_images or 0, batch_size, 0, 10**6, seed=0)
     batches = iter(training_loader(dataset, sampler, workers, pin_memory=False))
     for _ in range(4 * workers):  # until the workers have started and what they had prepared meanwhile is used up
         next(batches)
@@ -62,10 +62,11 @@ def loading_rate(dataset: ImageDataset, batch_size: int, workers: int, seconds: 
     return count / (time.perf_counter() - started)
 
 
-def measure(source: ImageSource, args: argparse.Namespace, workers: int) -> dict[str, float]:
+def measure(source: Images, args: argparse.Namespace, workers: int) -> dict[str, float]:
     """Medians of the three rates, and the loader's share of each of Pillow's."""
     augmentation = AugmentationConfig(max_zoom=args.max_zoom, random_crop=True, horizontal_flip=True)
     dataset = ImageDataset(source, args.image_size, 3, augmentation, keep_batch_size=True)
+    assert isinstance(source, ImageSource)
     files = [encoded.content for encoded in source.encoded(range(min(len(source), 1000)))]
     contents = [read(content) for content in files if not isinstance(content, Image.Image)]
     rates: dict[str, list[float]] = {"load": [], "array": [], "loader": []}

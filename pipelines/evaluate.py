@@ -9,10 +9,11 @@ import hashlib
 import json
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,16 @@ from tqdm.auto import tqdm
 from configs import ConfigError, Problem, Section, run
 from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import DataConfig, ImageSource, decode, image_grid, load_images
+from stage1_vqgan import (
+    DataConfig,
+    EncodedImage,
+    Images,
+    ImageStream,
+    UndecodableImage,
+    decode,
+    image_grid,
+    load_images,
+)
 
 
 @dataclass(kw_only=True)
@@ -83,9 +93,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             return show(metrics)
 
     started = time.perf_counter()
-    train, validation = (first(source, config.max_real_images) for source in load_images(config.data))
-    train_pixels, validation_pixels = real_pixels(pipeline, train), real_pixels(pipeline, validation)
-    real_train, real_validation = (area_features(x, config.feature_size) for x in (train_pixels, validation_pixels))
+    train, validation = (real_images(pipeline, source, config.max_real_images) for source in load_images(config.data))
+    real_train, real_validation = (area_features(images.pixels, config.feature_size) for images in (train, validation))
     if config.num_components > min(real_train.shape):
         allowed = f"at most {min(real_train.shape)} with these images and this feature_size"
         raise ConfigError([Problem("num_components", f"received {config.num_components}; {allowed}")])
@@ -93,7 +102,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     generated = area_features(samples, config.feature_size)
 
     metrics = dict[str, Any]()
-    if labels is not None and train.labels is not None:
+    if labels is not None and train.labels is not None and validation.labels is not None:
         metrics["class_accuracy"] = class_accuracy(real_train, train.labels, generated, labels, config)
         metrics["class_accuracy_real"] = class_accuracy(
             real_train, train.labels, real_validation, validation.labels, config
@@ -103,12 +112,14 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     metrics["nearest_neighbour_ratio"] = nearest_distance(generated, real_train) / nearest_distance(
         real_validation, real_train
     )
-    metrics |= reconstruction_metrics(pipeline, train_pixels, validation_pixels)
+    metrics |= reconstruction_metrics(pipeline, train.pixels, validation.pixels)
     metrics["num_samples"] = len(samples)
+    if train.skipped + validation.skipped:
+        metrics["skipped"] = train.skipped + validation.skipped
     metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
     metrics["inputs"] = inputs
 
-    save_pictures(pipeline, config, samples, validation_pixels)
+    save_pictures(pipeline, config, samples, validation.pixels)
     path.write_text(json.dumps(metrics, indent=2) + "\n")
     return show(metrics)
 
@@ -136,15 +147,45 @@ def generate_samples(pipeline: VQGANPipeline, config: EvaluationConfig) -> tuple
     return out.images.cpu() * 2 - 1, np.repeat(classes, config.samples_per_class)
 
 
-def real_pixels(pipeline: VQGANPipeline, source: ImageSource) -> Tensor:
-    """Pixels float32 `(N, C, H, W)` in [-1, 1] of real images."""
-    chunks = [range(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
-    return torch.cat(
-        [
-            pipeline.image_processor([decode(item) for item in source.encoded(list(chunk))])["pixel_values"]
-            for chunk in chunks
-        ]
-    )
+class RealImages(NamedTuple):
+    """Real images of a split.
+
+    Attributes:
+        pixels: float32 `(N, C, H, W)` in [-1, 1].
+        labels: int64 `(N,)`, or None.
+        skipped: how many more could not be decoded.
+    """
+
+    pixels: Tensor
+    labels: np.ndarray | None
+    skipped: int
+
+
+def real_images(pipeline: VQGANPipeline, source: Images, count: int) -> RealImages:
+    """At most `count` images of a split: evenly spread over it, of a stream the first ones.
+
+    Raises:
+        ConfigError: none of them can be decoded.
+    """
+    pixels, labels, skipped = [], [], 0
+    for encoded, label in some_of(source, count):
+        try:
+            pixels.append(pipeline.image_processor(decode(encoded))["pixel_values"])
+            labels.append(label)
+        except UndecodableImage:
+            skipped += 1
+    if not pixels:
+        raise ConfigError([Problem("data.dataset", f"none of {skipped} images can be decoded")])
+    return RealImages(torch.cat(pixels), np.array(labels, dtype=np.int64) if source.has_labels else None, skipped)
+
+
+def some_of(source: Images, count: int) -> Iterator[tuple[EncodedImage, int | None]]:
+    """At most `count` images with their labels."""
+    if isinstance(source, ImageStream):
+        yield from islice(source.read(), count)
+        return
+    for number in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist():
+        yield source.encoded([number])[0], None if source.labels is None else int(source.labels[number])
 
 
 def area_features(pixels: Tensor, size: int) -> np.ndarray:
@@ -214,15 +255,6 @@ def save_pictures(pipeline: VQGANPipeline, config: EvaluationConfig, samples: Te
         pair = torch.cat([shown, pipeline.vqgan(shown.to(pipeline.device)).reconstruction.cpu()])
     grid = image_grid(pipeline.image_processor.postprocess(pair), len(shown), min_tile=48)
     grid.save(folder / "reconstructions.png")
-
-
-def first(source: ImageSource, count: int) -> ImageSource:
-    """At most `count` images of a split, evenly spread over it."""
-    if len(source) <= count:
-        return source
-    keep = np.linspace(0, len(source) - 1, count).astype(int)
-    images = [source.images[i] for i in keep] if isinstance(source.images, list) else source.images.select(keep)
-    return ImageSource(images, source.labels[keep] if source.labels is not None else None, source.class_names)
 
 
 def weights_hash(pipeline: VQGANPipeline) -> str:

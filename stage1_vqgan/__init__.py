@@ -6,11 +6,11 @@ if TYPE_CHECKING:
     from stage1_vqgan.configuration_vqgan import VQGANConfig
     from stage1_vqgan.data import ImageBatch, ImageDataset, ImageKey, TrainingSampler, keyed_loader
     from stage1_vqgan.data_config import AugmentationConfig, DataConfig
-    from stage1_vqgan.decoding import EncodedImage, decode
+    from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode
     from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
     from stage1_vqgan.modeling_vqgan import VQGANModel
     from stage1_vqgan.pretrained import load_tokenizer
-    from stage1_vqgan.sources import ImageSource, load_images
+    from stage1_vqgan.sources import Images, ImageSource, ImageStream, load_images
     from stage1_vqgan.training_config import Stage1Config
 
 # Names are loaded on first use: importing this package imports nothing else.
@@ -26,8 +26,12 @@ _HOMES = {
     "ImageDataset": "data",
     "ImageKey": "data",
     "EncodedImage": "decoding",
+    "SkippedImage": "decoding",
+    "UndecodableImage": "decoding",
     "decode": "decoding",
+    "Images": "sources",
     "ImageSource": "sources",
+    "ImageStream": "sources",
     "TrainingSampler": "data",
     "keyed_loader": "data",
     "load_images": "sources",
@@ -43,8 +47,12 @@ __all__ = [
     "ImageDataset",
     "ImageKey",
     "ImageSource",
+    "ImageStream",
+    "Images",
+    "SkippedImage",
     "Stage1Config",
     "TrainingSampler",
+    "UndecodableImage",
     "VQGANConfig",
     "VQGANImageProcessor",
     "VQGANModel",

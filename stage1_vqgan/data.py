@@ -20,7 +20,7 @@ from stage1_vqgan.augmentation import augment, keyed_draws
 from stage1_vqgan.data_config import AugmentationConfig
 from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode_pixels
 from stage1_vqgan.image_processing_vqgan import AspectRatio, to_square
-from stage1_vqgan.sources import ImageSource
+from stage1_vqgan.sources import Images, ImageSource
 
 
 class ImageKey(NamedTuple):
@@ -66,7 +66,7 @@ class ImageDataset(Dataset):
             another view; otherwise it is left out, and the batch may even be empty.
     """
 
-    source: ImageSource
+    source: Images
     image_size: int
     num_channels: int
     augmentation: AugmentationConfig | None = None
@@ -74,9 +74,6 @@ class ImageDataset(Dataset):
     first_view_plain: bool = False
     aspect_ratio: AspectRatio = "crop"
     keep_batch_size: bool = False
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitems__(self, keys: Sequence[ImageKey]) -> ImageBatch:
         """The batch of some keys, in order; it depends on nothing else.
@@ -88,16 +85,19 @@ class ImageDataset(Dataset):
         pixels = torch.empty((len(keys), self.image_size, self.image_size, self.num_channels), dtype=torch.uint8)
         skipped = {}
         for place, key, draws in zip(range(len(keys)), keys, self._draws(keys), strict=True):
-            try:
-                pixels[place] = self._square(encoded[place], key, draws)
-            except UndecodableImage as error:
-                skipped[place] = SkippedImage(key.image, encoded[place].name, str(error))
+            if place == 0 or keys[place - 1].image != key.image:  # views of an image in a row: it is decoded once
+                image = self._decode(encoded[place])
+            if isinstance(image, UndecodableImage):
+                skipped[place] = SkippedImage(key.image, encoded[place].name, str(image))
+            else:
+                pixels[place] = self._square(image, key, draws)
         images = [key.image for key in keys]
         if skipped:
             used = [place for place in range(len(keys)) if place not in skipped]
             if self.keep_batch_size:
                 for place, stand_in, key in _stand_ins(keys, used, skipped):
-                    pixels[place] = self._square(encoded[stand_in], key, self._draws([key])[0])
+                    image = decode_pixels(encoded[stand_in], self.num_channels)
+                    pixels[place] = self._square(image, key, self._draws([key])[0])
                     images[place] = key.image
             else:
                 pixels, images = pixels[used], [images[place] for place in used]
@@ -107,15 +107,20 @@ class ImageDataset(Dataset):
     def _encoded(self, keys: Sequence[ImageKey]) -> list[EncodedImage]:
         """The images themselves: from the keys of a stream, else from the source in one go."""
         numbers = [key.image for key in keys if key.encoded is None]
-        read = iter(self.source.encoded(numbers) if numbers else ())
+        read = iter(self.source.encoded(numbers) if isinstance(self.source, ImageSource) and numbers else ())
         return [next(read) if key.encoded is None else key.encoded for key in keys]
 
     def _draws(self, keys: Sequence[ImageKey]) -> np.ndarray:
         return keyed_draws(self.seed, np.array([key[:3] for key in keys], dtype=np.int64).reshape(-1, 3))
 
-    def _square(self, encoded: EncodedImage, key: ImageKey, draws: np.ndarray) -> Tensor:
-        """uint8 `(image_size, image_size, C)`."""
-        pixels = decode_pixels(encoded, self.num_channels)
+    def _decode(self, encoded: EncodedImage) -> Tensor | UndecodableImage:
+        try:
+            return decode_pixels(encoded, self.num_channels)
+        except UndecodableImage as error:
+            return error
+
+    def _square(self, pixels: Tensor, key: ImageKey, draws: np.ndarray) -> Tensor:
+        """uint8 `(H, W, C)` → uint8 `(image_size, image_size, C)`."""
         if self.augmentation is None or (self.first_view_plain and key.view == 0):
             return to_square(pixels, self.image_size, self.aspect_ratio)
         return augment(pixels, self.image_size, self.augmentation, draws, self.aspect_ratio)
@@ -263,7 +268,7 @@ def _leave(batch: ImageBatch) -> ImageBatch:
     return batch
 
 
-def training_loader(dataset: ImageDataset, sampler: TrainingSampler, num_workers: int, pin_memory: bool) -> BatchLoader:
+def training_loader(dataset: ImageDataset, sampler: Any, num_workers: int, pin_memory: bool) -> BatchLoader:
     """Batches in the sampler's order."""
     return BatchLoader(dataset, sampler, sampler.batch_size, num_workers, pin_memory)
 
@@ -275,6 +280,6 @@ def keyed_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> BatchLoader:
-    """Batches of the given keys in order, each exactly once."""
-    batches = BatchSampler(list(keys), batch_size, drop_last=False)  # type: ignore[arg-type]
+    """Batches of the given keys in order, each exactly once; keys are taken as batches are wanted."""
+    batches = BatchSampler(keys, batch_size, drop_last=False)  # type: ignore[arg-type]
     return BatchLoader(dataset, batches, batch_size, num_workers, pin_memory)

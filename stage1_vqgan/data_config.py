@@ -1,12 +1,15 @@
 """Settings of the image data: where it comes from, and how training images are changed."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Interval
 
 from configs import Section
-from configs.sections import Fraction
+from configs.sections import Fraction, Positive
+
+# How images are brought along, and when a run stops: no influence on the images themselves.
+FREE_KEYS = {"shuffle_buffer_size", "max_skipped_fraction"}
 
 
 @dataclass(kw_only=True)
@@ -34,13 +37,19 @@ class DataConfig(Section):
     """Where the images come from.
 
     dataset: "digits" (1,797 handwritten 8×8 digits that ship with scikit-learn), a folder of images (sub-folders are
-        classes), a folder of parquet files or one parquet file, or the id of a dataset on the Hugging Face Hub
+        classes), a folder of .parquet or webdataset-style .tar files, one such file, a pattern ("data/*.tar"), or the
+        id of a dataset on the Hugging Face Hub
     dataset_config_name: configuration of a Hub dataset
-    train_split, validation_split: names of the splits; without a validation split every n-th training image is held
-        out, n = 1 / validation_fraction
+    train_split, validation_split: names of the splits; of a folder of images they are sub-folders, of parquet and tar
+        files words in their names. Without a validation split every n-th training image is held out,
+        n = 1 / validation_fraction; of a stream, whose length must then be known, the first images are
     validation_fraction: see above
     image_column, label_column: column names; by default the only image column, and the class label column if any
+        (of a tar "cls")
     use_labels: false ignores the labels: an unconditional model
+    streaming: read parquet, tars or a Hub dataset from front to back, without a copy on the disk. Files of a folder of
+        images are read when they are wanted in any case
+    shuffle_buffer_size: encoded images of a stream in memory, from which the next is drawn
     aspect_ratio: "crop" resizes the shorter side and crops a square; "pad" resizes the longer side and fills up with
         white
     max_skipped_fraction: images that cannot be used are left out; when they are more than this share of their split,
@@ -55,6 +64,12 @@ class DataConfig(Section):
     image_column: str | None = None
     label_column: str | None = None
     use_labels: bool = True
+    streaming: bool = False
+    shuffle_buffer_size: Positive = 1000
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     aspect_ratio: Literal["crop", "pad"] = "crop"
     max_skipped_fraction: Fraction = 0.01
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide which images there are, and what is made of them."""
+        return {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}

@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from configs import Section, run
+from configs import ConfigError, Problem, Section, run
 from configs.sections import NonNegative, Positive
 from stage1_vqgan.codebook import perplexity, usage
-from stage1_vqgan.data import ImageDataset, ImageKey, keyed_loader
+from stage1_vqgan.data import ImageBatch, ImageDataset
 from stage1_vqgan.data_config import DataConfig
 from stage1_vqgan.image_processing_vqgan import normalize
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import load_tokenizer
 from stage1_vqgan.skipped import SkippedImages
 from stage1_vqgan.sources import load_images
+from stage1_vqgan.streaming import evaluation_loader
 
 
 @dataclass(kw_only=True)
@@ -39,47 +40,53 @@ class EvaluationConfig(Section):
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    model: VQGANModel, batches: Iterable[Tensor], reduce: Callable[[Tensor], Tensor] = lambda total: total
+    model: VQGANModel, batches: Iterable[ImageBatch], reduce: Callable[[Tensor], Tensor] = lambda total: total
 ) -> dict[str, float]:
     """Reconstruction error and codebook use over a set of images.
 
     Args:
         model: the tokenizer; its mode is restored afterwards.
-        batches: uint8 `(B, C, H, W)`.
+        batches: of a loader.
         reduce: sums a tensor over processes.
 
     Returns:
         `reconstruction_l1` (pixels in [-1, 1]), `psnr` (dB, mean over images), both of clamped reconstructions,
-        `codebook_usage` in [0, 1], `codebook_perplexity` in [1, K], `images`.
+        `codebook_usage` in [0, 1], `codebook_perplexity` in [1, K], `images`; `skipped` if some could not be decoded.
+
+    Raises:
+        ConfigError: there is no image that can be decoded.
     """
     was_training = model.training
     model.eval()
     counts = torch.zeros(model.config.num_embeddings, dtype=torch.int64, device=model.device)
     precision = torch.float32 if model.device.type == "mps" else torch.float64
-    totals = torch.zeros(3, dtype=precision, device=model.device)
+    totals = torch.zeros(4, dtype=precision, device=model.device)
     for batch in batches:
-        if not len(batch):  # none of its images could be used
+        totals[3] += len(batch.skipped)
+        if not len(batch.pixels):
             continue
-        images = normalize(batch.to(model.device))
+        images = normalize(batch.pixels.to(model.device))
         out = model(images)
         reconstruction = out.reconstruction.float().clamp(-1, 1)
         absolute = F.l1_loss(reconstruction, images, reduction="none").flatten(1).mean(1)
         squared = F.mse_loss(reconstruction, images, reduction="none").flatten(1).mean(1)
         psnr = 10 * torch.log10(4 / squared.clamp(min=1e-10))
-        totals += torch.stack([absolute.sum(), psnr.sum(), torch.tensor(len(images), device=model.device)]).to(
-            precision
-        )
+        totals[:2] += torch.stack([absolute.sum(), psnr.sum()]).to(precision)
+        totals[2] += len(images)
         counts += torch.bincount(out.codes.flatten(), minlength=len(counts))
     model.train(was_training)
     counts, totals = reduce(counts), reduce(totals)
-    count = totals[2].item()
-    return {
+    count, skipped = int(totals[2]), int(totals[3])
+    if not count:
+        raise ConfigError([Problem("data.dataset", f"none of the {skipped} images can be decoded")])
+    metrics = {
         "reconstruction_l1": totals[0].item() / count,
         "psnr": totals[1].item() / count,
         "codebook_usage": usage(counts).item(),
         "codebook_perplexity": perplexity(counts).item(),
         "images": count,
     }
+    return metrics | ({"skipped": skipped} if skipped else {})
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, float]:
@@ -91,11 +98,10 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
     dataset = ImageDataset(
         source, model.config.image_size, model.config.in_channels, aspect_ratio=config.data.aspect_ratio
     )
-    keys = [ImageKey(0, index) for index in range(len(dataset))]
-    loader = keyed_loader(dataset, keys, config.per_device_eval_batch_size, config.dataloader_num_workers)
-    skipped = SkippedImages(config.data.max_skipped_fraction, {config.split: len(dataset)})
+    loader = evaluation_loader(dataset, config.per_device_eval_batch_size, config.dataloader_num_workers)
+    skipped = SkippedImages(config.data.max_skipped_fraction, {config.split: source.num_images})
     batches = skipped.watch(config.split, tqdm(loader, desc="evaluating", unit="batch"))
-    metrics = evaluate_reconstruction(model, (batch.pixels for batch in batches))
+    metrics = evaluate_reconstruction(model, batches)
     skipped.exchange()
     print(json.dumps(metrics, indent=2))
     return metrics

@@ -6,10 +6,15 @@
       validation-00000.arrow …
 
 Columns: `codes`, a fixed-size list of uint16 (uint32 above 65,536 codes), and `label`, int64, unless there are no
-labels. Row `view · images + image` holds a view of an image. `datasets.Dataset.from_file` opens a shard as well.
+labels. Shard s holds images s·B to (s + 1)·B - 1 of the split, B = `images_per_shard`: first view 0 of all of them,
+then view 1, and so on. Images that could not be decoded have no rows; the shard's schema carries which those are.
+`datasets.Dataset.from_file` opens a shard as well.
 """
 
 import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +22,34 @@ import numpy as np
 import pyarrow as pa
 
 from configs import ConfigError, Problem
+from stage1_vqgan import SkippedImage
 from stage2_prior.vocabulary import TokenLayout
 
 SHARD_ROWS = 65536
 MANIFEST_NAME = "manifest.json"
+NOTES_KEY = b"tessella"
+
+
+@dataclass(frozen=True)
+class ShardNotes:
+    """What a shard was made from.
+
+    Attributes:
+        images: in its range of the split.
+        skipped: those among them that could not be decoded; their numbers are of the split.
+        num_classes: one more than its highest label; 0 without labels.
+        rows: see above.
+    """
+
+    images: int
+    skipped: list[SkippedImage]
+    num_classes: int
+    rows: int
+
+
+def images_per_shard(num_views: int) -> int:
+    """Images whose views make one shard."""
+    return max(1, SHARD_ROWS // num_views)
 
 
 def code_dtype(num_codes: int) -> np.dtype:
@@ -33,22 +62,38 @@ def shard_path(folder: str | Path, split: str, shard: int) -> Path:
     return Path(folder) / f"{split}-{shard:05d}.arrow"
 
 
-def write_shard(path: Path, codes: np.ndarray, labels: np.ndarray | None) -> None:
-    """Writes one shard beside and renames it, so that what has a shard's name is complete.
+def write_shard(
+    path: Path, codes: np.ndarray, labels: np.ndarray | None, images: int, skipped: Sequence[SkippedImage] = ()
+) -> None:
+    """Writes one shard beside, syncs and renames it, so that what has a shard's name is complete.
 
     Args:
         path: see `shard_path`.
         codes: uint16 or uint32 `(rows, L)`.
         labels: int64 `(rows,)`, or None.
+        images, skipped: see `ShardNotes`.
     """
     columns = {"codes": pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), codes.shape[1])}
     if labels is not None:
         columns["label"] = pa.array(labels, type=pa.int64())
-    batch = pa.RecordBatch.from_pydict(columns)
+    num_classes = int(labels.max(initial=-1)) + 1 if labels is not None else 0
+    notes = {"images": images, "skipped": [list(image) for image in skipped], "num_classes": num_classes}
+    notes["rows"] = len(codes)
+    batch = pa.RecordBatch.from_pydict(columns, metadata={NOTES_KEY: json.dumps(notes)})
     partial = path.with_suffix(".partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
+    with partial.open("wb") as file:
+        with pa.ipc.new_stream(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+
+
+def read_notes(path: Path) -> ShardNotes:
+    """What a shard was made from; its rows are not read."""
+    with pa.OSFile(str(path)) as file:
+        notes = json.loads(pa.ipc.open_stream(file).schema.metadata[NOTES_KEY])
+    return ShardNotes(**{**notes, "skipped": [SkippedImage(*image) for image in notes["skipped"]]})
 
 
 class CodeStore:
@@ -68,29 +113,34 @@ class CodeStore:
             message = f"received {str(folder)!r}; there is no finished code store (run stage2_prior.tokenize first)"
             raise ConfigError([Problem("code_store", message)])
         self.manifest: dict[str, Any] = json.loads(manifest.read_text())
+        if any("shard_rows" not in split for split in self.manifest["splits"].values()):
+            message = f"{folder} was made by an earlier version; remove it and run stage2_prior.tokenize again"
+            raise ConfigError([Problem("code_store", message)])
         self.layout = TokenLayout.from_dict(self.manifest["token_layout"])
 
     def split(self, name: str) -> "CodeSplit":
         """Opens "train" or "validation"."""
-        return CodeSplit(self.folder, name, self.manifest["splits"][name]["rows"])
+        return CodeSplit(self.folder, name, self.manifest["splits"][name]["shard_rows"])
 
 
 class CodeSplit:
     """The rows of one split; shards are mapped when first read, so that it can be sent to worker processes."""
 
-    def __init__(self, folder: Path, name: str, rows: int):
-        self.folder, self.name, self.rows = folder, name, rows
+    def __init__(self, folder: Path, name: str, shard_rows: Sequence[int]):
+        self.folder, self.name = folder, name
+        self.ends = np.cumsum(shard_rows, dtype=np.int64)
         self._shards: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
 
     def __len__(self) -> int:
-        return self.rows
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}}
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Codes `(n, L)` and labels `(n,)` (or None) of int64 row numbers `(n,)`."""
-        shards, offsets = np.divmod(rows, SHARD_ROWS)
+        shards = np.searchsorted(self.ends, rows, side="right")
+        offsets = rows - np.concatenate([[0], self.ends])[shards]
         first = int(shards[0])
         if (shards == first).all():
             codes, labels = self._shard(first)

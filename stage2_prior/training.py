@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from configs import ConfigError, Problem, TrainingConfig, check, to_dict
+from configs import ConfigError, Problem, TrainingConfig, check
 from configs.checkpoints import complete_checkpoints, unfinished_path
 from configs.interruption import Diverged, StopRequest
 from configs.run_folder import RunFolder, holds_work, push_run
@@ -250,7 +250,7 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
         ConfigError: naming what differs.
     """
     origin, fingerprint = store.manifest["origin"], store.layout.tokenizer_fingerprint
-    wanted = {"num_views": config.num_views, "data": to_dict(config)["data"]}
+    wanted = {"num_views": config.num_views, "data": config.data.identity()}
     problems = [
         Problem(key, f"{config.code_store} was made with {origin[key]!r}, the configuration says {value!r}")
         for key, value in wanted.items()

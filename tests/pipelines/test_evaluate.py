@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import scipy.linalg
@@ -18,8 +19,11 @@ from pipelines.evaluate import (
     evaluate,
     frechet_distances,
     nearest_distance,
+    real_images,
 )
+from stage1_vqgan import DataConfig, load_images
 from stage2_prior import CodeStore
+from tests.image_files import picture, write_parquet
 
 
 def gaussian(seed: int, rows: int = 300, width: int = 6) -> np.ndarray:
@@ -131,3 +135,21 @@ def test_other_settings_are_evaluated_anew(config):
     first, other = evaluate(config), evaluate(replace(config, seed=1))
     assert other["frechet_distance"] != first["frechet_distance"]
     assert other["codebook_usage"] == first["codebook_usage"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_real_images_are_those_that_can_be_decoded(tiny_pipeline, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    pictures = [datasets.Image().encode_example(picture(10 * n)) for n in range(10)]
+    pictures[2]["bytes"] = b"no image"
+    for split in ("train", "val"):
+        rows = {"picture": pictures, "y": [n % 2 for n in range(10)]}
+        write_parquet(tmp_path / f"{split}.parquet", rows, y=datasets.ClassLabel(names=["a", "b"]))
+    data = DataConfig(dataset=str(tmp_path), validation_split="val", streaming=streaming)
+    for source in load_images(data):
+        for count, numbers in [(50, [0, 1, *range(3, 10)]), (4, [0, 1, 3] if streaming else [0, 3, 6, 9])]:
+            found = real_images(tiny_pipeline, source, count)
+            expected = tiny_pipeline.image_processor([picture(10 * n) for n in numbers])["pixel_values"]
+            assert torch.equal(found.pixels, expected) and found.labels.tolist() == [n % 2 for n in numbers]
+            assert found.skipped == (1 if streaming or count == 50 else 0)

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from configs import ConfigError
 from stage1_vqgan import (
     AugmentationConfig,
-    DataConfig,
     EncodedImage,
     ImageDataset,
     ImageKey,
@@ -21,7 +19,6 @@ from stage1_vqgan import (
     VQGANImageProcessor,
     decode,
     keyed_loader,
-    load_images,
     normalize,
 )
 from stage1_vqgan.augmentation import NUM_DRAWS, _mix, affine, augment, keyed_draws
@@ -36,143 +33,8 @@ def cache(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
-def picture(value, size=(8, 6)):
-    """An image that its pixels identify."""
-    return Image.new("RGB", size, (value, 255 - value, value // 2))
-
-
-def value_of(image):
-    return image.convert("RGB").getpixel((0, 0))[0]
-
-
 def images_of(source):
     return [decode(encoded) for encoded in source.encoded(range(len(source)))]
-
-
-def values(source):
-    return [value_of(image) for image in images_of(source)]
-
-
-def write_folder(root, layout):
-    for name, value in layout.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(value).save(root / name)
-    return str(root)
-
-
-def write_parquet(path, rows, **columns):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    features = datasets.Features({"picture": datasets.Image(), **columns})
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
-    return str(path)
-
-
-def problem(**settings):
-    with pytest.raises(ConfigError) as caught:
-        load_images(DataConfig(**settings))
-    (found,) = caught.value.problems
-    return found.key, found.message
-
-
-def test_digits():
-    train, validation = load_images(DataConfig(dataset="digits"))
-    bunch = load_digits()
-    held_out = np.arange(len(bunch.target)) % 5 == 0
-    for source, mask, count in [(train, ~held_out, 1437), (validation, held_out, 360)]:
-        assert len(source) == count
-        assert np.array_equal(source.labels, bunch.target[mask]) and source.labels.dtype == np.int64
-        assert source.class_names == list("0123456789")
-        pixels = np.stack([np.asarray(image) for image in images_of(source)])
-        assert np.abs(pixels / 255 - bunch.images[mask] / 16).max() <= 0.5 / 255 + 1e-9
-    unlabelled, _ = load_images(DataConfig(dataset="digits", use_labels=False))
-    assert unlabelled.labels is None and unlabelled.class_names is None
-
-
-def test_folder_whose_subfolders_are_classes(tmp_path):
-    layout = {f"{name}/{n}.png": base + n for name, base in [("cat", 10), ("ant", 50), ("bee", 90)] for n in range(4)}
-    train, validation = load_images(DataConfig(dataset=write_folder(tmp_path / "a", layout), validation_fraction=0.25))
-    assert train.class_names == validation.class_names == ["ant", "bee", "cat"]
-    for source in (train, validation):
-        bases = {"cat": 10, "ant": 50, "bee": 90}
-        expected = [next(name for name, base in bases.items() if base <= v < base + 4) for v in values(source)]
-        assert [source.class_names[label] for label in source.labels] == expected
-    assert sorted(values(train) + values(validation)) == sorted(layout.values())
-    assert len(validation) == 3
-
-
-def test_flat_folder_holds_out_every_nth(tmp_path):
-    folder = write_folder(tmp_path / "a", {f"{n:02}.png": n for n in range(20)})
-    train, validation = load_images(DataConfig(dataset=folder, validation_fraction=0.25))
-    assert train.labels is None and train.class_names is None
-    assert values(validation) == [0, 4, 8, 12, 16]
-    assert values(train) == [n for n in range(20) if n % 4]
-
-
-def test_folder_with_splits(tmp_path):
-    layout = {f"train/a/{n}.png": n for n in range(4)} | {f"test/a/{n}.png": 100 + n for n in range(3)}
-    layout |= {"train/b/9.png": 9, "test/b/9.png": 109}
-    folder = write_folder(tmp_path / "a", layout)
-    train, validation = load_images(DataConfig(dataset=folder, validation_split="test"))
-    assert sorted(values(train)) == [0, 1, 2, 3, 9] and sorted(values(validation)) == [100, 101, 102, 109]
-    train, validation = load_images(DataConfig(dataset=folder, validation_fraction=0.5))
-    assert sorted(values(train) + values(validation)) == [0, 1, 2, 3, 9]  # the test split is left alone
-    assert problem(dataset=folder, validation_split="dev") == (
-        "data.validation_split",
-        "received 'dev'; the dataset has ['test', 'train']",
-    )
-    assert problem(dataset=folder, train_split="all")[0] == "data.train_split"
-
-
-@pytest.mark.parametrize("as_folder", [False, True])
-def test_parquet(tmp_path, as_folder):
-    rows = {"picture": [picture(n) for n in range(6)], "kind": [0, 1, 2, 0, 1, 2]}
-    path = write_parquet(tmp_path / "a" / "train.parquet", rows, kind=datasets.ClassLabel(names=["x", "y", "z"]))
-    source = str(tmp_path / "a") if as_folder else path
-    train, validation = load_images(DataConfig(dataset=source, validation_fraction=0.5))
-    assert values(train) == [1, 3, 5] and values(validation) == [0, 2, 4]
-    assert train.labels.tolist() == [1, 0, 2] and train.class_names == ["x", "y", "z"]
-    assert load_images(DataConfig(dataset=source, use_labels=False))[0].labels is None
-
-
-def test_columns(tmp_path):
-    rows = {"picture": [picture(n) for n in range(4)], "mask": [picture(100 + n) for n in range(4)]}
-    rows |= {"number": [3, 1, 0, 3], "word": list("abcd"), "sign": [0, -1, 1, 2]}
-    kinds = {"mask": datasets.Image(), "number": datasets.Value("int32"), "word": datasets.Value("string")}
-    path = write_parquet(tmp_path / "a.parquet", rows, **kinds, sign=datasets.Value("int64"))
-
-    key, message = problem(dataset=path)  # two columns of images: which one?
-    assert key == "data.image_column" and "'mask'" in message and "'picture'" in message
-    key, message = problem(dataset=path, image_column="img")
-    assert key == "data.image_column" and "'img'" in message
-    train, _ = load_images(DataConfig(dataset=path, image_column="mask", label_column="number"))
-    assert values(train) == [101, 102, 103] and train.labels.tolist() == [1, 0, 3]
-    assert train.class_names == ["0", "1", "2", "3"]
-    for column in ("no_such", "word", "sign"):
-        key, message = problem(dataset=path, image_column="mask", label_column=column)
-        assert key == "data.label_column" and column in message
-
-
-def test_an_image_column_that_holds_numbers(tmp_path):
-    rows = {"picture": [picture(n) for n in range(4)], "number": [1, 2, 3, 4]}
-    path = write_parquet(tmp_path / "a.parquet", rows, number=datasets.Value("int64"))
-    key, message = problem(dataset=path, image_column="number")
-    assert key == "data.image_column" and "'number'" in message
-
-
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "nowhere.parquet"])
-def test_no_such_source(name):
-    key, message = problem(dataset=name)
-    assert key == "data.dataset" and name in message
-
-
-def test_a_source_without_images(tmp_path):
-    (tmp_path / "empty").mkdir()
-    assert problem(dataset=str(tmp_path / "empty"))[0] == "data.dataset"
-
-
-def test_a_file_that_is_not_parquet(tmp_path):
-    (tmp_path / "notes.txt").write_text("no parquet file")
-    assert problem(dataset=str(tmp_path / "notes.txt"))[0] == "data.dataset"
 
 
 def noise_images(count=12, size=(14, 10), mode="RGB"):
@@ -444,28 +306,3 @@ def test_too_few_images_for_a_batch():
     assert len(batches(num_images=8, batch_size=4, world_size=2, stop=3)) == 3
     with pytest.raises(ConfigError, match=r"per_device_train_batch_size.* 7 training images"):
         batches(num_images=7, batch_size=4, world_size=2)
-
-
-def test_plain_numbers_as_labels_are_counted_over_both_splits(tmp_path):
-    pixels = [Image.new("L", (8, 8), shade) for shade in range(20)]
-    labels = [3 if index == 0 else 0 for index in range(20)]  # class 3 is only among the held-out images
-    features = datasets.Features({"image": datasets.Image(), "y": datasets.Value("int64")})
-    datasets.Dataset.from_dict({"image": pixels, "y": labels}, features).to_parquet(tmp_path / "train.parquet")
-    train, validation = load_images(
-        DataConfig(dataset=str(tmp_path / "train.parquet"), label_column="y", validation_fraction=0.1)
-    )
-    assert train.class_names == validation.class_names == ["0", "1", "2", "3"]
-    assert validation.labels.tolist() == [3, 0]
-
-
-def test_several_columns_of_class_labels_ask_for_a_choice(tmp_path):
-    classes = datasets.ClassLabel(names=["a", "b"])
-    features = datasets.Features({"image": datasets.Image(), "fine": classes, "coarse": classes})
-    rows = {"image": [Image.new("L", (8, 8))] * 4, "fine": [0, 1, 0, 1], "coarse": [0, 0, 1, 1]}
-    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ConfigError, match="fine, coarse"):
-        load_images(DataConfig(dataset=str(tmp_path / "train.parquet")))
-    train, _ = load_images(
-        DataConfig(dataset=str(tmp_path / "train.parquet"), label_column="coarse", validation_fraction=0.5)
-    )
-    assert train.labels.tolist() == [0, 1]

@@ -1,33 +1,41 @@
 """Making codes: they are the tokenizer's own, and an interrupted or repeated call ends in the same store."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 import stage2_prior.code_store
 import stage2_prior.tokenize
 from configs import ConfigError
-from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_images
+from stage1_vqgan import DataConfig, VQGANImageProcessor, VQGANModel, decode, load_images
 from stage2_prior import CodeStore
-from stage2_prior.tokenize import tokenize
+from stage2_prior.tokenize import _tokenize_split, tokenize
+from tests.image_files import picture, write_parquet
 
 SHARD_ROWS = 700
 
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    for module in (stage2_prior.code_store, stage2_prior.tokenize):
-        monkeypatch.setattr(module, "SHARD_ROWS", SHARD_ROWS)
+    monkeypatch.setattr(stage2_prior.code_store, "SHARD_ROWS", SHARD_ROWS)
 
 
 @torch.no_grad()
 def encode(folder, images):
     model = VQGANModel.from_pretrained(folder)
     return model.encode(VQGANImageProcessor.from_pretrained(folder)(images)["pixel_values"]).codes.flatten(1).numpy()
+
+
+def pictures(source):
+    return [decode(image) for image in source.encoded(range(len(source)))]
 
 
 def contents(folder):
@@ -37,7 +45,7 @@ def contents(folder):
 def test_first_view_holds_the_codes_of_the_images_themselves(tiny_runs):
     for name, source in zip(("train", "validation"), load_images(tiny_runs.stage1.data), strict=True):
         codes, _ = CodeStore(tiny_runs.codes).split(name).read(np.arange(len(source)))
-        np.testing.assert_array_equal(codes, encode(tiny_runs.vqgan, source.read(range(len(source)))))
+        np.testing.assert_array_equal(codes, encode(tiny_runs.vqgan, pictures(source)))
 
 
 def test_rows_are_views_of_all_images(tiny_runs):
@@ -57,10 +65,13 @@ def test_rows_are_views_of_all_images(tiny_runs):
 def test_manifest_says_what_the_codes_are(tiny_runs):
     manifest = json.loads((tiny_runs.codes / "manifest.json").read_text())
     fingerprint = VQGANModel.from_pretrained(tiny_runs.vqgan).compute_fingerprint()
-    assert manifest["splits"] == {"train": {"images": 1437, "rows": 2874}, "validation": {"images": 360, "rows": 360}}
+    assert manifest["splits"] == {
+        "train": {"images": 1437, "rows": 2874, "shard_rows": [2874], "skipped": []},
+        "validation": {"images": 360, "rows": 360, "shard_rows": [360], "skipped": []},
+    }
     assert manifest["origin"] == {
         "tokenizer_fingerprint": fingerprint,
-        "data": asdict(tiny_runs.stage2.data),
+        "data": tiny_runs.stage2.data.identity(),
         "num_views": 2,
         "seed": 0,
         "images": [1437, 360],
@@ -83,10 +94,13 @@ def test_shards_and_batches_change_nothing(tiny_runs, tmp_path, small_shards, mo
     store = tokenize(replace(tiny_runs.stage2, code_store=str(tmp_path), tokenize_batch_size=97))
     assert sorted(contents(tmp_path)) == [*(f"train-{n:05d}.arrow" for n in range(5)), "validation-00000.arrow"]
     sharded = store.split("train").read(np.arange(2874))
-    monkeypatch.undo()
     whole = CodeStore(tiny_runs.codes).split("train").read(np.arange(2874))
+    # within a shard of 350 images all of view 0, then all of view 1
+    firsts = range(0, 1437, SHARD_ROWS // 2)
+    images = [np.arange(first, min(first + SHARD_ROWS // 2, 1437)) for first in firsts]
+    order = np.concatenate([view * 1437 + numbers for numbers in images for view in (0, 1)])
     for one, other in zip(sharded, whole, strict=True):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one, other[order])
 
 
 def test_an_interrupted_store_is_completed(tiny_runs, tmp_path, small_shards):
@@ -122,3 +136,129 @@ def test_other_settings_are_refused(tiny_runs, tmp_path, key, finished):
     with pytest.raises(ConfigError, match=f"holds codes made with {key}"):
         tokenize(replace(tiny_runs.stage2, code_store=str(store), **changes))
     assert list(contents(store)) == ["validation-00000.arrow"]
+
+
+IMAGES, BROKEN = 23, (3, 4, 11)
+
+
+@pytest.fixture
+def packed(tiny_runs, tmp_path, monkeypatch):
+    """Settings of a store of a few parquet files with broken images; 2 views, 4 images in a shard."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(stage2_prior.code_store, "SHARD_ROWS", 8)
+    datasets.disable_progress_bars()
+    rng = np.random.default_rng(0)
+    rows = [Image.fromarray(rng.integers(0, 256, (20, 20), dtype=np.uint8)) for _ in range(IMAGES)]
+    encoded = [datasets.Image().encode_example(image) for image in rows]
+    for number in BROKEN:
+        cut_short = encoded[number]["bytes"][:200]
+        encoded[number] = {"path": None if number == 11 else f"{number}.png", "bytes": cut_short}
+    for file in range(3):
+        part = slice(file * 8, (file + 1) * 8)
+        labels = [number % 3 for number in range(IMAGES)][part]
+        kind = datasets.Value("int64")
+        write_parquet(tmp_path / "data" / f"train-{file}.parquet", {"picture": encoded[part], "y": labels}, y=kind)
+    write_parquet(tmp_path / "data" / "val.parquet", {"picture": encoded[-2:], "y": [0, 2]}, y=kind)
+
+    def make(name, streaming=False, limit=0.2, **changes):
+        data = DataConfig(
+            dataset=str(tmp_path / "data"),
+            validation_split="val",
+            label_column="y",
+            streaming=streaming,
+            augmentation=tiny_runs.stage2.data.augmentation,
+        )
+        data.max_skipped_fraction = limit
+        settings = {"code_store": str(tmp_path / name), "tokenize_batch_size": 3, **changes}
+        return replace(tiny_runs.stage2, data=data, **settings)
+
+    return make
+
+
+def test_broken_images_have_no_rows_and_are_recorded(packed, tiny_runs):
+    config = packed("codes")
+    store = tokenize(config)
+    train = store.manifest["splits"]["train"]
+    assert train["images"] == IMAGES and train["rows"] == 2 * (IMAGES - len(BROKEN)) == sum(train["shard_rows"])
+    assert train["shard_rows"] == [6, 6, 6, 8, 8, 6]
+    assert [(image["image"], image["name"]) for image in train["skipped"]] == [
+        (3, "3.png"),
+        (4, "4.png"),
+        (11, "image 11"),
+    ]
+    assert all(image["reason"] for image in train["skipped"])
+    # view 0 of every shard's good images, in order
+    good = [number for number in range(IMAGES) if number not in BROKEN]
+    source, _ = load_images(config.data)
+    plain = encode(tiny_runs.vqgan, [decode(image) for image in source.encoded(good)])
+    ends = np.cumsum([0, *train["shard_rows"]])
+    rows = np.concatenate([np.arange(a, (a + b) // 2) for a, b in pairwise(ends)])
+    codes, labels = store.split("train").read(rows)
+    np.testing.assert_array_equal(codes, plain)
+    np.testing.assert_array_equal(labels, np.array(good) % 3)
+    assert len(store.split("train")) == train["rows"] and store.layout.class_names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_store_whoever_makes_it(packed, streaming):
+    straight = tokenize(packed("straight"))
+    other = packed("other", streaming, dataloader_num_workers=2)
+    store = tokenize(other)
+    assert contents(store.folder) == contents(straight.folder)
+    assert store.manifest["splits"] == straight.manifest["splits"] and store.layout == straight.layout
+
+    # processes 1 and 2 of 3 first, then the first process alone with what they have made
+    shared = packed("shared", streaming)
+    model = VQGANModel.from_pretrained(shared.tokenizer)
+    (straight.folder.parent / "shared").mkdir()
+    for rank in (2, 1):
+        place = SimpleNamespace(process_index=rank, num_processes=3, is_main_process=False, device=torch.device("cpu"))
+        train, validation = load_images(shared.data)
+        assert _tokenize_split(shared, place, model, "train", train, 2) == 6
+        assert _tokenize_split(shared, place, model, "validation", validation, 1) == 1
+    made = {f"train-{shard:05d}.arrow" for shard in (1, 2, 4, 5)}
+    assert set(contents(straight.folder.parent / "shared")) == made
+    origin = json.loads((store.folder / "origin.json").read_text())
+    (straight.folder.parent / "shared" / "origin.json").write_text(json.dumps(origin))
+    assert contents(tokenize(shared).folder) == contents(straight.folder)
+
+
+def test_a_store_is_finished_after_an_interruption_anywhere(packed, monkeypatch):
+    straight = contents(tokenize(packed("straight", streaming=True)).folder)
+    write = stage2_prior.tokenize.write_shard
+    for stop in range(len(straight)):
+        config, written = packed(f"cut{stop}", streaming=True), []
+
+        def cut(path, *args, written=written, stop=stop):
+            if len(written) == stop:
+                path.with_suffix(".partial").write_bytes(b"half a shard")
+                raise KeyboardInterrupt
+            written.append(path)
+            write(path, *args)
+
+        monkeypatch.setattr(stage2_prior.tokenize, "write_shard", cut)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(config)
+        monkeypatch.setattr(stage2_prior.tokenize, "write_shard", write)
+        kept = {path: path.stat().st_mtime_ns for path in written}
+        assert contents(tokenize(config).folder) == straight
+        assert {path: path.stat().st_mtime_ns for path in written} == kept
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_too_many_broken_images(packed, streaming):
+    with pytest.raises(ConfigError) as caught:
+        tokenize(packed("codes", streaming, limit=0.1))
+    text = str(caught.value)
+    assert "data.max_skipped_fraction: 3 of the 23 images of the train split cannot be used, more than 10.00%" in text
+    assert all(f"{name}: " in text for name in ("3.png", "4.png", "image 11"))
+    store = tokenize(packed("codes", streaming, limit=0.5))  # the limit has no influence on the codes
+    assert store.manifest["splits"]["train"]["rows"] == 40
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_of_validation_beyond_training(packed, tmp_path, streaming):
+    rows = {"picture": [picture(5)], "y": [3]}
+    write_parquet(tmp_path / "data" / "val.parquet", rows, y=datasets.Value("int64"))
+    with pytest.raises(ConfigError, match=r"label_column: the validation split has class 3, the training .* 0 to 2"):
+        tokenize(packed("codes", streaming))
