@@ -100,6 +100,11 @@ class StopRequest:
 
 
 def leave_signals_to_main(worker_id: int) -> None:
-    """For the start of a data loader's worker: a Ctrl-C in the terminal, which reaches every process, is not for it."""
+    """For the start of a data loader's worker: a signal for the whole job is not for it, its batches are still needed.
+
+    A SIGTERM that is sent to the worker itself ends it: so the data loader does.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

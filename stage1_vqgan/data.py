@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
 from configs import ConfigError, Problem
+from configs.interruption import leave_signals_to_main
 from stage1_vqgan.augmentation import augment, keyed_draws
 from stage1_vqgan.data_config import AugmentationConfig
 from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode_pixels
@@ -249,6 +250,7 @@ class BatchLoader(DataLoader):
             batch_sampler=batch_sampler,
             collate_fn=_leave,  # type: ignore[arg-type]
             num_workers=num_workers,
+            worker_init_fn=leave_signals_to_main,
             prefetch_factor=PREFETCH if num_workers else None,
         )
 

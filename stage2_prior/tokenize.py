@@ -124,7 +124,10 @@ def _tokenize(config: Stage2Config, accelerator: Accelerator) -> CodeStore:
 
 def check_aspect_ratio(config: Stage2Config) -> None:
     """Refuses to show a tokenizer images in another way than it was trained on."""
-    trained_on = VQGANImageProcessor.from_pretrained(config.tokenizer).aspect_ratio
+    try:
+        trained_on = VQGANImageProcessor.from_pretrained(config.tokenizer).aspect_ratio
+    except OSError:  # a tokenizer that was saved without an image processor does not say
+        return
     if trained_on != config.data.aspect_ratio:
         message = f"received {config.data.aspect_ratio!r}, but {config.tokenizer} was trained with {trained_on!r}"
         raise ConfigError([Problem("data.aspect_ratio", f"{message}; set it to that")])

@@ -22,7 +22,7 @@ from transformers import (
 
 from configs import ConfigError, Problem, TrainingConfig, check
 from configs.checkpoints import complete_checkpoints, unfinished_path
-from configs.interruption import Diverged, StopRequest
+from configs.interruption import Diverged, StopRequest, leave_signals_to_main
 from configs.run_folder import RunFolder, holds_work, push_run
 from stage1_vqgan import TrainingSampler
 from stage2_prior.code_store import CodeStore
@@ -75,7 +75,14 @@ class PriorTrainer(Trainer):
     def _loader(self, dataset: Any, **kwargs: Any) -> DataLoader:
         pin_memory = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
         workers = self.args.dataloader_num_workers
-        return DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin_memory, **kwargs)
+        return DataLoader(
+            dataset,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=leave_signals_to_main,
+            **kwargs,
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward; its loss is kept to be looked at before the next log or checkpoint."""

@@ -6,12 +6,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from configs import checkpoints
+from configs import Section, checkpoints, command_line
 from stage1_vqgan import training as stage1
 from stage1_vqgan.training_step import VQGANTrainer
 from stage2_prior import code_store, tokenize
@@ -24,6 +25,7 @@ CONTEXT.set_forkserver_preload([__name__])
 
 COMMON = {"dataloader_num_workers": 2, "logging_steps": 7, "save_steps": 4, "save_total_limit": 2}
 SHARD_ROWS = 400
+STDERR, REACHED = 2, "\n<the point is reached>\n"
 
 
 def run_stage1(folder: Path) -> None:
@@ -58,8 +60,14 @@ POINTS = {
 }
 
 
-def _child(name: str, folder: Path, point: str | None, count: float) -> None:
+@dataclass(kw_only=True)
+class Nothing(Section):
+    """A configuration of nothing: the runs above make their own."""
+
+
+def _child(name: str, folder: Path, point: str | None, count: float, pause: float) -> None:
     torch.set_num_threads(1)
+    os.setpgrp()
     multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers
     for module in (code_store, tokenize):
         module.SHARD_ROWS = SHARD_ROWS  # type: ignore[attr-defined]
@@ -72,16 +80,25 @@ def _child(name: str, folder: Path, point: str | None, count: float) -> None:
     elif point is not None:
         left = [count]
         for owner, function in POINTS[point]:
-            setattr(owner, function, _counting(getattr(owner, function), left))
-    RUNS[name](folder)
-    os._exit(0)
+            setattr(owner, function, _counting(getattr(owner, function), left, pause))
+    exit_code = 0
+    try:
+        command_line.run(Nothing, lambda _: RUNS[name](folder), name, [])
+    except SystemExit as error:
+        exit_code = int(error.code or 0)
+    os._exit(exit_code)
 
 
-def _counting(function: Callable, left: list[float]) -> Callable:
+def _counting(function: Callable, left: list[float], pause: float) -> Callable:
+    """Calls of a function are counted; the last one kills the process, or announces itself and takes its time."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
-        if left[0] == 0:
+        if left[0] == 0 and not pause:
             os.kill(os.getpid(), signal.SIGKILL)
+        elif left[0] == 0:
+            os.write(STDERR, REACHED.encode())
+            time.sleep(pause)
         return function(*args, **kwargs)
 
     return call
@@ -89,22 +106,30 @@ def _counting(function: Callable, left: list[float]) -> Callable:
 
 def run(name: str, folder: Path, point: str | None = None, count: float = 0) -> int | None:
     """Runs to the end, or to its death; returns the exit code (-9 if it was killed)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    process = CONTEXT.Process(target=_child, args=(name, folder, point, count))
-    process.start()
+    process = _start(name, folder, point, count, pause=0)
     process.join()
     return process.exitcode
 
 
-def interrupt(name: str, folder: Path, signals: list[tuple[int, float]], wait_for: str) -> int | None:
-    """Sends signals to a run, each after some seconds, from when its log holds a word on; returns the exit code."""
-    folder.mkdir(parents=True, exist_ok=True)
-    process = CONTEXT.Process(target=_child, args=(name, folder, None, 0))
-    process.start()
-    while wait_for not in (folder / "log.txt").read_text() if (folder / "log.txt").exists() else True:
-        time.sleep(0.02)
+def interrupt(
+    name: str, folder: Path, signals: list[tuple[int, float]], point: str, count: float, pause: float
+) -> int | None:
+    """Sends signals to a run's process group, as a terminal does, each some seconds after the one before, from when a
+    point is reached, where the run makes a pause; returns the exit code."""
+    process = _start(name, folder, point, count, pause)
+    while REACHED not in (folder / "log.txt").read_text():
+        assert process.is_alive(), (folder / "log.txt").read_text()
+        time.sleep(0.01)
     for number, seconds in signals:
         time.sleep(seconds)
-        os.kill(process.pid or 0, number)
+        os.killpg(process.pid, number)
     process.join()
     return process.exitcode
+
+
+def _start(name: str, folder: Path, point: str | None, count: float, pause: float) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.txt").touch()
+    process = CONTEXT.Process(target=_child, args=(name, folder, point, count, pause))
+    process.start()
+    return process

@@ -55,12 +55,15 @@ def contents(name, folder):
     return {path: leaf.numpy().tobytes() for path, leaf in tensors(found).items()}
 
 
-def survive(name, undisturbed, folder, points):
-    """Kills a run at each point in turn, then lets it end; returns how often it really was killed."""
+def prepare(name, undisturbed, folder):
+    """What a run needs of those before it."""
     for needed in {"stage1": [], "tokenize": ["vqgan"], "stage2": ["vqgan", "codes"]}[name]:
         shutil.copytree(undisturbed / needed, folder / needed)
-        if name == "tokenize":
-            shutil.rmtree(folder / "codes", ignore_errors=True)
+
+
+def survive(name, undisturbed, folder, points):
+    """Kills a run at each point in turn, then lets it end; returns how often it really was killed."""
+    prepare(name, undisturbed, folder)
     killed = 0
     for point, count in points:
         code = kill_runs.run(name, folder, point, count)

@@ -240,7 +240,11 @@ CASES = {
     ),
     # ------------------------------------------------------------------ what is not there, or not what it should be
     "missing images": ("stage1", "--data.dataset ./nowhere", {"data.dataset": "there is no such file or folder"}),
-    "folder without images": ("stage1", "--data.dataset $folder/nothing", {"data.dataset": "cannot be loaded"}),
+    "folder without images": (
+        "stage1",
+        "--data.dataset $folder/nothing",
+        {"data.dataset": "there are no images in this folder"},
+    ),
     "missing tokenizer": (
         "tokenize",
         "--tokenizer ./no",

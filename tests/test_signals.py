@@ -1,0 +1,89 @@
+"""SIGTERM and Ctrl-C: the step is finished and saved, the exit code is documented, the same command goes on."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from configs.checkpoints import complete_checkpoints
+from configs.interruption import Stopped, StopRequest, sigterm_raises
+from tests import kill_runs
+from tests.test_kills import contents, prepare, undisturbed  # noqa: F401
+
+FOLDERS = {"stage1": "vqgan", "stage2": "prior", "tokenize": "codes"}
+
+
+POINTS = {"stage1": ("step", 9), "stage2": ("step", 7), "tokenize": ("shard", 3)}
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("name", POINTS)
+def test_a_command_that_is_stopped_goes_on(name, number, exit_code, undisturbed, tmp_path):  # noqa: F811
+    prepare(name, undisturbed, tmp_path)
+    assert kill_runs.interrupt(name, tmp_path, [(number, 0)], *POINTS[name], pause=0.5) == exit_code
+    log = (tmp_path / "log.txt").read_text()
+    assert "the same command goes on from" in log and "Traceback" not in log, log
+    if name == "tokenize":
+        assert not (tmp_path / "codes" / "manifest.json").exists()
+    else:
+        (newest, *_) = reversed(complete_checkpoints(tmp_path / FOLDERS[name]))
+        assert f"stopped after step {newest.step} of" in log and 4 <= newest.step <= 8
+    assert kill_runs.run(name, tmp_path) == 0
+    expected, found = contents(name, undisturbed), contents(name, tmp_path)
+    assert [path for path in expected if expected[path] != found[path]] == []
+
+
+def test_a_second_ctrl_c_stops_at_once(undisturbed, tmp_path):  # noqa: F811
+    signals = [(signal.SIGINT, 0), (signal.SIGINT, 1.2)]
+    started = time.monotonic()
+    assert kill_runs.interrupt("stage1", tmp_path, signals, "step", 9, pause=30) == 130
+    assert time.monotonic() - started < 25
+    log = (tmp_path / "log.txt").read_text()
+    assert "stopped at once" in log and "Traceback" not in log
+    assert kill_runs.run("stage1", tmp_path) == 0
+    expected, found = contents("stage1", undisturbed), contents("stage1", tmp_path)
+    assert [path for path in expected if expected[path] != found[path]] == []
+
+
+def test_two_signals_within_a_second_are_one_request():
+    """A launcher passes on the Ctrl-C that the terminal has sent already."""
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.agreed() == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGTERM)
+        request._since -= 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.agreed() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with sigterm_raises(), StopRequest():
+        assert signal.getsignal(signal.SIGINT) != before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_sigterm_outside_a_loop_is_an_exception():
+    with pytest.raises(Stopped) as stopped, sigterm_raises():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+    assert stopped.value.exit_code == 143
+
+
+def test_in_another_thread_nothing_is_caught():
+    found = []
+
+    def use():
+        with sigterm_raises(), StopRequest() as request:
+            found.append(request.agreed())
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert found == [None]
