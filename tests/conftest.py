@@ -24,6 +24,7 @@ from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.prior import build_prior
 from stage2_prior.tokenize import tokenize
 from stage2_prior.training import train as train_stage2
+from tests import kill_runs
 
 LLAMA = {
     "model_type": "llama",
@@ -125,6 +126,15 @@ def tiny_pipeline(tiny_runs: TinyRuns) -> VQGANPipeline:
     pipeline = VQGANPipeline.from_pretrained(tiny_runs.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of tests/kill_runs.py without interruption."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for name in ("stage1", "tokenize", "stage2"):
+        assert kill_runs.run(name, folder) == 0, (folder / "log.txt").read_text()[-3000:]
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sklearn.datasets  # noqa: F401  in the process that all are forked from: it takes longer than a run
 import torch
 
 from configs import Section, checkpoints, command_line
@@ -31,7 +32,8 @@ STDERR, REACHED = 2, "\n<the point is reached>\n"
 def run_stage1(folder: Path) -> None:
     """18 steps over 14 batches an epoch, with augmentation, dropout, k-means, restarts and the game."""
     config = process_runs.stage1_config(folder, 1, max_steps=18, per_device_train_batch_size=96, **COMMON)
-    config.model["dropout"] = 0.1
+    config.model |= {"dropout": 0.1, "image_size": 8}
+    config.discriminator.num_layers = 1
     config.eval_steps = 12
     stage1.train(config)
 

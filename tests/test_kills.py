@@ -18,15 +18,6 @@ SHORT = {
 MOST = {"step": 30, "write": 50, "save": 12, "shard": 12}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Each run without interruption; stage 2 and the codes need a tokenizer, stage 2 codes."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    for name in ("stage1", "tokenize", "stage2"):
-        assert kill_runs.run(name, folder) == 0, (folder / "log.txt").read_text()[-3000:]
-    return folder
-
-
 def tensors(value, prefix=""):
     if isinstance(value, dict):
         items = value.items()

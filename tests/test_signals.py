@@ -10,7 +10,7 @@ import pytest
 from configs.checkpoints import complete_checkpoints
 from configs.interruption import Stopped, StopRequest, sigterm_raises
 from tests import kill_runs
-from tests.test_kills import contents, prepare, undisturbed  # noqa: F401
+from tests.test_kills import contents, prepare
 
 FOLDERS = {"stage1": "vqgan", "stage2": "prior", "tokenize": "codes"}
 
@@ -18,9 +18,18 @@ FOLDERS = {"stage1": "vqgan", "stage2": "prior", "tokenize": "codes"}
 POINTS = {"stage1": ("step", 9), "stage2": ("step", 7), "tokenize": ("shard", 3)}
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("name", POINTS)
-def test_a_command_that_is_stopped_goes_on(name, number, exit_code, undisturbed, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    ("name", "number", "exit_code"),
+    [
+        ("stage1", signal.SIGINT, 130),
+        ("stage2", signal.SIGTERM, 143),
+        ("tokenize", signal.SIGINT, 130),
+        pytest.param("stage1", signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param("stage2", signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param("tokenize", signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
+def test_a_command_that_is_stopped_goes_on(name, number, exit_code, undisturbed, tmp_path):
     prepare(name, undisturbed, tmp_path)
     assert kill_runs.interrupt(name, tmp_path, [(number, 0)], *POINTS[name], pause=0.5) == exit_code
     log = (tmp_path / "log.txt").read_text()
@@ -35,7 +44,7 @@ def test_a_command_that_is_stopped_goes_on(name, number, exit_code, undisturbed,
     assert [path for path in expected if expected[path] != found[path]] == []
 
 
-def test_a_second_ctrl_c_stops_at_once(undisturbed, tmp_path):  # noqa: F811
+def test_a_second_ctrl_c_stops_at_once(undisturbed, tmp_path):
     signals = [(signal.SIGINT, 0), (signal.SIGINT, 1.2)]
     started = time.monotonic()
     assert kill_runs.interrupt("stage1", tmp_path, signals, "step", 9, pause=30) == 130
