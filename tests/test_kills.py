@@ -15,7 +15,7 @@ SHORT = {
     "stage2": [("save", 2), ("write", 9), ("step", 20)],
     "tokenize": [("shard", 1), ("shard", 4), ("shard", 6)],
 }
-MOST = {"step": 30, "write": 50, "save": 12, "shard": 12}
+MOST = {"step": 16, "write": 20, "save": 5, "shard": 6}
 
 
 def tensors(value, prefix=""):
@@ -53,14 +53,18 @@ def prepare(name, undisturbed, folder):
 
 
 def survive(name, undisturbed, folder, points):
-    """Kills a run at each point in turn, then lets it end; returns how often it really was killed."""
+    """Kills a run at each point in turn, until it has come to its end; returns how often it was killed.
+
+    After the last point it is left alone.
+    """
     prepare(name, undisturbed, folder)
     killed = 0
-    for point, count in points:
+    for point, count in (*points, (None, 0)):
         code = kill_runs.run(name, folder, point, count)
         assert code in (0, -9), (folder / "log.txt").read_text()[-3000:]
-        killed += code == -9
-    assert kill_runs.run(name, folder) == 0, (folder / "log.txt").read_text()[-3000:]
+        if code == 0:
+            break
+        killed += 1
     expected, found = contents(name, undisturbed), contents(name, folder)
     assert expected.keys() == found.keys() and len(expected) >= (6 if name == "tokenize" else 60)
     assert [path for path in expected if expected[path] != found[path]] == []
@@ -73,13 +77,17 @@ def test_killed_runs_end_as_undisturbed_ones(name, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", SHORT)
-def test_killed_at_ten_random_points(name, seed, undisturbed, tmp_path):
-    rng = random.Random(f"{name} {seed}")
+def test_killed_at_ten_random_points(name, undisturbed, tmp_path):
+    """At least: runs are killed again and again, each until it comes to its end, till there were ten kills."""
+    rng = random.Random(name)
     kinds = ["shard"] if name == "tokenize" else ["step", "write", "save"]
-    points = []
-    for _ in range(5):
-        kind = rng.choice(kinds)
-        points += [(kind, rng.randint(1, MOST[kind])), ("seconds", rng.uniform(0.1, 2.5))]
-    assert survive(name, undisturbed, tmp_path, points) >= 5
+    kills, runs = 0, 0
+    while kills < 10:
+        points = []
+        for _ in range(5):
+            kind = rng.choice(kinds)
+            points += [(kind, rng.randint(1, MOST[kind])), ("seconds", rng.uniform(0.3, 2.0))]
+        kills += survive(name, undisturbed, tmp_path / str(runs), points)
+        runs += 1
+    print(f"{name}: {kills} kills in {runs} runs")
