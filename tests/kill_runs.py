@@ -31,7 +31,7 @@ STDERR, REACHED = 2, "\n<the point is reached>\n"
 
 def run_stage1(folder: Path) -> None:
     """18 steps over 14 batches an epoch, with augmentation, dropout, k-means, restarts and the game."""
-    config = process_runs.stage1_config(folder, 1, max_steps=18, per_device_train_batch_size=96, **COMMON)
+    config = process_runs.stage1_config(folder, max_steps=18, global_batch_size=96, **COMMON)
     config.model |= {"dropout": 0.1, "image_size": 8}
     config.discriminator.num_layers = 1
     config.eval_steps = 12
@@ -40,15 +40,15 @@ def run_stage1(folder: Path) -> None:
 
 def run_stage2(folder: Path) -> None:
     """30 steps over 22 batches an epoch, with dropout of conditions and of attention."""
-    changes = {"max_steps": 30, "per_device_train_batch_size": 128, "eval_steps": 12, **COMMON, "save_steps": 6}
-    config = process_runs.stage2_config(folder, 1, **changes)
+    changes = {"max_steps": 30, "global_batch_size": 128, "eval_steps": 12, **COMMON, "save_steps": 6}
+    config = process_runs.stage2_config(folder, **changes)
     config.model["attention_dropout"] = 0.1
     stage2.train(config)
 
 
 def run_tokenize(folder: Path) -> None:
     """A store of several shards."""
-    tokenize.tokenize(process_runs.stage2_config(folder, 1, **COMMON, tokenize_batch_size=64))
+    tokenize.tokenize(process_runs.stage2_config(folder, **COMMON, tokenize_batch_size=64))
 
 
 RUNS = {"stage1": run_stage1, "stage2": run_stage2, "tokenize": run_tokenize}

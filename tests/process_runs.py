@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 
 from configs import load_config
 from stage1_vqgan import Stage1Config, training
@@ -22,11 +22,11 @@ GLOBAL_BATCH = 32
 AUGMENTATION = {"rotate": 10, "translate": 0.06, "scale": 0.1}
 
 
-def stage1_config(folder: Path, num_processes: int, **changes: Any) -> Stage1Config:
+def stage1_config(folder: Path, **changes: Any) -> Stage1Config:
     values = {
         "output_dir": str(folder / "vqgan"),
         "max_steps": 10,
-        "per_device_train_batch_size": GLOBAL_BATCH // num_processes,
+        "global_batch_size": GLOBAL_BATCH,
         "per_device_eval_batch_size": 180,
         "learning_rate": 1e-4,
         "warmup_steps": 2,
@@ -52,7 +52,7 @@ def stage1_config(folder: Path, num_processes: int, **changes: Any) -> Stage1Con
     return load_config(Stage1Config, overrides={**values, **changes})
 
 
-def stage2_config(folder: Path, num_processes: int, **changes: Any) -> Stage2Config:
+def stage2_config(folder: Path, **changes: Any) -> Stage2Config:
     values = {
         "tokenizer": str(folder / "vqgan"),
         "code_store": str(folder / "codes"),
@@ -60,7 +60,7 @@ def stage2_config(folder: Path, num_processes: int, **changes: Any) -> Stage2Con
         "data": {"dataset": "digits", "augmentation": AUGMENTATION},
         "num_views": 2,
         "max_steps": 10,
-        "per_device_train_batch_size": GLOBAL_BATCH // num_processes,
+        "global_batch_size": GLOBAL_BATCH,
         "per_device_eval_batch_size": 180,
         "learning_rate": 1e-3,
         "logging_steps": 5,
@@ -122,17 +122,16 @@ def run_stage2(config: Stage2Config, folder: Path) -> None:
         prior_training.PriorTrainer.evaluate = evaluate  # type: ignore[method-assign]
 
 
-def run_all(folder: Path, num_processes: int) -> None:
-    run_stage1(stage1_config(folder, num_processes), folder / "states")
-    config = stage2_config(folder, num_processes)
+def run_all(folder: Path) -> None:
+    run_stage1(stage1_config(folder), folder / "states")
+    config = stage2_config(folder)
     tokenize(config)
     run_stage2(config, folder / "states")
 
 
 if __name__ == "__main__":
     root, other = map(Path, sys.argv[1:])
-    processes = Accelerator().num_processes
-    run_all(root, processes)
-    tokenize(stage2_config(other, processes, code_store=str(root / "codes_of_other")))
-    bypassed = stage1_config(root / "bypassed", processes, max_steps=4)
+    run_all(root)
+    tokenize(stage2_config(other, code_store=str(root / "codes_of_other")))
+    bypassed = stage1_config(root / "bypassed", max_steps=4)
     run_stage1(bypassed, root / "states", "bypassed", bypass=True)

@@ -35,7 +35,7 @@ def launch(module: str, *arguments: object, path: Path = ROOT) -> subprocess.Com
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    process_runs.run_all(folder, 1)
+    process_runs.run_all(folder)
     return folder
 
 
@@ -119,7 +119,7 @@ def die(self, images, number):
         raise RuntimeError("this process cannot go on")
     return step(self, images, number)
 VQGANTrainer.step = die
-process_runs.run_stage1(process_runs.stage1_config(Path(sys.argv[1]), 2, max_steps=10**6), Path(sys.argv[1]))
+process_runs.run_stage1(process_runs.stage1_config(Path(sys.argv[1]), max_steps=10**6), Path(sys.argv[1]))
 """
 
 

@@ -109,7 +109,7 @@ def broken_step(at, term):
 def test_a_run_ends_before_it_saves_them(tmp_path, monkeypatch, at, term, message):
     monkeypatch.setattr(VQGANTrainer, "step", broken_step(at, term))
     changes = {"max_steps": 9, "save_steps": 2, "logging_steps": 100, "eval_steps": 100, "save_total_limit": 9}
-    config = stage1_config(tmp_path, 1, **changes)
+    config = stage1_config(tmp_path, **changes)
     config.loss.adversarial_start_step = 0
     with pytest.raises(Diverged, match=message):
         train(config)
@@ -119,7 +119,7 @@ def test_a_run_ends_before_it_saves_them(tmp_path, monkeypatch, at, term, messag
 
 def test_a_real_overflow_is_found(tmp_path):
     """No tampering: a learning rate that no run survives."""
-    config = stage1_config(tmp_path, 1, learning_rate=1e30, max_grad_norm=0, max_steps=30, logging_steps=5)
+    config = stage1_config(tmp_path, learning_rate=1e30, max_grad_norm=0, max_steps=30, logging_steps=5)
     with pytest.raises(Diverged, match=r"not finite|not all numbers are finite"):
         train(config)
     assert complete_checkpoints(config.output_dir) == []
