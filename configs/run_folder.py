@@ -31,6 +31,7 @@ FREE_KEYS = {
     "resume_from_checkpoint",
     "allow_config_changes",
     "dataloader_num_workers",
+    "data.max_skipped_fraction",
     "report_to",
     "push_to_hub",
     "hub_model_id",
