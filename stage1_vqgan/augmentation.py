@@ -42,7 +42,12 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 
 def augment(
-    pixels: Tensor, size: int, config: AugmentationConfig, draws: np.ndarray, aspect_ratio: AspectRatio = "crop"
+    pixels: Tensor,
+    size: int,
+    config: AugmentationConfig,
+    draws: np.ndarray,
+    aspect_ratio: AspectRatio = "crop",
+    max_side: int = 0,
 ) -> Tensor:
     """Random resize, crop, flip and affine change of an image.
 
@@ -51,17 +56,19 @@ def augment(
         size: side of the result in pixels.
         config: what may be changed, and how far.
         draws: float `(NUM_DRAWS,)`, uniform in [0, 1).
-        aspect_ratio: see `to_square`.
+        aspect_ratio, max_side: see `to_square`; before an affine change every square is resized.
 
     Returns:
-        uint8 `(size, size, C)`.
+        uint8 `(size, size, C)`; or `(side, side, C)`, `size` < side ≤ `max_side`, yet to be resized.
     """
+    moves = bool(config.rotate or config.translate or config.scale)
     zoom, left, top, flip = draws[:4].tolist()
     position = (left, top) if config.random_crop else (0.5, 0.5)
-    pixels = to_square(pixels, size, aspect_ratio, 1 + zoom * (config.max_zoom - 1), position)
+    zoom = 1 + zoom * (config.max_zoom - 1)
+    pixels = to_square(pixels, size, aspect_ratio, zoom, position, 0 if moves else max_side)
     if config.horizontal_flip and flip < 0.5:
         pixels = pixels.flip(1)
-    if config.rotate or config.translate or config.scale:
+    if moves:
         angle, shift_x, shift_y, scale = (2 * draws[4:] - 1).tolist()
         image = affine(
             to_pil(pixels.numpy()),

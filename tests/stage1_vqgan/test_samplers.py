@@ -1,4 +1,4 @@
-"""Streams: every image once an epoch over all processes, in an order that interruptions and workers do not change."""
+"""Every image once an epoch over all processes, in an order that interruptions and workers do not change."""
 
 import threading
 import time
@@ -11,16 +11,9 @@ import torch
 
 from configs import ConfigError
 from stage1_vqgan import AugmentationConfig, DataConfig, ImageDataset, TrainingSampler, load_images
-from stage1_vqgan.data import training_loader
 from stage1_vqgan.evaluate import evaluate_reconstruction
-from stage1_vqgan.streaming import (
-    EveryImage,
-    StreamSampler,
-    evaluation_loader,
-    read_ahead,
-    some_images,
-    training_sampler,
-)
+from stage1_vqgan.loading import evaluation_loader, training_loader
+from stage1_vqgan.samplers import EveryImage, StreamSampler, read_ahead, some_images, training_sampler
 from tests.image_files import picture, value_of, values, write_folder, write_parquet, write_tar
 
 SIZES = [7, 11, 5, 9, 6, 4]  # of the files: 42 images
@@ -115,7 +108,7 @@ def test_batches_do_not_depend_on_workers(streams):
     )
     assert len(one) == len(other) == 12
     for a, b in zip(one, other, strict=True):
-        assert torch.equal(a.pixels, b.pixels) and torch.equal(a.indices, b.indices)
+        assert torch.equal(a.images(), b.images()) and torch.equal(a.indices, b.indices)
 
 
 def test_the_sampler_fits_the_source(streams, tmp_path):
@@ -134,7 +127,7 @@ def test_evaluation_sees_every_image_once(streams, tmp_path, world_size):
         for rank in range(world_size):
             keys = list(EveryImage(source, rank, world_size))
             loader = evaluation_loader(dataset, 4, rank=rank, world_size=world_size)
-            loaded = [batch.pixels[:, 0, 0, 0] for batch in loader]
+            loaded = [(127.5 * (batch.images()[:, 0, 0, 0] + 1)).round().int() for batch in loader]
             seen += torch.cat(loaded).tolist() if loaded else []
             assert len(keys) == sum(map(len, loaded))
             try:
