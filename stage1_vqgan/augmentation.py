@@ -48,7 +48,7 @@ def augment(
     draws: np.ndarray,
     aspect_ratio: AspectRatio = "crop",
     max_side: int = 0,
-) -> Tensor:
+) -> tuple[Tensor, bool]:
     """Random resize, crop, flip and affine change of an image.
 
     Args:
@@ -59,25 +59,24 @@ def augment(
         aspect_ratio, max_side: see `to_square`; before an affine change every square is resized.
 
     Returns:
-        uint8 `(size, size, C)`; or `(side, side, C)`, `size` < side ≤ `max_side`, yet to be resized.
+        uint8 `(size, size, C)`, or `(side, side, C)`, `size` < side ≤ `max_side`, which is yet to be resized;
+        and whether it is yet to be mirrored.
     """
-    moves = bool(config.rotate or config.translate or config.scale)
     zoom, left, top, flip = draws[:4].tolist()
-    position = (left, top) if config.random_crop else (0.5, 0.5)
     zoom = 1 + zoom * (config.max_zoom - 1)
-    pixels = to_square(pixels, size, aspect_ratio, zoom, position, 0 if moves else max_side)
-    if config.horizontal_flip and flip < 0.5:
-        pixels = pixels.flip(1)
-    if moves:
-        angle, shift_x, shift_y, scale = (2 * draws[4:] - 1).tolist()
-        image = affine(
-            to_pil(pixels.numpy()),
-            math.radians(angle * config.rotate),
-            1 + scale * config.scale,
-            (shift_x * config.translate * size, shift_y * config.translate * size),
-        )
-        pixels = to_pixels(image)
-    return pixels
+    position = (left, top) if config.random_crop else (0.5, 0.5)
+    flips = config.horizontal_flip and flip < 0.5
+    if not (config.rotate or config.translate or config.scale):
+        return to_square(pixels, size, aspect_ratio, zoom, position, max_side), flips
+    pixels = to_square(pixels, size, aspect_ratio, zoom, position)
+    angle, shift_x, shift_y, scale = (2 * draws[4:] - 1).tolist()
+    image = affine(
+        to_pil((pixels.flip(1) if flips else pixels).numpy()),
+        math.radians(angle * config.rotate),
+        1 + scale * config.scale,
+        (shift_x * config.translate * size, shift_y * config.translate * size),
+    )
+    return to_pixels(image), False
 
 
 def affine(image: Image.Image, angle: float, scale: float, shift: tuple[float, float]) -> Image.Image:

@@ -45,7 +45,8 @@ class ImageBatch(NamedTuple):
 
     Attributes:
         rows: uint8 `(B, n)`, in each row the pixels of one square, `(side, side, C)`, and whatever else.
-        sides: of the squares in pixels, `image_size` or more.
+        sides: of the squares in pixels, `image_size` or more; larger ones are yet to be resized.
+        flips: whether a square is yet to be mirrored.
         image_size, num_channels: as of the dataset.
         indices: int64 `(B,)`, the numbers in the source of the images that are there.
         skipped: images that could not be used.
@@ -53,6 +54,7 @@ class ImageBatch(NamedTuple):
 
     rows: Tensor
     sides: list[int]
+    flips: list[bool]
     image_size: int
     num_channels: int
     indices: Tensor
@@ -67,6 +69,8 @@ class ImageBatch(NamedTuple):
             places = [place for place, other in enumerate(self.sides) if other == side]
             squares = rows[places, : side * side * self.num_channels].view(-1, side, side, self.num_channels)
             pixels[places] = resize(squares, self.image_size, self.image_size)
+        flipped = [place for place, flip in enumerate(self.flips) if flip]
+        pixels[flipped] = pixels[flipped].flip(2)
         return normalize(pixels.permute(0, 3, 1, 2))
 
 
@@ -116,7 +120,7 @@ class ImageDataset(Dataset):
         """
         encoded = self._encoded(keys)
         rows = torch.empty((len(keys), self.row_size), dtype=torch.uint8) if rows is None else rows[: len(keys)]
-        images, sides = [key.image for key in keys], [0] * len(keys)
+        images, sides, flips = [key.image for key in keys], [0] * len(keys), [False] * len(keys)
         skipped = {}
         for place, key, draws in zip(range(len(keys)), keys, self._draws(keys), strict=True):
             if place == 0 or keys[place - 1].image != key.image:  # views of an image in a row: it is decoded once
@@ -124,19 +128,20 @@ class ImageDataset(Dataset):
             if isinstance(image, UndecodableImage):
                 skipped[place] = SkippedImage(key.image, encoded[place].name, str(image))
             else:
-                sides[place] = self._put(rows[place], image, key, draws)
+                sides[place], flips[place] = self._put(rows[place], image, key, draws)
         if skipped:
             used = [place for place in range(len(keys)) if place not in skipped]
             if self.keep_batch_size:
                 for place, stand_in, key in _stand_ins(keys, used, skipped):
                     image = decode_pixels(encoded[stand_in], self.num_channels)
-                    sides[place] = self._put(rows[place], image, key, self._draws([key])[0])
+                    sides[place], flips[place] = self._put(rows[place], image, key, self._draws([key])[0])
                     images[place] = key.image
             else:
                 rows[: len(used)] = rows[used]
-                rows, images, sides = rows[: len(used)], [images[place] for place in used], [sides[p] for p in used]
+                rows, images = rows[: len(used)], [images[place] for place in used]
+                sides, flips = [sides[place] for place in used], [flips[place] for place in used]
         indices = torch.tensor(images, dtype=torch.int64)
-        return ImageBatch(rows, sides, self.image_size, self.num_channels, indices, list(skipped.values()))
+        return ImageBatch(rows, sides, flips, self.image_size, self.num_channels, indices, list(skipped.values()))
 
     def _encoded(self, keys: Sequence[ImageKey]) -> list[EncodedImage]:
         """The images themselves: from the keys of a stream, else from the source in one go."""
@@ -153,14 +158,14 @@ class ImageDataset(Dataset):
         except UndecodableImage as error:
             return error
 
-    def _put(self, row: Tensor, pixels: Tensor, key: ImageKey, draws: np.ndarray) -> int:
-        """Leaves the square of an image, uint8 `(H, W, C)`, in a row; returns its side."""
+    def _put(self, row: Tensor, pixels: Tensor, key: ImageKey, draws: np.ndarray) -> tuple[int, bool]:
+        """Leaves the square of an image, uint8 `(H, W, C)`, in a row; returns its side, and whether to mirror it."""
         if self.augmentation is None or (self.first_view_plain and key.view == 0):
-            square = to_square(pixels, self.image_size, self.aspect_ratio, max_side=self.max_side)
+            square, flip = to_square(pixels, self.image_size, self.aspect_ratio, max_side=self.max_side), False
         else:
-            square = augment(pixels, self.image_size, self.augmentation, draws, self.aspect_ratio, self.max_side)
+            square, flip = augment(pixels, self.image_size, self.augmentation, draws, self.aspect_ratio, self.max_side)
         row[: square.numel()].view(square.shape).copy_(square)
-        return len(square)
+        return len(square), flip
 
 
 def _stand_ins(

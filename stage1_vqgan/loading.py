@@ -20,6 +20,7 @@ class BatchInSlot(NamedTuple):
 
     slot: int
     sides: list[int]
+    flips: list[bool]
     images: list[int]
     skipped: list[SkippedImage]
 
@@ -34,8 +35,10 @@ class SharedSlots:
 
     def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int):
         self.dataset = dataset
-        shape = (num_workers * (PREFETCH + 1), batch_size, dataset.row_size)
-        self.rows = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        slots = num_workers * (PREFETCH + 1)
+        # rows that are never written to their end take no memory there; `share_memory_` would fill it
+        storage = torch.UntypedStorage._new_shared(slots * batch_size * dataset.row_size)
+        self.rows = torch.empty(0, dtype=torch.uint8).set_(storage).view(slots, batch_size, dataset.row_size)
         self.turn = 0
 
     def make(self, keys: Sequence[ImageKey]) -> BatchInSlot:
@@ -43,7 +46,7 @@ class SharedSlots:
         slot = cast(Any, get_worker_info()).id * (PREFETCH + 1) + self.turn
         self.turn = (self.turn + 1) % (PREFETCH + 1)
         batch = self.dataset.__getitems__(keys, self.rows[slot])
-        return BatchInSlot(slot, batch.sides, batch.indices.tolist(), batch.skipped)
+        return BatchInSlot(slot, batch.sides, batch.flips, batch.indices.tolist(), batch.skipped)
 
     def take(self, batch: BatchInSlot, pin_memory: bool) -> ImageBatch:
         """In the training process: the batch, in memory of its own."""
@@ -51,7 +54,7 @@ class SharedSlots:
         rows = self.rows[batch.slot, : len(batch.sides), : max(batch.sides, default=0) ** 2 * channels]
         rows = torch.empty(rows.shape, dtype=torch.uint8, pin_memory=pin_memory).copy_(rows)
         indices = torch.tensor(batch.images, dtype=torch.int64)
-        return ImageBatch(rows, batch.sides, size, channels, indices, batch.skipped)
+        return ImageBatch(rows, batch.sides, batch.flips, size, channels, indices, batch.skipped)
 
 
 class _Keys(Dataset):

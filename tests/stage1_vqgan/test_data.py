@@ -1,14 +1,11 @@
 """Images for training: every source, keyed augmentation, and batches that no interruption or process count changes."""
 
-from itertools import pairwise
-
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from configs import ConfigError
 from stage1_vqgan import (
     AugmentationConfig,
     EncodedImage,
@@ -106,6 +103,20 @@ def test_training_and_the_processor_make_the_same_pixels():
         batch = dataset.__getitems__([ImageKey(0, index) for index in range(12)])
         processor = VQGANImageProcessor(8, 3, aspect_ratio)
         assert torch.equal(batch.images(), processor(noise_images())["pixel_values"])
+
+
+def test_squares_of_every_side_become_the_same_pixels():
+    images = [noise_images(1, size)[0] for size in [(12, 13), (20, 30), (5, 9), (12, 12), (8, 8), (11, 10), (13, 13)]]
+    keys = [ImageKey(0, index) for index in range(len(images))]
+    batch = ImageDataset(ImageSource(images, None, None), 8, 3).__getitems__(keys)
+    assert batch.sides == [12, 8, 8, 12, 8, 10, 8] and not any(batch.flips)  # up to 12 they are resized at last
+    expected = VQGANImageProcessor(8, 3)(images)["pixel_values"]
+    assert torch.equal(batch.images(), expected)
+    flipping = AugmentationConfig(horizontal_flip=True)
+    mirrored = ImageDataset(ImageSource(images, None, None), 8, 3, flipping, seed=1).__getitems__(keys)
+    assert mirrored.sides == batch.sides and 0 < sum(mirrored.flips) < len(keys)
+    for image, flips, plain in zip(mirrored.images(), mirrored.flips, expected, strict=True):
+        assert torch.equal(image, plain.flip(2) if flips else plain)
 
 
 def test_batches_do_not_depend_on_workers():
@@ -206,7 +217,8 @@ def test_channels_and_type(channels, mode):
 
 
 def augmented(image, config, number):
-    return augment(to_pixels(image), 8, config, np.random.default_rng(number).random(NUM_DRAWS)).numpy()
+    pixels, flips = augment(to_pixels(image), 8, config, np.random.default_rng(number).random(NUM_DRAWS))
+    return (pixels.flip(1) if flips else pixels).numpy()
 
 
 def test_flip_mirrors_half_of_the_images():
@@ -270,43 +282,3 @@ def test_any_allowed_change_repeats_the_border(angle, scale, shift):
     for sign in (1, -1):
         found = affine(Image.new("L", (16, 16), 200), np.radians(angle), scale, (sign * 16 * shift, 16 * shift))
         assert set(np.asarray(found).flatten()) == {200}
-
-
-def batches(num_images=23, batch_size=4, start=0, stop=17, seed=5, **where):
-    return list(TrainingSampler(num_images, batch_size, start, stop, seed, **where))
-
-
-def test_an_epoch_has_no_image_twice_and_drops_less_than_a_batch():
-    by_epoch = {}
-    for batch in batches():
-        assert len(batch) == 4 and all(key.view == 0 and key.encoded is None for key in batch)
-        for key in batch:
-            by_epoch.setdefault(key.epoch, []).append(key.image)
-    assert list(by_epoch) == [0, 1, 2, 3]
-    for indices in list(by_epoch.values())[:3]:
-        assert len(indices) == 20 and len(set(indices)) == 20 and set(indices) <= set(range(23))
-    assert all(a != b for a, b in pairwise(by_epoch.values()))  # each epoch has its own order
-    left_out = [set(range(23)) - set(indices) for indices in list(by_epoch.values())[:3]]
-    assert len(set.union(*left_out)) > 3  # and drops other images
-
-
-def test_ranks_together_are_one_process_with_a_larger_batch():
-    whole = batches(batch_size=6)
-    ranks = [batches(batch_size=2, rank=rank, world_size=3) for rank in range(3)]
-    assert [a + b + c for a, b, c in zip(*ranks, strict=True)] == whole
-
-
-@pytest.mark.parametrize("start", [0, 1, 5, 12, 17])
-def test_a_later_start_is_the_tail_of_the_whole_run(start):
-    assert batches(start=start) == batches()[start:]
-    assert len(TrainingSampler(23, 4, start, 17, 5)) == 17 - start
-
-
-def test_the_seed_decides_the_order():
-    assert batches(seed=5) == batches(seed=5) != batches(seed=6)
-
-
-def test_too_few_images_for_a_batch():
-    assert len(batches(num_images=8, batch_size=4, world_size=2, stop=3)) == 3
-    with pytest.raises(ConfigError, match=r"per_device_train_batch_size.* 7 training images"):
-        batches(num_images=7, batch_size=4, world_size=2)

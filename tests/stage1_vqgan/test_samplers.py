@@ -203,3 +203,43 @@ def test_metrics_leave_out_what_cannot_be_decoded(tiny_pipeline, tmp_path):
         (tmp_path / "a" / f"{n}.png").write_bytes(b"no image")
     with pytest.raises(ConfigError, match="none of the 4 images can be decoded"):
         metrics()
+
+
+def shuffled(num_images=23, batch_size=4, start=0, stop=17, seed=5, **where):
+    return list(TrainingSampler(num_images, batch_size, start, stop, seed, **where))
+
+
+def test_an_epoch_has_no_image_twice_and_drops_less_than_a_batch():
+    by_epoch = {}
+    for batch in shuffled():
+        assert len(batch) == 4 and all(key.view == 0 and key.encoded is None for key in batch)
+        for key in batch:
+            by_epoch.setdefault(key.epoch, []).append(key.image)
+    assert list(by_epoch) == [0, 1, 2, 3]
+    for indices in list(by_epoch.values())[:3]:
+        assert len(indices) == 20 and len(set(indices)) == 20 and set(indices) <= set(range(23))
+    assert all(a != b for a, b in pairwise(by_epoch.values()))  # each epoch has its own order
+    left_out = [set(range(23)) - set(indices) for indices in list(by_epoch.values())[:3]]
+    assert len(set.union(*left_out)) > 3  # and drops other images
+
+
+def test_ranks_together_are_one_process_with_a_larger_batch():
+    whole = shuffled(batch_size=6)
+    ranks = [shuffled(batch_size=2, rank=rank, world_size=3) for rank in range(3)]
+    assert [a + b + c for a, b, c in zip(*ranks, strict=True)] == whole
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 12, 17])
+def test_a_later_start_is_the_tail_of_a_whole_shuffled_run(start):
+    assert shuffled(start=start) == shuffled()[start:]
+    assert len(TrainingSampler(23, 4, start, 17, 5)) == 17 - start
+
+
+def test_the_seed_decides_the_order():
+    assert shuffled(seed=5) == shuffled(seed=5) != shuffled(seed=6)
+
+
+def test_too_few_images_for_a_batch():
+    assert len(shuffled(num_images=8, batch_size=4, world_size=2, stop=3)) == 3
+    with pytest.raises(ConfigError, match=r"per_device_train_batch_size.* 7 training images"):
+        shuffled(num_images=7, batch_size=4, world_size=2)
