@@ -120,6 +120,7 @@ class ImageDataset(Dataset):
         """
         encoded = self._encoded(keys)
         rows = torch.empty((len(keys), self.row_size), dtype=torch.uint8) if rows is None else rows[: len(keys)]
+        memory = rows.numpy()
         images, sides, flips = [key.image for key in keys], [0] * len(keys), [False] * len(keys)
         skipped = {}
         for place, key, draws in zip(range(len(keys)), keys, self._draws(keys), strict=True):
@@ -128,13 +129,13 @@ class ImageDataset(Dataset):
             if isinstance(image, UndecodableImage):
                 skipped[place] = SkippedImage(key.image, encoded[place].name, str(image))
             else:
-                sides[place], flips[place] = self._put(rows[place], image, key, draws)
+                sides[place], flips[place] = self._put(memory[place], image, key, draws)
         if skipped:
             used = [place for place in range(len(keys)) if place not in skipped]
             if self.keep_batch_size:
                 for place, stand_in, key in _stand_ins(keys, used, skipped):
                     image = decode_pixels(encoded[stand_in], self.num_channels)
-                    sides[place], flips[place] = self._put(rows[place], image, key, self._draws([key])[0])
+                    sides[place], flips[place] = self._put(memory[place], image, key, self._draws([key])[0])
                     images[place] = key.image
             else:
                 rows[: len(used)] = rows[used]
@@ -158,14 +159,15 @@ class ImageDataset(Dataset):
         except UndecodableImage as error:
             return error
 
-    def _put(self, row: Tensor, pixels: Tensor, key: ImageKey, draws: np.ndarray) -> tuple[int, bool]:
+    def _put(self, row: np.ndarray, pixels: Tensor, key: ImageKey, draws: np.ndarray) -> tuple[int, bool]:
         """Leaves the square of an image, uint8 `(H, W, C)`, in a row; returns its side, and whether to mirror it."""
         if self.augmentation is None or (self.first_view_plain and key.view == 0):
             square, flip = to_square(pixels, self.image_size, self.aspect_ratio, max_side=self.max_side), False
         else:
             square, flip = augment(pixels, self.image_size, self.augmentation, draws, self.aspect_ratio, self.max_side)
-        row[: square.numel()].view(square.shape).copy_(square)
-        return len(square), flip
+        made = square.numpy()  # copies with less ado than torch
+        row[: made.size].reshape(made.shape)[:] = made
+        return len(made), flip
 
 
 def _stand_ins(

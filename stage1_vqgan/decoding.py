@@ -88,7 +88,7 @@ def decode_pixels(encoded: EncodedImage, num_channels: int) -> Tensor:
             except RuntimeError:
                 pass  # Pillow says whether it is broken, and why
             else:
-                return pixels.expand(-1, -1, num_channels)
+                return pixels if pixels.shape[2] == num_channels else pixels.expand(-1, -1, num_channels)
         return to_pixels(convert_mode(image or _open(content), num_channels))
 
 
