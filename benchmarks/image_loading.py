@@ -1,9 +1,13 @@
 """Images per second of the training loader, against Pillow decoding alone on as many processes:
 `python -m benchmarks.image_loading PARQUET_OR_FOLDER [--image_size 256] [--workers 1 2]`.
 
-The loader does all that training needs: reads, decodes, crops, resizes, augments, and hands over uint8 batches. Pillow
-decodes the same files from memory in as many processes, to its own image ("load") or on to an RGB array ("array"). The
-three take turns, so that what else the machine does meets all of them; medians over the rounds are compared.
+The loader ("loader") does all that its workers do in training: reads, decodes, crops, flips, resizes what is much too
+large, and hands over uint8 batches. What is a little too large is resized on the device, by `ImageBatch.images`;
+"loader_and_images" is the rate with that done on the CPU, in the process that takes the batches.
+Pillow decodes the same files from memory in as many processes, to its own image ("load") or on to an RGB array
+("array"). They take turns, so that what else the machine does meets all of them; medians over the rounds are compared.
+`_cpu_ms` is the CPU time of the decoding processes per image in milliseconds: unlike the rates, it is hardly changed by
+others who use the machine.
 """
 
 import argparse
@@ -13,14 +17,16 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
 from stage1_vqgan import AugmentationConfig, DataConfig, ImageDataset, Images, ImageSource, TrainingSampler, load_images
-from stage1_vqgan.data import training_loader
 from stage1_vqgan.decoding import read
+from stage1_vqgan.loading import training_loader
 
 
 def load(content: bytes) -> None:
@@ -33,53 +39,76 @@ def array(content: bytes) -> None:
     np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
-def decoding_rate(decoder: Callable[[bytes], None], contents: Sequence[bytes], processes: int, seconds: float) -> float:
-    """Images per second of all processes together, each busy for some seconds after a warm-up."""
+class Speed(NamedTuple):
+    """Images per second of all processes together, and their CPU time per image in milliseconds."""
+
+    per_second: float
+    cpu_ms: float
+
+
+def decoding_speed(
+    decoder: Callable[[bytes], None], contents: Sequence[bytes], processes: int, seconds: float
+) -> Speed:
+    """Of processes that decode, each for some seconds after a warm-up."""
     with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as pool:
         results = [pool.apply_async(_decode_for, (decoder, contents, seconds)) for _ in range(processes)]
-        return sum(result.get() for result in results)
+        speeds = [result.get() for result in results]
+    return Speed(sum(speed.per_second for speed in speeds), statistics.mean(speed.cpu_ms for speed in speeds))
 
 
-def _decode_for(decoder: Callable[[bytes], None], contents: Sequence[bytes], seconds: float) -> float:
+def _decode_for(decoder: Callable[[bytes], None], contents: Sequence[bytes], seconds: float) -> Speed:
     for content in contents[:50]:
         decoder(content)
-    count, started = 0, time.perf_counter()
+    count, started, cpu = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - started < seconds:
         decoder(contents[count % len(contents)])
         count += 1
-    return count / (time.perf_counter() - started)
+    return Speed(count / (time.perf_counter() - started), 1000 * (time.process_time() - cpu) / count)
 
 
-def loading_rate(dataset: ImageDataset, batch_size: int, workers: int, seconds: float) -> float:
-    """Images per second that leave the training loader, from a warm start."""
+def loading_speed(dataset: ImageDataset, batch_size: int, workers: int, seconds: float, images: bool) -> Speed:
+    """Of the training loader from a warm start; `images` makes the model's input of every batch, on the CPU."""
     sampler = TrainingSampler(dataset.source.num_images or 0, batch_size, 0, 10**6, seed=0)
     batches = iter(training_loader(dataset, sampler, workers, pin_memory=False))
     for _ in range(4 * workers):  # until the workers have started and what they had prepared meanwhile is used up
         next(batches)
-    count, started = 0, time.perf_counter()
+    count, started, cpu = 0, time.perf_counter(), _cpu_of_children()
     while time.perf_counter() - started < seconds:
-        count += len(next(batches).pixels)
-    return count / (time.perf_counter() - started)
+        batch = next(batches)
+        if images:
+            batch.images()
+        count += len(batch.indices)
+    return Speed(count / (time.perf_counter() - started), 1000 * (_cpu_of_children() - cpu) / count)
+
+
+def _cpu_of_children() -> float:
+    times = [child.cpu_times() for child in psutil.Process().children()]
+    return sum(part.user + part.system for part in times)
 
 
 def measure(source: Images, args: argparse.Namespace, workers: int) -> dict[str, float]:
-    """Medians of the three rates, and the loader's share of each of Pillow's."""
+    """Medians of the speeds, and the loader's share of each of Pillow's."""
     augmentation = AugmentationConfig(max_zoom=args.max_zoom, random_crop=True, horizontal_flip=True)
     dataset = ImageDataset(source, args.image_size, 3, augmentation, keep_batch_size=True)
     assert isinstance(source, ImageSource)
     files = [encoded.content for encoded in source.encoded(range(min(len(source), 1000)))]
     contents = [read(content) for content in files if not isinstance(content, Image.Image)]
-    rates: dict[str, list[float]] = {"load": [], "array": [], "loader": []}
-    for _ in range(args.rounds):
-        rates["load"].append(decoding_rate(load, contents, workers, args.seconds))
-        rates["array"].append(decoding_rate(array, contents, workers, args.seconds))
-        rates["loader"].append(loading_rate(dataset, args.batch_size, workers, args.seconds))
-    medians = {f"{name}_per_second": round(statistics.median(values), 1) for name, values in rates.items()}
-    ratios = {
-        f"loader/{name}": round(statistics.median(a / b for a, b in zip(rates["loader"], rates[name], strict=True)), 3)
-        for name in ("load", "array")
+    ways: dict[str, Callable[[], Speed]] = {
+        "load": lambda: decoding_speed(load, contents, workers, args.seconds),
+        "loader": lambda: loading_speed(dataset, args.batch_size, workers, args.seconds, images=False),
+        "array": lambda: decoding_speed(array, contents, workers, args.seconds),
+        "loader_and_images": lambda: loading_speed(dataset, args.batch_size, workers, args.seconds, images=True),
     }
-    return {"workers": workers, **medians, **ratios}
+    rounds = [{name: way() for name, way in ways.items()} for _ in range(args.rounds)]
+    result: dict[str, float] = {"workers": workers}
+    for name in ways:
+        result[f"{name}_per_second"] = round(statistics.median(speeds[name].per_second for speeds in rounds), 1)
+        result[f"{name}_cpu_ms"] = round(statistics.median(speeds[name].cpu_ms for speeds in rounds), 3)
+    for name in ("load", "array"):
+        of_rate = statistics.median(speeds["loader"].per_second / speeds[name].per_second for speeds in rounds)
+        of_cpu = statistics.median(speeds[name].cpu_ms / speeds["loader"].cpu_ms for speeds in rounds)
+        result |= {f"loader/{name}": round(of_rate, 3), f"loader/{name}_by_cpu": round(of_cpu, 3)}
+    return result
 
 
 def main() -> None:

@@ -4,12 +4,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stage1_vqgan.configuration_vqgan import VQGANConfig
-    from stage1_vqgan.data import ImageBatch, ImageDataset, ImageKey, TrainingSampler, keyed_loader
+    from stage1_vqgan.data import ImageBatch, ImageDataset, ImageKey
     from stage1_vqgan.data_config import AugmentationConfig, DataConfig
     from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode
     from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
+    from stage1_vqgan.loading import keyed_loader
     from stage1_vqgan.modeling_vqgan import VQGANModel
     from stage1_vqgan.pretrained import load_tokenizer
+    from stage1_vqgan.samplers import TrainingSampler
     from stage1_vqgan.sources import Images, ImageSource, ImageStream, load_images
     from stage1_vqgan.training_config import Stage1Config
 
@@ -32,8 +34,8 @@ _HOMES = {
     "Images": "sources",
     "ImageSource": "sources",
     "ImageStream": "sources",
-    "TrainingSampler": "data",
-    "keyed_loader": "data",
+    "TrainingSampler": "samplers",
+    "keyed_loader": "loading",
     "load_images": "sources",
     "load_tokenizer": "pretrained",
     "Stage1Config": "training_config",

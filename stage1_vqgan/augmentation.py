@@ -42,8 +42,13 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 
 def augment(
-    pixels: Tensor, size: int, config: AugmentationConfig, draws: np.ndarray, aspect_ratio: AspectRatio = "crop"
-) -> Tensor:
+    pixels: Tensor,
+    size: int,
+    config: AugmentationConfig,
+    draws: np.ndarray,
+    aspect_ratio: AspectRatio = "crop",
+    max_side: int = 0,
+) -> tuple[Tensor, bool]:
     """Random resize, crop, flip and affine change of an image.
 
     Args:
@@ -51,26 +56,27 @@ def augment(
         size: side of the result in pixels.
         config: what may be changed, and how far.
         draws: float `(NUM_DRAWS,)`, uniform in [0, 1).
-        aspect_ratio: see `to_square`.
+        aspect_ratio, max_side: see `to_square`; before an affine change every square is resized.
 
     Returns:
-        uint8 `(size, size, C)`.
+        uint8 `(size, size, C)`, or `(side, side, C)`, `size` < side ≤ `max_side`, which is yet to be resized;
+        and whether it is yet to be mirrored.
     """
     zoom, left, top, flip = draws[:4].tolist()
+    zoom = 1 + zoom * (config.max_zoom - 1)
     position = (left, top) if config.random_crop else (0.5, 0.5)
-    pixels = to_square(pixels, size, aspect_ratio, 1 + zoom * (config.max_zoom - 1), position)
-    if config.horizontal_flip and flip < 0.5:
-        pixels = pixels.flip(1)
-    if config.rotate or config.translate or config.scale:
-        angle, shift_x, shift_y, scale = (2 * draws[4:] - 1).tolist()
-        image = affine(
-            to_pil(pixels.numpy()),
-            math.radians(angle * config.rotate),
-            1 + scale * config.scale,
-            (shift_x * config.translate * size, shift_y * config.translate * size),
-        )
-        pixels = to_pixels(image)
-    return pixels
+    flips = config.horizontal_flip and flip < 0.5
+    if not (config.rotate or config.translate or config.scale):
+        return to_square(pixels, size, aspect_ratio, zoom, position, max_side), flips
+    pixels = to_square(pixels, size, aspect_ratio, zoom, position)
+    angle, shift_x, shift_y, scale = (2 * draws[4:] - 1).tolist()
+    image = affine(
+        to_pil((pixels.flip(1) if flips else pixels).numpy()),
+        math.radians(angle * config.rotate),
+        1 + scale * config.scale,
+        (shift_x * config.translate * size, shift_y * config.translate * size),
+    )
+    return to_pixels(image), False
 
 
 def affine(image: Image.Image, angle: float, scale: float, shift: tuple[float, float]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Images → uint8 batches.
+"""Images of a source → batches of uint8 squares.
 
 Every random choice is keyed by (seed, epoch, index, view), never drawn from a global generator, so a batch does not
 depend on workers, processes or interruptions.
@@ -6,22 +6,24 @@ depend on workers, processes or interruptions.
 
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset
 
-from configs import ConfigError, Problem
-from configs.interruption import leave_signals_to_main
 from stage1_vqgan.augmentation import augment, keyed_draws
 from stage1_vqgan.data_config import AugmentationConfig
 from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode_pixels
-from stage1_vqgan.image_processing_vqgan import AspectRatio, to_square
+from stage1_vqgan.image_processing_vqgan import AspectRatio, normalize, resize, to_square
 from stage1_vqgan.sources import Images, ImageSource
+
+# A square of up to this many times the wanted side is handed over as it is, and resized where the model runs: at 256
+# pixels that holds for photos of 500×375. Larger ones would cost more memory than the resizing of them costs time.
+MAX_REDUCTION = 1.5
 
 
 class ImageKey(NamedTuple):
@@ -42,14 +44,34 @@ class ImageBatch(NamedTuple):
     """What a loader yields.
 
     Attributes:
-        pixels: uint8 `(B, C, H, W)`, channels-last in memory.
+        rows: uint8 `(B, n)`, in each row the pixels of one square, `(side, side, C)`, and whatever else.
+        sides: of the squares in pixels, `image_size` or more; larger ones are yet to be resized.
+        flips: whether a square is yet to be mirrored.
+        image_size, num_channels: as of the dataset.
         indices: int64 `(B,)`, the numbers in the source of the images that are there.
         skipped: images that could not be used.
     """
 
-    pixels: Tensor
+    rows: Tensor
+    sides: list[int]
+    flips: list[bool]
+    image_size: int
+    num_channels: int
     indices: Tensor
     skipped: list[SkippedImage]
+
+    def images(self, device: torch.device | str = "cpu") -> Tensor:
+        """What the model reads: float32 `(B, C, image_size, image_size)` in [-1, 1], channels-last in memory."""
+        rows = self.rows.to(device, non_blocking=True)
+        shape = (len(rows), self.image_size, self.image_size, self.num_channels)
+        pixels = torch.empty(shape, dtype=torch.uint8, device=device)
+        for side in set(self.sides):
+            places = [place for place, other in enumerate(self.sides) if other == side]
+            squares = rows[places, : side * side * self.num_channels].view(-1, side, side, self.num_channels)
+            pixels[places] = resize(squares, self.image_size, self.image_size)
+        flipped = [place for place, flip in enumerate(self.flips) if flip]
+        pixels[flipped] = pixels[flipped].flip(2)
+        return normalize(pixels.permute(0, 3, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -76,14 +98,30 @@ class ImageDataset(Dataset):
     aspect_ratio: AspectRatio = "crop"
     keep_batch_size: bool = False
 
-    def __getitems__(self, keys: Sequence[ImageKey]) -> ImageBatch:
+    @property
+    def max_side(self) -> int:
+        """Largest side of a square in a batch."""
+        return int(MAX_REDUCTION * self.image_size)
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of the largest square in a batch."""
+        return self.max_side**2 * self.num_channels
+
+    def __getitems__(self, keys: Sequence[ImageKey], rows: Tensor | None = None) -> ImageBatch:
         """The batch of some keys, in order; it depends on nothing else.
+
+        Args:
+            keys: of the images.
+            rows: uint8 `(len(keys) or more, row_size)`, memory for the batch; by default its own.
 
         Raises:
             UndecodableImage: `keep_batch_size`, and none of the images can be used.
         """
         encoded = self._encoded(keys)
-        pixels = torch.empty((len(keys), self.image_size, self.image_size, self.num_channels), dtype=torch.uint8)
+        rows = torch.empty((len(keys), self.row_size), dtype=torch.uint8) if rows is None else rows[: len(keys)]
+        memory = rows.numpy()
+        images, sides, flips = [key.image for key in keys], [0] * len(keys), [False] * len(keys)
         skipped = {}
         for place, key, draws in zip(range(len(keys)), keys, self._draws(keys), strict=True):
             if place == 0 or keys[place - 1].image != key.image:  # views of an image in a row: it is decoded once
@@ -91,19 +129,20 @@ class ImageDataset(Dataset):
             if isinstance(image, UndecodableImage):
                 skipped[place] = SkippedImage(key.image, encoded[place].name, str(image))
             else:
-                pixels[place] = self._square(image, key, draws)
-        images = [key.image for key in keys]
+                sides[place], flips[place] = self._put(memory[place], image, key, draws)
         if skipped:
             used = [place for place in range(len(keys)) if place not in skipped]
             if self.keep_batch_size:
                 for place, stand_in, key in _stand_ins(keys, used, skipped):
                     image = decode_pixels(encoded[stand_in], self.num_channels)
-                    pixels[place] = self._square(image, key, self._draws([key])[0])
+                    sides[place], flips[place] = self._put(memory[place], image, key, self._draws([key])[0])
                     images[place] = key.image
             else:
-                pixels, images = pixels[used], [images[place] for place in used]
+                rows[: len(used)] = rows[used]
+                rows, images = rows[: len(used)], [images[place] for place in used]
+                sides, flips = [sides[place] for place in used], [flips[place] for place in used]
         indices = torch.tensor(images, dtype=torch.int64)
-        return ImageBatch(pixels.permute(0, 3, 1, 2), indices, list(skipped.values()))
+        return ImageBatch(rows, sides, flips, self.image_size, self.num_channels, indices, list(skipped.values()))
 
     def _encoded(self, keys: Sequence[ImageKey]) -> list[EncodedImage]:
         """The images themselves: from the keys of a stream, else from the source in one go."""
@@ -120,11 +159,15 @@ class ImageDataset(Dataset):
         except UndecodableImage as error:
             return error
 
-    def _square(self, pixels: Tensor, key: ImageKey, draws: np.ndarray) -> Tensor:
-        """uint8 `(H, W, C)` → uint8 `(image_size, image_size, C)`."""
+    def _put(self, row: np.ndarray, pixels: Tensor, key: ImageKey, draws: np.ndarray) -> tuple[int, bool]:
+        """Leaves the square of an image, uint8 `(H, W, C)`, in a row; returns its side, and whether to mirror it."""
         if self.augmentation is None or (self.first_view_plain and key.view == 0):
-            return to_square(pixels, self.image_size, self.aspect_ratio)
-        return augment(pixels, self.image_size, self.augmentation, draws, self.aspect_ratio)
+            square, flip = to_square(pixels, self.image_size, self.aspect_ratio, max_side=self.max_side), False
+        else:
+            square, flip = augment(pixels, self.image_size, self.augmentation, draws, self.aspect_ratio, self.max_side)
+        made = square.numpy()  # copies with less ado than torch
+        row[: made.size].reshape(made.shape)[:] = made
+        return len(made), flip
 
 
 def _stand_ins(
@@ -139,149 +182,3 @@ def _stand_ins(
         stand_in = used[bisect(used, place) % len(used)]
         times[stand_in] += 1
         yield place, stand_in, keys[stand_in]._replace(view=keys[stand_in].view + times[stand_in])
-
-
-class TrainingSampler(Sampler[list[ImageKey]]):
-    """Batches of keys for one process, a pure function of (seed, step): nothing to save for an exact resume.
-
-    Every epoch is a permutation; one batch of every process together is a slice of it, so no image comes twice in an
-    epoch and at most one global batch is dropped at its end.
-
-    Args:
-        num_images: images in the split.
-        batch_size: images in a batch of one process.
-        start, stop: range of batches to yield.
-        seed: of the permutations.
-        rank, world_size: this process and how many there are.
-    """
-
-    def __init__(
-        self, num_images: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world_size: int = 1
-    ):
-        if num_images < batch_size * world_size:
-            raise ConfigError(
-                [
-                    Problem(
-                        "per_device_train_batch_size",
-                        f"received {batch_size} on {world_size} process(es), but there are only {num_images} training "
-                        "images; use a smaller batch",
-                    )
-                ]
-            )
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[list[ImageKey]]:
-        global_batch = self.batch_size * self.world_size
-        per_epoch = self.num_images // global_batch
-        current, order = -1, np.empty(0, dtype=np.int64)
-        for batch in range(self.start, self.stop):
-            epoch, position = divmod(batch, per_epoch)
-            if epoch != current:
-                current, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-            first = position * global_batch + self.rank * self.batch_size
-            yield [ImageKey(epoch, int(index)) for index in order[first : first + self.batch_size]]
-
-
-# Batches that torch lets each worker prepare ahead.
-PREFETCH = 2
-
-
-class BatchInSlot(NamedTuple):
-    """What a worker sends of an `ImageBatch`: where its pixels are."""
-
-    slot: int
-    images: list[int]
-    skipped: list[SkippedImage]
-
-
-class SharedSlots:
-    """Memory for the pixels of some batches that workers and the training process share from the start.
-
-    Shared memory made anew for every batch, torch's own way, costs a sixth of the time of loading (page faults). A
-    worker uses its `PREFETCH + 1` slots in turn. When it is told to make a batch, the one `PREFETCH` batches before has
-    arrived, so the one before that has been taken out, and its slot is free.
-    """
-
-    def __init__(self, shape: tuple[int, ...], num_workers: int):
-        self.pixels = torch.empty((num_workers, PREFETCH + 1, *shape), dtype=torch.uint8).flatten(0, 1).share_memory_()
-        self.turn = 0
-
-    def put(self, batch: ImageBatch) -> BatchInSlot:
-        """In a worker: the batch, its pixels left in the worker's next slot."""
-        slot = cast(Any, get_worker_info()).id * (PREFETCH + 1) + self.turn
-        self.turn = (self.turn + 1) % (PREFETCH + 1)
-        self.pixels[slot, : len(batch.pixels)] = batch.pixels.permute(0, 2, 3, 1)
-        return BatchInSlot(slot, batch.indices.tolist(), batch.skipped)
-
-    def take(self, batch: BatchInSlot, pin_memory: bool) -> ImageBatch:
-        """In the training process: the batch, in memory of its own."""
-        pixels = self.pixels[batch.slot, : len(batch.images)]
-        pixels = torch.empty_like(pixels, pin_memory=pin_memory).copy_(pixels)
-        return ImageBatch(pixels.permute(0, 3, 1, 2), torch.tensor(batch.images, dtype=torch.int64), batch.skipped)
-
-
-class BatchLoader(DataLoader):
-    """Batches of an `ImageDataset`, made by workers or, without any, in this process.
-
-    Args:
-        dataset: the images.
-        batch_sampler: the keys of each batch.
-        batch_size: keys in the largest batch.
-        num_workers: processes; 0 makes the batches in this one.
-        pin_memory: whether batches lie where a GPU copies from without waiting.
-    """
-
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        batch_sampler: Sampler,
-        batch_size: int,
-        num_workers: int,
-        pin_memory: bool,
-    ):
-        self._shape = (batch_size, dataset.image_size, dataset.image_size, dataset.num_channels)
-        self._pins = pin_memory
-        super().__init__(
-            dataset,
-            batch_sampler=batch_sampler,
-            collate_fn=_leave,  # type: ignore[arg-type]
-            num_workers=num_workers,
-            worker_init_fn=leave_signals_to_main,
-            prefetch_factor=PREFETCH if num_workers else None,
-        )
-
-    def __iter__(self) -> Iterator[ImageBatch]:  # type: ignore[override]
-        if not self.num_workers:
-            for batch in super().__iter__():
-                yield batch._replace(pixels=batch.pixels.pin_memory()) if self._pins else batch
-            return
-        slots = SharedSlots(self._shape, self.num_workers)  # of this pass alone: another may be going on
-        self.collate_fn = slots.put
-        for message in super().__iter__():
-            yield slots.take(message, self._pins)
-
-
-def _leave(batch: ImageBatch) -> ImageBatch:
-    """The batch is one already."""
-    return batch
-
-
-def training_loader(dataset: ImageDataset, sampler: Any, num_workers: int, pin_memory: bool) -> BatchLoader:
-    """Batches in the sampler's order."""
-    return BatchLoader(dataset, sampler, sampler.batch_size, num_workers, pin_memory)
-
-
-def keyed_loader(
-    dataset: ImageDataset,
-    keys: Iterable[ImageKey],
-    batch_size: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> BatchLoader:
-    """Batches of the given keys in order, each exactly once; keys are taken as batches are wanted."""
-    batches = BatchSampler(keys, batch_size, drop_last=False)  # type: ignore[arg-type]
-    return BatchLoader(dataset, batches, batch_size, num_workers, pin_memory)

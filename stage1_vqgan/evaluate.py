@@ -15,12 +15,11 @@ from configs.sections import NonNegative, Positive
 from stage1_vqgan.codebook import perplexity, usage
 from stage1_vqgan.data import ImageBatch, ImageDataset
 from stage1_vqgan.data_config import DataConfig
-from stage1_vqgan.image_processing_vqgan import normalize
+from stage1_vqgan.loading import evaluation_loader
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import load_tokenizer
 from stage1_vqgan.skipped import SkippedImages
 from stage1_vqgan.sources import load_images
-from stage1_vqgan.streaming import evaluation_loader
 
 
 @dataclass(kw_only=True)
@@ -63,9 +62,9 @@ def evaluate_reconstruction(
     totals = torch.zeros(4, dtype=precision, device=model.device)
     for batch in batches:
         totals[3] += len(batch.skipped)
-        if not len(batch.pixels):
+        if not len(batch.indices):
             continue
-        images = normalize(batch.pixels.to(model.device))
+        images = batch.images(model.device)
         out = model(images)
         reconstruction = out.reconstruction.float().clamp(-1, 1)
         absolute = F.l1_loss(reconstruction, images, reduction="none").flatten(1).mean(1)

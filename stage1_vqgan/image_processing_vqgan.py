@@ -122,6 +122,7 @@ def to_square(
     aspect_ratio: AspectRatio = "crop",
     zoom: float = 1.0,
     position: tuple[float, float] = (0.5, 0.5),
+    max_side: int = 0,
 ) -> Tensor:
     """Makes a `size × size` square of an image (bicubic, antialiased).
 
@@ -134,9 +135,11 @@ def to_square(
         aspect_ratio: what becomes of an image that is no square.
         zoom: at least 1.
         position: where the square lies, from left to right and from top to bottom in [0, 1]; (0.5, 0.5) is the centre.
+        max_side: a square that only has to be made smaller, and is not larger than this, is left to the caller to
+            `resize`.
 
     Returns:
-        uint8 `(size, size, C)`.
+        uint8 `(size, size, C)`; or `(side, side, C)`, `size` < side ≤ `max_side`.
     """
     height, width = pixels.shape[:2]
     zoomed = round(zoom * size)
@@ -148,17 +151,37 @@ def to_square(
     # than the result, else that of the result.
     side = round(min(height, width) / zoom)
     if side >= size:
-        return resize(window(pixels, side, position), size, size)
+        square = window(pixels, side, position)
+        return square if side <= max_side else resize(square, size, size)
     return window(resize(window(pixels, min(height, width), position), zoomed, zoomed), size, position)
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic, antialiased: uint8 `(H, W, C)` → uint8 `(height, width, C)`."""
-    if pixels.shape[:2] == (height, width):
+    """Bicubic, antialiased: uint8 `(..., H, W, C)` → uint8 `(..., height, width, C)`, on whatever device they are.
+
+    An image does not depend on those beside it.
+    """
+    if pixels.shape[-3:-1] == (height, width):
         return pixels
-    # channels-last in memory, a batch of one: the layout torch resizes uint8 in without unpacking it
-    images = pixels.contiguous()[None].permute(0, 3, 1, 2)
-    return F.interpolate(images, size=(height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    # channels-last in memory: the layout torch resizes uint8 in without unpacking it
+    images = pixels.contiguous().view(-1, *pixels.shape[-3:]).permute(0, 3, 1, 2)
+    if images.device.type == "cpu":
+        images = F.interpolate(images, size=(height, width), mode="bicubic", antialias=True)
+    else:
+        images = resize_in_floats(images, height, width)
+    return images.permute(0, 2, 3, 1).reshape(*pixels.shape[:-3], height, width, -1)
+
+
+def resize_in_floats(images: Tensor, height: int, width: int) -> Tensor:
+    """What a GPU does for `resize`: uint8 `(B, C, H, W)` → uint8 `(B, C, height, width)`.
+
+    One pixel of a photo in 150 differs from the CPU's integers, by 1 level and rarely by 2: the CPU, too, rounds to
+    8 bits after each of the two passes.
+    """
+    resized = images.float()
+    for size in ((images.shape[2], width), (height, width)):
+        resized = F.interpolate(resized, size=size, mode="bicubic", antialias=True).round_().clamp_(0, 255)
+    return resized.to(torch.uint8)
 
 
 def window(pixels: Tensor, side: int, position: tuple[float, float]) -> Tensor:

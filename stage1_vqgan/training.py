@@ -13,15 +13,16 @@ from configs import check
 from configs.interruption import StopRequest
 from configs.run_folder import RunFolder, push_run
 from stage1_vqgan import checkpointing
-from stage1_vqgan.data import ImageDataset, training_loader
+from stage1_vqgan.data import ImageDataset
 from stage1_vqgan.evaluate import evaluate_reconstruction
 from stage1_vqgan.health import Health
-from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
+from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid
+from stage1_vqgan.loading import evaluation_loader, training_loader
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.reporting import Reporter, Window
+from stage1_vqgan.samplers import some_images, training_sampler
 from stage1_vqgan.skipped import SkippedImages
 from stage1_vqgan.sources import load_images
-from stage1_vqgan.streaming import evaluation_loader, some_images, training_sampler
 from stage1_vqgan.training_config import Stage1Config
 from stage1_vqgan.training_step import VQGANTrainer, key
 
@@ -142,7 +143,7 @@ class Training:
         loader = training_loader(self.train_set, sampler, config.dataloader_num_workers, pin_memory)
         if start == 0 and config.codebook.kmeans_init_batches and config.model_name_or_path is None:
             first = self.skipped.watch("train", islice(loader, config.codebook.kmeans_init_batches))
-            trainer.initialise_codebook(batch.pixels for batch in first)
+            trainer.initialise_codebook(batch.images(accelerator.device) for batch in first)
         if start == config.max_steps:
             return self.evaluate(start, reporter)
 
@@ -154,8 +155,7 @@ class Training:
             # dropout: keyed, so that resuming is exact
             torch.manual_seed(key(config.seed, number, accelerator.process_index))
             learning_rate = trainer.set_learning_rate(step)
-            pixels = batch.pixels.to(accelerator.device, non_blocking=True)
-            images = normalize(pixels).contiguous(memory_format=memory_format)
+            images = batch.images(accelerator.device).contiguous(memory_format=memory_format)
             window.add(step, len(images), trainer.step(images, step))
             if (number + 1) % accumulation:
                 continue
@@ -204,13 +204,15 @@ class Training:
         reporter.scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
         if not accelerator.is_main_process:
             return metrics
-        shown = dataset.__getitems__(some_images(dataset.source, config.num_sample_images)).pixels
-        if len(shown):
-            originals = normalize(shown)
+        shown = dataset.__getitems__(some_images(dataset.source, config.num_sample_images))
+        if len(shown.indices):
+            originals = shown.images(model.device)
             with torch.no_grad():
-                pair = torch.cat([originals, model(originals.to(model.device)).reconstruction.cpu()])
+                pair = torch.cat([originals, model(originals).reconstruction])
             processor = VQGANImageProcessor(dataset.image_size, dataset.num_channels)
-            reporter.image("reconstructions", image_grid(processor.postprocess(pair), len(shown), min_tile=64), step)
+            reporter.image(
+                "reconstructions", image_grid(processor.postprocess(pair), len(originals), min_tile=64), step
+            )
         return metrics
 
     def save(self, step: int, window: Window) -> None:

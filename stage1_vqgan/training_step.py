@@ -18,7 +18,6 @@ from torch.optim import AdamW
 from configs import ConfigError, Problem
 from stage1_vqgan.codebook import CodebookMonitor, kmeans
 from stage1_vqgan.discriminator import PatchDiscriminator
-from stage1_vqgan.image_processing_vqgan import normalize
 from stage1_vqgan.losses import (
     PerceptualLoss,
     adaptive_weight,
@@ -173,10 +172,9 @@ class VQGANTrainer:
 
     @torch.no_grad()
     def initialise_codebook(self, batches: Iterable[Tensor]) -> None:
-        """k-means over the latents of the given uint8 batches, of all processes together."""
-        pixels = (normalize(batch.to(self.accelerator.device)) for batch in batches)
+        """k-means over the latents of the given batches, as `step` takes them, of all processes together."""
         # gathered batch by batch: the order of the latents does not depend on the number of processes
-        everything = torch.cat([self.accelerator.gather(rows(self.model.encode(x).latents)) for x in pixels])
+        everything = torch.cat([self.accelerator.gather(rows(self.model.encode(x).latents)) for x in batches])
         config = self.model.config
         centres = kmeans(everything, config.num_embeddings, config.l2_normalize, self.config.seed)
         centres = broadcast(centres)  # sums on a GPU come in any order: take those of one process

@@ -31,7 +31,6 @@ from stage1_vqgan import (
     keyed_loader,
     load_images,
     load_tokenizer,
-    normalize,
 )
 from stage2_prior.code_store import (
     MANIFEST_NAME,
@@ -198,10 +197,10 @@ def _encode_shard(
     for batch in loader:
         owners.append(batch.indices)
         skipped |= {image.image: image for image in batch.skipped}
-        if len(batch.pixels):
-            out = model.encode(normalize(batch.pixels.to(accelerator.device, non_blocking=True)))
+        if len(batch.indices):
+            out = model.encode(batch.images(accelerator.device))
             codes.append(cast(Tensor, out.codes).flatten(1))
-        bar.update(len(batch.pixels))
+        bar.update(len(batch.indices))
     rows = torch.cat(codes).cpu().numpy().astype(code_dtype(model.config.num_embeddings))
     rows = rows[~np.isin(torch.cat(owners).numpy(), list(skipped))]  # all views of an image or none
     rows = rearrange(rows, "(image view) code -> (view image) code", view=num_views)

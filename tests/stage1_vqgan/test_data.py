@@ -1,14 +1,11 @@
 """Images for training: every source, keyed augmentation, and batches that no interruption or process count changes."""
 
-from itertools import pairwise
-
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from configs import ConfigError
 from stage1_vqgan import (
     AugmentationConfig,
     EncodedImage,
@@ -19,12 +16,11 @@ from stage1_vqgan import (
     VQGANImageProcessor,
     decode,
     keyed_loader,
-    normalize,
 )
 from stage1_vqgan.augmentation import NUM_DRAWS, _mix, affine, augment, keyed_draws
-from stage1_vqgan.data import training_loader
 from stage1_vqgan.decoding import UndecodableImage
 from stage1_vqgan.image_processing_vqgan import to_pixels, to_square
+from stage1_vqgan.loading import training_loader
 
 
 @pytest.fixture(autouse=True)
@@ -50,16 +46,21 @@ def strong(**settings):
     return ImageDataset(ImageSource(noise_images(), None, None), 8, 3, STRONG, **settings)
 
 
+def pixels_of(batch):
+    """uint8 `(B, C, H, W)`."""
+    return (127.5 * (batch.images() + 1)).round().to(torch.uint8)
+
+
 def one(dataset, *key):
     """The image of one key, `(C, H, W)`."""
-    (image,) = dataset.__getitems__([ImageKey(*key)]).pixels
+    (image,) = pixels_of(dataset.__getitems__([ImageKey(*key)]))
     return image
 
 
 def test_augmentation_is_a_function_of_the_key():
     first, second = strong(seed=3), strong(seed=3)
     keys = [ImageKey(epoch, index, view) for epoch in (0, 1) for index in (2, 5) for view in (0, 1)]
-    images = dict(zip(keys, first.__getitems__(keys).pixels, strict=True))
+    images = dict(zip(keys, pixels_of(first.__getitems__(keys)), strict=True))
     np.random.seed(1)
     torch.manual_seed(1)
     for key in reversed(keys):  # another order, one at a time
@@ -101,28 +102,42 @@ def test_training_and_the_processor_make_the_same_pixels():
         dataset = ImageDataset(ImageSource(noise_images(), None, None), 8, 3, aspect_ratio=aspect_ratio)
         batch = dataset.__getitems__([ImageKey(0, index) for index in range(12)])
         processor = VQGANImageProcessor(8, 3, aspect_ratio)
-        assert torch.equal(normalize(batch.pixels), processor(noise_images())["pixel_values"])
+        assert torch.equal(batch.images(), processor(noise_images())["pixel_values"])
+
+
+def test_squares_of_every_side_become_the_same_pixels():
+    images = [noise_images(1, size)[0] for size in [(12, 13), (20, 30), (5, 9), (12, 12), (8, 8), (11, 10), (13, 13)]]
+    keys = [ImageKey(0, index) for index in range(len(images))]
+    batch = ImageDataset(ImageSource(images, None, None), 8, 3).__getitems__(keys)
+    assert batch.sides == [12, 8, 8, 12, 8, 10, 8] and not any(batch.flips)  # up to 12 they are resized at last
+    expected = VQGANImageProcessor(8, 3)(images)["pixel_values"]
+    assert torch.equal(batch.images(), expected)
+    flipping = AugmentationConfig(horizontal_flip=True)
+    mirrored = ImageDataset(ImageSource(images, None, None), 8, 3, flipping, seed=1).__getitems__(keys)
+    assert mirrored.sides == batch.sides and 0 < sum(mirrored.flips) < len(keys)
+    for image, flips, plain in zip(mirrored.images(), mirrored.flips, expected, strict=True):
+        assert torch.equal(image, plain.flip(2) if flips else plain)
 
 
 def test_batches_do_not_depend_on_workers():
     dataset = strong()
     batches = [list(training_loader(dataset, TrainingSampler(12, 4, 2, 9, 0), n, False)) for n in (0, 2)]
-    first = batches[0][0].pixels
-    assert len(batches[0]) == 7 and first.dtype == torch.uint8 and first.shape == (4, 3, 8, 8)
+    first = batches[0][0].images()
+    assert len(batches[0]) == 7 and first.dtype == torch.float32 and first.shape == (4, 3, 8, 8)
     assert first.is_contiguous(memory_format=torch.channels_last)
     for alone, others in zip(*batches, strict=True):
-        assert torch.equal(alone.pixels, others.pixels) and torch.equal(alone.indices, others.indices)
+        assert torch.equal(alone.images(), others.images()) and torch.equal(alone.indices, others.indices)
 
 
 def test_passes_that_overlap_do_not_meet_in_memory():
     """Workers write into memory that is used again and again; nobody sees a batch that was overwritten."""
     dataset, sampler = strong(), TrainingSampler(12, 4, 0, 40, 0)
-    expected = [batch.pixels for batch in training_loader(dataset, sampler, 0, False)]
+    expected = [batch.images() for batch in training_loader(dataset, sampler, 0, False)]
     loader = training_loader(dataset, sampler, 2, False)
     first = iter(loader)
-    kept = [next(first).pixels for _ in range(9)]
-    second = [batch.pixels for batch in loader]  # while the workers of the first pass are ahead of it
-    kept += [batch.pixels for batch in first]
+    kept = [next(first).images() for _ in range(9)]
+    second = [batch.images() for batch in loader]  # while the workers of the first pass are ahead of it
+    kept += [batch.images() for batch in first]
     for found in (kept, second):
         assert len(found) == 40 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -131,8 +146,8 @@ def test_passes_that_overlap_do_not_meet_in_memory():
 def test_keyed_loader_yields_each_key_once_in_order(num_workers):
     keys = [ImageKey(0, index, view) for view in (1, 0) for index in (5, 0, 11, 7, 3)]
     batches = list(keyed_loader(strong(), keys, 4, num_workers))
-    assert [len(batch.pixels) for batch in batches] == [4, 4, 2]
-    assert torch.equal(torch.cat([batch.pixels for batch in batches]), strong().__getitems__(keys).pixels)
+    assert [len(batch.indices) for batch in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat([batch.images() for batch in batches]), strong().__getitems__(keys).images())
     assert torch.cat([batch.indices for batch in batches]).tolist() == [key.image for key in keys]
 
 
@@ -142,7 +157,7 @@ def test_a_stream_brings_its_images_in_the_keys():
     source = ImageSource([image if n % 2 == 0 else None for n, image in enumerate(images)], None, None)
     found = ImageDataset(source, 8, 3, STRONG).__getitems__(keys)
     expected = strong().__getitems__([ImageKey(1, index) for index in range(6)])
-    assert torch.equal(found.pixels, expected.pixels) and not found.skipped
+    assert torch.equal(found.images(), expected.images()) and not found.skipped
 
 
 BAD = (1, 2, 7)
@@ -163,11 +178,11 @@ def test_images_that_cannot_be_used_are_left_out():
     keys = [ImageKey(0, index) for index in (3, 1, 0, 2, 5)]
     batch = with_bad_images().__getitems__(keys)
     assert batch.indices.tolist() == [3, 0, 5]
-    assert torch.equal(batch.pixels, strong().__getitems__([keys[0], keys[2], keys[4]]).pixels)
+    assert torch.equal(batch.images(), strong().__getitems__([keys[0], keys[2], keys[4]]).images())
     assert [(image.image, image.name) for image in batch.skipped] == [(1, "1.png"), (2, "2.png")]
     assert all("no image format" in image.reason for image in batch.skipped)
     empty = with_bad_images().__getitems__([ImageKey(0, index) for index in BAD])
-    assert empty.pixels.shape == (0, 3, 8, 8) and empty.pixels.dtype == torch.uint8
+    assert empty.images().shape == (0, 3, 8, 8) and not empty.sides
     assert empty.indices.shape == (0,) and empty.indices.dtype == torch.int64 and len(empty.skipped) == 3
 
 
@@ -177,7 +192,7 @@ def test_a_batch_keeps_its_size_with_other_views_of_its_next_images():
     assert batch.indices.tolist() == [3, 0, 0, 0, 5, 3]  # the last place goes round to the first image
     views = [(3, 0), (0, 1), (0, 2), (0, 0), (5, 0), (3, 1)]
     expected = strong().__getitems__([ImageKey(4, index, view) for index, view in views])
-    assert torch.equal(batch.pixels, expected.pixels)
+    assert torch.equal(batch.images(), expected.images())
     assert [image.image for image in batch.skipped] == [1, 2, 7]
     with pytest.raises(UndecodableImage, match=r"none of the 3 images[\s\S]*1\.png: .*\n.*2\.png: .*\n.*7\.png: "):
         dataset.__getitems__([ImageKey(0, index) for index in BAD])
@@ -187,7 +202,7 @@ def test_bad_images_do_not_depend_on_workers():
     dataset = with_bad_images(keep_batch_size=True)
     alone, others = (list(training_loader(dataset, TrainingSampler(12, 4, 0, 6, 0), n, False)) for n in (0, 2))
     for one_batch, other in zip(alone, others, strict=True):
-        assert len(one_batch.pixels) == 4 and torch.equal(one_batch.pixels, other.pixels)
+        assert len(one_batch.images()) == 4 and torch.equal(one_batch.images(), other.images())
         assert torch.equal(one_batch.indices, other.indices) and one_batch.skipped == other.skipped
     assert sum(len(batch.skipped) for batch in alone) == 2 * len(BAD)  # two epochs
 
@@ -202,7 +217,8 @@ def test_channels_and_type(channels, mode):
 
 
 def augmented(image, config, number):
-    return augment(to_pixels(image), 8, config, np.random.default_rng(number).random(NUM_DRAWS)).numpy()
+    pixels, flips = augment(to_pixels(image), 8, config, np.random.default_rng(number).random(NUM_DRAWS))
+    return (pixels.flip(1) if flips else pixels).numpy()
 
 
 def test_flip_mirrors_half_of_the_images():
@@ -266,43 +282,3 @@ def test_any_allowed_change_repeats_the_border(angle, scale, shift):
     for sign in (1, -1):
         found = affine(Image.new("L", (16, 16), 200), np.radians(angle), scale, (sign * 16 * shift, 16 * shift))
         assert set(np.asarray(found).flatten()) == {200}
-
-
-def batches(num_images=23, batch_size=4, start=0, stop=17, seed=5, **where):
-    return list(TrainingSampler(num_images, batch_size, start, stop, seed, **where))
-
-
-def test_an_epoch_has_no_image_twice_and_drops_less_than_a_batch():
-    by_epoch = {}
-    for batch in batches():
-        assert len(batch) == 4 and all(key.view == 0 and key.encoded is None for key in batch)
-        for key in batch:
-            by_epoch.setdefault(key.epoch, []).append(key.image)
-    assert list(by_epoch) == [0, 1, 2, 3]
-    for indices in list(by_epoch.values())[:3]:
-        assert len(indices) == 20 and len(set(indices)) == 20 and set(indices) <= set(range(23))
-    assert all(a != b for a, b in pairwise(by_epoch.values()))  # each epoch has its own order
-    left_out = [set(range(23)) - set(indices) for indices in list(by_epoch.values())[:3]]
-    assert len(set.union(*left_out)) > 3  # and drops other images
-
-
-def test_ranks_together_are_one_process_with_a_larger_batch():
-    whole = batches(batch_size=6)
-    ranks = [batches(batch_size=2, rank=rank, world_size=3) for rank in range(3)]
-    assert [a + b + c for a, b, c in zip(*ranks, strict=True)] == whole
-
-
-@pytest.mark.parametrize("start", [0, 1, 5, 12, 17])
-def test_a_later_start_is_the_tail_of_the_whole_run(start):
-    assert batches(start=start) == batches()[start:]
-    assert len(TrainingSampler(23, 4, start, 17, 5)) == 17 - start
-
-
-def test_the_seed_decides_the_order():
-    assert batches(seed=5) == batches(seed=5) != batches(seed=6)
-
-
-def test_too_few_images_for_a_batch():
-    assert len(batches(num_images=8, batch_size=4, world_size=2, stop=3)) == 3
-    with pytest.raises(ConfigError, match=r"per_device_train_batch_size.* 7 training images"):
-        batches(num_images=7, batch_size=4, world_size=2)

@@ -209,6 +209,9 @@ def jpegs():
         if number % 3 == 2:
             content[RNG.integers(2, len(content))] = RNG.integers(256)
         yield bytes(content)
+        for _ in range(10):  # damage to the header, which Pillow does not read if it is a bare one
+            place, cut = RNG.integers(2, content.find(b"\xff\xda") + 14), RNG.integers(3)
+            yield bytes(content[:place] + RNG.bytes(RNG.integers(1, 3)) + content[place + cut :])
 
 
 def test_torchvision_and_pillow_agree_on_jpegs():

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from stage1_vqgan import VQGANImageProcessor, image_grid, normalize
-from stage1_vqgan.image_processing_vqgan import convert_mode, resize, to_pil, to_pixels, to_square
+from stage1_vqgan.image_processing_vqgan import convert_mode, resize, resize_in_floats, to_pil, to_pixels, to_square
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 4, 3), dtype=np.uint8)
@@ -140,6 +140,16 @@ def test_resize_is_that_of_pillow(before, after, channels):
     expected = np.asarray(image.resize(after, Image.Resampling.BICUBIC), dtype=int).reshape(*after[::-1], channels)
     found = resize(to_pixels(image), *after[::-1]).numpy()
     assert found.dtype == np.uint8 and np.abs(found - expected).max() <= 2
+
+
+@pytest.mark.parametrize("before, after", [((9, 12), (8, 8)), ((72, 72), (64, 64)), ((5, 7), (9, 9))])
+def test_resize_of_a_batch_and_in_floats(before, after):
+    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, *before, 3), dtype=np.uint8))
+    found = resize(noise, *after)
+    assert found.shape == (6, *after, 3) and torch.equal(found, torch.stack([resize(image, *after) for image in noise]))
+    in_floats = resize_in_floats(noise.permute(0, 3, 1, 2), *after).permute(0, 2, 3, 1)
+    difference = (in_floats.int() - found.int()).abs()
+    assert in_floats.dtype == torch.uint8 and difference.max() <= 2 and (difference > 0).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("size, zoom", [(32, 1.0), (32, 1.25), (32, 1.6), (128, 1.0), (128, 1.3)])

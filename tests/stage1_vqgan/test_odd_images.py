@@ -153,4 +153,4 @@ def test_as_one_batch(aspect_ratio):
     batch = dataset.__getitems__([ImageKey(0, index) for index in range(len(names))])
     assert {image.name for image in batch.skipped} == SKIPPED.keys()
     assert {names[index] for index in batch.indices} == USED.keys()
-    assert batch.pixels.shape == (31, 3, 32, 32)
+    assert batch.images().shape == (31, 3, 32, 32)

@@ -16,7 +16,8 @@ from stage1_vqgan.skipped import FILE_NAME, MAX_LISTED, MAX_WARNINGS, SkippedIma
 def batch(*bad, good=8):
     """A batch of some good images and these bad ones."""
     skipped = [SkippedImage(number, f"{number}.jpg", f"reason {number}") for number in bad]
-    return ImageBatch(torch.empty(good, 3, 4, 4, dtype=torch.uint8), torch.arange(good), skipped)
+    rows = torch.empty(good, 48, dtype=torch.uint8)
+    return ImageBatch(rows, [4] * good, [False] * good, 4, 3, torch.arange(good), skipped)
 
 
 def records(folder):

@@ -1,4 +1,4 @@
-"""Streams: every image once an epoch over all processes, in an order that interruptions and workers do not change."""
+"""Every image once an epoch over all processes, in an order that interruptions and workers do not change."""
 
 import threading
 import time
@@ -11,16 +11,9 @@ import torch
 
 from configs import ConfigError
 from stage1_vqgan import AugmentationConfig, DataConfig, ImageDataset, TrainingSampler, load_images
-from stage1_vqgan.data import training_loader
 from stage1_vqgan.evaluate import evaluate_reconstruction
-from stage1_vqgan.streaming import (
-    EveryImage,
-    StreamSampler,
-    evaluation_loader,
-    read_ahead,
-    some_images,
-    training_sampler,
-)
+from stage1_vqgan.loading import evaluation_loader, training_loader
+from stage1_vqgan.samplers import EveryImage, StreamSampler, read_ahead, some_images, training_sampler
 from tests.image_files import picture, value_of, values, write_folder, write_parquet, write_tar
 
 SIZES = [7, 11, 5, 9, 6, 4]  # of the files: 42 images
@@ -115,7 +108,7 @@ def test_batches_do_not_depend_on_workers(streams):
     )
     assert len(one) == len(other) == 12
     for a, b in zip(one, other, strict=True):
-        assert torch.equal(a.pixels, b.pixels) and torch.equal(a.indices, b.indices)
+        assert torch.equal(a.images(), b.images()) and torch.equal(a.indices, b.indices)
 
 
 def test_the_sampler_fits_the_source(streams, tmp_path):
@@ -134,7 +127,7 @@ def test_evaluation_sees_every_image_once(streams, tmp_path, world_size):
         for rank in range(world_size):
             keys = list(EveryImage(source, rank, world_size))
             loader = evaluation_loader(dataset, 4, rank=rank, world_size=world_size)
-            loaded = [batch.pixels[:, 0, 0, 0] for batch in loader]
+            loaded = [(127.5 * (batch.images()[:, 0, 0, 0] + 1)).round().int() for batch in loader]
             seen += torch.cat(loaded).tolist() if loaded else []
             assert len(keys) == sum(map(len, loaded))
             try:
@@ -210,3 +203,43 @@ def test_metrics_leave_out_what_cannot_be_decoded(tiny_pipeline, tmp_path):
         (tmp_path / "a" / f"{n}.png").write_bytes(b"no image")
     with pytest.raises(ConfigError, match="none of the 4 images can be decoded"):
         metrics()
+
+
+def shuffled(num_images=23, batch_size=4, start=0, stop=17, seed=5, **where):
+    return list(TrainingSampler(num_images, batch_size, start, stop, seed, **where))
+
+
+def test_an_epoch_has_no_image_twice_and_drops_less_than_a_batch():
+    by_epoch = {}
+    for batch in shuffled():
+        assert len(batch) == 4 and all(key.view == 0 and key.encoded is None for key in batch)
+        for key in batch:
+            by_epoch.setdefault(key.epoch, []).append(key.image)
+    assert list(by_epoch) == [0, 1, 2, 3]
+    for indices in list(by_epoch.values())[:3]:
+        assert len(indices) == 20 and len(set(indices)) == 20 and set(indices) <= set(range(23))
+    assert all(a != b for a, b in pairwise(by_epoch.values()))  # each epoch has its own order
+    left_out = [set(range(23)) - set(indices) for indices in list(by_epoch.values())[:3]]
+    assert len(set.union(*left_out)) > 3  # and drops other images
+
+
+def test_ranks_together_are_one_process_with_a_larger_batch():
+    whole = shuffled(batch_size=6)
+    ranks = [shuffled(batch_size=2, rank=rank, world_size=3) for rank in range(3)]
+    assert [a + b + c for a, b, c in zip(*ranks, strict=True)] == whole
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 12, 17])
+def test_a_later_start_is_the_tail_of_a_whole_shuffled_run(start):
+    assert shuffled(start=start) == shuffled()[start:]
+    assert len(TrainingSampler(23, 4, start, 17, 5)) == 17 - start
+
+
+def test_the_seed_decides_the_order():
+    assert shuffled(seed=5) == shuffled(seed=5) != shuffled(seed=6)
+
+
+def test_too_few_images_for_a_batch():
+    assert len(shuffled(num_images=8, batch_size=4, world_size=2, stop=3)) == 3
+    with pytest.raises(ConfigError, match=r"per_device_train_batch_size.* 7 training images"):
+        shuffled(num_images=7, batch_size=4, world_size=2)

@@ -11,15 +11,61 @@ from contextlib import closing
 from queue import Full, Queue
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader, Sampler
+import numpy as np
+from torch.utils.data import Sampler
 
 from configs import ConfigError, Problem
-from stage1_vqgan.data import ImageDataset, ImageKey, TrainingSampler, keyed_loader
+from stage1_vqgan.data import ImageKey
 from stage1_vqgan.sources import Images, ImageSource, ImageStream
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+
+class TrainingSampler(Sampler[list[ImageKey]]):
+    """Batches of keys for one process, a pure function of (seed, step): nothing to save for an exact resume.
+
+    Every epoch is a permutation; one batch of every process together is a slice of it, so no image comes twice in an
+    epoch and at most one global batch is dropped at its end.
+
+    Args:
+        num_images: images in the split.
+        batch_size: images in a batch of one process.
+        start, stop: range of batches to yield.
+        seed: of the permutations.
+        rank, world_size: this process and how many there are.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world_size: int = 1
+    ):
+        if num_images < batch_size * world_size:
+            raise ConfigError(
+                [
+                    Problem(
+                        "per_device_train_batch_size",
+                        f"received {batch_size} on {world_size} process(es), but there are only {num_images} training "
+                        "images; use a smaller batch",
+                    )
+                ]
+            )
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[ImageKey]]:
+        global_batch = self.batch_size * self.world_size
+        per_epoch = self.num_images // global_batch
+        current, order = -1, np.empty(0, dtype=np.int64)
+        for batch in range(self.start, self.stop):
+            epoch, position = divmod(batch, per_epoch)
+            if epoch != current:
+                current, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+            first = position * global_batch + self.rank * self.batch_size
+            yield [ImageKey(epoch, int(index)) for index in order[first : first + self.batch_size]]
 
 
 class StreamSampler(Sampler[list[ImageKey]]):
@@ -133,18 +179,6 @@ class EveryImage(Sampler[ImageKey]):
         if isinstance(self.source, ImageSource):
             return len(range(self.rank, len(self.source), self.world_size))
         return self.source.length(self.rank, self.world_size)
-
-
-def evaluation_loader(
-    dataset: ImageDataset,
-    batch_size: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataLoader:
-    """Batches of the images of one process, each once; over all processes every image."""
-    return keyed_loader(dataset, EveryImage(dataset.source, rank, world_size), batch_size, num_workers, pin_memory)
 
 
 def some_images(source: Images, count: int) -> list[ImageKey]:
