@@ -24,6 +24,7 @@ ALLOW = "give --allow_config_changes true"
 
 # What may change when a run goes on: none of it has an influence on the result.
 FREE_KEYS = {
+    "data.max_skipped_fraction",
     "output_dir",
     "logging_steps",
     "save_steps",
@@ -158,8 +159,8 @@ class RunFolder:
             return
         advice = f"choose another output_dir, remove {path.parent} to start over, or {ALLOW}"
         raise ConfigError(
-            [Problem(key, f"the run was started with {old!r}, now it is {new!r}") for key, old, new in differences]
-            + [Problem("output_dir", advice)],
+            [Problem("output_dir", advice)]  # first: a long list is cut
+            + [Problem(key, f"the run was started with {old!r}, now it is {new!r}") for key, old, new in differences],
             f"{path.parent} holds a run with other settings",
         )
 

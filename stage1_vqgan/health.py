@@ -113,7 +113,11 @@ class Health:
         self._told.add(subject)
 
     def _advice(self) -> str:
-        saved = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "none was saved yet"
+        saved = (
+            f"the last good checkpoint is {self.last_checkpoint}"
+            if self.last_checkpoint
+            else "no checkpoint was saved yet"
+        )
         return f"{saved}. Try a lower learning_rate, more warmup_steps, max_grad_norm 1, or bf16 false"
 
 

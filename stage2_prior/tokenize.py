@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from configs import ConfigError, Problem, run
+from configs import ConfigError, Problem, check, run
 from configs.folder_lock import held
 from configs.run_folder import write_json
 from stage1_vqgan import (
@@ -56,9 +56,10 @@ def tokenize(config: Stage2Config) -> CodeStore:
     own shards that are not there yet.
 
     Raises:
-        ConfigError: the folder holds codes that were made with other settings, too many images cannot be used, or
-            the validation split has labels beyond those of the training split.
+        ConfigError: the configuration cannot work, the folder holds codes that were made with other settings, too many
+            images cannot be used, or the validation split has labels beyond those of the training split.
     """
+    config = check(config)
     AcceleratorState._reset_state()  # a session may have trained before
     accelerator = Accelerator(mixed_precision="no")
     with held(config.code_store, "code_store") if accelerator.is_main_process else nullcontext():

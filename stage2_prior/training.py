@@ -106,7 +106,7 @@ class PriorTrainer(Trainer):
             steps = [step + 1 for step, loss in self._losses if not loss.isfinite()]
             what = f"the loss was not finite at step {steps[0]}" if steps else "a weight is not finite"
             existing = complete_checkpoints(self.run.path)
-            saved = f"the last good checkpoint is {existing[-1].path}" if existing else "none was saved yet"
+            saved = f"the last good checkpoint is {existing[-1].path}" if existing else "no checkpoint was saved yet"
             advice = "Try a lower learning_rate, more warmup_steps, max_grad_norm 1, or bf16 false"
             raise Diverged(f"{what} (now at step {self.state.global_step}); {saved}. {advice}")
         self._losses.clear()

@@ -21,6 +21,11 @@ class Part(Section):
 
 
 @dataclass(kw_only=True)
+class Data(Section):
+    max_skipped_fraction: float = 0.01
+
+
+@dataclass(kw_only=True)
 class Run(Section):
     output_dir: str
     max_steps: int = 20
@@ -31,6 +36,7 @@ class Run(Section):
     allow_config_changes: bool = False
     report_to: list[str] = field(default_factory=list)
     part: Part = field(default_factory=Part)
+    data: Data = field(default_factory=Data)
     model: dict[str, Any] = field(default_factory=dict)
 
 
@@ -90,6 +96,17 @@ def test_what_has_no_influence_may_change(config):
     assert opened(replace(config, save_steps=99, report_to=["tensorboard"])) is None
 
 
+def test_more_skipped_images_may_be_allowed_when_a_run_has_stopped_on_them(config):
+    start(config)
+    assert opened(replace(config, data=Data(max_skipped_fraction=0.2))) is None
+
+
+def test_what_to_do_is_told_above_any_number_of_differences(config):
+    start(config)
+    with pytest.raises(ConfigError, match=r"--allow_config_changes true(.|\n)*and 11 more"):
+        opened(replace(config, model={str(number): 1 for number in range(28)}))
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_other_settings_are_refused_with_each_key(config, finished):
     start(config)
@@ -135,7 +152,7 @@ def test_a_finished_run_can_be_lengthened(config):
         run.finish({"global_step": 20})
     longer = replace(config, max_steps=30)
     with pytest.raises(
-        ConfigError, match=r"max_steps: the run was started with 20, now it is 30[^$]*allow_config_changes"
+        ConfigError, match=r"allow_config_changes[^$]*max_steps: the run was started with 20, now it is 30"
     ):
         opened(longer)
     assert opened(config) is not None

@@ -44,7 +44,7 @@ def test_the_first_loss_that_is_not_finite_is_named(health):
 def test_state_that_is_not_finite_is_named(health):
     good, bad = torch.ones(3), torch.tensor([1.0, math.nan])
     health.require_finite_state([("a", [good, torch.tensor(3)]), ("b", [good])], step=5)
-    with pytest.raises(Diverged, match=r"the generator: not all numbers are finite after step 5; none was saved yet"):
+    with pytest.raises(Diverged, match=r"the generator: not all .* finite after step 5; no checkpoint was saved yet"):
         health.require_finite_state([("a", [good]), ("the generator", [good, bad])], step=5)
 
 
@@ -103,7 +103,7 @@ def broken_step(at, term):
         (6, "loss/pixel", r"loss/pixel was not finite at step 7; the last good checkpoint is .*checkpoint-6\."),
         (5, "loss/codebook", r"loss/codebook was not finite at step 6; the last good checkpoint is .*checkpoint-4\."),
         (7, "weights", r"the generator: not all numbers are finite after step 8; .*checkpoint-6\."),
-        (0, "loss/generator", r"loss/generator was not finite at step 1; none was saved yet"),
+        (0, "loss/generator", r"loss/generator was not finite at step 1; no checkpoint was saved yet"),
     ],
 )
 def test_a_run_ends_before_it_saves_them(tmp_path, monkeypatch, at, term, message):

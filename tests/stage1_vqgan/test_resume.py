@@ -141,7 +141,7 @@ def test_other_settings_are_refused(straight):
     with pytest.raises(ConfigError) as caught:
         train(make_config(folder, learning_rate=2e-3, **{"data.augmentation.rotate": 5}))
     keys = [problem.key for problem in caught.value.problems]
-    assert keys == ["data.augmentation.rotate", "learning_rate", "output_dir"]
+    assert keys == ["output_dir", "data.augmentation.rotate", "learning_rate"]
 
 
 def test_a_fresh_start_does_not_mix_with_old_checkpoints(copied):

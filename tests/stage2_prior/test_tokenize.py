@@ -117,6 +117,13 @@ def test_an_interrupted_store_is_completed(tiny_runs, tmp_path, small_shards):
     assert len(CodeStore(tmp_path).split("train")) == 2874
 
 
+def test_a_configuration_made_in_python_is_checked(tiny_runs, tmp_path):
+    config = replace(tiny_runs.stage2, code_store=str(tmp_path / "codes"), num_views=-4)
+    with pytest.raises(ConfigError, match="num_views: received -4"):
+        tokenize(config)
+    assert not (tmp_path / "codes").exists()
+
+
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("key", ["num_views", "seed", "data", "tokenizer_fingerprint"])
 def test_other_settings_are_refused(tiny_runs, tmp_path, key, finished):

@@ -277,7 +277,7 @@ def test_a_prior_without_condition_dropout_has_no_null_token(make_config, tiny_r
 def test_a_run_whose_numbers_overflow_ends_and_saves_nothing_of_it(make_config):
     """No tampering: a learning rate that no run survives; the loss is not hidden, as Trainer would by default."""
     config = make_config(learning_rate=1e30, max_grad_norm=0, max_steps=30, save_steps=25)
-    with pytest.raises(Diverged, match=r"the loss was not finite at step \d+ .*none was saved yet"):
+    with pytest.raises(Diverged, match=r"the loss was not finite at step \d+ .*no checkpoint was saved yet"):
         train(config)
     assert complete_checkpoints(config.output_dir) == []
 
