@@ -90,7 +90,8 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str, max_ste
 
     Args:
         output_dir: folder of the run.
-        resume_from_checkpoint: "latest" (if there is one), "none", or a path.
+        resume_from_checkpoint: "latest" (if there is one), "none", or a path: of the newest in the folder, or of one
+            elsewhere that the run starts from; when it has checkpoints of its own, those count.
         max_steps: of the run.
 
     Raises:
@@ -110,8 +111,11 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str, max_ste
         if chosen is None:
             allowed = "needs 'latest', 'none' or the path of a complete checkpoint-N"
             raise ConfigError([Problem(key, f"received {resume_from_checkpoint!r}; {allowed}")])
+        is_inside = chosen.path.parent.resolve() == Path(output_dir).resolve()
         later = [str(other.path) for other in existing if other.step > chosen.step]
-        if later:
+        if existing and not is_inside:  # the run has begun there, and has come further since
+            chosen = existing[-1]
+        elif later:
             message = f"received {resume_from_checkpoint!r}, but the run would mix with later ones"
             advice = f"move or remove {', '.join(later)}, or choose another output_dir"
             raise ConfigError([Problem(key, f"{message}; {advice}")])

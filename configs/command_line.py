@@ -1,9 +1,11 @@
 """What every command shares: `CONFIG --key value …` → a configuration, help, exit codes."""
 
 import errno
+import inspect
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from os import PathLike
@@ -13,6 +15,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from configs.interruption import Diverged, Stopped, sigterm_raises
 from configs.loader import load_config, to_dict
 from configs.problems import ConfigError, Problem, shown
+from configs.sections import Section
 from configs.yaml_files import parse_yaml, preset_names
 
 T = TypeVar("T")
@@ -92,8 +95,9 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
 
 
 def _exit(message: object, code: int) -> NoReturn:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"\n{message}" if code > 2 else message, file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(2)  # if the first process makes the same mistake, the launcher ends this one meanwhile
+    print(f"\n{message}" if code > 2 else message, file=sys.stderr)
     sys.exit(code)
 
 
@@ -115,8 +119,9 @@ def refused_path(config: Any, error: OSError) -> Problem | None:
 
 def describe(cls: type, prefix: str = "") -> list[str]:
     """The lines of `--help`: each section's explanation, then its keys with their defaults."""
-    documentation = [line.strip() for line in (cls.__doc__ or "").strip().splitlines()]
-    lines = [*documentation, ""]
+    lines = []
+    for part in (cls, *(base for base in cls.__mro__[1:] if is_dataclass(base) and base is not Section)):
+        lines += [*inspect.cleandoc(part.__doc__ or "").splitlines(), ""]
     sections = []
     hints = get_type_hints(cls)
     for field in fields(cls):  # type: ignore[arg-type]

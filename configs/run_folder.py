@@ -32,7 +32,6 @@ FREE_KEYS = {
     "resume_from_checkpoint",
     "allow_config_changes",
     "dataloader_num_workers",
-    "data.max_skipped_fraction",
     "report_to",
     "push_to_hub",
     "hub_model_id",
@@ -77,11 +76,6 @@ class RunFolder:
         try:
             if holds_work(self.path):
                 self._compare(self.path / CONFIG_NAME)
-            if self.is_main_process:
-                remove_unfinished(self.path)
-                if self.finished is None:
-                    (self.path / RESULTS_NAME).unlink(missing_ok=True)
-                    save_config(self.config, self.path / CONFIG_NAME)
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
@@ -104,28 +98,34 @@ class RunFolder:
         """Spent on the run so far, over all its sessions."""
         return time.perf_counter() - self._started
 
-    def checkpoint_to_resume(self, num_processes: int) -> Checkpoint | None:
+    def begin(self, num_processes: int) -> Checkpoint | None:
         """The complete checkpoint to go on from, see `find_checkpoint`; None to start anew.
 
-        The logs are cut back to it.
+        To be called when all else has been found in order: only now the folder is changed. The settings become those of
+        the run, and the logs are cut back to the checkpoint.
 
         Raises:
             ConfigError: see `find_checkpoint`; or the number of processes, or settings of the run it is from, differ.
         """
         config = self.config
         found = find_checkpoint(self.path, config.resume_from_checkpoint, config.max_steps)
-        if found is None:
-            return None
+        if found is not None:
+            self._check_origin(found, num_processes)
+            self._started -= found.seconds
+        if self.is_main_process:
+            remove_unfinished(self.path)
+            (self.path / RESULTS_NAME).unlink(missing_ok=True)
+            save_config(config, self.path / CONFIG_NAME)
+            self._cut_log(found.step if found is not None else 0)
+        return found
+
+    def _check_origin(self, found: Checkpoint, num_processes: int) -> None:
         if found.path.parent.resolve() != self.path.resolve():
             self._compare(found.path.parent / CONFIG_NAME)
-        if found.num_processes != num_processes and not config.allow_config_changes:
+        if found.num_processes != num_processes and not self.config.allow_config_changes:
             message = f"received {num_processes}, but {found.path} was saved by {found.num_processes}"
             advice = f"batches would change; launch as before, or {ALLOW}"
             raise ConfigError([Problem("number of processes", f"{message}: {advice}")])
-        self._started -= found.seconds
-        if self.is_main_process:
-            self._cut_log(found.step)
-        return found
 
     def publish(self, step: int, num_processes: int) -> Path:
         """Completes the checkpoint that all processes have written at `unfinished_path`; for the main process."""

@@ -93,7 +93,10 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             return show(metrics)
 
     started = time.perf_counter()
-    train, validation = (real_images(pipeline, source, config.max_real_images) for source in load_images(config.data))
+    share = config.data.max_skipped_fraction
+    train, validation = (
+        real_images(pipeline, source, config.max_real_images, share) for source in load_images(config.data)
+    )
     real_train, real_validation = (area_features(images.pixels, config.feature_size) for images in (train, validation))
     if config.num_components > min(real_train.shape):
         allowed = f"at most {min(real_train.shape)} with these images and this feature_size"
@@ -161,22 +164,26 @@ class RealImages(NamedTuple):
     skipped: int
 
 
-def real_images(pipeline: VQGANPipeline, source: Images, count: int) -> RealImages:
+def real_images(pipeline: VQGANPipeline, source: Images, count: int, max_skipped_fraction: float) -> RealImages:
     """At most `count` images of a split: evenly spread over it, of a stream the first ones.
 
     Raises:
-        ConfigError: none of them can be decoded.
+        ConfigError: too many of them cannot be decoded.
     """
-    pixels, labels, skipped = [], [], 0
+    pixels, labels, skipped = [], [], list[str]()
     for encoded, label in some_of(source, count):
         try:
             pixels.append(pipeline.image_processor(decode(encoded))["pixel_values"])
             labels.append(label)
-        except UndecodableImage:
-            skipped += 1
-    if not pixels:
-        raise ConfigError([Problem("data.dataset", f"none of {skipped} images can be decoded")])
-    return RealImages(torch.cat(pixels), np.array(labels, dtype=np.int64) if source.has_labels else None, skipped)
+        except UndecodableImage as error:
+            skipped.append(f"{encoded.name}: {error}")
+    total = len(pixels) + len(skipped)
+    if not pixels or len(skipped) > max_skipped_fraction * total:
+        listed = "".join(f"\n      {line}" for line in skipped[:20])
+        message = f"received {max_skipped_fraction:g}, but {len(skipped)} of {total} images cannot be decoded:{listed}"
+        raise ConfigError([Problem("data.max_skipped_fraction", message)])
+    images = torch.cat(pixels)
+    return RealImages(images, np.array(labels, dtype=np.int64) if source.has_labels else None, len(skipped))
 
 
 def some_of(source: Images, count: int) -> Iterator[tuple[EncodedImage, int | None]]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
     from stage1_vqgan.loading import keyed_loader
     from stage1_vqgan.modeling_vqgan import VQGANModel
-    from stage1_vqgan.pretrained import load_tokenizer
+    from stage1_vqgan.pretrained import is_repo_id, load_tokenizer
     from stage1_vqgan.samplers import TrainingSampler
     from stage1_vqgan.sources import Images, ImageSource, ImageStream, load_images
     from stage1_vqgan.training_config import Stage1Config
@@ -37,6 +37,7 @@ _HOMES = {
     "TrainingSampler": "samplers",
     "keyed_loader": "loading",
     "load_images": "sources",
+    "is_repo_id": "pretrained",
     "load_tokenizer": "pretrained",
     "Stage1Config": "training_config",
 }
@@ -62,6 +63,7 @@ __all__ = [
     "image_grid",
     "keyed_loader",
     "load_images",
+    "is_repo_id",
     "load_tokenizer",
     "normalize",
 ]

@@ -13,6 +13,9 @@ from configs import ConfigError, Problem
 from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.modeling_vqgan import VQGANModel
 
+# What may change when a trained tokenizer is loaded: everything else decides the weights, or what they mean.
+CHANGEABLE = {"image_size", "dropout", "commitment_cost", "legacy_codebook_loss"}
+
 
 def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANModel:
     """The tokenizer in a folder or Hub repository, in evaluation mode on the CPU.
@@ -34,13 +37,31 @@ def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANMo
         try:
             kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
             if kind == VQGANConfig.model_type:
+                _require_same_shapes(name, changes)
                 return VQGANModel.from_pretrained(name, **changes).eval()
             reason = f"this is no tokenizer but a model of type {kind!r} ({makes})"
         except SafetensorError:
             reason = "its weights file is damaged; save or download it again"
+        except ConfigError:
+            raise
         except (OSError, ValueError, StrictDataclassError) as error:
             reason = f"no tokenizer can be loaded from it: {textwrap.shorten(str(error), 160, placeholder=' …')}"
     raise ConfigError([Problem(key, f"received {name!r}; {reason}")])
+
+
+def _require_same_shapes(name: str, changes: dict[str, Any]) -> None:
+    config = VQGANConfig.from_pretrained(name)
+    problems = [
+        Problem(f"model.{field}", f"received {value!r}, but {name} has {has!r}; leave it out, its weights fit no other")
+        for field, value in changes.items()
+        if field not in CHANGEABLE and (has := _plain(getattr(config, field))) != _plain(value)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def is_repo_id(name: str) -> bool:

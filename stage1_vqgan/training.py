@@ -114,7 +114,7 @@ class Training:
 
     def resume(self) -> int:
         """Loads the checkpoint to go on from, if there is one; returns the optimizer steps done."""
-        checkpoint = self.run.checkpoint_to_resume(self.accelerator.num_processes)
+        checkpoint = self.run.begin(self.accelerator.num_processes)
         if checkpoint is None:
             return 0
         checkpointing.load(checkpoint.path, self.accelerator, self.trainer)

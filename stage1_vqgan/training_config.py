@@ -77,20 +77,15 @@ class CodebookConfig(Section):
 class Stage1Config(TrainingConfig):
     """Stage 1: trains a VQGAN tokenizer.
 
-    output_dir: folder of the run: checkpoints, logs, and at the end the trained tokenizer itself
-    max_steps: optimizer steps of the whole run
-    per_device_train_batch_size, per_device_eval_batch_size: images on one device in one forward
-    gradient_accumulation_steps: forwards that make one optimizer step
-    learning_rate, lr_scheduler_type, warmup_steps: peak rate, its shape over the run, steps of linear warm-up
     ema_decay: of the averaged weights, which are evaluated and saved; 0 turns averaging off
     channels_last: keep images channels-last in memory, which convolutions prefer
     num_sample_images: images in the reconstruction grid made at every evaluation
-    model: fields of VQGANConfig
+    model: fields of VQGANConfig: image_size, in_channels, base_channels, channel_multiplier, num_res_blocks,
+        attn_resolutions, norm_num_groups, dropout, latent_channels, embed_dim, num_embeddings, l2_normalize,
+        commitment_cost, legacy_codebook_loss
     model_name_or_path: fine-tunes the tokenizer in this folder or Hub repository, without k-means; `model` may then
         change what leaves the shapes of the weights as they are, for instance image_size
     trainable: "all", or "decoder", which leaves encoder and codebook, and with them all codes, as they are
-
-    The other keys are those of transformers.TrainingArguments.
     """
 
     model: dict[str, Any] = field(default_factory=dict)

@@ -6,6 +6,7 @@ Source: Esser et al. 2021, "Taming transformers for high-resolution image synthe
 import copy
 import math
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -201,7 +202,7 @@ class VQGANTrainer:
         yield "the moving average", self.average.parameters()
         optimizers = {"generator": self.optimizer}
         if self.discriminator is not None:
-            yield "the discriminator", self.discriminator.parameters()
+            yield "the discriminator", chain(self.discriminator.parameters(), self.discriminator.buffers())
             optimizers["discriminator"] = self.discriminator_optimizer
         for name, optimizer in optimizers.items():
             moments = [value for state in optimizer.state.values() for value in state.values()]

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from configs import ConfigError, Problem
+from stage1_vqgan import is_repo_id
 from stage2_prior.sampling import forward, make_cache
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
 from stage2_prior.vocabulary import TokenLayout
@@ -102,6 +103,9 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
         ConfigError: there is no prior, it has another architecture, or it was trained on another tokenizer's codes.
     """
     key = "model_name_or_path"
+    if not (Path(name) / LAYOUT_NAME).is_file() and (Path(name).is_dir() or not is_repo_id(name)):
+        message = f"received {name!r}; there is no trained prior in this place (stage2_prior.train makes one)"
+        raise ConfigError([Problem(key, message)])
     try:
         file = Path(name) / LAYOUT_NAME if Path(name).is_dir() else Path(hf_hub_download(name, LAYOUT_NAME))
         known = TokenLayout.from_pretrained(file.parent)

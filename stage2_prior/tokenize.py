@@ -159,7 +159,7 @@ def _tokenize_split(
                 continue
             made = _encode_shard(config, accelerator, model, dataset, images, num_views, bar)
             skipped += made.skipped
-            if length is not None:
+            if length is not None and accelerator.num_processes == 1:  # several must agree: they check at the end
                 _check_skipped(config, name, skipped, length)
             write_shard(path, made.codes, made.labels if source.has_labels else None, made.images, made.skipped)
     return num_shards

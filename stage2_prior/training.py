@@ -146,7 +146,7 @@ class RunCallback(TrainerCallback):
         self.signal_number: int | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:  # which is of one session
             self.run.log(state.global_step, logs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -190,7 +190,10 @@ def train(config: Stage2Config) -> PreTrainedModel:
         The trained prior.
 
     Raises:
-        ConfigError: the configuration cannot work, there are no codes, or the folder holds a run with other settings.
+        ConfigError: the configuration cannot work, there are no codes, or the folder holds a run with other settings,
+            or is in use.
+        Diverged: a loss or a weight is not finite any more.
+        Stopped: SIGTERM or Ctrl-C; a checkpoint was saved.
     """
     config = check(config)
     store = CodeStore(config.code_store)
@@ -208,9 +211,6 @@ def train(config: Stage2Config) -> PreTrainedModel:
             if config.push_to_hub and is_main_process:
                 print(push_run(config))
             return AutoModelForCausalLM.from_pretrained(config.output_dir)
-        if is_main_process:
-            layout.save_pretrained(config.output_dir)
-
         set_seed(config.seed)
         callback = RunCallback(run, request)
         trainer = PriorTrainer(
@@ -222,11 +222,16 @@ def train(config: Stage2Config) -> PreTrainedModel:
             layout=layout,
             run=run,
         )
-        checkpoint = run.checkpoint_to_resume(trainer.accelerator.num_processes)
+        checkpoint = run.begin(trainer.accelerator.num_processes)
+        if is_main_process:
+            layout.save_pretrained(config.output_dir)
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint is not None else None)
         if callback.signal_number and trainer.state.global_step < config.max_steps:
             raise run.stopped(trainer.state.global_step, callback.signal_number)
-        metrics = trainer.evaluate()
+        evaluated = [logs for logs in trainer.state.log_history if "eval_loss" in logs]
+        if not evaluated or evaluated[-1]["step"] != config.max_steps:
+            evaluated = [trainer.evaluate()]
+        metrics = evaluated[-1]
         trainer.save_model(config.output_dir)  # on all processes: a sharded model is gathered
         if is_main_process:
             results = {

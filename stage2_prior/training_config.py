@@ -12,6 +12,26 @@ from configs.sections import Fraction, Positive
 from configs.values import read_value
 from stage1_vqgan import AugmentationConfig, DataConfig
 
+# Arguments of Trainer that would undo what a run promises (complete checkpoints, an exact resume, keyed batches), or
+# that would have no effect on it.
+REFUSED_ARGUMENTS = {
+    "auto_find_batch_size",
+    "data_seed",
+    "dataloader_drop_last",
+    "do_eval",
+    "do_predict",
+    "do_train",
+    "enable_jit_checkpoint",
+    "ignore_data_skip",
+    "load_best_model_at_end",
+    "num_train_epochs",
+    "restore_callback_states_from_checkpoint",
+    "save_on_each_node",
+    "save_only_model",
+    "save_strategy",
+    "train_sampling_strategy",
+}
+
 # Decided by the code store, not by the user.
 DERIVED_KEYS = {"vocab_size", "max_position_embeddings", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id"}
 
@@ -34,14 +54,13 @@ class Stage2Config(TrainingConfig):
     code_store: folder of the codes
     num_views: versions of every training image in the store: the image itself, the others augmented
     tokenize_batch_size: images on one device in one forward of the tokenizer
-    output_dir: folder of the run: checkpoints, logs, and at the end the trained prior itself
     model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; classes that
         it does not know by name are learnt anew
     model: `model_type` of a causal language model in transformers, and fields of its configuration
     condition_dropout: share of training sequences with the null token in place of the class, for guidance
     training_arguments: any other field of transformers.TrainingArguments
 
-    The other keys are those of transformers.TrainingArguments.
+    stage2_prior.tokenize reads the first four, `data`, `seed` and `dataloader_num_workers`.
     """
 
     tokenizer: str
@@ -75,6 +94,8 @@ class Stage2Config(TrainingConfig):
             key = f"training_arguments.{name}"
             if name in own:
                 yield key, value, f"it is a key of its own; write {name} at the top level"
+            elif name in REFUSED_ARGUMENTS:
+                yield key, value, "it would undo what a run saves or goes on from, or has no effect; leave it out"
             elif name not in types:
                 yield key, None, unknown_key(name, types)
             else:

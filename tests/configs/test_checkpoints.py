@@ -51,6 +51,15 @@ def test_a_path_in_the_folder_must_be_the_newest(tmp_path):
     assert find_checkpoint(tmp_path / "elsewhere", str(tmp_path / "checkpoint-9"), 20).step == 9
 
 
+def test_a_run_that_began_elsewhere_goes_on_from_its_own(tmp_path):
+    """The same command goes on, although it names where the run began."""
+    save(tmp_path / "first", 9)
+    began = str(tmp_path / "first" / "checkpoint-9")
+    assert find_checkpoint(tmp_path / "second", began, 20).path == tmp_path / "first" / "checkpoint-9"
+    save(tmp_path / "second", 12)
+    assert find_checkpoint(tmp_path / "second", began, 20).path == tmp_path / "second" / "checkpoint-12"
+
+
 def test_a_fresh_start_does_not_mix(tmp_path):
     save(tmp_path, 9)
     with pytest.raises(ConfigError, match=r"'none', but .* holds checkpoints"):

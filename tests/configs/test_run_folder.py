@@ -48,6 +48,8 @@ def config(tmp_path):
 def opened(config, **kwargs):
     """What a run finds finished when it opens its folder."""
     with RunFolder(config, **kwargs) as run:
+        if run.finished is None:
+            run.begin(1)
         return run.finished
 
 
@@ -59,6 +61,7 @@ def checkpoint(run, step, num_processes=1):
 def start(config):
     """A run that was interrupted after a checkpoint."""
     with RunFolder(config) as run:
+        run.begin(1)
         for step in (5, 10, 15):
             run.log(step, {"loss": 1 / step})
         checkpoint(run, 10)
@@ -148,6 +151,7 @@ def test_changes_can_be_allowed(config, caplog):
 
 def test_a_finished_run_can_be_lengthened(config):
     with RunFolder(config) as run:
+        run.begin(1)
         checkpoint(run, 20)
         run.finish({"global_step": 20})
     longer = replace(config, max_steps=30)
@@ -158,7 +162,7 @@ def test_a_finished_run_can_be_lengthened(config):
     assert opened(config) is not None
     with RunFolder(replace(longer, allow_config_changes=True)) as run:
         assert run.finished is None
-        assert run.checkpoint_to_resume(1).step == 20
+        assert run.begin(1).step == 20
 
 
 def test_the_log_is_cut_back_to_the_checkpoint(config):
@@ -167,7 +171,7 @@ def test_the_log_is_cut_back_to_the_checkpoint(config):
     with open(log, "a") as file:
         file.write('{"step": 16, "lo')  # cut off
     with RunFolder(config) as run:
-        assert run.checkpoint_to_resume(1).step == 10
+        assert run.begin(1).step == 10
         run.log(11, {})
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [5, 10, 11]
 
@@ -175,9 +179,9 @@ def test_the_log_is_cut_back_to_the_checkpoint(config):
 def test_another_number_of_processes_is_refused(config):
     start(config)
     with RunFolder(config) as run, pytest.raises(ConfigError, match=r"received 2, but .*checkpoint-10 was saved by 1"):
-        run.checkpoint_to_resume(2)
+        run.begin(2)
     with RunFolder(replace(config, allow_config_changes=True)) as run:
-        assert run.checkpoint_to_resume(2).step == 10
+        assert run.begin(2).step == 10
 
 
 def test_the_settings_of_another_run_s_checkpoint_count(config, tmp_path):
@@ -186,9 +190,9 @@ def test_the_settings_of_another_run_s_checkpoint_count(config, tmp_path):
         config, output_dir=str(tmp_path / "branch"), resume_from_checkpoint=f"{config.output_dir}/checkpoint-10"
     )
     with RunFolder(branch) as run:
-        assert run.checkpoint_to_resume(1).step == 10
+        assert run.begin(1).step == 10
     with RunFolder(replace(branch, learning_rate=0.1)) as run, pytest.raises(ConfigError, match="learning_rate"):
-        run.checkpoint_to_resume(1)
+        run.begin(1)
 
 
 def test_seconds_add_up_over_sessions(config):
@@ -197,5 +201,23 @@ def test_seconds_add_up_over_sessions(config):
         checkpoint(run, 10)
     with RunFolder(config) as run:
         assert run.seconds < 50
-        run.checkpoint_to_resume(1)
+        run.begin(1)
         assert 100 < run.seconds < 150
+
+
+def test_a_start_that_is_refused_changes_nothing(config):
+    """Neither by what is found in the folder, nor by what comes before the first step."""
+    start(config)
+    with RunFolder(config) as run:
+        run.begin(1)
+        run.finish({"global_step": 20})
+    files = {path.name: path.read_bytes() for path in Path(config.output_dir).iterdir() if path.is_file()}
+    with pytest.raises(ZeroDivisionError), RunFolder(replace(config, max_steps=30, allow_config_changes=True)):
+        raise ZeroDivisionError  # the data or the model of the new settings
+    shorter = replace(config, max_steps=8, allow_config_changes=True)
+    (Path(config.output_dir) / "train_results.json").unlink()
+    with RunFolder(shorter) as run, pytest.raises(ConfigError, match="max_steps: received 8"):
+        run.begin(1)
+    del files["train_results.json"]
+    left = {path.name: path.read_bytes() for path in Path(config.output_dir).iterdir() if path.is_file()}
+    assert left == files

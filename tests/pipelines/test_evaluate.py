@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from configs import load_config
+from configs import ConfigError, load_config
 from pipelines.evaluate import (
     EvaluationConfig,
     area_features,
@@ -149,7 +149,9 @@ def test_real_images_are_those_that_can_be_decoded(tiny_pipeline, tmp_path, monk
     data = DataConfig(dataset=str(tmp_path), validation_split="val", streaming=streaming)
     for source in load_images(data):
         for count, numbers in [(50, [0, 1, *range(3, 10)]), (4, [0, 1, 3] if streaming else [0, 3, 6, 9])]:
-            found = real_images(tiny_pipeline, source, count)
+            found = real_images(tiny_pipeline, source, count, max_skipped_fraction=0.25)
             expected = tiny_pipeline.image_processor([picture(10 * n) for n in numbers])["pixel_values"]
             assert torch.equal(found.pixels, expected) and found.labels.tolist() == [n % 2 for n in numbers]
             assert found.skipped == (1 if streaming or count == 50 else 0)
+        with pytest.raises(ConfigError, match=r"max_skipped_fraction: received 0\.05, but 1 of 10 images"):
+            real_images(tiny_pipeline, source, 50, max_skipped_fraction=0.05)
