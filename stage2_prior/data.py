@@ -13,6 +13,9 @@ from stage2_prior.code_store import CodeSplit
 from stage2_prior.randomness import uniform
 from stage2_prior.vocabulary import TokenLayout
 
+# A target that transformers leaves out of a loss.
+IGNORED = -100
+
 
 @dataclass(frozen=True)
 class CodeDataset(Dataset):
@@ -37,15 +40,17 @@ class CodeDataset(Dataset):
         """One batch.
 
         Args:
-            keys: `(epoch, row, view)` with view 0, or just rows (epoch 0).
+            keys: `(epoch, row, view)` with view 0, or just rows (epoch 0); a row below 0 fills up a batch and counts
+                for nothing.
 
         Returns:
             `input_ids` int64 `(B, L)`: `[condition] + codes[:-1]`; `labels` and `shift_labels` int64 `(B, L)`: the
             codes, aligned with the logits that predict them.
         """
         pairs = np.array([key[:2] if isinstance(key, tuple) else (0, key) for key in keys], dtype=np.int64)
-        codes, labels = self.split.read(pairs[:, 1])
+        codes, labels = self.split.read(pairs[:, 1].clip(0))
         targets = torch.from_numpy(codes.astype(np.int64))
+        counted = torch.where(torch.from_numpy(pairs[:, 1:2] < 0), IGNORED, targets)
         null = torch.full((len(targets),), self.layout.null_token)
         condition = null if labels is None else self.layout.class_tokens(torch.from_numpy(labels))
         if self.condition_dropout:
@@ -54,8 +59,8 @@ class CodeDataset(Dataset):
             condition = torch.where(dropped, null, condition)
         return {
             "input_ids": torch.cat([condition[:, None], targets[:, :-1]], 1),
-            "labels": targets,
-            "shift_labels": targets,
+            "labels": counted,
+            "shift_labels": counted,
         }
 
 

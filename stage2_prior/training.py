@@ -26,7 +26,7 @@ from configs.interruption import Diverged, StopRequest, leave_signals_to_main
 from configs.run_folder import RunFolder, holds_work, push_run
 from stage1_vqgan import TrainingSampler
 from stage2_prior.code_store import CodeStore
-from stage2_prior.data import CodeDataset, collate
+from stage2_prior.data import IGNORED, CodeDataset, collate
 from stage2_prior.prior import adapt_prior, build_prior
 from stage2_prior.training_config import Stage2Config
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
@@ -51,6 +51,7 @@ class PriorTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.layout, self.run = layout, run
         self._losses: list[tuple[int, Tensor]] = []
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # nats and codes
 
     def get_train_dataloader(self) -> DataLoader:
         """All batches of the run in one pass; a pure function of the seed, cut for this process already."""
@@ -68,9 +69,27 @@ class PriorTrainer(Trainer):
         return self._loader(self.train_dataset, batch_sampler=sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The validation rows in order, shared out among processes."""
-        loader = self._loader(eval_dataset or self.eval_dataset, batch_size=self.args.eval_batch_size)
-        return self.accelerator.prepare(loader)
+        """The validation rows of this process; all processes get as many batches, filled up with rows below 0."""
+        dataset = cast(CodeDataset, eval_dataset or self.eval_dataset)
+        rows = list(range(self.args.process_index, len(dataset), self.args.world_size))
+        rows += [-1] * (-(-len(dataset) // self.args.world_size) - len(rows))
+        return self._loader(dataset, sampler=rows, batch_size=self.args.eval_batch_size)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, adding up the nats of all codes that count."""
+        output: Any = super().prediction_step(model, inputs, *args, **kwargs)
+        loss = output[0]
+        codes = (inputs["labels"] != IGNORED).sum().to(loss.device)
+        self._evaluated += torch.stack([loss.double().nan_to_num() * codes, codes.double()]).cpu()
+        return output
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the mean over the codes of all processes, each once, as the loss."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        nats, codes = self.accelerator.reduce(self._evaluated.float().to(self.args.device)).tolist()
+        output.metrics["eval_loss"] = nats / codes
+        return output
 
     def _loader(self, dataset: Any, **kwargs: Any) -> DataLoader:
         pin_memory = self.args.dataloader_pin_memory and self.args.device.type == "cuda"

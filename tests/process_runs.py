@@ -61,7 +61,7 @@ def stage2_config(folder: Path, **changes: Any) -> Stage2Config:
         "num_views": 2,
         "max_steps": 10,
         "global_batch_size": GLOBAL_BATCH,
-        "per_device_eval_batch_size": 180,
+        "per_device_eval_batch_size": 100,
         "learning_rate": 1e-3,
         "logging_steps": 5,
         "condition_dropout": 0.2,

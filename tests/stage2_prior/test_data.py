@@ -54,6 +54,14 @@ def test_rows_alone_are_keys_too(rows, layout):
     assert torch.equal(dataset.__getitems__([5, 9])["input_ids"], dataset.__getitems__(keys(0, [5, 9]))["input_ids"])
 
 
+def test_rows_that_fill_up_a_batch_count_for_nothing(rows, layout):
+    batch = CodeDataset(rows, layout).__getitems__([5, -1, 9])
+    assert (batch["labels"][1] == -100).all() and (batch["shift_labels"][1] == -100).all()
+    kept = CodeDataset(rows, layout).__getitems__([5, 9])
+    assert torch.equal(batch["labels"][[0, 2]], kept["labels"])
+    assert torch.equal(batch["input_ids"][[0, 2]], kept["input_ids"])
+
+
 def dropped(rows, layout, epoch=0, chosen=range(ROWS), **settings):
     batch = CodeDataset(rows, layout, **settings).__getitems__(keys(epoch, chosen))
     return batch["input_ids"][:, 0] == layout.null_token
