@@ -4,6 +4,7 @@ Exit codes of every command: 0 done, 2 a mistake in the configuration, 3 the num
 143 stopped by SIGTERM (by 128 + number of the signal, as shells have it).
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -102,8 +103,13 @@ class StopRequest:
 def leave_signals_to_main(worker_id: int) -> None:
     """For the start of a data loader's worker: a signal for the whole job is not for it, its batches are still needed.
 
-    A SIGTERM that is sent to the worker itself ends it: so the data loader does.
+    A SIGTERM that is sent to the worker itself ends it: so the data loader does. A worker whose run was killed while it
+    started ends here: torch looks for the death of its parent only from then on, and would let it wait for ever.
     """
+    parent = multiprocessing.parent_process()
+    is_forked = multiprocessing.get_start_method() == "fork"
+    if parent is not None and is_forked and os.getppid() != parent.pid:
+        os._exit(1)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
