@@ -24,22 +24,14 @@ from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.prior import build_prior
 from stage2_prior.tokenize import tokenize
 from stage2_prior.training import train as train_stage2
-from tests import kill_runs
+from tests import kill_runs, tiny
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 # wide initialisation: the logits of a random prior differ enough for choices to matter
 RANDOM_PRIORS = {
-    "llama": {**LLAMA, "initializer_range": 0.3},
+    "llama": {**tiny.LLAMA, "initializer_range": 0.3},
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
-    "qwen3": {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3},
+    "qwen3": {**tiny.LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3},
 }
-DATA = {"dataset": "digits", "augmentation": {"rotate": 10, "translate": 0.06, "scale": 0.1}}
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ def stage2_values() -> Callable[..., dict]:
             "tokenizer": str(vqgan),
             "code_store": str(root / "codes"),
             "output_dir": str(root / "prior"),
-            "data": dict(DATA),
+            "data": dict(tiny.DATA),
             "num_views": 2,
             "tokenize_batch_size": 512,
             "max_steps": 20,
@@ -73,7 +65,7 @@ def stage2_values() -> Callable[..., dict]:
             "per_device_eval_batch_size": 100,
             "learning_rate": 3e-3,
             "logging_steps": 10,
-            "model": dict(LLAMA),
+            "model": dict(tiny.LLAMA),
             "report_to": [],
             **changes,
         }
@@ -94,19 +86,8 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory, stage2_values: Callable[
             "per_device_eval_batch_size": 180,
             "learning_rate": 2e-3,
             "report_to": [],
-            "data": DATA,
-            "model": {
-                "image_size": 16,
-                "in_channels": 1,
-                "base_channels": 8,
-                "channel_multiplier": [1, 1, 2],
-                "num_res_blocks": 1,
-                "attn_resolutions": [],
-                "norm_num_groups": 4,
-                "latent_channels": 8,
-                "embed_dim": 4,
-                "num_embeddings": 32,
-            },
+            "data": dict(tiny.DATA),
+            "model": dict(tiny.VQGAN),
             "loss": {"perceptual_weight": 0, "adversarial_weight": 0.1, "adversarial_start_step": 5},
             "discriminator": {"base_channels": 8, "num_layers": 2},
         },

@@ -1,5 +1,6 @@
 """Runs of every stage that can be killed at a chosen point; for tests/test_kills.py."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,7 @@ CONTEXT.set_forkserver_preload([__name__])
 
 COMMON = {"dataloader_num_workers": 2, "logging_steps": 7, "save_steps": 4, "save_total_limit": 2}
 SHARD_ROWS = 400
+LONGEST = 120  # seconds of a run, many times what one takes
 STDERR, REACHED = 2, "\n<the point is reached>\n"
 
 
@@ -77,6 +79,7 @@ def _child(name: str, folder: Path, point: str | None, count: float, pause: floa
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.register(signal.SIGUSR1, STDERR)
     if point == "seconds":
         threading.Timer(count, os.kill, (os.getpid(), signal.SIGKILL)).start()
     elif point is not None:
@@ -108,9 +111,7 @@ def _counting(function: Callable, left: list[float], pause: float) -> Callable:
 
 def run(name: str, folder: Path, point: str | None = None, count: float = 0) -> int | None:
     """Runs to the end, or to its death; returns the exit code (-9 if it was killed)."""
-    process = _start(name, folder, point, count, pause=0)
-    process.join()
-    return process.exitcode
+    return _end(_start(name, folder, point, count, pause=0), folder)
 
 
 def interrupt(
@@ -125,8 +126,7 @@ def interrupt(
     for number, seconds in signals:
         time.sleep(seconds)
         os.killpg(process.pid, number)
-    process.join()
-    return process.exitcode
+    return _end(process, folder)
 
 
 def _start(name: str, folder: Path, point: str | None, count: float, pause: float) -> Any:
@@ -135,3 +135,14 @@ def _start(name: str, folder: Path, point: str | None, count: float, pause: floa
     process = CONTEXT.Process(target=_child, args=(name, folder, point, count, pause))
     process.start()
     return process
+
+
+def _end(process: Any, folder: Path) -> int | None:
+    """Waits for a run and for every process forked from it; where one of them hangs, tells what it was doing."""
+    process.join(LONGEST)
+    if process.is_alive():
+        for number in (signal.SIGUSR1, signal.SIGKILL):
+            os.killpg(process.pid, number)
+            time.sleep(1)
+        raise AssertionError(f"still there after {LONGEST} seconds:\n{(folder / 'log.txt').read_text()}")
+    return process.exitcode

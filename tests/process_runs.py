@@ -17,9 +17,9 @@ from stage1_vqgan.training_step import VQGANTrainer
 from stage2_prior import Stage2Config
 from stage2_prior import training as prior_training
 from stage2_prior.tokenize import tokenize
+from tests import tiny
 
 GLOBAL_BATCH = 32
-AUGMENTATION = {"rotate": 10, "translate": 0.06, "scale": 0.1}
 
 
 def stage1_config(folder: Path, **changes: Any) -> Stage1Config:
@@ -32,19 +32,8 @@ def stage1_config(folder: Path, **changes: Any) -> Stage1Config:
         "warmup_steps": 2,
         "logging_steps": 5,
         "report_to": [],
-        "model": {
-            "image_size": 16,
-            "in_channels": 1,
-            "base_channels": 8,
-            "channel_multiplier": [1, 1, 2],
-            "num_res_blocks": 1,
-            "attn_resolutions": [],
-            "norm_num_groups": 4,
-            "latent_channels": 8,
-            "embed_dim": 4,
-            "num_embeddings": 256,
-        },
-        "data": {"dataset": "digits", "augmentation": AUGMENTATION},
+        "model": {**tiny.VQGAN, "num_embeddings": 256},
+        "data": dict(tiny.DATA),
         "loss": {"perceptual_weight": 0, "adversarial_weight": 0.5, "adversarial_start_step": 3},
         "discriminator": {"base_channels": 8, "num_layers": 2, "norm_type": "group"},
         "codebook": {"kmeans_init_batches": 2, "restart_interval": 4},
@@ -57,7 +46,7 @@ def stage2_config(folder: Path, **changes: Any) -> Stage2Config:
         "tokenizer": str(folder / "vqgan"),
         "code_store": str(folder / "codes"),
         "output_dir": str(folder / "prior"),
-        "data": {"dataset": "digits", "augmentation": AUGMENTATION},
+        "data": dict(tiny.DATA),
         "num_views": 2,
         "max_steps": 10,
         "global_batch_size": GLOBAL_BATCH,
@@ -65,13 +54,7 @@ def stage2_config(folder: Path, **changes: Any) -> Stage2Config:
         "learning_rate": 1e-3,
         "logging_steps": 5,
         "condition_dropout": 0.2,
-        "model": {
-            "model_type": "llama",
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        },
+        "model": dict(tiny.LLAMA),
         "report_to": [],
     }
     return load_config(Stage2Config, overrides={**values, **changes})

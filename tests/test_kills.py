@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import kill_runs
+from tests.tiny import tensors
 
 SHORT = {
     "stage1": [("step", 11), ("write", 6), ("step", 22)],
@@ -16,16 +17,6 @@ SHORT = {
     "tokenize": [("shard", 1), ("shard", 4), ("shard", 6)],
 }
 MOST = {"step": 16, "write": 20, "save": 5, "shard": 6}
-
-
-def tensors(value, prefix=""):
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        return {} if value is None or isinstance(value, str) else {prefix: torch.as_tensor(value)}
-    return {path: leaf for key, item in items for path, leaf in tensors(item, f"{prefix}/{key}").items()}
 
 
 def contents(name, folder):

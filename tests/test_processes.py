@@ -12,6 +12,7 @@ import torch
 
 from stage2_prior import CodeStore
 from tests import process_runs
+from tests.tiny import tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
@@ -49,12 +50,6 @@ def two(one, tmp_path_factory):
 
 def state(folder, name, process):
     return torch.load(folder / "states" / f"{name}-{process}.pt", weights_only=True)
-
-
-def tensors(value, prefix=""):
-    if not isinstance(value, dict):
-        return {prefix: torch.as_tensor(value)}
-    return {path: leaf for key, item in value.items() for path, leaf in tensors(item, f"{prefix}/{key}").items()}
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
@@ -119,6 +114,7 @@ DYING = """
 import os, sys, torch
 from pathlib import Path
 from tests import process_runs
+from tests.tiny import tensors
 from stage1_vqgan.training_step import VQGANTrainer
 step = VQGANTrainer.step
 def die(self, images, number):

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: the step is finished and saved, the exit code is documented, the same command goes on."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -8,7 +9,7 @@ import time
 import pytest
 
 from configs.checkpoints import complete_checkpoints
-from configs.interruption import Stopped, StopRequest, sigterm_raises
+from configs.interruption import Stopped, StopRequest, leave_signals_to_main, sigterm_raises
 from tests import kill_runs
 from tests.test_kills import contents, prepare
 
@@ -54,6 +55,31 @@ def test_a_second_ctrl_c_stops_at_once(undisturbed, tmp_path):
     assert kill_runs.run("stage1", tmp_path) == 0
     expected, found = contents("stage1", undisturbed), contents("stage1", tmp_path)
     assert [path for path in expected if expected[path] != found[path]] == []
+
+
+def orphan(folder):
+    """A data loader's worker whose run dies before the worker looks after itself."""
+    (folder / "pid").write_text(str(os.getpid()))
+    while multiprocessing.parent_process().pid == os.getppid():
+        time.sleep(0.01)
+    leave_signals_to_main(0)
+    (folder / "stayed").touch()
+
+
+def killed_run(folder):
+    multiprocessing.get_context("fork").Process(target=orphan, args=(folder,)).start()
+    while not (folder / "pid").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_does_not_outlive_a_run_that_was_killed_while_it_started(tmp_path):
+    """torch's own watch for the parent begins only after `worker_init_fn`."""
+    run = kill_runs.CONTEXT.Process(target=killed_run, args=(tmp_path,))
+    run.start()
+    run.join(60)  # of the worker too, which holds the other end of the pipe
+    assert run.exitcode == -signal.SIGKILL
+    assert (tmp_path / "pid").exists() and not (tmp_path / "stayed").exists()
 
 
 def test_two_signals_within_a_second_are_one_request():

@@ -10,6 +10,7 @@ from configs import ConfigError, load_config
 from configs.checkpoints import complete_checkpoints
 from stage1_vqgan import Stage1Config, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.training import train
+from tests.tiny import tensors
 
 
 def make_config(folder, **changes):
@@ -46,17 +47,6 @@ def make_config(folder, **changes):
     return load_config(Stage1Config, None, {**values, **changes})
 
 
-def tensors(value, prefix=""):
-    """Every tensor and number inside nested containers, by its path."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        return {prefix: value}
-    return {path: leaf for key, item in items for path, leaf in tensors(item, f"{prefix}/{key}").items()}
-
-
 def contents(folder):
     """Everything that decides how a run goes on, of a checkpoint, and of the model that was saved."""
     found = {"model": load_file(folder / "model.safetensors")}
@@ -65,7 +55,7 @@ def contents(folder):
             found[path.name] = load_file(path)
         elif path.suffix in {".bin", ".pkl"} and not path.name.startswith("random_states"):
             found[path.name] = torch.load(path, weights_only=False)
-    return {path: torch.as_tensor(leaf) for path, leaf in tensors(found).items() if leaf is not None}
+    return tensors(found)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,40 @@
+"""Settings of tiny models that several test files train, and every tensor of what they leave."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VQGAN = {
+    "image_size": 16,
+    "in_channels": 1,
+    "base_channels": 8,
+    "channel_multiplier": [1, 1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "norm_num_groups": 4,
+    "latent_channels": 8,
+    "embed_dim": 4,
+    "num_embeddings": 32,
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+DATA = {"dataset": "digits", "augmentation": {"rotate": 10, "translate": 0.06, "scale": 0.1}}
+
+
+def tensors(value: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor and number inside nested containers, by its path."""
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {} if value is None or isinstance(value, str) else {prefix: torch.as_tensor(value)}
+    return {path: leaf for key, item in items for path, leaf in tensors(item, f"{prefix}/{key}").items()}
