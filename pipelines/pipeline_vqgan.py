@@ -21,6 +21,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import ModelOutput
 
 from pipelines.model_card import model_card
@@ -370,10 +371,9 @@ def _join(batches: list[Any], output_type: str) -> Any:
 
 def tokenizer_sources() -> list[Path]:
     """The tokenizer's model files, which the folder carries so that `AutoModel` can load it without this package."""
-    from stage1_vqgan import configuration_vqgan, image_processing_vqgan, modeling_vqgan, quantizers
-
-    modules = (configuration_vqgan, modeling_vqgan, quantizers, image_processing_vqgan)
-    return [Path(inspect.getfile(module)) for module in modules]
+    entries = [inspect.getfile(kind) for kind in (VQGANModel, VQGANImageProcessor)]
+    imported = [file for entry in entries for file in get_relative_import_files(entry)]
+    return sorted({Path(file) for file in entries + imported})
 
 
 def versions() -> dict[str, str]:

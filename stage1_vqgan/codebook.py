@@ -116,8 +116,8 @@ class CodebookMonitor(nn.Module):
             dead = dead[: len(candidates)]
             rows = candidates[order[: len(dead)].to(candidates.device)]
             weight = quantizer.embedding.weight
-            weight[dead] = rows.to(weight.dtype)
-            ema_quantizer.embedding.weight[dead] = rows.to(weight.dtype)
+            for moved in (quantizer, ema_quantizer):
+                moved.move_entries(dead, rows)
             for value in optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:
                     value[dead] = 0

@@ -1,10 +1,13 @@
 """Configuration of the VQGAN tokenizer."""
 
 from collections.abc import Iterator
+from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .quantizers import option_problems
 
 
 @strict
@@ -16,7 +19,7 @@ class VQGANConfig(PreTrainedConfig):
     Args:
         image_size: side in pixels of the square images the tokenizer is trained on. The model is fully
             convolutional: other sizes work as long as the downsampling factor divides them.
-        in_channels: image channels, 1 (gray) or 3 (RGB).
+        in_channels: image channels; training and the image processor know 1 (gray) and 3 (RGB).
         base_channels: width of the first level.
         channel_multiplier: width of each level as a multiple of `base_channels`; every level but the first halves
             the resolution, so the downsampling factor is `2 ** (len(channel_multiplier) - 1)`.
@@ -28,10 +31,9 @@ class VQGANConfig(PreTrainedConfig):
         latent_channels: channels between encoder or decoder and the 1×1 convolutions around the codebook.
         embed_dim: D, width of a codebook entry.
         num_embeddings: K, number of codebook entries.
-        l2_normalize: normalise latents and codebook entries to unit length (Yu et al. 2022, "Vector-quantized image
-            modeling with improved VQGAN", section 3.2); pairs well with a small `embed_dim`.
-        commitment_cost: β, weight of the commitment term.
-        legacy_codebook_loss: put β on the codebook term instead, as the original's released models did.
+        quantizer: "vq", "ema", "gumbel", "fsq" or "lfq", see quantizers.py.
+        quantizer_options: what this kind can be told, see its `Options`; for "vq" among others `l2_normalize` and
+            `commitment_cost`.
         fingerprint: identifies the codes this tokenizer makes; set when a trained tokenizer is saved.
 
     Source: Esser et al. 2021, "Taming transformers for high-resolution image synthesis", section 3.1 and appendix A.
@@ -43,7 +45,7 @@ class VQGANConfig(PreTrainedConfig):
     image_size: int = 256
     in_channels: int = 3
     base_channels: int = 128
-    channel_multiplier: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
+    channel_multiplier: list[float | int] | tuple[float | int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
     attn_resolutions: list[int] | tuple[int, ...] = (16,)
     norm_num_groups: int = 32
@@ -51,9 +53,8 @@ class VQGANConfig(PreTrainedConfig):
     latent_channels: int = 256
     embed_dim: int = 256
     num_embeddings: int = 1024
-    l2_normalize: bool = False
-    commitment_cost: float | int = 0.25
-    legacy_codebook_loss: bool = False
+    quantizer: str = "vq"
+    quantizer_options: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
 
     @property
@@ -80,6 +81,7 @@ class VQGANConfig(PreTrainedConfig):
         """What cannot be built, as `(field, value received, what is allowed)`."""
         for name in (
             "image_size",
+            "in_channels",
             "base_channels",
             "num_res_blocks",
             "latent_channels",
@@ -90,14 +92,11 @@ class VQGANConfig(PreTrainedConfig):
                 yield name, getattr(self, name), "must be at least 1"
         if self.num_embeddings < 2:
             yield "num_embeddings", self.num_embeddings, "a codebook needs at least 2 entries"
-        if self.in_channels not in (1, 3):
-            yield "in_channels", self.in_channels, "must be 1 (gray) or 3 (RGB)"
         if not 0 <= self.dropout < 1:
             yield "dropout", self.dropout, "must be at least 0 and below 1"
-        if not 0 <= self.commitment_cost < float("inf"):
-            yield "commitment_cost", self.commitment_cost, "must be a number from 0 up"
-        if not self.channel_multiplier or min(self.channel_multiplier) < 1:
-            yield "channel_multiplier", self.channel_multiplier, "needs positive whole numbers, one for each level"
+        yield from option_problems(self.quantizer, self.quantizer_options, self.num_embeddings, self.embed_dim)
+        if not self.channel_multiplier or min(self.channel_multiplier) <= 0:
+            yield "channel_multiplier", self.channel_multiplier, "needs positive numbers, one for each level"
             return
         if self.image_size % self.downsampling_factor:
             allowed = (
@@ -105,7 +104,15 @@ class VQGANConfig(PreTrainedConfig):
                 "(one halving per entry of channel_multiplier after the first)"
             )
             yield "image_size", self.image_size, allowed
-        widths = [self.base_channels * multiplier for multiplier in self.channel_multiplier]
+        exact = [self.base_channels * multiplier for multiplier in self.channel_multiplier]
+        if any(abs(width - round(width)) > 1e-6 for width in exact):
+            yield (
+                "channel_multiplier",
+                self.channel_multiplier,
+                f"times {self.base_channels} (base_channels) must be whole",
+            )
+            return
+        widths = self.widths
         uneven = [width for width in widths if self.norm_num_groups > 0 and width % self.norm_num_groups]
         if uneven:
             allowed = (
@@ -113,6 +120,11 @@ class VQGANConfig(PreTrainedConfig):
                 f"{', '.join(map(str, widths))}; it does not divide {uneven[0]}"
             )
             yield "norm_num_groups", self.norm_num_groups, allowed
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, highest resolution first."""
+        return [round(self.base_channels * multiplier) for multiplier in self.channel_multiplier]
 
     @property
     def resolutions(self) -> list[int]:

@@ -85,8 +85,8 @@ class Health:
             self._tell(
                 "codebook",
                 f"the codebook has collapsed: {usage:.1%} of {num_codes} codes are used. Try a lower learning_rate, a "
-                "smaller model.embed_dim with model.l2_normalize true, codebook.kmeans_init_batches and "
-                "codebook.restart_interval above 0",
+                "smaller model.embed_dim with model.quantizer_options.l2_normalize true, codebook.kmeans_init_batches "
+                "and codebook.restart_interval above 0",
             )
         playing = "loss/generator" in scalars
         won = playing and scalars.get("loss/discriminator", 1.0) < WON_LOSS

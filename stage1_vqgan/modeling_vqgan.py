@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_vqgan import VQGANConfig
-from .quantizers import VectorQuantizer
+from .quantizers import build_quantizer
 
 # Fields that decide which codes an image gets; together with the weights they make the fingerprint.
 FINGERPRINT_FIELDS = (
@@ -36,7 +36,7 @@ FINGERPRINT_FIELDS = (
     "latent_channels",
     "embed_dim",
     "num_embeddings",
-    "l2_normalize",
+    "quantizer",
 )
 
 
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
-        widths = level_widths(config)
+        widths = config.widths
         self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
         self.down = nn.ModuleList()
         previous = config.base_channels
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
-        widths = level_widths(config)
+        widths = config.widths
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(config, widths[-1])
         self.up = nn.ModuleList()
@@ -236,14 +236,16 @@ class VQGANModel(PreTrainedModel):
         super().__init__(config)
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.embed_dim, 1)
-        self.quantize = VectorQuantizer(config)
+        self.quantize = build_quantizer(
+            config.quantizer, config.num_embeddings, config.embed_dim, config.quantizer_options
+        )
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
         self.decoder = Decoder(config)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own defaults for convolutions and norms, as in the original; codebook uniform in (-1/K, 1/K)."""
+        """PyTorch's own defaults for convolutions and norms, as in the original; a quantizer knows its own."""
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             bound = 1 / math.sqrt(module.weight[0].numel())
@@ -252,7 +254,7 @@ class VQGANModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            init.uniform_(module.weight, -1 / module.num_embeddings, 1 / module.num_embeddings)
+            module.reset_parameters()
 
     def encode(self, pixel_values: Tensor) -> VQGANEncoderOutput:
         """Encodes images.
@@ -291,10 +293,13 @@ class VQGANModel(PreTrainedModel):
         return VQGANOutput(**encoded, reconstruction=self.decoder.conv_out(features), decoder_features=features)
 
     def compute_fingerprint(self) -> str:
-        """Hash of what decides the codes of an image: encoder and quantizer weights as float32, and the fields of
-        `FINGERPRINT_FIELDS`."""
-        digest = hashlib.sha256(json.dumps({name: getattr(self.config, name) for name in FINGERPRINT_FIELDS}).encode())
-        for name, tensor in sorted(self.state_dict().items()):
+        """Hash of what decides the codes of an image: encoder and quantizer weights as float32, the fields of
+        `FINGERPRINT_FIELDS`, and the quantizer's options that decide codes."""
+        facts = {name: getattr(self.config, name) for name in FINGERPRINT_FIELDS}
+        options = self.quantize.options
+        facts |= {name: getattr(options, name) for name in sorted(options.DECIDE_CODES)}
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for name, tensor in sorted(self.named_parameters()):  # a quantizer's buffers serve its training
             if name.startswith(("encoder.", "quant_conv.", "quantize.")):
                 digest.update(name.encode())
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -337,11 +342,6 @@ class VQGANModel(PreTrainedModel):
 def group_norm(config: VQGANConfig, channels: int) -> nn.GroupNorm:
     """The normalisation used throughout."""
     return nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
-
-
-def level_widths(config: VQGANConfig) -> list[int]:
-    """Channels of each level, highest resolution first."""
-    return [config.base_channels * multiplier for multiplier in config.channel_multiplier]
 
 
 __all__ = ["VQGANModel"]

@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig
 from configs import ConfigError, Problem
 from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.modeling_vqgan import VQGANModel
+from stage1_vqgan.quantizers import QUANTIZERS, option_problems
 
 # What may change when a trained tokenizer is loaded: everything else decides the weights, or what they mean.
-CHANGEABLE = {"image_size", "dropout", "commitment_cost", "legacy_codebook_loss"}
+CHANGEABLE = {"image_size", "dropout", "quantizer_options"}
 
 
 def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANModel:
@@ -37,7 +38,7 @@ def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANMo
         try:
             kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
             if kind == VQGANConfig.model_type:
-                _require_same_shapes(name, changes)
+                changes = _checked(name, changes)
                 return VQGANModel.from_pretrained(name, **changes).eval()
             reason = f"this is no tokenizer but a model of type {kind!r} ({makes})"
         except SafetensorError:
@@ -49,15 +50,28 @@ def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANMo
     raise ConfigError([Problem(key, f"received {name!r}; {reason}")])
 
 
-def _require_same_shapes(name: str, changes: dict[str, Any]) -> None:
+def _checked(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes that may be made to a tokenizer; options of its quantizer that are not given stay."""
     config = VQGANConfig.from_pretrained(name)
+    kind = QUANTIZERS[config.quantizer].Options
+    options = config.quantizer_options | changes.get("quantizer_options", {})
     problems = [
         Problem(f"model.{field}", f"received {value!r}, but {name} has {has!r}; leave it out, its weights fit no other")
         for field, value in changes.items()
         if field not in CHANGEABLE and (has := _plain(getattr(config, field))) != _plain(value)
     ]
+    for field, value, allowed in option_problems(config.quantizer, options, config.num_embeddings, config.embed_dim):
+        problems.append(Problem(f"model.{field}", f"received {value!r}; {allowed}"))
+    if not problems:
+        has, wanted = kind(**config.quantizer_options), kind(**options)
+        problems = [
+            Problem(f"model.quantizer_options.{option}", f"{name} has {getattr(has, option)!r}; leave it out")
+            for option in kind.DECIDE_CODES
+            if _plain(getattr(has, option)) != _plain(getattr(wanted, option))
+        ]
     if problems:
         raise ConfigError(problems)
+    return changes | ({"quantizer_options": options} if "quantizer_options" in changes else {})
 
 
 def _plain(value: Any) -> Any:

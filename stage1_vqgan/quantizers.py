@@ -1,91 +1,73 @@
-"""Vector quantizers: continuous latents in, codes and quantized latents out.
+"""The kinds of quantizers by name."""
 
-Shape letters: B batch, D code width, h w code grid, K codebook size, N = B·h·w latents.
-"""
+from collections.abc import Iterator
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, get_type_hints
 
-from dataclasses import dataclass
+from huggingface_hub.dataclasses import type_validator
 
-import torch
-import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor, nn
+from .quantizer_base import Quantizer, QuantizerOutput, nearest_code
+from .quantizer_ema import EMAQuantizer
+from .quantizer_fsq import FSQuantizer
+from .quantizer_gumbel import GumbelQuantizer
+from .quantizer_vq import VectorQuantizer
 
-from .configuration_vqgan import VQGANConfig
-
-SEARCH_CHUNK = 8192
-
-
-@dataclass
-class QuantizerOutput:
-    """What a quantizer returns.
-
-    Attributes:
-        quantized: float32 `(B, D, h, w)`; its gradient goes straight through to the latents.
-        codes: int64 `(B, h, w)` in `[0, K)`.
-        loss: float32 scalar, codebook and commitment terms.
-    """
-
-    quantized: Tensor
-    codes: Tensor
-    loss: Tensor
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "vq": VectorQuantizer,
+    "ema": EMAQuantizer,
+    "gumbel": GumbelQuantizer,
+    "fsq": FSQuantizer,
+}
 
 
-@torch.no_grad()
-def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook entry nearest to each latent in squared distance.
+def option_problems(
+    name: str, values: dict[str, Any], num_embeddings: int, embed_dim: int
+) -> Iterator[tuple[str, Any, str]]:
+    """What cannot be built, as `(field of the model's configuration, value received, what is allowed)`."""
+    if name not in QUANTIZERS:
+        yield "quantizer", name, f"must be one of {', '.join(QUANTIZERS)}"
+        return
+    kind = QUANTIZERS[name].Options
+    hints = {field.name: get_type_hints(kind)[field.name] for field in fields(kind)}
+    wrong = False
+    for option, value in values.items():
+        if option not in hints:
+            wrong = True
+            nearest = "".join(f"; did you mean '{match}'?" for match in get_close_matches(str(option), hints, n=1))
+            yield f"quantizer_options.{option}", value, f"unknown, {name} has {', '.join(hints)}{nearest}"
+        elif not _fits(value, hints[option]):
+            wrong = True
+            words = {bool: "true or false", float | int: "a number"}.get(hints[option], "a list of whole numbers")
+            yield f"quantizer_options.{option}", value, f"must be {words}"
+    if wrong:
+        return
+    for field, value, allowed in kind(**values).problems(num_embeddings, embed_dim):
+        yield f"quantizer_options.{field}" if field in hints else field, value, allowed
 
-    ‖z - e‖² is smallest where z·e - ½‖e‖² is largest, so one matrix product per chunk of rows is enough and no
-    N × K distance matrix is kept. Computed in float32: lower precision flips near ties.
 
-    Args:
-        latents: `(N, D)`.
-        codebook: `(K, D)`.
-
-    Returns:
-        int64 `(N,)`.
-    """
-    latents, codebook = latents.float(), codebook.float()
-    offset = -0.5 * codebook.square().sum(1)
-    chunks = [torch.addmm(offset, rows, codebook.T).argmax(1) for rows in latents.split(SEARCH_CHUNK)]
-    return torch.cat(chunks)
+def build_quantizer(name: str, num_embeddings: int, embed_dim: int, options: dict[str, Any]) -> Quantizer:
+    """A new quantizer; see [`VQGANConfig`]."""
+    kind = QUANTIZERS[name]
+    return kind(num_embeddings, embed_dim, kind.Options(**options))
 
 
-class VectorQuantizer(nn.Module):
-    """Nearest codebook entry with a straight-through gradient.
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(value, bool) and hint is not bool:  # true is not the number 1
+        return False
+    try:
+        type_validator("", value, hint)
+    except TypeError:
+        return False
+    return True
 
-    With `l2_normalize` latents and entries are put on the unit sphere first, for the search and in the output.
 
-    Source: van den Oord et al. 2017, "Neural discrete representation learning", section 3.2. The entries start uniform
-    in (-1/K, 1/K).
-    """
-
-    def __init__(self, config: VQGANConfig):
-        super().__init__()
-        self.embedding = nn.Embedding(config.num_embeddings, config.embed_dim)
-        self.l2_normalize = config.l2_normalize
-        self.codebook_cost = config.commitment_cost if config.legacy_codebook_loss else 1.0
-        self.commitment_cost = 1.0 if config.legacy_codebook_loss else config.commitment_cost
-
-    @property
-    def codebook(self) -> Tensor:
-        """The entries as they are used: float32 `(K, D)`, of unit length with `l2_normalize`."""
-        weight = self.embedding.weight.float()
-        return F.normalize(weight, dim=-1) if self.l2_normalize else weight
-
-    def forward(self, latents: Tensor) -> QuantizerOutput:
-        """Quantizes latents `(B, D, h, w)`; see [`QuantizerOutput`]."""
-        with torch.autocast(latents.device.type, enabled=False):
-            z = rearrange(latents.float(), "B D h w -> B h w D")
-            if self.l2_normalize:
-                z = F.normalize(z, dim=-1)
-            codebook = self.codebook
-            codes = nearest_code(z.flatten(0, 2), codebook).view(z.shape[:3])
-            zq = F.embedding(codes, codebook)
-            # mean over all elements of ‖sg[z] - e‖² and of β·‖z - sg[e]‖²
-            loss = self.codebook_cost * F.mse_loss(zq, z.detach()) + self.commitment_cost * F.mse_loss(z, zq.detach())
-            quantized = z + (zq - z).detach()
-        return QuantizerOutput(rearrange(quantized, "B h w D -> B D h w"), codes, loss)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Codebook entries of int64 codes `(B, h, w)` as float32 `(B, D, h, w)`."""
-        return rearrange(F.embedding(codes, self.codebook), "B h w D -> B D h w")
+__all__ = [
+    "QUANTIZERS",
+    "Quantizer",
+    "QuantizerOutput",
+    "VectorQuantizer",
+    "build_quantizer",
+    "nearest_code",
+    "option_problems",
+]

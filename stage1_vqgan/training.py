@@ -141,7 +141,8 @@ class Training:
         )
         pin_memory = accelerator.device.type == "cuda"
         loader = training_loader(self.train_set, sampler, config.dataloader_num_workers, pin_memory)
-        if start == 0 and config.codebook.kmeans_init_batches and config.model_name_or_path is None:
+        is_new = start == 0 and config.model_name_or_path is None
+        if is_new and config.codebook.kmeans_init_batches and trainer.moves_codes:
             first = self.skipped.watch("train", islice(loader, config.codebook.kmeans_init_batches))
             trainer.initialise_codebook(batch.images(accelerator.device) for batch in first)
         if start == config.max_steps:
@@ -156,7 +157,7 @@ class Training:
             torch.manual_seed(key(config.seed, number, accelerator.process_index))
             learning_rate = trainer.set_learning_rate(step)
             images = batch.images(accelerator.device).contiguous(memory_format=memory_format)
-            window.add(step, len(images), trainer.step(images, step))
+            window.add(step, len(images), trainer.step(images, number))
             if (number + 1) % accumulation:
                 continue
 

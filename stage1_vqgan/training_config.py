@@ -63,7 +63,7 @@ class DiscriminatorConfig(Section):
 
 @dataclass(kw_only=True)
 class CodebookConfig(Section):
-    """Care of the codebook.
+    """Care of the codebook of the quantizers that have one, vq and ema.
 
     kmeans_init_batches: batches whose latents initialise the codebook by k-means; 0 keeps the uniform initialisation
     restart_interval: every so many steps, codes not used since the last time move onto random latents; 0 never
@@ -81,8 +81,8 @@ class Stage1Config(TrainingConfig):
     channels_last: keep images channels-last in memory, which convolutions prefer
     num_sample_images: images in the reconstruction grid made at every evaluation
     model: fields of VQGANConfig: image_size, in_channels, base_channels, channel_multiplier, num_res_blocks,
-        attn_resolutions, norm_num_groups, dropout, latent_channels, embed_dim, num_embeddings, l2_normalize,
-        commitment_cost, legacy_codebook_loss
+        attn_resolutions, norm_num_groups, dropout, latent_channels, embed_dim, num_embeddings, quantizer ("vq", "ema",
+        "gumbel", "fsq", "lfq"), quantizer_options
     model_name_or_path: fine-tunes the tokenizer in this folder or Hub repository, without k-means; `model` may then
         change what leaves the shapes of the weights as they are, for instance image_size
     trainable: "all", or "decoder", which leaves encoder and codebook, and with them all codes, as they are
@@ -119,6 +119,8 @@ class Stage1Config(TrainingConfig):
         yield from wrong
         if self.model_name_or_path is not None:  # the rest is known when the tokenizer has been loaded
             return
+        if model.in_channels not in (1, 3):
+            yield "model.in_channels", model.in_channels, "images are read as 1 channel (gray) or 3 (RGB)"
         names = {key.removeprefix("model.") for key, _, _ in wrong}
         for name, value, allowed in model.architecture_problems():
             if not any(re.search(rf"\b{other}\b", f"{name} {allowed}") for other in names):

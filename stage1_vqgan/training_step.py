@@ -29,6 +29,7 @@ from stage1_vqgan.losses import (
 )
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import load_tokenizer
+from stage1_vqgan.quantizers import VectorQuantizer
 from stage1_vqgan.training_config import Stage1Config
 
 
@@ -70,6 +71,11 @@ class VQGANTrainer:
         return self.config.trainable == "decoder"
 
     @property
+    def moves_codes(self) -> bool:
+        """Whether codes are entries that may be placed by k-means and restarted."""
+        return self.model.quantize.has_codebook and not self.keeps_codes
+
+    @property
     def num_codes(self) -> int:
         """K."""
         return self.average.config.num_embeddings
@@ -79,17 +85,18 @@ class VQGANTrainer:
         """h · w."""
         return self.average.config.grid_size**2
 
-    def step(self, images: Tensor, step: int) -> dict[str, Tensor]:
+    def step(self, images: Tensor, number: int) -> dict[str, Tensor]:
         """One update of the generator and then of the discriminator, with one forward of the generator.
 
         Args:
             images: float32 `(B, C, H, W)` in [-1, 1].
-            step: optimizer steps done so far.
+            number: batches this process has had so far.
 
         Returns:
             Scalars on the device, by the names they are logged under.
         """
-        loss = self.config.loss
+        loss, step = self.config.loss, number // self.config.gradient_accumulation_steps
+        self.model.quantize.prepare(step / self.config.max_steps, self.image_seeds(number, len(images)))
         accumulated = [model for model in (self.generator, self.discriminator) if model is not None]
         with self.accelerator.accumulate(*accumulated):
             out = self.generator(images)
@@ -113,6 +120,7 @@ class VQGANTrainer:
             update = (out.reconstruction * gradient.to(out.reconstruction.dtype)).sum()
             self._update(self.generator, self.optimizer, update + loss.codebook_weight * out.codebook_loss)
             self.monitor.update(out.codes)
+            self.model.quantize.observe(out.latents, out.codes)
             if self.discriminator is not None and step >= loss.discriminator_start_step:
                 logits_real = self.discriminator(images).float()
                 logits_fake = self.discriminator(reconstruction.detach()).float()
@@ -122,9 +130,15 @@ class VQGANTrainer:
                 metrics |= {"logits/real": logits_real.detach().mean(), "logits/fake": logits_fake.detach().mean()}
 
             if self.accelerator.sync_gradients:
+                self.model.quantize.update(self._sum)
                 self._update_average(step)
                 metrics |= self._care_for_codebook(out.latents, step + 1)
         return metrics
+
+    def image_seeds(self, number: int, count: int) -> list[int]:
+        """A seed for each image of this process's batch, the same on any number of processes."""
+        first = self.accelerator.process_index * count
+        return [key(self.config.seed, number, first + index) for index in range(count)]
 
     def _adversarial_gradient(self, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
         """The generator's adversarial loss and ∂L/∂x̂; the discriminator's own parameters get no gradient."""
@@ -158,11 +172,10 @@ class VQGANTrainer:
     def _care_for_codebook(self, latents: Tensor, step: int) -> dict[str, Tensor]:
         interval = self.config.codebook.restart_interval
         is_last = step == self.config.max_steps  # the decoder must still meet the codes that moved
-        if self.keeps_codes or not interval or step % interval or is_last:
+        if not self.moves_codes or not interval or step % interval or is_last:
             return {}
         restarted = self.monitor.restart(
-            self.model.quantize,
-            self.average.quantize,
+            *self._codebooks(),
             self.optimizer.optimizer,
             rows(latents.detach()),
             self._sum,
@@ -176,11 +189,11 @@ class VQGANTrainer:
         """k-means over the latents of the given batches, as `step` takes them, of all processes together."""
         # gathered batch by batch: the order of the latents does not depend on the number of processes
         everything = torch.cat([self.accelerator.gather(rows(self.model.encode(x).latents)) for x in batches])
-        config = self.model.config
-        centres = kmeans(everything, config.num_embeddings, config.l2_normalize, self.config.seed)
+        spherical = self._codebooks()[0].l2_normalize
+        centres = kmeans(everything, self.num_codes, spherical, self.config.seed)
         centres = broadcast(centres)  # sums on a GPU come in any order: take those of one process
-        for model in (self.model, self.average):
-            model.quantize.embedding.weight.copy_(centres)
+        for quantizer in self._codebooks():
+            quantizer.move_entries(torch.arange(self.num_codes, device=centres.device), centres)
 
     def set_learning_rate(self, step: int) -> float:
         """Sets the rates of both optimizers for a step; returns the generator's."""
@@ -221,6 +234,10 @@ class VQGANTrainer:
             self.monitor.logged.zero_()
             self.monitor.recent.zero_()
 
+    def _codebooks(self) -> tuple[VectorQuantizer, VectorQuantizer]:
+        """The trained codebook and its moving average, where `moves_codes`."""
+        return cast(VectorQuantizer, self.model.quantize), cast(VectorQuantizer, self.average.quantize)
+
     def _sum(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.clone(), "sum")
 
@@ -255,6 +272,8 @@ class VQGANTrainer:
         # a young average follows quickly: decay (1 + n) / (10 + n) until it reaches the configured one
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        for own, other in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            own.copy_(other)
 
     def _build_perceptual(self) -> None:
         settings = self.config.loss

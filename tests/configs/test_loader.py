@@ -145,7 +145,7 @@ STAGE1 = {
         ({"model.fingerprint": "abc"}, "model.fingerprint", "unknown"),
         ({"model.image_size": 15}, "model.image_size", "received 15; must be divisible by the downsampling factor 2"),
         ({"model.norm_num_groups": 3}, "model.norm_num_groups", "received 3; must divide"),
-        ({"model.in_channels": 2}, "model.in_channels", "received 2; must be 1"),
+        ({"model.in_channels": 2}, "model.in_channels", "received 2; images are read as 1"),
         ({"model.num_embeddings": "many"}, "model.num_embeddings", "a whole number"),
         ({"data.augmentation.rotate": 200}, "data.augmentation.rotate", "180"),
         ({"data.augmentation.rotat": 20}, "data.augmentation.rotat", "did you mean 'rotate'"),
@@ -164,9 +164,9 @@ def test_stage1_rules(overrides, key, words):
 def test_numbers_in_the_model_section_may_be_written_like_all_others():
     from stage1_vqgan import Stage1Config
 
-    _, overrides, _ = parse_arguments(["--model.commitment_cost", "5e-1", "--learning_rate", "5e-1"])
+    _, overrides, _ = parse_arguments(["--model.quantizer_options.commitment_cost", "5e-1", "--learning_rate", "5e-1"])
     config = load_config(Stage1Config, None, plain(STAGE1) | overrides)
-    assert config.vqgan_config().commitment_cost == config.learning_rate == 0.5
+    assert config.vqgan_config().quantizer_options["commitment_cost"] == config.learning_rate == 0.5
 
 
 @pytest.mark.parametrize("base_channels", [4, 6, 7, 12, 20, 36, 64, 100])

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import TokenLayout
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -230,7 +233,8 @@ def test_saved_and_loaded_it_generates_the_same(tiny_pipeline, tmp_path):
 
 def test_what_the_folder_holds(tiny_runs):
     found = {str(path.relative_to(tiny_runs.pipeline)) for path in tiny_runs.pipeline.rglob("*") if path.is_file()}
-    sources = {"configuration_vqgan.py", "modeling_vqgan.py", "quantizers.py", "image_processing_vqgan.py"}
+    sources = {"configuration_vqgan.py", "modeling_vqgan.py", "image_processing_vqgan.py", "quantizers.py"}
+    sources |= {path.name for path in (ROOT / "stage1_vqgan").glob("quantizer_*.py")}
     assert found >= {"model_index.json", "README.md", *sources}
     assert found >= {"vqgan/config.json", "vqgan/model.safetensors", "vqgan/preprocessor_config.json"}
     assert found >= {"prior/config.json", "prior/model.safetensors", "prior/generation_config.json"}

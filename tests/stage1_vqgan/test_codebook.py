@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 
-from stage1_vqgan import VQGANConfig
 from stage1_vqgan.codebook import CodebookMonitor, kmeans, perplexity, usage
-from stage1_vqgan.quantizers import VectorQuantizer
+from stage1_vqgan.quantizers import build_quantizer
 
 K, D = 8, 4
 
@@ -87,8 +86,8 @@ class Case:
 
     def __init__(self, l2_normalize=False):
         torch.manual_seed(0)
-        config = VQGANConfig(num_embeddings=K, embed_dim=D, l2_normalize=l2_normalize)
-        self.quantizer, self.average = VectorQuantizer(config), VectorQuantizer(config)
+        options = {"l2_normalize": l2_normalize}
+        self.quantizer, self.average = (build_quantizer("vq", K, D, options) for _ in range(2))
         self.weight = self.quantizer.embedding.weight
         self.optimizer = torch.optim.AdamW(self.quantizer.parameters(), fused=True)
         self.weight.grad = torch.randn(K, D)

@@ -47,7 +47,7 @@ def spread_codebook(model):
 @pytest.mark.parametrize("l2_normalize", [False, True])
 @pytest.mark.parametrize("channels, height, width", [(3, 16, 16), (1, 16, 16), (3, 12, 28)])
 def test_shapes_and_types(channels, height, width, l2_normalize):
-    model = spread_codebook(make(in_channels=channels, l2_normalize=l2_normalize))
+    model = spread_codebook(make(in_channels=channels, quantizer_options={"l2_normalize": l2_normalize}))
     assert model.config.downsampling_factor == 4 and model.config.grid_size == 4
     pixels, (h, w) = images(2, channels, height, width), (height // 4, width // 4)
     encoded, out = model.encode(pixels), model(pixels)
@@ -91,7 +91,7 @@ def test_codes_that_do_not_fit(codes, words):
 
 
 def test_saving_is_exact(tmp_path):
-    model, pixels = spread_codebook(make(dropout=0.1, l2_normalize=True)), images(2, 3, 16, 16)
+    model, pixels = spread_codebook(make(dropout=0.1, quantizer_options={"l2_normalize": True})), images(2, 3, 16, 16)
     model.save_pretrained(tmp_path)
     loaded = VQGANModel.from_pretrained(tmp_path)
     assert not loaded.training
@@ -127,8 +127,8 @@ def test_fingerprint_is_of_what_decides_the_codes():
         model = make()
         model.get_parameter(part).data.flatten()[0] += 0.5
         assert (model.compute_fingerprint() != reference) == counts, part
-    assert make(l2_normalize=True).compute_fingerprint() != reference
-    assert make(dropout=0.3, commitment_cost=0.5).compute_fingerprint() == reference
+    assert make(quantizer_options={"l2_normalize": True}).compute_fingerprint() != reference
+    assert make(dropout=0.3, quantizer_options={"commitment_cost": 0.5}).compute_fingerprint() == reference
 
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "mismatched"])
@@ -215,8 +215,7 @@ def from_golden(name, legacy=True):
         latent_channels=theirs["z_channels"],
         embed_dim=facts["config"]["embed_dim"],
         num_embeddings=facts["config"]["n_embed"],
-        commitment_cost=facts["beta"],
-        legacy_codebook_loss=legacy,
+        quantizer_options={"commitment_cost": facts["beta"], "legacy_codebook_loss": legacy},
     )
     model = VQGANModel(config).eval()
     weights = {key: value.float() for key, value in stored.items() if not key.startswith(("io", "grad"))}

@@ -3,22 +3,17 @@
 import pytest
 import torch
 
-from stage1_vqgan import VQGANConfig, quantizers
-from stage1_vqgan.quantizers import VectorQuantizer, nearest_code
+from stage1_vqgan import quantizer_base
+from stage1_vqgan.quantizers import build_quantizer, nearest_code
 
 K, D = 11, 5
 
 
 def make(l2_normalize=False, legacy=False, beta=0.25, codes=K):
     torch.manual_seed(0)
-    config = VQGANConfig(
-        num_embeddings=codes,
-        embed_dim=D,
-        l2_normalize=l2_normalize,
-        commitment_cost=beta,
-        legacy_codebook_loss=legacy,
-    )
-    quantizer = VectorQuantizer(config)
+    options = {"l2_normalize": l2_normalize, "commitment_cost": beta, "legacy_codebook_loss": legacy}
+    quantizer = build_quantizer("vq", codes, D, options)
+    torch.nn.init.uniform_(quantizer.embedding.weight, -1 / codes, 1 / codes)
     latents = torch.randn(2, D, 3, 4, requires_grad=True)
     return quantizer, latents
 
@@ -119,5 +114,5 @@ def test_float32_under_autocast():
 def test_chunks_of_the_search_join_seamlessly(monkeypatch, rows):
     torch.manual_seed(1)
     latents, codebook = torch.randn(rows, D), torch.randn(K, D)
-    monkeypatch.setattr(quantizers, "SEARCH_CHUNK", 5)
+    monkeypatch.setattr(quantizer_base, "SEARCH_CHUNK", 5)
     assert torch.equal(nearest_code(latents, codebook), naive_codes(latents, codebook))

@@ -1,0 +1,90 @@
+"""Codes drawn with Gumbel noise in training, the likeliest ones afterwards."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .quantizer_base import Quantizer, QuantizerOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class GumbelQuantizerOptions(QuantizerOptions):
+    """Options of [`GumbelQuantizer`].
+
+    Args:
+        kl_weight: weight of the divergence of the code distribution from the uniform one.
+        temperature_start, temperature_end: τ, falls from one to the other over the training along half a cosine.
+        straight_through: in training, decode the drawn entry itself, with the gradient of the soft mixture; otherwise
+            the mixture.
+    """
+
+    kl_weight: float | int = 5e-4
+    temperature_start: float | int = 1.0
+    temperature_end: float | int = 0.0625
+    straight_through: bool = True
+
+    def problems(self, num_embeddings: int, embed_dim: int) -> Iterator[tuple[str, Any, str]]:
+        if not 0 <= self.kl_weight < float("inf"):
+            yield "kl_weight", self.kl_weight, "must be a number from 0 up"
+        for name in ("temperature_start", "temperature_end"):
+            if not 0 < getattr(self, name) < float("inf"):
+                yield name, getattr(self, name), "must be a number above 0"
+
+
+class GumbelQuantizer(Quantizer):
+    """A categorical distribution over codes for each latent, relaxed by Gumbel-softmax.
+
+    In training the codes are drawn; in evaluation they are the likeliest ones, so that an image always has the same.
+    An image's noise depends on its seed alone (see `prepare`).
+
+    Source: Jang et al. 2017, "Categorical reparameterization with Gumbel-softmax"; Ramesh et al. 2021, "Zero-shot
+    text-to-image generation", section 2.1; the divergence term Σ q ln(K·q) as in Esser et al. 2021's code.
+    """
+
+    Options = GumbelQuantizerOptions
+
+    def __init__(self, num_embeddings: int, embed_dim: int, options: GumbelQuantizerOptions):
+        super().__init__(num_embeddings, embed_dim, options)
+        self.proj = nn.Conv2d(embed_dim, num_embeddings, 1)
+        self.embed = nn.Embedding(num_embeddings, embed_dim)
+        self.temperature = float(options.temperature_start)
+        self._image_seeds: Sequence[int] = ()
+
+    def prepare(self, progress: float, image_seeds: Sequence[int]) -> None:
+        start, end = self.options.temperature_start, self.options.temperature_end
+        self.temperature = end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
+        self._image_seeds = image_seeds
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(z, self.proj.weight.float().flatten(1), cast(Tensor, self.proj.bias).float())
+        q = logits.softmax(1)
+        divergence = (q * torch.log(q * self.num_embeddings + 1e-10)).sum(1).mean()
+        loss = self.options.kl_weight * divergence
+        codebook = self.embed.weight.float()
+        if not self.training:
+            codes = logits.argmax(1)
+            return F.embedding(codes, codebook), codes, loss
+        soft = ((logits + self._gumbel_noise(logits)) / self.temperature).softmax(1)
+        codes = soft.argmax(1)
+        if self.options.straight_through:
+            soft = soft + (F.one_hot(codes, self.num_embeddings) - soft).detach()
+        return soft @ codebook, codes, loss
+
+    def entries(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self.embed.weight.float())
+
+    def _gumbel_noise(self, logits: Tensor) -> Tensor:
+        """Standard Gumbel noise, -ln of exponential noise; of every image from a generator of its own."""
+        noise = torch.empty_like(logits)
+        if self._image_seeds:
+            generator = torch.Generator(logits.device)
+            for rows, seed in zip(noise.chunk(len(self._image_seeds)), self._image_seeds, strict=True):
+                rows.exponential_(generator=generator.manual_seed(seed))
+        else:  # outside of a training run
+            noise.exponential_()
+        return -noise.log()

@@ -1,0 +1,152 @@
+"""Nearest entry of a learned codebook."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
+
+from .quantizer_base import (
+    Quantizer,
+    QuantizerOptions,
+    entropy,
+    mean_over_processes,
+    nearest_code,
+    straight_through,
+    unit_length,
+)
+
+# Latents whose distances to all entries are kept at once for the entropy term.
+ENTROPY_CHUNK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorQuantizerOptions(QuantizerOptions):
+    """Options of [`VectorQuantizer`].
+
+    Args:
+        commitment_cost: β, weight of the commitment term.
+        legacy_codebook_loss: put β on the codebook term instead, as the original's released models did.
+        l2_normalize: put latents and entries on the unit sphere, for the search and in the output (Yu et al. 2022,
+            "Vector-quantized image modeling with improved VQGAN", section 3.2); pairs well with a small `embed_dim`.
+        entropy_weight: weight of the entropy term of the loss in training: latents should be sure of their code (low
+            entropy each), and all codes used alike (high entropy of the mean).
+        entropy_temperature: of the softmax over negative squared distances in that term.
+        rotation_trick: the gradient reaches the latent rotated and scaled as latent and entry lie to each other,
+            instead of straight through (Fifty et al. 2024, "Restructuring vector quantization with the rotation
+            trick").
+    """
+
+    DECIDE_CODES: ClassVar[frozenset[str]] = frozenset({"l2_normalize"})
+
+    commitment_cost: float | int = 0.25
+    legacy_codebook_loss: bool = False
+    l2_normalize: bool = False
+    entropy_weight: float | int = 0.0
+    entropy_temperature: float | int = 0.01
+    rotation_trick: bool = False
+
+    def problems(self, num_embeddings: int, embed_dim: int) -> Iterator[tuple[str, Any, str]]:
+        for name in ("commitment_cost", "entropy_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                yield name, getattr(self, name), "must be a number from 0 up"
+        if not 0 < self.entropy_temperature < float("inf"):
+            yield "entropy_temperature", self.entropy_temperature, "must be a number above 0"
+
+
+class Codebook(nn.Embedding):
+    """Entries `(K, D)` that start uniform in (-1/K, 1/K)."""
+
+    def reset_parameters(self) -> None:
+        init.uniform_(self.weight, -1 / self.num_embeddings, 1 / self.num_embeddings)
+
+
+class VectorQuantizer(Quantizer):
+    """Nearest codebook entry with a straight-through gradient.
+
+    Source: van den Oord et al. 2017, "Neural discrete representation learning", section 3.2.
+    """
+
+    Options = VectorQuantizerOptions
+    has_codebook = True
+
+    def __init__(self, num_embeddings: int, embed_dim: int, options: VectorQuantizerOptions):
+        super().__init__(num_embeddings, embed_dim, options)
+        self.embedding = Codebook(num_embeddings, embed_dim)
+        self.l2_normalize = options.l2_normalize
+        self.codebook_cost = options.commitment_cost if options.legacy_codebook_loss else 1.0
+        self.commitment_cost = 1.0 if options.legacy_codebook_loss else options.commitment_cost
+
+    @property
+    def codebook(self) -> Tensor:
+        """The entries as they are used: float32 `(K, D)`, of unit length with `l2_normalize`."""
+        weight = self.embedding.weight.float()
+        return unit_length(weight) if self.l2_normalize else weight
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codebook = self.codebook
+        if self.l2_normalize:
+            z = unit_length(z)
+        codes = nearest_code(z, codebook)
+        zq = F.embedding(codes, codebook)
+        # mean over all elements of ‖sg[z] - e‖² and of β·‖z - sg[e]‖²
+        loss = self.codebook_cost * F.mse_loss(zq, z.detach()) + self.commitment_cost * F.mse_loss(z, zq.detach())
+        if self.options.entropy_weight and self.training:
+            loss = loss + self.options.entropy_weight * self.entropy_loss(z, codebook)
+        return rotate(z, zq) if self.options.rotation_trick else straight_through(z, zq), codes, loss
+
+    def entries(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self.codebook)
+
+    def move_entries(self, codes: Tensor, rows: Tensor) -> None:
+        """Puts the entries of int64 codes `(M,)` at `rows` `(M, D)`."""
+        self.embedding.weight[codes] = rows.to(self.embedding.weight.dtype)
+
+    def entropy_loss(self, z: Tensor, codebook: Tensor) -> Tensor:
+        """Mean entropy of the latents' softmax over codes minus the entropy of its mean over the batch of all
+        processes, a scalar in [-ln K, ln K].
+
+        Source: Jansen et al. 2019, "Coincidence, categorization, and consolidation"; Yu et al. 2024, "Language model
+        beats diffusion", equation 5.
+        """
+        chunks = [
+            checkpoint(
+                _entropy_sums,
+                rows,
+                codebook,
+                self.options.entropy_temperature,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for rows in z.split(ENTROPY_CHUNK)
+        ]
+        of_latents, probabilities = (sum(parts) / len(z) for parts in zip(*chunks, strict=True))
+        return of_latents - entropy(mean_over_processes(probabilities))
+
+
+def _entropy_sums(rows: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sums over rows `(n, D)` of the entropies of their softmax over codes, a scalar, and of the softmax, `(K,)`."""
+    logits = (2 * rows @ codebook.T - codebook.square().sum(1)) / temperature  # ‖z‖² is the same for all codes
+    probabilities = logits.softmax(1)
+    return entropy(probabilities).sum(), probabilities.sum(0)
+
+
+def rotate(z: Tensor, zq: Tensor) -> Tensor:
+    """zq, written as the latent rotated and scaled onto it; the gradient takes the same way back.
+
+    With unit vectors u of z and v of zq, and the reflections that map u to u + v and that to v,
+    zq = ‖zq‖/‖z‖ · (z - 2 r rᵀz + 2 v uᵀz), r = (u + v) / ‖u + v‖, all but z held constant.
+
+    Source: Fifty et al. 2024, "Restructuring vector quantization with the rotation trick", section 4.2.
+    """
+    with torch.no_grad():
+        u, v = unit_length(z), unit_length(zq)
+        r = unit_length(u + v)
+        scale = zq.norm(dim=-1, keepdim=True) / z.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    along = 2 * (z * r).sum(-1, keepdim=True) * r
+    rotated = scale * (z - along + 2 * (z * u).sum(-1, keepdim=True) * v)
+    return rotated + (zq - rotated).detach()  # what decoder and code store see is the entry itself, to the bit
