@@ -11,6 +11,7 @@ from .quantizer_base import Quantizer, QuantizerOutput, nearest_code
 from .quantizer_ema import EMAQuantizer
 from .quantizer_fsq import FSQuantizer
 from .quantizer_gumbel import GumbelQuantizer
+from .quantizer_lfq import LFQuantizer
 from .quantizer_vq import VectorQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
@@ -18,6 +19,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "ema": EMAQuantizer,
     "gumbel": GumbelQuantizer,
     "fsq": FSQuantizer,
+    "lfq": LFQuantizer,
 }
 
 
