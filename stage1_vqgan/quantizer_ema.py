@@ -89,6 +89,7 @@ class EMAQuantizer(VectorQuantizer):
         self.cluster_size.lerp_(counts[:, 0].to(self.cluster_size.dtype), 1 - self.decay)
         self.embedding.weight.copy_(moving / self.smoothed_size)
 
+    @torch.no_grad()
     def move_entries(self, codes: Tensor, rows: Tensor) -> None:
         super().move_entries(codes, rows)
         self.cluster_size[codes] = 1.0

@@ -102,6 +102,7 @@ class VectorQuantizer(Quantizer):
     def entries(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.codebook)
 
+    @torch.no_grad()
     def move_entries(self, codes: Tensor, rows: Tensor) -> None:
         """Puts the entries of int64 codes `(M,)` at `rows` `(M, D)`."""
         self.embedding.weight[codes] = rows.to(self.embedding.weight.dtype)

@@ -9,17 +9,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
 from configs import load_config
 from stage1_vqgan import Stage1Config, training
-from stage1_vqgan.training_step import VQGANTrainer
+from stage1_vqgan.codebook import CodebookMonitor, kmeans
+from stage1_vqgan.quantizers import VectorQuantizer, build_quantizer
+from stage1_vqgan.training_step import VQGANTrainer, rows
 from stage2_prior import Stage2Config
 from stage2_prior import training as prior_training
 from stage2_prior.tokenize import tokenize
 from tests import tiny
 
 GLOBAL_BATCH = 32
+
+# name, K, D, options of every quantizer that has something to train
+QUANTIZERS: list[tuple[str, int, int, dict[str, Any]]] = [
+    ("vq", 64, 4, {}),
+    ("vq", 64, 4, {"l2_normalize": True}),
+    ("vq", 64, 4, {"entropy_weight": 0.1, "entropy_temperature": 0.5}),
+    ("vq", 64, 4, {"rotation_trick": True}),
+    ("ema", 64, 4, {"decay": 0.9}),
+    ("gumbel", 64, 4, {"kl_weight": 0.01}),
+]
+# settings of tokenizers with every other kind than the first
+WHOLE: dict[str, dict[str, Any]] = {
+    "ema": {"quantizer": "ema"},
+    "gumbel": {"quantizer": "gumbel", "quantizer_options": {"kl_weight": 0.01}},
+    "fsq": {"quantizer": "fsq", "embed_dim": 3, "num_embeddings": 60, "quantizer_options": {"levels": [5, 4, 3]}},
+    "lfq": {"quantizer": "lfq", "embed_dim": 6, "num_embeddings": 64},
+}
 
 
 def stage1_config(folder: Path, **changes: Any) -> Stage1Config:
@@ -105,8 +124,53 @@ def run_stage2(config: Stage2Config, folder: Path) -> None:
         prior_training.PriorTrainer.evaluate = evaluate  # type: ignore[method-assign]
 
 
+def run_quantizer(folder: Path, name: str, codes: int, width: int, options: dict[str, Any]) -> None:
+    """50 updates of a quantizer on fixed latents, this process's share of them, with k-means and restarts if it has a
+    codebook; leaves all it holds."""
+    accelerator = Accelerator()
+    torch.manual_seed(0)
+    quantizer = build_quantizer(name, codes, width, options)
+    parameters = [parameter for parameter in quantizer.parameters() if parameter.requires_grad]
+    # not Adam, which divides a gradient of rounding, that of an entry on its only latent, by its own size
+    optimizer = torch.optim.SGD(parameters or [torch.zeros(1)], lr=0.5, momentum=0.9)
+    wrapped = accelerator.prepare(quantizer) if parameters else quantizer
+    monitor = CodebookMonitor(codes, accelerator.device)
+    seeds = range(8)
+    share = slice(*(len(seeds) * (accelerator.process_index + end) // accelerator.num_processes for end in (0, 1)))
+    everything = torch.randn(50, 8, width, 3, 3, generator=torch.Generator().manual_seed(1))
+    latents = everything[:, share]
+
+    def reduce(value: torch.Tensor) -> torch.Tensor:
+        return accelerator.reduce(value.clone(), "sum")
+
+    if isinstance(quantizer, VectorQuantizer):
+        centres = kmeans(rows(everything[0]), codes, quantizer.l2_normalize, seed=0)
+        quantizer.move_entries(torch.arange(codes), centres)
+    restarted = 0
+    for step, z in enumerate(latents):
+        quantizer.prepare(step / 50, seeds[share])
+        out = wrapped(z)
+        monitor.update(out.codes)
+        quantizer.observe(z, out.codes)
+        if parameters:
+            accelerator.backward(out.loss + (out.quantized - z).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        quantizer.update(reduce)
+        if isinstance(quantizer, VectorQuantizer) and step % 5 == 4:
+            arguments = (quantizer, quantizer, optimizer, rows(z), reduce, accelerator.gather)
+            restarted += int(monitor.restart(*arguments, seed=step))
+    leave(folder, f"quantizer {name} {'-'.join(options)}", {**quantizer.state_dict(), "restarted": restarted})
+
+
 def run_all(folder: Path) -> None:
     run_stage1(stage1_config(folder), folder / "states")
+    for quantizer in QUANTIZERS:
+        run_quantizer(folder / "states", *quantizer)
+    for name, settings in WHOLE.items():
+        model = {**tiny.VQGAN, **settings}
+        changes = {"max_steps": 5, "model": model, "output_dir": str(folder / name)}
+        run_stage1(stage1_config(folder, **changes), folder / "states", name)
     config = stage2_config(folder)
     tokenize(config)
     run_stage2(config, folder / "states")

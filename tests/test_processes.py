@@ -52,7 +52,7 @@ def state(folder, name, process):
     return torch.load(folder / "states" / f"{name}-{process}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", *process_runs.WHOLE])
 def test_every_process_holds_the_same(two, name):
     first, second = (tensors(state(two, name, process)) for process in range(2))
     assert first.keys() == second.keys() and len(first) > 20
@@ -64,7 +64,19 @@ def test_without_the_wrapper_they_would_not(two):
     assert [path for path in first if not torch.equal(first[path], second[path])] != []
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2"])
+@pytest.mark.parametrize("name, options", [(name, options) for name, _, _, options in process_runs.QUANTIZERS])
+def test_codebooks_are_those_of_one_process(one, two, name, options):
+    """After 50 updates on fixed latents, with k-means and restarts."""
+    run = f"quantizer {name} {'-'.join(options)}"
+    single, first, second = state(one, run, 0), state(two, run, 0), state(two, run, 1)
+    assert single.keys() == first.keys() == second.keys()
+    for part, value in single.items():
+        assert part == "restarted" or torch.equal(first[part], second[part])
+        torch.testing.assert_close(first[part], value, atol=1e-6, rtol=0)
+    assert name == "gumbel" or single["restarted"] > 0
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", *process_runs.WHOLE])
 def test_two_processes_are_one_with_twice_the_batch(one, two, name):
     single, double = (tensors(state(folder, name, 0)) for folder in (one, two))
     assert single.keys() == double.keys()

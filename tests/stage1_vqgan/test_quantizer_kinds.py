@@ -1,0 +1,334 @@
+"""Every kind of quantizer against its formulas, written out naively."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stage1_vqgan import VQGANConfig, VQGANModel
+from stage1_vqgan.quantizer_vq import ENTROPY_CHUNK
+from stage1_vqgan.quantizers import QUANTIZERS, build_quantizer
+
+KINDS = {
+    "vq": ("vq", 16, 4, {}),
+    "vq, unit sphere": ("vq", 16, 4, {"l2_normalize": True, "legacy_codebook_loss": True}),
+    "vq, entropy": ("vq", 16, 4, {"entropy_weight": 0.1, "entropy_temperature": 0.5}),
+    "vq, rotation": ("vq", 16, 4, {"rotation_trick": True}),
+    "ema": ("ema", 16, 4, {}),
+    "ema, unit sphere": ("ema", 16, 4, {"l2_normalize": True}),
+    "gumbel": ("gumbel", 16, 4, {}),
+    "gumbel, soft": ("gumbel", 16, 4, {"straight_through": False}),
+    "fsq": ("fsq", 60, 3, {"levels": [5, 4, 3]}),
+    "lfq": ("lfq", 16, 4, {}),
+}
+
+
+def make(kind, seed=0, **options):
+    name, codes, width, defaults = KINDS[kind]
+    torch.manual_seed(seed)
+    quantizer = build_quantizer(name, codes, width, {**defaults, **options})
+    for parameter in quantizer.parameters():
+        torch.nn.init.normal_(parameter)
+    return quantizer
+
+
+def latents(kind, batch=2, seed=1):
+    shape = (batch, KINDS[kind][2], 3, 5)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def as_rows(grid):
+    return grid.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def test_every_kind_is_here():
+    assert {name for name, *_ in KINDS.values()} == set(QUANTIZERS)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_interface(kind, training):
+    quantizer, z = make(kind).train(training), latents(kind)
+    out = quantizer(z)
+    assert out.quantized.shape == z.shape and out.quantized.dtype == torch.float32
+    assert out.codes.shape == (2, 3, 5) and out.codes.dtype == torch.int64 and out.loss.shape == ()
+    assert out.codes.min() >= 0 and out.codes.max() < KINDS[kind][1] and len(out.codes.unique()) > 3
+    if kind != "gumbel, soft" or not training:
+        torch.testing.assert_close(quantizer.lookup(out.codes), out.quantized)
+    if training:
+        (gradient,) = torch.autograd.grad((out.quantized * torch.randn_like(z)).sum() + out.loss, z)
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0
+    else:
+        again = quantizer(z)
+        assert torch.equal(again.codes, out.codes) and torch.equal(again.quantized, out.quantized)
+        single = quantizer(z[1:])
+        assert torch.equal(single.codes, out.codes[1:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_under_autocast(kind):
+    quantizer, z = make(kind).eval(), latents(kind, batch=16)
+    plain = quantizer(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = quantizer(z)
+    assert mixed.quantized.dtype == mixed.loss.dtype == torch.float32
+    assert torch.equal(mixed.codes, plain.codes) and torch.equal(mixed.quantized, plain.quantized)
+    assert torch.equal(mixed.loss, plain.loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_of_every_kind_is_saved_and_loaded(kind, tmp_path):
+    name, codes, width, options = KINDS[kind]
+    torch.manual_seed(0)
+    config = VQGANConfig(
+        image_size=16,
+        base_channels=8,
+        channel_multiplier=[1, 2],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        norm_num_groups=4,
+        latent_channels=8,
+        embed_dim=width,
+        num_embeddings=codes,
+        quantizer=name,
+        quantizer_options=options,
+    )
+    model = VQGANModel(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded, images = VQGANModel.from_pretrained(tmp_path), torch.rand(2, 3, 16, 16) * 2 - 1
+    assert loaded.config.quantizer == name and loaded.config.quantizer_options == options
+    before, after = model(images), loaded(images)
+    assert torch.equal(before.codes, after.codes) and torch.equal(before.reconstruction, after.reconstruction)
+    assert loaded.compute_fingerprint() == model.config.fingerprint
+    torch.testing.assert_close(loaded.decode_codes(after.codes), after.reconstruction, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- vq
+
+
+def naive_entropies(z, codebook, temperature):
+    """Mean of the entropies of softmax(-distance / temperature), and the entropy of its mean."""
+    distances = ((z[:, None] - codebook[None]) ** 2).sum(-1)
+    p = torch.softmax(-distances / temperature, 1)
+    mean = p.mean(0)
+    return -(p * p.log()).sum(1).mean(), -(mean * mean.log()).sum()
+
+
+@pytest.mark.parametrize("rows", [7, ENTROPY_CHUNK + 3])
+def test_entropy_term_of_vq(rows):
+    quantizer = make("vq, entropy")
+    weight = quantizer.embedding.weight
+    z = torch.randn(rows, 4, requires_grad=True)
+    of_latents, of_mean = naive_entropies(z, weight, 0.5)
+    found, expected = quantizer.entropy_loss(z, quantizer.codebook), of_latents - of_mean
+    torch.testing.assert_close(found, expected)
+    pairs = zip(torch.autograd.grad(found, (z, weight)), torch.autograd.grad(expected, (z, weight)), strict=True)
+    for gradient, reference in pairs:
+        torch.testing.assert_close(gradient, reference)
+    grid = z.detach().T.reshape(1, 4, rows, 1)
+    plain = make("vq")(grid).loss
+    torch.testing.assert_close(quantizer(grid).loss - plain, 0.1 * expected.detach())
+    assert torch.equal(quantizer.eval()(grid).loss, plain)
+
+
+def test_rotation_trick():
+    """Every latent's gradient goes through the matrix that turns and stretches it onto its entry."""
+    quantizer, z = make("vq, rotation"), latents("vq, rotation")
+    out = quantizer(z)
+    gradient = torch.randn_like(z)
+    out.quantized.backward(gradient)
+    for row, entry, above, below in zip(
+        *map(as_rows, (z.detach(), out.quantized.detach(), gradient, z.grad)), strict=True
+    ):
+        u, v = row / row.norm(), entry / entry.norm()
+        # Rodrigues: the rotation in the plane of u and v
+        plane = torch.outer(v, u) - torch.outer(u, v)
+        rotation = torch.eye(4) + plane + plane @ plane / (1 + u @ v)
+        torch.testing.assert_close(rotation @ u, v, atol=1e-5, rtol=1e-4)
+        stretch = entry.norm() / row.norm()
+        torch.testing.assert_close(below, stretch * rotation.T @ above, atol=1e-4, rtol=1e-3)
+
+
+# ---------------------------------------------------------------- ema
+
+
+@pytest.mark.parametrize("kind", ["ema", "ema, unit sphere"])
+def test_ema_is_a_moving_average_of_counts_and_sums(kind):
+    quantizer = make(kind, decay=0.8, epsilon=1e-3)
+    assert [name for name, p in quantizer.named_parameters() if p.requires_grad] == []
+    entries = quantizer.embedding.weight.clone()
+    sizes, sums = torch.ones(16), entries.clone()
+    for step in range(6):
+        batches = [latents(kind, seed=10 * step + part).detach() for part in range(2)]  # two micro-batches
+        counts, totals = torch.zeros(16), torch.zeros(16, 4)
+        for z in batches:
+            codes = quantizer(z).codes
+            quantizer.observe(z, codes)
+            for row, code in zip(as_rows(z), codes.flatten(), strict=True):
+                counts[code] += 1
+                totals[code] += row / row.norm() if "sphere" in kind else row
+        quantizer.update(lambda value: value)
+        sizes, sums = 0.8 * sizes + 0.2 * counts, 0.8 * sums + 0.2 * totals
+        smoothed = (sizes + 1e-3) / (sizes.sum() + 16 * 1e-3) * sizes.sum()
+        torch.testing.assert_close(quantizer.embedding.weight, sums / smoothed[:, None], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(quantizer.cluster_size, sizes)
+    assert not torch.allclose(quantizer.embedding.weight, entries, atol=0.1)
+
+
+def test_ema_loss_is_the_commitment_alone():
+    quantizer, z = make("ema", commitment_cost=0.3), latents("ema")
+    out = quantizer(z)
+    torch.testing.assert_close(out.loss, 0.3 * F.mse_loss(z, out.quantized.detach()))
+
+
+def test_ema_entries_that_nobody_chooses_stay_and_moved_ones_start_anew():
+    quantizer = make("ema")
+    with torch.no_grad():
+        quantizer.embedding.weight[3] = 1000.0
+    for step in range(100):
+        z = latents("ema", seed=step)
+        quantizer.observe(z, quantizer(z).codes)
+        quantizer.update(lambda value: value)
+    torch.testing.assert_close(quantizer.embedding.weight[3], torch.full((4,), 1000.0), rtol=1e-3, atol=0)
+    assert quantizer.cluster_size[3] == pytest.approx(0.99**100, rel=1e-4)
+    with torch.no_grad():
+        quantizer.move_entries(torch.tensor([3]), torch.zeros(1, 4))
+    assert quantizer.embedding.weight[3].eq(0).all() and quantizer.cluster_size[3] == 1
+
+
+# ---------------------------------------------------------------- gumbel
+
+
+def gumbel_logits(quantizer, z):
+    return as_rows(z) @ quantizer.proj.weight[:, :, 0, 0].T + quantizer.proj.bias
+
+
+@pytest.mark.parametrize("kind", ["gumbel", "gumbel, soft"])
+def test_gumbel_softmax(kind):
+    quantizer, z, seeds = make(kind), latents(kind), [5, 9]
+    quantizer.prepare(0.0, seeds)
+    out = quantizer(z)
+    logits = gumbel_logits(quantizer, z)
+    noise = torch.cat(
+        [torch.empty(15, 16).exponential_(generator=torch.Generator().manual_seed(s)).log().neg() for s in seeds]
+    )
+    soft = torch.softmax((logits + noise) / 1.0, 1)
+    assert torch.equal(out.codes.flatten(), (logits + noise).argmax(1))
+    entries = quantizer.embed.weight
+    expected = entries[out.codes.flatten()] if kind == "gumbel" else soft @ entries
+    torch.testing.assert_close(as_rows(out.quantized), expected)
+    above = torch.randn_like(expected)
+    found = torch.autograd.grad((as_rows(out.quantized) * above).sum(), (z, quantizer.proj.weight))
+    wanted = torch.autograd.grad(((soft @ entries) * above).sum(), (z, quantizer.proj.weight))
+    for gradient, reference in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, reference)
+
+
+def test_gumbel_divergence_from_the_uniform_distribution():
+    quantizer, z = make("gumbel", kl_weight=2.0), latents("gumbel")
+    q = torch.softmax(gumbel_logits(quantizer, z), 1)
+    divergence = (q * (q * 16).log()).sum(1).mean()
+    torch.testing.assert_close(quantizer(z).loss, 2 * divergence)
+    with torch.no_grad():
+        quantizer.proj.weight.zero_()
+        quantizer.proj.bias.zero_()
+    assert quantizer(z).loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_gumbel_noise_is_standard_and_belongs_to_the_image():
+    quantizer, z = make("gumbel"), latents("gumbel", batch=4)
+    quantizer.prepare(0.3, [1, 2, 3, 4])
+    whole = quantizer(z)
+    for part in (slice(0, 1), slice(1, 4)):
+        quantizer.prepare(0.3, [1, 2, 3, 4][part])
+        assert torch.equal(quantizer(z[part]).codes, whole.codes[part])
+    quantizer.prepare(0.3, [1, 2, 3, 5])
+    assert not torch.equal(quantizer(z).codes[3], whole.codes[3])
+    quantizer.prepare(0.0, range(200))
+    noise = quantizer._gumbel_noise(torch.empty(200 * 15, 16))
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
+
+
+def test_gumbel_temperature_falls_along_half_a_cosine():
+    quantizer = make("gumbel", temperature_start=2.0, temperature_end=0.5)
+    found = []
+    for progress in (0, 0.25, 0.5, 1):
+        quantizer.prepare(progress, [])
+        found.append(quantizer.temperature)
+    assert found == pytest.approx([2.0, 0.5 + 0.75 * (1 + 0.5**0.5), 1.25, 0.5])
+
+
+def test_gumbel_in_evaluation_takes_the_likeliest_code():
+    quantizer, z = make("gumbel").eval(), latents("gumbel")
+    quantizer.prepare(0.0, [1, 2])
+    assert torch.equal(quantizer(z).codes.flatten(), gumbel_logits(quantizer, z).argmax(1))
+
+
+# ---------------------------------------------------------------- fsq, lfq
+
+
+@pytest.mark.parametrize("levels", [[3], [4], [5, 4, 3], [8, 5, 5]])
+def test_fsq_codes_and_entries_are_one_to_one(levels):
+    quantizer = build_quantizer("fsq", math.prod(levels), len(levels), {"levels": levels})
+    entries = quantizer.entries(torch.arange(math.prod(levels)))
+    values = [[(digit - count // 2) / (count // 2) for digit in range(count)] for count in levels]
+    # the first channel counts least: itertools turns its last one fastest
+    expected = [list(reversed(combination)) for combination in itertools.product(*reversed(values))]
+    torch.testing.assert_close(entries, torch.tensor(expected))
+    z = 2 * torch.randn(20_000, len(levels), generator=torch.Generator().manual_seed(0))
+    quantized, codes, loss = quantizer.quantize(z)
+    assert len(codes.unique()) == math.prod(levels) and loss == 0
+    torch.testing.assert_close(quantizer.entries(codes), quantized)
+
+
+def test_fsq_rounds_a_bounded_latent():
+    quantizer, z = make("fsq"), latents("fsq")
+    out = quantizer(z)
+    for channel, count in enumerate([5, 4, 3]):
+        half = (count - 1) * 1.001 / 2
+        offset = 0.0 if count % 2 else 0.5
+        for value, found in zip(z[:, channel].flatten(), out.quantized[:, channel].flatten(), strict=True):
+            bounded = math.tanh(value.item() + math.atanh(offset / half)) * half - offset
+            assert found.item() == pytest.approx(round(bounded) / (count // 2), abs=1e-6)
+    zero = quantizer(torch.zeros_like(z)).quantized
+    torch.testing.assert_close(zero, torch.zeros_like(zero), atol=1e-6, rtol=0)
+    (gradient,) = torch.autograd.grad(out.quantized[:, 0].sum(), z)
+    torch.testing.assert_close(gradient[:, 0], (1 - torch.tanh(z[:, 0]) ** 2) * 2 * 1.001 / 2)
+
+
+def corners(width):
+    return torch.tensor(list(itertools.product([-1.0, 1.0], repeat=width)))
+
+
+def test_lfq_codes_are_the_nearest_corners_of_the_cube():
+    quantizer, z = make("lfq"), latents("lfq")
+    torch.testing.assert_close(quantizer.entries(torch.arange(16)), corners(4))
+    out = quantizer(z)
+    assert torch.equal(out.codes.flatten(), torch.cdist(as_rows(z), corners(4)).argmin(1))
+    above = torch.randn_like(z)
+    (gradient,) = torch.autograd.grad((out.quantized * above).sum(), z)
+    assert torch.equal(gradient, above)
+
+
+@pytest.mark.parametrize("width", [1, 4, 5])
+def test_lfq_entropy_is_that_of_the_softmax_over_all_codes(width):
+    options = {"diversity_weight": 0.7, "entropy_temperature": 2.0, "commitment_cost": 0.3, "entropy_weight": 0.2}
+    quantizer = build_quantizer("lfq", 2**width, width, options)
+    z = torch.randn(50, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    of_latents, of_mean = naive_entropies(z, corners(width), 2.0)
+    expected = 0.3 * ((z - z.sign()) ** 2).mean() + 0.2 * (of_latents - 0.7 * of_mean)
+    _, _, found = quantizer.quantize(z)
+    torch.testing.assert_close(found, expected)
+    (gradient,), (reference,) = torch.autograd.grad(found, z), torch.autograd.grad(expected, z)
+    torch.testing.assert_close(gradient, reference)
+
+
+def test_lfq_entropy_makes_no_matrix_of_all_codes():
+    quantizer = build_quantizer("lfq", 2**18, 18, {})
+    with torch.profiler.profile(profile_memory=True) as profile:
+        quantizer.quantize(torch.randn(512, 18))
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest <= 4 * 2**18 * 4 < 512 * 2**18
