@@ -132,7 +132,7 @@ def run_quantizer(folder: Path, name: str, codes: int, width: int, options: dict
     quantizer = build_quantizer(name, codes, width, options)
     parameters = [parameter for parameter in quantizer.parameters() if parameter.requires_grad]
     # not Adam, which divides a gradient of rounding, that of an entry on its only latent, by its own size
-    optimizer = torch.optim.SGD(parameters or [torch.zeros(1)], lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD(parameters or [torch.zeros(1)], lr=0.1, momentum=0.9)
     wrapped = accelerator.prepare(quantizer) if parameters else quantizer
     monitor = CodebookMonitor(codes, accelerator.device)
     seeds = range(8)
