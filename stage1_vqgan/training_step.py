@@ -120,7 +120,8 @@ class VQGANTrainer:
             update = (out.reconstruction * gradient.to(out.reconstruction.dtype)).sum()
             self._update(self.generator, self.optimizer, update + loss.codebook_weight * out.codebook_loss)
             self.monitor.update(out.codes)
-            self.model.quantize.observe(out.latents, out.codes)
+            if not self.keeps_codes:
+                self.model.quantize.observe(out.latents, out.codes)
             if self.discriminator is not None and step >= loss.discriminator_start_step:
                 logits_real = self.discriminator(images).float()
                 logits_fake = self.discriminator(reconstruction.detach()).float()

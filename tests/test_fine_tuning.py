@@ -46,6 +46,24 @@ def test_decoder_only_keeps_every_code(tiny_runs, tmp_path):
     assert torch.equal(before.eval().encode(images).codes, tuned.encode(images).codes)
 
 
+def test_options_that_are_not_given_stay(tiny_runs, tmp_path):
+    VQGANModel.from_pretrained(tiny_runs.vqgan, quantizer_options={"l2_normalize": True}).save_pretrained(
+        tmp_path / "a"
+    )
+    changes = {"model_name_or_path": str(tmp_path / "a"), "model": {"quantizer_options": {"commitment_cost": 0.5}}}
+    tuned = train_tokenizer(replace(tokenizer_config(tiny_runs, tmp_path / "b"), **changes))
+    assert tuned.config.quantizer_options == {"l2_normalize": True, "commitment_cost": 0.5}
+
+
+def test_decoder_only_keeps_a_codebook_of_moving_averages(tiny_runs, tmp_path):
+    config = replace(tiny_runs.stage1, output_dir=str(tmp_path / "ema"), max_steps=2)
+    config.model = {**config.model, "quantizer": "ema"}
+    before = train_tokenizer(config)
+    changes = {"model_name_or_path": config.output_dir, "trainable": "decoder"}
+    tuned = train_tokenizer(replace(tokenizer_config(tiny_runs, tmp_path / "tuned"), **changes))
+    assert changed(before.state_dict(), tuned.state_dict()) == {"post_quant_conv", "decoder"}
+
+
 def test_resuming_decoder_only_is_exact(tiny_runs, tmp_path):
     config = tokenizer_config(tiny_runs, tmp_path / "run", trainable="decoder", save_steps=2)
     straight = train_tokenizer(config)
@@ -59,6 +77,12 @@ def test_resuming_decoder_only_is_exact(tiny_runs, tmp_path):
     ("changes", "message"),
     [
         ({"model_name_or_path": "./nowhere"}, r"model_name_or_path: received './nowhere'"),
+        ({"model": {"quantizer": "ema"}}, r"model\.quantizer: received 'ema', but .* has 'vq'; leave it out"),
+        (
+            {"model": {"quantizer_options": {"l2_normalize": True}}},
+            r"model\.quantizer_options\.l2_normalize: .* has False; leave it out",
+        ),
+        ({"model": {"quantizer_options": {"decay": 0.5}}}, r"model\.quantizer_options\.decay: .*unknown, vq has"),
         ({"model": {"base_channels": 16}}, r"model\.base_channels: received 16, but .* has 8; leave it out"),
         (
             {"model_name_or_path": None, "trainable": "decoder"},

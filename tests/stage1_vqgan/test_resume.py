@@ -96,6 +96,18 @@ def test_what_a_run_leaves(straight):
     assert [path.name for path in (folder / "reconstructions").iterdir()] == ["step_00000006.png"]
 
 
+@pytest.mark.parametrize("quantizer", ["ema", "gumbel"])
+def test_resuming_is_exact_with_every_quantizer_that_has_a_state(tmp_path, quantizer):
+    values = dict(make_config(tmp_path).model, quantizer=quantizer)
+    train(make_config(tmp_path / "straight", model=values))
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    interrupt(tmp_path / "again", after=3)
+    train(make_config(tmp_path / "again", model=values))
+    expected, found = contents(tmp_path / "straight"), contents(tmp_path / "again")
+    assert [path for path in expected if not torch.equal(expected[path], found[path])] == []
+    assert quantizer != "ema" or any(path.endswith("cluster_size") for path in expected)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resuming_is_exact(straight, copied, num_workers):
     interrupt(copied, after=3)
