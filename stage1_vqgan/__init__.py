@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     from stage1_vqgan.data_config import AugmentationConfig, DataConfig
     from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode
     from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid, normalize
+    from stage1_vqgan.image_source import ImageSource
+    from stage1_vqgan.image_stream import ImageStream
     from stage1_vqgan.loading import keyed_loader
     from stage1_vqgan.modeling_vqgan import VQGANModel
     from stage1_vqgan.pretrained import is_repo_id, load_tokenizer
     from stage1_vqgan.samplers import TrainingSampler
-    from stage1_vqgan.sources import Images, ImageSource, ImageStream, load_images
+    from stage1_vqgan.sources import Images, load_images
     from stage1_vqgan.training_config import Stage1Config
 
 # Names are loaded on first use: importing this package imports nothing else.
@@ -32,8 +34,8 @@ _HOMES = {
     "UndecodableImage": "decoding",
     "decode": "decoding",
     "Images": "sources",
-    "ImageSource": "sources",
-    "ImageStream": "sources",
+    "ImageSource": "image_source",
+    "ImageStream": "image_stream",
     "TrainingSampler": "samplers",
     "keyed_loader": "loading",
     "load_images": "sources",

@@ -19,7 +19,8 @@ from stage1_vqgan.augmentation import augment, keyed_draws
 from stage1_vqgan.data_config import AugmentationConfig
 from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode_pixels
 from stage1_vqgan.image_processing_vqgan import AspectRatio, normalize, resize, to_square
-from stage1_vqgan.sources import Images, ImageSource
+from stage1_vqgan.image_source import ImageSource
+from stage1_vqgan.sources import Images
 
 # A square of up to this many times the wanted side is handed over as it is, and resized where the model runs: at 256
 # pixels that holds for photos of 500×375. Larger ones would cost more memory than the resizing of them costs time.

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Interval
 
-from configs import Section
+from configs import ConfigError, Problem, Section
 from configs.sections import Fraction, Positive
 
 # How images are brought along, and when a run stops: no influence on the images themselves.
@@ -73,3 +73,8 @@ class DataConfig(Section):
     def identity(self) -> dict[str, Any]:
         """The settings that decide which images there are, and what is made of them."""
         return {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}
+
+
+def data_problem(key: str, message: str) -> ConfigError:
+    """What to raise when images cannot be had as one key of a `DataConfig` says."""
+    return ConfigError([Problem(f"data.{key}", message)])

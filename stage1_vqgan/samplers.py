@@ -16,7 +16,9 @@ from torch.utils.data import Sampler
 
 from configs import ConfigError, Problem
 from stage1_vqgan.data import ImageKey
-from stage1_vqgan.sources import Images, ImageSource, ImageStream
+from stage1_vqgan.image_source import ImageSource
+from stage1_vqgan.image_stream import ImageStream
+from stage1_vqgan.sources import Images
 
 T = TypeVar("T")
 

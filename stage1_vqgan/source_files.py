@@ -15,8 +15,8 @@ from typing import Literal
 
 from PIL import Image
 
-from configs import ConfigError, Problem
-from stage1_vqgan.data_config import DataConfig
+from configs import ConfigError
+from stage1_vqgan.data_config import DataConfig, data_problem
 
 SPLIT_NAMES = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 ALLOWED = (
@@ -166,4 +166,4 @@ def _count(files: Sequence[Path], noun: str) -> str:
 
 
 def _problem(message: str) -> ConfigError:
-    return ConfigError([Problem("data.dataset", message)])
+    return data_problem("dataset", message)
