@@ -6,7 +6,7 @@ Shape letters: N images, h w code grid, L = h·w codes of an image, K codebook s
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral
@@ -163,37 +163,12 @@ class VQGANPipeline:
         self._check_conditions(options, has_labels=class_labels is not None)
         prompts = self._prompts(class_labels, num_images, num_images_per_label)
         seeds = draw_seeds(len(prompts), generator).to(self.device)
-        null = torch.full_like(prompts, self.layout.null_token)
-
-        batches = range(0, len(prompts), batch_size)
-        bar = tqdm(
-            total=len(batches) * self.layout.length, **{"desc": "sampling", "unit": "code", **self._progress_bar}
-        )
-        all_codes, decoded = [], []
-
-        def on_step(position: int, chosen: Tensor) -> None:
-            bar.update()
-            if callback_on_step_end is not None:
-                callback_on_step_end(position, chosen)
-
-        for start in batches:
-            rows = slice(start, start + batch_size)
-            codes = sample_codes(
-                self.prior,
-                prompts[rows],
-                null[rows],
-                seeds[rows],
-                self.layout.length,
-                self.layout.num_codes,
-                options,
-                on_step,
-            ).view(-1, *self.layout.grid)
-            all_codes.append(codes)
+        codes, images = [], []
+        for batch in self._sample(prompts, seeds, options, batch_size, callback_on_step_end):
+            codes.append(batch)
             if output_type != "codes":
-                decoded.append(self.image_processor.postprocess(self.vqgan.decode_codes(codes), output_type))
-        bar.close()
-        codes = torch.cat(all_codes)
-        return VQGANPipelineOutput(images=_join(decoded, output_type), codes=codes)
+                images.append(self.decode(batch, output_type))
+        return VQGANPipelineOutput(images=_join(images, output_type), codes=torch.cat(codes))
 
     __call__ = generate
 
@@ -315,6 +290,39 @@ class VQGANPipeline:
         return pipeline.to(device) if device is not None else pipeline
 
     # ------------------------------------------------------------------ helpers
+
+    def _sample(
+        self,
+        prompts: Tensor,
+        seeds: Tensor,
+        options: SamplingOptions,
+        batch_size: int,
+        callback_on_step_end: Callable[[int, Tensor], None] | None,
+    ) -> Iterator[Tensor]:
+        """Codes int64 `(n, h, w)` of one batch of images after another, with a progress bar over all."""
+        null = torch.full_like(prompts, self.layout.null_token)
+        starts = range(0, len(prompts), batch_size)
+        total = len(starts) * self.layout.length
+        with tqdm(total=total, **{"desc": "sampling", "unit": "code", **self._progress_bar}) as bar:
+
+            def on_step(position: int, chosen: Tensor) -> None:
+                bar.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(position, chosen)
+
+            for start in starts:
+                rows = slice(start, start + batch_size)
+                codes = sample_codes(
+                    self.prior,
+                    prompts[rows],
+                    null[rows],
+                    seeds[rows],
+                    self.layout.length,
+                    self.layout.num_codes,
+                    options,
+                    on_step,
+                )
+                yield codes.view(-1, *self.layout.grid)
 
     def _check_conditions(self, options: SamplingOptions, has_labels: bool) -> None:
         """Whether the prior can do what is asked: guidance and images of no class need the null token."""
