@@ -39,6 +39,12 @@ class Section:
         return ()
 
 
+def upload_problems(config: Any) -> Iterable[tuple[str, Any, str]]:
+    """Problems of `push_to_hub` and `hub_model_id`, as `Section.problems` has them."""
+    if config.push_to_hub and not config.hub_model_id:
+        yield "hub_model_id", config.hub_model_id, "push_to_hub needs the repository to push to, as 'user/name'"
+
+
 @dataclass(kw_only=True)
 class TrainingConfig(Section):
     """Settings of a training run that both stages share, named as in `transformers.TrainingArguments`.
@@ -106,8 +112,7 @@ class TrainingConfig(Section):
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if self.warmup_steps > self.max_steps:
             yield "warmup_steps", self.warmup_steps, f"must be at most max_steps ({self.max_steps})"
-        if self.push_to_hub and not self.hub_model_id:
-            yield "hub_model_id", self.hub_model_id, "push_to_hub needs the repository to push to, as 'user/name'"
+        yield from upload_problems(self)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         parts = processes * self.gradient_accumulation_steps
         if self.global_batch_size is not None and self.global_batch_size % parts:

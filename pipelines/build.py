@@ -1,13 +1,16 @@
 """Puts a trained tokenizer and a trained prior together: `python -m pipelines.build --tokenizer DIR --prior DIR
 --output_dir DIR`."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from configs import ConfigError, Problem, Section, run
+from configs.sections import upload_problems
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import VQGANImageProcessor, load_tokenizer
 from stage2_prior import TokenLayout
@@ -29,6 +32,9 @@ class BuildConfig(Section):
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        yield from upload_problems(self)
 
 
 def build(config: BuildConfig) -> VQGANPipeline:

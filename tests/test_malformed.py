@@ -213,6 +213,7 @@ CASES = {
     ),
     "fp16": ("stage1", "--fp16 true", {"fp16": "use bf16: true"}),
     "hub": ("stage1", "--push_to_hub true", {"hub_model_id": "as 'user/name'"}),
+    "hub of a pipeline": ("build", "--push_to_hub true", {"hub_model_id": "as 'user/name'"}),
     "types and rules together": (
         "stage1",
         "--seed x --los.pixel_weight 1 --model.norm_num_groups 5 --warmup_steps 999 --data.augmentation.rotate 200",
