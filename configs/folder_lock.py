@@ -14,6 +14,7 @@ from configs.problems import ConfigError, Problem
 
 LOCK_NAME = ".lock"
 HOLDER_NAME = ".holder.json"
+ADVICE = "wait until it has ended, stop it, or choose another folder"
 
 
 @contextmanager
@@ -42,9 +43,6 @@ def held(folder: str | Path, key: str) -> Iterator[None]:
     finally:
         (folder / HOLDER_NAME).unlink(missing_ok=True)
         lock.release()
-
-
-ADVICE = "wait until it has ended, stop it, or choose another folder"
 
 
 def _holder(folder: Path) -> str:
