@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
+from configs.files import write_text
 from configs.problems import ConfigError, Problem, shown, unknown_key
 from configs.values import read_value
 from configs.yaml_files import read_yaml
@@ -119,10 +120,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Writes the resolved configuration as YAML, beside and renamed: a file of this name is complete."""
-    partial = Path(path).with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    partial.replace(path)
+    """Writes the resolved configuration as YAML."""
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems: list[Problem]) -> T:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from configs.checkpoints import Checkpoint, complete_checkpoints, find_checkpoint, publish, remove_unfinished
+from configs.files import write_json, write_text
 from configs.folder_lock import held
 from configs.interruption import Stopped
 from configs.loader import save_config, to_dict
@@ -39,13 +40,6 @@ FREE_KEYS = {
 }
 
 logger = logging.getLogger(__name__)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a file beside and renames it: a file of this name is complete."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(path)
 
 
 def holds_work(folder: str | Path) -> bool:
@@ -174,9 +168,7 @@ class RunFolder:
             with contextlib.suppress(ValueError):  # the last line may be cut off
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        write_text(path, "".join(kept))
 
 
 def push_run(config: Any) -> str:

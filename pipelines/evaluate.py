@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem, Section, run
+from configs.files import write_json
 from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import (
@@ -123,7 +124,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     metrics["inputs"] = inputs
 
     save_pictures(pipeline, config, samples, validation.pixels)
-    path.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(path, metrics)
     return show(metrics)
 
 

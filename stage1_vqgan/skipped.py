@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from configs import ConfigError, Problem
+from configs.files import write_text
 from stage1_vqgan.data import ImageBatch
 from stage1_vqgan.decoding import SkippedImage
 
@@ -124,5 +125,5 @@ def _read(path: Path) -> set[str]:
     text = path.read_text() if path.is_file() else ""
     complete = text[: text.rfind("\n") + 1]
     if complete != text:
-        path.write_text(complete)
+        write_text(path, complete)
     return set(complete.splitlines(keepends=True))

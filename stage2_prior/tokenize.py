@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem, check, run
+from configs.files import write_json
 from configs.folder_lock import held
-from configs.run_folder import write_json
 from stage1_vqgan import (
     EncodedImage,
     ImageDataset,

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.files import write_json
+
 FILE_NAME = "token_layout.json"
 
 # Widths of the embedding and the output layer are padded to this: tensor cores want whole tiles.
@@ -108,7 +110,7 @@ class TokenLayout:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `token_layout.json`."""
-        (Path(folder) / FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(Path(folder) / FILE_NAME, self.to_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TokenLayout":
