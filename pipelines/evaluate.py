@@ -31,10 +31,12 @@ from stage1_vqgan import (
     EncodedImage,
     Images,
     ImageStream,
+    SkippedImage,
     UndecodableImage,
     decode,
     image_grid,
     load_images,
+    too_many_skipped,
 )
 
 
@@ -169,20 +171,20 @@ def real_images(pipeline: VQGANPipeline, source: Images, count: int, max_skipped
     """At most `count` images of a split: evenly spread over it, of a stream the first ones.
 
     Raises:
-        ConfigError: too many of them cannot be decoded.
+        ConfigError: too many of them cannot be decoded, or all.
     """
-    pixels, labels, skipped = [], [], list[str]()
-    for encoded, label in some_of(source, count):
+    pixels, labels, skipped = [], [], list[SkippedImage]()
+    for number, (encoded, label) in enumerate(some_of(source, count)):
         try:
             pixels.append(pipeline.image_processor(decode(encoded))["pixel_values"])
             labels.append(label)
         except UndecodableImage as error:
-            skipped.append(f"{encoded.name}: {error}")
-    total = len(pixels) + len(skipped)
-    if not pixels or len(skipped) > max_skipped_fraction * total:
-        listed = "".join(f"\n      {line}" for line in skipped[:20])
-        message = f"received {max_skipped_fraction:g}, but {len(skipped)} of {total} images cannot be decoded:{listed}"
-        raise ConfigError([Problem("data.max_skipped_fraction", message)])
+            skipped.append(SkippedImage(number, encoded.name, str(error)))
+    problem = too_many_skipped(skipped, len(pixels) + len(skipped), max_skipped_fraction, "images")
+    if problem is not None:
+        raise ConfigError([problem], "image data")
+    if not pixels:
+        raise ConfigError([Problem("data.dataset", f"none of the {len(skipped)} images can be decoded")])
     images = torch.cat(pixels)
     return RealImages(images, np.array(labels, dtype=np.int64) if source.has_labels else None, len(skipped))
 
@@ -202,7 +204,7 @@ def area_features(pixels: Tensor, size: int) -> np.ndarray:
 
 
 def class_accuracy(
-    real: np.ndarray, real_labels: np.ndarray, features: np.ndarray, labels: np.ndarray | None, config: EvaluationConfig
+    real: np.ndarray, real_labels: np.ndarray, features: np.ndarray, labels: np.ndarray, config: EvaluationConfig
 ) -> float:
     """Share of images that a classifier trained on real ones assigns to the class asked for."""
     from sklearn.svm import SVC

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stage1_vqgan.modeling_vqgan import VQGANModel
     from stage1_vqgan.pretrained import is_repo_id, load_tokenizer
     from stage1_vqgan.samplers import TrainingSampler
+    from stage1_vqgan.skipped import too_many_skipped
     from stage1_vqgan.sources import Images, load_images
     from stage1_vqgan.training_config import Stage1Config
 
@@ -39,6 +40,7 @@ _HOMES = {
     "TrainingSampler": "samplers",
     "keyed_loader": "loading",
     "load_images": "sources",
+    "too_many_skipped": "skipped",
     "is_repo_id": "pretrained",
     "load_tokenizer": "pretrained",
     "Stage1Config": "training_config",
@@ -68,6 +70,7 @@ __all__ = [
     "is_repo_id",
     "load_tokenizer",
     "normalize",
+    "too_many_skipped",
 ]
 
 

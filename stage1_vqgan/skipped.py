@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -105,19 +105,39 @@ class SkippedImages:
         for split, total in self.num_images.items():
             skipped = [image for (of, _), image in self.found.items() if of == split]
             images = self._seen[split] if total is None else total
-            if len(skipped) <= self.max_fraction * images or (total is None and images < MIN_SEEN):
+            if total is None and images < MIN_SEEN:
                 continue
-            listed = [f"      {image.name}: {image.reason}" for image in skipped[:MAX_LISTED]]
-            if len(skipped) > MAX_LISTED:
-                listed.append(f"      and {len(skipped) - MAX_LISTED} more")
-            so_far = " seen so far" if total is None else ""
-            message = (
-                f"received {self.max_fraction:g}, but {len(skipped)} of the {images:,} {split} images{so_far} cannot "
-                "be used; repair or remove them, or allow more:\n" + "\n".join(listed)
-            )
-            problems.append(Problem("data.max_skipped_fraction", message))
+            what = f"{split} images" if total is not None else f"{split} images seen so far"
+            problem = too_many_skipped(skipped, images, self.max_fraction, what)
+            if problem is not None:
+                problems.append(problem)
         if problems:
             raise ConfigError(problems, "image data")
+
+
+def too_many_skipped(
+    skipped: Sequence[SkippedImage],
+    num_images: int,
+    max_fraction: float,
+    what: str,
+    advice: str = "repair or remove them, or allow more",
+) -> Problem | None:
+    """The problem of more skipped images than are allowed, with the first of them; None if there are not so many.
+
+    Args:
+        skipped: the images.
+        num_images: of which they are.
+        max_fraction: of them that may be skipped.
+        what: they are, for the message.
+        advice: what to do, for the message.
+    """
+    if len(skipped) <= max_fraction * num_images:
+        return None
+    listed = [f"      {image.name}: {image.reason}" for image in skipped[:MAX_LISTED]]
+    if len(skipped) > MAX_LISTED:
+        listed.append(f"      and {len(skipped) - MAX_LISTED} more")
+    counts = f"received {max_fraction:g}, but {len(skipped)} of the {num_images:,} {what} cannot be used"
+    return Problem("data.max_skipped_fraction", "\n".join([f"{counts}; {advice}:", *listed]))
 
 
 def _read(path: Path) -> set[str]:

@@ -31,6 +31,7 @@ from stage1_vqgan import (
     keyed_loader,
     load_images,
     load_tokenizer,
+    too_many_skipped,
 )
 from stage2_prior.code_store import (
     MANIFEST_NAME,
@@ -44,8 +45,6 @@ from stage2_prior.code_store import (
 )
 from stage2_prior.training_config import Stage2Config
 from stage2_prior.vocabulary import TokenLayout
-
-SHOWN_SKIPPED = 20
 
 
 def tokenize(config: Stage2Config) -> CodeStore:
@@ -238,16 +237,10 @@ def _class_names(train: Images, notes: dict[str, list[ShardNotes]]) -> list[str]
 
 
 def _check_skipped(config: Stage2Config, split: str, skipped: list[SkippedImage], images: int) -> None:
-    allowed = config.data.max_skipped_fraction
-    if len(skipped) <= allowed * images:
-        return
-    message = (
-        f"{len(skipped)} of the {images} images of the {split} split cannot be used, more than {allowed:.2%}; "
-        f"repair or remove them and choose a new code_store, or raise this to at least {len(skipped) / images:.4f}"
-    )
-    listed = [Problem("", f"{image.name}: {image.reason}") for image in skipped[:SHOWN_SKIPPED]]
-    rest = [Problem("", f"… and {len(skipped) - SHOWN_SKIPPED} more")] if len(skipped) > SHOWN_SKIPPED else []
-    raise ConfigError([Problem("data.max_skipped_fraction", message), *listed, *rest], "images")
+    advice = "repair or remove them and choose a new code_store, or allow more"
+    problem = too_many_skipped(skipped, images, config.data.max_skipped_fraction, f"{split} images", advice)
+    if problem is not None:
+        raise ConfigError([problem], "image data")
 
 
 def _summary(shards: list[ShardNotes]) -> dict[str, Any]:

@@ -153,5 +153,5 @@ def test_real_images_are_those_that_can_be_decoded(tiny_pipeline, tmp_path, monk
             expected = tiny_pipeline.image_processor([picture(10 * n) for n in numbers])["pixel_values"]
             assert torch.equal(found.pixels, expected) and found.labels.tolist() == [n % 2 for n in numbers]
             assert found.skipped == (1 if streaming or count == 50 else 0)
-        with pytest.raises(ConfigError, match=r"max_skipped_fraction: received 0\.05, but 1 of 10 images"):
+        with pytest.raises(ConfigError, match=r"max_skipped_fraction: received 0\.05, but 1 of the 10 images"):
             real_images(tiny_pipeline, source, 50, max_skipped_fraction=0.05)

@@ -257,8 +257,10 @@ def test_too_many_broken_images(packed, streaming):
     with pytest.raises(ConfigError) as caught:
         tokenize(packed("codes", streaming, limit=0.1))
     text = str(caught.value)
-    assert "data.max_skipped_fraction: 3 of the 23 images of the train split cannot be used, more than 10.00%" in text
-    assert all(f"{name}: " in text for name in ("3.png", "4.png", "image 11"))
+    assert "data.max_skipped_fraction: received 0.1, but 3 of the 23 train images cannot be used; " in text
+    assert "choose a new code_store" in text and all(
+        f"      {name}: " in text for name in ("3.png", "4.png", "image 11")
+    )
     store = tokenize(packed("codes", streaming, limit=0.5))  # the limit has no influence on the codes
     assert store.manifest["splits"]["train"]["rows"] == 40
 
