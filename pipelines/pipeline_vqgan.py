@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -25,7 +24,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import ModelOutput
 
 from pipelines.model_card import model_card
-from stage1_vqgan import VQGANImageProcessor, VQGANModel
+from stage1_vqgan import VQGANImageProcessor, VQGANModel, is_repo_id
 from stage2_prior import TokenLayout, draw_seeds, sample_codes
 from stage2_prior.sampling import SamplingOptions
 
@@ -266,17 +265,10 @@ class VQGANPipeline:
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            try:
-                validate_repo_id(str(pretrained_model_name_or_path))
-            except HFValidationError:
-                raise FileNotFoundError(
-                    f"there is no folder {str(pretrained_model_name_or_path)!r}, and no repository can have such a name"
-                ) from None
-            folder = Path(
-                snapshot_download(
-                    str(pretrained_model_name_or_path), revision=revision, token=token, cache_dir=cache_dir
-                )
-            )
+            name = str(pretrained_model_name_or_path)
+            if not is_repo_id(name):
+                raise FileNotFoundError(f"there is no folder {name!r}, and no repository can have such a name")
+            folder = Path(snapshot_download(name, revision=revision, token=token, cache_dir=cache_dir))
         if not (folder / INDEX_NAME).is_file():
             raise FileNotFoundError(f"{folder} holds no pipeline: there is no {INDEX_NAME} in it")
         index = json.loads((folder / INDEX_NAME).read_text())
