@@ -76,12 +76,7 @@ class BatchLoader(DataLoader):
     """
 
     def __init__(
-        self,
-        dataset: ImageDataset,
-        batch_sampler: Sampler,
-        batch_size: int,
-        num_workers: int,
-        pin_memory: bool,
+        self, dataset: ImageDataset, batch_sampler: Sampler, batch_size: int, num_workers: int, pin_memory: bool
     ):
         self._images, self._largest, self._pins = dataset, batch_size, pin_memory
         super().__init__(
@@ -97,9 +92,8 @@ class BatchLoader(DataLoader):
         if not self.num_workers:
             yield from super().__iter__()
             return
-        slots = SharedSlots(
-            self._images, self._largest, self.num_workers
-        )  # of this pass alone: another may be going on
+        # of this pass alone: another may be going on
+        slots = SharedSlots(self._images, self._largest, self.num_workers)
         self.collate_fn = slots.make
         for sent in super().__iter__():
             yield slots.take(sent, self._pins)
@@ -123,12 +117,7 @@ def keyed_loader(
 
 
 def evaluation_loader(
-    dataset: ImageDataset,
-    batch_size: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
+    dataset: ImageDataset, batch_size: int, num_workers: int = 0, rank: int = 0, world_size: int = 1
 ) -> BatchLoader:
     """Batches of the images of one process, each once; over all processes every image."""
-    return keyed_loader(dataset, EveryImage(dataset.source, rank, world_size), batch_size, num_workers, pin_memory)
+    return keyed_loader(dataset, EveryImage(dataset.source, rank, world_size), batch_size, num_workers)

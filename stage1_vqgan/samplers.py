@@ -43,15 +43,7 @@ class TrainingSampler(Sampler[list[ImageKey]]):
         self, num_images: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world_size: int = 1
     ):
         if num_images < batch_size * world_size:
-            raise ConfigError(
-                [
-                    Problem(
-                        "per_device_train_batch_size",
-                        f"received {batch_size} on {world_size} process(es), but there are only {num_images} training "
-                        "images; use a smaller batch",
-                    )
-                ]
-            )
+            raise _too_few(batch_size, f"{num_images} training images for {world_size} process(es)")
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
 
@@ -139,8 +131,12 @@ class StreamSampler(Sampler[list[ImageKey]]):
             length, epoch = read, epoch + 1
 
     def _too_few(self, length: int) -> ConfigError:
-        message = f"received {self.batch_size}, but there are only {length} training images for process {self.rank}"
-        return ConfigError([Problem("per_device_train_batch_size", f"{message}; use a smaller batch")])
+        return _too_few(self.batch_size, f"{length} training images for process {self.rank}")
+
+
+def _too_few(batch_size: int, images: str) -> ConfigError:
+    message = f"received {batch_size}, but there are only {images}; use a smaller batch"
+    return ConfigError([Problem("per_device_train_batch_size", message)])
 
 
 def training_sampler(
