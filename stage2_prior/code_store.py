@@ -14,7 +14,7 @@ then view 1, and so on. Images that could not be decoded have no rows; the shard
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,8 @@ def write_shard(
     if labels is not None:
         columns["label"] = pa.array(labels, type=pa.int64())
     num_classes = int(labels.max(initial=-1)) + 1 if labels is not None else 0
-    notes = {"images": images, "skipped": [list(image) for image in skipped], "num_classes": num_classes}
-    notes["rows"] = len(codes)
-    batch = pa.RecordBatch.from_pydict(columns, metadata={NOTES_KEY: json.dumps(notes)})
+    notes = ShardNotes(images, list(skipped), num_classes, len(codes))
+    batch = pa.RecordBatch.from_pydict(columns, metadata={NOTES_KEY: json.dumps(asdict(notes))})
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         with pa.ipc.new_stream(file, batch.schema) as writer:

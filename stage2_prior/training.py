@@ -275,7 +275,7 @@ def initial_prior(config: Stage2Config, layout: TokenLayout) -> PreTrainedModel:
 
 
 def check_codes(config: Stage2Config, store: CodeStore) -> None:
-    """Refuses a store whose codes are not those the configuration describes, or the run's folder was started with.
+    """Refuses a store whose codes are not those the configuration describes.
 
     Raises:
         ConfigError: naming what differs.
