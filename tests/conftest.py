@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -46,6 +47,13 @@ class TinyRuns:
     codes = property(lambda self: self.root / "codes")
     prior = property(lambda self: self.root / "prior")
     pipeline = property(lambda self: self.root / "pipeline")
+
+
+@pytest.fixture
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets that a test writes are cached in its own folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture(scope="session")

@@ -138,9 +138,8 @@ def test_other_settings_are_evaluated_anew(config):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_real_images_are_those_that_can_be_decoded(tiny_pipeline, tmp_path, monkeypatch, streaming):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+@pytest.mark.usefixtures("datasets_cache")
+def test_real_images_are_those_that_can_be_decoded(tiny_pipeline, tmp_path, streaming):
     pictures = [datasets.Image().encode_example(picture(10 * n)) for n in range(10)]
     pictures[2]["bytes"] = b"no image"
     for split in ("train", "val"):

@@ -1,6 +1,5 @@
-"""Images for training: every source, keyed augmentation, and batches that no interruption or process count changes."""
+"""Images for training: keyed augmentation, and batches that neither workers nor bad images change."""
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,23 +13,12 @@ from stage1_vqgan import (
     ImageSource,
     TrainingSampler,
     VQGANImageProcessor,
-    decode,
     keyed_loader,
 )
 from stage1_vqgan.augmentation import NUM_DRAWS, _mix, affine, augment, keyed_draws
 from stage1_vqgan.decoding import UndecodableImage
 from stage1_vqgan.image_processing_vqgan import to_pixels, to_square
 from stage1_vqgan.loading import training_loader
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-def images_of(source):
-    return [decode(encoded) for encoded in source.encoded(range(len(source)))]
 
 
 def noise_images(count=12, size=(14, 10), mode="RGB"):

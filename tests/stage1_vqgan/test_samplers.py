@@ -5,7 +5,6 @@ import time
 from dataclasses import replace
 from itertools import chain, pairwise
 
-import datasets
 import pytest
 import torch
 
@@ -16,13 +15,9 @@ from stage1_vqgan.loading import evaluation_loader, training_loader
 from stage1_vqgan.samplers import EveryImage, StreamSampler, read_ahead, some_images, training_sampler
 from tests.image_files import picture, value_of, values, write_folder, write_parquet, write_tar
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 SIZES = [7, 11, 5, 9, 6, 4]  # of the files: 42 images
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture(params=["parquet", "tar"])

@@ -15,13 +15,9 @@ from configs import ConfigError
 from stage1_vqgan import DataConfig, ImageSource, ImageStream, decode, load_images
 from tests.image_files import picture, read, values, write_folder, write_parquet, write_tar
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 AB = datasets.ClassLabel(names=["a", "b"])
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 def problem(**settings):

@@ -149,11 +149,9 @@ IMAGES, BROKEN = 23, (3, 4, 11)
 
 
 @pytest.fixture
-def packed(tiny_runs, tmp_path, monkeypatch):
+def packed(tiny_runs, tmp_path, monkeypatch, datasets_cache):
     """Settings of a store of a few parquet files with broken images; 2 views, 4 images in a shard."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(stage2_prior.code_store, "SHARD_ROWS", 8)
-    datasets.disable_progress_bars()
     rng = np.random.default_rng(0)
     rows = [Image.fromarray(rng.integers(0, 256, (20, 20), dtype=np.uint8)) for _ in range(IMAGES)]
     encoded = [datasets.Image().encode_example(image) for image in rows]
