@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from configs import run
-from pipelines.build import BuildConfig, build
-from pipelines.evaluate import EvaluationConfig, evaluate
 from stage1_vqgan import Stage1Config, VQGANModel
 from stage1_vqgan.training import train as train_tokenizer
 from stage2_prior import Stage2Config
@@ -61,31 +59,6 @@ def test_a_misspelt_key_is_a_message(tmp_path):
     assert "loss.pixl_weight: unknown key; did you mean 'pixel_weight'?" in done.stderr
     assert "max_step: unknown key; did you mean 'max_steps'?" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
-
-
-NEEDED = {
-    "codes without a tokenizer": (Stage2Config, tokenize, "digits/stage2"),
-    "a prior without codes": (Stage2Config, train_prior, "digits/stage2"),
-    "a pipeline without a prior": (BuildConfig, build, "--tokenizer {vqgan} --prior ./no --output_dir out"),
-    "a pipeline without a tokenizer": (BuildConfig, build, "--tokenizer ./no --prior {prior} --output_dir out"),
-    "an evaluation without a pipeline": (EvaluationConfig, evaluate, "digits/evaluate"),
-    "an evaluation without the runs it names": (
-        EvaluationConfig,
-        evaluate,
-        "digits/evaluate --pipeline {pipeline} --samples_per_class 2",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", NEEDED)
-def test_what_is_missing_is_a_message(tiny_runs, tmp_path, monkeypatch, capsys, case):
-    monkeypatch.chdir(tmp_path)
-    config_class, main, arguments = NEEDED[case]
-    folders = {name: getattr(tiny_runs, name) for name in ("vqgan", "prior", "pipeline")}
-    with pytest.raises(SystemExit) as exited:
-        run(config_class, main, "command", arguments.format(**folders).split())
-    assert exited.value.code == 2
-    assert "problem" in capsys.readouterr().err
 
 
 STAGES = {

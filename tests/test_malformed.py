@@ -296,6 +296,7 @@ CASES = {
     "missing codes": ("stage2", "--code_store ./no", {"code_store": "run stage2_prior.tokenize first"}),
     "codes of another tokenizer": ("stage2", "--tokenizer $folder/other", {"tokenizer": "codes of another tokenizer"}),
     "codes of other images": ("stage2", "--num_views 3", {"num_views": "was made with 2, the configuration says 3"}),
+    "missing tokenizer of a pipeline": ("build", "--tokenizer ./no", {"tokenizer": "there is no such folder"}),
     "missing prior": ("build", "--prior ./no", {"prior": "no trained prior in it"}),
     "prior of another tokenizer": (
         "build",
@@ -303,6 +304,11 @@ CASES = {
         {"tokenizer": "received the tokenizer 0123"},
     ),
     "missing pipeline": ("evaluate", "--pipeline ./no", {"pipeline": "there is no folder './no'"}),
+    "run that has not finished": (
+        "evaluate",
+        "--prior_run ./no",
+        {"": "no/train_results.json is not there: that step has not finished"},
+    ),
     "too many components": ("evaluate", "--num_components 999 --feature_size 2", {"num_components": "at most 4"}),
     "negative guidance": ("evaluate", "--guidance_scale -1", {"guidance_scale": "received -1"}),
     "no model": ("evaluate1", "--model ./no --split train", {"model": "there is no such folder"}),
