@@ -54,7 +54,7 @@ def contents(folder):
         if path.suffix == ".safetensors":
             found[path.name] = load_file(path)
         elif path.suffix in {".bin", ".pkl"} and not path.name.startswith("random_states"):
-            found[path.name] = torch.load(path, weights_only=False)
+            found[path.name] = torch.load(path, weights_only=True)
     return tensors(found)
 
 
