@@ -1,8 +1,11 @@
-"""Runs of every stage that can be killed at a chosen point; for tests/test_kills.py."""
+"""Runs of every stage that can be killed or interrupted at a chosen point, and what they leave; for tests/test_kills.py
+and tests/test_signals.py."""
 
 import faulthandler
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -13,13 +16,16 @@ from typing import Any
 
 import sklearn.datasets  # noqa: F401  in the process that all are forked from: it takes longer than a run
 import torch
+from safetensors.torch import load_file
 
 from configs import Section, checkpoints, command_line
+from configs.checkpoints import complete_checkpoints
 from stage1_vqgan import training as stage1
 from stage1_vqgan.training_step import VQGANTrainer
 from stage2_prior import code_store, tokenize
 from stage2_prior import training as stage2
 from tests import process_runs
+from tests.tiny import tensors
 
 # A process of its own for each run, forked from one in which everything is imported already.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -54,6 +60,7 @@ def run_tokenize(folder: Path) -> None:
 
 
 RUNS = {"stage1": run_stage1, "stage2": run_stage2, "tokenize": run_tokenize}
+FOLDERS = {"stage1": "vqgan", "stage2": "prior", "tokenize": "codes"}  # what each makes
 
 # What is counted, and where: the process kills itself when the count of a point is reached.
 POINTS = {
@@ -127,6 +134,36 @@ def interrupt(
         time.sleep(seconds)
         os.killpg(process.pid, number)
     return _end(process, folder)
+
+
+def prepare(name: str, undisturbed: Path, folder: Path) -> None:
+    """Copies what a run needs of those before it."""
+    for needed in {"stage1": [], "tokenize": ["vqgan"], "stage2": ["vqgan", "codes"]}[name]:
+        shutil.copytree(undisturbed / needed, folder / needed)
+
+
+def differences(name: str, undisturbed: Path, folder: Path) -> list[str]:
+    """What a run has left otherwise than the undisturbed one."""
+    expected, found = contents(name, undisturbed), contents(name, folder)
+    assert expected.keys() == found.keys() and len(expected) >= (6 if name == "tokenize" else 60)
+    return [path for path in expected if expected[path] != found[path]]
+
+
+def contents(name: str, folder: Path) -> dict[str, Any]:
+    """Everything that was made: models, moving average, codebook and optimizer states; or the store's files."""
+    made = folder / FOLDERS[name]
+    if name == "tokenize":
+        manifest = json.loads((made / "manifest.json").read_text())
+        del manifest["seconds"]
+        return {"manifest": str(manifest), **{path.name: path.read_bytes() for path in sorted(made.glob("*.arrow"))}}
+    checkpoint = complete_checkpoints(made)[-1].path
+    states: dict[str, Any] = {"model": load_file(made / "model.safetensors")}
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix == ".safetensors":
+            states[path.name] = load_file(path)
+        elif path.suffix in {".bin", ".pkl", ".pt"} and not path.name.startswith(("random_states", "training_args")):
+            states[path.name] = torch.load(path, weights_only=True)
+    return {path: leaf.numpy().tobytes() for path, leaf in tensors(states).items()}
 
 
 def _start(name: str, folder: Path, point: str | None, count: float, pause: float) -> Any:

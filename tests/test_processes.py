@@ -123,10 +123,9 @@ def test_metrics_are_global(one, two):
 
 
 DYING = """
-import os, sys, torch
+import sys
 from pathlib import Path
 from tests import process_runs
-from tests.tiny import tensors
 from stage1_vqgan.training_step import VQGANTrainer
 step = VQGANTrainer.step
 def die(self, images, number):

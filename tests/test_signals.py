@@ -11,10 +11,6 @@ import pytest
 from configs.checkpoints import complete_checkpoints
 from configs.interruption import Stopped, StopRequest, leave_signals_to_main, sigterm_raises
 from tests import kill_runs
-from tests.test_kills import contents, prepare
-
-FOLDERS = {"stage1": "vqgan", "stage2": "prior", "tokenize": "codes"}
-
 
 POINTS = {"stage1": ("step", 9), "stage2": ("step", 7), "tokenize": ("shard", 3)}
 
@@ -31,18 +27,17 @@ POINTS = {"stage1": ("step", 9), "stage2": ("step", 7), "tokenize": ("shard", 3)
     ],
 )
 def test_a_command_that_is_stopped_goes_on(name, number, exit_code, undisturbed, tmp_path):
-    prepare(name, undisturbed, tmp_path)
+    kill_runs.prepare(name, undisturbed, tmp_path)
     assert kill_runs.interrupt(name, tmp_path, [(number, 0)], *POINTS[name], pause=0.5) == exit_code
     log = (tmp_path / "log.txt").read_text()
     assert "the same command goes on from" in log and "Traceback" not in log, log
     if name == "tokenize":
         assert not (tmp_path / "codes" / "manifest.json").exists()
     else:
-        (newest, *_) = reversed(complete_checkpoints(tmp_path / FOLDERS[name]))
+        newest = complete_checkpoints(tmp_path / kill_runs.FOLDERS[name])[-1]
         assert f"stopped after step {newest.step} of" in log and 4 <= newest.step <= 8
     assert kill_runs.run(name, tmp_path) == 0
-    expected, found = contents(name, undisturbed), contents(name, tmp_path)
-    assert [path for path in expected if expected[path] != found[path]] == []
+    assert kill_runs.differences(name, undisturbed, tmp_path) == []
 
 
 def test_a_second_ctrl_c_stops_at_once(undisturbed, tmp_path):
@@ -53,8 +48,7 @@ def test_a_second_ctrl_c_stops_at_once(undisturbed, tmp_path):
     log = (tmp_path / "log.txt").read_text()
     assert "stopped at once" in log and "Traceback" not in log
     assert kill_runs.run("stage1", tmp_path) == 0
-    expected, found = contents("stage1", undisturbed), contents("stage1", tmp_path)
-    assert [path for path in expected if expected[path] != found[path]] == []
+    assert kill_runs.differences("stage1", undisturbed, tmp_path) == []
 
 
 def orphan(folder):
