@@ -181,9 +181,8 @@ def push_run(config: Any) -> str:
 
     api = HfApi()
     repo_id = api.create_repo(config.hub_model_id, private=config.hub_private_repo, exist_ok=True).repo_id
-    return str(
-        api.upload_folder(repo_id=repo_id, folder_path=config.output_dir, ignore_patterns=["*/*", "*.jsonl", "*.bin"])
-    )
+    left_out = ["*/*", ".*", "*.jsonl", "*.bin"]
+    return str(api.upload_folder(repo_id=repo_id, folder_path=config.output_dir, ignore_patterns=left_out))
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Any:

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM
 
+from configs.folder_lock import held
 from configs.run_folder import push_run
 from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANModel
@@ -49,12 +50,14 @@ def test_a_pushed_pipeline_comes_back(hub, tiny_pipeline):
 
 
 def test_a_pushed_run_is_the_model_without_checkpoints_and_logs(hub, tiny_runs):
-    push_run(replace(tiny_runs.stage1, hub_model_id="me/vqgan"))
-    push_run(replace(tiny_runs.stage2, hub_model_id="me/prior"))
+    for run, name in ((tiny_runs.stage1, "me/vqgan"), (tiny_runs.stage2, "me/prior")):
+        with held(run.output_dir, "output_dir"):  # as it is when the run uploads
+            push_run(replace(run, hub_model_id=name))
     for folder in ("me/vqgan", "me/prior"):
         names = {path.name for path in (hub / folder).iterdir()}
         assert {"config.json", "model.safetensors", "config.yaml", "train_results.json"} <= names
         assert not any(path.is_dir() or path.suffix == ".jsonl" for path in (hub / folder).iterdir())
+        assert not any(name.startswith(".") for name in names)  # who holds the folder is nobody's business
     vqgan = VQGANModel.from_pretrained(hub / "me/vqgan")
     AutoModelForCausalLM.from_pretrained(hub / "me/prior")
     assert TokenLayout.from_pretrained(hub / "me/prior").tokenizer_fingerprint == vqgan.config.fingerprint
