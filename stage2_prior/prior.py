@@ -100,7 +100,8 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
         layout: of the codes to train on; of the same tokenizer.
 
     Raises:
-        ConfigError: there is no prior, it has another architecture, or it was trained on another tokenizer's codes.
+        ConfigError: there is no prior, it has another architecture, it was trained on another tokenizer's codes, or it
+            has learnt the positions of another number of codes.
     """
     key = "model_name_or_path"
     if not (Path(name) / LAYOUT_NAME).is_file() and (Path(name).is_dir() or not is_repo_id(name)):
@@ -142,8 +143,11 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
         for parameter_name, parameter in prior.named_parameters():
             if id(parameter) in by_token:
                 parameter[new] = before[parameter_name][old]
-            else:
+            elif parameter.shape == before[parameter_name].shape:
                 parameter.copy_(before[parameter_name])
+            else:  # a table of positions, which cannot be stretched
+                learnt = f"which has learnt the positions of {known.length} codes; these images have {layout.length}"
+                raise ConfigError([Problem(key, f"received {name!r}, {learnt}; train a new prior")])
     return prior
 
 

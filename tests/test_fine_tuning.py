@@ -133,7 +133,7 @@ def test_classes_are_matched_by_name(tiny_runs):
     assert shared_tokens(known, known).T.tolist() == [[token, token] for token in range(43)]
 
 
-def test_priors_that_cannot_be_fine_tuned(tiny_runs, tmp_path):
+def test_priors_that_cannot_be_fine_tuned(tiny_runs, random_prior, tmp_path):
     layout = TokenLayout.from_pretrained(tiny_runs.prior)
     with pytest.raises(ConfigError, match=r"model_name_or_path: received 'nowhere/'; there is no trained prior"):
         adapt_prior("nowhere/", {}, layout)
@@ -141,3 +141,7 @@ def test_priors_that_cannot_be_fine_tuned(tiny_runs, tmp_path):
         adapt_prior(str(tiny_runs.prior), {}, replace(layout, tokenizer_fingerprint="another"))
     with pytest.raises(ConfigError, match=r"model\.hidden_size: received 64, but .* has 32"):
         adapt_prior(str(tiny_runs.prior), {"model_type": "llama", "hidden_size": 64}, layout)
+    random_prior("gpt2", layout).save_pretrained(tmp_path)
+    layout.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"learnt the positions of 16 codes; these images have 64"):
+        adapt_prior(str(tmp_path), {}, replace(layout, grid=(8, 8)))
