@@ -146,10 +146,17 @@ def _splits_of_names(files: Sequence[Path], root: Path, config: DataConfig) -> d
 
 
 def _files_below(folder: Path) -> Iterable[Path]:
-    """Every file, sorted by path, without hidden ones (`.DS_Store`, `._0001.jpg`) and without hidden folders."""
+    """Every file, sorted by path, without hidden ones (`.DS_Store`, `._0001.jpg`) and without hidden folders.
+
+    Links to folders are followed, unless they lead back to a folder they lie in.
+    """
     for path, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _leads_back(Path(path, name)))
         yield from (Path(path, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _leads_back(folder: Path) -> bool:
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _packed_kind(files: Sequence[Path], name: str) -> Literal["parquet", "tar"]:

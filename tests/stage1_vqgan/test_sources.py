@@ -96,6 +96,15 @@ class TestFolder:
         assert len(train) + len(validation) == 6
         assert "3 files (index.csv, notes.doc, scan.pdf)" in caplog.text and ".hidden" not in caplog.text
 
+    def test_links_are_followed_but_not_round(self, tmp_path):
+        folder = write_folder(tmp_path / "a", {"cat/0.png": 0, "cat/1.png": 1})
+        write_folder(tmp_path / "elsewhere", {"2.png": 2, "3.png": 3})
+        (tmp_path / "a" / "dog").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "a" / "all").symlink_to(tmp_path / "a")
+        train, validation = load_images(DataConfig(dataset=folder, validation_fraction=0.5))
+        assert train.class_names == ["cat", "dog"] and sorted(values(train) + values(validation)) == [0, 1, 2, 3]
+
     def test_validation_classes_go_by_name(self, tmp_path):
         layout = {f"train/{kind}/{n}.png": n for kind in "abc" for n in range(2)} | {"val/c/5.png": 5}
         folder = write_folder(tmp_path / "x", layout)
