@@ -175,10 +175,7 @@ def test_a_discriminator_width_that_is_accepted_can_be_built(base_channels):
     from stage1_vqgan.discriminator import PatchDiscriminator
 
     wanted = {"discriminator.base_channels": base_channels, "discriminator.norm_type": "group"}
-    try:
-        settings = load_config(Stage1Config, None, plain(STAGE1) | wanted).discriminator
-    except ConfigError:
-        return
+    settings = load_config(Stage1Config, None, plain(STAGE1) | wanted).discriminator
     with torch.device("meta"):
         PatchDiscriminator(3, settings.base_channels, 3, settings.norm_type)
 
