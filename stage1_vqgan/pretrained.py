@@ -71,7 +71,11 @@ def _checked(name: str, changes: dict[str, Any]) -> dict[str, Any]:
         ]
     if problems:
         raise ConfigError(problems)
-    return changes | ({"quantizer_options": options} if "quantizer_options" in changes else {})
+    if "quantizer_options" in changes:
+        changes = changes | {"quantizer_options": options}
+    if changes.get("image_size", config.image_size) != config.image_size:
+        changes = changes | {"fingerprint": None}  # codes on another grid are other codes
+    return changes
 
 
 def _plain(value: Any) -> Any:
