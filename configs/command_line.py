@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from configs.interruption import Diverged, Stopped, sigterm_raises
-from configs.loader import load_config, to_dict
+from configs.loader import key_of, load_config, to_dict
 from configs.problems import ConfigError, Problem, shown
 from configs.sections import Section
 from configs.yaml_files import parse_yaml, preset_names
@@ -126,10 +126,10 @@ def describe(cls: type, prefix: str = "") -> list[str]:
     hints = get_type_hints(cls)
     for field in fields(cls):  # type: ignore[arg-type]
         if is_dataclass(hints[field.name]):
-            sections.append((hints[field.name], f"{prefix}{field.name}."))
+            sections.append((hints[field.name], f"{prefix}{key_of(field)}."))
             continue
         default = field.default_factory() if field.default_factory is not MISSING else field.default
-        lines.append(f"  --{prefix}{field.name:<32} {'(required)' if default is MISSING else default}")
+        lines.append(f"  --{prefix}{key_of(field):<32} {'(required)' if default is MISSING else default}")
     for section, name in sections:
         lines += ["", f"[{name.rstrip('.')}]", *describe(section, name)]
     return lines

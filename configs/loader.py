@@ -4,7 +4,7 @@ import difflib
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -116,7 +116,12 @@ def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> list[Problem]
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as nested plain values, as written to YAML: tuples become lists."""
-    return _plain(asdict(config))
+    return {key_of(field): _plain(getattr(config, field.name)) for field in fields(config)}
+
+
+def key_of(field: Field) -> str:
+    """The key that sets a field: its name, or `metadata["key"]` for a word that Python keeps for itself."""
+    return field.metadata.get("key", field.name)
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -127,7 +132,7 @@ def save_config(config: Any, path: str | Path) -> None:
 def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems: list[Problem]) -> T:
     """Makes a section; what is wrong or missing goes to `problems` and has its default, or a stand-in, meanwhile."""
     hints = get_type_hints(cls, include_extras=True)
-    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    known = {key_of(field): field for field in fields(cls)}  # type: ignore[arg-type]
     reported = {problem.key for problem in problems}
     for name, value in values.items():
         if name not in known and f"{prefix}{name}" not in reported:
@@ -135,12 +140,12 @@ def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems
             message = f"received {shown(value)}; {refused}" if refused else unknown_key(name, known)
             problems.append(Problem(f"{prefix}{name}", message))
     good: dict[str, Any] = {}
-    for name, field in known.items():
-        key, hint = f"{prefix}{name}", hints[name]
+    for own_key, field in known.items():
+        name, key, hint = field.name, f"{prefix}{own_key}", hints[field.name]
         if is_dataclass(hint) and isinstance(hint, type):
-            section = values.get(name, {})
+            section = values.get(own_key, {})
             if not isinstance(section, Mapping):
-                listed = textwrap.shorten(", ".join(item.name for item in fields(hint)), 80, placeholder=" …")
+                listed = textwrap.shorten(", ".join(map(key_of, fields(hint))), 80, placeholder=" …")
                 problems.append(
                     Problem(key, f"received {shown(section)}; must be a section with keys such as {listed}")
                 )
@@ -148,9 +153,9 @@ def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems
             else:
                 good[name] = _read_section(hint, section, f"{key}.", problems)
             continue
-        if name in values:
+        if own_key in values:
             try:
-                good[name] = read_value(hint, values[name])
+                good[name] = read_value(hint, values[own_key])
                 continue
             except ValueError as error:
                 if key not in reported:
@@ -174,7 +179,7 @@ def _stand_in(hint: Any) -> Any:
 
 def _foreign_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
     """Keys of a configuration that seems to be for another command: several that resemble none of this one."""
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    known = [key_of(field) for field in fields(cls)]  # type: ignore[arg-type]
     unknown = [str(key) for key in values if key not in known]
     far = [key for key in unknown if not difflib.get_close_matches(key, known, n=1)]
     return unknown if len(unknown) >= 3 and 2 * len(far) >= len(unknown) else []
@@ -195,7 +200,7 @@ def _cross_field_problems(config: Any, prefix: str = "") -> Iterable[tuple[str, 
     for field in fields(config):
         value = getattr(config, field.name)
         if is_dataclass(value):
-            yield from _cross_field_problems(value, f"{prefix}{field.name}.")
+            yield from _cross_field_problems(value, f"{prefix}{key_of(field)}.")
 
 
 def _plain(value: Any) -> Any:
