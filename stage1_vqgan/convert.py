@@ -35,8 +35,8 @@ class ConvertConfig(Section):
     checkpoint: file of weights; for diffusers the folder of a VQModel; with `to`, folder or Hub id of a tokenizer
     config: the original's YAML or JSON; what it does not say is read from the weights
     output: folder to make
-    verify: safetensors with inputs, codes and reconstructions of the original (io.input, io.indices, io.recon) to compare
-        with; diffusers itself is run instead, on these inputs or on random ones
+    verify: safetensors with inputs, codes and reconstructions of the original (io.input, io.indices, io.recon) to
+        compare with; diffusers itself is run instead, on these inputs or on random ones
     """
 
     source: Literal["taming", "llamagen", "diffusers"] | None = field(default=None, metadata={"key": "from"})
@@ -86,12 +86,10 @@ def export(config: ConvertConfig, folder: Path) -> list[str]:
 
 
 def compare(config: ConvertConfig, model: VQGANModel, other: Path) -> list[str]:
-    """The figures of the comparison with the original; `other` is the folder of diffusers, if that is the other side."""
+    """The figures of the comparison with the original; `other` is the folder of diffusers, if that is the one."""
     path = Path(config.verify) if config.verify else None
     if "diffusers" not in (config.source, config.target):
-        return (
-            verify(model, stored_cases(path, model)) if path else ["not compared with the original: no --verify FILE"]
-        )
+        return ["not compared: no --verify FILE"] if path is None else verify(model, stored_cases(path, model))
     if find_spec("diffusers") is None:
         if path is not None:
             raise ConfigError([Problem("verify", NO_DIFFUSERS)])
@@ -116,9 +114,7 @@ def told(original: Original, model: VQGANModel) -> list[str]:
     """What a user should know of how the original was read."""
     notes = list(original.notes)
     if original.discriminator:
-        notes.append(
-            f"the discriminator is in {DISCRIMINATOR_NAME}; fine-tuning starts from it if it is of the same shape"
-        )
+        notes.append(f"the discriminator is in {DISCRIMINATOR_NAME}: fine-tuning starts from it where it fits")
     if "image_size" not in {claim.field for claim in original.claims}:
         notes.append(f"no configuration tells image_size, which the weights do not: it is {model.config.image_size}")
     if model.config.in_channels not in IMAGE_CHANNELS:

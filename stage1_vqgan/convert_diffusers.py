@@ -54,7 +54,7 @@ FIELDS = {
     "norm_num_groups": "norm_num_groups",
     "vq_embed_dim": "embed_dim",
 }
-FIXED = {
+FIXED: dict[str, list[Any]] = {
     "_class_name": ["VQModel"],
     "act_fn": ["silu", "swish"],
     "norm_type": ["group"],
@@ -62,7 +62,6 @@ FIXED = {
     "lookup_from_codebook": [False],
 }
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-# sample_size is 32 in a VQModel that does not say it.
 IGNORED = ["_diffusers_version", "_name_or_path", "scaling_factor", "force_upcast", "block_out_channels", *BLOCKS]
 
 

@@ -56,7 +56,7 @@ def read_tensors(path: Path, entries: Sequence[str] = (), key: str = "checkpoint
 
     Args:
         path: safetensors, or a pickle of `torch.save`, which is only read with `weights_only=True`.
-        entries: where the weights may lie in a pickle that holds more than them; the first of them that is there counts.
+        entries: where the weights may lie in a pickle that holds more than them; the first that is there counts.
         key: of the command, for the message.
 
     Raises:
@@ -160,8 +160,8 @@ def _read_pickle(path: Path, key: str) -> dict[str, Any]:
             reason = "it is not a complete checkpoint of torch.save; download it again"
             raise refuse(key, path, f"{reason} ({_first_line(error)})") from None
         reason = (
-            f"it asks for {unwanted[1]}, which is code, not weights; nothing was run. If you trust it, save its weights "
-            "alone where it was made: torch.save({'state_dict': checkpoint['state_dict']}, 'weights.ckpt')"
+            f"it asks for {unwanted[1]}, which is code, not weights; nothing was run. If you trust it, save its "
+            "weights alone where it was made: torch.save({'state_dict': model.state_dict()}, 'weights.ckpt')"
         )
         raise refuse(key, path, reason) from None
     if not isinstance(content, Mapping):

@@ -1,4 +1,4 @@
-"""The tokenizers of LlamaGen: VQGAN's blocks under other names, attention at the last level, a codebook of unit vectors.
+"""The tokenizers of LlamaGen: VQGAN's blocks under other names, attention at the last level, entries of unit length.
 
 Source: Sun et al. 2024, "Autoregressive model beats diffusion: Llama for scalable image generation", section 2.1.
 """
@@ -38,7 +38,7 @@ FIELDS = {
     "dropout_p": "dropout",
     "image_size": "image_size",
 }
-FIXED = {"norm_type": ["group"], "resamp_with_conv": [True]}
+FIXED: dict[str, list[Any]] = {"norm_type": ["group"], "resamp_with_conv": [True]}
 # Keys that become options of the quantizer; the one that says how often codes were used is for training's logs.
 OPTIONS = {
     "codebook_l2_norm": "l2_normalize",

@@ -42,7 +42,7 @@ FIELDS = {
     "attn_resolutions": "attn_resolutions",
     "dropout": "dropout",
 }
-FIXED = {
+FIXED: dict[str, list[Any]] = {
     "double_z": [False],
     "resamp_with_conv": [True],
     "give_pre_end": [False],
@@ -95,7 +95,7 @@ def _read_config(path: Path, kind: str, remapped: bool) -> tuple[list[Claim], di
     if params.get("remap") and not remapped:
         message = f"received {shown(str(params['remap']))}, but the weights have no quantize.used"
         raise ConfigError([Problem(f"config: {prefix}.remap", message)])
-    sizes = {name: params[name] for name in ("n_embed", "embed_dim") if name in params}
+    sizes: dict[str, Any] = {name: params[name] for name in ("n_embed", "embed_dim") if name in params}
     claims = read_claims(sizes, f"{prefix}.", {"n_embed": "num_embeddings", "embed_dim": "embed_dim"}, {})
     claims += read_claims(section(values, *keys, "ddconfig"), f"{prefix}.ddconfig.", FIELDS, FIXED, ["use_timestep"])
     if kind == "gumbel":

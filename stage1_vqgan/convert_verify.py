@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,8 +51,8 @@ def stored_cases(path: Path, model: VQGANModel) -> list[Case]:
             found = "not there" if codes is None else f"{codes.dtype} {tuple(codes.shape)}"
             raise refuse("verify", path, f"{name}.indices is {found}; needed are whole numbers of shape {grid}")
         if reconstruction is not None and reconstruction.shape != pixels.shape:
-            found = tuple(reconstruction.shape)
-            raise refuse("verify", path, f"{name}.recon is of shape {found}; needed is that of {name}.input")
+            shape = tuple(reconstruction.shape)
+            raise refuse("verify", path, f"{name}.recon is of shape {shape}; needed is that of {name}.input")
         cases.append(
             Case(name, pixels, codes.long().view(grid), None if reconstruction is None else reconstruction.float())
         )
@@ -123,8 +123,9 @@ def verify(model: VQGANModel, cases: Sequence[Case], allow_ties: bool = False) -
     lines, failed = [], False
     for case in cases:
         out = model.encode(case.pixels)
-        different = out.codes != case.codes
-        ties = different & _is_tie(model, out.latents, out.codes, case.codes) if allow_ties else different & False
+        codes, latents = cast(Tensor, out.codes), cast(Tensor, out.latents)
+        different = codes.ne(case.codes)
+        ties = different & _is_tie(model, latents, codes, case.codes) if allow_ties else torch.zeros_like(different)
         wrong = int((different & ~ties).sum())
         line = f"{case.name}: {wrong} of {different.numel()} codes differ"
         line += f" ({int(ties.sum())} more are as near up to rounding)" if ties.any() else ""
@@ -140,8 +141,8 @@ def verify(model: VQGANModel, cases: Sequence[Case], allow_ties: bool = False) -
     return lines
 
 
-def _is_tie(model: VQGANModel, latents: Tensor | None, codes: Tensor, others: Tensor) -> Tensor:
-    z = latents.double()  # type: ignore[union-attr]
+def _is_tie(model: VQGANModel, latents: Tensor, codes: Tensor, others: Tensor) -> Tensor:
+    z = latents.double()
     entries = [model.quantize.lookup(indices).double() for indices in (codes, others)]
     near, far = ((z - entry).square().sum(1) for entry in entries)
     return far - near <= TOLERANCE * (z.square().sum(1) + entries[1].square().sum(1))

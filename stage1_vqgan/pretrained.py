@@ -4,9 +4,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedConfig
 
 from configs import ConfigError, Problem
@@ -16,6 +19,10 @@ from stage1_vqgan.quantizers import QUANTIZERS, option_problems
 
 # What may change when a trained tokenizer is loaded: everything else decides the weights, or what they mean.
 CHANGEABLE = {"image_size", "dropout", "quantizer_options"}
+
+
+# Beside a tokenizer's weights, where there is one: the discriminator it was trained against.
+DISCRIMINATOR_NAME = "discriminator.safetensors"
 
 
 def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANModel:
@@ -80,6 +87,38 @@ def _checked(name: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def start_discriminator(discriminator: nn.Module, name: str) -> str | None:
+    """Gives a new discriminator the weights of the one beside a tokenizer, if there is one and it fits.
+
+    Args:
+        discriminator: changed in place.
+        name: folder or Hub id of the tokenizer.
+
+    Returns:
+        What was done, in a line; None if there is no discriminator.
+
+    Raises:
+        ConfigError: its file is damaged.
+    """
+    path = Path(name) / DISCRIMINATOR_NAME
+    if not Path(name).is_dir():
+        try:
+            path = Path(hf_hub_download(name, DISCRIMINATOR_NAME))
+        except EntryNotFoundError:
+            return None
+    if not path.is_file():
+        return None
+    try:
+        weights, own = load_file(path), discriminator.state_dict()
+    except SafetensorError:
+        message = f"received {name!r}; its {DISCRIMINATOR_NAME} is damaged; remove it, or download it again"
+        raise ConfigError([Problem("model_name_or_path", message)]) from None
+    if {key: value.shape for key, value in weights.items()} != {key: value.shape for key, value in own.items()}:
+        return f"the discriminator starts anew: that of {name} is of another shape than the one configured"
+    discriminator.load_state_dict(weights)
+    return f"the discriminator starts from that of {name}"
 
 
 def is_repo_id(name: str) -> bool:

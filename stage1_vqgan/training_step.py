@@ -28,7 +28,7 @@ from stage1_vqgan.losses import (
     pixel_loss,
 )
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.pretrained import load_tokenizer
+from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
 from stage1_vqgan.quantizers import VectorQuantizer
 from stage1_vqgan.training_config import Stage1Config
 
@@ -290,6 +290,10 @@ class VQGANTrainer:
         discriminator: nn.Module = PatchDiscriminator(
             in_channels, settings.base_channels, settings.num_layers, settings.norm_type
         )
+        if self.config.model_name_or_path and (
+            told := start_discriminator(discriminator, self.config.model_name_or_path)
+        ):
+            self.accelerator.print(told)
         if self.accelerator.device.type == "cuda" and self.accelerator.num_processes > 1:
             discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
         self.discriminator, self.discriminator_optimizer = self.accelerator.prepare(

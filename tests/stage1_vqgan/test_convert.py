@@ -1,0 +1,343 @@
+"""Conversion: tokenizers of other code bases compute here what they compute there, whatever their layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from configs import run
+from stage1_vqgan import Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANModel
+from stage1_vqgan.convert import ConvertConfig, convert
+from stage1_vqgan.discriminator import PatchDiscriminator
+from stage1_vqgan.training import train
+from tests import tiny
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the original's numbers are not here")
+
+
+def command(arguments, **paths):
+    run(ConvertConfig, convert, "convert", [word.format(**paths) for word in arguments.split()])
+
+
+def images(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+# ---------------------------------------------------------------------------------------------- the independent reference
+
+
+@torch.no_grad()
+def reference(widths=(32, 64), attends=(), channels=3, layers=1, embed_dim=4, latent_channels=8, groups=32, size=16):
+    """A VQModel of diffusers whose entries lie among the latents, so that images use many of them."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(len(widths) + channels)
+    down = ["AttnDownEncoderBlock2D" if level in attends else "DownEncoderBlock2D" for level in range(len(widths))]
+    up = ["AttnUpDecoderBlock2D" if level in attends else "UpDecoderBlock2D" for level in range(len(widths))]
+    model = diffusers.VQModel(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=down,
+        up_block_types=up[::-1],
+        block_out_channels=widths,
+        layers_per_block=layers,
+        latent_channels=latent_channels,
+        vq_embed_dim=embed_dim,
+        num_vq_embeddings=24,
+        norm_num_groups=groups,
+        sample_size=size,
+    ).eval()
+    factor = 2 ** (len(widths) - 1)
+    latents = model.encode(images(6, channels, 2 * factor, 2 * factor)).latents
+    model.quantize.embedding.weight.copy_(latents.permute(0, 2, 3, 1).flatten(0, 2)[:24])
+    return model
+
+
+@torch.no_grad()
+def facts(model):
+    """What the reference makes of two square images and a wide one, as a file to compare with."""
+    factor, channels = 2 ** (len(model.config.block_out_channels) - 1), model.config.in_channels
+    stored = {}
+    for name, shape in {
+        "io": (2, channels, 3 * factor, 3 * factor),
+        "io2": (1, channels, 2 * factor, 5 * factor),
+    }.items():
+        pixels = images(*shape)
+        latents = model.encode(pixels).latents
+        stored[f"{name}.input"] = pixels
+        stored[f"{name}.indices"] = model.quantize(latents)[2][2].flatten()
+        stored[f"{name}.recon"] = model.decode(latents).sample.contiguous()
+    return stored
+
+
+def taming_weights(model):
+    """The reference's weights as taming-transformers lays them out."""
+    last, weights = len(model.config.block_out_channels) - 1, {}
+    for name, value in model.state_dict().items():
+        parts = name.split(".")
+        if parts[1] == "up_blocks":
+            parts[2] = str(last - int(parts[2]))
+        name = ".".join(parts)
+        for theirs, ours in (
+            ("down_blocks", "down"),
+            ("up_blocks", "up"),
+            ("mid_block.resnets.0", "mid.block_1"),
+            ("mid_block.resnets.1", "mid.block_2"),
+            ("mid_block.attentions.0", "mid.attn_1"),
+            ("downsamplers.0", "downsample"),
+            ("upsamplers.0", "upsample"),
+            ("resnets", "block"),
+            ("attentions", "attn"),
+            ("conv_shortcut", "nin_shortcut"),
+            ("conv_norm_out", "norm_out"),
+            ("group_norm", "norm"),
+            ("to_out.0", "proj_out"),
+            ("to_", ""),
+        ):
+            name = name.replace(theirs, ours)
+        weights[name] = value[:, :, None, None] if value.ndim == 2 and "attn" in name else value
+    return weights
+
+
+def taming_params(model):
+    config = model.config
+    widths, size = config.block_out_channels, config.sample_size
+    attends = [size >> level for level, block in enumerate(config.down_block_types) if block.startswith("Attn")]
+    return {
+        "n_embed": config.num_vq_embeddings,
+        "embed_dim": config.vq_embed_dim,
+        "ddconfig": {
+            "double_z": False,
+            "z_channels": config.latent_channels,
+            "resolution": size,
+            "in_channels": config.in_channels,
+            "out_ch": config.out_channels,
+            "ch": widths[0],
+            "ch_mult": [width // widths[0] for width in widths],
+            "num_res_blocks": config.layers_per_block,
+            "attn_resolutions": attends,
+            "dropout": 0.0,
+        },
+        "lossconfig": {"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": {}},
+    }
+
+
+def llamagen_weights(model):
+    """The reference's weights as LlamaGen lays them out."""
+    last, weights = len(model.config.block_out_channels) - 1, {}
+    for name, value in taming_weights(model).items():
+        parts = name.split(".")
+        if parts[1] == "up":
+            parts[2] = str(last - int(parts[2]))
+        name = ".".join(parts).replace(".up.", ".conv_blocks.").replace(".down.", ".conv_blocks.")
+        name = name.replace("block_1", "0").replace("attn_1", "1").replace("block_2", "2").replace(".block.", ".res.")
+        weights[name] = value
+    return weights | {"quantize.codebook_used": torch.zeros(100)}
+
+
+def write_taming(folder, model, weights=None, target="taming.models.vqgan.VQModel", **params):
+    """A Lightning checkpoint, its YAML, and the file to compare with."""
+    state = {"state_dict": taming_weights(model) if weights is None else weights, "epoch": 3, "global_step": 1000}
+    torch.save(state, folder / "last.ckpt")
+    config = {"model": {"base_learning_rate": 4.5e-6, "target": target, "params": taming_params(model) | params}}
+    (folder / "model.yaml").write_text(yaml.safe_dump(config))
+    save_file(facts(model), folder / "facts.safetensors")
+
+
+TAMING = "--from taming --checkpoint {at}/last.ckpt --config {at}/model.yaml --output {at}/out"
+VERIFY = " --verify {at}/facts.safetensors"
+
+# ------------------------------------------------------------------------------------------------------------ the original
+
+
+@needs_golden
+@pytest.mark.parametrize(
+    "name, code_base", [("f16_narrow", "taming"), ("llamagen_tiny", "llamagen"), ("tiny", "taming")]
+)
+def test_the_originals_own_numbers(tmp_path, capsys, name, code_base):
+    arguments = f"--from {code_base} --checkpoint {{golden}}.safetensors --config {{golden}}.json --output {{at}}/out"
+    command(arguments + " --verify {golden}.safetensors", golden=GOLDEN / name, at=tmp_path)
+    assert "io2: 0 of " in capsys.readouterr().out
+    model, stored = VQGANModel.from_pretrained(tmp_path / "out").eval(), load_file(GOLDEN / f"{name}.safetensors")
+    for group in ("io", "io2"):
+        codes = model.encode(stored[f"{group}.input"]).codes
+        assert torch.equal(codes.flatten(), stored[f"{group}.indices"])
+        with torch.no_grad():
+            torch.testing.assert_close(model.decode_codes(codes), stored[f"{group}.recon"], atol=3e-5, rtol=0)
+
+
+@needs_golden
+def test_weights_alone_tell_the_layout(tmp_path):
+    """Without a configuration codes and images are the same; only the resolution is not known."""
+    command(
+        "--from llamagen --checkpoint {golden}.safetensors --output {at}/out --verify {golden}.safetensors",
+        golden=GOLDEN / "llamagen_tiny",
+        at=tmp_path,
+    )
+    config = VQGANConfig.from_pretrained(tmp_path / "out")
+    assert (config.image_size, config.attn_resolutions, config.channel_multiplier) == (256, [64], [1, 1, 2])
+
+
+# ----------------------------------------------------------------------------------------------------------- many layouts
+
+LAYOUTS = {
+    "two levels": {},
+    "gray": {"channels": 1, "attends": (1,)},
+    "four levels, attention in two": {"widths": (32, 32, 64, 128), "attends": (1, 3), "size": 32},
+    "five channels, three blocks": {"channels": 5, "layers": 3, "widths": (64, 64)},
+    "one level": {"widths": (32,), "attends": (0,)},
+    "widths that are no multiples": {"widths": (64, 96, 32), "layers": 2, "embed_dim": 8, "latent_channels": 3},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(tmp_path, layout):
+    model = reference(**LAYOUTS[layout])
+    widths = model.config.block_out_channels
+    write_taming(tmp_path, model, **_fractions(model))
+    command(TAMING + VERIFY, at=tmp_path)
+    config = VQGANConfig.from_pretrained(tmp_path / "out")
+    assert config.widths == list(widths) and config.image_size == model.config.sample_size
+
+    model.save_pretrained(tmp_path / "theirs")
+    command("--from diffusers --checkpoint {at}/theirs --output {at}/ours" + VERIFY, at=tmp_path)
+    command("--to diffusers --checkpoint {at}/ours --output {at}/again", at=tmp_path)
+    before, after = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("theirs", "again"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert facts_equal(facts(model), facts(type(model).from_pretrained(tmp_path / "again")))
+    # what is the same model has the same fingerprint
+    assert VQGANConfig.from_pretrained(tmp_path / "ours").fingerprint == config.fingerprint
+
+
+def _fractions(model):
+    """`ch_mult` as the original could not have it, but a descendant of it might."""
+    params, widths = taming_params(model), model.config.block_out_channels
+    params["ddconfig"]["ch_mult"] = [width / widths[0] if width % widths[0] else width // widths[0] for width in widths]
+    return params
+
+
+def facts_equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [{"attends": (1,)}, {"widths": (32, 32, 64, 128), "attends": (3,), "layers": 2}])
+def test_llamagen_layouts(tmp_path, layout):
+    model = reference(**layout)
+    torch.save({"model": llamagen_weights(model), "optimizer": {"lr": 1.0}}, tmp_path / "vq.pt")
+    command("--from llamagen --checkpoint {at}/vq.pt --output {at}/out", at=tmp_path)
+    ours, pixels = VQGANModel.from_pretrained(tmp_path / "out").eval(), images(2, 3, 24, 40)
+    latents = torch.nn.functional.normalize(model.encode(pixels).latents, dim=1)
+    entries = torch.nn.functional.normalize(model.quantize.embedding.weight, dim=1)
+    similarity = torch.einsum("bdhw,kd->bkhw", latents, entries)
+    codes = similarity.argmax(1)
+    assert torch.equal(ours.encode(pixels).codes, codes) and len(codes.unique()) > 3
+    quantized = entries[codes].permute(0, 3, 1, 2)
+    image = model.decoder(model.post_quant_conv(quantized))
+    torch.testing.assert_close(ours.decode_codes(codes), image, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("used", [None, [7, 2, 20, 11, 0, 5]])
+def test_gumbel(tmp_path, used):
+    model = reference(embed_dim=8)
+    weights = {name: value for name, value in taming_weights(model).items() if not name.startswith("quantize.")}
+    weights["quantize.proj.weight"] = torch.randn(24, 8, 1, 1)
+    weights["quantize.proj.bias"] = torch.randn(24) / 10
+    weights["quantize.embed.weight"] = torch.randn(24, 8)
+    rows = torch.arange(24) if used is None else torch.tensor(used)
+    if used is not None:
+        weights["quantize.used"] = rows
+    write_taming(tmp_path, model, weights, "taming.models.vqgan.GumbelVQ", kl_weight=1e-8)
+    command(TAMING, at=tmp_path)
+    ours, pixels = VQGANModel.from_pretrained(tmp_path / "out").eval(), images(2, 3, 16, 24)
+    assert ours.config.quantizer == "gumbel" and ours.config.quantizer_options["kl_weight"] == 1e-8
+    latents = model.encode(pixels).latents
+    kernel, bias = weights["quantize.proj.weight"][rows, :, 0, 0], weights["quantize.proj.bias"][rows]
+    codes = (torch.einsum("bdhw,kd->bkhw", latents, kernel) + bias[:, None, None]).argmax(1)
+    assert torch.equal(ours.encode(pixels).codes, codes) and len(codes.unique()) > 2
+    quantized = weights["quantize.embed.weight"][rows][codes].permute(0, 3, 1, 2)
+    image = model.decoder(model.post_quant_conv(quantized))
+    torch.testing.assert_close(ours.decode_codes(codes), image, atol=1e-5, rtol=1e-5)
+
+
+def test_a_remapped_codebook(tmp_path, capsys):
+    model = reference()
+    stored = facts(model)
+    met = torch.cat([stored["io.indices"], stored["io2.indices"]]).unique()
+    used = met.flip(0)  # an order of its own; entries that the images do not meet are dropped
+    assert 3 < len(used) < 24
+    write_taming(tmp_path, model, taming_weights(model) | {"quantize.used": used}, remap="data/used.npy")
+    for name in ("io.indices", "io2.indices"):
+        stored[name] = (stored[name][:, None] == used).int().argmax(1)
+    save_file(stored, tmp_path / "facts.safetensors")
+    command(TAMING + VERIFY, at=tmp_path)
+    assert f"the {len(used)} used entries" in capsys.readouterr().out
+    assert VQGANConfig.from_pretrained(tmp_path / "out").num_embeddings == len(used)
+
+
+# ------------------------------------------------------------------------------------------------- what comes, what is left
+
+
+def test_what_is_in_a_published_checkpoint(tmp_path, capsys):
+    """LPIPS, moving averages, colours and callbacks go; float16 becomes float32; the discriminator stays beside."""
+    model, discriminator = reference(channels=1), PatchDiscriminator(1, 8, 2)
+    halves = {name: value.half() for name, value in taming_weights(model).items()}
+    weights = halves | {
+        "loss.perceptual_loss.net.slice1.0.weight": torch.ones(2),
+        "model_ema.encoderconv_inweight": torch.ones(2),
+        "model_ema.num_updates": torch.tensor(3),
+        "colorize": torch.ones(3, 1, 1, 1),
+        **{f"loss.discriminator.{name}": value for name, value in discriminator.state_dict().items()},
+    }
+    write_taming(tmp_path, model, weights)
+    command(TAMING, at=tmp_path)
+    told = capsys.readouterr().out
+    for words in (
+        "LPIPS (1 tensor)",
+        "moving average of the weights",
+        "colours",
+        "discriminator.safetensors",
+        "not compared",
+    ):
+        assert words in told
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert ours.keys() == halves.keys()
+    assert all(
+        value.dtype == torch.float32 and torch.equal(value, halves[name].float()) for name, value in ours.items()
+    )
+    kept = load_file(tmp_path / "out" / "discriminator.safetensors")
+    assert kept.keys() == discriminator.state_dict().keys()
+    assert all(torch.equal(value, kept[name]) for name, value in discriminator.state_dict().items())
+    options = VQGANConfig.from_pretrained(tmp_path / "out").quantizer_options
+    assert options["legacy_codebook_loss"] is True
+
+
+def test_the_output_is_a_tokenizer_like_any_other(tmp_path):
+    model = reference()
+    write_taming(tmp_path, model)
+    command(TAMING, at=tmp_path)
+    ours = VQGANModel.from_pretrained(tmp_path / "out").eval()
+    assert ours.config.fingerprint == ours.compute_fingerprint()
+    processor = VQGANImageProcessor.from_pretrained(tmp_path / "out")
+    assert (processor.image_size, processor.num_channels) == (16, 3)
+    carried = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    assert type(carried) is not VQGANModel
+    assert torch.equal(carried.encode(images(1, 3, 16, 16)).codes, ours.encode(images(1, 3, 16, 16)).codes)
+
+
+@pytest.mark.parametrize("norm_type, words", [("batch", "starts from that of"), ("group", "starts anew")])
+def test_fine_tuning_starts_from_the_discriminator(tmp_path, capsys, norm_type, words):
+    torch.manual_seed(0)
+    tokenizer, discriminator = VQGANModel(VQGANConfig(**tiny.VQGAN)), PatchDiscriminator(1, 8, 2)
+    weights = tokenizer.state_dict() | {f"loss.discriminator.{k}": v for k, v in discriminator.state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "last.ckpt")
+    params = {"norm_num_groups": 4}
+    with pytest.raises(SystemExit):  # the original only has 32 groups: these widths are of another code base
+        command("--from taming --checkpoint {at}/last.ckpt --output {at}/out", at=tmp_path)
+    assert params
