@@ -17,7 +17,8 @@ from configs import ConfigError, Problem
 from configs.problems import shown
 from configs.yaml_files import parse_yaml
 
-LARGEST_CONFIG = 2**20
+# Bytes of a configuration, and values in it: YAML may say thrice what it holds once, and so on.
+LARGEST_CONFIG, MOST_VALUES = 2**20, 10_000
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -25,6 +26,9 @@ class StandIn:
     """Takes the place of an object that training scripts save beside the weights; it has no behaviour."""
 
     def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
         pass
 
 
@@ -43,6 +47,9 @@ STAND_INS = [
     "argparse.Namespace",
     "pathlib.PosixPath",
     "pathlib._local.PosixPath",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
 ]
 
 
@@ -131,6 +138,8 @@ def read_mapping(path: Path, key: str = "config") -> dict[str, Any]:
         raise ConfigError(repeated, str(path))
     if not isinstance(values, dict):
         raise refuse(key, path, f"it holds {type(values).__name__}; needed are keys and values")
+    if not _is_small(values):
+        raise refuse(key, path, f"it holds more than {MOST_VALUES:,} values; this is no configuration")
     return values
 
 
@@ -138,6 +147,14 @@ def listed(names: Sequence[str], most: int = 12) -> str:
     """Names for a message, the first of them when there are many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _is_small(values: Any) -> bool:
+    waiting, seen = [values], 0
+    while waiting and seen <= MOST_VALUES:
+        value, seen = waiting.pop(), seen + 1
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return not waiting
 
 
 def _read_safetensors(path: Path, key: str) -> dict[str, Any]:
@@ -155,10 +172,10 @@ def _read_pickle(path: Path, key: str) -> dict[str, Any]:
         with safe_globals([(StandIn, name) for name in STAND_INS]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a broken pickle raises errors of many kinds
-        unwanted = re.search(r"Unsupported (?:global: GLOBAL|class|operand|type) ([\w.]+)", str(error))
+        unwanted = re.search(r"\bGLOBAL ([\w.]+)", str(error))
         if unwanted is None:
             reason = "it is not a complete checkpoint of torch.save; download it again"
-            raise refuse(key, path, f"{reason} ({_first_line(error)})") from None
+            raise refuse(key, path, f"{reason} ({_reason(error)})") from None
         reason = (
             f"it asks for {unwanted[1]}, which is code, not weights; nothing was run. If you trust it, save its "
             "weights alone where it was made: torch.save({'state_dict': model.state_dict()}, 'weights.ckpt')"
@@ -174,9 +191,9 @@ def _entries(path: Path, key: str) -> list[zipfile.ZipInfo]:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise refuse(key, path, f"it is damaged; download it again ({_first_line(error)})") from None
+        raise refuse(key, path, f"it is damaged; download it again ({_reason(error)})") from None
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # what goes before is advice to torch's callers
     return (text or type(error).__name__).splitlines()[0][:120]

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from configs import run
+from configs import load_config, run
 from stage1_vqgan import Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.convert import ConvertConfig, convert
 from stage1_vqgan.discriminator import PatchDiscriminator
-from stage1_vqgan.training import train
+from stage1_vqgan.training_step import VQGANTrainer
 from tests import tiny
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
@@ -29,7 +31,7 @@ def images(*shape):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-# ---------------------------------------------------------------------------------------------- the independent reference
+# ---------- the independent reference
 
 
 @torch.no_grad()
@@ -152,7 +154,7 @@ def write_taming(folder, model, weights=None, target="taming.models.vqgan.VQMode
 TAMING = "--from taming --checkpoint {at}/last.ckpt --config {at}/model.yaml --output {at}/out"
 VERIFY = " --verify {at}/facts.safetensors"
 
-# ------------------------------------------------------------------------------------------------------------ the original
+# ---------- the original
 
 
 @needs_golden
@@ -183,7 +185,7 @@ def test_weights_alone_tell_the_layout(tmp_path):
     assert (config.image_size, config.attn_resolutions, config.channel_multiplier) == (256, [64], [1, 1, 2])
 
 
-# ----------------------------------------------------------------------------------------------------------- many layouts
+# ---------- many layouts
 
 LAYOUTS = {
     "two levels": {},
@@ -208,7 +210,7 @@ def test_layouts(tmp_path, layout):
     command("--from diffusers --checkpoint {at}/theirs --output {at}/ours" + VERIFY, at=tmp_path)
     command("--to diffusers --checkpoint {at}/ours --output {at}/again", at=tmp_path)
     before, after = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("theirs", "again"))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert facts_equal(before, after)
     assert facts_equal(facts(model), facts(type(model).from_pretrained(tmp_path / "again")))
     # what is the same model has the same fingerprint
     assert VQGANConfig.from_pretrained(tmp_path / "ours").fingerprint == config.fingerprint
@@ -222,7 +224,9 @@ def _fractions(model):
 
 
 def facts_equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
 
 
 @torch.no_grad()
@@ -281,7 +285,7 @@ def test_a_remapped_codebook(tmp_path, capsys):
     assert VQGANConfig.from_pretrained(tmp_path / "out").num_embeddings == len(used)
 
 
-# ------------------------------------------------------------------------------------------------- what comes, what is left
+# ---------- what comes, what goes
 
 
 def test_what_is_in_a_published_checkpoint(tmp_path, capsys):
@@ -312,8 +316,7 @@ def test_what_is_in_a_published_checkpoint(tmp_path, capsys):
         value.dtype == torch.float32 and torch.equal(value, halves[name].float()) for name, value in ours.items()
     )
     kept = load_file(tmp_path / "out" / "discriminator.safetensors")
-    assert kept.keys() == discriminator.state_dict().keys()
-    assert all(torch.equal(value, kept[name]) for name, value in discriminator.state_dict().items())
+    assert facts_equal(kept, discriminator.state_dict())
     options = VQGANConfig.from_pretrained(tmp_path / "out").quantizer_options
     assert options["legacy_codebook_loss"] is True
 
@@ -331,13 +334,83 @@ def test_the_output_is_a_tokenizer_like_any_other(tmp_path):
     assert torch.equal(carried.encode(images(1, 3, 16, 16)).codes, ours.encode(images(1, 3, 16, 16)).codes)
 
 
-@pytest.mark.parametrize("norm_type, words", [("batch", "starts from that of"), ("group", "starts anew")])
-def test_fine_tuning_starts_from_the_discriminator(tmp_path, capsys, norm_type, words):
-    torch.manual_seed(0)
-    tokenizer, discriminator = VQGANModel(VQGANConfig(**tiny.VQGAN)), PatchDiscriminator(1, 8, 2)
-    weights = tokenizer.state_dict() | {f"loss.discriminator.{k}": v for k, v in discriminator.state_dict().items()}
-    torch.save({"state_dict": weights}, tmp_path / "last.ckpt")
-    params = {"norm_num_groups": 4}
-    with pytest.raises(SystemExit):  # the original only has 32 groups: these widths are of another code base
-        command("--from taming --checkpoint {at}/last.ckpt --output {at}/out", at=tmp_path)
-    assert params
+@pytest.mark.parametrize("num_layers, words", [(2, "starts from that of"), (1, "starts anew")])
+def test_fine_tuning_starts_from_the_discriminator(tmp_path, capsys, num_layers, words):
+    model, theirs = reference(channels=1), PatchDiscriminator(1, 8, 2)
+    weights = {f"loss.discriminator.{name}": value for name, value in theirs.state_dict().items()}
+    write_taming(tmp_path, model, taming_weights(model) | weights)
+    command(TAMING, at=tmp_path)
+    settings = {
+        "output_dir": "unused",
+        "max_steps": 1,
+        "model_name_or_path": str(tmp_path / "out"),
+        "data": {"dataset": "digits"},
+        "loss": {"perceptual_weight": 0, "adversarial_weight": 0.1},
+        "discriminator": {"base_channels": 8, "num_layers": num_layers},
+    }
+    AcceleratorState._reset_state(True)
+    trainer = VQGANTrainer(load_config(Stage1Config, overrides=settings), Accelerator(cpu=True))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the discriminator starts")]
+    assert len(told) == 1 and words in told[0]
+    assert facts_equal(trainer.discriminator.state_dict(), theirs.state_dict()) == (num_layers == 2)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"quantizer": "gumbel"}, "its quantizer is 'gumbel'; a VQModel only has 'vq'"),
+        ({"quantizer_options": {"l2_normalize": True}}, "quantizer_options.l2_normalize is true"),
+        ({"channel_multiplier": [2, 2]}, "channel_multiplier begins with 2"),
+    ],
+    ids=str,
+)
+def test_what_diffusers_cannot_express(tmp_path, capsys, changes, words):
+    VQGANModel(VQGANConfig(**tiny.VQGAN | changes)).save_pretrained(tmp_path / "ours")
+    with pytest.raises(SystemExit) as exited:
+        command("--to diffusers --checkpoint {at}/ours --output {at}/out", at=tmp_path)
+    assert exited.value.code == 2 and words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"norm_type": "spatial"}, "norm_type: received 'spatial'; a tokenizer here only has 'group'"),
+        ({"lookup_from_codebook": True}, "lookup_from_codebook: received true"),
+        ({"mid_block_add_attention": False}, "mid_block_add_attention: received false"),
+        ({"act_fn": "gelu"}, "act_fn: received 'gelu'; a tokenizer here only has 'silu' or 'swish'"),
+        ({"out_channels": 4}, "out_channels: is 4, but the weights have 3 (encoder.conv_in.weight"),
+        ({"down_block_types": ["DownEncoderBlock2D"] * 2}, "down_block_types: is [], but the weights have [8]"),
+        ({"block_out_channels": [32, 32]}, "block_out_channels: is [1, 1], but the weights have [1, 2]"),
+        ({"_class_name": "AutoencoderKL"}, "_class_name: received 'AutoencoderKL'"),
+        ({"norm_num_groups": 7}, "norm_num_groups"),
+        ({"use_quant_conv": False}, "use_quant_conv: unknown key"),
+    ],
+    ids=str,
+)
+def test_what_diffusers_has_and_a_tokenizer_here_has_not(tmp_path, capsys, changes, words):
+    folder = tmp_path / "theirs"
+    reference(attends=(1,)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(SystemExit) as exited:
+        command("--from diffusers --checkpoint {at}/theirs --output {at}/out", at=tmp_path)
+    assert exited.value.code == 2 and words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_old_folders_of_diffusers(tmp_path, capsys):
+    """Pickled weights, and attention under the names it had at first."""
+    model, folder = reference(attends=(0, 1)), tmp_path / "theirs"
+    model.save_pretrained(folder)
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    for old, new in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        weights = {name.replace(old, new): value for name, value in weights.items()}
+    torch.save(weights, folder / "diffusion_pytorch_model.bin")
+    command("--from diffusers --checkpoint {at}/theirs --output {at}/out", at=tmp_path)
+    assert "random images: 0 of 32 codes differ" in capsys.readouterr().out
+    write_taming(tmp_path, model)
+    command(TAMING.replace("/out", "/same") + VERIFY, at=tmp_path)
+    one, same = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "same"))
+    assert facts_equal(one, same)
