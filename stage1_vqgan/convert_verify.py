@@ -1,5 +1,6 @@
 """Whether a converted tokenizer computes what the original does."""
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from stage1_vqgan.modeling_vqgan import VQGANModel
 
 # Largest difference of reconstructions, relative to the largest value of the original's if that is above 1.
 TOLERANCE = 1e-5
+# Deep decoders amplify rounding beyond that: so many times what float32 rounds in this one is allowed as well.
+ROUNDINGS = 4
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def random_inputs(model: VQGANModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def verify(model: VQGANModel, cases: Sequence[Case], allow_ties: bool = False) -> list[str]:
-    """Compares codes, which must be equal, and reconstructions, which must be within `TOLERANCE`.
+    """Compares codes, which must be equal, and reconstructions, which must be within `TOLERANCE` or a few
+    roundings of float32.
 
     Args:
         model: converted, or to be converted.
@@ -122,7 +126,7 @@ def verify(model: VQGANModel, cases: Sequence[Case], allow_ties: bool = False) -
     """
     lines, failed = [], False
     for case in cases:
-        out = model.encode(case.pixels)
+        out = model(case.pixels)
         codes, latents = cast(Tensor, out.codes), cast(Tensor, out.latents)
         different = codes.ne(case.codes)
         ties = different & _is_tie(model, latents, codes, case.codes) if allow_ties else torch.zeros_like(different)
@@ -131,14 +135,24 @@ def verify(model: VQGANModel, cases: Sequence[Case], allow_ties: bool = False) -
         line += f" ({int(ties.sum())} more are as near up to rounding)" if ties.any() else ""
         failed |= wrong > 0
         if case.reconstruction is not None:
-            error = (model.decode_codes(case.codes) - case.reconstruction).abs().max().item()
+            # the sum z + (e - z) that both decode differs from the entry e by a rounding, which the decoder amplifies
+            image = model.decode_codes(case.codes) if different.any() else cast(Tensor, out.reconstruction)
+            error = (image - case.reconstruction).abs().max().item()
             bound = TOLERANCE * max(1.0, case.reconstruction.abs().max().item())
+            if error > bound:
+                bound = max(bound, ROUNDINGS * _rounding(model, case.codes))
             failed |= not error <= bound
             line += f", reconstructions differ by at most {error:.1e} (allowed {bound:.1e})"
         lines.append(line)
     if failed:
         raise ConfigError([Problem("verify", line) for line in lines], "the converted tokenizer is not the original")
     return lines
+
+
+def _rounding(model: VQGANModel, codes: Tensor) -> float:
+    """Largest difference between images decoded in float32 and in float64."""
+    exact = copy.deepcopy(model).double().decode_codes(codes)
+    return (exact - model.decode_codes(codes)).abs().max().item()
 
 
 def _is_tie(model: VQGANModel, latents: Tensor, codes: Tensor, others: Tensor) -> Tensor:
