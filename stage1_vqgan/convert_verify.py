@@ -53,6 +53,9 @@ def stored_cases(path: Path, model: VQGANModel) -> list[Case]:
         if codes is None or codes.is_floating_point() or codes.numel() != grid[0] * grid[1] * grid[2]:
             found = "not there" if codes is None else f"{codes.dtype} {tuple(codes.shape)}"
             raise refuse("verify", path, f"{name}.indices is {found}; needed are whole numbers of shape {grid}")
+        if codes.min() < 0 or codes.max() >= model.config.num_embeddings:
+            found, entries = f"from {int(codes.min())} to {int(codes.max())}", model.config.num_embeddings
+            raise refuse("verify", path, f"{name}.indices has values {found}; this codebook has {entries} entries")
         if reconstruction is not None and reconstruction.shape != pixels.shape:
             shape = tuple(reconstruction.shape)
             raise refuse("verify", path, f"{name}.recon is of shape {shape}; needed is that of {name}.input")

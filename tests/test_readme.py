@@ -14,12 +14,14 @@ from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig
 from pipelines.evaluate import EvaluationConfig
 from stage1_vqgan import Stage1Config, VQGANImageProcessor, VQGANModel
+from stage1_vqgan.convert import ConvertConfig
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.prior import build_prior
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CONFIGS = {
+    "stage1_vqgan.convert": ConvertConfig,
     "stage1_vqgan.train": Stage1Config,
     "stage2_prior.tokenize": Stage2Config,
     "stage2_prior.train": Stage2Config,

@@ -326,6 +326,7 @@ def test_a_comparison_that_fails(attempt, weights):
         ({"io.indices": codes, "io.recon": image + 1e-3}, "reconstructions differ by at most 1.0e-03"),
         ({"io.indices": codes, "io.recon": image * torch.nan}, "reconstructions differ by at most nan"),
         ({"io.indices": codes[:, :4].contiguous()}, "io.indices is torch.int64 (2, 4, 8); needed"),
+        ({"io.indices": codes + 16}, "; this codebook has 16 entries"),
         ({}, "io.indices is not there"),
     ):
         save_file({"io.input": pixels, **facts}, "facts.safetensors")
