@@ -22,6 +22,8 @@ LEFT_OUT = {
     r"(io\d*|grad\w*)\.": "stored inputs, outputs and gradients",
 }
 DISCRIMINATOR = "loss.discriminator."
+# Checkpoints of the transformer hold the tokenizer of its images; several tokenizers were published only so.
+FIRST_STAGE = "first_stage_model."
 
 # Classes by the last part of their path, which is never imported, and the quantizer each has.
 TARGETS = {
@@ -58,7 +60,11 @@ def read(checkpoint: Path, config: Path | None) -> Original:
     Raises:
         ConfigError: a file cannot be used, or is of something else.
     """
-    tensors, notes = leave_out(read_tensors(checkpoint, ["state_dict"]), LEFT_OUT)
+    tensors = read_tensors(checkpoint, ["state_dict"])
+    inside = {name.removeprefix(FIRST_STAGE): value for name, value in tensors.items() if name.startswith(FIRST_STAGE)}
+    tensors, notes = leave_out(inside or tensors, LEFT_OUT)
+    if inside:
+        notes.append("this is the checkpoint of a transformer: the tokenizer of its images is taken, the rest left out")
     discriminator = {
         name.removeprefix(DISCRIMINATOR): tensors.pop(name) for name in list(tensors) if name.startswith(DISCRIMINATOR)
     }
@@ -87,10 +93,12 @@ def read(checkpoint: Path, config: Path | None) -> Original:
 def _read_config(path: Path, kind: str, remapped: bool) -> tuple[list[Claim], dict[str, Any]]:
     """What a YAML of the original, or a JSON with its `config`, says: claims, and options of the quantizer."""
     values = read_mapping(path)
-    nested = "model" in values
-    if nested:
-        _check_target(section(values, "model").get("target"), kind)
-    keys = ["model", "params"] if nested else ["config"]
+    keys = ["model"] if "model" in values else ["config"]
+    if keys == ["model"]:
+        if "first_stage_config" in section(values, "model", "params"):
+            keys = ["model", "params", "first_stage_config"]
+        _check_target(section(values, *keys).get("target"), kind, ".".join(keys))
+        keys = [*keys, "params"]
     params, prefix = section(values, *keys), ".".join(keys)
     if params.get("remap") and not remapped:
         message = f"received {shown(str(params['remap']))}, but the weights have no quantize.used"
@@ -104,7 +112,7 @@ def _read_config(path: Path, kind: str, remapped: bool) -> tuple[list[Claim], di
     return claims, {option: values[name] for name, option in named.items() if name in values}
 
 
-def _check_target(target: Any, kind: str) -> None:
+def _check_target(target: Any, kind: str, key: str) -> None:
     has = TARGETS.get(str(target).rpartition(".")[2])
     if target is None or has == kind:
         return
@@ -115,7 +123,7 @@ def _check_target(target: Any, kind: str) -> None:
     else:
         found = "quantize.proj and quantize.embed" if kind == "gumbel" else "quantize.embedding"
         message = f"received {shown(str(target))}, but the weights have {found}"
-    raise ConfigError([Problem("config: model.target", message)])
+    raise ConfigError([Problem(f"config: {key}.target", message)])
 
 
 def _keep_used(weights: dict[str, Tensor], used: Tensor, claims: Collection[Claim], path: Path) -> list[Claim]:

@@ -321,6 +321,21 @@ def test_what_is_in_a_published_checkpoint(tmp_path, capsys):
     assert options["legacy_codebook_loss"] is True
 
 
+def test_the_tokenizer_in_the_checkpoint_of_a_transformer(tmp_path, capsys):
+    """Some tokenizers were published only so."""
+    model = reference()
+    weights = {f"first_stage_model.{name}": value for name, value in taming_weights(model).items()}
+    others = {"transformer.tok_emb.weight": torch.ones(24, 8), "transformer.pos_emb": torch.ones(1, 64, 8)}
+    write_taming(tmp_path, model, weights | others | {"cond_stage_model.colorize": torch.ones(3)})
+    inner = {"target": "taming.models.vqgan.VQModel", "params": taming_params(model)}
+    params = {"transformer_config": {"target": "taming.modules.transformer.mingpt.GPT"}, "first_stage_config": inner}
+    outer = {"model": {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": params}}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(outer))
+    command(TAMING + VERIFY, at=tmp_path)
+    assert "the checkpoint of a transformer" in capsys.readouterr().out
+    assert VQGANConfig.from_pretrained(tmp_path / "out").image_size == model.config.sample_size
+
+
 def test_the_output_is_a_tokenizer_like_any_other(tmp_path):
     model = reference()
     write_taming(tmp_path, model)
