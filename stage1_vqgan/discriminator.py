@@ -1,10 +1,16 @@
-"""The PatchGAN discriminator: one logit for each patch of an image."""
+"""The PatchGAN discriminator: one logit for each patch of an image.
 
+Shape letters: B batch, C channels, H W image size, n samples of a channel.
+"""
+
+from collections.abc import Callable
 from typing import Literal
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-NormType = Literal["batch", "group"]
+NormType = Literal["batch", "group", "actnorm"]
 
 
 class PatchDiscriminator(nn.Module):
@@ -16,8 +22,8 @@ class PatchDiscriminator(nn.Module):
         in_channels: image channels.
         base_channels: width after the first convolution; doubled by every further one, at most eight times.
         num_layers: convolutions with stride 2. More layers see larger patches.
-        norm_type: "batch" as in the source, or "group" (32 groups at most), which does not depend on the other images
-            of a batch nor on how it is spread over processes.
+        norm_type: "batch" as in the source; or "group" (32 groups at most) or "actnorm" (see [`ActNorm`]), with which
+            an image's logits do not depend on the other images of a batch nor on how it is spread over processes.
 
     Source: Isola et al. 2017, "Image-to-image translation with conditional adversarial networks", section 3.2.2;
     layers and initialisation as in Esser et al. 2021.
@@ -27,13 +33,15 @@ class PatchDiscriminator(nn.Module):
         self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 3, norm_type: NormType = "batch"
     ):
         super().__init__()
-        norm = nn.BatchNorm2d if norm_type == "batch" else _group_norm
+        norms: dict[NormType, Callable[[int], nn.Module]]
+        norms = {"batch": nn.BatchNorm2d, "group": _group_norm, "actnorm": ActNorm}
+        bias = norm_type == "actnorm"  # as the original has it, whose weights fit
         layers: list[nn.Module] = [nn.Conv2d(in_channels, base_channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         width = base_channels
         for n in range(1, num_layers + 1):
             previous, width = width, base_channels * min(2**n, 8)
             stride = 2 if n < num_layers else 1
-            layers += [nn.Conv2d(previous, width, 4, stride, 1, bias=False), norm(width), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(previous, width, 4, stride, 1, bias=bias), norms[norm_type](width), nn.LeakyReLU(0.2)]
         layers.append(nn.Conv2d(width, 1, 4, 1, 1))
         self.main = nn.Sequential(*layers)
         self.apply(_init_weights)
@@ -42,11 +50,59 @@ class PatchDiscriminator(nn.Module):
         return self.main(images)
 
 
+class ActNorm(nn.Module):
+    """scale · (x + loc), each channel by itself; the first batch in training sets both to normalise it.
+
+    That batch is the one of all processes together, so they start alike. Evaluation never initialises.
+
+    Args:
+        num_channels: C.
+
+    Source: Kingma and Dhariwal 2018, "Glow", section 3.1.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(1, num_channels, 1, 1))
+        self.scale = nn.Parameter(torch.ones(1, num_channels, 1, 1))
+        self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
+        self._settled = False  # that `initialized` was seen to be set: reading it makes the host wait for the device
+        self.register_load_state_dict_post_hook(_unsettle)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self._settled:
+            if not self.initialized:
+                self._initialise(x.detach().float())
+            self._settled = True
+        return self.scale * (x + self.loc)
+
+    @torch.no_grad()
+    def _initialise(self, x: Tensor) -> None:
+        n = _sum_over_processes(torch.tensor(x.numel() / x.shape[1], device=x.device))
+        mean = _sum_over_processes(x.sum((0, 2, 3), keepdim=True)) / n
+        variance = _sum_over_processes((x - mean).square().sum((0, 2, 3), keepdim=True)) / (n - 1)
+        self.loc.copy_(-mean)
+        self.scale.copy_(1 / (variance.sqrt() + 1e-6))
+        self.initialized.fill_(1)
+
+
 def logit_grid_size(image_size: int, num_layers: int) -> int:
     """Side of the logit grid for a square image; below 1 the image is too small for the discriminator."""
     for _ in range(num_layers):
         image_size //= 2
     return image_size - 2
+
+
+def _unsettle(module: ActNorm, keys: object) -> None:
+    module._settled = False
+
+
+def _sum_over_processes(value: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(value)
+    return value
 
 
 def _group_norm(width: int) -> nn.Module:

@@ -1,6 +1,7 @@
 """Watching a run of stage 1: numbers that went wrong end it, a game that went wrong is told once."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -8,14 +9,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.interruption import Diverged
-from stage1_vqgan.losses import MAX_ADAPTIVE_WEIGHT
+from stage1_vqgan.losses import MAX_ADAPTIVE_WEIGHT, AdversarialType
 
 # A codebook of which less than this share is used, while every code could have been used so many times, has collapsed.
 COLLAPSED_USAGE = 0.05
 CHANCES_PER_CODE = 10
-# A discriminator whose hinge loss (1 where it guesses, 0 where it is sure) stays below this for so many logs has won.
-WON_LOSS = 0.05
+# A discriminator has won whose loss stays, for so many logs, below this share of what guessing costs: 1 with hinge,
+# log 2 with the logistic losses. Wasserstein's has no such scale: it is a distance, and its gradient does not fade.
+WON_SHARE = 0.05
 WON_LOGS = 3
+GUESSING_LOSS: dict[AdversarialType, float] = {"hinge": 1.0, "vanilla": math.log(2), "non_saturating": math.log(2)}
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +30,12 @@ class Health:
 
     Args:
         accelerator: for what other processes saw.
+        adversarial_type: of the run, which decides what a discriminator's loss tells.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, adversarial_type: AdversarialType):
         self.accelerator = accelerator
+        self._won_loss = WON_SHARE * GUESSING_LOSS.get(adversarial_type, -math.inf)
         self.last_checkpoint: str | None = None
         self._told: set[str] = set()
         self._won_logs = 0
@@ -88,15 +93,16 @@ class Health:
                 "smaller model.embed_dim with model.quantizer_options.l2_normalize true, codebook.kmeans_init_batches "
                 "and codebook.restart_interval above 0",
             )
-        playing = "loss/generator" in scalars
-        won = playing and scalars.get("loss/discriminator", 1.0) < WON_LOSS
+        playing = "loss/adversarial" in scalars
+        won = playing and scalars.get("loss/discriminator", math.inf) < self._won_loss
         self._won_logs = self._won_logs + 1 if won else 0
         if self._won_logs >= WON_LOGS:
             self._tell(
                 "discriminator",
                 f"the discriminator has won: it tells every image (loss {scalars['loss/discriminator']:.2g}), and the "
                 "generator learns nothing from it any more. Try a lower discriminator.learning_rate, fewer "
-                "discriminator.num_layers, augmentation, or a later loss.adversarial_start_step",
+                "discriminator.num_layers, augmentation, loss.lecam_weight or loss.r1_weight above 0, or a later "
+                "loss.adversarial_start_step",
             )
         weights = [value for _, value in collected.get("adversarial/adaptive_weight", ())]
         if weights and (torch.stack(weights) >= MAX_ADAPTIVE_WEIGHT).float().mean() >= 0.5:

@@ -6,7 +6,8 @@ Shape letters: B batch, C channels, H W image size.
 import contextlib
 import os
 import warnings
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 from urllib.parse import urlparse
 
 import torch
@@ -22,9 +23,8 @@ LPIPS_MIN_SIZE = {"vgg": 16, "alex": 32, "squeeze": 32}
 MAX_ADAPTIVE_WEIGHT = 1e4
 
 
-def pixel_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Mean absolute error, a scalar."""
-    return F.l1_loss(reconstruction, images)
+# Mean absolute and mean squared error of two batches `(B, C, H, W)`, scalars.
+PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
 class PerceptualLoss(nn.Module):
@@ -65,14 +65,49 @@ class PerceptualLoss(nn.Module):
             return self.lpips(*pair).mean()
 
 
-def generator_hinge_loss(logits_fake: Tensor) -> Tensor:
+def generator_linear_loss(logits_fake: Tensor) -> Tensor:
     """-mean D(x̂), a scalar."""
     return -logits_fake.mean()
+
+
+def generator_logistic_loss(logits_fake: Tensor) -> Tensor:
+    """mean softplus(-D(x̂)) = -mean log σ(D(x̂)), a scalar."""
+    return F.softplus(-logits_fake).mean()
 
 
 def discriminator_hinge_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """½ (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x̂))), a scalar."""
     return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
+
+
+def discriminator_logistic_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """½ (mean softplus(-D(x)) + mean softplus(D(x̂))), a scalar."""
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+def discriminator_wasserstein_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """mean D(x̂) - mean D(x), a scalar without a lower bound."""
+    return logits_fake.mean() - logits_real.mean()
+
+
+class AdversarialLoss(NamedTuple):
+    """The two sides of a game: the generator's loss of D(x̂), and the discriminator's of D(x) and D(x̂)."""
+
+    generator: Callable[[Tensor], Tensor]
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+
+
+AdversarialType = Literal["hinge", "vanilla", "non_saturating", "wasserstein"]
+
+# Sources: hinge, Lim and Ye 2017, "Geometric GAN"; vanilla and non-saturating, Goodfellow et al. 2014, "Generative
+# adversarial nets"; Wasserstein, Arjovsky et al. 2017, "Wasserstein GAN". As in the original VQGAN, "vanilla" differs
+# from "non_saturating" in the generator's side alone, and all but Wasserstein halve the discriminator's.
+ADVERSARIAL_LOSSES: dict[AdversarialType, AdversarialLoss] = {
+    "hinge": AdversarialLoss(generator_linear_loss, discriminator_hinge_loss),
+    "vanilla": AdversarialLoss(generator_linear_loss, discriminator_logistic_loss),
+    "non_saturating": AdversarialLoss(generator_logistic_loss, discriminator_logistic_loss),
+    "wasserstein": AdversarialLoss(generator_linear_loss, discriminator_wasserstein_loss),
+}
 
 
 def last_layer_gradient(features: Tensor, last_layer: nn.Conv2d, output_gradient: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Reporter:
         accelerator.init_trackers("tessella-stage1")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Logs scalars under names like `loss/pixel`."""
+        """Logs scalars under names like `loss/l1`."""
         if not self.accelerator.is_main_process:
             return
         self.accelerator.log(values, step=step)

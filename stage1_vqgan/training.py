@@ -29,7 +29,7 @@ from stage1_vqgan.training_step import VQGANTrainer, key
 logger = logging.getLogger(__name__)
 
 # Terms beside the progress bar.
-SHOWN_TERMS = ("pixel", "perceptual", "codebook", "generator", "discriminator")
+SHOWN_TERMS = ("l1", "l2", "perceptual", "codebook", "adversarial", "discriminator")
 
 
 def train(config: Stage1Config) -> VQGANModel:
@@ -110,7 +110,7 @@ class Training:
             run.path,
             accelerator.is_main_process,
         )
-        self.health = Health(accelerator)
+        self.health = Health(accelerator, config.loss.adversarial_type)
 
     def resume(self) -> int:
         """Loads the checkpoint to go on from, if there is one; returns the optimizer steps done."""

@@ -1,49 +1,73 @@
 """Settings of a stage 1 run."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from annotated_types import Ge, Le, Lt
+from torch import Tensor
 
 from configs import Section, TrainingConfig, unknown_key
 from configs.sections import LAUNCHED_WITH, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from configs.values import read_value
 from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.data_config import DataConfig
-from stage1_vqgan.discriminator import logit_grid_size
-from stage1_vqgan.losses import LPIPS_MIN_SIZE
+from stage1_vqgan.discriminator import NormType, logit_grid_size
+from stage1_vqgan.losses import LPIPS_MIN_SIZE, AdversarialType
 
 
 @dataclass(kw_only=True)
 class LossConfig(Section):
     """Terms of the objective and their weights. What only a term of weight 0 would need is not built.
 
-    pixel_weight: mean absolute error
+    l1_weight, l2_weight: mean absolute and mean squared error of the pixels
     perceptual_weight: LPIPS
     lpips_backbone, lpips_weights: "vgg", "alex" or "squeeze"; "pretrained", torchvision's weight file, or "random"
     codebook_weight: codebook and commitment terms
     adversarial_weight: multiplies the adaptive weight λ; 0 trains a VQ-VAE, without a discriminator
+    adversarial_type: "hinge", "vanilla", "non_saturating" or "wasserstein"
     discriminator_start_step: step from which the discriminator is trained
     adversarial_start_step: step from which it acts on the generator
+    gradient_penalty_weight: of the discriminator, WGAN-GP's penalty on gradients between images and reconstructions
+    r1_weight: of the discriminator, γ of the penalty on gradients at images
+    lecam_weight: of the discriminator, LeCam's penalty on logits far from where they were
     """
 
-    pixel_weight: NonNegativeFloat = 1.0
+    l1_weight: NonNegativeFloat = 1.0
+    l2_weight: NonNegativeFloat = 0.0
     perceptual_weight: NonNegativeFloat = 1.0
     lpips_backbone: Literal["vgg", "alex", "squeeze"] = "vgg"
     lpips_weights: str = "pretrained"
     codebook_weight: PositiveFloat = 1.0
     adversarial_weight: NonNegativeFloat = 0.5
+    adversarial_type: AdversarialType = "hinge"
     discriminator_start_step: NonNegative = 0
     adversarial_start_step: NonNegative = 0
+    gradient_penalty_weight: NonNegativeFloat = 0.0
+    r1_weight: NonNegativeFloat = 0.0
+    lecam_weight: NonNegativeFloat = 0.0
+
+    def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Σ weight · term over scalar terms, 0 without any; the weight of the term `x` is the field `x_weight`."""
+        return cast(Tensor, sum(getattr(self, f"{name}_weight") * term for name, term in terms.items()))
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
-        if not self.pixel_weight and not self.perceptual_weight:
-            yield "pixel_weight", self.pixel_weight, "pixel_weight and perceptual_weight must not both be 0"
+        if not self.l1_weight and not self.l2_weight and not self.perceptual_weight:
+            yield "l1_weight", self.l1_weight, "l1_weight, l2_weight and perceptual_weight must not all be 0"
+        if self.adversarial_weight and self.adversarial_type == "wasserstein" and not self._restrains_discriminator:
+            allowed = (
+                "a Wasserstein discriminator's loss has no lower bound: set gradient_penalty_weight (10 in its paper), "
+                "r1_weight or lecam_weight above 0"
+            )
+            yield "adversarial_type", self.adversarial_type, allowed
         if self.adversarial_weight and self.adversarial_start_step < self.discriminator_start_step:
             allowed = f"must be at least discriminator_start_step ({self.discriminator_start_step})"
             yield "adversarial_start_step", self.adversarial_start_step, allowed
+
+    @property
+    def _restrains_discriminator(self) -> bool:
+        return any((self.gradient_penalty_weight, self.r1_weight, self.lecam_weight))
 
 
 @dataclass(kw_only=True)
@@ -51,13 +75,13 @@ class DiscriminatorConfig(Section):
     """The PatchGAN discriminator.
 
     base_channels, num_layers: width, and number of convolutions with stride 2 (the size of a patch)
-    norm_type: "batch" (synchronised over GPUs) or "group"
+    norm_type: "batch" (synchronised over GPUs), "group" or "actnorm"
     learning_rate: by default the generator's
     """
 
     base_channels: Annotated[int, Ge(4)] = 64
     num_layers: Annotated[int, Ge(1), Le(8)] = 3
-    norm_type: Literal["batch", "group"] = "batch"
+    norm_type: NormType = "batch"
     learning_rate: PositiveFloat | None = None
 
 
@@ -113,6 +137,13 @@ class Stage1Config(TrainingConfig):
             if LAUNCHED_WITH[f"USE_{name}"] == "true":
                 reason = "two models and a moving average (ema_decay) cannot be sharded"
                 yield "", None, f"stage 1 was launched with {name}, but {reason}; use accelerate launch --multi_gpu"
+        loss, norm_type = self.loss, self.discriminator.norm_type
+        if loss.adversarial_weight and norm_type == "batch" and (loss.gradient_penalty_weight or loss.r1_weight):
+            allowed = (
+                "loss.gradient_penalty_weight and loss.r1_weight need 'group' or 'actnorm': with 'batch' the gradient "
+                "at an image depends on the other images"
+            )
+            yield "discriminator.norm_type", norm_type, allowed
         if self.trainable == "decoder" and self.model_name_or_path is None:
             yield "trainable", self.trainable, "needs model_name_or_path: a tokenizer whose codes are kept"
         model, wrong = self._model_fields()

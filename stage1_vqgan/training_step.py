@@ -20,16 +20,16 @@ from configs import ConfigError, Problem
 from stage1_vqgan.codebook import CodebookMonitor, kmeans
 from stage1_vqgan.discriminator import PatchDiscriminator
 from stage1_vqgan.losses import (
+    ADVERSARIAL_LOSSES,
+    PIXEL_LOSSES,
     PerceptualLoss,
     adaptive_weight,
-    discriminator_hinge_loss,
-    generator_hinge_loss,
     last_layer_gradient,
-    pixel_loss,
 )
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
 from stage1_vqgan.quantizers import VectorQuantizer
+from stage1_vqgan.regularizers import LecamAnchors, gradient_penalty, r1_penalty
 from stage1_vqgan.training_config import Stage1Config
 
 
@@ -56,6 +56,8 @@ class VQGANTrainer:
         self.perceptual: PerceptualLoss | None = None
         if config.loss.perceptual_weight:
             self._build_perceptual()
+        self.adversarial = ADVERSARIAL_LOSSES[config.loss.adversarial_type]
+        self.anchors: LecamAnchors | None = None
         self.discriminator: nn.Module | None = None
         if config.loss.adversarial_weight:
             self._build_discriminator(model.config.in_channels)
@@ -103,19 +105,14 @@ class VQGANTrainer:
             # The graph is cut at the reconstruction x̂: what each loss wants of x̂ is computed first, and enters the
             # generator in one backward, weighted.
             reconstruction = out.reconstruction.detach().float().requires_grad_()
-            terms = {"pixel": pixel_loss(reconstruction, images)}
-            if self.perceptual is not None:
-                terms["perceptual"] = self.perceptual(reconstruction, images)
-            reconstruction_loss = sum(getattr(loss, f"{name}_weight") * term for name, term in terms.items())
-            (gradient,) = torch.autograd.grad(reconstruction_loss, reconstruction)
-
-            metrics = {f"loss/{name}": term.detach() for name, term in terms.items()}
-            metrics["loss/codebook"] = out.codebook_loss.detach()
+            terms = self._reconstruction_terms(reconstruction, images)
+            (gradient,) = torch.autograd.grad(loss.weighted(terms), reconstruction)
+            terms["codebook"] = out.codebook_loss
+            metrics: dict[str, Tensor] = {}
             if self.discriminator is not None and step >= loss.adversarial_start_step:
-                adversarial, push = self._adversarial_gradient(reconstruction)
-                rate, balance = self._balance(out.decoder_features, gradient, push)
+                terms["adversarial"], push = self._adversarial_gradient(reconstruction)
+                rate, metrics = self._balance(out.decoder_features, gradient, push)
                 gradient = gradient + rate * push
-                metrics |= {"loss/generator": adversarial, **balance}
 
             update = (out.reconstruction * gradient.to(out.reconstruction.dtype)).sum()
             self._update(self.generator, self.optimizer, update + loss.codebook_weight * out.codebook_loss)
@@ -123,18 +120,28 @@ class VQGANTrainer:
             if not self.keeps_codes:
                 self.model.quantize.observe(out.latents, out.codes)
             if self.discriminator is not None and step >= loss.discriminator_start_step:
-                logits_real = self.discriminator(images).float()
-                logits_fake = self.discriminator(reconstruction.detach()).float()
-                discriminator_loss = discriminator_hinge_loss(logits_real, logits_fake)
-                self._update(self.discriminator, self.discriminator_optimizer, discriminator_loss)
-                metrics["loss/discriminator"] = discriminator_loss.detach()
-                metrics |= {"logits/real": logits_real.detach().mean(), "logits/fake": logits_fake.detach().mean()}
+                fake = reconstruction.detach()
+                discriminator_loss, penalties, logits = self._discriminator_terms(images, fake, number)
+                objective = discriminator_loss + loss.weighted(penalties)
+                self._update(self.discriminator, self.discriminator_optimizer, objective)
+                terms |= {"discriminator": discriminator_loss, **penalties}
+                metrics |= logits
 
+            metrics |= {f"loss/{name}": term for name, term in terms.items()}
             if self.accelerator.sync_gradients:
                 self.model.quantize.update(self._sum)
                 self._update_average(step)
                 metrics |= self._care_for_codebook(out.latents, step + 1)
-        return metrics
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def _reconstruction_terms(self, reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Those terms of weight above 0 that compare pixels or features."""
+        weights = self.config.loss
+        pixel_losses = {name: loss for name, loss in PIXEL_LOSSES.items() if getattr(weights, f"{name}_weight")}
+        terms = {name: loss(reconstruction, images) for name, loss in pixel_losses.items()}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(reconstruction, images)
+        return terms
 
     def image_seeds(self, number: int, count: int) -> list[int]:
         """A seed for each image of this process's batch, the same on any number of processes."""
@@ -145,7 +152,7 @@ class VQGANTrainer:
         """The generator's adversarial loss and ∂L/∂x̂; the discriminator's own parameters get no gradient."""
         discriminator = self.accelerator.unwrap_model(self.discriminator)
         with self.accelerator.autocast():
-            adversarial = generator_hinge_loss(discriminator(reconstruction).float())
+            adversarial = self.adversarial.generator(discriminator(reconstruction).float())
         return adversarial.detach(), torch.autograd.grad(adversarial, reconstruction)[0]
 
     def _balance(self, features: Tensor, gradient: Tensor, push: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -162,6 +169,25 @@ class VQGANTrainer:
             "adversarial/adversarial_grad_norm": norms[1],
             "adversarial/relative_force": rate * norms[1] / norms[0],
         }
+
+    def _discriminator_terms(
+        self, real: Tensor, fake: Tensor, number: int
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The discriminator's loss, its penalties of weight above 0 by their names, and the mean logits to log."""
+        discriminator, weights = cast(nn.Module, self.discriminator), self.config.loss
+        real = real.detach().requires_grad_(weights.r1_weight > 0)
+        logits_real, logits_fake = discriminator(real).float(), discriminator(fake).float()
+        penalties = {}
+        if weights.gradient_penalty_weight:
+            share = uniform(self.image_seeds(number, len(real))).to(real.device)
+            penalties["gradient_penalty"] = gradient_penalty(discriminator, real.detach(), fake, share)
+        if weights.r1_weight:
+            penalties["r1"] = r1_penalty(logits_real, real)
+        if self.anchors is not None:
+            self.anchors.update(logits_real, logits_fake, lambda means: self.accelerator.reduce(means, "mean"))
+            penalties["lecam"] = self.anchors.penalty(logits_real, logits_fake)
+        logits = {"logits/real": logits_real.mean(), "logits/fake": logits_fake.mean()}
+        return self.adversarial.discriminator(logits_real, logits_fake), penalties, logits
 
     def _update(self, model: nn.Module, optimizer: Any, objective: Tensor) -> None:
         self.accelerator.backward(objective)
@@ -217,6 +243,8 @@ class VQGANTrainer:
         optimizers = {"generator": self.optimizer}
         if self.discriminator is not None:
             yield "the discriminator", chain(self.discriminator.parameters(), self.discriminator.buffers())
+            if self.anchors is not None:
+                yield "the discriminator's LeCam anchors", self.anchors.buffers()
             optimizers["discriminator"] = self.discriminator_optimizer
         for name, optimizer in optimizers.items():
             moments = [value for state in optimizer.state.values() for value in state.values()]
@@ -299,11 +327,19 @@ class VQGANTrainer:
         self.discriminator, self.discriminator_optimizer = self.accelerator.prepare(
             discriminator, self._optimizer(discriminator)
         )
+        if self.config.loss.lecam_weight:
+            self.anchors = LecamAnchors(self.accelerator.device)
+            self.accelerator.register_for_checkpointing(self.anchors)
 
 
 def rows(latents: Tensor | None) -> Tensor:
     """Latents `(B, D, h, w)` as `(B·h·w, D)`."""
     return rearrange(cast(Tensor, latents), "B D h w -> (B h w) D")
+
+
+def uniform(image_seeds: Iterable[int]) -> Tensor:
+    """One number in [0, 1) for each image: float32 `(B,)`, not of the same draws as the quantizer's noise."""
+    return torch.cat([torch.rand(1, generator=torch.Generator().manual_seed(key(seed, 1))) for seed in image_seeds])
 
 
 def schedule(config: Stage1Config, step: int) -> float:

@@ -203,7 +203,7 @@ CASES = {
         "--loss.perceptual_weight 1 --loss.lpips_backbone alex",
         {"model.image_size": "LPIPS with alex needs 32 pixels; set loss.perceptual_weight to 0"},
     ),
-    "no reconstruction": ("stage1", "--loss.pixel_weight 0", {"loss.pixel_weight": "must not both be 0"}),
+    "no reconstruction": ("stage1", "--loss.l1_weight 0", {"loss.l1_weight": "must not all be 0"}),
     "discriminator": ("stage1", "--discriminator.num_layers 5", {"discriminator.num_layers": "allow at most 2"}),
     "warm-up": ("stage1", "--warmup_steps 400", {"warmup_steps": "must be at most max_steps (320)"}),
     "global batch": (
@@ -216,7 +216,7 @@ CASES = {
     "hub of a pipeline": ("build", "--push_to_hub true", {"hub_model_id": "as 'user/name'"}),
     "types and rules together": (
         "stage1",
-        "--seed x --los.pixel_weight 1 --model.norm_num_groups 5 --warmup_steps 999 --data.augmentation.rotate 200",
+        "--seed x --los.l1_weight 1 --model.norm_num_groups 5 --warmup_steps 999 --data.augmentation.rotate 200",
         {
             "seed": "received 'x'",
             "los": "did you mean 'loss'?",
@@ -454,11 +454,11 @@ def test_launches_that_agree(launched):
 
 def test_a_configuration_made_in_python_is_checked_as_well(tmp_path):
     good = load("stage1", f"--output_dir {tmp_path}/run")
-    wrong = replace(good, max_steps=-1, loss=replace(good.loss, pixel_weight=float("nan")), model={"image_size": 17})
+    wrong = replace(good, max_steps=-1, loss=replace(good.loss, l1_weight=float("nan")), model={"image_size": 17})
     with pytest.raises(ConfigError) as caught:
         train_tokenizer(wrong)
     found = {problem.key for problem in caught.value.problems}
-    assert found >= {"max_steps", "loss.pixel_weight", "model.image_size"}
+    assert found >= {"max_steps", "loss.l1_weight", "model.image_size"}
     assert not (tmp_path / "run").exists()
     with pytest.raises(StrictDataclassError, match=r"num_embeddings: received 1; .*\nimage_size: received 17"):
         VQGANConfig(image_size=17, num_embeddings=1)

@@ -139,7 +139,7 @@ STAGE1 = {
     [
         ({"loss.adversarial_start_step": 5, "loss.discriminator_start_step": 10}, "loss.adversarial_start_step", "10"),
         ({"loss.perceptual_weight": 1, "loss.lpips_backbone": "squeeze"}, "model.image_size", "32 pixels"),
-        ({"loss.pixel_weight": 0}, "loss.pixel_weight", "both"),
+        ({"loss.l1_weight": 0}, "loss.l1_weight", "must not all be 0"),
         ({"discriminator.num_layers": 4}, "discriminator.num_layers", "16 pixels"),
         ({"model.base_chanels": 8}, "model.base_chanels", "did you mean 'base_channels'"),
         ({"model.fingerprint": "abc"}, "model.fingerprint", "unknown"),

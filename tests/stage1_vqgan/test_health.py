@@ -31,13 +31,13 @@ def steps(*values, first=10):
 def test_the_first_loss_that_is_not_finite_is_named(health):
     health.last_checkpoint = "runs/checkpoint-8"
     collected = {
-        "loss/pixel": steps(1, 2, math.inf),
+        "loss/l1": steps(1, 2, math.inf),
         "loss/codebook": steps(1, math.nan, 1),
         "logits/real": steps(math.nan, 1, 1),
     }
     with pytest.raises(Diverged, match=r"loss/codebook was not finite at step 12; .* runs/checkpoint-8\. Try"):
         health.require_finite_losses(collected)
-    health.require_finite_losses({"loss/pixel": steps(1, 2), "logits/real": steps(math.nan)})
+    health.require_finite_losses({"loss/l1": steps(1, 2), "logits/real": steps(math.nan)})
     health.require_finite_losses({})
 
 
@@ -48,7 +48,7 @@ def test_state_that_is_not_finite_is_named(health):
         health.require_finite_state([("a", [good]), ("the generator", [good, bad])], step=5)
 
 
-FINE = {"codebook/usage": 0.5, "loss/generator": 0.1, "loss/discriminator": 0.9}
+FINE = {"codebook/usage": 0.5, "loss/adversarial": 0.1, "loss/discriminator": 0.9}
 LOST = {**FINE, "loss/discriminator": 0.01}
 
 
@@ -86,8 +86,8 @@ def test_adaptive_weight_at_its_clamp(health, caplog, share, told):
 def broken_step(at, term):
     step = VQGANTrainer.step
 
-    def broken(self, images, number):
-        metrics = step(self, images, number)
+    def broken(self, images, number, *args):
+        metrics = step(self, images, number, *args)
         if number == at and term == "weights":
             next(self.model.parameters()).data.fill_(math.nan)
         elif number == at:
@@ -100,10 +100,10 @@ def broken_step(at, term):
 @pytest.mark.parametrize(
     ("at", "term", "message"),
     [
-        (6, "loss/pixel", r"loss/pixel was not finite at step 7; the last good checkpoint is .*checkpoint-6\."),
+        (6, "loss/l1", r"loss/l1 was not finite at step 7; the last good checkpoint is .*checkpoint-6\."),
         (5, "loss/codebook", r"loss/codebook was not finite at step 6; the last good checkpoint is .*checkpoint-4\."),
         (7, "weights", r"the generator: not all numbers are finite after step 8; .*checkpoint-6\."),
-        (0, "loss/generator", r"loss/generator was not finite at step 1; no checkpoint was saved yet"),
+        (0, "loss/adversarial", r"loss/adversarial was not finite at step 1; no checkpoint was saved yet"),
     ],
 )
 def test_a_run_ends_before_it_saves_them(tmp_path, monkeypatch, at, term, message):

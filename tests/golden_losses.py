@@ -1,0 +1,209 @@
+"""The losses and the discriminator beside numbers that the original made: `python -m tests.golden_losses` prints a table.
+
+The trainer's own step is what is compared: its generator is replaced by the stored features and the last layer.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from configs import load_config
+from stage1_vqgan import Stage1Config
+from stage1_vqgan.discriminator import PatchDiscriminator
+from stage1_vqgan.losses import ADVERSARIAL_LOSSES
+from stage1_vqgan.training_step import VQGANTrainer
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+OUTPUTS, GRADIENTS = 1e-5, 1e-4  # bounds: absolute, and relative to the norm
+
+
+class Found(NamedTuple):
+    """How far one quantity of one case is from the stored one."""
+
+    quantity: str
+    case: str
+    error: float
+    bound: float
+
+
+class StoredGenerator(nn.Module):
+    """Stored features, the stored last layer, and the stored codebook loss as a parameter."""
+
+    def __init__(self, golden: dict[str, Tensor]):
+        super().__init__()
+        self.config = SimpleNamespace(num_embeddings=2, in_channels=3)
+        self.features = golden["io.feat"]
+        self.decoder = nn.Module()
+        self.decoder.conv_out = nn.Conv2d(8, 3, 3, padding=1, bias=False)
+        self.decoder.conv_out.weight.data = golden["io.last_layer"].clone()
+        self.codebook_loss = nn.Parameter(golden["io.codebook_loss"].clone())
+
+    def forward(self, images: Tensor) -> Any:
+        return SimpleNamespace(
+            reconstruction=self.decoder.conv_out(self.features),
+            decoder_features=self.features,
+            codebook_loss=self.codebook_loss * 1,
+            codes=torch.zeros(1, 1, 1, dtype=torch.int64),
+            latents=None,
+        )
+
+
+class StoredTrainer(VQGANTrainer):
+    """Trains the stored generator, and keeps the gradients of an update in place of doing it."""
+
+    golden: dict[str, Tensor]
+
+    def _initial_model(self) -> Any:
+        self.gradients: dict[str, Tensor] = {}
+        return StoredGenerator(self.golden)
+
+    def _update(self, model: nn.Module, optimizer: Any, objective: Tensor) -> None:
+        objective.backward()
+        self.gradients |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+
+
+def compare() -> Iterator[Found]:
+    """Every stored quantity of losses and discriminator."""
+    golden, stored = load_file(GOLDEN / "losses.safetensors"), json.loads((GOLDEN / "losses.json").read_text())
+    for name, case in stored["cases"].items():
+        if name.startswith("eval_nograd"):
+            discriminator = patch_discriminator(golden, "disc.", base_channels=32, num_layers=3)
+            discriminator(golden["io.recon"])  # one training forward came before: its statistics are in use
+            g_loss = ADVERSARIAL_LOSSES["hinge"].generator(discriminator.eval()(golden["io.recon"]))
+            yield Found("g_loss in eval mode", name, abs(g_loss.item() - case["g_loss"]), OUTPUTS)
+        else:
+            yield from compare_step(golden, name, case, stored["kwargs"])
+    yield from compare_logits(golden)
+    yield from compare_actnorm(golden)
+
+
+def compare_step(
+    golden: dict[str, Tensor], name: str, case: dict[str, float], kwargs: dict[str, float]
+) -> Iterator[Found]:
+    kind, step, perceptual_weight = name.split("_")
+    number, weight = int(step.removeprefix("step")), int(perceptual_weight.removeprefix("pw"))
+    StoredTrainer.golden = golden
+    trainer = StoredTrainer(step_config(kind, kwargs), Accelerator())
+    trainer.discriminator.load_state_dict(state(golden, "disc."))
+    if weight:  # the stored numbers are of a stand-in for LPIPS
+        trainer.config.loss.perceptual_weight = weight
+        trainer.perceptual = lambda a, b: (a - b).square().mean()  # type: ignore[assignment]
+    metrics = {key: value.item() for key, value in trainer.step(golden["io.input"], number).items()}
+    playing = number >= kwargs["disc_start"]
+    assert playing == ("loss/adversarial" in metrics) == ("loss/discriminator" in metrics)
+
+    rate = metrics.get("adversarial/adaptive_weight", 0.0) * kwargs["disc_weight"]
+    nll = metrics["loss/l1"] + weight * metrics.get("loss/perceptual", 0.0)
+    found = {
+        "rec_loss": nll,  # which has the perceptual term in it there
+        "p_loss": metrics.get("loss/perceptual", 0.0),
+        "nll_loss": nll,
+        "quant_loss": metrics["loss/codebook"],
+        "total_loss": nll + metrics["loss/codebook"] + rate * metrics.get("loss/adversarial", 0.0),
+        "disc_loss": metrics.get("loss/discriminator", 0.0),
+    }
+    if playing:  # before, the original computes them and multiplies them by 0
+        found |= {"d_weight": rate, "g_loss": metrics["loss/adversarial"]}
+        found |= {f"logits_{side}": metrics[f"logits/{side}"] for side in ("real", "fake")}
+    for quantity, value in found.items():
+        yield Found(quantity, name, abs(value - case[quantity]), OUTPUTS)
+
+    gradient = trainer.gradients["decoder.conv_out.weight"]
+    norm = case["grad_last_layer_norm"]
+    yield Found("norm of the last layer's gradient", name, abs(gradient.norm().item() - norm) / norm, GRADIENTS)
+    to_codebook = trainer.gradients["codebook_loss"].item()
+    yield Found("grad_codebook_loss", name, abs(to_codebook - case["grad_codebook_loss"]), GRADIENTS)
+    if f"grad.last_layer.{name}" in golden:
+        error = relative(gradient, golden[f"grad.last_layer.{name}"])
+        yield Found("the last layer's gradient", name, error, GRADIENTS)
+        error = relative(trainer.gradients["main.0.weight"], golden["grad.disc.main.0.weight"])
+        yield Found("the discriminator's first gradient", name, error, GRADIENTS)
+        after = trainer.discriminator.state_dict()
+        for key, value in state(golden, "after_gd.").items():
+            yield Found("BatchNorm's statistics", key, absolute(after[key], value), OUTPUTS)
+
+
+def compare_logits(golden: dict[str, Tensor]) -> Iterator[Found]:
+    for mode in ("eval", "train"):
+        discriminator = patch_discriminator(golden, "disc.", base_channels=32, num_layers=3).train(mode == "train")
+        for side, images in (("real", "io.input"), ("fake", "io.recon")):
+            error = absolute(discriminator(golden[images]), golden[f"disc_{mode}.{side}"])
+            yield Found(f"PatchGAN logits in {mode} mode", side, error, OUTPUTS)
+
+
+def compare_actnorm(golden: dict[str, Tensor]) -> Iterator[Found]:
+    discriminator = patch_discriminator(
+        golden, "actnorm_init.", base_channels=32, num_layers=2, norm_type="actnorm"
+    ).train()
+    for call, images in (("first", "io.input"), ("second", "io.recon")):
+        error = absolute(discriminator(golden[images]), golden[f"actnorm.out_{call}_train"])
+        yield Found("ActNorm logits", call, error, OUTPUTS)
+    after = discriminator.state_dict()
+    for key, value in state(golden, "actnorm_after.").items():
+        assert after[key].dtype == value.dtype
+        yield Found("ActNorm parameters after", key, absolute(after[key], value), OUTPUTS)
+
+
+def step_config(kind: str, kwargs: dict[str, float]) -> Stage1Config:
+    start = int(kwargs["disc_start"])
+    values = {
+        "output_dir": "unused",
+        "max_steps": 200,
+        "data.dataset": "digits",
+        "model.image_size": 64,
+        "model.channel_multiplier": [1, 1],
+        "model.attn_resolutions": [],
+        "loss.l1_weight": kwargs["pixelloss_weight"],
+        "loss.perceptual_weight": 0,
+        "loss.codebook_weight": kwargs["codebook_weight"],
+        "loss.adversarial_weight": kwargs["disc_weight"],
+        "loss.adversarial_type": kind,
+        "loss.discriminator_start_step": start,
+        "loss.adversarial_start_step": start,
+        "discriminator.base_channels": kwargs["disc_ndf"],
+        "discriminator.num_layers": kwargs["disc_num_layers"],
+        "codebook.restart_interval": 0,
+    }
+    return load_config(Stage1Config, None, values)
+
+
+def patch_discriminator(golden: dict[str, Tensor], prefix: str, **settings: Any) -> PatchDiscriminator:
+    discriminator = PatchDiscriminator(3, **settings)
+    discriminator.load_state_dict(state(golden, prefix))
+    return discriminator
+
+
+def state(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
+
+
+def absolute(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return (found.double() - expected.double()).abs().max().item()
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def main() -> None:
+    rows: dict[str, list[Found]] = {}
+    for found in compare():
+        rows.setdefault(found.quantity, []).append(found)
+    print(f"{'quantity':<36}{'cases':>6}{'max error':>12}{'bound':>9}  worst case")
+    for quantity, founds in rows.items():
+        worst = max(founds, key=lambda found: found.error)
+        print(f"{quantity:<36}{len(founds):>6}{worst.error:>12.1e}{worst.bound:>9.0e}  {worst.case}")
+
+
+if __name__ == "__main__":
+    main()
