@@ -3,6 +3,7 @@
 import difflib
 import re
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def _read_text(name: str) -> str:
         return path.read_text(encoding="utf-8")
     if preset in preset_names():
         return files("configs").joinpath(f"{preset}.yaml").read_text()
-    known = ", ".join(preset_names())
+    by_folder = groupby(preset_names(), lambda preset: preset.partition("/")[0])
+    known = ", ".join(f"{folder}/{{{','.join(Path(preset).name for preset in found)}}}" for folder, found in by_folder)
     if path.is_dir():
         raise ConfigError([Problem("", f"is a folder; give a YAML file or a preset ({known})")], name)
     nearest = difflib.get_close_matches(preset, preset_names(), n=1)

@@ -1,4 +1,4 @@
-"""The losses and the discriminator beside numbers that the original made: `python -m tests.golden_losses` prints a table.
+"""Losses and discriminator beside numbers that the original made; `python -m tests.golden_losses` prints a table.
 
 The trainer's own step is what is compared: its generator is replaced by the stored features and the last layer.
 """

@@ -4,6 +4,7 @@ As a script, on several processes: `accelerate launch … -m tests.process_runs 
 of one process. Imported, on the one there is.
 """
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from configs import load_config
 from stage1_vqgan import Stage1Config, training
 from stage1_vqgan.codebook import CodebookMonitor, kmeans
 from stage1_vqgan.quantizers import VectorQuantizer, build_quantizer
+from stage1_vqgan.training_config import LossConfig
 from stage1_vqgan.training_step import VQGANTrainer, rows
 from stage2_prior import Stage2Config
 from stage2_prior import training as prior_training
@@ -53,8 +55,17 @@ def stage1_config(folder: Path, **changes: Any) -> Stage1Config:
         "report_to": [],
         "model": {**tiny.VQGAN, "num_embeddings": 256},
         "data": dict(tiny.DATA),
-        "loss": {"perceptual_weight": 0, "adversarial_weight": 0.5, "adversarial_start_step": 3},
-        "discriminator": {"base_channels": 8, "num_layers": 2, "norm_type": "group"},
+        "loss": {
+            "perceptual_weight": 0,
+            "l2_weight": 0.5,
+            "adversarial_weight": 0.5,
+            "adversarial_type": "non_saturating",
+            "adversarial_start_step": 3,
+            "gradient_penalty_weight": 0.5,
+            "r1_weight": 0.5,
+            "lecam_weight": 0.1,
+        },
+        "discriminator": {"base_channels": 8, "num_layers": 2, "norm_type": "actnorm"},
         "codebook": {"kmeans_init_batches": 2, "restart_interval": 4},
     }
     return load_config(Stage1Config, overrides={**values, **changes})
@@ -161,6 +172,35 @@ def run_quantizer(folder: Path, name: str, codes: int, width: int, options: dict
             arguments = (quantizer, quantizer, optimizer, rows(z), reduce, accelerator.gather)
             restarted += int(monitor.restart(*arguments, seed=step))
     leave(folder, f"quantizer {name} {'-'.join(options)}", {**quantizer.state_dict(), "restarted": restarted})
+
+
+GAMES = [
+    *itertools.product(["hinge", "vanilla", "non_saturating"], ["group", "actnorm"], ["", "gradient_penalty", "lecam"]),
+    *itertools.product(["wasserstein"], ["group", "actnorm"], ["gradient_penalty", "r1", "lecam"]),
+]
+
+
+def run_games(folder: Path) -> None:
+    """Four steps of every kind of game on eight images in two micro-batches; leaves generator and discriminator."""
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    images = torch.rand(8, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for kind, norm_type, penalty in GAMES:
+        config = stage1_config(folder)
+        config.loss = LossConfig(perceptual_weight=0, adversarial_type=kind)  # type: ignore[arg-type]
+        if penalty:
+            setattr(config.loss, f"{penalty}_weight", 0.5)
+        config.discriminator.norm_type = norm_type  # type: ignore[assignment]
+        trainer = VQGANTrainer(config, accelerator)
+        with torch.no_grad():
+            accelerator.unwrap_model(trainer.discriminator).main[-1].weight.mul_(30)  # so that every gradient is felt
+        for number, global_batch in enumerate(images):
+            trainer.set_learning_rate(number // 2)
+            batch = global_batch.chunk(accelerator.num_processes)[accelerator.process_index]
+            trainer.step(batch, *divmod(number, 2))
+        parts = {"generator": trainer.generator, "discriminator": trainer.discriminator}
+        state = {key: accelerator.unwrap_model(part).state_dict() for key, part in parts.items()}
+        leave(folder / "states", "-".join(filter(None, (kind, norm_type, penalty))), state)
+        accelerator.free_memory()
 
 
 def run_all(folder: Path) -> None:

@@ -204,6 +204,34 @@ CASES = {
         {"model.image_size": "LPIPS with alex needs 32 pixels; set loss.perceptual_weight to 0"},
     ),
     "no reconstruction": ("stage1", "--loss.l1_weight 0", {"loss.l1_weight": "must not all be 0"}),
+    "pixel weight of old": ("stage1", "--loss.pixel_weight 1", {"loss.pixel_weight": "unknown key"}),
+    "weights": (
+        "stage1",
+        "--loss.l2_weight -1 --loss.r1_weight .nan --loss.lecam_weight much --loss.gradient_penalty_weight true",
+        {
+            "loss.l2_weight": "received -1; must be a number from 0 up",
+            "loss.r1_weight": "received nan; must be a finite number from 0 up",
+            "loss.lecam_weight": "received 'much'; must be a number",
+            "loss.gradient_penalty_weight": "received true; must be a number",
+        },
+    ),
+    "game": (
+        "stage1",
+        "--loss.adversarial_type wasserstain",
+        {"loss.adversarial_type": "'non_saturating' or 'wasserstein'; did you mean 'wasserstein'?"},
+    ),
+    "unbounded game": (
+        "stage1",
+        "--loss.adversarial_type wasserstein",
+        {"loss.adversarial_type": "has no lower bound: set gradient_penalty_weight (10 in its paper)"},
+    ),
+    "norm": ("stage1", "--discriminator.norm_type instance", {"discriminator.norm_type": "'group' or 'actnorm'"}),
+    "gradient penalty": (
+        "stage1",
+        "--loss.gradient_penalty_weight 10",
+        {"discriminator.norm_type": "received 'batch'; loss.gradient_penalty_weight and loss.r1_weight need 'group'"},
+    ),
+    "R1": ("stage1", "--loss.r1_weight 1", {"discriminator.norm_type": "depends on the other images"}),
     "discriminator": ("stage1", "--discriminator.num_layers 5", {"discriminator.num_layers": "allow at most 2"}),
     "warm-up": ("stage1", "--warmup_steps 400", {"warmup_steps": "must be at most max_steps (320)"}),
     "global batch": (

@@ -140,6 +140,8 @@ STAGE1 = {
         ({"loss.adversarial_start_step": 5, "loss.discriminator_start_step": 10}, "loss.adversarial_start_step", "10"),
         ({"loss.perceptual_weight": 1, "loss.lpips_backbone": "squeeze"}, "model.image_size", "32 pixels"),
         ({"loss.l1_weight": 0}, "loss.l1_weight", "must not all be 0"),
+        ({"loss.adversarial_type": "wasserstein"}, "loss.adversarial_type", "lecam_weight above 0"),
+        ({"loss.r1_weight": 1}, "discriminator.norm_type", "'group' or 'actnorm'"),
         ({"discriminator.num_layers": 4}, "discriminator.num_layers", "16 pixels"),
         ({"model.base_chanels": 8}, "model.base_chanels", "did you mean 'base_channels'"),
         ({"model.fingerprint": "abc"}, "model.fingerprint", "unknown"),
@@ -159,6 +161,23 @@ def test_stage1_rules(overrides, key, words):
     load_config(Stage1Config, None, plain(STAGE1))  # is fine without the override
     found = problems(Stage1Config, None, plain(STAGE1) | overrides)
     assert list(found) == [key] and words in found[key]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"loss.adversarial_type": "wasserstein", "loss.lecam_weight": 0.1},
+        {"loss.adversarial_type": "wasserstein", "loss.r1_weight": 1, "discriminator.norm_type": "group"},
+        {"loss.gradient_penalty_weight": 10, "discriminator.norm_type": "actnorm"},
+        {"loss.adversarial_weight": 0, "loss.r1_weight": 1},  # no discriminator: nothing to penalise
+        {"loss.adversarial_weight": 0, "loss.adversarial_type": "wasserstein"},
+        {"loss.l1_weight": 0, "loss.l2_weight": 1},
+    ],
+)
+def test_what_stage1_allows(overrides):
+    from stage1_vqgan import Stage1Config
+
+    load_config(Stage1Config, None, plain(STAGE1) | overrides)
 
 
 def test_numbers_in_the_model_section_may_be_written_like_all_others():
@@ -250,7 +269,7 @@ def dataclass_of(kind):
     from stage1_vqgan import Stage1Config
     from stage2_prior import Stage2Config
 
-    return {"stage1": Stage1Config, "stage2": Stage2Config, "evaluate": EvaluationConfig}[kind]
+    return {"stage1": Stage1Config, "stage2": Stage2Config, "evaluate": EvaluationConfig}[kind.partition("_")[0]]
 
 
 @pytest.mark.parametrize("name", SHORT_NAMES)
@@ -262,7 +281,7 @@ def test_shipped_configurations_load_and_survive_saving(name, tmp_path):
     assert again == config and to_dict(again) == to_dict(config)
 
 
-@pytest.mark.parametrize("name", [name for name in SHORT_NAMES if name.endswith("/stage1")])
+@pytest.mark.parametrize("name", [name for name in SHORT_NAMES if "/stage1" in name])
 def test_shipped_stage1_builds(name):
     from stage1_vqgan import VQGANModel
     from stage1_vqgan.discriminator import PatchDiscriminator, logit_grid_size
@@ -282,7 +301,14 @@ def test_shipped_stage1_builds(name):
         assert discriminator(images).shape == (2, 1, side, side) and side >= 1
 
 
-@pytest.mark.parametrize("name", [name for name in SHORT_NAMES if name.endswith("/stage2")])
+def test_the_vqvae_preset_is_one():
+    preset = load_config(dataclass_of("stage1"), "fashion_mnist/stage1_vqvae")
+    assert preset.loss.perceptual_weight == preset.loss.adversarial_weight == 0
+    gan = load_config(dataclass_of("stage1"), "fashion_mnist/stage1")
+    assert preset.model == gan.model and preset.output_dir != gan.output_dir
+
+
+@pytest.mark.parametrize("name", [name for name in SHORT_NAMES if "/stage2" in name])
 def test_shipped_stage2_builds(name):
     from stage2_prior import TokenLayout
     from stage2_prior.prior import build_prior

@@ -21,7 +21,7 @@ K = 64
 
 @pytest.fixture
 def health():
-    return Health(Accelerator())
+    return Health(Accelerator(), "hinge")
 
 
 def steps(*values, first=10):
@@ -68,6 +68,24 @@ def test_warnings_come_once(health, caplog, logs, word):
             health.look(scalars, {}, CODES, K)
     assert len(caplog.records) == (word is not None)
     assert word is None or word in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "told"),
+    [
+        ("hinge", 0.045, True),
+        ("vanilla", 0.045, False),  # where guessing costs log 2
+        ("vanilla", 0.03, True),
+        ("non_saturating", 0.03, True),
+        ("wasserstein", 0.01, False),  # a distance: small is no victory, and neither is very negative
+        ("wasserstein", -50.0, False),
+    ],
+)
+def test_a_victory_is_measured_by_the_game(caplog, kind, loss, told):
+    health = Health(Accelerator(), kind)
+    for _ in range(5):
+        health.look({**FINE, "loss/discriminator": loss}, {}, CODES, K)
+    assert len(caplog.records) == told
 
 
 def test_few_codes_say_nothing_about_a_codebook(health, caplog):

@@ -40,8 +40,13 @@ def make_config(folder, **changes):
             "num_embeddings": 32,
         },
         "data": {"dataset": "digits", "augmentation": {"rotate": 10, "translate": 0.1}},
-        "loss": {"perceptual_weight": 0, "adversarial_start_step": 2},
-        "discriminator": {"base_channels": 8, "num_layers": 1},
+        "loss": {
+            "perceptual_weight": 0,
+            "adversarial_start_step": 2,
+            "gradient_penalty_weight": 1.0,
+            "lecam_weight": 0.1,
+        },
+        "discriminator": {"base_channels": 8, "num_layers": 1, "norm_type": "actnorm"},
         "codebook": {"kmeans_init_batches": 2, "restart_interval": 2},
     }
     return load_config(Stage1Config, None, {**values, **changes})
@@ -90,7 +95,7 @@ def test_what_a_run_leaves(straight):
     assert VQGANImageProcessor.from_pretrained(folder).num_channels == 1
     names = {path.split("/")[1] for path in contents(folder)}
     kinds = ["model.safetensors", "model_1.safetensors", "optimizer.bin", "optimizer_1.bin"]
-    assert names == {"model", *kinds, "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"}
+    assert names == {"model", *kinds, *(f"custom_checkpoint_{n}.pkl" for n in range(3))}
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4 and '"eval/psnr"' in lines[-1]  # three logs, one evaluation
     assert [path.name for path in (folder / "reconstructions").iterdir()] == ["step_00000006.png"]

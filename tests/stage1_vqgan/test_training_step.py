@@ -12,7 +12,8 @@ from transformers import get_scheduler
 
 from configs import load_config
 from stage1_vqgan import Stage1Config
-from stage1_vqgan.training_step import VQGANTrainer, schedule
+from stage1_vqgan.losses import ADVERSARIAL_LOSSES
+from stage1_vqgan.training_step import VQGANTrainer, key, schedule
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,8 @@ def make_config(**changes):
         },
         "data": {"dataset": "digits"},
         "loss": {
-            "pixel_weight": 0.7,
+            "l1_weight": 0.7,
+            "l2_weight": 0.4,
             "perceptual_weight": 0,
             "lpips_backbone": "squeeze",
             "lpips_weights": "random",
@@ -83,34 +85,59 @@ class Recorder(VQGANTrainer):
 
 
 def textbook(trainer, images, step):
-    """Loss terms and gradients as the paper has them, on copies of the trainer's models."""
+    """Loss terms and gradients as the papers have them, on copies of the trainer's models."""
     loss, model = trainer.config.loss, copy.deepcopy(trainer.model)
     out = model(images)
-    terms = {"pixel": (out.reconstruction - images).abs().mean(), "codebook": out.codebook_loss}
-    nll = loss.pixel_weight * terms["pixel"]
+    difference = out.reconstruction - images
+    terms = {"l1": difference.abs().mean(), "l2": difference.square().mean(), "codebook": out.codebook_loss}
+    nll = loss.l1_weight * terms["l1"] + loss.l2_weight * terms["l2"]
     if loss.perceptual_weight:
         three = [x.repeat(1, 3 // x.shape[1], 1, 1) for x in (out.reconstruction, images)]
         terms["perceptual"] = trainer.perceptual.lpips(*three).mean()
         nll = nll + loss.perceptual_weight * terms["perceptual"]
     total = nll + loss.codebook_weight * out.codebook_loss
-    weight = None
+    weight, game = None, ADVERSARIAL_LOSSES[loss.adversarial_type]
+    discriminator = copy.deepcopy(trainer.discriminator)
     if step >= loss.adversarial_start_step:
-        discriminator = copy.deepcopy(trainer.discriminator).requires_grad_(False)
-        terms["generator"] = -discriminator(out.reconstruction).mean()
+        discriminator.requires_grad_(False)
+        terms["adversarial"] = game.generator(discriminator(out.reconstruction))
         last = model.decoder.conv_out.weight
         (of_nll,) = torch.autograd.grad(nll, last, retain_graph=True)
-        (of_adversarial,) = torch.autograd.grad(terms["generator"], last, retain_graph=True)
+        (of_adversarial,) = torch.autograd.grad(terms["adversarial"], last, retain_graph=True)
         weight = (of_nll.norm() / (of_adversarial.norm() + 1e-4)).clamp(0, 1e4)
-        total = total + weight * loss.adversarial_weight * terms["generator"]
+        total = total + weight * loss.adversarial_weight * terms["adversarial"]
     total.backward()
     gradients = {"generator": {name: p.grad for name, p in model.named_parameters()}}
     if step >= loss.discriminator_start_step:
-        discriminator = copy.deepcopy(trainer.discriminator)
-        on_real, on_fake = (1 - discriminator(images)), (1 + discriminator(out.reconstruction.detach()))
-        terms["discriminator"] = (on_real.clamp(min=0).mean() + on_fake.clamp(min=0).mean()) / 2
-        terms["discriminator"].backward()
+        discriminator.requires_grad_(True)
+        logits = discriminator(images), discriminator(out.reconstruction.detach())
+        terms["discriminator"] = game.discriminator(*logits)
+        penalties = textbook_penalties(discriminator, images, out.reconstruction.detach(), logits, loss, step)
+        (terms["discriminator"] + sum(getattr(loss, f"{name}_weight") * p for name, p in penalties.items())).backward()
+        terms |= penalties
         gradients["discriminator"] = {name: p.grad for name, p in discriminator.named_parameters()}
     return {name: term.item() for name, term in terms.items()}, weight, gradients
+
+
+def textbook_penalties(discriminator, real, fake, logits, loss, step):
+    """Those of weight above 0, one image after the other."""
+
+    def gradient(image):
+        image = image.detach()[None].requires_grad_()
+        return torch.autograd.grad(discriminator(image).mean(), image, create_graph=True)[0]
+
+    penalties = {}
+    if loss.gradient_penalty_weight:
+        generators = [torch.Generator().manual_seed(key(0, step, 0, n)) for n in range(len(real))]
+        shares = [torch.rand(1, generator=generator) for generator in generators]
+        norms = [gradient(s * x + (1 - s) * y).norm() for s, x, y in zip(shares, real, fake, strict=True)]
+        penalties["gradient_penalty"] = sum((norm - 1) ** 2 for norm in norms) / len(real)
+    if loss.r1_weight:
+        penalties["r1"] = sum(gradient(x).square().sum() for x in real) / len(real) / 2
+    if loss.lecam_weight:  # at the first step the anchors are the means of this batch
+        anchors = [side.detach().mean() for side in logits]
+        penalties["lecam"] = ((logits[0] - anchors[1]) ** 2).mean() + ((logits[1] - anchors[0]) ** 2).mean()
+    return penalties
 
 
 def assert_gradients_close(found, expected, rtol=1e-4):
@@ -154,6 +181,37 @@ def test_step_is_the_textbooks(perceptual_weight, step, norm_type):
         assert metrics["adversarial/relative_force"].item() == pytest.approx(0.3, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("kind", "norm_type", "weights"),
+    [
+        ("hinge", "group", {"gradient_penalty": 0.9, "r1": 0.7, "lecam": 0.3}),
+        ("vanilla", "batch", {"lecam": 0.3}),
+        ("non_saturating", "actnorm", {"r1": 7.0}),
+        ("wasserstein", "actnorm", {"gradient_penalty": 10.0}),
+    ],
+)
+def test_every_game_and_every_penalty_are_the_textbooks(kind, norm_type, weights):
+    changes = {f"loss.{name}_weight": weight for name, weight in weights.items()}
+    changes |= {"loss.adversarial_type": kind, "discriminator.norm_type": norm_type}
+    trainer = Recorder(make_config(**changes), Accelerator())
+    images = make_images(1, batch=3)
+    spread_codebook(trainer, images)
+    with torch.no_grad():
+        trainer.discriminator.main[-1].weight.mul_(30)  # a discriminator that has an opinion
+    terms, _, gradients = textbook(trainer, images, 10)
+    metrics = trainer.step(images, 10)
+    found = {name.removeprefix("loss/"): value.item() for name, value in metrics.items() if name.startswith("loss/")}
+    assert found == pytest.approx(terms, rel=1e-4) and found.keys() > weights.keys()
+    for name, expected in gradients.items():
+        assert_gradients_close(trainer.gradients[name], expected)
+
+
+def test_every_forward_draws_anew():
+    trainer = VQGANTrainer(make_config(), Accelerator())
+    draws = [trainer._draw_for_images(4, moment) for moment in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    assert torch.equal(draws[0], draws[3]) and len(torch.cat(draws[:3]).unique()) == 12
+
+
 def test_gray_images_and_the_memory_format_change_nothing():
     images = make_images(2, size=32)[:, :1]
     for channels_last in (True, False):
@@ -169,8 +227,10 @@ def test_gray_images_and_the_memory_format_change_nothing():
 
 def test_bf16_points_the_same_way():
     images, found = make_images(1), {}
+    penalties = {f"loss.{name}_weight": 1.0 for name in ("gradient_penalty", "r1", "lecam")}
     for precision in (None, "bf16"):
-        trainer = Recorder(make_config(), Accelerator(mixed_precision=precision))
+        config = make_config(**penalties, **{"discriminator.norm_type": "group"})
+        trainer = Recorder(config, Accelerator(mixed_precision=precision))
         spread_codebook(trainer, images)
         metrics = trainer.step(images, 0)
         assert all(torch.isfinite(value) for value in metrics.values())
@@ -299,7 +359,16 @@ def test_terms_of_weight_0_are_not_built():
     trainer = VQGANTrainer(make_config(**{"loss.adversarial_weight": 0}), Accelerator())
     assert trainer.discriminator is None and trainer.perceptual is None
     metrics = trainer.step(make_images(0), 0)
-    assert metrics.keys() == {"loss/l1", "loss/codebook"}
+    assert metrics.keys() == {"loss/l1", "loss/l2", "loss/codebook"}
+    trainer = VQGANTrainer(make_config(**{"loss.l1_weight": 0}), Accelerator())
+    assert trainer.anchors is None
+    names = {name for name in trainer.step(make_images(0), 0) if name.startswith("loss/")}
+    assert names == {f"loss/{name}" for name in ("l2", "codebook", "adversarial", "discriminator")}
+
+
+def test_a_term_without_a_weight_is_an_error():
+    with pytest.raises(AttributeError, match="l3_weight"):
+        make_config().loss.weighted({"l1": torch.ones(()), "l3": torch.ones(())})
 
 
 def test_training_reconstructs_better():
