@@ -18,6 +18,7 @@ from configs import load_config
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.discriminator import PatchDiscriminator
 from stage1_vqgan.losses import ADVERSARIAL_LOSSES
+from stage1_vqgan.quantizers import Quantizer
 from stage1_vqgan.training_step import VQGANTrainer
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -44,6 +45,7 @@ class StoredGenerator(nn.Module):
         self.decoder.conv_out = nn.Conv2d(8, 3, 3, padding=1, bias=False)
         self.decoder.conv_out.weight.data = golden["io.last_layer"].clone()
         self.codebook_loss = nn.Parameter(golden["io.codebook_loss"].clone())
+        self.quantize = Quantizer(num_embeddings=2, embed_dim=1, options=None)
 
     def forward(self, images: Tensor) -> Any:
         return SimpleNamespace(

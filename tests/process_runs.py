@@ -185,7 +185,7 @@ def run_games(folder: Path) -> None:
     accelerator = Accelerator(gradient_accumulation_steps=2)
     images = torch.rand(8, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for kind, norm_type, penalty in GAMES:
-        config = stage1_config(folder)
+        config = stage1_config(folder, gradient_accumulation_steps=2)
         config.loss = LossConfig(perceptual_weight=0, adversarial_type=kind)  # type: ignore[arg-type]
         if penalty:
             setattr(config.loss, f"{penalty}_weight", 0.5)
@@ -196,7 +196,7 @@ def run_games(folder: Path) -> None:
         for number, global_batch in enumerate(images):
             trainer.set_learning_rate(number // 2)
             batch = global_batch.chunk(accelerator.num_processes)[accelerator.process_index]
-            trainer.step(batch, *divmod(number, 2))
+            trainer.step(batch, number)
         parts = {"generator": trainer.generator, "discriminator": trainer.discriminator}
         state = {key: accelerator.unwrap_model(part).state_dict() for key, part in parts.items()}
         leave(folder / "states", "-".join(filter(None, (kind, norm_type, penalty))), state)

@@ -13,7 +13,7 @@ from transformers import get_scheduler
 from configs import load_config
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.losses import ADVERSARIAL_LOSSES
-from stage1_vqgan.training_step import VQGANTrainer, key, schedule
+from stage1_vqgan.training_step import VQGANTrainer, key, schedule, uniform
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def textbook_penalties(discriminator, real, fake, logits, loss, step):
 
     penalties = {}
     if loss.gradient_penalty_weight:
-        generators = [torch.Generator().manual_seed(key(0, step, 0, n)) for n in range(len(real))]
+        generators = [torch.Generator().manual_seed(key(key(0, step, n), 1)) for n in range(len(real))]
         shares = [torch.rand(1, generator=generator) for generator in generators]
         norms = [gradient(s * x + (1 - s) * y).norm() for s, x, y in zip(shares, real, fake, strict=True)]
         penalties["gradient_penalty"] = sum((norm - 1) ** 2 for norm in norms) / len(real)
@@ -206,10 +206,12 @@ def test_every_game_and_every_penalty_are_the_textbooks(kind, norm_type, weights
         assert_gradients_close(trainer.gradients[name], expected)
 
 
-def test_every_forward_draws_anew():
+def test_every_image_of_every_forward_has_a_draw_of_its_own():
     trainer = VQGANTrainer(make_config(), Accelerator())
-    draws = [trainer._draw_for_images(4, moment) for moment in ((0, 0), (0, 1), (1, 0), (0, 0))]
-    assert torch.equal(draws[0], draws[3]) and len(torch.cat(draws[:3]).unique()) == 12
+    draws = [uniform(trainer.image_seeds(number, 400)) for number in (0, 1, 0)]
+    assert torch.equal(draws[0], draws[2]) and len(torch.cat(draws[:2]).unique()) > 795
+    assert torch.stack(draws).mean().item() == pytest.approx(0.5, abs=0.05)
+    assert torch.stack(draws).std().item() == pytest.approx(12**-0.5, abs=0.02)
 
 
 def test_gray_images_and_the_memory_format_change_nothing():
@@ -257,7 +259,7 @@ def test_accumulation_updates_on_the_last_micro_step_alone():
     before = [snapshot(model) for model in models]
     for micro, moves in enumerate([False, True, False, True]):
         trainer.set_learning_rate(micro // 2)
-        trainer.step(make_images(micro), micro // 2)
+        trainer.step(make_images(micro), micro)
         assert [changed(*pair) for pair in zip(models, before, strict=True)] == [moves] * 3
         before = [snapshot(model) for model in models]
 
