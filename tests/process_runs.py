@@ -183,7 +183,9 @@ GAMES = [
 def run_games(folder: Path) -> None:
     """Four steps of every kind of game on eight images in two micro-batches; leaves generator and discriminator."""
     accelerator = Accelerator(gradient_accumulation_steps=2)
-    images = torch.rand(8, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    # A penalty's gradient jumps where a LeakyReLU turns: images with which rounding turns none. (With seed 0 a change
+    # of them by 1e-7 moves a weight by 4e-5, on one process too.)
+    images = torch.rand(8, 2, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     for kind, norm_type, penalty in GAMES:
         config = stage1_config(folder, gradient_accumulation_steps=2)
         config.loss = LossConfig(perceptual_weight=0, adversarial_type=kind)  # type: ignore[arg-type]
