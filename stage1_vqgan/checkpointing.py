@@ -4,7 +4,7 @@ checkpoint-1000/
   model.safetensors, model_1.safetensors       generator, discriminator
   optimizer.bin, optimizer_1.bin
   custom_checkpoint_0.pkl, custom_checkpoint_1.pkl   moving average, codebook statistics
-  custom_checkpoint_2.pkl                      LeCam's anchors, with loss.lecam_weight
+  custom_checkpoint_2.pkl                      LeCam's anchors, of a run with a discriminator
   random_states_{rank}.pkl
 """
 

@@ -57,7 +57,7 @@ class VQGANTrainer:
         if config.loss.perceptual_weight:
             self._build_perceptual()
         self.adversarial = ADVERSARIAL_LOSSES[config.loss.adversarial_type]
-        self.anchors: LecamAnchors | None = None
+        self.anchors = LecamAnchors(accelerator.device)
         self.discriminator: nn.Module | None = None
         if config.loss.adversarial_weight:
             self._build_discriminator(model.config.in_channels)
@@ -183,7 +183,7 @@ class VQGANTrainer:
             penalties["gradient_penalty"] = gradient_penalty(discriminator, real.detach(), fake, share)
         if weights.r1_weight:
             penalties["r1"] = r1_penalty(logits_real, real)
-        if self.anchors is not None:
+        if weights.lecam_weight:
             self.anchors.update(logits_real, logits_fake, lambda means: self.accelerator.reduce(means, "mean"))
             penalties["lecam"] = self.anchors.penalty(logits_real, logits_fake)
         logits = {"logits/real": logits_real.mean(), "logits/fake": logits_fake.mean()}
@@ -243,8 +243,7 @@ class VQGANTrainer:
         optimizers = {"generator": self.optimizer}
         if self.discriminator is not None:
             yield "the discriminator", chain(self.discriminator.parameters(), self.discriminator.buffers())
-            if self.anchors is not None:
-                yield "the discriminator's LeCam anchors", self.anchors.buffers()
+            yield "the discriminator's LeCam anchors", self.anchors.buffers()
             optimizers["discriminator"] = self.discriminator_optimizer
         for name, optimizer in optimizers.items():
             moments = [value for state in optimizer.state.values() for value in state.values()]
@@ -327,9 +326,7 @@ class VQGANTrainer:
         self.discriminator, self.discriminator_optimizer = self.accelerator.prepare(
             discriminator, self._optimizer(discriminator)
         )
-        if self.config.loss.lecam_weight:
-            self.anchors = LecamAnchors(self.accelerator.device)
-            self.accelerator.register_for_checkpointing(self.anchors)
+        self.accelerator.register_for_checkpointing(self.anchors)
 
 
 def rows(latents: Tensor | None) -> Tensor:
