@@ -113,6 +113,18 @@ def test_resuming_is_exact_with_every_quantizer_that_has_a_state(tmp_path, quant
     assert quantizer != "ema" or any(path.endswith("cluster_size") for path in expected)
 
 
+@pytest.mark.parametrize(("before", "after", "kind"), [(0, 0.5, "without"), (0.5, 0, "with")])
+def test_a_discriminator_cannot_come_or_go(tmp_path, before, after, kind):
+    config = make_config(tmp_path, max_steps=3)
+    config.loss.adversarial_weight = before
+    train(config)
+    longer = make_config(tmp_path, max_steps=6, allow_config_changes=True)
+    longer.loss.adversarial_weight = after
+    with pytest.raises(ConfigError, match=rf"adversarial_weight: .*checkpoint-3 is of a run {kind} a discriminator"):
+        train(longer)
+    assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path)] == [3]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resuming_is_exact(straight, copied, num_workers):
     interrupt(copied, after=3)
