@@ -114,5 +114,5 @@ def test_float32_under_autocast():
 def test_chunks_of_the_search_join_seamlessly(monkeypatch, rows):
     torch.manual_seed(1)
     latents, codebook = torch.randn(rows, D), torch.randn(K, D)
-    monkeypatch.setattr(quantizer_base, "SEARCH_CHUNK", 5)
+    monkeypatch.setattr(quantizer_base, "CPU_SCORES", 5 * len(codebook))
     assert torch.equal(nearest_code(latents, codebook), naive_codes(latents, codebook))

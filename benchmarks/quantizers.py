@@ -1,0 +1,148 @@
+"""Every quantizer at equal steps and bits on Fashion-MNIST:
+`python -m benchmarks.quantizers --data FOLDER [--steps 100]`, FOLDER with the parquet files of both splits.
+
+Each trains the same VQ-VAE (no LPIPS, no discriminator: what differs is the quantizer) by `stage1_vqgan.training.train`
+with the same seed, to 8×8 codes of 10 bits an image. The metrics are those of the run's last evaluation, over the whole
+test split.
+A quantizer has the width it is commonly used with: 5 channels of 4 levels for FSQ, 10 bits for LFQ, 8 else; `vq-l2` is
+VQ on the unit sphere.
+
+A step's time is measured apart: the quantizers take turns, step by step, on one batch.
+Writes `quantizers.json` and for each quantizer a grid of test images above their reconstructions.
+"""
+
+import argparse
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from benchmarks.measuring import environment, interleaved, ratio, summary, table, write
+from configs import load_config
+from stage1_vqgan import ImageDataset, Stage1Config, VQGANImageProcessor, VQGANModel, image_grid, load_images
+from stage1_vqgan.samplers import some_images
+from stage1_vqgan.training import train
+from stage1_vqgan.training_step import VQGANTrainer
+
+# Fields of VQGANConfig, by the name in the table.
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "vq": {"quantizer": "vq", "embed_dim": 8},
+    "vq-l2": {"quantizer": "vq", "embed_dim": 8, "quantizer_options": {"l2_normalize": True}},
+    "ema": {"quantizer": "ema", "embed_dim": 8},
+    "gumbel": {"quantizer": "gumbel", "embed_dim": 8},
+    "fsq": {"quantizer": "fsq", "embed_dim": 5, "quantizer_options": {"levels": [4, 4, 4, 4, 4]}},
+    "lfq": {"quantizer": "lfq", "embed_dim": 10},
+}
+MODEL: dict[str, Any] = {
+    "image_size": 32,
+    "in_channels": 1,
+    "base_channels": 16,
+    "channel_multiplier": [1, 2, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "norm_num_groups": 8,
+    "latent_channels": 32,
+    "num_embeddings": 1024,
+}
+NUM_SHOWN = 16
+
+
+def settings(name: str, data: str, steps: int, output_dir: str) -> Stage1Config:
+    """The run of one quantizer."""
+    values: dict[str, Any] = {
+        "output_dir": output_dir,
+        "max_steps": steps,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 250,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(50, steps // 10),
+        "ema_decay": 0.99,
+        "eval_steps": steps,
+        "save_steps": steps,
+        "report_to": [],
+        "model": MODEL | QUANTIZERS[name],
+        "data": {"dataset": data, "validation_split": "test"},
+        "loss": {"perceptual_weight": 0, "adversarial_weight": 0},
+        "codebook": {"restart_interval": 50},
+    }
+    return load_config(Stage1Config, None, values)
+
+
+def test_images(config: Stage1Config) -> ImageDataset:
+    """The images of the test split."""
+    return ImageDataset(load_images(config.data)[1], MODEL["image_size"], MODEL["in_channels"])
+
+
+def trained(name: str, data: str, steps: int) -> tuple[VQGANModel, dict[str, Any]]:
+    """The tokenizer of a run, and its metrics on the test split."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = train(settings(name, data, steps, folder))
+        return model, json.loads((Path(folder) / "train_results.json").read_text())
+
+
+def save_grid(model: VQGANModel, dataset: ImageDataset, path: Path) -> None:
+    """Test images above their reconstructions."""
+    originals = dataset.__getitems__(some_images(dataset.source, NUM_SHOWN)).images()
+    with torch.no_grad():
+        pair = torch.cat([originals, model(originals).reconstruction])
+    processor = VQGANImageProcessor(dataset.image_size, dataset.num_channels)
+    image_grid(processor.postprocess(pair), len(originals), min_tile=64).save(path)
+
+
+def step_times(names: list[str], data: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """Of every quantizer: time of a training step, and over that of VQ."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    accelerator, lanes = Accelerator(cpu=True), {}
+    for name in dict.fromkeys(["vq", *names]):
+        config = settings(name, data, 1000, "unused")
+        images = test_images(config).__getitems__(some_images(load_images(config.data)[1], 32)).images()
+        trainer = VQGANTrainer(config, accelerator)
+        trainer.set_learning_rate(0)
+        lanes[name] = partial(trainer.step, images.contiguous(memory_format=torch.channels_last), 0)
+    times = interleaved(lanes, rounds, warmup=2)
+    return {name: summary(values) | {"ratio": ratio(values, times["vq"])} for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantizers", description=__doc__)
+    parser.add_argument("--data", required=True, help="folder with the parquet files")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=10, help="of the measurement of a step's time")
+    parser.add_argument("--quantizers", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS))
+    parser.add_argument("--output_dir", default="runs/benchmarks/quantizers")
+    args = parser.parse_args()
+    where, folder = environment(), Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    times = step_times(args.quantizers, args.data, args.rounds)
+    results: dict[str, dict[str, Any]] = {}
+    for name in args.quantizers:
+        model, metrics = trained(name, args.data, args.steps)
+        results[name] = metrics | {"step": times[name]}
+        save_grid(model, test_images(settings(name, args.data, args.steps, "unused")), folder / f"{name}.png")
+    rows = [
+        {
+            "quantizer": name,
+            "PSNR (dB)": round(result["psnr"], 2),
+            "SSIM": round(result["ssim"], 4),
+            "usage": round(result["codebook_usage"], 3),
+            "perplexity": round(result["codebook_perplexity"], 1),
+            "step / vq": "{median} ({p10}–{p90})".format(**times[name]["ratio"]),
+            "by CPU": times[name]["ratio"]["by_cpu"],
+            "ms a step": times[name]["median_ms"],
+            "contaminated": "yes" if times[name]["contaminated"] else "",
+        }
+        for name, result in results.items()
+    ]
+    print(table(rows))
+    write(str(folder / "quantizers.json"), {"environment": where, "steps": args.steps, "results": results})
+
+
+if __name__ == "__main__":
+    main()

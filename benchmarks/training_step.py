@@ -1,0 +1,221 @@
+"""Time and memory of a full step of stage 1, against the original's algorithm on the same modules:
+`python -m benchmarks.training_step [--threads 1 2] [--rounds 7]`.
+
+The original (Esser et al. 2021, the released code) runs the generator once for its own update and again for the
+discriminator's, and differentiates the losses three times: twice with respect to the last layer for the adaptive
+weight, once for the update. `OriginalTrainer` is that, written out; models, optimizers, data and everything around the
+step are the product's. It is given every advantage that leaves its algorithm as it is: the discriminator is frozen in
+the generator's update, and the second forward keeps no graph. "original" keeps images and weights as the released code
+does, "original, channels-last" as the product does.
+
+Before anything is timed the losses and gradients of a first step are compared. In the original the discriminator
+meets the images of the updated generator: for the comparison the learning rate is 0, so that they are the same images.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+
+from benchmarks.measuring import environment, interleaved, machine_speed, peak_memory, ratio, summary, table, write
+from configs import load_config
+from stage1_vqgan import Stage1Config
+from stage1_vqgan.losses import adaptive_weight, discriminator_hinge_loss, generator_hinge_loss, pixel_loss
+from stage1_vqgan.training_step import VQGANTrainer
+
+# What is measured: a preset, what is changed of it, and the batch. LPIPS has random weights: its time is the same.
+SETTINGS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "f16 narrow, 64², LPIPS": (
+        "imagenet256/stage1",
+        {
+            "model.image_size": 64,
+            "model.base_channels": 32,
+            "model.attn_resolutions": [4],
+            "model.latent_channels": 64,
+            "model.num_embeddings": 1024,
+            "bf16": False,
+            "loss.lpips_weights": "random",
+        },
+        4,
+    ),
+    "fashion_mnist, 32², no LPIPS": ("fashion_mnist/stage1", {"loss.perceptual_weight": 0}, 8),
+}
+COMMON = {"loss.adversarial_start_step": 0, "warmup_steps": 0, "codebook.restart_interval": 0}
+
+LANES = {"tessella": True, "original": False, "original, channels-last": True}  # channels-last or not
+
+
+class OriginalTrainer(VQGANTrainer):
+    """The product's trainer with the original's step."""
+
+    def step(self, images: Tensor, number: int) -> dict[str, Tensor]:
+        """As [`VQGANTrainer.step`], the losses alone, without accumulation."""
+        weights, model, discriminator = self.config.loss, self.generator, self.discriminator
+        assert discriminator is not None
+        discriminator.requires_grad_(False)
+        out = model(images)
+        pixel = pixel_loss(out.reconstruction, images)
+        reconstruction_loss = weights.pixel_weight * pixel
+        metrics = {"loss/pixel": pixel.detach(), "loss/codebook": out.codebook_loss.detach()}
+        if self.perceptual is not None:
+            perceptual = self.perceptual(out.reconstruction, images)
+            reconstruction_loss = reconstruction_loss + weights.perceptual_weight * perceptual
+            metrics["loss/perceptual"] = perceptual.detach()
+        adversarial = generator_hinge_loss(discriminator(out.reconstruction))
+        last_layer = model.decoder.conv_out.weight
+        (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
+        (of_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+        rate = weights.adversarial_weight * adaptive_weight(of_reconstruction, of_adversarial)
+        total = reconstruction_loss + rate * adversarial + weights.codebook_weight * out.codebook_loss
+        self._update(model, self.optimizer, total)
+        self.monitor.update(out.codes)
+
+        discriminator.requires_grad_(True)
+        with torch.no_grad():
+            reconstruction = model(images).reconstruction
+        loss = discriminator_hinge_loss(discriminator(images), discriminator(reconstruction))
+        self._update(discriminator, self.discriminator_optimizer, loss)
+        self._update_average(number)
+        return metrics | {"loss/generator": adversarial.detach(), "loss/discriminator": loss.detach()}
+
+
+def make(lane: str, setting: str) -> tuple[VQGANTrainer, Tensor]:
+    """The trainer of a lane, with the same weights in all, and a batch of smooth images."""
+    preset, changes, batch = SETTINGS[setting]
+    config = load_config(Stage1Config, preset, {**changes, **COMMON, "channels_last": LANES[lane]})
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    kind = VQGANTrainer if lane == "tessella" else OriginalTrainer
+    trainer = kind(config, Accelerator(cpu=True))
+    model = trainer.model.config
+    generator = torch.Generator().manual_seed(0)
+    small = torch.rand(batch, model.in_channels, 8, 8, generator=generator) * 2 - 1
+    images = torch.nn.functional.interpolate(small, model.image_size, mode="bilinear")
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return trainer, images.contiguous(memory_format=memory_format)
+
+
+def first_step(lane: str, setting: str) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Losses of a first step at learning rate 0, and the gradients that the optimizers got."""
+    trainer, images = make(lane, setting)
+    gradients = {}
+
+    def keep(name: str, model: torch.nn.Module, *_: Any) -> None:
+        for parameter_name, parameter in model.named_parameters():
+            assert parameter.grad is not None, parameter_name
+            gradients[f"{name}.{parameter_name}"] = parameter.grad.clone()
+
+    discriminator = trainer.discriminator
+    assert discriminator is not None
+    pairs = {
+        "generator": (trainer.generator, trainer.optimizer),
+        "discriminator": (discriminator, trainer.discriminator_optimizer),
+    }
+    for name, (model, optimizer) in pairs.items():
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.optimizer.register_step_pre_hook(partial(keep, name, model))
+    metrics = trainer.step(images, 0)
+    return {name: value.item() for name, value in metrics.items() if name.startswith("loss/")}, gradients
+
+
+def agreement(setting: str) -> dict[str, float]:
+    """Largest relative difference of a loss, and of the gradient of each model as a whole, from the original's.
+
+    Both with channels-last: another layout rounds differently, and a maximum or a ReLU of LPIPS or of the discriminator
+    that tips over changes a gradient by 1e-3, of the original as of the product.
+
+    Raises:
+        AssertionError: a loss differs by more than 1e-5, or a gradient by more than 1e-4.
+    """
+    losses, gradients = first_step("tessella", setting)
+    expected_losses, expected = first_step("original, channels-last", setting)
+    assert losses.keys() == expected_losses.keys() and gradients.keys() == expected.keys()
+    result = {"losses": max(abs(losses[name] / value - 1) for name, value in expected_losses.items())}
+    for part in ("generator", "discriminator"):
+        names = [name for name in expected if name.startswith(part)]
+        difference, whole = (
+            torch.cat([tensor.flatten() for tensor in tensors]).norm().item()
+            for tensors in ([gradients[name] - expected[name] for name in names], [expected[name] for name in names])
+        )
+        result[f"{part}_gradients"] = difference / whole
+    assert result["losses"] <= 1e-5, result
+    assert max(result["generator_gradients"], result["discriminator_gradients"]) <= 1e-4, result
+    return result
+
+
+def prepared(lane: str, setting: str) -> Callable[[], Any]:
+    """A step of a lane, after a first one that made the optimizers' state."""
+    trainer, images = make(lane, setting)
+    trainer.set_learning_rate(0)
+    trainer.step(images, 0)
+    return partial(trainer.step, images, 1)
+
+
+def measure(setting: str, threads: list[int], rounds: int) -> dict[str, Any]:
+    """Every lane at one setting."""
+    result: dict[str, Any] = {"setting": setting, "batch": SETTINGS[setting][2], "threads": {}}
+    result["difference"] = agreement(setting)
+    memory = {lane: peak_memory(prepared, lane, setting) for lane in LANES}
+    result["peak_memory_mb"] = {lane: round(value / 2**20, 1) for lane, value in memory.items()}
+    steps = {lane: prepared(lane, setting) for lane in LANES}
+    for count in threads:
+        torch.set_num_threads(count)
+        times = interleaved(steps, rounds)
+        result["threads"][count] = {
+            "machine": machine_speed(),
+            **{
+                lane: summary(values)
+                | {
+                    "time_ratio": ratio(values, times["tessella"]),
+                    "memory_ratio": round(memory["tessella"] / memory[lane], 2),
+                }
+                for lane, values in times.items()
+            },
+        }
+    return result
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lines of the table."""
+    return [
+        {
+            "setting": result["setting"],
+            "threads": count,
+            "lane": name,
+            "ms": lane["median_ms"],
+            "min": lane["min_ms"],
+            "p90": lane["p90_ms"],
+            "time / tessella": "{median} ({p10}–{p90})".format(**lane["time_ratio"]),
+            "by CPU": lane["time_ratio"]["by_cpu"],
+            "by minima": lane["time_ratio"]["of_minima"],
+            "MB": result["peak_memory_mb"][name],
+            "tessella's memory": lane["memory_ratio"],
+            "contaminated": "yes" if lane["contaminated"] else "",
+        }
+        for count, lanes in result["threads"].items()
+        for name, lane in lanes.items()
+        if name != "machine"
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", default="runs/benchmarks/training_step.json")
+    args = parser.parse_args()
+    where = environment()
+    results = [measure(setting, args.threads, args.rounds) for setting in SETTINGS]
+    for result in results:
+        print(f"{result['setting']}: relative differences from the original's first step {result['difference']}")
+    print(table([row for result in results for row in rows(result)]))
+    write(args.output, {"environment": where, "results": results})
+
+
+if __name__ == "__main__":
+    main()
