@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.measuring import environment, interleaved, machine_speed, peak_memory, ratio, summary, table, write
 from configs import load_config
 from stage1_vqgan import Stage1Config
-from stage1_vqgan.losses import adaptive_weight, discriminator_hinge_loss, generator_hinge_loss, pixel_loss
+from stage1_vqgan.losses import PIXEL_LOSSES, adaptive_weight, discriminator_hinge_loss, generator_linear_loss
 from stage1_vqgan.training_step import VQGANTrainer
 
 # What is measured: a preset, what is changed of it, and the batch. LPIPS has random weights: its time is the same.
@@ -59,14 +59,14 @@ class OriginalTrainer(VQGANTrainer):
         assert discriminator is not None
         discriminator.requires_grad_(False)
         out = model(images)
-        pixel = pixel_loss(out.reconstruction, images)
-        reconstruction_loss = weights.pixel_weight * pixel
-        metrics = {"loss/pixel": pixel.detach(), "loss/codebook": out.codebook_loss.detach()}
+        pixel = PIXEL_LOSSES["l1"](out.reconstruction, images)
+        reconstruction_loss = weights.l1_weight * pixel
+        metrics = {"loss/l1": pixel.detach(), "loss/codebook": out.codebook_loss.detach()}
         if self.perceptual is not None:
             perceptual = self.perceptual(out.reconstruction, images)
             reconstruction_loss = reconstruction_loss + weights.perceptual_weight * perceptual
             metrics["loss/perceptual"] = perceptual.detach()
-        adversarial = generator_hinge_loss(discriminator(out.reconstruction))
+        adversarial = generator_linear_loss(discriminator(out.reconstruction))
         last_layer = model.decoder.conv_out.weight
         (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
         (of_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
@@ -81,7 +81,7 @@ class OriginalTrainer(VQGANTrainer):
         loss = discriminator_hinge_loss(discriminator(images), discriminator(reconstruction))
         self._update(discriminator, self.discriminator_optimizer, loss)
         self._update_average(number)
-        return metrics | {"loss/generator": adversarial.detach(), "loss/discriminator": loss.detach()}
+        return metrics | {"loss/adversarial": adversarial.detach(), "loss/discriminator": loss.detach()}
 
 
 def make(lane: str, setting: str) -> tuple[VQGANTrainer, Tensor]:
