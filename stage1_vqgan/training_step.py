@@ -306,11 +306,12 @@ class VQGANTrainer:
     def _build_perceptual(self) -> None:
         settings = self.config.loss
         try:
-            self.perceptual = PerceptualLoss(settings.lpips_backbone, settings.lpips_weights).to(
-                self.accelerator.device
-            )
+            perceptual = PerceptualLoss(settings.lpips_backbone, settings.lpips_weights)
         except (FileNotFoundError, ValueError) as error:
             raise ConfigError([Problem("loss", str(error))]) from error
+        if self.config.channels_last:  # as the images that it gets
+            perceptual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.perceptual = perceptual.to(self.accelerator.device)
 
     def _build_discriminator(self, in_channels: int) -> None:
         settings = self.config.discriminator
