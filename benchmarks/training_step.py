@@ -4,9 +4,12 @@
 The original (Esser et al. 2021, the released code) runs the generator once for its own update and again for the
 discriminator's, and differentiates the losses three times: twice with respect to the last layer for the adaptive
 weight, once for the update. `OriginalTrainer` is that, written out; models, optimizers, data and everything around the
-step are the product's. It is given every advantage that leaves its algorithm as it is: the discriminator is frozen in
-the generator's update, and the second forward keeps no graph. "original" keeps images and weights as the released code
-does, "original, channels-last" as the product does.
+step are the product's. In both of its lanes the discriminator is frozen in the generator's update, and the second
+forward keeps no graph. "original, as released" computes LPIPS for the discriminator's update too, where nothing needs
+it, and its tensors are contiguous; "original, at its best" leaves that out, and is channels-last like the product.
+
+`arithmetic` is the share of floating-point operations of matrix products and convolutions over the product's: what the
+time ratio would be if nothing but the algorithm differed.
 
 Before anything is timed the losses and gradients of a first step are compared. In the original the discriminator
 meets the images of the updated generator: for the comparison the learning rate is 0, so that they are the same images.
@@ -21,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import environment, interleaved, machine_speed, peak_memory, ratio, summary, table, write
 from configs import load_config
@@ -47,11 +51,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 COMMON = {"loss.adversarial_start_step": 0, "warmup_steps": 0, "codebook.restart_interval": 0}
 
-LANES = {"tessella": True, "original": False, "original, channels-last": True}  # channels-last or not
+LANES = ("tessella", "original, at its best", "original, as released")
 
 
 class OriginalTrainer(VQGANTrainer):
-    """The product's trainer with the original's step."""
+    """The product's trainer with the original's step; `as_released` repeats LPIPS for the discriminator."""
+
+    as_released = False
 
     def step(self, images: Tensor, number: int) -> dict[str, Tensor]:
         """As [`VQGANTrainer.step`], the losses alone, without accumulation."""
@@ -78,6 +84,8 @@ class OriginalTrainer(VQGANTrainer):
         discriminator.requires_grad_(True)
         with torch.no_grad():
             reconstruction = model(images).reconstruction
+            if self.as_released and self.perceptual is not None:
+                self.perceptual(reconstruction, images)
         loss = discriminator_hinge_loss(discriminator(images), discriminator(reconstruction))
         self._update(discriminator, self.discriminator_optimizer, loss)
         self._update_average(number)
@@ -87,11 +95,14 @@ class OriginalTrainer(VQGANTrainer):
 def make(lane: str, setting: str) -> tuple[VQGANTrainer, Tensor]:
     """The trainer of a lane, with the same weights in all, and a batch of smooth images."""
     preset, changes, batch = SETTINGS[setting]
-    config = load_config(Stage1Config, preset, {**changes, **COMMON, "channels_last": LANES[lane]})
+    as_released = lane == "original, as released"
+    config = load_config(Stage1Config, preset, {**changes, **COMMON, "channels_last": not as_released})
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    kind = VQGANTrainer if lane == "tessella" else OriginalTrainer
-    trainer = kind(config, Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    trainer = VQGANTrainer(config, accelerator) if lane == "tessella" else OriginalTrainer(config, accelerator)
+    if isinstance(trainer, OriginalTrainer):
+        trainer.as_released = as_released
     model = trainer.model.config
     generator = torch.Generator().manual_seed(0)
     small = torch.rand(batch, model.in_channels, 8, 8, generator=generator) * 2 - 1
@@ -133,7 +144,7 @@ def agreement(setting: str) -> dict[str, float]:
         AssertionError: a loss differs by more than 1e-5, or a gradient by more than 1e-4.
     """
     losses, gradients = first_step("tessella", setting)
-    expected_losses, expected = first_step("original, channels-last", setting)
+    expected_losses, expected = first_step("original, at its best", setting)
     assert losses.keys() == expected_losses.keys() and gradients.keys() == expected.keys()
     result = {"losses": max(abs(losses[name] / value - 1) for name, value in expected_losses.items())}
     for part in ("generator", "discriminator"):
@@ -156,6 +167,13 @@ def prepared(lane: str, setting: str) -> Callable[[], Any]:
     return partial(trainer.step, images, 1)
 
 
+def count_operations(step: Callable[[], Any]) -> int:
+    """Floating-point operations of its matrix products and convolutions, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def measure(setting: str, threads: list[int], rounds: int) -> dict[str, Any]:
     """Every lane at one setting."""
     result: dict[str, Any] = {"setting": setting, "batch": SETTINGS[setting][2], "threads": {}}
@@ -163,6 +181,7 @@ def measure(setting: str, threads: list[int], rounds: int) -> dict[str, Any]:
     memory = {lane: peak_memory(prepared, lane, setting) for lane in LANES}
     result["peak_memory_mb"] = {lane: round(value / 2**20, 1) for lane, value in memory.items()}
     steps = {lane: prepared(lane, setting) for lane in LANES}
+    operations = {lane: count_operations(step) for lane, step in steps.items()}
     for count in threads:
         torch.set_num_threads(count)
         times = interleaved(steps, rounds)
@@ -172,6 +191,7 @@ def measure(setting: str, threads: list[int], rounds: int) -> dict[str, Any]:
                 lane: summary(values)
                 | {
                     "time_ratio": ratio(values, times["tessella"]),
+                    "arithmetic": round(operations[lane] / operations["tessella"], 2),
                     "memory_ratio": round(memory["tessella"] / memory[lane], 2),
                 }
                 for lane, values in times.items()
@@ -193,6 +213,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
             "time / tessella": "{median} ({p10}–{p90})".format(**lane["time_ratio"]),
             "by CPU": lane["time_ratio"]["by_cpu"],
             "by minima": lane["time_ratio"]["of_minima"],
+            "arithmetic": lane["arithmetic"],
             "MB": result["peak_memory_mb"][name],
             "tessella's memory": lane["memory_ratio"],
             "contaminated": "yes" if lane["contaminated"] else "",
