@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
@@ -70,6 +71,63 @@ class VQGANOutput(VQGANEncoderOutput):
     decoder_features: Tensor | None = None
 
 
+class NormSiLUConv(torch.autograd.Function):
+    """norm → SiLU → 3×3 convolution, of which only the input is kept for the backward.
+
+    The inputs of SiLU and of the convolution, two thirds of what autograd would keep of a residual block, are made
+    again in the backward, which takes little time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *norm: Any
+    ) -> Tensor:
+        kind = x.device.type
+        ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.norm = norm
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight)
+        return F.conv2d(_norm_silu(x, norm_weight, norm_bias, *norm), weight, bias, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, weight = ctx.saved_tensors
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        with torch.enable_grad(), ctx.autocast:
+            activated = _norm_silu(*inputs, *ctx.norm)
+        pair = activated.detach().to(gradient.dtype), weight.to(gradient.dtype)
+        where = (
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+        )  # stride, padding, dilation, transposed, output padding, groups
+        of_activated, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            gradient, *pair, [len(weight)], *where, [True, True, True]
+        )
+        of_inputs = torch.autograd.grad(activated, inputs, of_activated.to(activated.dtype))
+        return *of_inputs, of_weight.to(weight.dtype), of_bias.to(weight.dtype), None, None
+
+
+def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+    return F.silu(F.group_norm(x, num_groups, weight, bias, eps), inplace=not torch.is_grad_enabled())
+
+
+def norm_silu_conv(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
+    """conv(SiLU(norm(x))) with little memory for the backward; a compiler finds that by itself.
+
+    Modules that were put in the place of the layers, such as adapters, are called as they are.
+    """
+    replaced = type(norm) is not nn.GroupNorm or type(conv) is not nn.Conv2d
+    if replaced or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return conv(F.silu(norm(x)))
+    return cast(
+        Tensor, NormSiLUConv.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, norm.num_groups, norm.eps)
+    )
+
+
 class ResidualBlock(nn.Module):
     """norm → SiLU → conv, twice, plus the input (through a 1×1 convolution where the widths differ)."""
 
@@ -83,8 +141,11 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = norm_silu_conv(x, self.norm1, self.conv1)
+        if self.training and self.dropout.p:
+            h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        else:
+            h = norm_silu_conv(h, self.norm2, self.conv2)
         return self.nin_shortcut(x) + h
 
 
