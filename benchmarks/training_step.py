@@ -5,8 +5,9 @@ The original (Esser et al. 2021, the released code) runs the generator once for 
 discriminator's, and differentiates the losses three times: twice with respect to the last layer for the adaptive
 weight, once for the update. `OriginalTrainer` is that, written out; models, optimizers, data and everything around the
 step are the product's. In both of its lanes the discriminator is frozen in the generator's update, and the second
-forward keeps no graph. "original, as released" computes LPIPS for the discriminator's update too, where nothing needs
-it, and its tensors are contiguous; "original, at its best" leaves that out, and is channels-last like the product.
+forward keeps no graph. "original, at its best" has everything else from the product. "original, as released" computes
+LPIPS for the discriminator's update too, where nothing needs it, its tensors are contiguous, and its residual blocks
+leave to autograd what is kept for the backward.
 
 `arithmetic` is the share of floating-point operations of matrix products and convolutions over the product's: what the
 time ratio would be if nothing but the algorithm differed.
@@ -18,18 +19,22 @@ meets the images of the updated generator: for the comparison the learning rate 
 import argparse
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.measuring import environment, interleaved, machine_speed, peak_memory, ratio, summary, table, write
 from configs import load_config
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.losses import PIXEL_LOSSES, adaptive_weight, discriminator_hinge_loss, generator_linear_loss
+from stage1_vqgan.modeling_vqgan import ResidualBlock
 from stage1_vqgan.training_step import VQGANTrainer
 
 # What is measured: a preset, what is changed of it, and the batch. LPIPS has random weights: its time is the same.
@@ -92,6 +97,13 @@ class OriginalTrainer(VQGANTrainer):
         return metrics | {"loss/adversarial": adversarial.detach(), "loss/discriminator": loss.detach()}
 
 
+def layer_by_layer(block: ResidualBlock, x: Tensor) -> Tensor:
+    """A residual block as the released code has it."""
+    h = block.conv1(functional.silu(block.norm1(x)))
+    h = block.conv2(block.dropout(functional.silu(block.norm2(h))))
+    return block.nin_shortcut(x) + h
+
+
 def make(lane: str, setting: str) -> tuple[VQGANTrainer, Tensor]:
     """The trainer of a lane, with the same weights in all, and a batch of smooth images."""
     preset, changes, batch = SETTINGS[setting]
@@ -101,12 +113,15 @@ def make(lane: str, setting: str) -> tuple[VQGANTrainer, Tensor]:
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True)
     trainer = VQGANTrainer(config, accelerator) if lane == "tessella" else OriginalTrainer(config, accelerator)
-    if isinstance(trainer, OriginalTrainer):
-        trainer.as_released = as_released
+    if isinstance(trainer, OriginalTrainer) and as_released:
+        trainer.as_released = True
+        for module in trainer.model.modules():
+            if isinstance(module, ResidualBlock):
+                module.forward = MethodType(layer_by_layer, module)  # type: ignore[method-assign]
     model = trainer.model.config
     generator = torch.Generator().manual_seed(0)
     small = torch.rand(batch, model.in_channels, 8, 8, generator=generator) * 2 - 1
-    images = torch.nn.functional.interpolate(small, model.image_size, mode="bilinear")
+    images = functional.interpolate(small, model.image_size, mode="bilinear")
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     return trainer, images.contiguous(memory_format=memory_format)
 
@@ -167,11 +182,23 @@ def prepared(lane: str, setting: str) -> Callable[[], Any]:
     return partial(trainer.step, images, 1)
 
 
+class Operations(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products and convolutions, forward and backward."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=result) if count else 0
+        return result
+
+
 def count_operations(step: Callable[[], Any]) -> int:
-    """Floating-point operations of its matrix products and convolutions, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+    """Of one call."""
+    with Operations() as operations:
         step()
-    return counter.get_total_flops()
+    return operations.total
 
 
 def measure(setting: str, threads: list[int], rounds: int) -> dict[str, Any]:
