@@ -34,7 +34,7 @@ from benchmarks.measuring import environment, interleaved, machine_speed, peak_m
 from configs import load_config
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.losses import PIXEL_LOSSES, adaptive_weight, discriminator_hinge_loss, generator_linear_loss
-from stage1_vqgan.modeling_vqgan import ResidualBlock
+from stage1_vqgan.modeling_blocks import ResidualBlock
 from stage1_vqgan.training_step import VQGANTrainer
 
 # What is measured: a preset, what is changed of it, and the batch. LPIPS has random weights: its time is the same.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from stage1_vqgan import VQGANConfig
-from stage1_vqgan.modeling_vqgan import ResidualBlock
+from stage1_vqgan.modeling_blocks import ResidualBlock
 
 
 def make(in_channels=8, out_channels=12, **config):
