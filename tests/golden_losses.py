@@ -1,13 +1,12 @@
-"""Losses and discriminator beside numbers that the original made; `python -m tests.golden_losses` prints a table.
+"""Losses and discriminator beside numbers that the original made.
 
 The trainer's own step is what is compared: its generator is replaced by the stored features and the last layer.
 """
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,18 +19,7 @@ from stage1_vqgan.discriminator import PatchDiscriminator
 from stage1_vqgan.losses import ADVERSARIAL_LOSSES
 from stage1_vqgan.quantizers import Quantizer
 from stage1_vqgan.training_step import VQGANTrainer
-
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-OUTPUTS, GRADIENTS = 1e-5, 1e-4  # bounds: absolute, and relative to the norm
-
-
-class Found(NamedTuple):
-    """How far one quantity of one case is from the stored one."""
-
-    quantity: str
-    case: str
-    error: float
-    bound: float
+from tests.golden import GOLDEN, GRADIENTS, OUTPUTS, Found, absolute, relative, state
 
 
 class StoredGenerator(nn.Module):
@@ -181,31 +169,3 @@ def patch_discriminator(golden: dict[str, Tensor], prefix: str, **settings: Any)
     discriminator = PatchDiscriminator(3, **settings)
     discriminator.load_state_dict(state(golden, prefix))
     return discriminator
-
-
-def state(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
-
-
-def absolute(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return (found.double() - expected.double()).abs().max().item()
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def main() -> None:
-    rows: dict[str, list[Found]] = {}
-    for found in compare():
-        rows.setdefault(found.quantity, []).append(found)
-    print(f"{'quantity':<36}{'cases':>6}{'max error':>12}{'bound':>9}  worst case")
-    for quantity, founds in rows.items():
-        worst = max(founds, key=lambda found: found.error)
-        print(f"{quantity:<36}{len(founds):>6}{worst.error:>12.1e}{worst.bound:>9.0e}  {worst.case}")
-
-
-if __name__ == "__main__":
-    main()

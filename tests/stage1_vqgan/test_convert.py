@@ -1,7 +1,6 @@
 """Conversion: tokenizers of other code bases compute here what they compute there, whatever their layout."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,7 @@ from stage1_vqgan.convert import ConvertConfig, convert
 from stage1_vqgan.discriminator import PatchDiscriminator
 from stage1_vqgan.training_step import VQGANTrainer
 from tests import tiny
-
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+from tests.golden import GOLDEN
 
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the original's numbers are not here")
 

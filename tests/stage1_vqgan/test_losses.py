@@ -18,7 +18,8 @@ from stage1_vqgan.losses import (
     adaptive_weight,
     last_layer_gradient,
 )
-from tests.golden_losses import GOLDEN, compare
+from tests.golden import GOLDEN
+from tests.golden_losses import compare
 
 SQUEEZE_FILE = "squeezenet1_1-b8a52dc0.pth"
 

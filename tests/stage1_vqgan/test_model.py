@@ -1,10 +1,8 @@
 """The tokenizer: contracts, exact saving, fingerprint, initialisation, and the original's stored numbers."""
 
-import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
-
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+from tests import golden_models
+from tests.golden import GOLDEN
 
 
 def make(seed=0, **changes):
@@ -201,62 +199,9 @@ def test_loading_without_this_package(tmp_path, monkeypatch):
     assert done.stdout.split() == ["VQGANModel", "VQGANImageProcessor"]
 
 
-def from_golden(name, legacy=True):
-    """The original's weights in our model, and its stored inputs and outputs."""
-    stored, facts = load_file(GOLDEN / f"{name}.safetensors"), json.loads((GOLDEN / f"{name}.json").read_text())
-    theirs = facts["config"]["ddconfig"]
-    config = VQGANConfig(
-        image_size=theirs["resolution"],
-        in_channels=theirs["in_channels"],
-        base_channels=theirs["ch"],
-        channel_multiplier=theirs["ch_mult"],
-        num_res_blocks=theirs["num_res_blocks"],
-        attn_resolutions=theirs["attn_resolutions"],
-        latent_channels=theirs["z_channels"],
-        embed_dim=facts["config"]["embed_dim"],
-        num_embeddings=facts["config"]["n_embed"],
-        quantizer_options={"commitment_cost": facts["beta"], "legacy_codebook_loss": legacy},
-    )
-    model = VQGANModel(config).eval()
-    weights = {key: value.float() for key, value in stored.items() if not key.startswith(("io", "grad"))}
-    model.load_state_dict(weights)
-    assert sum(parameter.numel() for parameter in model.parameters()) == facts["n_params"]
-    return model, stored
-
-
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"{GOLDEN} is not there")
-@pytest.mark.parametrize("name", ["tiny", "f16_narrow"])
-class TestTheOriginal:
-    """Against numbers made by running CompVis/taming-transformers."""
-
-    @pytest.mark.parametrize("case", ["io", "io2"])
-    def test_outputs(self, name, case):
-        model, stored = from_golden(name)
-        pixels = stored[f"{case}.input"]
-        with torch.no_grad():
-            out = model(pixels)
-            features = model.encoder(pixels)
-        found = {"h": out.latents, "recon": out.reconstruction, "emb_loss": out.codebook_loss}
-        if case == "io":
-            found |= {"enc": features, "quant": out.quantized, "emb_loss_fixed": out.codebook_loss}
-        else:
-            assert pixels.shape[2] != pixels.shape[3]
-        for key, value in found.items():
-            torch.testing.assert_close(value, stored[f"{case}.{key}"], atol=1e-5, rtol=0)
-        assert torch.equal(out.codes.flatten(), stored[f"{case}.indices"])
-        assert out.codes.shape == out.latents.shape[:1] + out.latents.shape[2:]
-
-    @pytest.mark.parametrize("prefix, legacy", [("grad.", True), ("grad_fixed.", False)])
-    def test_gradients(self, name, prefix, legacy):
-        model, stored = from_golden(name, legacy)
-        pixels = stored["io.input"].requires_grad_()
-        out = model(pixels)
-        loss = (pixels - out.reconstruction).abs().mean() + out.codebook_loss
-        loss.backward()
-        expected = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
-        if legacy:
-            assert loss.item() == pytest.approx(expected.pop("loss").item(), abs=1e-5)
-        assert len(expected) >= 3
-        for key, gradient in expected.items():
-            found = pixels.grad if key == "input" else model.get_parameter(key).grad
-            assert (found - gradient).norm() <= 1e-4 * gradient.norm(), key
+def test_the_originals_numbers():
+    """`python -m tests.golden` prints them as a table."""
+    found = list(golden_models.compare())
+    assert {row.case.partition(",")[0] for row in found} == set(golden_models.ORIGINALS) and len(found) >= 40
+    assert [row for row in found if not row.error <= row.bound] == []
