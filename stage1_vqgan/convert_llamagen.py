@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stage1_vqgan.convert_files import as_float32, read_mapping, read_tensors
+from stage1_vqgan.convert_files import as_float32, read_mapping, read_tensors, refuse
 from stage1_vqgan.convert_names import Rules, count, to_ours, to_theirs
 from stage1_vqgan.convert_original import Claim, Original, leave_out, read_claims, renamed, section
 
@@ -57,6 +57,8 @@ def read(checkpoint: Path, config: Path | None) -> Original:
     stored = read_tensors(checkpoint, ["ema", "model", "state_dict"])
     tensors, notes = leave_out(stored, LEFT_OUT)
     num_levels = count(tensors, r"encoder\.conv_blocks\.(\d{1,4})\.")
+    if not num_levels:  # the blocks are VQGAN's: without this its weights would pass, and give other codes
+        raise refuse("checkpoint", checkpoint, "it has no encoder.conv_blocks.*, LlamaGen's name for the levels")
     claims, options = _read_config(config) if config else ([], {})
     return Original(
         weights=renamed(as_float32(tensors, checkpoint), partial(to_ours, rules=RULES, num_levels=num_levels)),

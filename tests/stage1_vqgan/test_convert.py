@@ -244,6 +244,20 @@ def test_llamagen_layouts(tmp_path, layout):
     torch.testing.assert_close(ours.decode_codes(codes), image, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("source", "words"), [("llamagen", "encoder.conv_blocks"), ("taming", "are these the weights")]
+)
+def test_the_weights_of_the_other_code_base(tmp_path, capsys, source, words):
+    """Both have the same blocks: taken for the other's, they could give a whole tokenizer with wrong codes."""
+    model = reference()
+    weights = {"llamagen": taming_weights, "taming": llamagen_weights}[source](model)
+    torch.save(weights, tmp_path / "weights.ckpt")
+    with pytest.raises(SystemExit) as exited:
+        command(f"--from {source} --checkpoint {{at}}/weights.ckpt --output {{at}}/out", at=tmp_path)
+    assert exited.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("used", [None, [7, 2, 20, 11, 0, 5]])
 def test_gumbel(tmp_path, used):
