@@ -6,6 +6,7 @@ Source: Esser et al. 2021, "Taming transformers for high-resolution image synthe
 original's, so its published weights fit.
 """
 
+import contextlib
 from itertools import pairwise
 from typing import Any, cast
 
@@ -34,9 +35,7 @@ class NormSiLUConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *norm: Any
     ) -> Tensor:
-        kind = x.device.type
-        ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        ctx.norm = norm
+        ctx.autocast, ctx.norm = _current_autocast(x.device.type), norm
         ctx.save_for_backward(x, norm_weight, norm_bias, weight)
         return F.conv2d(_norm_silu(x, norm_weight, norm_bias, *norm), weight, bias, padding=1)
 
@@ -55,6 +54,13 @@ class NormSiLUConv(torch.autograd.Function):
         )
         of_inputs = torch.autograd.grad(activated, inputs, of_activated.to(activated.dtype))
         return *of_inputs, of_weight.to(weight.dtype), of_bias.to(weight.dtype), None, None
+
+
+def _current_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """The autocast of this moment, for the backward."""
+    if not torch.amp.is_autocast_available(device_type):  # nor is it for shapes alone, the device "meta"
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
 
 
 def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:

@@ -241,7 +241,7 @@ def test_llamagen_layouts(tmp_path, layout):
     assert torch.equal(ours.encode(pixels).codes, codes) and len(codes.unique()) > 3
     quantized = entries[codes].permute(0, 3, 1, 2)
     image = model.decoder(model.post_quant_conv(quantized))
-    torch.testing.assert_close(ours.decode_codes(codes), image, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.decode_codes(codes), image, atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_gumbel(tmp_path, used):
     assert torch.equal(ours.encode(pixels).codes, codes) and len(codes.unique()) > 2
     quantized = weights["quantize.embed.weight"][rows][codes].permute(0, 3, 1, 2)
     image = model.decoder(model.post_quant_conv(quantized))
-    torch.testing.assert_close(ours.decode_codes(codes), image, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.decode_codes(codes), image, atol=5e-5, rtol=1e-5)
 
 
 def test_a_remapped_codebook(tmp_path, capsys):
