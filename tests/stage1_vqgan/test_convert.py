@@ -75,10 +75,11 @@ def facts(model):
     return stored
 
 
-def taming_weights(model):
-    """The reference's weights as taming-transformers lays them out."""
+def taming_weights(model, gradients=False):
+    """The reference's weights, or their gradients, as taming-transformers lays them out."""
     last, weights = len(model.config.block_out_channels) - 1, {}
-    for name, value in model.state_dict().items():
+    tensors = {name: p.grad for name, p in model.named_parameters()} if gradients else model.state_dict()
+    for name, value in tensors.items():
         parts = name.split(".")
         if parts[1] == "up_blocks":
             parts[2] = str(last - int(parts[2]))
@@ -212,6 +213,29 @@ def test_layouts(tmp_path, layout):
     assert facts_equal(facts(model), facts(type(model).from_pretrained(tmp_path / "again")))
     # what is the same model has the same fingerprint
     assert VQGANConfig.from_pretrained(tmp_path / "ours").fingerprint == config.fingerprint
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (1, 3, 16, 24)])
+def test_losses_and_gradients_are_the_references(tmp_path, legacy, shape):
+    """Of a whole tokenizer, in both conventions for β, on square and other images."""
+    model = reference(attends=(1,))
+    model.save_pretrained(tmp_path / "theirs")
+    command("--from diffusers --checkpoint {at}/theirs --output {at}/ours", at=tmp_path)
+    ours = VQGANModel.from_pretrained(tmp_path / "ours", quantizer_options={"legacy_codebook_loss": legacy}).eval()
+    model.quantize.legacy = legacy
+    pixels = images(*shape)
+    theirs = model(pixels)
+    ((theirs.sample - pixels).abs().mean() + theirs.commit_loss).backward()
+    out = ours(pixels)
+    ((out.reconstruction - pixels).abs().mean() + out.codebook_loss).backward()
+    assert out.codebook_loss.item() == pytest.approx(theirs.commit_loss.item(), rel=1e-5) and theirs.commit_loss > 0
+    expected = taming_weights(model, gradients=True)
+    found = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    assert found.keys() == expected.keys()
+    whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * whole, name
 
 
 def _fractions(model):
