@@ -34,11 +34,10 @@ QUANTIZERS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("ema", 64, 4, {"decay": 0.9}),
     ("gumbel", 64, 4, {"kl_weight": 0.01}),
 ]
-# settings of tokenizers with every other kind than the first
+# settings of tokenizers with other kinds whose loss, codebook or noise is shared by all processes
 WHOLE: dict[str, dict[str, Any]] = {
     "ema": {"quantizer": "ema"},
     "gumbel": {"quantizer": "gumbel", "quantizer_options": {"kl_weight": 0.01}},
-    "fsq": {"quantizer": "fsq", "embed_dim": 3, "num_embeddings": 60, "quantizer_options": {"levels": [5, 4, 3]}},
     "lfq": {"quantizer": "lfq", "embed_dim": 6, "num_embeddings": 64},
 }
 

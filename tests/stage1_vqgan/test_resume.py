@@ -101,7 +101,7 @@ def test_what_a_run_leaves(straight):
     assert [path.name for path in (folder / "reconstructions").iterdir()] == ["step_00000006.png"]
 
 
-@pytest.mark.parametrize("quantizer", ["ema", "gumbel"])
+@pytest.mark.parametrize("quantizer", ["ema", pytest.param("gumbel", marks=pytest.mark.slow)])
 def test_resuming_is_exact_with_every_quantizer_that_has_a_state(tmp_path, quantizer):
     values = dict(make_config(tmp_path).model, quantizer=quantizer)
     train(make_config(tmp_path / "straight", model=values))
