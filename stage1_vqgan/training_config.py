@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from annotated_types import Ge, Le, Lt
@@ -15,6 +15,7 @@ from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.data_config import DataConfig
 from stage1_vqgan.discriminator import NormType, logit_grid_size
 from stage1_vqgan.losses import LPIPS_MIN_SIZE, AdversarialType
+from stage1_vqgan.quantizers import QUANTIZERS
 
 
 @dataclass(kw_only=True)
@@ -186,7 +187,11 @@ class Stage1Config(TrainingConfig):
         model, wrong = VQGANConfig(), []
         for name, value in self.model.items():
             if name not in types:
-                wrong.append((f"model.{name}", None, unknown_key(name, types)))
+                is_option = any(
+                    name in {option.name for option in fields(kind.Options)} for kind in QUANTIZERS.values()
+                )
+                meant = f"unknown key; did you mean model.quantizer_options.{name}?"
+                wrong.append((f"model.{name}", None, meant if name in options else unknown_key(name, types)))
                 continue
             try:
                 setattr(model, name, read_value(types[name], value, strict=True))

@@ -153,6 +153,11 @@ CASES = {
         "--model.quantizer_options.l2_normalise true",
         {"model.quantizer_options.l2_normalise": "did you mean 'l2_normalize'?"},
     ),
+    "option beside its section": (
+        "stage1",
+        "--model.l2_normalize true",
+        {"model.l2_normalize": "did you mean model.quantizer_options.l2_normalize?"},
+    ),
     "text in an option": (
         "stage1",
         "--model.quantizer_options.commitment_cost low",
