@@ -187,9 +187,7 @@ class Stage1Config(TrainingConfig):
         model, wrong = VQGANConfig(), []
         for name, value in self.model.items():
             if name not in types:
-                is_option = any(
-                    name in {option.name for option in fields(kind.Options)} for kind in QUANTIZERS.values()
-                )
+                options = {option.name for kind in QUANTIZERS.values() for option in fields(kind.Options)}
                 meant = f"unknown key; did you mean model.quantizer_options.{name}?"
                 wrong.append((f"model.{name}", None, meant if name in options else unknown_key(name, types)))
                 continue
