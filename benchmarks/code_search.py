@@ -20,7 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import environment, interleaved, machine_speed, peak_memory, ratio, summary, table, write
+from benchmarks.measuring import (
+    environment,
+    interleaved,
+    lane_rows,
+    machine_speed,
+    peak_memory,
+    ratio,
+    summary,
+    table,
+    write,
+)
 from stage1_vqgan.quantizers import nearest_code
 
 NUM_LATENTS = 4096
@@ -114,28 +124,12 @@ def measure(num_codes: int, dim: int, threads: list[int], rounds: int) -> dict[s
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Lines of the table."""
-    return [
-        {
-            "K": result["codes"],
-            "D": result["dim"],
-            "threads": count,
-            "lane": name,
-            "flips": result["agreement"][name]["flips"],
-            "ms": lane["median_ms"],
-            "min": lane["min_ms"],
-            "p90": lane["p90_ms"],
-            "matmul share": lane["matmul_share"],
-            "time / tessella": "{median} ({p10}–{p90})".format(**lane["time_ratio"]),
-            "by CPU": lane["time_ratio"]["by_cpu"],
-            "by minima": lane["time_ratio"]["of_minima"],
-            "MB": result["peak_memory_mb"][name],
-            "tessella's memory": lane["memory_ratio"],
-            "contaminated": "yes" if lane["contaminated"] else "",
-        }
-        for count, lanes in result["threads"].items()
-        for name, lane in lanes.items()
-        if name != "machine"
-    ]
+    flips = result["agreement"]
+    return lane_rows(
+        result,
+        {"K": result["codes"], "D": result["dim"]},
+        lambda name, lane: {"flips": flips[name]["flips"], "matmul share": lane["matmul_share"]},
+    )
 
 
 def main() -> None:

@@ -65,6 +65,33 @@ def ratio(numerator: Times, denominator: Times) -> dict[str, float]:
     }
 
 
+def lane_rows(
+    result: Mapping[str, Any], head: Mapping[str, Any], more: Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Lines of the table of one result with its `threads` and `peak_memory_mb`: the columns of `head`, those that every
+    benchmark has, and those of `more(name, lane)`."""
+    return [
+        {
+            **head,
+            "threads": count,
+            "lane": name,
+            "ms": lane["median_ms"],
+            "min": lane["min_ms"],
+            "p90": lane["p90_ms"],
+            "time / tessella": "{median} ({p10}–{p90})".format(**lane["time_ratio"]),
+            "by CPU": lane["time_ratio"]["by_cpu"],
+            "by minima": lane["time_ratio"]["of_minima"],
+            "MB": result["peak_memory_mb"][name],
+            "tessella's memory": lane["memory_ratio"],
+            **more(name, lane),
+            "contaminated": "yes" if lane["contaminated"] else "",
+        }
+        for count, lanes in result["threads"].items()
+        for name, lane in lanes.items()
+        if name != "machine"
+    ]
+
+
 def quantile(values: Sequence[float], q: float) -> float:
     """Linear between the values."""
     return torch.tensor(values, dtype=torch.float64).quantile(q).item()

@@ -30,7 +30,17 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.measuring import environment, interleaved, machine_speed, peak_memory, ratio, summary, table, write
+from benchmarks.measuring import (
+    environment,
+    interleaved,
+    lane_rows,
+    machine_speed,
+    peak_memory,
+    ratio,
+    summary,
+    table,
+    write,
+)
 from configs import load_config
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.losses import PIXEL_LOSSES, adaptive_weight, discriminator_hinge_loss, generator_linear_loss
@@ -229,26 +239,7 @@ def measure(setting: str, threads: list[int], rounds: int) -> dict[str, Any]:
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Lines of the table."""
-    return [
-        {
-            "setting": result["setting"],
-            "threads": count,
-            "lane": name,
-            "ms": lane["median_ms"],
-            "min": lane["min_ms"],
-            "p90": lane["p90_ms"],
-            "time / tessella": "{median} ({p10}–{p90})".format(**lane["time_ratio"]),
-            "by CPU": lane["time_ratio"]["by_cpu"],
-            "by minima": lane["time_ratio"]["of_minima"],
-            "arithmetic": lane["arithmetic"],
-            "MB": result["peak_memory_mb"][name],
-            "tessella's memory": lane["memory_ratio"],
-            "contaminated": "yes" if lane["contaminated"] else "",
-        }
-        for count, lanes in result["threads"].items()
-        for name, lane in lanes.items()
-        if name != "machine"
-    ]
+    return lane_rows(result, {"setting": result["setting"]}, lambda _, lane: {"arithmetic": lane["arithmetic"]})
 
 
 def main() -> None:
