@@ -1,4 +1,4 @@
-"""Random changes to training images; every choice comes from numbers that are handed in."""
+"""Changes to training images; every random choice comes from numbers that are handed in."""
 
 import math
 
@@ -7,10 +7,13 @@ from PIL import Image
 from torch import Tensor
 
 from stage1_vqgan.data_config import AugmentationConfig
-from stage1_vqgan.image_processing_vqgan import AspectRatio, to_pil, to_pixels, to_square
+from stage1_vqgan.image_processing_vqgan import AspectRatio, to_pil, to_pixels, to_square, window
 
 # Random numbers that `augment` takes.
 NUM_DRAWS = 8
+
+# Corners and centre, in the order of torchvision's TenCrop, as `to_square` has positions.
+FIVE_CROPS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5))
 
 
 def keyed_draws(seed: int, keys: np.ndarray) -> np.ndarray:
@@ -77,6 +80,24 @@ def augment(
         (shift_x * config.translate * size, shift_y * config.translate * size),
     )
     return to_pixels(image), False
+
+
+def ten_crop(square: Tensor, size: int, view: int) -> Tensor:
+    """One of ten crops: the corners and the centre of an image, then those of its mirror image.
+
+    Args:
+        square: uint8 `(side, side, C)`, the image.
+        size: side of the crop in pixels.
+        view: which, 0 to 9.
+
+    Returns:
+        uint8 `(size, size, C)`.
+
+    Source: Krizhevsky et al. 2012, "ImageNet classification with deep convolutional neural networks", section 4.1; for
+    the codes of a prior with a square 1.1 times the size, Sun et al. 2024, "Autoregressive model beats diffusion".
+    """
+    mirrored, crop = divmod(view, len(FIVE_CROPS))
+    return window(square.flip(1) if mirrored else square, size, FIVE_CROPS[crop])
 
 
 def affine(image: Image.Image, angle: float, scale: float, shift: tuple[float, float]) -> Image.Image:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stage1_vqgan.augmentation import augment, keyed_draws
+from stage1_vqgan.augmentation import augment, keyed_draws, ten_crop
 from stage1_vqgan.data_config import AugmentationConfig
 from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, decode_pixels
 from stage1_vqgan.image_processing_vqgan import AspectRatio, normalize, resize, to_square
@@ -84,7 +84,7 @@ class ImageDataset(Dataset):
         image_size, num_channels: side of the squares in pixels; 1 (gray) or 3 (RGB).
         augmentation: None leaves the images as they are; then only their numbers matter.
         seed: of the augmentation.
-        first_view_plain: view 0 is the image itself.
+        first_view_plain: view 0 is the image itself, except with ten_crop.
         aspect_ratio: see `to_square`.
         keep_batch_size: the place of an image that cannot be used goes to the next one of the batch that can, in
             another view; otherwise it is left out, and the batch may even be empty.
@@ -156,13 +156,18 @@ class ImageDataset(Dataset):
 
     def _decode(self, encoded: EncodedImage) -> Tensor | UndecodableImage:
         try:
-            return decode_pixels(encoded, self.num_channels)
+            pixels = decode_pixels(encoded, self.num_channels)
         except UndecodableImage as error:
             return error
+        if self.augmentation is not None and self.augmentation.ten_crop:  # once for all views of the image
+            return to_square(pixels, round(self.augmentation.max_zoom * self.image_size), self.aspect_ratio)
+        return pixels
 
     def _put(self, row: np.ndarray, pixels: Tensor, key: ImageKey, draws: np.ndarray) -> tuple[int, bool]:
         """Leaves the square of an image, uint8 `(H, W, C)`, in a row; returns its side, and whether to mirror it."""
-        if self.augmentation is None or (self.first_view_plain and key.view == 0):
+        if self.augmentation is not None and self.augmentation.ten_crop:
+            square, flip = ten_crop(pixels, self.image_size, key.view), False
+        elif self.augmentation is None or (self.first_view_plain and key.view == 0):
             square, flip = to_square(pixels, self.image_size, self.aspect_ratio, max_side=self.max_side), False
         else:
             square, flip = augment(pixels, self.image_size, self.augmentation, draws, self.aspect_ratio, self.max_side)

@@ -1,6 +1,7 @@
 """Settings of the image data: where it comes from, and how training images are changed."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Interval
@@ -22,6 +23,8 @@ class AugmentationConfig(Section):
     rotate: largest rotation in degrees
     translate: largest shift as a fraction of the image's side
     scale: largest relative change of size, for instance 0.1 for 0.9 to 1.1
+    ten_crop: instead of random changes the ten views of a code store are the corners and the centre of the square
+        that max_zoom makes, and their mirror images
     """
 
     max_zoom: Annotated[float, Ge(1)] = 1.0
@@ -30,6 +33,17 @@ class AugmentationConfig(Section):
     rotate: Annotated[float, Interval(ge=0, le=180)] = 0.0
     translate: Fraction = 0.0
     scale: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    ten_crop: bool = False
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        if not self.ten_crop:
+            return
+        for other in fields(self):
+            value = getattr(self, other.name)
+            if other.name not in ("max_zoom", "ten_crop") and value != other.default:
+                yield other.name, value, "ten_crop leaves nothing to chance; leave it out, or set ten_crop to false"
+        if self.max_zoom == 1:
+            yield "max_zoom", self.max_zoom, "ten_crop needs more than 1, else all its crops are the same; 1.1 is usual"
 
 
 @dataclass(kw_only=True)

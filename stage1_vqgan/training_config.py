@@ -145,6 +145,9 @@ class Stage1Config(TrainingConfig):
                 "at an image depends on the other images"
             )
             yield "discriminator.norm_type", norm_type, allowed
+        if self.data.augmentation.ten_crop:
+            allowed = "it makes the views of a code store (stage 2); for training images use random_crop"
+            yield "data.augmentation.ten_crop", True, allowed
         if self.trainable == "decoder" and self.model_name_or_path is None:
             yield "trainable", self.trainable, "needs model_name_or_path: a tokenizer whose codes are kept"
         model, wrong = self._model_fields()

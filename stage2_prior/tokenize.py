@@ -80,6 +80,7 @@ def _tokenize(config: Stage2Config, accelerator: Accelerator) -> CodeStore:
     }
     if accelerator.is_main_process:
         _claim(folder, origin)
+        rows_before = sum(read_notes(path).rows for path in folder.glob("*.arrow"))
     accelerator.wait_for_everyone()
     if (folder / MANIFEST_NAME).is_file():
         accelerator.print(f"{folder} holds these codes already; nothing to do")
@@ -113,9 +114,10 @@ def _tokenize(config: Stage2Config, accelerator: Accelerator) -> CodeStore:
         }
         write_json(folder / MANIFEST_NAME, manifest)
         total = sum(shard.rows for shards in notes.values() for shard in shards)
+        made = total - rows_before
         print(
             f"{total:,} sequences of {layout.length} codes saved in {folder.resolve()} "
-            f"({total / seconds:,.0f} images/s)"
+            f"({made:,} made now, {made / seconds:,.0f} images/s)"
         )
     accelerator.wait_for_everyone()
     return CodeStore(folder)
@@ -136,12 +138,11 @@ def _tokenize_split(
     config: Stage2Config, accelerator: Accelerator, model: VQGANModel, name: str, source: Images, num_views: int
 ) -> int:
     """Writes this process's shards of a split; returns the number of shards of all processes."""
-    size, channels = model.config.image_size, model.config.in_channels
     dataset = ImageDataset(
         source,
-        size,
-        channels,
-        config.data.augmentation,
+        model.config.image_size,
+        model.config.in_channels,
+        config.data.augmentation if num_views > 1 else None,
         config.seed,
         first_view_plain=True,
         aspect_ratio=config.data.aspect_ratio,

@@ -52,7 +52,8 @@ class Stage2Config(TrainingConfig):
 
     tokenizer: folder or Hub id of a trained tokenizer
     code_store: folder of the codes
-    num_views: versions of every training image in the store: the image itself, the others augmented
+    num_views: versions of every training image in the store: the image itself, the others augmented; or the ten of
+        data.augmentation.ten_crop
     tokenize_batch_size: images on one device in one forward of the tokenizer
     model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; classes that
         it does not know by name are learnt anew
@@ -82,6 +83,8 @@ class Stage2Config(TrainingConfig):
         yield from super().problems()
         if self.num_views > 1 and self.data.augmentation == AugmentationConfig():
             yield "num_views", self.num_views, "without data.augmentation all views are the same; turn one on, or set 1"
+        if self.data.augmentation.ten_crop and self.num_views != 10:
+            yield "num_views", self.num_views, "data.augmentation.ten_crop makes 10 views; set it to 10"
         yield from self._model_problems()
         yield from self._argument_problems()
 
