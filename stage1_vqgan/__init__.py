@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from stage1_vqgan.loading import keyed_loader
     from stage1_vqgan.modeling_vqgan import VQGANModel
     from stage1_vqgan.pretrained import is_repo_id, load_tokenizer
-    from stage1_vqgan.samplers import TrainingSampler
+    from stage1_vqgan.samplers import IndexSampler, TrainingSampler
     from stage1_vqgan.skipped import too_many_skipped
     from stage1_vqgan.sources import Images, load_images
     from stage1_vqgan.training_config import Stage1Config
@@ -37,6 +37,7 @@ _HOMES = {
     "Images": "sources",
     "ImageSource": "image_source",
     "ImageStream": "image_stream",
+    "IndexSampler": "samplers",
     "TrainingSampler": "samplers",
     "keyed_loader": "loading",
     "load_images": "sources",
@@ -56,6 +57,7 @@ __all__ = [
     "ImageSource",
     "ImageStream",
     "Images",
+    "IndexSampler",
     "SkippedImage",
     "Stage1Config",
     "TrainingSampler",

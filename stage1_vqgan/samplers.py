@@ -25,11 +25,12 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-class TrainingSampler(Sampler[list[ImageKey]]):
-    """Batches of keys for one process, a pure function of (seed, step): nothing to save for an exact resume.
+class IndexSampler(Sampler[Any]):
+    """Batches for one process, a pure function of (seed, step): nothing to save for an exact resume.
 
-    Every epoch is a permutation; one batch of every process together is a slice of it, so no image comes twice in an
-    epoch and at most one global batch is dropped at its end.
+    A batch is int64 `(B, 2)`: (epoch, number of the image) in each row. Every epoch is a permutation; one batch of
+    every process together is a slice of it, so no image comes twice in an epoch and at most one global batch is dropped
+    at its end.
 
     Args:
         num_images: images in the split.
@@ -50,7 +51,7 @@ class TrainingSampler(Sampler[list[ImageKey]]):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __iter__(self) -> Iterator[list[ImageKey]]:
+    def __iter__(self) -> Iterator[Any]:
         global_batch = self.batch_size * self.world_size
         per_epoch = self.num_images // global_batch
         current, order = -1, np.empty(0, dtype=np.int64)
@@ -59,7 +60,16 @@ class TrainingSampler(Sampler[list[ImageKey]]):
             if epoch != current:
                 current, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
             first = position * global_batch + self.rank * self.batch_size
-            yield [ImageKey(epoch, int(index)) for index in order[first : first + self.batch_size]]
+            keys = np.full((self.batch_size, 2), epoch)
+            keys[:, 1] = order[first : first + self.batch_size]
+            yield keys
+
+
+class TrainingSampler(IndexSampler):
+    """The batches of an `IndexSampler` as keys of images."""
+
+    def __iter__(self) -> Iterator[list[ImageKey]]:
+        return ([ImageKey(*key) for key in keys.tolist()] for keys in super().__iter__())
 
 
 class StreamSampler(Sampler[list[ImageKey]]):

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -123,40 +124,63 @@ class CodeStore:
 
 
 class CodeSplit:
-    """The rows of one split; shards are mapped when first read, so that it can be sent to worker processes."""
+    """The rows of one split; its shards are mapped when the first are read, so that it can be sent to workers."""
 
     def __init__(self, folder: Path, name: str, shard_rows: Sequence[int]):
         self.folder, self.name = folder, name
         self.ends = np.cumsum(shard_rows, dtype=np.int64)
-        self._shards: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+        self.starts = self.ends - shard_rows
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_columns"}
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Codes `(n, L)` and labels `(n,)` (or None) of int64 row numbers `(n,)`."""
+        """Codes `(n, L)` and labels `(n,)` (or None) of int64 row numbers `(n,)`, without a loop over them."""
         shards = np.searchsorted(self.ends, rows, side="right")
-        offsets = rows - np.concatenate([[0], self.ends])[shards]
-        first = int(shards[0])
-        if (shards == first).all():
-            codes, labels = self._shard(first)
-            return codes[offsets], labels[offsets] if labels is not None else None
-        parts = [self._shard(int(shard)) for shard in shards]
-        codes = np.stack([part[0][offset] for part, offset in zip(parts, offsets, strict=True)])
-        if parts[0][1] is None:
-            return codes, None
-        labels = np.array([part[1][offset] for part, offset in zip(parts, offsets, strict=True)])  # type: ignore[index]
-        return codes, labels
+        offsets = rows - self.starts[shards]
+        codes, labels = self._columns
+        return codes.take(shards, offsets), labels.take(shards, offsets)[:, 0] if labels is not None else None
 
-    def _shard(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        if index not in self._shards:
-            source = pa.memory_map(str(shard_path(self.folder, self.name, index)))
-            batch = pa.ipc.open_stream(source).read_next_batch()
-            column = batch.column("codes")
-            codes = column.flatten().to_numpy(zero_copy_only=True).reshape(len(batch), column.type.list_size)
-            has_labels = "label" in batch.schema.names
-            self._shards[index] = (codes, batch.column("label").to_numpy() if has_labels else None)
-        return self._shards[index]
+    @cached_property
+    def _columns(self) -> tuple["MappedRows", "MappedRows | None"]:
+        """Codes, and labels if there are any, of all shards."""
+        batches = []
+        for shard in range(len(self.ends)):
+            with pa.memory_map(str(shard_path(self.folder, self.name, shard))) as source:  # the map outlives the file
+                batches.append(pa.ipc.open_stream(source).read_next_batch())
+        width = batches[0].column("codes").type.list_size
+        codes = MappedRows([batch.column("codes").flatten() for batch in batches], width)
+        has_labels = "label" in batches[0].schema.names
+        return codes, MappedRows([batch.column("label") for batch in batches], 1) if has_labels else None
+
+
+class MappedRows:
+    """Rows of several memory maps, taken all at once: one array strides over all the memory from the first map to the
+    last, in which every row has an index. What lies between the maps is in no row and never touched.
+
+    Args:
+        shards: integers without nulls, the rows of a shard one after another.
+        width: of a row.
+    """
+
+    def __init__(self, shards: Sequence[pa.Array], width: int):
+        self.shards = [shard.to_numpy(zero_copy_only=True) for shard in shards]  # keeps the maps
+        self.width = width
+        filled = [shard for shard in self.shards if len(shard)]
+        first = min(filled, key=_address)
+        size = first.itemsize
+        end = max(_address(shard) + shard.nbytes for shard in filled)
+        shape = ((end - _address(first)) // size - width + 1, width)
+        self.view = np.lib.stride_tricks.as_strided(first, shape, (size, size), writeable=False)
+        self.starts = np.array([(_address(shard) - _address(first)) // size for shard in self.shards])
+
+    def take(self, shards: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """A copy `(n, width)` of the rows with these numbers, int64 `(n,)`, in these shards, int64 `(n,)`."""
+        return self.view[self.starts[shards] + offsets * self.width]
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]

@@ -36,32 +36,29 @@ class CodeDataset(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int, int] | int]) -> dict[str, Tensor]:
+    def __getitems__(self, keys: np.ndarray | Sequence[int]) -> dict[str, Tensor]:
         """One batch.
 
         Args:
-            keys: `(epoch, row, view)` with view 0, or just rows (epoch 0); a row below 0 fills up a batch and counts
+            keys: int64 `(B, 2)`, (epoch, row); or `(B,)`, rows of epoch 0. A row below 0 fills up a batch and counts
                 for nothing.
 
         Returns:
             `input_ids` int64 `(B, L)`: `[condition] + codes[:-1]`; `labels` and `shift_labels` int64 `(B, L)`: the
             codes, aligned with the logits that predict them.
         """
-        pairs = np.array([key[:2] if isinstance(key, tuple) else (0, key) for key in keys], dtype=np.int64)
-        codes, labels = self.split.read(pairs[:, 1].clip(0))
-        targets = torch.from_numpy(codes.astype(np.int64))
-        counted = torch.where(torch.from_numpy(pairs[:, 1:2] < 0), IGNORED, targets)
-        null = torch.full((len(targets),), self.layout.null_token)
-        condition = null if labels is None else self.layout.class_tokens(torch.from_numpy(labels))
+        keys = np.asarray(keys, dtype=np.int64)
+        epochs, rows = keys.T if keys.ndim == 2 else (np.zeros_like(keys), keys)
+        codes, labels = self.split.read(rows.clip(0))
+        input_ids, targets = np.empty(codes.shape, dtype=np.int64), codes.astype(np.int64)
+        input_ids[:, 1:] = codes[:, :-1]
+        input_ids[:, 0] = self.layout.null_token if labels is None else self.layout.class_tokens(labels)
         if self.condition_dropout:
-            epoch, row = torch.from_numpy(pairs).unbind(1)
-            dropped = uniform(torch.full_like(row, self.seed), epoch, row) < self.condition_dropout
-            condition = torch.where(dropped, null, condition)
-        return {
-            "input_ids": torch.cat([condition[:, None], targets[:, :-1]], 1),
-            "labels": counted,
-            "shift_labels": counted,
-        }
+            dropped = uniform(np.array([self.seed]), epochs, rows) < self.condition_dropout
+            input_ids[dropped, 0] = self.layout.null_token
+        targets[rows < 0] = IGNORED
+        counted = torch.from_numpy(targets)
+        return {"input_ids": torch.from_numpy(input_ids), "labels": counted, "shift_labels": counted}
 
 
 def collate(batch: Any) -> dict[str, Tensor]:

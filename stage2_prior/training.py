@@ -24,7 +24,7 @@ from configs import ConfigError, Problem, TrainingConfig, check
 from configs.checkpoints import complete_checkpoints, unfinished_path
 from configs.interruption import Diverged, StopRequest, leave_signals_to_main
 from configs.run_folder import RunFolder, holds_work, push_run
-from stage1_vqgan import TrainingSampler
+from stage1_vqgan import IndexSampler
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import IGNORED, CodeDataset, collate
 from stage2_prior.prior import adapt_prior, build_prior
@@ -57,7 +57,7 @@ class PriorTrainer(Trainer):
         """All batches of the run in one pass; a pure function of the seed, cut for this process already."""
         args = self.args
         batches = args.max_steps * args.gradient_accumulation_steps
-        sampler = TrainingSampler(
+        sampler = IndexSampler(
             len(cast(CodeDataset, self.train_dataset)),
             args.train_batch_size,
             0,

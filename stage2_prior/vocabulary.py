@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from configs.files import write_json
+from stage2_prior.randomness import Numbers
 
 FILE_NAME = "token_layout.json"
 
@@ -71,8 +72,8 @@ class TokenLayout:
         """Pixels of a decoded image, H·W."""
         return self.length * self.downsampling_factor**2
 
-    def class_tokens(self, labels: Tensor) -> Tensor:
-        """Tokens of int64 class labels `(B,)`."""
+    def class_tokens(self, labels: Numbers) -> Numbers:
+        """Tokens of int64 class labels `(B,)`, a tensor or an array."""
         return labels + self.num_codes
 
     def class_ids(self, labels: Sequence[Any]) -> Tensor:

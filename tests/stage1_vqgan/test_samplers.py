@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from itertools import chain, pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from configs import ConfigError
 from stage1_vqgan import AugmentationConfig, DataConfig, ImageDataset, TrainingSampler, load_images
 from stage1_vqgan.evaluate import evaluate_reconstruction
 from stage1_vqgan.loading import evaluation_loader, training_loader
-from stage1_vqgan.samplers import EveryImage, StreamSampler, read_ahead, some_images, training_sampler
+from stage1_vqgan.samplers import EveryImage, IndexSampler, StreamSampler, read_ahead, some_images, training_sampler
 from tests.image_files import picture, value_of, values, write_folder, write_parquet, write_tar
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -228,6 +229,15 @@ def test_ranks_together_are_one_process_with_a_larger_batch():
 def test_a_later_start_is_the_tail_of_a_whole_shuffled_run(start):
     assert shuffled(start=start) == shuffled()[start:]
     assert len(TrainingSampler(23, 4, start, 17, 5)) == 17 - start
+
+
+def test_arrays_of_indices_are_the_same_batches():
+    arrays = list(IndexSampler(23, 4, 3, 17, 5, rank=1, world_size=2))
+    assert all(array.dtype == "int64" and array.shape == (4, 2) for array in arrays)
+    keys = shuffled(start=3, rank=1, world_size=2)
+    assert [array.tolist() for array in arrays] == [[[key.epoch, key.image] for key in batch] for batch in keys]
+    order = np.random.default_rng((5, 1)).permutation(23)  # what runs of earlier versions were trained on
+    assert arrays[0].tolist() == [[1, row] for row in order[12:16]]
 
 
 def test_the_seed_decides_the_order():

@@ -36,7 +36,7 @@ def rows(layout):
 
 
 def keys(epoch, rows):
-    return [(epoch, int(row), 0) for row in rows]
+    return np.array([(epoch, row) for row in rows])
 
 
 def test_a_sequence_is_the_condition_and_the_codes(rows, layout):

@@ -97,6 +97,13 @@ def test_keys_broadcast_and_a_number_depends_on_its_key_only():
             assert uniform(seed, torch.tensor(2), code) == together[row, column]
 
 
+def test_arrays_give_the_numbers_of_tensors():
+    seed, epoch, row = torch.tensor([2**32 - 1]), torch.arange(3)[:, None], torch.arange(100)
+    expected = uniform(seed, epoch, row)
+    found = uniform(*(keys.numpy() for keys in (seed, epoch, row)))
+    assert found.dtype == np.float64 and found.shape == (3, 100) and (found == expected.numpy()).all()
+
+
 def test_one_generator_draws_a_seed_for_each_image():
     seeds = draw_seeds(1000, torch.Generator().manual_seed(1))
     assert seeds.shape == (1000,) and seeds.dtype == torch.int64
