@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
 from configs import ConfigError, Problem, Section, run
 from configs.sections import upload_problems
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import VQGANImageProcessor, load_tokenizer
-from stage2_prior import TokenLayout
+from stage2_prior import TokenLayout, load_prior
 
 
 @dataclass(kw_only=True)
@@ -21,7 +20,7 @@ class BuildConfig(Section):
     """Joins the results of both stages into a pipeline folder.
 
     tokenizer: folder or Hub id of the tokenizer
-    prior: output_dir of stage 2
+    prior: output_dir of stage 2; an adapter is merged into the prior it was trained on
     output_dir: folder of the pipeline
     push_to_hub, hub_model_id, hub_private_repo: upload it
     """
@@ -48,7 +47,9 @@ def build(config: BuildConfig) -> VQGANPipeline:
         raise ConfigError([Problem("prior", message)])
     vqgan = load_tokenizer(config.tokenizer)
     try:
-        prior, layout = AutoModelForCausalLM.from_pretrained(config.prior), TokenLayout.from_pretrained(config.prior)
+        prior, layout = load_prior(config.prior, "prior"), TokenLayout.from_pretrained(config.prior)
+    except ConfigError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         message = f"received {config.prior!r}; the prior in it is not complete (run stage2_prior.train to its end)"
         raise ConfigError([Problem("prior", message)]) from error

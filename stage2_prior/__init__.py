@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stage2_prior.code_store import CodeStore
+    from stage2_prior.prior import load_prior
     from stage2_prior.randomness import draw_seeds
     from stage2_prior.sampling import sample_codes
     from stage2_prior.training_config import Stage2Config
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 # Names are loaded on first use: importing this package imports nothing else.
 _HOMES = {
     "CodeStore": "code_store",
+    "load_prior": "prior",
     "draw_seeds": "randomness",
     "sample_codes": "sampling",
     "Stage2Config": "training_config",
@@ -23,6 +25,7 @@ __all__ = [
     "Stage2Config",
     "TokenLayout",
     "draw_seeds",
+    "load_prior",
     "sample_codes",
 ]
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from configs import ConfigError, Problem
 from stage1_vqgan import is_repo_id
+from stage2_prior.adapters import base_of_adapter, merge_adapter
 from stage2_prior.sampling import forward, make_cache
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
 from stage2_prior.vocabulary import TokenLayout
@@ -91,6 +92,34 @@ def generation_config(layout: TokenLayout) -> GenerationConfig:
     )
 
 
+def load_prior(name: str, key: str = "model_name_or_path") -> PreTrainedModel:
+    """The prior in a folder or Hub repository; an adapter is merged into the prior that it was trained on.
+
+    Args:
+        name: of the folder or repository.
+        key: of the configuration that named it, for the message.
+
+    Raises:
+        ConfigError: it holds an adapter, and peft is not installed or the prior of the adapter cannot be loaded.
+        OSError, ValueError: nothing can be loaded.
+    """
+    base = base_of_adapter(name, key)
+    if base is None:
+        return AutoModelForCausalLM.from_pretrained(name)
+    try:
+        prior = adapt_prior(base, {}, layout_of(name))
+    except ConfigError as error:
+        message = f"received {name!r}, an adapter of the prior {base!r}: {error.problems[0].message}"
+        raise ConfigError([Problem(key, message)]) from error
+    return merge_adapter(prior, name)
+
+
+def layout_of(name: str) -> TokenLayout:
+    """The token layout of the prior in a folder or Hub repository."""
+    folder = Path(name) if Path(name).is_dir() else Path(hf_hub_download(name, LAYOUT_NAME)).parent
+    return TokenLayout.from_pretrained(folder)
+
+
 def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
     """A trained prior, made to fit a token layout: what it knows of codes and of classes with the same names is kept.
 
@@ -108,9 +137,9 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
         message = f"received {name!r}; there is no trained prior in this place (stage2_prior.train makes one)"
         raise ConfigError([Problem(key, message)])
     try:
-        file = Path(name) / LAYOUT_NAME if Path(name).is_dir() else Path(hf_hub_download(name, LAYOUT_NAME))
-        known = TokenLayout.from_pretrained(file.parent)
-        trained = AutoModelForCausalLM.from_pretrained(name)
+        known, trained = layout_of(name), load_prior(name)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         message = f"received {name!r}; no prior can be loaded from there (stage2_prior.train makes one): {reason}"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -25,9 +24,10 @@ from configs.checkpoints import complete_checkpoints, unfinished_path
 from configs.interruption import Diverged, StopRequest, leave_signals_to_main
 from configs.run_folder import RunFolder, holds_work, push_run
 from stage1_vqgan import IndexSampler
+from stage2_prior.adapters import attach_adapter
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import IGNORED, CodeDataset, collate
-from stage2_prior.prior import adapt_prior, build_prior
+from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
 from stage2_prior.training_config import Stage2Config
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
 from stage2_prior.vocabulary import TokenLayout
@@ -229,7 +229,7 @@ def train(config: Stage2Config) -> PreTrainedModel:
                 )
             if config.push_to_hub and is_main_process:
                 print(push_run(config))
-            return AutoModelForCausalLM.from_pretrained(config.output_dir)
+            return load_prior(config.output_dir)
         set_seed(config.seed)
         callback = RunCallback(run, request)
         trainer = PriorTrainer(
@@ -264,14 +264,20 @@ def train(config: Stage2Config) -> PreTrainedModel:
             if config.push_to_hub:
                 print(push_run(config))
         trainer.accelerator.wait_for_everyone()
-    return AutoModelForCausalLM.from_pretrained(config.output_dir)
+    return load_prior(config.output_dir)
 
 
 def initial_prior(config: Stage2Config, layout: TokenLayout) -> PreTrainedModel:
-    """The prior before its first step: a new one, or the one to fine-tune."""
-    if config.model_name_or_path is None:
+    """The prior before its first step: a new one, or the one to fine-tune, if so with an adapter."""
+    base = config.model_name_or_path
+    if base is None:
         return build_prior(config.model, layout)
-    return adapt_prior(config.model_name_or_path, config.model, layout)
+    prior = adapt_prior(base, config.model, layout)
+    if not config.lora.r:
+        return prior
+    # with other conditions the base has other rows for them, or none: then the adapter brings them all
+    conditions = range(layout.num_codes, layout.vocab_size) if layout_of(base) != layout else []
+    return attach_adapter(prior, base, config.lora, list(conditions))
 
 
 def check_codes(config: Stage2Config, store: CodeStore) -> None:

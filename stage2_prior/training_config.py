@@ -5,10 +5,13 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, Literal, get_args
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal, get_args
 
-from configs import TrainingConfig, unknown_key
-from configs.sections import Fraction, Positive
+from annotated_types import Ge, Lt
+
+from configs import Section, TrainingConfig, unknown_key
+from configs.sections import Fraction, NonNegative, Positive
 from configs.values import read_value
 from stage1_vqgan import AugmentationConfig, DataConfig
 
@@ -46,6 +49,31 @@ SIZES = (
 )
 
 
+NO_PEFT = "peft is not installed: pip install 'tessella[lora]'"
+
+
+@dataclass(kw_only=True)
+class LoraConfig(Section):
+    """Fine-tuning of a low-rank adapter, which is all that is saved, instead of all weights.
+
+    r: rank of the adapters, 8 is usual; 0 trains all weights
+    alpha: their scale, times 1 / r
+    dropout: before the adapters
+    target_modules: "all-linear", names of modules, or a regular expression of them, as in peft
+    """
+
+    r: NonNegative = 0
+    alpha: Positive = 16
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        if self.r and find_spec("peft") is None:
+            yield "r", self.r, NO_PEFT
+        if not self.r and self != LoraConfig():
+            yield "r", self.r, "no adapter is trained; set it (8 is usual), or leave the other keys of lora out"
+
+
 @dataclass(kw_only=True)
 class Stage2Config(TrainingConfig):
     """Stage 2: makes codes and trains a prior over them.
@@ -58,6 +86,7 @@ class Stage2Config(TrainingConfig):
     model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; classes that
         it does not know by name are learnt anew
     model: `model_type` of a causal language model in transformers, and fields of its configuration
+    lora: of the prior in model_name_or_path an adapter is trained, see lora.r
     condition_dropout: share of training sequences with the null token in place of the class, for guidance
     training_arguments: any other field of transformers.TrainingArguments
 
@@ -71,6 +100,7 @@ class Stage2Config(TrainingConfig):
     tokenize_batch_size: Positive = 128
     model_name_or_path: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     condition_dropout: Fraction = 0.1
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -85,6 +115,8 @@ class Stage2Config(TrainingConfig):
             yield "num_views", self.num_views, "without data.augmentation all views are the same; turn one on, or set 1"
         if self.data.augmentation.ten_crop and self.num_views != 10:
             yield "num_views", self.num_views, "data.augmentation.ten_crop makes 10 views; set it to 10"
+        if self.lora.r and self.model_name_or_path is None:
+            yield "lora.r", self.lora.r, "needs model_name_or_path: the trained prior that the adapter changes"
         yield from self._model_problems()
         yield from self._argument_problems()
 
