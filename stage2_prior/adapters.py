@@ -24,7 +24,8 @@ def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: 
         tokens: whose rows in the embedding and in the output layer are trained as well.
 
     Returns:
-        `peft.PeftModel`; its `save_pretrained` saves the adapter, and the rows of `tokens`, alone.
+        `peft.PeftModel`; its `save_pretrained` saves the adapter and the rows of `tokens`; the whole of both layers
+        if their number of tokens is not that of `base`.
 
     Raises:
         ConfigError: the prior has no such modules.
