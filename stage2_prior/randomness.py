@@ -16,9 +16,12 @@ _SECOND = -7723592293110705685  # 0x94D049BB133111EB
 def mix(x: Tensor) -> Tensor:
     """SplitMix64's output function on int64 tensors."""
     x = x + _STEP
-    x = (x ^ _shift_right(x, 30)) * _FIRST
-    x = (x ^ _shift_right(x, 27)) * _SECOND
-    return x ^ _shift_right(x, 31)
+    x ^= _shift_right(x, 30)
+    x *= _FIRST
+    x ^= _shift_right(x, 27)
+    x *= _SECOND
+    x ^= _shift_right(x, 31)
+    return x
 
 
 def uniform(*keys: Tensor) -> Tensor:
@@ -60,4 +63,6 @@ def draw_seeds(count: int, generator: torch.Generator | list[torch.Generator] | 
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    shifted = x >> bits
+    shifted &= (1 << (64 - bits)) - 1
+    return shifted

@@ -13,11 +13,13 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import Cache
 
-from stage2_prior import sample_codes
+from stage2_prior import captured_steps, sample_codes
+from stage2_prior.captured_steps import CapturedSteps
+from stage2_prior.kv_cache import PreallocatedCache
 from stage2_prior.randomness import exponential
-from stage2_prior.sampling import PreallocatedLayer, SamplingOptions, filter_logits, pick
+from stage2_prior.sampling import CodeSampler, filter_logits, pick
+from stage2_prior.sampling_options import SamplingOptions
 
 MODEL_TYPES = ["llama", "gpt2", "qwen3"]
 OPTIONS = [
@@ -26,6 +28,10 @@ OPTIONS = [
     {"guidance_scale": 0.0},
     {"temperature": 0.0},
     {"temperature": 0.0, "guidance_scale": 3.0},
+    {"guidance_scale": 3.0, "guidance_schedule": "linear"},
+    {"guidance_scale": 3.0, "guidance_schedule": "cosine", "guidance_power": 2.0, "temperature": 0.0},
+    {"guidance_scale": 3.0, "guidance_interval": (0.25, 0.7)},
+    {"guidance_scale": 3.0, "guidance_interval": (0.0, 0.5)},
     {"temperature": 0.7, "top_k": 12, "top_p": 0.9, "min_p": 0.02, "guidance_scale": 1.5},
 ]
 
@@ -36,18 +42,27 @@ def draw(prior, layout, labels, seeds, **options):
     return sample_codes(prior, prompts, nulls, seeds, layout.length, layout.num_codes, SamplingOptions(**options))
 
 
+def make_sampler(prior, layout, batch_size, compiled=False, **options):
+    return CodeSampler(prior, batch_size, 1, layout.length, layout.num_codes, SamplingOptions(**options), compiled)
+
+
+def race(seeds, position, num_codes):
+    return exponential(seeds[:, None], torch.tensor(position), torch.arange(num_codes))
+
+
 @torch.no_grad()
 def draw_naively(prior, layout, labels, seeds, **options):
     """No cache, and guidance in two passes."""
     options = SamplingOptions(**options)
+    scales = options.scales(layout.length)
     conditional = layout.class_tokens(labels)[:, None]
     unconditional = torch.full_like(conditional, layout.null_token)
     for position in range(layout.length):
         logits = prior(input_ids=conditional, use_cache=False).logits[:, -1, : layout.num_codes]
-        if options.guidance_scale != 1:
+        if scales[position] != 1:
             free = prior(input_ids=unconditional, use_cache=False).logits[:, -1, : layout.num_codes]
-            logits = free + options.guidance_scale * (logits - free)
-        code = pick(logits, seeds, position, options)[:, None]
+            logits = free + scales[position] * (logits - free)
+        code = pick(logits, race(seeds, position, layout.num_codes), options)[:, None]
         conditional, unconditional = torch.cat([conditional, code], 1), torch.cat([unconditional, code], 1)
     return conditional[:, 1:]
 
@@ -68,6 +83,31 @@ def test_codes_are_those_of_a_loop_without_cache(random_prior, layout, model_typ
     prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
     codes = draw(prior, layout, labels, seeds, **options)
     assert torch.equal(codes, draw_naively(prior, layout, labels, seeds, **options))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_steps_in_windows_choose_the_same_codes(random_prior, layout, model_type, options, monkeypatch):
+    """The steps that CUDA graphs record: what they see beyond what is written must not count."""
+    monkeypatch.setattr(captured_steps, "BUCKET", 6)
+    prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
+    sampler = make_sampler(prior, layout, 15, **options)
+    sampler.captured = CapturedSteps(sampler.step_in_window, sampler.position, compiled=False)
+    prompts = layout.class_tokens(labels)[:, None]
+    nulls = torch.full_like(prompts, layout.null_token)
+    first, again = (sampler.sample(prompts, nulls, seeds) for _ in range(2))
+    assert torch.equal(first, draw(prior, layout, labels, seeds, **options))
+    assert torch.equal(first, again)  # in memory that was used before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_compiled_step_chooses_the_same_codes(random_prior, layout, model_type):
+    prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
+    sampler = make_sampler(prior, layout, 15, compiled=True, guidance_scale=2.0, top_p=0.9)
+    prompts = layout.class_tokens(labels)[:, None]
+    codes = sampler.sample(prompts, torch.full_like(prompts, layout.null_token), seeds)
+    assert torch.equal(codes, draw(prior, layout, labels, seeds, guidance_scale=2.0, top_p=0.9))
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "top_p": 0.95}], ids=str)
@@ -163,22 +203,23 @@ def test_filters_always_keep_the_most_likely_code():
 def test_picks_follow_the_probabilities(position):
     probabilities = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
     logits = torch.from_numpy(probabilities).log().float().expand(20_000, 5)
-    codes = pick(logits, torch.arange(20_000), position, SamplingOptions())
+    numbers = race(torch.arange(20_000), position, 5)
+    codes = pick(logits, numbers, SamplingOptions())
     assert stats.chisquare(np.bincount(codes, minlength=5), probabilities * 20_000).pvalue > 1e-3
-    kept = pick(logits, torch.arange(20_000), position, SamplingOptions(top_k=3))
+    kept = pick(logits, numbers, SamplingOptions(top_k=3))
     assert stats.chisquare(np.bincount(kept), probabilities[:3] / 0.9 * 20_000).pvalue > 1e-3
 
 
 def test_picks_at_two_positions_are_independent():
     logits, seeds = torch.zeros(20_000, 4), torch.arange(20_000)
-    first, second = (pick(logits, seeds, position, SamplingOptions()) for position in (0, 1))
+    first, second = (pick(logits, race(seeds, position, 4), SamplingOptions()) for position in (0, 1))
     table = np.bincount(first * 4 + second, minlength=16).reshape(4, 4)
     assert stats.chi2_contingency(table).pvalue > 1e-3
 
 
 def test_a_pick_is_the_winner_of_its_race():
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    codes = pick(logits, torch.arange(6), 2, SamplingOptions(temperature=0.5))
+    codes = pick(logits, race(torch.arange(6), 2, 9), SamplingOptions(temperature=0.5))
     for row in range(6):
         times = [exponential(torch.tensor(row), torch.tensor(2), torch.tensor(code)) for code in range(9)]
         rates = (logits[row] / 0.5).exp()
@@ -213,10 +254,10 @@ def test_a_whole_number_as_float_is_a_top_k(random_prior, layout):
 def test_preallocated_cache_equals_dynamic_cache(random_prior, layout, model_type):
     prior = random_prior(model_type, layout)
     tokens = torch.randint(layout.num_codes, (3, 16), generator=torch.Generator().manual_seed(0))
-    preallocated, dynamic = Cache(layers=[PreallocatedLayer(16) for _ in range(2)]), DynamicCache()
+    preallocated, dynamic = PreallocatedCache(prior, 3, 16), DynamicCache()
     for start, stop in [(0, 5), *((n, n + 1) for n in range(5, 16))]:
+        preallocated.open(slice(0, 3), start, stop)
         logits = [prior(input_ids=tokens[:, start:stop], past_key_values=c).logits for c in (preallocated, dynamic)]
         assert torch.equal(*logits)
-        assert preallocated.get_seq_length() == dynamic.get_seq_length() == stop
     for mine, theirs in zip(preallocated.layers, dynamic.layers, strict=True):
         assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
