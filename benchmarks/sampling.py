@@ -9,7 +9,7 @@ The product's sampler is kept from call to call, as `VQGANPipeline` keeps it; `f
 records the step. Before anything is timed the lanes' greedy codes are compared, with guidance or without. Then all of
 them sample at temperature 1, which is what an image needs. `outside` is the share of the product's time that is not
 spent in the model's forward, and `numbers`, `choice` what of it the random numbers take, and guidance, filter and
-pick.
+pick. `--flips 256` counts images whose codes depend on the batch they were sampled in.
 """
 
 import argparse
@@ -87,6 +87,26 @@ def make_lanes(
 
         lanes |= {"tessella, compiled": tessella(True), "generate, static, compiled": generate_compiled}
     return lanes
+
+
+def flips(name: str, length: int, guidance: float, images: int) -> dict[str, Any]:
+    """How many images are not, code by code, those of batches of 64 when they are sampled in others."""
+    prior, layout = make_prior(name, length)
+    prompts, nulls = prompts_of(layout, images)
+
+    def sampled(size: int) -> Tensor:
+        options = SamplingOptions(guidance_scale=guidance)
+        sampler = CodeSampler(prior, size, 1, layout.length, layout.num_codes, options)
+        starts = [min(start, images - size) for start in range(0, images, size)]
+        codes = torch.empty(images, layout.length, dtype=torch.int64)
+        for start in starts:
+            rows = slice(start, start + size)
+            codes[rows] = sampler.sample(prompts[rows], nulls[rows], torch.arange(images)[rows])
+        return codes
+
+    expected = sampled(64)
+    different = {f"batch {size}": int((sampled(size) != expected).any(1).sum()) for size in (7, 1)}
+    return {"prior": name, "codes": length, "guidance": guidance, "images": images, **different}
 
 
 def shares(prior: PreTrainedModel, layout: TokenLayout, batch: int, guidance: float) -> dict[str, float]:
@@ -170,15 +190,23 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, GUIDANCE])
+    parser.add_argument("--flips", type=int, default=0, help="images to sample at batch 64, 7 and 1, and compare")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--output", default="runs/benchmarks/sampling.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     where, speed = environment(), machine_speed()
+    flipped = []
+    if args.flips:
+        flipped = [flips(n, c, g, args.flips) for n in args.priors for c in args.lengths for g in args.guidance]
+        print("images that are not, code by code, those of batches of 64:")
+        print(table(flipped))
     settings = [(n, c, b, g) for n in args.priors for c in args.lengths for b in args.batches for g in args.guidance]
     rows = [row for setting in settings for row in measure(*setting, args.rounds, args.compiled)]
     print(table([shown(row) for row in rows]))
-    write(args.output, {"environment": where, "threads": args.threads, "machine": speed, "rows": rows})
+    write(
+        args.output, {"environment": where, "threads": args.threads, "machine": speed, "flips": flipped, "rows": rows}
+    )
 
 
 if __name__ == "__main__":

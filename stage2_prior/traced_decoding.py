@@ -7,6 +7,7 @@ tensors to it.
 
 import copy
 import logging
+import textwrap
 import warnings
 from collections.abc import Callable
 
@@ -39,24 +40,28 @@ def trace_decoding(
         position: the next to be written.
 
     Returns:
-        `decode(tokens, position)`: logits of what follows int64 `tokens` `(rows, 1)` at `position` `(1,)`. None if the
-        recording does not give what the model gives, which depends on the position in another way then.
+        `decode(tokens, position)`: logits of what follows int64 `tokens` `(rows, 1)` at `position` `(1,)`. None, with a
+        warning, if the model cannot be recorded, or decodes otherwise at another position.
     """
-    model = without_gradients(prior, rows.stop - rows.start)
-
-    def decode(tokens: Tensor, position: Tensor) -> Tensor:
-        opened = cache.open_window(rows, position, position + 1)  # type: ignore[arg-type]
-        return forward(model, tokens, opened, position_ids=position[None], attention_mask=opened.mask)
-
     tokens = torch.zeros(rows.stop - rows.start, 1, dtype=torch.int64)
     here, last = torch.tensor([position]), torch.tensor([cache.length - 1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a recording that may not hold elsewhere: that is tried
-        traced = torch.jit.trace(decode, (tokens, last), check_trace=False)
     expected = forward(prior, tokens, cache.open(rows, position, position + 1))
-    if torch.allclose(traced(tokens, here), expected, rtol=1e-3, atol=1e-3 * float(expected.std())):
-        return traced
-    logger.warning("a %s decodes otherwise when it is recorded; it is sampled without", prior.config.model_type)
+    try:
+        model = without_gradients(prior, len(tokens))
+
+        def decode(tokens: Tensor, position: Tensor) -> Tensor:
+            opened = cache.open_window(rows, position, position + 1)  # type: ignore[arg-type]
+            return forward(model, tokens, opened, position_ids=position[None], attention_mask=opened.mask)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a recording that may not hold elsewhere: that is tried
+            traced = torch.jit.trace(decode, (tokens, last), check_trace=False)
+        if torch.allclose(traced(tokens, here), expected, rtol=1e-3, atol=1e-3 * float(expected.std())):
+            return traced
+        reason = "what was recorded at one position does not hold at another"
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+    logger.warning("the steps of a %s cannot be recorded and take longer: %s", prior.config.model_type, reason)
     return None
 
 

@@ -1,6 +1,9 @@
 """The sampler against transformers' own generation, against a loop without a cache, and against itself in other
 batches."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -115,12 +118,17 @@ def test_a_compiled_step_chooses_the_same_codes(random_prior, layout, model_type
 def test_an_image_does_not_depend_on_its_batch(random_prior, layout, model_type, options):
     prior, labels = random_prior(model_type, layout), torch.arange(64) % 5
     seeds = torch.randint(2**62, (64,), generator=torch.Generator().manual_seed(0))
-    together = draw(prior, layout, labels, seeds, **options)
-    for size, rows in [(7, torch.arange(64)), (1, torch.arange(0, 64, 8))]:
-        parts = [draw(prior, layout, labels[part], seeds[part], **options) for part in rows.split(size)]
-        assert torch.equal(torch.cat(parts), together[rows])
-    backwards = draw(prior, layout, labels.flip(0), seeds.flip(0), **options)
-    assert torch.equal(backwards.flip(0), together)
+    prompts = layout.class_tokens(labels)[:, None]
+    nulls = torch.full_like(prompts, layout.null_token)
+
+    def in_batches(size, rows):
+        sampler = make_sampler(prior, layout, size, **options)
+        return torch.cat([sampler.sample(prompts[part], nulls[part], seeds[part]) for part in rows.split(size)])
+
+    together = in_batches(64, torch.arange(64))
+    for size, rows in [(7, torch.arange(63)), (1, torch.arange(0, 64, 8))]:
+        assert torch.equal(in_batches(size, rows), together[rows])
+    assert torch.equal(in_batches(64, torch.arange(64).flip(0)).flip(0), together)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
@@ -208,6 +216,93 @@ def test_picks_follow_the_probabilities(position):
     assert stats.chisquare(np.bincount(codes, minlength=5), probabilities * 20_000).pvalue > 1e-3
     kept = pick(logits, numbers, SamplingOptions(top_k=3))
     assert stats.chisquare(np.bincount(kept), probabilities[:3] / 0.9 * 20_000).pvalue > 1e-3
+
+
+def filtered_naively(probabilities, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """One filter after another over a sorted list; probabilities of the codes, those left out 0."""
+    scaled = probabilities ** (1 / temperature)
+    left = [(p, code) for code, p in enumerate(scaled / scaled.sum())]
+    left.sort(reverse=True)
+    if top_k:
+        left = left[:top_k]
+    if top_p < 1:
+        total, kept, so_far = sum(p for p, _ in left), [], 0.0
+        for p, code in left:
+            if so_far < top_p:
+                kept.append((p, code))
+            so_far += p / total
+        left = kept
+    left = [(p, code) for p, code in left if p >= min_p * left[0][0]]
+    result = np.zeros(len(probabilities))
+    for p, code in left:
+        result[code] = p
+    return result / result.sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0},
+        {"top_k": 4},
+        {"top_p": 0.8},
+        {"min_p": 0.15},
+        {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_draws_have_the_distribution_of_a_naive_filter(options):
+    probabilities = np.random.default_rng(0).dirichlet(np.full(12, 0.8))
+    logits = torch.from_numpy(probabilities).log().float().expand(50_000, 12)
+    codes = pick(logits, race(torch.arange(50_000), 3, 12), SamplingOptions(**options))
+    expected, counts = filtered_naively(probabilities, **options), np.bincount(codes, minlength=12)
+    assert counts[expected == 0].sum() == 0
+    assert stats.chisquare(counts[expected > 0], expected[expected > 0] * 50_000).pvalue > 1e-3
+
+
+def test_guided_draws_have_the_distribution_of_the_guided_logits(random_prior, layout):
+    """The first code of many images, through everything that is between a prompt and a code."""
+    prior = random_prior("llama", layout)
+    with torch.no_grad():
+        tokens = torch.tensor([[layout.num_codes + 1], [layout.null_token]])
+        logits = prior(input_ids=tokens).logits[:, -1, : layout.num_codes].double()
+    expected = (logits[1] + 1.7 * (logits[0] - logits[1])).softmax(-1).numpy()
+    labels = torch.ones(20_000, dtype=torch.int64)
+    prompts = layout.class_tokens(labels)[:, None]
+    sampler = CodeSampler(prior, 20_000, 1, 1, layout.num_codes, SamplingOptions(guidance_scale=1.7))
+    codes = sampler.sample(prompts, torch.full_like(prompts, layout.null_token), torch.arange(20_000))
+    often = expected * 20_000 > 5
+    counts = np.bincount(codes[:, 0], minlength=layout.num_codes)
+    pooled = [[*values[often], values[~often].sum()] for values in (counts, expected * 20_000)]
+    assert stats.chisquare(*pooled).pvalue > 1e-3
+
+
+TWO_PROCESSES = """
+import sys, torch
+from pipelines import VQGANPipeline
+folder, rank, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+pipeline = VQGANPipeline.from_pretrained(folder)
+numbers = range(rank, 64, 2)
+generators = [torch.Generator().manual_seed(n) for n in numbers]
+labels = [n % 10 for n in numbers]
+torch.save(pipeline.generate(labels, guidance_scale=2.0, generator=generators, output_type="codes").codes, out)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_images_of_one(tiny_runs, tiny_pipeline, tmp_path):
+    files = [tmp_path / f"{rank}.pt" for rank in range(2)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(tiny_runs.pipeline), str(rank), str(file)])
+        for rank, file in enumerate(files)
+    ]
+    generators = [torch.Generator().manual_seed(n) for n in range(64)]
+    labels = [n % 10 for n in range(64)]
+    expected = tiny_pipeline.generate(labels, guidance_scale=2.0, generator=generators, output_type="codes").codes
+    assert [process.wait() for process in started] == [0, 0]
+    for rank, file in enumerate(files):
+        assert torch.equal(torch.load(file, weights_only=True), expected[rank::2])
 
 
 def test_picks_at_two_positions_are_independent():
