@@ -25,11 +25,13 @@ from transformers.utils import ModelOutput
 
 from pipelines.model_card import model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, is_repo_id
-from stage2_prior import TokenLayout, draw_seeds, sample_codes
-from stage2_prior.sampling import SamplingOptions
+from stage2_prior import CodeSampler, GuidanceSchedule, SamplingOptions, TokenLayout, batch_size_that_fits, draw_seeds
 
 INDEX_NAME = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+
+# Pixels decoded at once; each needs a kilobyte or so for the widest layers.
+PIXELS_AT_ONCE = 2**22
 
 
 @dataclass
@@ -74,6 +76,8 @@ class VQGANPipeline:
         self.vqgan, self.prior = vqgan.eval(), prior.eval()
         self.image_processor, self.layout = image_processor, layout
         self._progress_bar: dict[str, Any] = {}
+        self._compiled = False
+        self._sampler: CodeSampler | None = None  # of the last batch; the next is often like it
 
     # ------------------------------------------------------------------ components and devices
 
@@ -112,6 +116,11 @@ class VQGANPipeline:
         """Options of the progress bar, as tqdm takes them; `disable=True` hides it."""
         self._progress_bar = kwargs
 
+    def compile(self) -> None:
+        """Lets torch.compile make the sampling step. The first images after it take a minute more, those that follow
+        are faster, as long as batch size and options stay the same."""
+        self._compiled = True
+
     # ------------------------------------------------------------------ images
 
     @torch.no_grad()
@@ -121,13 +130,16 @@ class VQGANPipeline:
         num_images: int | None = None,
         num_images_per_label: int = 1,
         guidance_scale: float = 1.0,
+        guidance_schedule: GuidanceSchedule = "constant",
+        guidance_power: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
-        batch_size: int = 64,
+        batch_size: int | None = None,
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
     ) -> VQGANPipelineOutput:
         """Generates images.
@@ -137,6 +149,10 @@ class VQGANPipeline:
             num_images: how many, without class labels (default 1).
             num_images_per_label: how many for each class label; images of one label follow one another.
             guidance_scale: how strongly the class is followed; 1.0 is off, 1.5 to 3 is usual.
+            guidance_schedule: "constant"; or "linear" or "cosine", from no guidance at the first code towards
+                guidance_scale at the last, which keeps images more varied.
+            guidance_power: of these; above 1 guidance sets in later.
+            guidance_interval: the part of an image's codes that is guided, (0.0, 1.0) is all; the rest costs half.
             temperature: below 1.0 more typical, above more varied images; 0.0 always takes the most likely code.
             top_k: sample among the k most likely codes; 0 is all.
             top_p: sample among the most likely codes that together have this probability.
@@ -144,7 +160,7 @@ class VQGANPipeline:
             generator: one generator, which draws a seed for each image, or a list with one for each image. An image
                 depends only on its seed, its label and the options, not on the other images (in float32).
             output_type: "pil", "np" (N, H, W, C), "pt" (N, C, H, W), both in [0, 1], or "codes" (nothing is decoded).
-            batch_size: images sampled and decoded at once.
+            batch_size: images sampled at once; by default as many as fit the memory, at most 64 on a CPU, 256 on CUDA.
             callback_on_step_end: called after each position with its index and the codes chosen there.
 
         Returns:
@@ -155,9 +171,17 @@ class VQGANPipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: received {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}")
-        _check_count("batch_size", batch_size)
+        if batch_size is not None:
+            _check_count("batch_size", batch_size)
         options = SamplingOptions(
-            guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            guidance_power=guidance_power,
+            guidance_interval=guidance_interval,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
         )
         self._check_conditions(options, has_labels=class_labels is not None)
         prompts = self._prompts(class_labels, num_images, num_images_per_label)
@@ -166,7 +190,8 @@ class VQGANPipeline:
         for batch in self._sample(prompts, seeds, options, batch_size, callback_on_step_end):
             codes.append(batch)
             if output_type != "codes":
-                images.append(self.decode(batch, output_type))
+                pixels = self.layout.pixels
+                images += [self.decode(part, output_type) for part in batch.split(max(1, PIXELS_AT_ONCE // pixels))]
         return VQGANPipelineOutput(images=_join(images, output_type), codes=torch.cat(codes))
 
     __call__ = generate
@@ -288,33 +313,39 @@ class VQGANPipeline:
         prompts: Tensor,
         seeds: Tensor,
         options: SamplingOptions,
-        batch_size: int,
+        batch_size: int | None,
         callback_on_step_end: Callable[[int, Tensor], None] | None,
     ) -> Iterator[Tensor]:
         """Codes int64 `(n, h, w)` of one batch of images after another, with a progress bar over all."""
-        null = torch.full_like(prompts, self.layout.null_token)
-        starts = range(0, len(prompts), batch_size)
-        total = len(starts) * self.layout.length
-        with tqdm(total=total, **{"desc": "sampling", "unit": "code", **self._progress_bar}) as bar:
+        length = self.layout.length
+        if batch_size is None:
+            batch_size = batch_size_that_fits(self.prior, length, options.guided)
+        batches = -(-len(prompts) // batch_size)
+        batch_size = -(-len(prompts) // batches)  # all as large as each other, but for an image
+        sampler = self._sampler_for(batch_size, options)
+        with tqdm(total=batches * length, **{"desc": "sampling", "unit": "code", **self._progress_bar}) as bar:
+            for rows in torch.arange(len(prompts)).split(batch_size):
+                count = len(rows)
+                rows = torch.cat([rows, rows[-1:].expand(batch_size - count)])  # steps were recorded for this many
 
-            def on_step(position: int, chosen: Tensor) -> None:
-                bar.update()
-                if callback_on_step_end is not None:
-                    callback_on_step_end(position, chosen)
+                def on_step(position: int, chosen: Tensor, count: int = count) -> None:
+                    bar.update()
+                    if callback_on_step_end is not None:
+                        callback_on_step_end(position, chosen[:count])
 
-            for start in starts:
-                rows = slice(start, start + batch_size)
-                codes = sample_codes(
-                    self.prior,
-                    prompts[rows],
-                    null[rows],
-                    seeds[rows],
-                    self.layout.length,
-                    self.layout.num_codes,
-                    options,
-                    on_step,
-                )
-                yield codes.view(-1, *self.layout.grid)
+                labels = prompts[rows]
+                codes = sampler.sample(labels, torch.full_like(labels, self.layout.null_token), seeds[rows], on_step)
+                yield codes[:count].view(-1, *self.layout.grid)
+
+    def _sampler_for(self, batch_size: int, options: SamplingOptions) -> CodeSampler:
+        """That of the last call if it serves."""
+        if self._sampler is not None and self._sampler.serves(self.prior, batch_size, options, self._compiled):
+            return self._sampler
+        self._sampler = None  # its memory is free for the next
+        layout = self.layout
+        sampler = CodeSampler(self.prior, batch_size, 1, layout.length, layout.num_codes, options, self._compiled)
+        self._sampler = sampler
+        return sampler
 
     def _check_conditions(self, options: SamplingOptions, has_labels: bool) -> None:
         """Whether the prior can do what is asked: guidance and images of no class need the null token."""

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from configs import ConfigError, Problem
 from stage1_vqgan import is_repo_id
 from stage2_prior.adapters import base_of_adapter, merge_adapter
-from stage2_prior.sampling import forward, make_cache
+from stage2_prior.kv_cache import PreallocatedCache
+from stage2_prior.sampling import forward
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
 from stage2_prior.vocabulary import TokenLayout
 
@@ -70,8 +71,9 @@ def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
         return True
     try:
         whole = prior(input_ids=tokens).logits.float()
-        cache = make_cache(prior, tokens.shape[1])
-        steps = torch.stack([forward(prior, token, cache) for token in tokens.split(1, dim=1)], 1)
+        cache, row = PreallocatedCache(prior, 1, tokens.shape[1]), slice(0, 1)
+        one_by_one = enumerate(tokens.split(1, dim=1))
+        steps = torch.stack([forward(prior, token, cache.open(row, n, n + 1)) for n, token in one_by_one], 1)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     finally:

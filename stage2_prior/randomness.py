@@ -22,9 +22,12 @@ _SECOND = -7723592293110705685  # 0x94D049BB133111EB
 def mix(x: Numbers) -> Numbers:
     """SplitMix64's output function on int64 tensors or arrays."""
     x = x + _STEP
-    x = (x ^ _shift_right(x, 30)) * _FIRST
-    x = (x ^ _shift_right(x, 27)) * _SECOND
-    return x ^ _shift_right(x, 31)
+    x ^= _shift_right(x, 30)
+    x *= _FIRST
+    x ^= _shift_right(x, 27)
+    x *= _SECOND
+    x ^= _shift_right(x, 31)
+    return x
 
 
 def uniform(*keys: Numbers) -> Numbers:
@@ -68,4 +71,6 @@ def draw_seeds(count: int, generator: torch.Generator | list[torch.Generator] | 
 
 
 def _shift_right(x: Numbers, bits: int) -> Numbers:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    shifted = x >> bits
+    shifted &= (1 << (64 - bits)) - 1
+    return shifted

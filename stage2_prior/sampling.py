@@ -1,96 +1,28 @@
-"""Sampling codes from a prior: prefill, then guide, filter, pick and decode one code at a time.
+"""Sampling codes from a prior: prefill, then decode one, guide, filter and pick for one position after another.
 
 Shape letters: B images, P prompt length, L codes of an image, K codebook size.
 """
 
-import math
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 
+from stage2_prior.captured_steps import CapturedSteps
+from stage2_prior.kv_cache import PreallocatedCache
+from stage2_prior.prior_state import state_of
 from stage2_prior.randomness import exponential
+from stage2_prior.sampling_options import SamplingOptions
+from stage2_prior.traced_decoding import Decode, trace_decoding
+
+# Random numbers made at once, where there is no step to capture: a call for a few would cost more than they do.
+NUMBERS_AT_ONCE = 2**16
+
+OnStep = Callable[[int, Tensor], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How codes are chosen.
-
-    Args:
-        guidance_scale: s in u + s·(c - u) on the logits; 1.0 is no guidance.
-        temperature: divides the logits; 0.0 is greedy.
-        top_k: only the k most likely codes; 0 is all.
-        top_p: only the most likely codes whose probabilities sum to p.
-        min_p: only codes at least min_p times as likely as the most likely one.
-
-    Raises:
-        ValueError: a value is out of range.
-
-    Source: guidance, Ho and Salimans 2022, "Classifier-free diffusion guidance", on the logits as in Chang et al. 2023,
-    "Muse", section 2.7; top-p, Holtzman et al. 2020; min-p, Nguyen et al. 2024. The order is that of transformers.
-    """
-
-    guidance_scale: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "guidance_scale": (lambda value: value >= 0, "a number from 0 up (1.0 is no guidance)"),
-            "temperature": (lambda value: value >= 0, "a number from 0 up (0.0 is greedy)"),
-            "top_k": (lambda value: value >= 0 and value % 1 == 0, "a whole number from 0 up (0 is all)"),
-            "top_p": (lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
-            "min_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-        }
-        for name, (holds, allowed) in ranges.items():
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not math.isfinite(value) or not holds(value):
-                raise ValueError(f"{name}: received {value!r}; allowed is {allowed}")
-        object.__setattr__(self, "top_k", int(self.top_k))
-
-    @property
-    def guided(self) -> bool:
-        """Whether unconditional rows are needed."""
-        return self.guidance_scale != 1.0
-
-
-class PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer in buffers of the final length; attention sees exactly what has been written."""
-
-    def __init__(self, length: int):
-        super().__init__()
-        self.length = length
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.buffers = [x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states)]
-        self.keys, self.values = (buffer[:, :, :0] for buffer in self.buffers)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        stop = start + key_states.shape[2]
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:stop] = states
-        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
-        return self.keys, self.values
-
-
-def make_cache(prior: PreTrainedModel, length: int) -> Cache:
-    """An empty cache for sequences of up to `length` tokens."""
-    return Cache(layers=[PreallocatedLayer(length) for _ in range(prior.config.num_hidden_layers)])
-
-
-@torch.inference_mode()
 def sample_codes(
     prior: PreTrainedModel,
     prompts: Tensor,
@@ -99,12 +31,9 @@ def sample_codes(
     length: int,
     num_codes: int,
     options: SamplingOptions,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
-    """Samples the codes of a batch of images.
-
-    The random number of an image at a position depends only on (its seed, position, code), so an image does not
-    depend on the batch it is sampled in.
+    """Samples the codes of a batch of images; see [`CodeSampler`].
 
     Args:
         prior: causal language model.
@@ -119,32 +48,165 @@ def sample_codes(
     Returns:
         int64 `(B, L)`.
     """
-    rows = torch.cat([prompts, null_prompts]) if options.guided else prompts
-    codes = torch.empty(len(prompts), length, dtype=torch.int64, device=prompts.device)
-    cache = make_cache(prior, prompts.shape[1] + length)
-    logits = forward(prior, rows, cache)
-    for position in range(length):
-        code = pick(guide(logits[:, :num_codes], options), seeds, position, options)
-        codes[:, position] = code
-        if on_step is not None:
-            on_step(position, code)
-        if position + 1 < length:
-            logits = forward(prior, (code.repeat(2) if options.guided else code)[:, None], cache)
-    return codes
+    batch_size, prompt_length = prompts.shape
+    sampler = CodeSampler(prior, batch_size, prompt_length, length, num_codes, options)
+    return sampler.sample(prompts, null_prompts, seeds, on_step)
 
 
-def forward(prior: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
-    """float32 logits `(rows, V)` of the token that follows int64 `tokens` `(rows, n)`; their keys and values are added
-    to the cache."""
-    return prior(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+class CodeSampler:
+    """Samples batch after batch of one size, in the same memory and with the same recorded steps.
+
+    On CUDA forward, guidance, filter and pick of a position are one CUDA graph; on a CPU the forward is traced. Both
+    are recorded at first use; `serves` tells whether they still hold.
+
+    The random number of an image at a position depends only on (its seed, position, code), so an image does not
+    depend on the batch it is sampled in. Nothing waits for the device: what is chosen stays there.
+
+    With guidance the unconditional rows follow the conditional ones in one doubled batch, at the positions that are
+    guided; where guidance sets in later, they then read all codes so far at once.
+
+    Args:
+        prior: causal language model.
+        batch_size: B.
+        prompt_length: P.
+        length: L.
+        num_codes: K; only tokens below it are ever chosen.
+        options: how codes are chosen.
+        compiled: whether torch.compile makes the step; it then has the same shapes for many positions.
+
+    Raises:
+        ValueError: the step of such a model cannot be compiled.
+    """
+
+    def __init__(
+        self,
+        prior: PreTrainedModel,
+        batch_size: int,
+        prompt_length: int,
+        length: int,
+        num_codes: int,
+        options: SamplingOptions,
+        compiled: bool = False,
+    ):
+        if compiled and not takes_windows(prior):
+            raise ValueError(
+                f"compiled: a {prior.config.model_type} takes no position_ids, its step cannot be compiled"
+            )
+        self.prior, self.options, self.compiled = prior, options, compiled
+        self.prior_state = state_of(prior)
+        self.batch_size, self.prompt_length, self.length, self.num_codes = batch_size, prompt_length, length, num_codes
+        scales = options.scales(length)
+        guided = [position for position, scale in enumerate(scales) if scale != 1.0]
+        self.guided = range(guided[0], guided[-1] + 1) if guided else range(0)
+        device = prior.device
+        self.scales = torch.tensor(scales, device=device)
+        # the last code is chosen, but not read any more
+        self.cache = PreallocatedCache(prior, batch_size * (2 if guided else 1), prompt_length + length - 1)
+        self.seeds = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.codes = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the code to be chosen
+        self.code_numbers = torch.arange(num_codes, device=device)
+        self.races: Tensor | None = None
+        self.captured: CapturedSteps | None = None
+        if compiled or (device.type == "cuda" and takes_windows(prior)):
+            self.captured = CapturedSteps(self.step_in_window, self.position, compiled)
+        self.traces = device.type == "cpu" and takes_windows(prior)
+        self.traced: dict[int, Decode | None] = {}
+
+    def serves(self, prior: PreTrainedModel, batch_size: int, options: SamplingOptions, compiled: bool) -> bool:
+        """Whether it samples such batches, and the prior is still what it was when its steps were recorded."""
+        asked = (self.batch_size, self.options, self.compiled) == (batch_size, options, compiled)
+        return asked and self.prior is prior and self.prior_state == state_of(prior)
+
+    @torch.inference_mode()
+    def sample(self, prompts: Tensor, null_prompts: Tensor, seeds: Tensor, on_step: OnStep | None = None) -> Tensor:
+        """Codes int64 `(B, L)`; see [`sample_codes`]."""
+        self.seeds.copy_(seeds)
+        self.position.zero_()
+        for position in range(self.length):
+            if position == 0:
+                both = position in self.guided
+                rows = torch.cat([prompts, null_prompts]) if both else prompts
+                self.choose(self.prefill(rows), self.race(position))
+            elif position == self.guided.start:  # guidance sets in
+                so_far = torch.cat([null_prompts, self.codes[:, :position]], 1)
+                logits = torch.cat([self.decode_one(1, position), self.prefill(so_far, self.batch_size)])
+                self.choose(logits, self.race(position))
+            elif self.captured is not None:
+                self.captured.run(self.copies(position), self.prompt_length + position, self.cache.length)
+            else:
+                self.choose(self.decode_one(self.copies(position), position), self.race(position))
+            if on_step is not None:
+                on_step(position, self.codes[:, position])
+        return self.codes.clone()
+
+    def copies(self, position: int) -> int:
+        """2 where the unconditional rows are needed, else 1."""
+        return 2 if position in self.guided else 1
+
+    def prefill(self, tokens: Tensor, first_row: int = 0) -> Tensor:
+        """Logits `(rows, V)` of what follows int64 `tokens` `(rows, n)`, the first of their sequences."""
+        rows = slice(first_row, first_row + len(tokens))
+        return forward(self.prior, tokens, self.cache.open(rows, 0, tokens.shape[1]))
+
+    def decode_one(self, copies: int, position: int) -> Tensor:
+        """Logits `(copies · B, V)` of the code at a position, from the one before it."""
+        last = self.prompt_length + position - 1
+        rows = slice(0, copies * self.batch_size)
+        if self.traces and copies not in self.traced:
+            self.traced[copies] = trace_decoding(self.prior, forward, self.cache, rows, last)
+        traced = self.traced.get(copies)
+        if traced is not None:
+            return traced(self.last_codes(copies), self.position + (self.prompt_length - 1))
+        return forward(self.prior, self.last_codes(copies), self.cache.open(rows, last, last + 1))
+
+    def step_in_window(self, copies: int, window: int) -> None:
+        """The same and all that follows from it, without a number of the host in it: every position until the window
+        is full takes the same operations."""
+        last = self.position + (self.prompt_length - 1)
+        cache = self.cache.open_window(slice(0, copies * self.batch_size), last, window)
+        logits = forward(self.prior, self.last_codes(copies), cache, position_ids=last[None], attention_mask=cache.mask)
+        self.choose(logits, exponential(self.seeds[:, None], self.position, self.code_numbers))
+
+    def choose(self, logits: Tensor, race: Tensor) -> None:
+        """Writes down the code of a position, and goes on to the next."""
+        logits = logits[:, : self.num_codes]
+        if len(logits) > self.batch_size:
+            logits = guide(logits, self.scales[self.position])
+        self.codes.index_copy_(1, self.position, pick(logits, race, self.options)[:, None])
+        self.position += 1
+
+    def last_codes(self, copies: int) -> Tensor:
+        """int64 `(copies · B, 1)`."""
+        return self.codes.index_select(1, self.position - 1).repeat(copies, 1)
+
+    def race(self, position: int) -> Tensor:
+        """Exponential random numbers `(B, K)` of a position; for small batches those of many positions are made at
+        once."""
+        block = max(1, NUMBERS_AT_ONCE // (self.batch_size * self.num_codes))
+        if position % block == 0:
+            positions = torch.arange(position, min(position + block, self.length), device=self.seeds.device)
+            self.races = exponential(self.seeds[:, None], positions[:, None, None], self.code_numbers)
+        assert self.races is not None, "positions are taken in order"
+        return self.races[position % block]
 
 
-def guide(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """u + s·(c - u), from logits `(2B, K)` whose second half is unconditional; unguided, the logits themselves."""
-    if not options.guided:
-        return logits
+def forward(prior: PreTrainedModel, tokens: Tensor, cache: PreallocatedCache, **inputs: Tensor) -> Tensor:
+    """float32 logits `(rows, V)` of the token that follows int64 `tokens` `(rows, n)`; their keys and values are
+    written where the cache is open."""
+    out = prior(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
+    return out.logits[:, -1].float()
+
+
+def takes_windows(prior: PreTrainedModel) -> bool:
+    """Whether a model can be told what it sees and where it is, and need not derive it from its cache."""
+    return {"attention_mask", "position_ids"} <= inspect.signature(prior.forward).parameters.keys()
+
+
+def guide(logits: Tensor, scale: Tensor | float) -> Tensor:
+    """u + s·(c - u), from logits `(2B, K)` whose second half is unconditional."""
     conditional, unconditional = logits.chunk(2)
-    return unconditional + options.guidance_scale * (conditional - unconditional)
+    return unconditional + scale * (conditional - unconditional)
 
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
@@ -161,17 +223,13 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
         keep = probabilities.cumsum(-1) - probabilities < options.top_p
         logits = logits.where(torch.zeros_like(keep).scatter(1, order, keep), -torch.inf)
     if options.min_p > 0:
-        logits = logits.where(
-            logits.softmax(-1) >= options.min_p * logits.softmax(-1).amax(-1, keepdim=True), -torch.inf
-        )
+        probabilities = logits.softmax(-1)
+        logits = logits.where(probabilities >= options.min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
     return logits
 
 
-def pick(logits: Tensor, seeds: Tensor, position: int, options: SamplingOptions) -> Tensor:
+def pick(logits: Tensor, race: Tensor, options: SamplingOptions) -> Tensor:
     """Draws one code `(B,)` from logits `(B, K)` by an exponential race: argmax of p / e, e ~ Exp(1), draws from p."""
     if options.temperature == 0:
         return logits.argmax(-1)
-    probabilities = filter_logits(logits, options).softmax(-1)
-    codes = torch.arange(logits.shape[1], device=logits.device)
-    race = exponential(seeds[:, None], torch.full_like(codes, position), codes)
-    return (probabilities / race).argmax(-1)
+    return (filter_logits(logits, options).softmax(-1) / race).argmax(-1)

@@ -20,6 +20,13 @@ GENERATE = {
     "guidance of nothing": ({"guidance_scale": 2.0}, "guidance_scale: received 2.0; without class_labels"),
     "guidance NaN": ({"class_labels": 1, "guidance_scale": float("nan")}, "guidance_scale: received nan; allowed is"),
     "guidance negative": ({"class_labels": 1, "guidance_scale": -1.0}, "guidance_scale: received -1.0; allowed is"),
+    "guidance schedule": (
+        {"guidance_schedule": "cosin"},
+        "guidance_schedule: received 'cosin'; allowed are",
+    ),
+    "guidance power": ({"guidance_power": 0}, "guidance_power: received 0; allowed is a number above 0"),
+    "guidance interval that ends first": ({"guidance_interval": (0.5, 0.2)}, "guidance_interval: received (0.5, 0.2)"),
+    "guidance interval of one end": ({"guidance_interval": 0.5}, "guidance_interval: received 0.5; allowed are two"),
     "temperature NaN": ({"temperature": float("nan")}, "temperature: received nan; allowed is a number from 0 up"),
     "temperature infinite": ({"temperature": float("inf")}, "temperature: received inf"),
     "temperature negative": ({"temperature": -0.1}, "temperature: received -0.1"),

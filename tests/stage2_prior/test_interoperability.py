@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from stage2_prior import sample_codes
-from stage2_prior.sampling import SamplingOptions
+from stage2_prior import SamplingOptions, sample_codes
 from tests.conftest import RANDOM_PRIORS
 
 # Every argument is a folder that holds a prior in its folder "prior", and the token of a class.

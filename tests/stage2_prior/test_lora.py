@@ -73,6 +73,7 @@ def test_a_run_leaves_an_adapter_and_pipelines_have_it(make_config, tiny_runs, t
     assert not (tmp_path / "merged" / "prior" / "adapter_config.json").exists()  # needs neither peft nor the base
     # transformers' own way, and a folder in which the prior is an adapter
     loaded = VQGANPipeline.from_pretrained(tiny_runs.pipeline)
+    assert torch.equal(codes_of(loaded), codes_of(tiny_pipeline))
     loaded.prior.load_adapter(run)
     assert torch.equal(codes_of(loaded), expected)
     shutil.copytree(tiny_runs.pipeline, tmp_path / "kept", ignore=shutil.ignore_patterns("prior"))

@@ -1,6 +1,9 @@
 """The sampler against transformers' own generation, against a loop without a cache, and against itself in other
 batches."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +16,13 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import Cache
 
-from stage2_prior import sample_codes
+from stage2_prior import captured_steps, sample_codes
+from stage2_prior.captured_steps import CapturedSteps
+from stage2_prior.kv_cache import PreallocatedCache
 from stage2_prior.randomness import exponential
-from stage2_prior.sampling import PreallocatedLayer, SamplingOptions, filter_logits, pick
+from stage2_prior.sampling import CodeSampler, filter_logits, pick
+from stage2_prior.sampling_options import SamplingOptions
 
 MODEL_TYPES = ["llama", "gpt2", "qwen3"]
 OPTIONS = [
@@ -26,6 +31,10 @@ OPTIONS = [
     {"guidance_scale": 0.0},
     {"temperature": 0.0},
     {"temperature": 0.0, "guidance_scale": 3.0},
+    {"guidance_scale": 3.0, "guidance_schedule": "linear"},
+    {"guidance_scale": 3.0, "guidance_schedule": "cosine", "guidance_power": 2.0, "temperature": 0.0},
+    {"guidance_scale": 3.0, "guidance_interval": (0.25, 0.7)},
+    {"guidance_scale": 3.0, "guidance_interval": (0.0, 0.5)},
     {"temperature": 0.7, "top_k": 12, "top_p": 0.9, "min_p": 0.02, "guidance_scale": 1.5},
 ]
 
@@ -36,18 +45,27 @@ def draw(prior, layout, labels, seeds, **options):
     return sample_codes(prior, prompts, nulls, seeds, layout.length, layout.num_codes, SamplingOptions(**options))
 
 
+def make_sampler(prior, layout, batch_size, compiled=False, **options):
+    return CodeSampler(prior, batch_size, 1, layout.length, layout.num_codes, SamplingOptions(**options), compiled)
+
+
+def race(seeds, position, num_codes):
+    return exponential(seeds[:, None], torch.tensor(position), torch.arange(num_codes))
+
+
 @torch.no_grad()
 def draw_naively(prior, layout, labels, seeds, **options):
     """No cache, and guidance in two passes."""
     options = SamplingOptions(**options)
+    scales = options.scales(layout.length)
     conditional = layout.class_tokens(labels)[:, None]
     unconditional = torch.full_like(conditional, layout.null_token)
     for position in range(layout.length):
         logits = prior(input_ids=conditional, use_cache=False).logits[:, -1, : layout.num_codes]
-        if options.guidance_scale != 1:
+        if scales[position] != 1:
             free = prior(input_ids=unconditional, use_cache=False).logits[:, -1, : layout.num_codes]
-            logits = free + options.guidance_scale * (logits - free)
-        code = pick(logits, seeds, position, options)[:, None]
+            logits = free + scales[position] * (logits - free)
+        code = pick(logits, race(seeds, position, layout.num_codes), options)[:, None]
         conditional, unconditional = torch.cat([conditional, code], 1), torch.cat([unconditional, code], 1)
     return conditional[:, 1:]
 
@@ -70,17 +88,47 @@ def test_codes_are_those_of_a_loop_without_cache(random_prior, layout, model_typ
     assert torch.equal(codes, draw_naively(prior, layout, labels, seeds, **options))
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_steps_in_windows_choose_the_same_codes(random_prior, layout, model_type, options, monkeypatch):
+    """The steps that CUDA graphs record: what they see beyond what is written must not count."""
+    monkeypatch.setattr(captured_steps, "BUCKET", 6)
+    prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
+    sampler = make_sampler(prior, layout, 15, **options)
+    sampler.captured = CapturedSteps(sampler.step_in_window, sampler.position, compiled=False)
+    prompts = layout.class_tokens(labels)[:, None]
+    nulls = torch.full_like(prompts, layout.null_token)
+    first, again = (sampler.sample(prompts, nulls, seeds) for _ in range(2))
+    assert torch.equal(first, draw(prior, layout, labels, seeds, **options))
+    assert torch.equal(first, again)  # in memory that was used before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_compiled_step_chooses_the_same_codes(random_prior, layout, model_type):
+    prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
+    sampler = make_sampler(prior, layout, 15, compiled=True, guidance_scale=2.0, top_p=0.9)
+    prompts = layout.class_tokens(labels)[:, None]
+    codes = sampler.sample(prompts, torch.full_like(prompts, layout.null_token), seeds)
+    assert torch.equal(codes, draw(prior, layout, labels, seeds, guidance_scale=2.0, top_p=0.9))
+
+
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "top_p": 0.95}], ids=str)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_an_image_does_not_depend_on_its_batch(random_prior, layout, model_type, options):
     prior, labels = random_prior(model_type, layout), torch.arange(64) % 5
     seeds = torch.randint(2**62, (64,), generator=torch.Generator().manual_seed(0))
-    together = draw(prior, layout, labels, seeds, **options)
-    for size, rows in [(7, torch.arange(64)), (1, torch.arange(0, 64, 8))]:
-        parts = [draw(prior, layout, labels[part], seeds[part], **options) for part in rows.split(size)]
-        assert torch.equal(torch.cat(parts), together[rows])
-    backwards = draw(prior, layout, labels.flip(0), seeds.flip(0), **options)
-    assert torch.equal(backwards.flip(0), together)
+    prompts = layout.class_tokens(labels)[:, None]
+    nulls = torch.full_like(prompts, layout.null_token)
+
+    def in_batches(size, rows):
+        sampler = make_sampler(prior, layout, size, **options)
+        return torch.cat([sampler.sample(prompts[part], nulls[part], seeds[part]) for part in rows.split(size)])
+
+    together = in_batches(64, torch.arange(64))
+    for size, rows in [(7, torch.arange(63)), (1, torch.arange(0, 64, 8))]:
+        assert torch.equal(in_batches(size, rows), together[rows])
+    assert torch.equal(in_batches(64, torch.arange(64).flip(0)).flip(0), together)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
@@ -163,22 +211,110 @@ def test_filters_always_keep_the_most_likely_code():
 def test_picks_follow_the_probabilities(position):
     probabilities = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
     logits = torch.from_numpy(probabilities).log().float().expand(20_000, 5)
-    codes = pick(logits, torch.arange(20_000), position, SamplingOptions())
+    numbers = race(torch.arange(20_000), position, 5)
+    codes = pick(logits, numbers, SamplingOptions())
     assert stats.chisquare(np.bincount(codes, minlength=5), probabilities * 20_000).pvalue > 1e-3
-    kept = pick(logits, torch.arange(20_000), position, SamplingOptions(top_k=3))
+    kept = pick(logits, numbers, SamplingOptions(top_k=3))
     assert stats.chisquare(np.bincount(kept), probabilities[:3] / 0.9 * 20_000).pvalue > 1e-3
+
+
+def filtered_naively(probabilities, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """One filter after another over a sorted list; probabilities of the codes, those left out 0."""
+    scaled = probabilities ** (1 / temperature)
+    left = [(p, code) for code, p in enumerate(scaled / scaled.sum())]
+    left.sort(reverse=True)
+    if top_k:
+        left = left[:top_k]
+    if top_p < 1:
+        total, kept, so_far = sum(p for p, _ in left), [], 0.0
+        for p, code in left:
+            if so_far < top_p:
+                kept.append((p, code))
+            so_far += p / total
+        left = kept
+    left = [(p, code) for p, code in left if p >= min_p * left[0][0]]
+    result = np.zeros(len(probabilities))
+    for p, code in left:
+        result[code] = p
+    return result / result.sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0},
+        {"top_k": 4},
+        {"top_p": 0.8},
+        {"min_p": 0.15},
+        {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_draws_have_the_distribution_of_a_naive_filter(options):
+    probabilities = np.random.default_rng(0).dirichlet(np.full(12, 0.8))
+    logits = torch.from_numpy(probabilities).log().float().expand(50_000, 12)
+    codes = pick(logits, race(torch.arange(50_000), 3, 12), SamplingOptions(**options))
+    expected, counts = filtered_naively(probabilities, **options), np.bincount(codes, minlength=12)
+    assert counts[expected == 0].sum() == 0
+    assert stats.chisquare(counts[expected > 0], expected[expected > 0] * 50_000).pvalue > 1e-3
+
+
+def test_guided_draws_have_the_distribution_of_the_guided_logits(random_prior, layout):
+    """The first code of many images, through everything that is between a prompt and a code."""
+    prior = random_prior("llama", layout)
+    with torch.no_grad():
+        tokens = torch.tensor([[layout.num_codes + 1], [layout.null_token]])
+        logits = prior(input_ids=tokens).logits[:, -1, : layout.num_codes].double()
+    expected = (logits[1] + 1.7 * (logits[0] - logits[1])).softmax(-1).numpy()
+    labels = torch.ones(20_000, dtype=torch.int64)
+    prompts = layout.class_tokens(labels)[:, None]
+    sampler = CodeSampler(prior, 20_000, 1, 1, layout.num_codes, SamplingOptions(guidance_scale=1.7))
+    codes = sampler.sample(prompts, torch.full_like(prompts, layout.null_token), torch.arange(20_000))
+    often = expected * 20_000 > 5
+    counts = np.bincount(codes[:, 0], minlength=layout.num_codes)
+    pooled = [[*values[often], values[~often].sum()] for values in (counts, expected * 20_000)]
+    assert stats.chisquare(*pooled).pvalue > 1e-3
+
+
+TWO_PROCESSES = """
+import sys, torch
+from pipelines import VQGANPipeline
+folder, rank, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+pipeline = VQGANPipeline.from_pretrained(folder)
+numbers = range(rank, 64, 2)
+generators = [torch.Generator().manual_seed(n) for n in numbers]
+labels = [n % 10 for n in numbers]
+torch.save(pipeline.generate(labels, guidance_scale=2.0, generator=generators, output_type="codes").codes, out)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_images_of_one(tiny_runs, tiny_pipeline, tmp_path):
+    files = [tmp_path / f"{rank}.pt" for rank in range(2)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(tiny_runs.pipeline), str(rank), str(file)])
+        for rank, file in enumerate(files)
+    ]
+    generators = [torch.Generator().manual_seed(n) for n in range(64)]
+    labels = [n % 10 for n in range(64)]
+    expected = tiny_pipeline.generate(labels, guidance_scale=2.0, generator=generators, output_type="codes").codes
+    assert [process.wait() for process in started] == [0, 0]
+    for rank, file in enumerate(files):
+        assert torch.equal(torch.load(file, weights_only=True), expected[rank::2])
 
 
 def test_picks_at_two_positions_are_independent():
     logits, seeds = torch.zeros(20_000, 4), torch.arange(20_000)
-    first, second = (pick(logits, seeds, position, SamplingOptions()) for position in (0, 1))
+    first, second = (pick(logits, race(seeds, position, 4), SamplingOptions()) for position in (0, 1))
     table = np.bincount(first * 4 + second, minlength=16).reshape(4, 4)
     assert stats.chi2_contingency(table).pvalue > 1e-3
 
 
 def test_a_pick_is_the_winner_of_its_race():
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    codes = pick(logits, torch.arange(6), 2, SamplingOptions(temperature=0.5))
+    codes = pick(logits, race(torch.arange(6), 2, 9), SamplingOptions(temperature=0.5))
     for row in range(6):
         times = [exponential(torch.tensor(row), torch.tensor(2), torch.tensor(code)) for code in range(9)]
         rates = (logits[row] / 0.5).exp()
@@ -213,10 +349,10 @@ def test_a_whole_number_as_float_is_a_top_k(random_prior, layout):
 def test_preallocated_cache_equals_dynamic_cache(random_prior, layout, model_type):
     prior = random_prior(model_type, layout)
     tokens = torch.randint(layout.num_codes, (3, 16), generator=torch.Generator().manual_seed(0))
-    preallocated, dynamic = Cache(layers=[PreallocatedLayer(16) for _ in range(2)]), DynamicCache()
+    preallocated, dynamic = PreallocatedCache(prior, 3, 16), DynamicCache()
     for start, stop in [(0, 5), *((n, n + 1) for n in range(5, 16))]:
+        preallocated.open(slice(0, 3), start, stop)
         logits = [prior(input_ids=tokens[:, start:stop], past_key_values=c).logits for c in (preallocated, dynamic)]
         assert torch.equal(*logits)
-        assert preallocated.get_seq_length() == dynamic.get_seq_length() == stop
     for mine, theirs in zip(preallocated.layers, dynamic.layers, strict=True):
         assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)

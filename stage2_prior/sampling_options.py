@@ -1,0 +1,93 @@
+"""How codes are chosen, and how much guidance each position gets."""
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, get_args
+
+GuidanceSchedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How codes are chosen.
+
+    Args:
+        guidance_scale: s in u + s·(c - u) on the logits; 1.0 is no guidance.
+        guidance_schedule: "constant"; "linear" or "cosine" lets guidance grow from 1.0 at the first code towards
+            guidance_scale at the last, as t^power or (1 - cos(π·t^power)) / 2, t the share of codes chosen before.
+        guidance_power: see above; above 1 guidance sets in later.
+        guidance_interval: (start, stop) in t; outside start ≤ t < stop there is no guidance, and no cost of it.
+        temperature: divides the logits; 0.0 is greedy.
+        top_k: only the k most likely codes; 0 is all.
+        top_p: only the most likely codes whose probabilities sum to p.
+        min_p: only codes at least min_p times as likely as the most likely one.
+
+    Raises:
+        ValueError: a value is out of range.
+
+    Source: guidance, Ho and Salimans 2022, "Classifier-free diffusion guidance"; on the logits, and growing linearly,
+    Chang et al. 2023, "Muse", section 2.7; power-cosine, Gao et al. 2023, "Masked diffusion transformer"; interval,
+    Kynkäänniemi et al. 2024, "Applying guidance in a limited interval"; top-p, Holtzman et al. 2020; min-p, Nguyen et
+    al. 2024. The order of the filters is that of transformers.
+    """
+
+    guidance_scale: float = 1.0
+    guidance_schedule: GuidanceSchedule = "constant"
+    guidance_power: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "guidance_scale": (lambda value: value >= 0, "a number from 0 up (1.0 is no guidance)"),
+            "guidance_power": (lambda value: value > 0, "a number above 0"),
+            "temperature": (lambda value: value >= 0, "a number from 0 up (0.0 is greedy)"),
+            "top_k": (lambda value: value >= 0 and value % 1 == 0, "a whole number from 0 up (0 is all)"),
+            "top_p": (lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+            "min_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+        }
+        for name, (holds, allowed) in ranges.items():
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not math.isfinite(value) or not holds(value):
+                raise ValueError(f"{name}: received {value!r}; allowed is {allowed}")
+        object.__setattr__(self, "top_k", int(self.top_k))
+        if self.guidance_schedule not in get_args(GuidanceSchedule):
+            names = ", ".join(map(repr, get_args(GuidanceSchedule)))
+            raise ValueError(f"guidance_schedule: received {self.guidance_schedule!r}; allowed are {names}")
+        object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
+
+    @property
+    def guided(self) -> bool:
+        """Whether unconditional rows may be needed."""
+        return self.guidance_scale != 1.0
+
+    def scales(self, length: int) -> list[float]:
+        """The guidance scale of each of `length` positions; 1.0 where there is none."""
+        return [self._scale(position / length) for position in range(length)]
+
+    def _scale(self, t: float) -> float:
+        start, stop = self.guidance_interval
+        if not start <= t < stop:
+            return 1.0
+        if self.guidance_schedule == "constant":
+            return float(self.guidance_scale)
+        share = t**self.guidance_power
+        if self.guidance_schedule == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return 1 + share * (self.guidance_scale - 1)
+
+
+def _interval(value: object) -> tuple[float, float]:
+    try:
+        start, stop = (float(end) for end in value)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        start = stop = math.nan
+    if not 0 <= start < stop <= 1:
+        raise ValueError(
+            f"guidance_interval: received {value!r}; allowed are two shares of the codes, 0 <= start < stop <= 1"
+        )
+    return start, stop
