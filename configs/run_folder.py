@@ -80,12 +80,14 @@ class RunFolder:
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The results, if the run has done all its steps."""
+        """The results, if the run has done all its steps, or has stopped early by the same patience."""
         try:
             results = json.loads((self.path / RESULTS_NAME).read_text())
         except FileNotFoundError:
             return None
-        return results if results["global_step"] >= self.config.max_steps else None
+        patience = results.get("early_stopping_patience")
+        is_over = patience is not None and patience == self.config.early_stopping_patience
+        return results if is_over or results["global_step"] >= self.config.max_steps else None
 
     @property
     def seconds(self) -> float:

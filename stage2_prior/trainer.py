@@ -1,8 +1,6 @@
 """`transformers.Trainer` for sequences of codes: keyed batches, checked checkpoints, losses in the field's units."""
 
-import logging
 import math
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -14,22 +12,29 @@ from configs.checkpoints import complete_checkpoints, unfinished_path
 from configs.interruption import Diverged, leave_signals_to_main
 from configs.run_folder import RunFolder
 from stage1_vqgan import TrainingSampler
+from stage2_prior.averaging import WeightAverage
 from stage2_prior.data import IGNORED, CodeDataset, collate
-from stage2_prior.throughput import Throughput, matmul_rate, training_operations
+from stage2_prior.selection import BestWeights
 from stage2_prior.vocabulary import TokenLayout
-
-logger = logging.getLogger(__name__)
 
 
 class PriorTrainer(Trainer):
-    """Trainer with keyed batches, and losses in the units of the field."""
+    """Trainer with keyed batches, and losses in the units of the field; it evaluates the averaged weights."""
 
-    def __init__(self, *args: Any, layout: TokenLayout, run: RunFolder, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        layout: TokenLayout,
+        run: RunFolder,
+        average: WeightAverage,
+        best: BestWeights,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
-        self.layout, self.run = layout, run
+        self.layout, self.run, self.average, self.best = layout, run, average, best
+        self.add_callback(average)
         self._losses: list[tuple[int, Tensor]] = []
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # nats and codes
-        self.throughput = Throughput(self.args.device)
 
     def get_train_dataloader(self) -> DataLoader:
         """All batches of the run in one pass; a pure function of the seed, cut for this process already."""
@@ -53,12 +58,19 @@ class PriorTrainer(Trainer):
         rows += [-1] * (-(-len(dataset) // self.args.world_size) - len(rows))
         return self._loader(dataset, sampler=rows, batch_size=self.args.eval_batch_size)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, callbacks included, with the averaged weights."""
+        self.require_finite()
+        with self.average.applied():
+            return super().evaluate(*args, **kwargs)
+
     def prediction_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Trainer's, adding up the nats of all codes that count."""
         output: Any = super().prediction_step(model, inputs, *args, **kwargs)
         loss = output[0]
         codes = (inputs["labels"] != IGNORED).sum().to(loss.device)
-        self._evaluated += torch.stack([loss.double().nan_to_num() * codes, codes.double()]).cpu()
+        nats = torch.where(codes > 0, loss.double() * codes, 0.0)  # filled up rows alone have no mean
+        self._evaluated += torch.stack([nats, codes.double()]).cpu()
         return output
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +79,8 @@ class PriorTrainer(Trainer):
         output: Any = super().evaluation_loop(*args, **kwargs)
         nats, codes = self.accelerator.reduce(self._evaluated.float().to(self.args.device)).tolist()
         output.metrics["eval_loss"] = nats / codes
+        if not math.isfinite(nats):
+            raise self._diverged("the validation loss is not finite")
         return output
 
     def _loader(self, dataset: Any, **kwargs: Any) -> DataLoader:
@@ -81,10 +95,9 @@ class PriorTrainer(Trainer):
             **kwargs,
         )
 
-    def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward; its loss is kept to be looked at before the next log or checkpoint."""
-        self.throughput.count(inputs["input_ids"].numel())
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
         self._losses.append((self.state.global_step, loss.detach()))
         return loss
 
@@ -102,19 +115,24 @@ class PriorTrainer(Trainer):
         found = self.accelerator.gather(bad[None]).any(0).tolist()
         if any(found):
             steps = [step + 1 for step, loss in self._losses if not loss.isfinite()]
-            what = f"the loss was not finite at step {steps[0]}" if steps else "a weight is not finite"
-            existing = complete_checkpoints(self.run.path)
-            saved = f"the last good checkpoint is {existing[-1].path}" if existing else "no checkpoint was saved yet"
-            advice = "Try a lower learning_rate, more warmup_steps, max_grad_norm 1, or bf16 false"
-            raise Diverged(f"{what} (now at step {self.state.global_step}); {saved}. {advice}")
+            raise self._diverged(f"the loss was not finite at step {steps[0]}" if steps else "a weight is not finite")
         self._losses.clear()
+
+    def _diverged(self, what: str) -> Diverged:
+        existing = complete_checkpoints(self.run.path)
+        saved = f"the last good checkpoint is {existing[-1].path}" if existing else "no checkpoint was saved yet"
+        advice = "Try a lower learning_rate, more warmup_steps, max_grad_norm 1, or bf16 false"
+        return Diverged(f"{what} (now at step {self.state.global_step}); {saved}. {advice}")
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's checkpoint, written beside and then published, see configs/checkpoints.py."""
         self.require_finite()
         super()._save_checkpoint(*args, **kwargs)
+        unfinished = unfinished_path(self.run.path, self.state.global_step)
+        self.average.save(unfinished, self.is_world_process_zero())
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
+            self.best.copy_to(unfinished)
             self.run.publish(self.state.global_step, self.accelerator.num_processes)
         self.accelerator.wait_for_everyone()
 
@@ -122,33 +140,10 @@ class PriorTrainer(Trainer):
         """Where Trainer puts its checkpoints."""
         return str(unfinished_path(self.run.path, self.state.global_step).parent)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's; what it does is not training, so the clock stands still."""
-        control = self.control
-        if control.should_log or control.should_evaluate or control.should_save:
-            with self.throughput.paused():
-                super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    @cached_property
-    def _ideal_rate(self) -> float | None:
-        """Tokens per second if all processes did nothing but the model's matrix products."""
-        args = self.args
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        rate = torch.tensor(matmul_rate(args.device, dtype), device=args.device)
-        rate = self.accelerator.reduce(rate, "sum").item()
-        try:
-            return rate / training_operations(self.accelerator.unwrap_model(self.model).config, self.layout.length)
-        except (NotImplementedError, RuntimeError) as error:
-            logger.warning("mfu is not logged: the operations of this prior cannot be counted (%s)", error)
-            return None
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds bits per pixel and perplexity to a loss in nats per code, and the throughput to that of training."""
+        """Adds bits per pixel and perplexity to a loss in nats per code."""
         if "loss" in logs:
             self.require_finite()
-            logs["tokens_per_second"] = self.throughput.rate() * self.args.world_size
-            if self._ideal_rate is not None:
-                logs["mfu"] = logs["tokens_per_second"] / self._ideal_rate
         rows = self.args.world_size * self.args.train_batch_size * self.args.gradient_accumulation_steps
         self.state.epoch = self.state.global_step * rows / len(cast(CodeDataset, self.train_dataset))  # not of one pass
         for name in ("loss", "eval_loss"):

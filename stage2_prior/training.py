@@ -19,9 +19,12 @@ from transformers import (
 from configs import ConfigError, Problem, TrainingConfig, check
 from configs.interruption import StopRequest
 from configs.run_folder import RunFolder, holds_work, push_run
+from stage2_prior.averaging import WeightAverage
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset
 from stage2_prior.prior import adapt_prior, build_prior
+from stage2_prior.selection import BestWeights, Selection, evaluations, has_stopped, is_exhausted
+from stage2_prior.sharding import check_sharding
 from stage2_prior.trainer import PriorTrainer, bits_per_pixel
 from stage2_prior.training_config import Stage2Config
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
@@ -32,6 +35,7 @@ OWN_KEYS = {
     "global_batch_size",
     "resume_from_checkpoint",
     "allow_config_changes",
+    "ema_decay",
     "save_total_limit",
     "push_to_hub",
     "hub_model_id",
@@ -45,6 +49,9 @@ class RunCallback(TrainerCallback):
     def __init__(self, run: RunFolder, request: StopRequest):
         self.run, self.request = run, request
         self.signal_number: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # those of a checkpoint may have been changed since
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "train_runtime" not in logs:  # which is of one session
@@ -109,6 +116,7 @@ def train(config: Stage2Config) -> PreTrainedModel:
             return AutoModelForCausalLM.from_pretrained(config.output_dir)
         set_seed(config.seed)
         callback = RunCallback(run, request)
+        average, best = WeightAverage(config.average_decay, config.ema_decay > 0), BestWeights(run.path)
         trainer = PriorTrainer(
             model=initial_prior(config, layout),
             args=arguments,
@@ -117,27 +125,43 @@ def train(config: Stage2Config) -> PreTrainedModel:
             callbacks=[callback],
             layout=layout,
             run=run,
+            average=average,
+            best=best,
         )
+        check_sharding(trainer, config.ema_decay)
+        patience = config.early_stopping_patience
+        trainer.add_callback(Selection(trainer, best if config.keep_best else None, patience))
         checkpoint = run.begin(trainer.accelerator.num_processes)
+        if checkpoint is not None:
+            average.checkpoint = checkpoint.path
+            if has_stopped(checkpoint.path, patience):
+                arguments.max_steps = checkpoint.step
         if is_main_process:
+            best.restore(checkpoint.path if checkpoint is not None and config.keep_best else None)
             layout.save_pretrained(config.output_dir)
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint is not None else None)
         if callback.signal_number and trainer.state.global_step < config.max_steps:
             raise run.stopped(trainer.state.global_step, callback.signal_number)
-        evaluated = [logs for logs in trainer.state.log_history if "eval_loss" in logs]
-        if not evaluated or evaluated[-1]["step"] != config.max_steps:
-            evaluated = [trainer.evaluate()]
-        metrics = evaluated[-1]
-        trainer.save_model(config.output_dir)  # on all processes: a sharded model is gathered
+        state = trainer.state
+        if not any(logs["step"] == state.global_step for logs in evaluations(state.log_history)):
+            trainer.evaluate()
+        if not config.keep_best:
+            with average.applied():
+                trainer.save_model(config.output_dir)  # on all processes: a sharded model is gathered
         if is_main_process:
+            shipped = best.ship() if config.keep_best else evaluations(state.log_history)[-1]
             results = {
-                "global_step": trainer.state.global_step,
+                "global_step": state.global_step,
                 "train_runtime": round(run.seconds, 1),
-                "eval_loss": metrics["eval_loss"],
-                "bits_per_pixel": bits_per_pixel(metrics["eval_loss"], layout),
+                "model_step": shipped["step"],
+                "eval_loss": shipped["eval_loss"],
+                "bits_per_pixel": bits_per_pixel(shipped["eval_loss"], layout),
             }
+            if is_exhausted(state.log_history, patience):
+                results["early_stopping_patience"] = patience
+                print(f"stopped at step {state.global_step}: no better in the last {patience} evaluations")
             run.finish(results)
-            print(f"prior saved in {Path(config.output_dir).resolve()}")
+            print(f"prior of step {shipped['step']} saved in {Path(config.output_dir).resolve()}")
             if config.push_to_hub:
                 print(push_run(config))
         trainer.accelerator.wait_for_everyone()

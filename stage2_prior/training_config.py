@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any, Literal, get_args
 
 from configs import TrainingConfig, unknown_key
-from configs.sections import Fraction, Positive
+from configs.sections import Fraction, NonNegative, Positive
 from configs.values import read_value
 from stage1_vqgan import AugmentationConfig, DataConfig
 
@@ -22,8 +22,11 @@ REFUSED_ARGUMENTS = {
     "do_predict",
     "do_train",
     "enable_jit_checkpoint",
+    "eval_on_start",
+    "greater_is_better",
     "ignore_data_skip",
     "load_best_model_at_end",
+    "metric_for_best_model",
     "num_train_epochs",
     "restore_callback_states_from_checkpoint",
     "save_on_each_node",
@@ -58,6 +61,8 @@ class Stage2Config(TrainingConfig):
         it does not know by name are learnt anew
     model: `model_type` of a causal language model in transformers, and fields of its configuration
     condition_dropout: share of training sequences with the null token in place of the class, for guidance
+    keep_best: the weights of the evaluation with the lowest loss are the result; false takes the last ones
+    early_stopping_patience: evaluations without a lower loss that end the run; 0 goes on to max_steps
     training_arguments: any other field of transformers.TrainingArguments
 
     stage2_prior.tokenize reads the first four, `data`, `seed` and `dataloader_num_workers`.
@@ -71,6 +76,8 @@ class Stage2Config(TrainingConfig):
     model_name_or_path: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     condition_dropout: Fraction = 0.1
+    keep_best: bool = True
+    early_stopping_patience: NonNegative = 0
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
