@@ -28,6 +28,7 @@ FREE_KEYS = {
     "data.max_skipped_fraction",
     "output_dir",
     "logging_steps",
+    "num_sample_images",
     "save_steps",
     "save_total_limit",
     "resume_from_checkpoint",
@@ -131,6 +132,12 @@ class RunFolder:
         """Adds a line to metrics.jsonl; for the main process."""
         with open(self.path / LOG_NAME, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def save_image(self, name: str, image: Any, step: int) -> None:
+        """Saves a PIL image as `name/step_00001000.png`; for the main process."""
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"step_{step:08d}.png")
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes the results, which marks the run as finished; for the main process."""

@@ -1,6 +1,8 @@
 """`transformers.Trainer` for sequences of codes: keyed batches, checked checkpoints, losses in the field's units."""
 
+import logging
 import math
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -15,7 +17,10 @@ from stage1_vqgan import TrainingSampler
 from stage2_prior.averaging import WeightAverage
 from stage2_prior.data import IGNORED, CodeDataset, collate
 from stage2_prior.selection import BestWeights
+from stage2_prior.throughput import Throughput, matmul_rate, training_operations
 from stage2_prior.vocabulary import TokenLayout
+
+logger = logging.getLogger(__name__)
 
 
 class PriorTrainer(Trainer):
@@ -35,6 +40,7 @@ class PriorTrainer(Trainer):
         self.add_callback(average)
         self._losses: list[tuple[int, Tensor]] = []
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # nats and codes
+        self.throughput = Throughput(self.args.device)
 
     def get_train_dataloader(self) -> DataLoader:
         """All batches of the run in one pass; a pure function of the seed, cut for this process already."""
@@ -95,9 +101,10 @@ class PriorTrainer(Trainer):
             **kwargs,
         )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward; its loss is kept to be looked at before the next log or checkpoint."""
-        loss = super().training_step(*args, **kwargs)
+        self.throughput.count(inputs["input_ids"].numel())
+        loss = super().training_step(model, inputs, *args, **kwargs)
         self._losses.append((self.state.global_step, loss.detach()))
         return loss
 
@@ -140,10 +147,33 @@ class PriorTrainer(Trainer):
         """Where Trainer puts its checkpoints."""
         return str(unfinished_path(self.run.path, self.state.global_step).parent)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's; what it does is not training, so the clock stands still."""
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save:
+            with self.throughput.paused():
+                super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @cached_property
+    def _ideal_rate(self) -> float | None:
+        """Tokens per second if all processes did nothing but the model's matrix products."""
+        args = self.args
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        rate = torch.tensor(matmul_rate(args.device, dtype), device=args.device)
+        rate = self.accelerator.reduce(rate, "sum").item()
+        try:
+            return rate / training_operations(self.accelerator.unwrap_model(self.model).config, self.layout.length)
+        except (NotImplementedError, RuntimeError) as error:
+            logger.warning("mfu is not logged: the operations of this prior cannot be counted (%s)", error)
+            return None
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds bits per pixel and perplexity to a loss in nats per code."""
+        """Adds bits per pixel and perplexity to a loss in nats per code, and how fast it was trained."""
         if "loss" in logs:
             self.require_finite()
+            logs["tokens_per_second"] = self.throughput.rate() * self.args.world_size
+            if self._ideal_rate is not None:
+                logs["mfu"] = logs["tokens_per_second"] / self._ideal_rate
         rows = self.args.world_size * self.args.train_batch_size * self.args.gradient_accumulation_steps
         self.state.epoch = self.state.global_step * rows / len(cast(CodeDataset, self.train_dataset))  # not of one pass
         for name in ("loss", "eval_loss"):

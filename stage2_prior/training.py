@@ -23,6 +23,7 @@ from stage2_prior.averaging import WeightAverage
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset
 from stage2_prior.prior import adapt_prior, build_prior
+from stage2_prior.sample_grids import SampleGrids
 from stage2_prior.selection import BestWeights, Selection, evaluations, has_stopped, is_exhausted
 from stage2_prior.sharding import check_sharding
 from stage2_prior.trainer import PriorTrainer, bits_per_pixel
@@ -131,6 +132,9 @@ def train(config: Stage2Config) -> PreTrainedModel:
         check_sharding(trainer, config.ema_decay)
         patience = config.early_stopping_patience
         trainer.add_callback(Selection(trainer, best if config.keep_best else None, patience))
+        if config.num_sample_images:
+            number, seed = config.num_sample_images, config.seed
+            trainer.add_callback(SampleGrids(trainer, run, layout, config.tokenizer, number, seed))
         checkpoint = run.begin(trainer.accelerator.num_processes)
         if checkpoint is not None:
             average.checkpoint = checkpoint.path

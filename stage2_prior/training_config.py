@@ -63,6 +63,7 @@ class Stage2Config(TrainingConfig):
     condition_dropout: share of training sequences with the null token in place of the class, for guidance
     keep_best: the weights of the evaluation with the lowest loss are the result; false takes the last ones
     early_stopping_patience: evaluations without a lower loss that end the run; 0 goes on to max_steps
+    num_sample_images: images in the grid sampled at every evaluation; 0 samples none, and needs no tokenizer
     training_arguments: any other field of transformers.TrainingArguments
 
     stage2_prior.tokenize reads the first four, `data`, `seed` and `dataloader_num_workers`.
@@ -78,6 +79,7 @@ class Stage2Config(TrainingConfig):
     condition_dropout: Fraction = 0.1
     keep_best: bool = True
     early_stopping_patience: NonNegative = 0
+    num_sample_images: NonNegative = 40
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
