@@ -28,6 +28,7 @@ FREE_KEYS = {
     "data.max_skipped_fraction",
     "output_dir",
     "logging_steps",
+    "num_sample_images",
     "save_steps",
     "save_total_limit",
     "resume_from_checkpoint",
@@ -80,12 +81,14 @@ class RunFolder:
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The results, if the run has done all its steps."""
+        """The results, if the run has done all its steps, or has stopped early by the same patience."""
         try:
             results = json.loads((self.path / RESULTS_NAME).read_text())
         except FileNotFoundError:
             return None
-        return results if results["global_step"] >= self.config.max_steps else None
+        patience = results.get("early_stopping_patience")
+        is_over = patience is not None and patience == self.config.early_stopping_patience
+        return results if is_over or results["global_step"] >= self.config.max_steps else None
 
     @property
     def seconds(self) -> float:
@@ -129,6 +132,12 @@ class RunFolder:
         """Adds a line to metrics.jsonl; for the main process."""
         with open(self.path / LOG_NAME, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def save_image(self, name: str, image: Any, step: int) -> None:
+        """Saves a PIL image as `name/step_00001000.png`; for the main process."""
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"step_{step:08d}.png")
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes the results, which marks the run as finished; for the main process."""

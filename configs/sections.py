@@ -57,6 +57,7 @@ class TrainingConfig(Section):
     learning_rate, lr_scheduler_type, warmup_steps: peak rate, its shape over the run, steps of linear warm-up
     adam_beta1, adam_beta2, weight_decay: AdamW
     max_grad_norm: gradients above this norm are scaled down to it; 0 turns clipping off
+    ema_decay: of the averaged weights, which are evaluated and saved; 0 turns averaging off
     bf16: bfloat16 autocast (parameters stay float32)
     seed: with the step, the only source of randomness
     logging_steps, eval_steps, save_steps: how often, in optimizer steps
@@ -81,6 +82,7 @@ class TrainingConfig(Section):
     adam_beta2: Momentum = 0.95
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
+    ema_decay: Momentum = 0.999
     bf16: bool = False
     seed: Seed = 0
     logging_steps: Positive = 50
@@ -108,6 +110,10 @@ class TrainingConfig(Section):
         if self.global_batch_size is None:
             return self.per_device_train_batch_size
         return self.global_batch_size // (num_processes * self.gradient_accumulation_steps)
+
+    def average_decay(self, step: int) -> float:
+        """Decay of the averaged weights after a step (from 0): a young average follows quickly, (1 + n) / (10 + n)."""
+        return min(self.ema_decay, (1 + step) / (10 + step))
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if self.warmup_steps > self.max_steps:

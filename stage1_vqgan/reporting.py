@@ -89,9 +89,7 @@ class Reporter:
         """Saves an image as `name/step_00001000.png` and logs it."""
         if not self.accelerator.is_main_process:
             return
-        folder = self.run.path / name
-        folder.mkdir(exist_ok=True)
-        image.save(folder / f"step_{step:08d}.png")
+        self.run.save_image(name, image, step)
         pixels = np.asarray(image.convert("RGB"))[None]
         for tracker in self.accelerator.trackers:
             log_images: Any = getattr(tracker, "log_images", None)

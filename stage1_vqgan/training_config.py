@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from configs import Section, TrainingConfig, unknown_key
@@ -102,7 +102,6 @@ class CodebookConfig(Section):
 class Stage1Config(TrainingConfig):
     """Stage 1: trains a VQGAN tokenizer.
 
-    ema_decay: of the averaged weights, which are evaluated and saved; 0 turns averaging off
     channels_last: keep images channels-last in memory, which convolutions prefer
     num_sample_images: images in the reconstruction grid made at every evaluation
     model: fields of VQGANConfig: image_size, in_channels, base_channels, channel_multiplier, num_res_blocks,
@@ -120,7 +119,6 @@ class Stage1Config(TrainingConfig):
     loss: LossConfig = field(default_factory=LossConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
-    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.999
     channels_last: bool = True
     num_sample_images: Positive = 8
 

@@ -297,9 +297,8 @@ class VQGANTrainer:
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
-        # a young average follows quickly: decay (1 + n) / (10 + n) until it reaches the configured one
-        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        weight = 1 - self.config.average_decay(step)
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), weight)
         for own, other in zip(self.average.buffers(), self.model.buffers(), strict=True):
             own.copy_(other)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from stage2_prior.captured_steps import CapturedSteps
@@ -88,10 +89,8 @@ class CodeSampler:
         options: SamplingOptions,
         compiled: bool = False,
     ):
-        if compiled and not takes_windows(prior):
-            raise ValueError(
-                f"compiled: a {prior.config.model_type} takes no position_ids, its step cannot be compiled"
-            )
+        if compiled and not can_be_recorded(prior):
+            raise ValueError(f"compiled: a {prior.config.model_type} like this one has no step that can be compiled")
         self.prior, self.options, self.compiled = prior, options, compiled
         self.prior_state = state_of(prior)
         self.batch_size, self.prompt_length, self.length, self.num_codes = batch_size, prompt_length, length, num_codes
@@ -108,9 +107,9 @@ class CodeSampler:
         self.code_numbers = torch.arange(num_codes, device=device)
         self.races: Tensor | None = None
         self.captured: CapturedSteps | None = None
-        if compiled or (device.type == "cuda" and takes_windows(prior)):
+        if compiled or (device.type == "cuda" and can_be_recorded(prior)):
             self.captured = CapturedSteps(self.step_in_window, self.position, compiled)
-        self.traces = device.type == "cpu" and takes_windows(prior)
+        self.traces = device.type == "cpu" and can_be_recorded(prior)
         self.traced: dict[int, Decode | None] = {}
 
     def serves(self, prior: PreTrainedModel, batch_size: int, options: SamplingOptions, compiled: bool) -> bool:
@@ -198,9 +197,11 @@ def forward(prior: PreTrainedModel, tokens: Tensor, cache: PreallocatedCache, **
     return out.logits[:, -1].float()
 
 
-def takes_windows(prior: PreTrainedModel) -> bool:
-    """Whether a model can be told what it sees and where it is, and need not derive it from its cache."""
-    return {"attention_mask", "position_ids"} <= inspect.signature(prior.forward).parameters.keys()
+def can_be_recorded(prior: PreTrainedModel) -> bool:
+    """Whether a model can be told what it sees and where it is, and need not derive it from its cache; and has all of
+    its weights here."""
+    told = {"attention_mask", "position_ids"} <= inspect.signature(prior.forward).parameters.keys()
+    return told and not any(isinstance(weight, DTensor) for weight in prior.parameters())
 
 
 def guide(logits: Tensor, scale: Tensor | float) -> Tensor:

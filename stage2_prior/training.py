@@ -1,33 +1,32 @@
-"""The training of stage 2: `transformers.Trainer`, configured for sequences of codes."""
+"""The run around stage 2's training: settings of the trainer, checks, set-up, finish."""
 
 import json
-import math
 import os
 import textwrap
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from configs import ConfigError, Problem, TrainingConfig, check
-from configs.checkpoints import complete_checkpoints, unfinished_path
-from configs.interruption import Diverged, StopRequest, leave_signals_to_main
+from configs.interruption import StopRequest
 from configs.run_folder import RunFolder, holds_work, push_run
-from stage1_vqgan import IndexSampler
 from stage2_prior.adapters import attach_adapter
+from stage2_prior.averaging import WeightAverage
 from stage2_prior.code_store import CodeStore
-from stage2_prior.data import IGNORED, CodeDataset, collate
+from stage2_prior.data import CodeDataset
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
+from stage2_prior.sample_grids import SampleGrids
+from stage2_prior.selection import BestWeights, Selection, evaluations, has_stopped, is_exhausted
+from stage2_prior.sharding import check_sharding
+from stage2_prior.trainer import PriorTrainer, bits_per_pixel
 from stage2_prior.training_config import Stage2Config
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
 from stage2_prior.vocabulary import TokenLayout
@@ -37,124 +36,12 @@ OWN_KEYS = {
     "global_batch_size",
     "resume_from_checkpoint",
     "allow_config_changes",
+    "ema_decay",
     "save_total_limit",
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
 }
-
-
-class PriorTrainer(Trainer):
-    """Trainer with keyed batches, and losses in the units of the field."""
-
-    def __init__(self, *args: Any, layout: TokenLayout, run: RunFolder, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.layout, self.run = layout, run
-        self._losses: list[tuple[int, Tensor]] = []
-        self._evaluated = torch.zeros(2, dtype=torch.float64)  # nats and codes
-
-    def get_train_dataloader(self) -> DataLoader:
-        """All batches of the run in one pass; a pure function of the seed, cut for this process already."""
-        args = self.args
-        batches = args.max_steps * args.gradient_accumulation_steps
-        sampler = IndexSampler(
-            len(cast(CodeDataset, self.train_dataset)),
-            args.train_batch_size,
-            0,
-            batches,
-            args.seed,
-            args.process_index,
-            args.world_size,
-        )
-        return self._loader(self.train_dataset, batch_sampler=sampler)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The validation rows of this process; all processes get as many batches, filled up with rows below 0."""
-        dataset = cast(CodeDataset, eval_dataset or self.eval_dataset)
-        rows = list(range(self.args.process_index, len(dataset), self.args.world_size))
-        rows += [-1] * (-(-len(dataset) // self.args.world_size) - len(rows))
-        return self._loader(dataset, sampler=rows, batch_size=self.args.eval_batch_size)
-
-    def prediction_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, adding up the nats of all codes that count."""
-        output: Any = super().prediction_step(model, inputs, *args, **kwargs)
-        loss = output[0]
-        codes = (inputs["labels"] != IGNORED).sum().to(loss.device)
-        self._evaluated += torch.stack([loss.double().nan_to_num() * codes, codes.double()]).cpu()
-        return output
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with the mean over the codes of all processes, each once, as the loss."""
-        self._evaluated = torch.zeros(2, dtype=torch.float64)
-        output: Any = super().evaluation_loop(*args, **kwargs)
-        nats, codes = self.accelerator.reduce(self._evaluated.float().to(self.args.device)).tolist()
-        output.metrics["eval_loss"] = nats / codes
-        return output
-
-    def _loader(self, dataset: Any, **kwargs: Any) -> DataLoader:
-        pin_memory = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
-        workers = self.args.dataloader_num_workers
-        return DataLoader(
-            dataset,
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            worker_init_fn=leave_signals_to_main,
-            **kwargs,
-        )
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward; its loss is kept to be looked at before the next log or checkpoint."""
-        loss = super().training_step(*args, **kwargs)
-        self._losses.append((self.state.global_step, loss.detach()))
-        return loss
-
-    def require_finite(self) -> None:
-        """Ends the run if a loss since the last call, or a weight, is not finite; all processes must call this.
-
-        Raises:
-            Diverged: naming the step.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        parameters = (getattr(tensor, "_local_tensor", tensor) for tensor in model.parameters())  # of sharded ones
-        finite = [tensor.isfinite().all() for tensor in parameters]
-        losses = torch.stack([loss.float() for _, loss in self._losses]).isfinite() if self._losses else torch.ones(1)
-        bad = torch.stack([~losses.all().to(finite[0].device), ~torch.stack(finite).all()])
-        found = self.accelerator.gather(bad[None]).any(0).tolist()
-        if any(found):
-            steps = [step + 1 for step, loss in self._losses if not loss.isfinite()]
-            what = f"the loss was not finite at step {steps[0]}" if steps else "a weight is not finite"
-            existing = complete_checkpoints(self.run.path)
-            saved = f"the last good checkpoint is {existing[-1].path}" if existing else "no checkpoint was saved yet"
-            advice = "Try a lower learning_rate, more warmup_steps, max_grad_norm 1, or bf16 false"
-            raise Diverged(f"{what} (now at step {self.state.global_step}); {saved}. {advice}")
-        self._losses.clear()
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's checkpoint, written beside and then published, see configs/checkpoints.py."""
-        self.require_finite()
-        super()._save_checkpoint(*args, **kwargs)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            self.run.publish(self.state.global_step, self.accelerator.num_processes)
-        self.accelerator.wait_for_everyone()
-
-    def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
-        """Where Trainer puts its checkpoints."""
-        return str(unfinished_path(self.run.path, self.state.global_step).parent)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds bits per pixel and perplexity to a loss in nats per code."""
-        if "loss" in logs:
-            self.require_finite()
-        rows = self.args.world_size * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        self.state.epoch = self.state.global_step * rows / len(cast(CodeDataset, self.train_dataset))  # not of one pass
-        for name in ("loss", "eval_loss"):
-            if name in logs:
-                prefix = name.removesuffix("loss")
-                logs[f"{prefix}bits_per_pixel"] = bits_per_pixel(logs[name], self.layout)
-                logs[f"{prefix}perplexity"] = math.exp(min(logs[name], 80.0))
-        super().log(logs, *args, **kwargs)
 
 
 class RunCallback(TrainerCallback):
@@ -164,6 +51,9 @@ class RunCallback(TrainerCallback):
         self.run, self.request = run, request
         self.signal_number: int | None = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # those of a checkpoint may have been changed since
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "train_runtime" not in logs:  # which is of one session
             self.run.log(state.global_step, logs)
@@ -172,11 +62,6 @@ class RunCallback(TrainerCallback):
         self.signal_number = self.request.agreed()
         if self.signal_number:
             control.should_save = control.should_training_stop = True
-
-
-def bits_per_pixel(nats_per_code: float, layout: TokenLayout) -> float:
-    """Total nats of an image's codes / (ln 2 · H · W)."""
-    return nats_per_code * layout.length / (math.log(2) * layout.pixels)
 
 
 def training_arguments(config: Stage2Config) -> TrainingArguments:
@@ -232,6 +117,7 @@ def train(config: Stage2Config) -> PreTrainedModel:
             return load_prior(config.output_dir)
         set_seed(config.seed)
         callback = RunCallback(run, request)
+        average, best = WeightAverage(config.average_decay, config.ema_decay > 0), BestWeights(run.path)
         trainer = PriorTrainer(
             model=initial_prior(config, layout),
             args=arguments,
@@ -240,27 +126,46 @@ def train(config: Stage2Config) -> PreTrainedModel:
             callbacks=[callback],
             layout=layout,
             run=run,
+            average=average,
+            best=best,
         )
+        check_sharding(trainer, config.ema_decay)
+        patience = config.early_stopping_patience
+        trainer.add_callback(Selection(trainer, best if config.keep_best else None, patience))
+        if config.num_sample_images:
+            number, seed = config.num_sample_images, config.seed
+            trainer.add_callback(SampleGrids(trainer, run, layout, config.tokenizer, number, seed))
         checkpoint = run.begin(trainer.accelerator.num_processes)
+        if checkpoint is not None:
+            average.checkpoint = checkpoint.path
+            if has_stopped(checkpoint.path, patience):
+                arguments.max_steps = checkpoint.step
         if is_main_process:
+            best.restore(checkpoint.path if checkpoint is not None and config.keep_best else None)
             layout.save_pretrained(config.output_dir)
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint is not None else None)
         if callback.signal_number and trainer.state.global_step < config.max_steps:
             raise run.stopped(trainer.state.global_step, callback.signal_number)
-        evaluated = [logs for logs in trainer.state.log_history if "eval_loss" in logs]
-        if not evaluated or evaluated[-1]["step"] != config.max_steps:
-            evaluated = [trainer.evaluate()]
-        metrics = evaluated[-1]
-        trainer.save_model(config.output_dir)  # on all processes: a sharded model is gathered
+        state = trainer.state
+        if not any(logs["step"] == state.global_step for logs in evaluations(state.log_history)):
+            trainer.evaluate()
+        if not config.keep_best:
+            with average.applied():
+                trainer.save_model(config.output_dir)  # on all processes: a sharded model is gathered
         if is_main_process:
+            shipped = best.ship() if config.keep_best else evaluations(state.log_history)[-1]
             results = {
-                "global_step": trainer.state.global_step,
+                "global_step": state.global_step,
                 "train_runtime": round(run.seconds, 1),
-                "eval_loss": metrics["eval_loss"],
-                "bits_per_pixel": bits_per_pixel(metrics["eval_loss"], layout),
+                "model_step": shipped["step"],
+                "eval_loss": shipped["eval_loss"],
+                "bits_per_pixel": bits_per_pixel(shipped["eval_loss"], layout),
             }
+            if is_exhausted(state.log_history, patience):
+                results["early_stopping_patience"] = patience
+                print(f"stopped at step {state.global_step}: no better in the last {patience} evaluations")
             run.finish(results)
-            print(f"prior saved in {Path(config.output_dir).resolve()}")
+            print(f"prior of step {shipped['step']} saved in {Path(config.output_dir).resolve()}")
             if config.push_to_hub:
                 print(push_run(config))
         trainer.accelerator.wait_for_everyone()

@@ -25,8 +25,11 @@ REFUSED_ARGUMENTS = {
     "do_predict",
     "do_train",
     "enable_jit_checkpoint",
+    "eval_on_start",
+    "greater_is_better",
     "ignore_data_skip",
     "load_best_model_at_end",
+    "metric_for_best_model",
     "num_train_epochs",
     "restore_callback_states_from_checkpoint",
     "save_on_each_node",
@@ -88,6 +91,9 @@ class Stage2Config(TrainingConfig):
     model: `model_type` of a causal language model in transformers, and fields of its configuration
     lora: of the prior in model_name_or_path an adapter is trained, see lora.r
     condition_dropout: share of training sequences with the null token in place of the class, for guidance
+    keep_best: the weights of the evaluation with the lowest loss are the result; false takes the last ones
+    early_stopping_patience: evaluations without a lower loss that end the run; 0 goes on to max_steps
+    num_sample_images: images in the grid sampled at every evaluation; 0 samples none, and needs no tokenizer
     training_arguments: any other field of transformers.TrainingArguments
 
     stage2_prior.tokenize reads the first four, `data`, `seed` and `dataloader_num_workers`.
@@ -102,6 +108,9 @@ class Stage2Config(TrainingConfig):
     model: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig = field(default_factory=LoraConfig)
     condition_dropout: Fraction = 0.1
+    keep_best: bool = True
+    early_stopping_patience: NonNegative = 0
+    num_sample_images: NonNegative = 40
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -73,6 +73,7 @@ def stage2_values() -> Callable[..., dict]:
             "per_device_eval_batch_size": 100,
             "learning_rate": 3e-3,
             "logging_steps": 10,
+            "num_sample_images": 0,
             "model": dict(tiny.LLAMA),
             "report_to": [],
             **changes,

@@ -56,7 +56,7 @@ def test_a_run_leaves_an_adapter_and_pipelines_have_it(make_config, tiny_runs, t
         return trained[-1]
 
     monkeypatch.setattr(stage2_prior.training, "attach_adapter", watched)
-    config = make_config(learning_rate=0.03)
+    config = make_config(learning_rate=0.03, eval_steps=2, ema_decay=0.0, keep_best=False)
     returned = train(config)
     left = {path.name for path in run.iterdir()}
     assert left >= {"adapter_model.safetensors", "adapter_config.json", "token_layout.json"}
@@ -91,6 +91,19 @@ def test_a_run_leaves_an_adapter_and_pipelines_have_it(make_config, tiny_runs, t
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), returned.parameters(), strict=True))
     shutil.rmtree(run / "checkpoint-2")
     assert len(trained) == 2 and train(config) is not None and len(trained) == 2  # the finished run is left alone
+
+
+def test_the_best_averaged_adapter_is_kept_over_an_interruption(make_config, tmp_path):
+    config, run = make_config(max_steps=6, eval_steps=2, learning_rate=0.01), tmp_path / "prior"
+    train(config)
+    names = ["adapter_model.safetensors", "checkpoint-6/adapter_model.safetensors", "checkpoint-6/average.safetensors"]
+    straight = [(run / name).read_bytes() for name in names]
+    assert (run / "checkpoint-4" / "best" / "adapter_model.safetensors").is_file()
+    shutil.rmtree(run / "checkpoint-6")
+    for name in ("adapter_model.safetensors", "train_results.json"):
+        (run / name).unlink()
+    train(config)
+    assert [(run / name).read_bytes() for name in names] == straight
 
 
 def test_other_classes_come_with_the_adapter(make_config, tiny_runs, tmp_path):

@@ -20,7 +20,8 @@ from pipelines.build import BuildConfig, build
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import CodeStore, Stage2Config, TokenLayout
 from stage2_prior.tokenize import tokenize
-from stage2_prior.training import PriorTrainer, bits_per_pixel, train
+from stage2_prior.trainer import PriorTrainer, bits_per_pixel
+from stage2_prior.training import train
 
 
 @pytest.fixture

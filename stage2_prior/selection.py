@@ -1,0 +1,104 @@
+"""Which of the evaluated weights a run ships, and when it stops looking for better ones.
+
+output_dir/best/          the best weights so far, a folder as `save_pretrained` leaves it; every checkpoint has a copy
+  evaluation.json         their step and eval_loss
+"""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from configs.files import write_json
+
+FOLDER = "best"
+EVALUATION_NAME = "evaluation.json"
+
+
+def evaluations(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The evaluations in a `TrainerState.log_history`, oldest first."""
+    return [logs for logs in history if "eval_loss" in logs]
+
+
+def is_exhausted(history: list[dict[str, float]], patience: int) -> bool:
+    """Whether the last `patience` evaluations have all been no better than one before; never with patience 0."""
+    losses = [logs["eval_loss"] for logs in evaluations(history)]
+    return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+
+
+def has_stopped(checkpoint: Path, patience: int) -> bool:
+    """Whether a run had stopped early when it saved this checkpoint."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return is_exhausted(state["log_history"], patience)
+
+
+class BestWeights:
+    """The best evaluated weights of a run, in its folder."""
+
+    def __init__(self, output_dir: Path):
+        self.path = output_dir / FOLDER
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """`step` and `eval_loss` of the weights; None as long as there are none."""
+        file = self.path / EVALUATION_NAME
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def restore(self, checkpoint: Path | None) -> None:
+        """Makes the folder what it was at a checkpoint; None for a new run."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if checkpoint is not None and (checkpoint / FOLDER).is_dir():
+            shutil.copytree(checkpoint / FOLDER, self.path)
+
+    def copy_to(self, checkpoint: Path) -> None:
+        """Adds the folder to a checkpoint."""
+        if self.path.is_dir():
+            shutil.copytree(self.path, checkpoint / FOLDER)
+
+    def ship(self) -> dict[str, Any]:
+        """Makes the weights those of the run's own folder; returns their evaluation."""
+        evaluation = self.evaluation
+        assert evaluation is not None, "a run has evaluated its weights when it ends"
+        (self.path / EVALUATION_NAME).unlink()
+        for file in self.path.iterdir():
+            os.replace(file, self.path.parent / file.name)
+        self.path.rmdir()
+        return evaluation
+
+
+class Selection(TrainerCallback):
+    """After every evaluation: keeps the weights if they are the best, ends the run if it gets no better.
+
+    Args:
+        trainer: saves the weights.
+        best: where they are kept; None keeps none.
+        patience: evaluations without improvement that end the run; 0 for any number.
+    """
+
+    def __init__(self, trainer: Any, best: BestWeights | None, patience: int):
+        self.trainer, self.best, self.patience = trainer, best, patience
+        self._lowest = math.inf
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.best is not None and self.best.evaluation is not None:
+            self._lowest = self.best.evaluation["eval_loss"]
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.best is not None:
+            self._keep(self.best, evaluations(state.log_history)[-1])
+        if is_exhausted(state.log_history, self.patience):
+            control.should_save = control.should_training_stop = True
+
+    def _keep(self, best: BestWeights, evaluation: dict[str, float]) -> None:
+        if evaluation["eval_loss"] >= self._lowest:
+            return
+        self._lowest = evaluation["eval_loss"]
+        if self.trainer.is_world_process_zero():
+            best.restore(None)
+        self.trainer.save_model(str(best.path))  # on all processes: a sharded model is gathered
+        if self.trainer.is_world_process_zero():
+            write_json(best.path / EVALUATION_NAME, {name: evaluation[name] for name in ("step", "eval_loss")})
