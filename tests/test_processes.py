@@ -120,6 +120,15 @@ def test_the_evaluation_of_stage_2_counts_each_row_once(one, two):
     assert len(losses[0]) == 1 and losses[1] == pytest.approx(losses[0], rel=2e-6)
 
 
+def test_stage_2_draws_one_grid_and_counts_the_tokens_of_all(one, two):
+    grids = [sorted((folder / "prior" / "samples").iterdir()) for folder in (one, two)]
+    assert [[path.name for path in paths] for paths in grids] == [["step_00000010.png"]] * 2
+    for folder in (one, two):
+        speeds = [line for line in logs(folder / "prior") if "loss" in line]
+        assert [line["step"] for line in speeds] == [5, 10]
+        assert all(line["tokens_per_second"] > 0 and line["mfu"] > 0 for line in speeds)
+
+
 def test_metrics_are_global(one, two):
     lines = [logs(folder / "vqgan") for folder in (one, two)]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [5, 10, 10]
