@@ -9,42 +9,47 @@ from torch import Tensor
 BUCKET = 64
 
 
+Step = Callable[[int, int], None]
+
+
 class CapturedSteps:
     """Runs a step that has no number of the host in it, so that it can be repeated as it was captured.
 
     On CUDA the step of each (copies, window) is captured once as a CUDA graph; elsewhere it is called.
 
     Args:
-        step: `step(copies, window)`; reads and writes the same tensors at every call.
-        position: int64 `(1,)`, the one of these that counts the steps.
+        position: int64 `(1,)`, counts the steps; one of the tensors that they read and write at every call.
         compiled: whether torch.compile makes the step.
     """
 
-    def __init__(self, step: Callable[[int, int], None], position: Tensor, compiled: bool):
-        self.step = torch.compile(step, dynamic=False) if compiled else step
-        self.position = position
+    def __init__(self, position: Tensor, compiled: bool):
+        self.position, self.compiled = position, compiled
+        self.compiled_step: Step | None = None
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
-    def run(self, copies: int, needed: int, longest: int) -> None:
-        """One step with a window of at least `needed` positions, at most `longest`."""
+    def run(self, step: Step, copies: int, needed: int, longest: int) -> None:
+        """One `step(copies, window)` with a window of at least `needed` positions, at most `longest`; it is the same
+        step every time."""
         window = min(-(-needed // BUCKET) * BUCKET, longest)
+        if self.compiled:
+            self.compiled_step = step = self.compiled_step or torch.compile(step, dynamic=False)
         if self.position.device.type != "cuda":
-            return self.step(copies, window)
+            return step(copies, window)
         if (copies, window) not in self.graphs:
-            self.graphs[copies, window] = self.capture(copies, window)
+            self.graphs[copies, window] = self.capture(step, copies, window)
         self.graphs[copies, window].replay()
 
-    def capture(self, copies: int, window: int) -> torch.cuda.CUDAGraph:
+    def capture(self, step: Step, copies: int, window: int) -> torch.cuda.CUDAGraph:
         """The step as a CUDA graph, which has not run yet."""
         position = self.position.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries set themselves up, and torch.compile compiles, before the capture
             for _ in range(2):
-                self.step(copies, window)
+                step(copies, window)
                 self.position.copy_(position)  # what the step wrote is written again when it runs
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.step(copies, window)
+            step(copies, window)
         return graph

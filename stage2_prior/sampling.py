@@ -108,7 +108,7 @@ class CodeSampler:
         self.races: Tensor | None = None
         self.captured: CapturedSteps | None = None
         if compiled or (device.type == "cuda" and can_be_recorded(prior)):
-            self.captured = CapturedSteps(self.step_in_window, self.position, compiled)
+            self.captured = CapturedSteps(self.position, compiled)
         self.traces = device.type == "cpu" and can_be_recorded(prior)
         self.traced: dict[int, Decode | None] = {}
 
@@ -132,7 +132,8 @@ class CodeSampler:
                 logits = torch.cat([self.decode_one(1, position), self.prefill(so_far, self.batch_size)])
                 self.choose(logits, self.race(position))
             elif self.captured is not None:
-                self.captured.run(self.copies(position), self.prompt_length + position, self.cache.length)
+                copies, needed = self.copies(position), self.prompt_length + position
+                self.captured.run(self.step_in_window, copies, needed, self.cache.length)
             else:
                 self.choose(self.decode_one(self.copies(position), position), self.race(position))
             if on_step is not None:

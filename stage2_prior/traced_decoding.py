@@ -55,11 +55,13 @@ def trace_decoding(
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a recording that may not hold elsewhere: that is tried
-            traced = torch.jit.trace(decode, (tokens, last), check_trace=False)
+            # not torch.jit.trace, which keeps what it has recorded, weights and cache included, for ever
+            graph, _ = torch.jit._get_trace_graph(decode, (tokens, last))
+            traced = torch._C._create_function_from_graph("decode", graph)
         if torch.allclose(traced(tokens, here), expected, rtol=1e-3, atol=1e-3 * float(expected.std())):
             return traced
         reason = "what was recorded at one position does not hold at another"
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
     logger.warning("the steps of a %s cannot be recorded and take longer: %s", prior.config.model_type, reason)
     return None

@@ -1,8 +1,10 @@
 """The sampler against transformers' own generation, against a loop without a cache, and against itself in other
 batches."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -95,12 +97,27 @@ def test_steps_in_windows_choose_the_same_codes(random_prior, layout, model_type
     monkeypatch.setattr(captured_steps, "BUCKET", 6)
     prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
     sampler = make_sampler(prior, layout, 15, **options)
-    sampler.captured = CapturedSteps(sampler.step_in_window, sampler.position, compiled=False)
+    sampler.captured = CapturedSteps(sampler.position, compiled=False)
     prompts = layout.class_tokens(labels)[:, None]
     nulls = torch.full_like(prompts, layout.null_token)
     first, again = (sampler.sample(prompts, nulls, seeds) for _ in range(2))
     assert torch.equal(first, draw(prior, layout, labels, seeds, **options))
     assert torch.equal(first, again)  # in memory that was used before
+
+
+def test_a_sampler_frees_its_memory_at_once(random_prior, layout):
+    """Keys and values of a batch may fill a GPU: they must not wait for the garbage collector."""
+    sampler = make_sampler(random_prior("llama", layout), layout, 3, guidance_scale=2.0)
+    prompts = torch.full((3, 1), layout.null_token)
+    gc.disable()
+    try:
+        sampler.sample(prompts, prompts, torch.arange(3))
+        buffer = weakref.ref(sampler.cache.layers[0].buffers[0])
+        assert buffer() is not None
+        del sampler
+        assert buffer() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
