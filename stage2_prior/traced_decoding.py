@@ -1,8 +1,8 @@
 """Decoding one code on a CPU, as a recording: the operations of the model's forward without the Python between them.
 
 A forward of one token is some four hundred small operations, and half of its time goes into getting from one to the
-next. `torch.jit.trace` records them once, for every position: where a key is written and how far attention looks are
-tensors to it.
+next. TorchScript's tracer records them once, for every position: where a key is written and how far attention looks
+are tensors to it.
 """
 
 import copy
