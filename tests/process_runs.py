@@ -4,6 +4,7 @@ As a script, on several processes: `accelerate launch … -m tests.process_runs 
 of one process. Imported, on the one there is.
 """
 
+import copy
 import itertools
 import sys
 from pathlib import Path
@@ -120,11 +121,13 @@ def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass:
 
 
 def run_stage2(config: Stage2Config, folder: Path) -> None:
-    """Trains; leaves the prior of this process."""
+    """Trains; leaves the prior of this process, and the average of its weights."""
     evaluate = prior_training.PriorTrainer.evaluate
 
     def evaluate_and_leave(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        leave(folder, "stage2", trainer.accelerator.unwrap_model(trainer.model).state_dict())
+        states = {"weights": copy.deepcopy(trainer.model.state_dict())}
+        with trainer.average.applied():
+            leave(folder, "stage2", {**states, "average": trainer.model.state_dict()})
         return evaluate(trainer, *args, **kwargs)
 
     prior_training.PriorTrainer.evaluate = evaluate_and_leave  # type: ignore[method-assign]
