@@ -48,6 +48,13 @@ def test_a_resumed_sharded_run_equals_a_straight_one(runs):
     assert logged(runs / "sharded", "eval_loss") == logged(runs / "resumed", "eval_loss")
 
 
+def test_a_sharded_run_draws_the_grids_of_a_whole_one(runs):
+    """Sampling from shards takes all processes."""
+    whole, sharded = (sorted((runs / folder / "samples").iterdir()) for folder in ("whole", "sharded"))
+    assert [path.name for path in whole] == [path.name for path in sharded] and len(whole) == 4
+    assert [path.read_bytes() for path in whole] == [path.read_bytes() for path in sharded]
+
+
 @torch.no_grad()
 def test_one_process_loads_what_was_sharded(runs):
     prior = AutoModelForCausalLM.from_pretrained(runs / "sharded")
