@@ -113,7 +113,7 @@ def plain_trainer(model: PreTrainedModel, ours: TrainingArguments, data: CodeDat
         use_cpu=True,
     )
     order = np.random.default_rng((ours.seed, 0)).permutation(ROWS)
-    rows = data.__getitems__([(0, int(row), 0) for row in order])
+    rows = data.__getitems__(np.stack([np.zeros_like(order), order], 1))
     conditions = rows["input_ids"][:, :1]
     columns = {
         "input_ids": torch.cat([conditions, rows["labels"]], 1).tolist(),
