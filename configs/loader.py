@@ -178,11 +178,14 @@ def _stand_in(hint: Any) -> Any:
 
 
 def _foreign_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
-    """Keys of a configuration that seems to be for another command: several that resemble none of this one."""
+    """Keys of a configuration that seems to be for another command: several, or sections, that resemble none of this
+    one."""
     known = [key_of(field) for field in fields(cls)]  # type: ignore[arg-type]
     unknown = [str(key) for key in values if key not in known]
     far = [key for key in unknown if not difflib.get_close_matches(key, known, n=1)]
-    return unknown if len(unknown) >= 3 and 2 * len(far) >= len(unknown) else []
+    sections = [key for key in far if isinstance(values[key], Mapping)]
+    many = len(unknown) >= 3 or len(sections) >= 2
+    return unknown if many and 2 * len(far) >= len(unknown) else []
 
 
 def _concerns(key: str, message: str, wrong: Iterable[str]) -> bool:
