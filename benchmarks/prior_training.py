@@ -123,7 +123,7 @@ def plain_trainer(model: PreTrainedModel, ours: TrainingArguments, data: CodeDat
 
 
 class Steps(TrainerCallback):
-    """Takes the steps of a lane's trainer one by one, each when it is called; the trainer runs in a thread of its own."""
+    """Takes the steps of a lane's trainer, each when it is called; the trainer runs in a thread of its own."""
 
     def __init__(self, lane: str, setting: str):
         self.folder = tempfile.TemporaryDirectory()  # goes when this does
