@@ -123,10 +123,11 @@ def plain_trainer(model: PreTrainedModel, ours: TrainingArguments, data: CodeDat
 
 
 class Steps(TrainerCallback):
-    """Takes a trainer's steps one by one, each when it is called; the trainer runs in a thread of its own."""
+    """Takes the steps of a lane's trainer, each when it is called; the trainer runs in a thread of its own."""
 
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
+    def __init__(self, lane: str, setting: str):
+        self.folder = tempfile.TemporaryDirectory()  # goes when this does
+        trainer = make(lane, setting, Path(self.folder.name))
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.threads = torch.get_num_threads()
         trainer.add_callback(self)
@@ -175,7 +176,7 @@ def agreement(setting: str) -> float:
 
 def prepared(lane: str, setting: str) -> Callable[[], Any]:
     """A step of a lane, after two that made what is made once."""
-    steps = Steps(make(lane, setting, Path(tempfile.mkdtemp())))
+    steps = Steps(lane, setting)
     for _ in range(2):
         steps()
     return steps
