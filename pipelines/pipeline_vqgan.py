@@ -324,18 +324,15 @@ class VQGANPipeline:
         batch_size = -(-len(prompts) // batches)  # all as large as each other, but for an image
         sampler = self._sampler_for(batch_size, options)
         with tqdm(total=batches * length, **{"desc": "sampling", "unit": "code", **self._progress_bar}) as bar:
-            for rows in torch.arange(len(prompts)).split(batch_size):
-                count = len(rows)
-                rows = torch.cat([rows, rows[-1:].expand(batch_size - count)])  # steps were recorded for this many
 
-                def on_step(position: int, chosen: Tensor, count: int = count) -> None:
-                    bar.update()
-                    if callback_on_step_end is not None:
-                        callback_on_step_end(position, chosen[:count])
+            def on_step(position: int, chosen: Tensor) -> None:
+                bar.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(position, chosen)
 
-                labels = prompts[rows]
-                codes = sampler.sample(labels, torch.full_like(labels, self.layout.null_token), seeds[rows], on_step)
-                yield codes[:count].view(-1, *self.layout.grid)
+            for labels, some_seeds in zip(prompts.split(batch_size), seeds.split(batch_size), strict=True):
+                null = torch.full_like(labels, self.layout.null_token)
+                yield sampler.sample(labels, null, some_seeds, on_step).view(-1, *self.layout.grid)
 
     def _sampler_for(self, batch_size: int, options: SamplingOptions) -> CodeSampler:
         """That of the last call if it serves."""

@@ -55,7 +55,7 @@ def sample_codes(
 
 
 class CodeSampler:
-    """Samples batch after batch of one size, in the same memory and with the same recorded steps.
+    """Samples batch after batch, in the same memory and with the same recorded steps; smaller ones are filled up.
 
     On CUDA forward, guidance, filter and pick of a position are one CUDA graph; on a CPU the forward is traced. Both
     are recorded at first use; `serves` tells whether they still hold.
@@ -68,7 +68,7 @@ class CodeSampler:
 
     Args:
         prior: causal language model.
-        batch_size: B.
+        batch_size: of the largest batch.
         prompt_length: P.
         length: L.
         num_codes: K; only tokens below it are ever chosen.
@@ -93,11 +93,17 @@ class CodeSampler:
             raise ValueError(f"compiled: a {prior.config.model_type} like this one has no step that can be compiled")
         self.prior, self.options, self.compiled = prior, options, compiled
         self.prior_state = state_of(prior)
-        self.batch_size, self.prompt_length, self.length, self.num_codes = batch_size, prompt_length, length, num_codes
+        self.prompt_length, self.length, self.num_codes = prompt_length, length, num_codes
         scales = options.scales(length)
         guided = [position for position, scale in enumerate(scales) if scale != 1.0]
         self.guided = range(guided[0], guided[-1] + 1) if guided else range(0)
         device = prior.device
+        self.largest_batch = batch_size
+        if device.type == "cpu" and not guided:
+            batch_size = max(
+                2, batch_size
+            )  # products of one row are spread over threads, which takes three times as long
+        self.batch_size = batch_size
         self.scales = torch.tensor(scales, device=device)
         # the last code is chosen, but not read any more
         self.cache = PreallocatedCache(prior, batch_size * (2 if guided else 1), prompt_length + length - 1)
@@ -114,13 +120,16 @@ class CodeSampler:
 
     def serves(self, prior: PreTrainedModel, batch_size: int, options: SamplingOptions, compiled: bool) -> bool:
         """Whether it samples such batches, and the prior is still what it was when its steps were recorded."""
-        asked = (self.batch_size, self.options, self.compiled) == (batch_size, options, compiled)
+        asked = (self.largest_batch, self.options, self.compiled) == (batch_size, options, compiled)
         return asked and self.prior is prior and self.prior_state == state_of(prior)
 
     @torch.inference_mode()
     def sample(self, prompts: Tensor, null_prompts: Tensor, seeds: Tensor, on_step: OnStep | None = None) -> Tensor:
-        """Codes int64 `(B, L)`; see [`sample_codes`]."""
-        self.seeds.copy_(seeds)
+        """Codes int64 `(B, L)` of up to `batch_size` images; see [`sample_codes`]."""
+        count = len(prompts)
+        fill = torch.arange(self.batch_size, device=prompts.device).clamp(max=count - 1)
+        prompts, null_prompts = prompts[fill], null_prompts[fill]
+        self.seeds.copy_(seeds[fill])
         self.position.zero_()
         for position in range(self.length):
             if position == 0:
@@ -137,8 +146,8 @@ class CodeSampler:
             else:
                 self.choose(self.decode_one(self.copies(position), position), self.race(position))
             if on_step is not None:
-                on_step(position, self.codes[:, position])
-        return self.codes.clone()
+                on_step(position, self.codes[:count, position])
+        return self.codes[:count].clone()
 
     def copies(self, position: int) -> int:
         """2 where the unconditional rows are needed, else 1."""
