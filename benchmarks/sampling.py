@@ -50,7 +50,7 @@ def prompts_of(layout: TokenLayout, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def make_lanes(
-    prior: PreTrainedModel, layout: TokenLayout, batch: int, guidance: float, greedy: bool, compiled: bool
+    prior: PreTrainedModel, layout: TokenLayout, batch: int, guidance: float, greedy: bool, compiled: bool = False
 ) -> dict[str, Callable[[], Tensor]]:
     """Functions that return int64 codes `(batch, L)`."""
     prompts, nulls = prompts_of(layout, batch)
@@ -139,17 +139,21 @@ def shares(prior: PreTrainedModel, layout: TokenLayout, batch: int, guidance: fl
     }
 
 
-def measure(name: str, length: int, batch: int, guidance: float, rounds: int, compiled: bool) -> list[dict[str, Any]]:
-    """Lines of the table: every lane at one setting.
+def measure(
+    name: str, length: int, batch: int, guidance: float, rounds: int, compiled: bool, without: list[str]
+) -> list[dict[str, Any]]:
+    """Lines of the table: every lane at one setting, but those left out.
 
     Raises:
         AssertionError: a lane chooses other greedy codes.
     """
     prior, layout = make_prior(name, length)
-    greedy = {lane: run() for lane, run in make_lanes(prior, layout, batch, guidance, True, False).items()}
+    greedy_lanes = make_lanes(prior, layout, batch, guidance, greedy=True)
+    greedy = {lane: run() for lane, run in greedy_lanes.items() if lane not in without}
     for lane, codes in greedy.items():
         assert torch.equal(codes, greedy["tessella"]), (name, length, batch, guidance, lane)
     lanes = make_lanes(prior, layout, batch, guidance, False, compiled)
+    lanes = {lane: run for lane, run in lanes.items() if lane not in without}
     started = time.perf_counter()
     lanes["tessella"]()
     first = 1e3 * (time.perf_counter() - started)
@@ -192,6 +196,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, GUIDANCE])
     parser.add_argument("--flips", type=int, default=0, help="images to sample at batch 64, 7 and 1, and compare")
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--without", nargs="+", default=[], help="lanes to leave out")
     parser.add_argument("--output", default="runs/benchmarks/sampling.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -202,8 +207,11 @@ def main() -> None:
         print("images that are not, code by code, those of batches of 64:")
         print(table(flipped))
     settings = [(n, c, b, g) for n in args.priors for c in args.lengths for b in args.batches for g in args.guidance]
-    rows = [row for setting in settings for row in measure(*setting, args.rounds, args.compiled)]
-    print(table([shown(row) for row in rows]))
+    rows = []
+    for setting in settings:
+        measured = measure(*setting, args.rounds, args.compiled, args.without)
+        print(table([shown(row) for row in measured]), flush=True)
+        rows += measured
     write(
         args.output, {"environment": where, "threads": args.threads, "machine": speed, "flips": flipped, "rows": rows}
     )
