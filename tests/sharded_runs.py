@@ -5,6 +5,7 @@ accelerate leaves models whole on a CPU, though PyTorch shards there as it does 
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -67,3 +68,7 @@ def _shard_on_cpus() -> None:
 def _check_shards(callback: Any, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
     for name, weight in model.named_parameters():
         assert isinstance(weight, DTensor) and 2 * weight.to_local().numel() == weight.numel(), name
+
+
+if __name__ == "__main__":
+    run_on_two_processes(Path(sys.argv[1]))
