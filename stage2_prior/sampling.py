@@ -100,9 +100,7 @@ class CodeSampler:
         device = prior.device
         self.largest_batch = batch_size
         if device.type == "cpu" and not guided:
-            batch_size = max(
-                2, batch_size
-            )  # products of one row are spread over threads, which takes three times as long
+            batch_size = max(2, batch_size)  # products of one row take longer: they are spread over threads
         self.batch_size = batch_size
         self.scales = torch.tensor(scales, device=device)
         # the last code is chosen, but not read any more
@@ -111,7 +109,7 @@ class CodeSampler:
         self.codes = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the code to be chosen
         self.code_numbers = torch.arange(num_codes, device=device)
-        self.races: Tensor | None = None
+        self.races: tuple[range, Tensor] | None = None  # positions, and their random numbers
         self.captured: CapturedSteps | None = None
         if compiled or (device.type == "cuda" and can_be_recorded(prior)):
             self.captured = CapturedSteps(self.position, compiled)
@@ -130,6 +128,7 @@ class CodeSampler:
         fill = torch.arange(self.batch_size, device=prompts.device).clamp(max=count - 1)
         prompts, null_prompts = prompts[fill], null_prompts[fill]
         self.seeds.copy_(seeds[fill])
+        self.races = None
         self.position.zero_()
         for position in range(self.length):
             if position == 0:
@@ -192,12 +191,13 @@ class CodeSampler:
     def race(self, position: int) -> Tensor:
         """Exponential random numbers `(B, K)` of a position; for small batches those of many positions are made at
         once."""
-        block = max(1, NUMBERS_AT_ONCE // (self.batch_size * self.num_codes))
-        if position % block == 0:
-            positions = torch.arange(position, min(position + block, self.length), device=self.seeds.device)
-            self.races = exponential(self.seeds[:, None], positions[:, None, None], self.code_numbers)
-        assert self.races is not None, "positions are taken in order"
-        return self.races[position % block]
+        if self.races is None or position not in self.races[0]:
+            block = max(1, NUMBERS_AT_ONCE // (self.batch_size * self.num_codes))
+            positions = range(position, min(position + block, self.length))
+            numbers = torch.tensor(positions, device=self.seeds.device)[:, None, None]
+            self.races = positions, exponential(self.seeds[:, None], numbers, self.code_numbers)
+        positions, races = self.races
+        return races[position - positions.start]
 
 
 def forward(prior: PreTrainedModel, tokens: Tensor, cache: PreallocatedCache, **inputs: Tensor) -> Tensor:
