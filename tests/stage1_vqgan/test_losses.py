@@ -102,6 +102,12 @@ def perceptual():
     return PerceptualLoss("squeeze", "random")
 
 
+@pytest.fixture(scope="module")
+def perceptual_by_alex():
+    torch.manual_seed(0)
+    return PerceptualLoss("alex", "random")
+
+
 def test_perceptual_loss_is_frozen_and_stays_in_evaluation_mode(perceptual):
     assert all(not parameter.requires_grad for parameter in perceptual.parameters())
     nn.Sequential(perceptual).train()
@@ -129,18 +135,25 @@ def test_perceptual_loss_repeats_gray(perceptual):
     torch.testing.assert_close(perceptual(a, b), perceptual(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)))
 
 
-def test_perceptual_loss_in_bf16_pulls_the_same_way(perceptual):
+def perceptual_and_gradient(loss, mixed):
     images, noise = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    values, gradients = [], []
-    for mixed in (False, True):
-        x = (images + 0.1 * noise).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            values.append(perceptual(x, images))
-        gradients += torch.autograd.grad(values[-1], x)
-    assert values[1].dtype == torch.float32 and values[0] != values[1]
-    assert values[1].item() == pytest.approx(values[0].item(), rel=0.01)
-    assert gradients[1].norm().item() == pytest.approx(gradients[0].norm().item(), rel=0.02)
-    assert nn.functional.cosine_similarity(*(gradient.flatten() for gradient in gradients), dim=0) > 0.98
+    x = (images + 0.1 * noise).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        value = loss(x, images)
+    assert value.dtype == torch.float32
+    return value.item(), torch.autograd.grad(value, x)[0].flatten()
+
+
+def test_perceptual_loss_in_bf16_pulls_the_same_way(perceptual_by_alex):
+    (value, gradient), (mixed, by_mixed) = (perceptual_and_gradient(perceptual_by_alex, on) for on in (False, True))
+    assert mixed != value and mixed == pytest.approx(value, rel=0.01)
+    assert by_mixed.norm().item() == pytest.approx(gradient.norm().item(), rel=0.02)
+    assert nn.functional.cosine_similarity(gradient, by_mixed, dim=0) > 0.98
+
+
+def test_perceptual_loss_by_squeeze_stays_in_float32(perceptual):
+    (value, gradient), (mixed, by_mixed) = (perceptual_and_gradient(perceptual, on) for on in (False, True))
+    assert mixed == value and torch.equal(gradient, by_mixed)
 
 
 def test_perceptual_loss_has_a_gradient_where_the_backbone_sees_nothing(perceptual):
@@ -152,8 +165,8 @@ def test_perceptual_loss_has_a_gradient_where_the_backbone_sees_nothing(perceptu
 
 
 @pytest.mark.parametrize("backbone", ["squeeze", "alex"])
-def test_smallest_image(backbone, perceptual):
-    loss = perceptual if backbone == "squeeze" else PerceptualLoss(backbone, "random")
+def test_smallest_image(backbone, perceptual, perceptual_by_alex):
+    loss = perceptual if backbone == "squeeze" else perceptual_by_alex
     size = LPIPS_MIN_SIZE[backbone]
     value = loss(torch.rand(1, 3, size, size), torch.rand(1, 3, size, size))
     assert torch.isfinite(value) and value > 0
