@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 LAUNCH := accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: install demo test test-slow lint format clean
+.PHONY: install demo test test-slow bench lint format clean
 
 install: $(VENV)/.installed
 
@@ -53,6 +53,11 @@ test: install
 test-slow: export HF_HUB_OFFLINE = 1
 test-slow: install
 	python -m pytest -m slow
+
+bench: export HF_HUB_OFFLINE = 1
+bench: install
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	python -m benchmarks.run --suite cpu
 
 lint: install
 	ruff check .

@@ -19,7 +19,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from benchmarks.measuring import environment, interleaved, ratio, summary, table, write
+from benchmarks.machine import environment
+from benchmarks.measuring import interleaved, ratio, summary
+from benchmarks.report import table, write
 from stage1_vqgan import IndexSampler
 from stage2_prior import TokenLayout
 from stage2_prior.code_store import CodeSplit, shard_path, write_shard

@@ -1,40 +1,32 @@
-"""Time and memory of the search for the nearest code, against the formulas of others:
-`python -m benchmarks.code_search [--threads 1 2] [--rounds 15]`.
+"""The search for the nearest code, against the formulas of others.
 
 Only the search of each peer is measured, without the graph, the one-hot codes and the losses that its module adds: the
 peer at its best. "original" is ‖z‖² + ‖e‖² - 2 z·e as in taming-transformers, "diffusers" torch.cdist as in its
-VQModel, "vqp" the Euclidean search of vector-quantize-pytorch, which has to be installed.
+VQModel, "vector-quantize-pytorch" its Euclidean search.
 
 Before anything is timed every lane's codes are compared with the nearest in float64. Where float32 cannot tell two
 entries apart a lane may take the other one; such flips are counted, with the largest relative difference of the two
 squared distances. Any other difference is an error.
-
-`matmul_share` is the time of the bare matrix product, at the rate measured for a large one, over the time of a lane.
 """
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import (
-    environment,
-    interleaved,
-    lane_rows,
-    machine_speed,
-    peak_memory,
-    ratio,
-    summary,
-    table,
-    write,
-)
+from benchmarks.case import OURS, Case, Prepared
+from benchmarks.machine import full_precision
+from benchmarks.peers import absent
 from stage1_vqgan.quantizers import nearest_code
 
-NUM_LATENTS = 4096
-SIZES = [(1024, 8), (1024, 64), (8192, 8), (8192, 64)]  # K, D
+# Latents N, codes K, and width D.
+SIZES = {
+    "cpu": [(4096, 8192, 8), (4096, 8192, 64)],
+    "gpu": [(64 * 256, 16384, 8), (64 * 256, 16384, 256)],
+}
+VQP = "vector-quantize-pytorch"
 
 
 def original(latents: Tensor, codebook: Tensor) -> Tensor:
@@ -57,17 +49,19 @@ def vqp(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 LANES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "tessella": nearest_code,
+    OURS: nearest_code,
     "original": original,
     "diffusers": diffusers,
-    "vqp": vqp,
+    VQP: vqp,
 }
 
 
-def inputs(num_codes: int, dim: int) -> tuple[Tensor, Tensor]:
+def inputs(size: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Normal latents `(N, D)` and codebook `(K, D)`."""
+    num_latents, num_codes, dim = size
     generator = torch.Generator().manual_seed(num_codes + dim)
-    return torch.randn(NUM_LATENTS, dim, generator=generator), torch.randn(num_codes, dim, generator=generator)
+    latents, codebook = (torch.randn(count, dim, generator=generator) for count in (num_latents, num_codes))
+    return latents.to(device), codebook.to(device)
 
 
 def near_tie_flips(codes: Tensor, latents: Tensor, codebook: Tensor) -> dict[str, float]:
@@ -84,65 +78,37 @@ def near_tie_flips(codes: Tensor, latents: Tensor, codebook: Tensor) -> dict[str
     excess = chosen - nearest
     rounding = 8 * torch.finfo(torch.float32).eps * (z.square().sum(1) + e[codes].square().sum(1))
     assert (excess <= rounding).all(), "a code is not the nearest"
-    return {"flips": int((codes != best).sum()), "largest_gap": (excess / nearest).max().item()}
+    gap = (excess / nearest).max().item()
+    return {"flips": int((codes != best).sum()), "largest_gap": float(f"{gap:.1e}")}
 
 
-def prepared(name: str, num_codes: int, dim: int) -> Callable[[], Tensor]:
+def prepared(name: str, size: tuple[int, int, int], device: torch.device) -> Prepared:
     """A lane on its inputs, after a small call that sets up the libraries it needs."""
-    latents, codebook = inputs(num_codes, dim)
+    latents, codebook = inputs(size, device)
     LANES[name](latents[:16], codebook[:16])
     return torch.no_grad()(partial(LANES[name], latents, codebook))
 
 
-def measure(num_codes: int, dim: int, threads: list[int], rounds: int) -> dict[str, Any]:
-    """Every lane at one size."""
-    latents, codebook = inputs(num_codes, dim)
-    lanes = {name: prepared(name, num_codes, dim) for name in LANES}
-    result: dict[str, Any] = {"codes": num_codes, "dim": dim, "threads": {}}
-    result["agreement"] = {name: near_tie_flips(lane(), latents, codebook) for name, lane in lanes.items()}
-    memory = {name: peak_memory(prepared, name, num_codes, dim) for name in LANES}
-    result["peak_memory_mb"] = {name: round(value / 2**20, 1) for name, value in memory.items()}
-    for count in threads:
-        torch.set_num_threads(count)
-        speed = machine_speed()
-        floor = 2 * NUM_LATENTS * num_codes * dim / speed["matmul_gflops"] / 1e6
-        times = interleaved(lanes, rounds)
-        result["threads"][count] = {
-            "machine": speed,
-            **{
-                name: summary(values)
-                | {
-                    "matmul_share": round(floor / summary(values)["median_ms"], 3),
-                    "time_ratio": ratio(values, times["tessella"]),
-                    "memory_ratio": round(memory["tessella"] / memory[name], 3),
-                }
-                for name, values in times.items()
-            },
-        }
-    return result
+def agree(names: list[str], size: tuple[int, int, int], device: torch.device) -> Mapping[str, Any]:
+    """Flips of each lane."""
+    latents, codebook = inputs(size, device)
+    with full_precision(), torch.no_grad():
+        return {name: near_tie_flips(LANES[name](latents, codebook), latents, codebook) for name in names}
 
 
-def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lines of the table."""
-    flips = result["agreement"]
-    return lane_rows(
-        result,
-        {"K": result["codes"], "D": result["dim"]},
-        lambda name, lane: {"flips": flips[name]["flips"], "matmul share": lane["matmul_share"]},
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.code_search", description=__doc__)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", default="runs/benchmarks/code_search.json")
-    args = parser.parse_args()
-    where = environment()
-    results = [measure(*size, args.threads, args.rounds) for size in SIZES]
-    print(table([row for result in results for row in rows(result)]))
-    write(args.output, {"environment": where, "latents": NUM_LATENTS, "results": results})
-
-
-if __name__ == "__main__":
-    main()
+def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
+    """One for each size, in float32, which the search always has."""
+    missing = absent({VQP: "vector_quantize_pytorch"})
+    names = [name for name in LANES if name not in missing]
+    for size in SIZES[suite]:
+        num_latents, num_codes, dim = size
+        yield Case(
+            row="code search",
+            setting=f"{num_latents} latents, K = {num_codes}, D = {dim}",
+            lanes={name: partial(prepared, name, size, device) for name in names},
+            agree=partial(agree, names, size, device),
+            unit="latents/s",
+            count=num_latents,
+            operations=2 * num_latents * num_codes * dim,
+            absent=missing,
+        )

@@ -1,24 +1,22 @@
-"""What the benchmarks share: lanes that take turns, their ratios, peak memory in a fresh process, and the report."""
+"""How it is measured: lanes that take turns, their times and ratios, and the memory of a call."""
 
-import json
+import math
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+
+from stage2_prior.throughput import synchronize
 
 # A lane whose median is so much above its minimum met others who use the machine.
 CONTAMINATED = 1.3
 
-PACKAGES = ("torch", "transformers", "accelerate", "lpips", "vector-quantize-pytorch")
+CPU = torch.device("cpu")
 
 
 class Times(NamedTuple):
@@ -28,16 +26,34 @@ class Times(NamedTuple):
     cpu: list[float]
 
 
-def interleaved(lanes: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, Times]:
-    """Times of the lanes, which take turns, so that what else the machine does meets all of them."""
+def interleaved(
+    lanes: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 1,
+    device: torch.device = CPU,
+    repeats: Mapping[str, int] | None = None,
+) -> dict[str, Times]:
+    """Times of the lanes, which take turns, so that what else the machine does meets all of them.
+
+    Args:
+        lanes: what is called.
+        rounds: turns of each lane that count.
+        warmup: turns before them.
+        device: that is waited for before the clock is read.
+        repeats: calls in one turn, whose mean is kept; waiting for the device costs less then. One by default.
+    """
     times = {name: Times([], []) for name in lanes}
     for number in range(warmup + rounds):
         for name, lane in lanes.items():
+            calls = repeats[name] if repeats else 1
+            synchronize(device)
             wall, cpu = time.perf_counter(), time.process_time()
-            lane()
+            for _ in range(calls):
+                lane()
+            synchronize(device)
             if number >= warmup:
-                times[name].wall.append(time.perf_counter() - wall)
-                times[name].cpu.append(time.process_time() - cpu)
+                times[name].wall.append((time.perf_counter() - wall) / calls)
+                times[name].cpu.append((time.process_time() - cpu) / calls)
     return times
 
 
@@ -65,36 +81,19 @@ def ratio(numerator: Times, denominator: Times) -> dict[str, float]:
     }
 
 
-def lane_rows(
-    result: Mapping[str, Any], head: Mapping[str, Any], more: Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Lines of the table of one result with its `threads` and `peak_memory_mb`: the columns of `head`, those that every
-    benchmark has, and those of `more(name, lane)`."""
-    return [
-        {
-            **head,
-            "threads": count,
-            "lane": name,
-            "ms": lane["median_ms"],
-            "min": lane["min_ms"],
-            "p90": lane["p90_ms"],
-            "time / tessella": "{median} ({p10}–{p90})".format(**lane["time_ratio"]),
-            "by CPU": lane["time_ratio"]["by_cpu"],
-            "by minima": lane["time_ratio"]["of_minima"],
-            "MB": result["peak_memory_mb"][name],
-            "tessella's memory": lane["memory_ratio"],
-            **more(name, lane),
-            "contaminated": "yes" if lane["contaminated"] else "",
-        }
-        for count, lanes in result["threads"].items()
-        for name, lane in lanes.items()
-        if name != "machine"
-    ]
-
-
 def quantile(values: Sequence[float], q: float) -> float:
     """Linear between the values."""
-    return torch.tensor(values, dtype=torch.float64).quantile(q).item()
+    return torch.tensor(values, dtype=torch.float64, device="cpu").quantile(q).item()
+
+
+def repeats_for(seconds: float, least: float) -> int:
+    """Calls of so many seconds each that take at least a certain time together."""
+    return max(1, math.ceil(least / max(seconds, 1e-6)))
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Of one call."""
+    return interleaved({"": call}, 1, 0, device)[""].wall[0]
 
 
 def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> int:
@@ -110,9 +109,11 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> i
     Raises:
         OSError: the kernel's high-water mark cannot be reset here.
     """
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # read by glibc when the process starts
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.run"])  # imported once, not by every process
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # read by glibc when the server of processes starts
     try:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+        with context.Pool(1) as pool:
             return pool.apply(_peak, (prepare, arguments))
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
@@ -131,63 +132,3 @@ def _status(field: str) -> int:
     """Bytes, of a field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def environment() -> dict[str, Any]:
-    """What was measured, on which machine, and how busy others kept it."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "commit": sha.stdout.strip() or None,
-        "python": platform.python_version(),
-        "versions": versions,
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-    }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-@torch.no_grad()
-def machine_speed(rounds: int = 5) -> dict[str, float]:
-    """The best the machine does with the threads set: float32 matrix product, convolution, copy."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    image = torch.randn(4, 128, 32, 32).contiguous(memory_format=torch.channels_last)
-    kernel = torch.randn(128, 128, 3, 3).contiguous(memory_format=torch.channels_last)
-    source, target = torch.randn(2**25), torch.empty(2**25)
-    lanes = {
-        "matmul": lambda: a @ b,
-        "conv": lambda: F.conv2d(image, kernel, padding=1),
-        "copy": lambda: target.copy_(source),
-    }
-    least = {name: min(times.wall) for name, times in interleaved(lanes, rounds).items()}
-    return {
-        "matmul_gflops": round(2 * 1024**3 / least["matmul"] / 1e9, 1),
-        "conv_gflops": round(2 * 9 * 128**2 * 4 * 32**2 / least["conv"] / 1e9, 1),
-        "copy_gb_per_s": round(2 * 4 * 2**25 / least["copy"] / 1e9, 1),
-    }
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as lines of aligned columns."""
-    columns = list(rows[0])
-    cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-
-
-def write(path: str, result: Mapping[str, Any]) -> None:
-    """Saves a result as JSON."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {path}")

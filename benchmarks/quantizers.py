@@ -22,7 +22,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from benchmarks.measuring import environment, interleaved, ratio, summary, table, write
+from benchmarks.machine import environment
+from benchmarks.measuring import interleaved, ratio, summary
+from benchmarks.report import table, write
 from configs import load_config
 from stage1_vqgan import ImageDataset, Stage1Config, VQGANImageProcessor, VQGANModel, image_grid, load_images
 from stage1_vqgan.samplers import some_images

@@ -1,221 +1,254 @@
-"""Time of sampling codes, against `transformers.generate` on the same prior:
-`python -m benchmarks.sampling [--threads 2] [--rounds 5] [--batches 1 8 64] [--lengths 16 64 256] [--compiled]`.
+"""Sampling codes, against `transformers.generate` on the same prior; and images of classes, against it and MONAI.
 
-Priors are the presets' with fresh weights. `generate` has its dynamic cache (as shipped), or its static one; with
-guidance it gets the null token as negative prompt, without which it would guide by the class itself. `--compiled` adds
-what torch.compile makes of both: the product's step, and the forward of `generate` with a static cache.
+Priors are the presets' with fresh weights. `generate` has its dynamic cache (as shipped), or its static one, with which
+it compiles its forward by itself on a GPU; with guidance it gets the null token as negative prompt, without which it
+would guide by the class itself. The product's sampler is kept from call to call, as `VQGANPipeline` keeps it.
 
-The product's sampler is kept from call to call, as `VQGANPipeline` keeps it; `first_ms` is its first call, which
-records the step. Before anything is timed the lanes' greedy codes are compared, with guidance or without. Then all of
-them sample at temperature 1, which is what an image needs. `outside` is the share of the product's time that is not
-spent in the model's forward, and `numbers`, `choice` what of it the random numbers take, and guidance, filter and
-pick. `--flips 256` counts images whose codes depend on the batch they were sampled in.
+Before anything is timed the lanes' greedy codes are compared in float32, with guidance or without: on a CPU all of
+them are the same; on a GPU, where rounding decides one of some ten thousand choices and all codes after it differ,
+nine images in ten. Then all of them sample at temperature 1, which is what an image needs.
+
+The floor is `ideal.decode_floor`, for images with the operations of the decoder.
+
+MONAI's `VQVAETransformerInferer` gets a transformer of as many layers and as wide as the prior and MONAI's `VQVAE` with
+the same grid of codes. They are other architectures, so there is nothing to compare but shapes.
 """
 
-import argparse
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.measuring import environment, interleaved, machine_speed, ratio, summary, table, write
+from benchmarks import tokenizer
+from benchmarks.case import OURS, Case, Prepared
+from benchmarks.ideal import decode_floor, decode_operations
+from benchmarks.machine import Ceilings
+from benchmarks.peers import absent
 from configs import load_config
+from pipelines import VQGANPipeline
+from stage1_vqgan import VQGANImageProcessor
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.prior import build_prior
 from stage2_prior.sampling import CodeSampler
 from stage2_prior.sampling_options import SamplingOptions
 
-# Preset, and its codebook size.
-PRIORS = {"digits": ("digits/stage2", 256), "fashion_mnist": ("fashion_mnist/stage2", 512)}
-GUIDANCE = 2.0
+
+class Prior(NamedTuple):
+    """A preset, what is changed of it, its codebook and grid."""
+
+    preset: str
+    changes: dict[str, Any]
+    num_codes: int
+    grid: tuple[int, int]
 
 
-def make_prior(name: str, length: int) -> tuple[PreTrainedModel, TokenLayout]:
+LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}
+PRIORS = {
+    "digits": Prior("digits/stage2", {}, 256, (4, 4)),
+    "fashion_mnist": Prior("fashion_mnist/stage2", {}, 512, (8, 8)),
+    "111M": Prior("imagenet256/stage2", {}, 16384, (16, 16)),
+    "343M": Prior("imagenet256/stage2", LARGE, 16384, (16, 16)),
+    # for images of the narrow tokenizer that is measured on a CPU
+    "narrow": Prior("fashion_mnist/stage2", {}, tokenizer.NARROW["num_embeddings"], (4, 4)),
+}
+# Prior, batch, guidance scale; and whether images are made of the codes.
+Setting = tuple[str, int, float, bool]
+SETTINGS: dict[str, list[Setting]] = {
+    "cpu": [
+        ("fashion_mnist", 1, 2.0, False),
+        ("fashion_mnist", 64, 2.0, False),
+        ("fashion_mnist", 64, 1.0, False),
+        ("digits", 8, 2.0, False),
+        ("narrow", 8, 2.0, True),
+    ],
+    "gpu": [
+        *((prior, batch, 2.0, False) for batch in (64, 256, 1) for prior in ("111M", "343M")),
+        *((prior, 64, guidance, True) for guidance in (2.0, 1.0) for prior in ("111M", "343M")),
+        *((prior, batch, 1.0, False) for batch in (64, 256, 1) for prior in ("111M", "343M")),
+        *((prior, 16, guidance, False) for guidance in (2.0, 1.0) for prior in ("111M", "343M")),
+    ],
+}
+DYNAMIC, STATIC, MONAI = "generate, dynamic", "generate, static", "MONAI"
+
+
+def layout_of(name: str) -> TokenLayout:
+    """The token space of a prior."""
+    prior = PRIORS[name]
+    return TokenLayout(prior.num_codes, tuple(map(str, range(1000 if "M" in name else 10))), prior.grid, 16, "")
+
+
+def make_prior(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A prior with fresh weights, spread so that its logits differ as those of a trained one."""
-    preset, num_codes = PRIORS[name]
-    classes = tuple(str(number) for number in range(10))
-    layout = TokenLayout(num_codes, classes, (length // 8, 8), 4, "")
+    preset, changes, *_ = PRIORS[name]
+    values = {f"model.{key}": value for key, value in changes.items()}
+    model = load_config(Stage2Config, preset, values).model
     torch.manual_seed(0)
-    config = load_config(Stage2Config, preset)
-    return build_prior({**config.model, "initializer_range": 0.06}, layout).eval(), layout
+    with device:
+        prior = build_prior({**model, "initializer_range": 0.06}, layout_of(name))
+    return prior.to(device, dtype).eval()
 
 
-def prompts_of(layout: TokenLayout, batch: int) -> tuple[Tensor, Tensor]:
-    """Classes in turn, and the null token."""
-    prompts = layout.class_tokens(torch.arange(batch) % layout.num_classes)[:, None]
+def prompts_of(layout: TokenLayout, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Classes in turn, and the null token, `(B, 1)` each."""
+    prompts = layout.class_tokens(torch.arange(batch) % layout.num_classes)[:, None].to(device)
     return prompts, torch.full_like(prompts, layout.null_token)
 
 
-def make_lanes(
-    prior: PreTrainedModel, layout: TokenLayout, batch: int, guidance: float, greedy: bool, compiled: bool = False
-) -> dict[str, Callable[[], Tensor]]:
-    """Functions that return int64 codes `(batch, L)`."""
-    prompts, nulls = prompts_of(layout, batch)
-    options = SamplingOptions(guidance_scale=guidance, temperature=0.0 if greedy else 1.0)
-    seeds = torch.arange(batch)
-
-    def tessella(compile_step: bool) -> Callable[[], Tensor]:
-        sampler = CodeSampler(prior, batch, 1, layout.length, layout.num_codes, options, compile_step)
-        return lambda: sampler.sample(prompts, nulls, seeds)
-
-    def generate(**cache: Any) -> Callable[[], Tensor]:
-        settings: dict[str, Any] = {"do_sample": not greedy, **cache}
-        if guidance != 1:
-            settings |= {"guidance_scale": guidance, "negative_prompt_ids": nulls,
-                         "negative_prompt_attention_mask": torch.ones_like(nulls)}  # fmt: skip
-        mask = torch.ones_like(prompts)
-        return lambda: prior.generate(prompts, attention_mask=mask, **settings)[:, 1:]  # type: ignore[operator]
-
-    lanes = {
-        "tessella": tessella(False),
-        "generate, dynamic": generate(),
-        "generate, static": generate(cache_implementation="static"),
-    }
-    if compiled:
-        plain = generate(cache_implementation="static")
-        compiled_forward = torch.compile(prior.forward)
-
-        def generate_compiled() -> Tensor:
-            eager, prior.forward = prior.forward, compiled_forward  # type: ignore[method-assign]
-            try:
-                return plain()
-            finally:
-                prior.forward = eager  # type: ignore[method-assign]
-
-        lanes |= {"tessella, compiled": tessella(True), "generate, static, compiled": generate_compiled}
-    return lanes
-
-
-def flips(name: str, length: int, guidance: float, images: int) -> dict[str, Any]:
-    """How many images are not, code by code, those of batches of 64 when they are sampled in others."""
-    prior, layout = make_prior(name, length)
-    prompts, nulls = prompts_of(layout, images)
-
-    def sampled(size: int) -> Tensor:
-        options = SamplingOptions(guidance_scale=guidance)
-        sampler = CodeSampler(prior, size, 1, layout.length, layout.num_codes, options)
-        starts = [min(start, images - size) for start in range(0, images, size)]
-        codes = torch.empty(images, layout.length, dtype=torch.int64)
-        for start in starts:
-            rows = slice(start, start + size)
-            codes[rows] = sampler.sample(prompts[rows], nulls[rows], torch.arange(images)[rows])
-        return codes
-
-    expected = sampled(64)
-    different = {f"batch {size}": int((sampled(size) != expected).any(1).sum()) for size in (7, 1)}
-    return {"prior": name, "codes": length, "guidance": guidance, "images": images, **different}
-
-
-def shares(prior: PreTrainedModel, layout: TokenLayout, batch: int, guidance: float) -> dict[str, float]:
-    """Of the product's time: outside the forward; random numbers; guidance, filter and pick."""
-    sampler = CodeSampler(prior, batch, 1, layout.length, layout.num_codes, SamplingOptions(guidance_scale=guidance))
-    prompts, nulls = prompts_of(layout, batch)
-    sampler.sample(prompts, nulls, torch.arange(batch))  # records the step
-    spent = dict.fromkeys(("forward", "race", "choose"), 0.0)
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            spent[name] += time.perf_counter() - started
-            return result
-
-        return call
-
-    sampler.decode_one = timed("forward", sampler.decode_one)  # type: ignore[method-assign]
-    sampler.prefill = timed("forward", sampler.prefill)  # type: ignore[method-assign]
-    sampler.race = timed("race", sampler.race)  # type: ignore[method-assign]
-    sampler.choose = timed("choose", sampler.choose)  # type: ignore[method-assign]
-    started = time.perf_counter()
-    sampler.sample(prompts, nulls, torch.arange(batch))
-    total = time.perf_counter() - started
-    return {
-        "outside": round(1 - spent["forward"] / total, 3),
-        "numbers": round(spent["race"] / total, 3),
-        "choice": round(spent["choose"] / total, 3),
-    }
-
-
-def measure(
-    name: str, length: int, batch: int, guidance: float, rounds: int, compiled: bool, without: list[str]
-) -> list[dict[str, Any]]:
-    """Lines of the table: every lane at one setting, but those left out.
-
-    Raises:
-        AssertionError: a lane chooses other greedy codes.
-    """
-    prior, layout = make_prior(name, length)
-    greedy_lanes = make_lanes(prior, layout, batch, guidance, greedy=True)
-    greedy = {lane: run() for lane, run in greedy_lanes.items() if lane not in without}
-    for lane, codes in greedy.items():
-        assert torch.equal(codes, greedy["tessella"]), (name, length, batch, guidance, lane)
-    lanes = make_lanes(prior, layout, batch, guidance, False, compiled)
-    lanes = {lane: run for lane, run in lanes.items() if lane not in without}
-    started = time.perf_counter()
-    lanes["tessella"]()
-    first = 1e3 * (time.perf_counter() - started)
-    times = interleaved(lanes, rounds)
-    parts = shares(prior, layout, batch, guidance)
-    return [
-        {
-            "prior": name,
-            "codes": length,
-            "batch": batch,
-            "guidance": guidance,
-            "lane": lane,
-            **summary(values),
-            "time / tessella": ratio(values, times["tessella"]),
-            "first_ms": round(first) if lane == "tessella" else "",
-            **(parts if lane == "tessella" else dict.fromkeys(parts, "")),
+def sample(
+    lane: str, prior: PreTrainedModel, layout: TokenLayout, batch: int, guidance: float, greedy: bool
+) -> Callable[[], Tensor]:
+    """What returns int64 codes `(batch, L)`."""
+    prompts, nulls = prompts_of(layout, batch, prior.device)
+    if lane.startswith(OURS):
+        options = SamplingOptions(guidance_scale=guidance, temperature=0.0 if greedy else 1.0)
+        sizes = batch, 1, layout.length, layout.num_codes
+        sampler = CodeSampler(prior, *sizes, options, compiled=lane.endswith("compiled"))
+        return partial(sampler.sample, prompts, nulls, torch.arange(batch, device=prior.device))
+    settings: dict[str, Any] = {"do_sample": not greedy, "attention_mask": torch.ones_like(prompts)}
+    if lane == STATIC:
+        settings["cache_implementation"] = "static"
+    if guidance != 1:
+        settings |= {
+            "guidance_scale": guidance,
+            "negative_prompt_ids": nulls,
+            "negative_prompt_attention_mask": torch.ones_like(nulls),
         }
-        for lane, values in times.items()
-    ]
+    return lambda: prior.generate(prompts, **settings)[:, 1:]  # type: ignore[operator]
 
 
-def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """A line as it is printed."""
-    compared = row["time / tessella"]
-    return {
-        **row,
-        "time / tessella": "{median} ({p10}–{p90})".format(**compared),
-        "by CPU": compared["by_cpu"],
-        "contaminated": "yes" if row["contaminated"] else "",
-    }
+def images(lane: str, prior: PreTrainedModel, suite: str, layout: TokenLayout, batch: int, guidance: float) -> Prepared:
+    """What makes pixels `(batch, 3, H, W)` in [0, 1]."""
+    vqgan = tokenizer.tokenizer(suite)
+    processor = VQGANImageProcessor(vqgan.config.image_size, vqgan.config.in_channels)
+    vqgan.config.fingerprint = layout.tokenizer_fingerprint
+    pipeline = VQGANPipeline(vqgan, prior, processor, layout).to(prior.device, prior.dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    if lane.startswith(OURS):
+        if lane.endswith("compiled"):
+            pipeline.compile()
+        labels = (torch.arange(batch) % layout.num_classes).tolist()
+        settings: dict[str, Any] = {"class_labels": labels, "guidance_scale": guidance, "output_type": "pt"}
+        return lambda: pipeline.generate(**settings).images
+    write_codes = sample(lane, prior, layout, batch, guidance, False)
+
+    def generate() -> Tensor:
+        codes = write_codes().view(-1, *layout.grid)
+        return vqgan.decode_codes(codes).float().clamp(-1, 1) / 2 + 0.5
+
+    return torch.no_grad()(generate)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--priors", nargs="+", default=list(PRIORS))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256])
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, GUIDANCE])
-    parser.add_argument("--flips", type=int, default=0, help="images to sample at batch 64, 7 and 1, and compare")
-    parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--without", nargs="+", default=[], help="lanes to leave out")
-    parser.add_argument("--output", default="runs/benchmarks/sampling.json")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    where, speed = environment(), machine_speed()
-    flipped = []
-    if args.flips:
-        flipped = [flips(n, c, g, args.flips) for n in args.priors for c in args.lengths for g in args.guidance]
-        print("images that are not, code by code, those of batches of 64:")
-        print(table(flipped))
-    settings = [(n, c, b, g) for n in args.priors for c in args.lengths for b in args.batches for g in args.guidance]
-    rows = []
-    for setting in settings:
-        measured = measure(*setting, args.rounds, args.compiled, args.without)
-        print(table([shown(row) for row in measured]), flush=True)
-        rows += measured
-    write(
-        args.output, {"environment": where, "threads": args.threads, "machine": speed, "flips": flipped, "rows": rows}
+def monai(suite: str, name: str, batch: int, device: torch.device, dtype: torch.dtype) -> Prepared:
+    """MONAI's way from nothing to images of the same size."""
+    from monai.inferers import VQVAETransformerInferer
+    from monai.networks.nets import VQVAE, DecoderOnlyTransformer
+    from monai.utils import OrderingType
+    from monai.utils.ordering import Ordering
+
+    layout, config = layout_of(name), tokenizer.configuration(suite)
+    prior = make_prior(name, torch.device("meta"), dtype).config
+    widths = [config.base_channels * factor for factor in config.channel_multiplier[1:]]
+    torch.manual_seed(0)
+    vqvae = VQVAE(
+        spatial_dims=2,
+        in_channels=config.in_channels,
+        out_channels=config.in_channels,
+        channels=widths,
+        num_res_channels=widths,
+        num_res_layers=config.num_res_blocks,
+        downsample_parameters=[(2, 4, 1, 1)] * len(widths),
+        upsample_parameters=[(2, 4, 1, 1, 0)] * len(widths),
+        num_embeddings=config.num_embeddings,
+        embedding_dim=config.embed_dim,
+    )
+    transformer = DecoderOnlyTransformer(
+        num_tokens=config.num_embeddings + 1,
+        max_seq_len=layout.length + 1,
+        attn_layers_dim=prior.hidden_size,
+        attn_layers_depth=prior.num_hidden_layers,
+        attn_layers_heads=prior.num_attention_heads,
+        use_flash_attention=True,
+    )
+    ordering = Ordering(OrderingType.RASTER_SCAN.value, 2, (config.in_channels, *layout.grid))
+    start = torch.full((batch, 1), config.num_embeddings, device=device)
+    return partial(
+        VQVAETransformerInferer().sample,
+        layout.grid,
+        start,
+        vqvae.to(device, dtype).eval(),
+        transformer.to(device, dtype).eval(),
+        ordering,
+        verbose=False,
     )
 
 
-if __name__ == "__main__":
-    main()
+def prepared(lane: str, suite: str, setting: Setting, device: torch.device, dtype: torch.dtype) -> Prepared:
+    """A lane with a prior of its own."""
+    name, batch, guidance, decodes = setting
+    if lane == MONAI:
+        return monai(suite, name, batch, device, dtype)
+    prior, layout = make_prior(name, device, dtype), layout_of(name)
+    if decodes:
+        return images(lane, prior, suite, layout, batch, guidance)
+    return sample(lane, prior, layout, batch, guidance, False)
+
+
+def agree(lanes: list[str], setting: Setting, device: torch.device) -> Mapping[str, Any]:
+    """Share of images whose greedy codes are all the product's, by lane.
+
+    Raises:
+        AssertionError: it is less than 1, on a GPU less than 0.9.
+    """
+    name, batch, guidance, _ = setting
+    prior, layout = make_prior(name, device, torch.float32), layout_of(name)
+    batch = min(batch, 64 if device.type == "cpu" else 16)
+    with torch.no_grad():
+        codes = {lane: sample(lane, prior, layout, batch, guidance, True)() for lane in lanes}
+    expected = codes.pop(OURS)
+    found = {lane: (other == expected).all(1).float().mean().item() for lane, other in codes.items()}
+    assert min(found.values()) >= (1.0 if device.type == "cpu" else 0.9), found
+    return {"images with the same greedy codes": found}
+
+
+def floor(suite: str, setting: Setting, dtype: torch.dtype, ceilings: Ceilings) -> float:
+    """Least seconds of a call."""
+    name, batch, guidance, decodes = setting
+    config = make_prior(name, torch.device("meta"), dtype).config
+    layout = layout_of(name)
+    seconds = decode_floor(config, batch * (2 if guidance != 1 else 1), layout.length, layout.num_codes, dtype)(
+        ceilings
+    )
+    return seconds + (ceilings.seconds(batch * decode_operations(tokenizer.configuration(suite))) if decodes else 0)
+
+
+def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
+    """One for each setting."""
+    dtype = torch.bfloat16 if suite == "gpu" else torch.float32
+    missing = absent({MONAI: "monai.inferers"})
+    for setting in SETTINGS[suite]:
+        name, batch, guidance, decodes = setting
+        compared = [OURS, DYNAMIC, STATIC]
+        # on a GPU the dynamic cache, slow and as shipped, at one batch; the static one is its best
+        timed = [lane for lane in compared if lane != DYNAMIC or suite == "cpu" or batch == 64]
+        if suite == "gpu":
+            timed.insert(1, f"{OURS}, compiled")
+        if decodes and guidance != 1 and not missing:
+            timed.append(MONAI)
+        lanes: dict[str, Callable[[], Prepared]] = {
+            lane: partial(prepared, lane, suite, setting, device, dtype) for lane in timed
+        }
+        of_guidance = "no guidance" if guidance == 1 else f"guidance {guidance:g}"
+        yield Case(
+            row="sampling",
+            setting=f"{name}, batch {batch}, {of_guidance}" + (", images" if decodes else ""),
+            lanes=lanes,
+            agree=partial(agree, compared, setting, device),
+            unit="images/s",
+            count=batch,
+            floor=partial(floor, suite, setting, dtype),
+            dtype=dtype,
+            absent=missing if decodes else {},
+        )

@@ -1,0 +1,164 @@
+"""One line of a comparison: lanes that do the same work, what they are checked for first, and what limits them."""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.machine import Ceilings
+from benchmarks.measuring import interleaved, peak_memory, ratio, repeats_for, seconds_of, summary
+
+# The product's lane, which all others are compared with.
+OURS = "tessella"
+
+# Shortest time of a turn on a GPU, so that waiting for it does not count.
+SHORTEST_TURN = 0.02
+
+Prepared = Callable[[], Any]
+
+
+@dataclass(kw_only=True)
+class Case:
+    """Lanes that do the same work.
+
+    Attributes:
+        row: its name for `--rows`.
+        setting: what distinguishes it from others of the row.
+        lanes: functions (of a module, with arguments: they also run in a process of their own) that make what is made
+            once, and return what is timed. The first one is the product's.
+        agree: compares what the lanes compute, before anything is timed; returns what was found. AssertionError where
+            they do not compute the same.
+        unit, count: what a call makes, and how many of them.
+        operations: of the ideal call, of matrix products and convolutions; or what tells them.
+        floor: least seconds of a call on a machine with such ceilings; by default that of `operations`.
+        dtype: whose ceilings limit it.
+        absent: peers that are not here, and why.
+        memory: whether a call's memory can be told.
+        longest: seconds that all rounds may take together.
+    """
+
+    row: str
+    setting: str
+    lanes: Mapping[str, Callable[[], Prepared]]
+    agree: Callable[[], Mapping[str, Any]]
+    unit: str
+    count: float
+    operations: float | Callable[[], float] = 0.0
+    floor: Callable[[Ceilings], float] | None = None
+    dtype: torch.dtype = torch.float32
+    absent: Mapping[str, str] = field(default_factory=dict)
+    memory: bool = True
+    longest: float = 30.0
+
+    @property
+    def name(self) -> str:
+        """Row and setting."""
+        return f"{self.row}, {self.setting}"
+
+
+def measure(case: Case, device: torch.device, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
+    """Checks the lanes, then times them in turns.
+
+    On a CPU the memory of a call is what the kernel counts in a fresh process beyond what was there before. On a GPU it
+    is what torch's allocator counts at the peak of a call, beyond what was there before the lane was prepared.
+
+    Raises:
+        AssertionError: the lanes do not compute the same.
+    """
+    found = dict(case.agree())
+    calls, first, memory = dict[str, Prepared](), dict[str, float](), dict[str, float | None]()
+    for name, prepare in case.lanes.items():
+        held = allocated(device)
+        since = time.perf_counter()
+        call = prepare()
+        seconds_of(call, device)
+        first[name] = time.perf_counter() - since
+        memory[name] = _memory(prepare, call, device, held) if case.memory else None
+        calls[name] = call
+    seconds = {name: seconds_of(call, device) for name, call in calls.items()}
+    repeats = {name: repeats_for(each, SHORTEST_TURN if device.type != "cpu" else 0) for name, each in seconds.items()}
+    turn = sum(seconds[name] * repeats[name] for name in calls)
+    rounds = min(rounds, max(3, math.floor(case.longest / turn)))
+    times = interleaved(calls, rounds, 1, device, repeats)
+    operations = case.operations() if callable(case.operations) else case.operations
+    floor = case.floor(ceilings) if case.floor is not None else ceilings.seconds(operations)
+    lanes = {}
+    for name, of_lane in times.items():
+        summed = summary(of_lane)
+        each = summed["median_ms"] / 1e3
+        lanes[name] = {
+            **summed,
+            "per_second": case.count / each,
+            "time_ratio": ratio(of_lane, times[OURS]),
+            "of_floor": round(floor / each, 3) if floor else None,
+            "mfu": round(operations / each / ceilings.matmul, 3) if operations else None,
+            "peak_memory_mb": memory[name],
+            "first_call_s": round(first[name], 2),
+        }
+    return {
+        "row": case.row,
+        "setting": case.setting,
+        "unit": case.unit,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "rounds": rounds,
+        "agreement": found,
+        "floor_ms": round(1e3 * floor, 3),
+        "lanes": lanes,
+        "absent": dict(case.absent),
+    }
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes that torch holds on a GPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _memory(prepare: Callable[[], Prepared], call: Prepared, device: torch.device, held: int) -> float:
+    """Megabytes of 2²⁰ bytes, see `measure`."""
+    if device.type != "cuda":
+        whole = prepare if isinstance(prepare, partial) else partial(prepare)
+        return round(peak_memory(whole.func, *whole.args) / 2**20, 1)
+    torch.cuda.reset_peak_memory_stats(device)
+    seconds_of(call, device)
+    return round((torch.cuda.max_memory_allocated(device) - held) / 2**20, 1)
+
+
+def forget(device: torch.device) -> None:
+    """Frees what a case has left: compiled code, graphs, memory."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lines of the table of a case."""
+    return [
+        {
+            "row": result["row"],
+            "setting": result["setting"],
+            "lane": name,
+            "per second": f"{lane['per_second']:,.4g} {result['unit']}" if lane["per_second"] < 1000 else
+            f"{lane['per_second']:,.0f} {result['unit']}",
+            "ms": lane["median_ms"],
+            "min": lane["min_ms"],
+            "p90": lane["p90_ms"],
+            "time / tessella": "{median} ({p10}–{p90})".format(**lane["time_ratio"]),
+            "of floor": shown(lane["of_floor"]),
+            "MFU": shown(lane["mfu"]),
+            "MB": shown(lane["peak_memory_mb"]),
+            "first call s": lane["first_call_s"],
+            "contaminated": "yes" if lane["contaminated"] else "",
+        }
+        for name, lane in result["lanes"].items()
+    ]  # fmt: skip
+
+
+def shown(value: float | None) -> str:
+    """A number, or a dash."""
+    return "–" if value is None else f"{value:g}"

@@ -1,0 +1,116 @@
+"""Measures the product against its peers: `python -m benchmarks.run --suite cpu`, or `--suite gpu` on one GPU.
+
+Lanes that do the same work are compared for equality, then timed in turns; what is told is the median of the ratios
+round by round. The machine's own best, measured in the same run, says how much of it each lane gets: "of floor" is the
+least time that this machine allows for the ideal work over the time taken, "MFU" the ideal operations of matrix
+products and convolutions over those of a large matrix product in the same time. Ideal means that what a lane computes
+twice counts once.
+
+Peers come with `pip install 'tessella[bench]'`; one that is not there is told, and left out. Results are written after
+each case; one that fails does not hinder the next.
+"""
+
+import argparse
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks import code_search, cold_start, prior_training, sampling, tokenization, tokenizer, training_step
+from benchmarks.case import Case, forget, lines, measure
+from benchmarks.machine import ceilings, environment
+from benchmarks.report import table, write
+
+RESULTS = Path(__file__).parent / "results"
+
+# In the order they are measured: functions of suite, device and `--data`.
+ROWS: list[Callable[[str, torch.device, str | None], Iterator[Case]]] = [
+    training_step.cases,
+    tokenizer.encode_cases,
+    tokenizer.decode_cases,
+    code_search.cases,
+    prior_training.cases,
+    sampling.cases,
+    tokenization.cases,
+    cold_start.cases,
+]
+
+
+def chosen(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    """The cases whose names contain all words of one of `--rows`, in that order; without it all of them."""
+    everything = [case for cases in ROWS for case in cases(args.suite, device, args.data)]
+    if not args.rows:
+        yield from everything
+    for words in args.rows or []:
+        yield from (case for case in everything if all(word in case.name for word in words.split()))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures all chosen cases; returns the number of those that failed."""
+    device = torch.device("cuda" if args.suite == "gpu" else "cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    started = perf_counter()
+    result: dict[str, Any] = {"suite": args.suite, "environment": environment(device), "ceilings": {}, "cases": []}
+    output = Path(args.output) if args.output else RESULTS / f"{args.suite}-{result['environment']['date']}.json"
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    limits = {}
+    for case in chosen(args, device):
+        if args.list:
+            print(case.name)
+            continue
+        if args.minutes and perf_counter() - started > 60 * args.minutes:
+            print(f"{case.name}: no time left", flush=True)
+            result["cases"].append({"row": case.row, "setting": case.setting, "error": "no time left"})
+            continue
+        try:
+            if case.dtype not in limits:
+                limits[case.dtype] = ceilings(device, case.dtype)
+                result["ceilings"][str(case.dtype).removeprefix("torch.")] = limits[case.dtype].as_json()
+            measured = measure(case, device, limits[case.dtype], args.rounds)
+            result["cases"].append(measured)
+            rows += lines(measured)
+            print(f"\n{case.name}: {measured['agreement']}\n{table(lines(measured))}", flush=True)
+        except Exception as error:  # the others are measured all the same
+            traceback.print_exc()
+            failed.append(case.name)
+            result["cases"].append({"row": case.row, "setting": case.setting, "error": repr(error)})
+        finally:
+            forget(device)
+        result["seconds"] = round(perf_counter() - started, 1)
+        write(output, result)
+    if rows:
+        print(f"\n{result['environment']}\nceilings, in 10⁹ a second: {result['ceilings']}\n\n{table(rows)}")
+    for peer, reason in sorted({pair for case in result["cases"] for pair in case.get("absent", {}).items()}):
+        print(f"absent: {peer}: {reason}")
+    for name in failed:
+        print(f"failed: {name}")
+    return len(failed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="WORDS", help="cases whose names have all these words, by default all"
+    )
+    parser.add_argument("--list", action="store_true", help="only name the cases")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, help="of a CPU")
+    parser.add_argument("--minutes", type=float, help="no case is begun after so many")
+    parser.add_argument("--data", help="folder or parquet file of JPEGs, for tokenization")
+    parser.add_argument("--output", help="JSON file, by default benchmarks/results/SUITE-DATE.json")
+    args = parser.parse_args()
+    if args.suite == "gpu" and not torch.cuda.is_available():
+        parser.error("--suite gpu: torch finds no CUDA device here; --suite cpu runs anywhere")
+    raise SystemExit(1 if run(args) else 0)
+
+
+if __name__ == "__main__":
+    main()

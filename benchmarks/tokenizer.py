@@ -1,0 +1,219 @@
+"""Codes from images, and images from codes, against the modules of taming-transformers and diffusers' `VQModel`.
+
+All have the same weights. Before anything is timed codes and images are compared in float32: a code may differ where
+rounding decides between two entries, at most one in a thousand, and images by 1e-4 of their norm.
+
+"as shipped" is a peer as its module comes; "at its best" is channels-last and compiled. On a CPU nothing is compiled.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.case import OURS, Case, Prepared
+from benchmarks.ideal import decode_operations, encode_operations
+from benchmarks.machine import full_precision
+from benchmarks.peers import absent
+from configs import load_config
+from stage1_vqgan import Stage1Config, VQGANConfig, VQGANModel
+
+# The f16 layout of the original, on a CPU a quarter as wide and on images of 64 pixels.
+NARROW: dict[str, Any] = {
+    "image_size": 64,
+    "base_channels": 32,
+    "attn_resolutions": [4],
+    "latent_channels": 64,
+    "num_embeddings": 1024,
+}
+BATCHES = {"cpu": 4, "gpu": 64}
+
+Both = Callable[[Tensor], Tensor]
+
+
+def configuration(suite: str) -> VQGANConfig:
+    """Without the unit sphere, which the peers do not have."""
+    narrow = {f"model.{name}": value for name, value in NARROW.items()} if suite == "cpu" else {}
+    values = {**narrow, "model.quantizer_options": {"l2_normalize": False}}
+    return load_config(Stage1Config, "imagenet256/stage1", values).vqgan_config()
+
+
+@cache
+def tokenizer(suite: str) -> VQGANModel:
+    """float32 on the CPU; its entries are spread as its latents are."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = VQGANModel(configuration(suite)).eval()
+        latents = model.encode(images(suite, 1)).latents
+        deviation, mean = torch.std_mean(latents, (0, 2, 3))
+        entries = model.quantize.embedding.weight
+        entries.copy_(mean + deviation * torch.randn_like(entries))
+    return model
+
+
+def images(suite: str, batch: int) -> Tensor:
+    """Smooth random ones, `(B, 3, H, W)` in [-1, 1]."""
+    size = configuration(suite).image_size
+    small = torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return nn.functional.interpolate(small, size, mode="bilinear")
+
+
+def codes(suite: str, batch: int) -> Tensor:
+    """Random ones, `(B, h, w)`."""
+    config = configuration(suite)
+    shape = batch, config.grid_size, config.grid_size
+    return torch.randint(config.num_embeddings, shape, generator=torch.Generator().manual_seed(1))
+
+
+def ours(suite: str) -> tuple[Both, Both, list[nn.Module]]:
+    """Encode, decode, and the modules that hold their work."""
+    model = copy.deepcopy(tokenizer(suite))
+
+    def encode(pixels: Tensor) -> Tensor:
+        return model.encode(pixels).codes
+
+    return encode, model.decode_codes, [model, model.encoder, model.decoder]
+
+
+def taming(suite: str) -> tuple[Both, Both, list[nn.Module]]:
+    """The same from the modules of taming-transformers."""
+    from taming.modules.diffusionmodules.model import Decoder, Encoder
+    from taming.modules.vqvae.quantize import VectorQuantizer2
+
+    config, weights = configuration(suite), tokenizer(suite).state_dict()
+    sizes = {
+        "ch": config.base_channels,
+        "out_ch": config.in_channels,
+        "ch_mult": tuple(config.channel_multiplier),
+        "num_res_blocks": config.num_res_blocks,
+        "attn_resolutions": config.attn_resolutions,
+        "in_channels": config.in_channels,
+        "resolution": config.image_size,
+        "z_channels": config.latent_channels,
+    }
+    width, latent = config.embed_dim, config.latent_channels
+    model = nn.ModuleDict(
+        {
+            "encoder": Encoder(**sizes, double_z=False),
+            "quant_conv": nn.Conv2d(latent, width, 1),
+            "quantize": VectorQuantizer2(config.num_embeddings, width, beta=0.25, sane_index_shape=True),
+            "post_quant_conv": nn.Conv2d(width, latent, 1),
+            "decoder": Decoder(**sizes),
+        }
+    )
+    model.load_state_dict(weights)
+    quantize: Any = model["quantize"]
+
+    def encode(pixels: Tensor) -> Tensor:
+        return quantize(model["quant_conv"](model["encoder"](pixels)))[2][2]
+
+    def decode(codes: Tensor) -> Tensor:
+        entries = quantize.get_codebook_entry(codes.flatten(), (*codes.shape, width))
+        return model["decoder"](model["post_quant_conv"](entries))
+
+    return encode, decode, [model.eval(), model["encoder"], model["decoder"]]
+
+
+def diffusers(suite: str) -> tuple[Both, Both, list[nn.Module]]:
+    """The same from diffusers' `VQModel`."""
+    import tempfile
+    from pathlib import Path
+
+    from diffusers import VQModel
+
+    from stage1_vqgan.convert_diffusers import write
+
+    with tempfile.TemporaryDirectory() as folder:
+        write(tokenizer(suite), Path(folder))
+        model = VQModel.from_pretrained(folder).eval()
+    config = configuration(suite)
+
+    def encode(pixels: Tensor) -> Tensor:
+        indices = model.quantize(model.encode(pixels).latents)[2][2]
+        return indices.view(len(pixels), config.grid_size, config.grid_size)
+
+    def decode(codes: Tensor) -> Tensor:
+        entries = model.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, config.embed_dim))
+        return model.decode(entries, force_not_quantize=True).sample
+
+    return encode, decode, [model, model.encoder, model.decoder]
+
+
+MAKERS = {OURS: ours, "taming-transformers": taming, "diffusers": diffusers}
+
+
+def prepared(maker: str, direction: str, suite: str, device: torch.device, dtype: torch.dtype, best: bool) -> Prepared:
+    """A call of a lane on one batch; `best` compiles, and has peers channels-last as the product is."""
+    *pair, modules = MAKERS[maker](suite)
+    index = 0 if direction == "encode" else 1
+    call, whole, work = pair[index], modules[0], modules[1 + index]
+    inputs = images(suite, BATCHES[suite]).to(dtype) if index == 0 else codes(suite, BATCHES[suite])
+    inputs = inputs.to(device)
+    whole.to(device, dtype)
+    if maker == OURS or best:
+        whole.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        inputs = inputs.contiguous(memory_format=torch.channels_last) if inputs.is_floating_point() else inputs
+    if best:
+        work.compile(dynamic=False)
+    return torch.inference_mode()(partial(call, inputs))
+
+
+def agree(makers: list[str], direction: str, suite: str, device: torch.device) -> Mapping[str, Any]:
+    """Share of codes that differ from the product's, or the relative difference of its images, by peer."""
+    found = {}
+    with torch.inference_mode(), full_precision():
+        made = {}
+        for maker in makers:
+            *pair, modules = MAKERS[maker](suite)
+            modules[0].to(device)
+            index = 0 if direction == "encode" else 1
+            made[maker] = pair[index]((images if index == 0 else codes)(suite, 2).to(device))
+    expected = made.pop(OURS)
+    for maker, values in made.items():
+        if direction == "encode":
+            found[maker] = (values != expected).float().mean().item()
+            assert len(expected.unique()) > 16, "the images have hardly any codes to compare"
+        else:
+            found[maker] = ((values - expected).norm() / expected.norm()).item()
+        assert values.shape == expected.shape and found[maker] <= (1e-3 if direction == "encode" else 1e-4), found
+    return {"different codes" if direction == "encode" else "relative difference": found}
+
+
+def cases(direction: str, suite: str, device: torch.device) -> Iterator[Case]:
+    """One batch in one direction."""
+    config, batch = configuration(suite), BATCHES[suite]
+    dtype = torch.bfloat16 if suite == "gpu" else torch.float32
+    missing = absent({"taming-transformers": "taming", "diffusers": "diffusers"})
+    makers = [maker for maker in MAKERS if maker not in missing]
+    arguments = direction, suite, device, dtype
+    lanes: dict[str, Callable[[], Prepared]] = {}
+    for maker in makers:
+        lanes[maker if maker == OURS else f"{maker}, as shipped"] = partial(prepared, maker, *arguments, False)
+        if suite == "gpu":
+            best = f"{maker}, compiled" if maker == OURS else f"{maker}, at its best"
+            lanes[best] = partial(prepared, maker, *arguments, True)
+    ideal = encode_operations if direction == "encode" else decode_operations
+    yield Case(
+        row=direction,
+        setting=f"f16, {config.image_size}², batch {batch}",
+        lanes=lanes,
+        agree=partial(agree, makers, direction, suite, device),
+        unit="images/s",
+        count=batch,
+        operations=lambda: batch * ideal(config),
+        dtype=dtype,
+        absent=missing,
+    )
+
+
+def encode_cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
+    """Images → codes."""
+    return cases("encode", suite, device)
+
+
+def decode_cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
+    """Codes → images."""
+    return cases("decode", suite, device)
