@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -125,6 +126,10 @@ class Decoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return self.conv_out(self.trunk(features))
 
+    def compile(self, **options: Any) -> None:
+        """As of any module, but of the trunk: training takes the last convolution by itself."""
+        self.trunk = MethodType(torch.compile(Decoder.trunk, **options), self)  # type: ignore[method-assign]
+
 
 class VQGANModel(PreTrainedModel):
     """Image tokenizer: `encode` images into codes, `decode_codes` back into images.
@@ -186,12 +191,17 @@ class VQGANModel(PreTrainedModel):
         """
         if codes.ndim != 3 or codes.dtype != torch.int64:
             raise ValueError(f"codes: received {codes.dtype} {tuple(codes.shape)}; needs int64 (B, h, w)")
-        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.config.num_embeddings):
-            raise ValueError(
-                f"codes: received values from {int(codes.min())} to {int(codes.max())}; "
-                f"allowed are 0 to {self.config.num_embeddings - 1}"
-            )
-        return self.decoder(self.post_quant_conv(self.quantize.lookup(codes).to(self.dtype)))
+        if codes.numel():
+            least, most = torch.stack(codes.aminmax()).tolist()  # the host waits for a GPU once
+            if least < 0 or most >= self.config.num_embeddings:
+                raise ValueError(
+                    f"codes: received values from {least} to {most}; allowed are 0 to {self.config.num_embeddings - 1}"
+                )
+        return self.decode(self.quantize.lookup(codes))
+
+    def decode(self, quantized: Tensor) -> Tensor:
+        """Decodes latents as a quantizer gives them, `(B, D, h, w)`, into images; nothing waits for a GPU here."""
+        return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
 
     def forward(self, pixel_values: Tensor) -> VQGANOutput:
         """Encodes and decodes images `(B, C, H, W)` in [-1, 1]; see [`VQGANOutput`]."""
@@ -199,6 +209,12 @@ class VQGANModel(PreTrainedModel):
         quantized = cast(Tensor, encoded.quantized).to(self.dtype)
         features = self.decoder.trunk(self.post_quant_conv(quantized))
         return VQGANOutput(**encoded, reconstruction=self.decoder.conv_out(features), decoder_features=features)
+
+    def compile(self, **options: Any) -> None:
+        """Lets `torch.compile`, which takes the options, make the encoder and the trunk of the decoder. What is between
+        them, the search among it, stays as it is."""
+        self.encoder.compile(**options)
+        self.decoder.compile(**options)
 
     def compute_fingerprint(self) -> str:
         """Hash of what decides the codes of an image: encoder and quantizer weights as float32, the fields of

@@ -103,6 +103,8 @@ class Stage1Config(TrainingConfig):
     """Stage 1: trains a VQGAN tokenizer.
 
     channels_last: keep images channels-last in memory, which convolutions prefer
+    torch_compile: lets torch.compile make encoder, decoder, LPIPS and discriminator: faster steps, after some minutes at
+        the start; not the discriminator with "actnorm", loss.gradient_penalty_weight or loss.r1_weight
     num_sample_images: images in the reconstruction grid made at every evaluation
     model: fields of VQGANConfig: image_size, in_channels, base_channels, channel_multiplier, num_res_blocks,
         attn_resolutions, norm_num_groups, dropout, latent_channels, embed_dim, num_embeddings, quantizer ("vq", "ema",
@@ -120,11 +122,19 @@ class Stage1Config(TrainingConfig):
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     channels_last: bool = True
+    torch_compile: bool = False
     num_sample_images: Positive = 8
 
     def vqgan_config(self) -> VQGANConfig:
         """The configuration of the model to train."""
         return VQGANConfig(**self.model)
+
+    @property
+    def compiles_discriminator(self) -> bool:
+        """Whether torch.compile makes the discriminator. What it makes cannot be differentiated twice, as gradients at
+        images that are part of a loss must be, and knows no first batch, which ActNorm needs."""
+        differentiated_twice = self.loss.gradient_penalty_weight or self.loss.r1_weight
+        return self.torch_compile and self.discriminator.norm_type != "actnorm" and not differentiated_twice
 
     refused: ClassVar[dict[str, str]] = {
         "fp16": "stage 1 cannot train in float16: gradients of the adversarial term are taken unscaled; use bf16: true"

@@ -24,7 +24,7 @@ from stage1_vqgan.losses import (
     PIXEL_LOSSES,
     PerceptualLoss,
     adaptive_weight,
-    last_layer_gradient,
+    last_layer_gradients,
 )
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
@@ -51,7 +51,11 @@ class VQGANTrainer:
         model.to(memory_format=memory_format)  # type: ignore[call-arg]
         # The moving average of the weights is what is evaluated and saved.
         self.average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
+        if config.torch_compile:
+            model.compile(fullgraph=True, dynamic=False)
         self.generator, self.optimizer = accelerator.prepare(model, self._optimizer(model))
+        # accelerate would convert all that the generator returns to float32, its largest features too
+        accelerator.unwrap_model(self.generator, keep_fp32_wrapper=False)
         accelerator.register_for_checkpointing(self.average)
         self.monitor = CodebookMonitor(model.config.num_embeddings, accelerator.device)
         accelerator.register_for_checkpointing(self.monitor)
@@ -103,7 +107,8 @@ class VQGANTrainer:
         self.model.quantize.prepare(step / self.config.max_steps, self.image_seeds(number, len(images)))
         accumulated = [model for model in (self.generator, self.discriminator) if model is not None]
         with self.accelerator.accumulate(*accumulated):
-            out = self.generator(images)
+            with self.accelerator.autocast():
+                out = self.generator(images)
             # The graph is cut at the reconstruction x̂: what each loss wants of x̂ is computed first, and enters the
             # generator in one backward, weighted.
             reconstruction = out.reconstruction.detach().float().requires_grad_()
@@ -142,7 +147,8 @@ class VQGANTrainer:
         pixel_losses = {name: loss for name, loss in PIXEL_LOSSES.items() if getattr(weights, f"{name}_weight")}
         terms = {name: loss(reconstruction, images) for name, loss in pixel_losses.items()}
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(reconstruction, images)
+            with self.accelerator.autocast():
+                terms["perceptual"] = self.perceptual(reconstruction, images)
         return terms
 
     def image_seeds(self, number: int, count: int) -> list[int]:
@@ -153,14 +159,15 @@ class VQGANTrainer:
     def _adversarial_gradient(self, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
         """The generator's adversarial loss and ∂L/∂x̂; the discriminator's own parameters get no gradient."""
         discriminator = self.accelerator.unwrap_model(self.discriminator)
-        with self.accelerator.autocast():
-            adversarial = self.adversarial.generator(discriminator(reconstruction).float())
+        discriminator.requires_grad_(False)  # else a compiled one would compute all of its gradients
+        adversarial = self.adversarial.generator(discriminator(reconstruction).float())
+        discriminator.requires_grad_(True)
         return adversarial.detach(), torch.autograd.grad(adversarial, reconstruction)[0]
 
     def _balance(self, features: Tensor, gradient: Tensor, push: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The adversarial term's weight λ·w, from the last layer's gradients averaged over processes."""
         last_layer = self.model.decoder.conv_out
-        pair = torch.stack([last_layer_gradient(features, last_layer, g) for g in (gradient, push)])
+        pair = last_layer_gradients(features, last_layer, (gradient, push))
         reconstruction_side, adversarial_side = self.accelerator.reduce(pair, "mean")
         adaptive = adaptive_weight(reconstruction_side, adversarial_side)
         rate = adaptive * self.config.loss.adversarial_weight
@@ -217,7 +224,7 @@ class VQGANTrainer:
     def initialise_codebook(self, batches: Iterable[Tensor]) -> None:
         """k-means over the latents of the given batches, as `step` takes them, of all processes together."""
         # gathered batch by batch: the order of the latents does not depend on the number of processes
-        everything = torch.cat([self.accelerator.gather(rows(self.model.encode(x).latents)) for x in batches])
+        everything = torch.cat([self.accelerator.gather(rows(self.average.encode(x).latents)) for x in batches])
         spherical = self._codebooks()[0].l2_normalize
         centres = kmeans(everything, self.num_codes, spherical, self.config.seed)
         centres = broadcast(centres)  # sums on a GPU come in any order: take those of one process
@@ -313,6 +320,8 @@ class VQGANTrainer:
         if self.config.channels_last:  # as the images that it gets
             perceptual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.perceptual = perceptual.to(self.accelerator.device)
+        if self.config.torch_compile:
+            self.perceptual.compile(fullgraph=True, dynamic=False)
 
     def _build_discriminator(self, in_channels: int) -> None:
         settings = self.config.discriminator
@@ -325,6 +334,8 @@ class VQGANTrainer:
             self.accelerator.print(told)
         if self.accelerator.device.type == "cuda" and self.accelerator.num_processes > 1:
             discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+        if self.config.compiles_discriminator:
+            discriminator.main.compile(dynamic=False)  # SyncBatchNorm may break the graph
         self.discriminator, self.discriminator_optimizer = self.accelerator.prepare(
             discriminator, self._optimizer(discriminator)
         )

@@ -1,5 +1,6 @@
 """The terms of the objective: naive formulas, torchvision's features, autograd, and the original's stored numbers."""
 
+import copy
 import math
 import urllib.error
 from typing import get_args
@@ -16,7 +17,7 @@ from stage1_vqgan.losses import (
     AdversarialType,
     PerceptualLoss,
     adaptive_weight,
-    last_layer_gradient,
+    last_layer_gradients,
 )
 from tests.golden import GOLDEN
 from tests.golden_losses import compare
@@ -61,16 +62,22 @@ def test_pixel_losses_by_loops():
 
 
 @pytest.mark.parametrize("out_channels", [1, 3])
-def test_last_layer_gradient_is_autograds(out_channels):
+def test_last_layer_gradients_are_autograds(out_channels):
     torch.manual_seed(0)
     layer = nn.Conv2d(5, out_channels, 3, padding=1)
     features, target = torch.randn(2, 5, 6, 7), torch.randn(2, out_channels, 6, 7)
     output = layer(features)
-    loss = ((output - target) ** 4).mean()
-    by_weight, by_output = torch.autograd.grad(loss, (layer.weight, output))
-    found = last_layer_gradient(features.requires_grad_(), layer, by_output)
-    assert found.dtype == torch.float32 and not found.requires_grad
-    torch.testing.assert_close(found, by_weight)
+    losses = ((output - target) ** 4).mean(), output.exp().sum()
+    by_weight, by_output = zip(
+        *(torch.autograd.grad(loss, (layer.weight, output), retain_graph=True) for loss in losses), strict=True
+    )
+    found = last_layer_gradients(features.requires_grad_(), layer, by_output)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, torch.stack(by_weight))
+    mixed = last_layer_gradients(features.bfloat16(), layer, [1e-7 * gradient for gradient in by_output])
+    assert mixed.dtype == torch.float32
+    for gradient, expected in zip(mixed, by_weight, strict=True):
+        assert gradient.norm().item() == pytest.approx(1e-7 * expected.norm().item(), rel=5e-3)
 
 
 def test_adaptive_weight():
@@ -93,6 +100,12 @@ def test_the_originals_numbers():
 def perceptual():
     torch.manual_seed(0)
     return PerceptualLoss("squeeze", "random")
+
+
+@pytest.fixture(scope="module")
+def perceptual_by_alex():
+    torch.manual_seed(0)
+    return PerceptualLoss("alex", "random")
 
 
 def test_perceptual_loss_is_frozen_and_stays_in_evaluation_mode(perceptual):
@@ -122,16 +135,38 @@ def test_perceptual_loss_repeats_gray(perceptual):
     torch.testing.assert_close(perceptual(a, b), perceptual(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)))
 
 
-def test_perceptual_loss_computes_in_float32(perceptual):
-    a, b = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = perceptual(a, b)
-    assert mixed.dtype == torch.float32 and mixed.item() == perceptual(a, b).item()
+def perceptual_and_gradient(loss, mixed):
+    images, noise = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = (images + 0.1 * noise).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        value = loss(x, images)
+    assert value.dtype == torch.float32
+    return value.item(), torch.autograd.grad(value, x)[0].flatten()
+
+
+def test_perceptual_loss_in_bf16_pulls_the_same_way(perceptual_by_alex):
+    (value, gradient), (mixed, by_mixed) = (perceptual_and_gradient(perceptual_by_alex, on) for on in (False, True))
+    assert mixed != value and mixed == pytest.approx(value, rel=0.01)
+    assert by_mixed.norm().item() == pytest.approx(gradient.norm().item(), rel=0.02)
+    assert nn.functional.cosine_similarity(gradient, by_mixed, dim=0) > 0.98
+
+
+def test_perceptual_loss_by_squeeze_stays_in_float32(perceptual):
+    (value, gradient), (mixed, by_mixed) = (perceptual_and_gradient(perceptual, on) for on in (False, True))
+    assert mixed == value and torch.equal(gradient, by_mixed)
+
+
+def test_perceptual_loss_has_a_gradient_where_the_backbone_sees_nothing(perceptual):
+    blind = copy.deepcopy(perceptual)
+    torch.nn.init.constant_(blind.lpips.net.slice1[0].bias, -1e3)
+    x = torch.rand(1, 3, 32, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(blind(x, torch.rand(1, 3, 32, 32)), x)
+    assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("backbone", ["squeeze", "alex"])
-def test_smallest_image(backbone, perceptual):
-    loss = perceptual if backbone == "squeeze" else PerceptualLoss(backbone, "random")
+def test_smallest_image(backbone, perceptual, perceptual_by_alex):
+    loss = perceptual if backbone == "squeeze" else perceptual_by_alex
     size = LPIPS_MIN_SIZE[backbone]
     value = loss(torch.rand(1, 3, size, size), torch.rand(1, 3, size, size))
     assert torch.isfinite(value) and value > 0
