@@ -18,8 +18,11 @@ from stage1_vqgan.losses import (
     adaptive_weight,
     last_layer_gradient,
 )
+from tests.devices import DEVICE, on_device
 from tests.golden import GOLDEN
 from tests.golden_losses import compare
+
+pytestmark = on_device
 
 SQUEEZE_FILE = "squeezenet1_1-b8a52dc0.pth"
 
@@ -92,7 +95,7 @@ def test_the_originals_numbers():
 @pytest.fixture(scope="module")
 def perceptual():
     torch.manual_seed(0)
-    return PerceptualLoss("squeeze", "random")
+    return PerceptualLoss("squeeze", "random").to(DEVICE)
 
 
 def test_perceptual_loss_is_frozen_and_stays_in_evaluation_mode(perceptual):
@@ -124,7 +127,7 @@ def test_perceptual_loss_repeats_gray(perceptual):
 
 def test_perceptual_loss_computes_in_float32(perceptual):
     a, b = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         mixed = perceptual(a, b)
     assert mixed.dtype == torch.float32 and mixed.item() == perceptual(a, b).item()
 
@@ -140,7 +143,7 @@ def test_smallest_image(backbone, perceptual):
 @pytest.fixture(scope="module")
 def torchvision_squeezenet():
     torch.manual_seed(1)
-    return torchvision.models.squeezenet1_1(weights=None).eval()
+    return torchvision.models.squeezenet1_1(weights=None).eval().to(DEVICE)
 
 
 def assert_features_equal(loss, model):
