@@ -62,7 +62,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         4,
     ),
-    "fashion_mnist, 32², no LPIPS": ("fashion_mnist/stage1", {"loss.perceptual_weight": 0}, 8),
+    "fashion_mnist, 32², no LPIPS": ("fashion_mnist/stage1", {"loss.perceptual_weight": 0, "bf16": False}, 8),
 }
 COMMON = {"loss.adversarial_start_step": 0, "warmup_steps": 0, "codebook.restart_interval": 0}
 
