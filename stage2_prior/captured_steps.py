@@ -1,13 +1,9 @@
-"""Sampling steps of fixed shapes, one for each size of window: captured as CUDA graphs, compiled if asked to."""
+"""Sampling steps of fixed shapes: captured as CUDA graphs, compiled if asked to."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-# Positions of a window: attention reads at most this many that are not there yet.
-BUCKET = 64
-
 
 Step = Callable[[int, int], None]
 
@@ -26,13 +22,13 @@ class CapturedSteps:
         self.position, self.compiled = position, compiled
         self.compiled_step: Step | None = None
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        # one step runs at a time and leaves nothing behind but what it writes elsewhere: all use the same memory
+        self.pool = torch.cuda.graph_pool_handle() if position.device.type == "cuda" else None
 
-    def run(self, step: Step, copies: int, needed: int, longest: int) -> None:
-        """One `step(copies, window)` with a window of at least `needed` positions, at most `longest`; it is the same
-        step every time."""
-        window = min(-(-needed // BUCKET) * BUCKET, longest)
+    def run(self, step: Step, copies: int, window: int) -> None:
+        """One `step(copies, window)`; it is the same step every time."""
         if self.compiled:
-            self.compiled_step = step = self.compiled_step or torch.compile(step, dynamic=False)
+            self.compiled_step = step = self.compiled_step or torch.compile(step, dynamic=False, fullgraph=True)
         if self.position.device.type != "cuda":
             return step(copies, window)
         if (copies, window) not in self.graphs:
@@ -50,6 +46,7 @@ class CapturedSteps:
                 self.position.copy_(position)  # what the step wrote is written again when it runs
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # other threads, which pin the memory of batches, may go on
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             step(copies, window)
         return graph

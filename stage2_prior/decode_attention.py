@@ -1,131 +1,90 @@
-"""Attention of one token, over exactly the positions that are there: a Triton kernel behind transformers' interface.
+"""Decoding with an attention that reads exactly the positions that are there, behind transformers' interface."""
 
-How many there are is read from the device's memory, so that one recorded step serves every position. One program has a
-row and a key-value head, with all queries that share it, and reads its keys and values once, in order. Positions are
-not split among programs: a program has 4 blocks to read at 256 codes, some 4 of the 30 µs that the launches of a layer
-take for one image, and from about ten images on there is a program for each processor of a GPU anyway.
-"""
-
-import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from stage2_prior.kv_cache import PreallocatedCache
 
-# The name that models find it by.
-NAME = "decode_one"
+# The name that models find the attention by.
+NAME = "tessella_decode"
 
-# Positions that are read at once, by one warp: all that it adds up then stays within it.
-BLOCK = 32
+# What models tell any attention, and changes nothing for one query in a model that is not trained.
+HARMLESS = {"is_causal", "output_attentions", "output_hidden_states", "position_ids", "use_cache"}
 
-# The widest head whose keys and values fit the registers of a warp.
-WIDEST = 128
-
-# What models hand to any attention, and the kernel need not know.
-HARMLESS = {"dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
+logger = logging.getLogger(__name__)
 
 
-@triton.jit
-def _attend(
-    query,
-    key,
-    value,
-    out,
-    last,
-    scaling,
-    query_row,
-    query_head,
-    key_row,
-    key_head,
-    key_position,
-    value_row,
-    value_head,
-    value_position,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    WIDTH_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = (tl.program_id(0) // HEADS).to(tl.int64)
-    head = tl.program_id(0) % HEADS
-    length = tl.load(last) + 1
-    # all tensors are (queries, positions, width), so that nothing changes its place between threads
-    group = tl.arange(0, GROUP_BLOCK)[:, None, None]
-    block = tl.arange(0, BLOCK)[None, :, None]
-    width = tl.arange(0, WIDTH_BLOCK)[None, None, :]
-    queries = head * GROUP + group
-    here = (group < GROUP) & (width < WIDTH)
-    q = tl.load(query + row * query_row + queries * query_head + width, here, 0.0).to(tl.float32) * scaling
-    key += row * key_row + head * key_head
-    value += row * value_row + head * value_head
-
-    # softmax as it goes: the largest score so far, the sum of exponentials, and the weighted sum of values
-    largest = tl.full([GROUP_BLOCK, 1, 1], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_BLOCK, 1, 1], tl.float32)
-    weighted = tl.zeros([GROUP_BLOCK, 1, WIDTH_BLOCK], tl.float32)
-    for start in range(0, length, BLOCK):
-        positions = start + block
-        there = (positions < length) & (width < WIDTH)
-        k = tl.load(key + positions * key_position + width, there, 0.0).to(tl.float32)
-        v = tl.load(value + positions * value_position + width, there, 0.0).to(tl.float32)
-        scores = tl.where(positions < length, tl.sum(q * k, 2, keep_dims=True), float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1, keep_dims=True))
-        shrunk, exponentials = tl.exp(largest - larger), tl.exp(scores - larger)
-        total = total * shrunk + tl.sum(exponentials, 1, keep_dims=True)
-        weighted = weighted * shrunk + tl.sum(exponentials * v, 1, keep_dims=True)
-        largest = larger
-
-    attended = (weighted / total).to(out.dtype.element_ty)
-    tl.store(out + (row * HEADS * GROUP + queries) * WIDTH + width, attended, here)
+class UnknownAttentionError(NotImplementedError):
+    """A model's attention is not plain softmax attention of heads that fit the kernel."""
 
 
-@torch.library.custom_op("tessella::attend", mutates_args=())
-def attend(query: Tensor, key: Tensor, value: Tensor, last: Tensor, scaling: float) -> Tensor:
-    """softmax(scaling · q kᵀ) v, for one query of each head, over positions 0 to `last`.
+def decode_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one query, as transformers calls it.
+
+    `attention_mask` is not one: it holds the last position that is seen, int64 `(1, 1, 1, 1)`, because models pass on
+    what has four dimensions as it is. `settings` (soft caps, sinks, sliding windows and the like) must be known.
+
+    Raises:
+        UnknownAttentionError: this is the one place that decides which models keep attention over windows.
+    """
+    from stage2_prior.decode_attention_kernel import attend, fits
+
+    unknown = sorted(name for name, setting in settings.items() if setting is not None and name not in HARMLESS)
+    if unknown or dropout:
+        raise UnknownAttentionError(f"its attention has {', '.join(unknown) or 'dropout'}")
+    if not fits(query, key, value):
+        raise UnknownAttentionError(f"queries {tuple(query.shape)} of keys {tuple(key.shape)} do not fit a program")
+    return attend(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+
+
+AttentionInterface.register(NAME, decode_attention)
+
+
+@contextmanager
+def decoding(prior: PreTrainedModel) -> Iterator[None]:
+    """Forwards of the model have `decode_attention`."""
+    before = prior.config._attn_implementation
+    prior.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        prior.config._attn_implementation = before
+
+
+@torch.inference_mode()
+def attends_plainly(prior: PreTrainedModel, forward: Callable[..., Tensor]) -> bool:
+    """Whether a model can decode with `decode_attention`; it is tried for one token. If not, there is a warning.
 
     Args:
-        query: `(rows, heads, 1, width)`, float32, float16 or bfloat16; sums are float32.
-        key: `(rows, key-value heads, positions, width)`; heads are a multiple of its heads.
-        value: likewise.
-        last: int64, one number, on the device.
-        scaling: of the scores.
-
-    Returns:
-        `(rows, 1, heads, width)`, as transformers has it.
+        prior: the model.
+        forward: `forward(prior, tokens, cache, **inputs)`, logits.
     """
-    rows, heads, _, width = query.shape
-    key_value_heads = key.shape[1]
-    group = heads // key_value_heads
-    out = query.new_empty(rows, 1, heads, width)
-    _attend[(rows * key_value_heads,)](
-        query,
-        key,
-        value,
-        out,
-        last,
-        scaling,
-        *query.stride()[:2],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        HEADS=key_value_heads,
-        GROUP=group,
-        WIDTH=width,
-        GROUP_BLOCK=triton.next_power_of_2(group),
-        WIDTH_BLOCK=triton.next_power_of_2(width),
-        BLOCK=BLOCK,
-        num_warps=1,
-    )
-    return out
-
-
-@attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, last: Tensor, scaling: float) -> Tensor:
-    rows, heads, _, width = query.shape
-    return query.new_empty(rows, 1, heads, width)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=prior.device)
+    cache = PreallocatedCache(prior, 1, 1).open_window(slice(0, 1), token[0], 1)
+    try:
+        if find_spec("triton") is None:
+            raise UnknownAttentionError("triton is not installed")
+        if not prior._supports_attention_backend:
+            raise UnknownAttentionError("it does not use transformers' attention interface")
+        with decoding(prior):
+            forward(prior, token, cache, position_ids=token, attention_mask=token[None, None])
+    except UnknownAttentionError as error:
+        logger.warning("attention of a %s reads more positions than are there: %s", prior.config.model_type, error)
+        return False
+    return True
