@@ -11,25 +11,26 @@ Step = Callable[[int, int], None]
 class CapturedSteps:
     """Runs a step that has no number of the host in it, so that it can be repeated as it was captured.
 
-    On CUDA the step of each (copies, window) is captured once as a CUDA graph; elsewhere it is called.
+    The step of each (copies, window) is captured once as a CUDA graph, or called if it is not captured.
 
     Args:
         position: int64 `(1,)`, counts the steps; one of the tensors that they read and write at every call.
         compiled: whether torch.compile makes the step.
+        captures: whether there are CUDA graphs.
     """
 
-    def __init__(self, position: Tensor, compiled: bool):
-        self.position, self.compiled = position, compiled
+    def __init__(self, position: Tensor, compiled: bool, captures: bool = False):
+        self.position, self.compiled, self.captures = position, compiled, captures
         self.compiled_step: Step | None = None
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         # one step runs at a time and leaves nothing behind but what it writes elsewhere: all use the same memory
-        self.pool = torch.cuda.graph_pool_handle() if position.device.type == "cuda" else None
+        self.pool = torch.cuda.graph_pool_handle() if captures else None
 
     def run(self, step: Step, copies: int, window: int) -> None:
         """One `step(copies, window)`; it is the same step every time."""
         if self.compiled:
             self.compiled_step = step = self.compiled_step or torch.compile(step, dynamic=False, fullgraph=True)
-        if self.position.device.type != "cuda":
+        if not self.captures:
             return step(copies, window)
         if (copies, window) not in self.graphs:
             self.graphs[copies, window] = self.capture(step, copies, window)

@@ -121,7 +121,7 @@ class CodeSampler:
         self.races: tuple[range, Tensor] | None = None  # positions, and their random numbers
         self.captured: CapturedSteps | None = None
         if compiled or (device.type == "cuda" and can_be_recorded(prior)):
-            self.captured = CapturedSteps(self.position, compiled)
+            self.captured = CapturedSteps(self.position, compiled, captures=device.type == "cuda")
         self.exact = self.captured is not None and device.type == "cuda" and attends_plainly(prior, forward)
         self.traces = device.type == "cpu" and can_be_recorded(prior)
         self.traced: dict[int, Decode | None] = {}
