@@ -1,9 +1,13 @@
 """Sampling steps of fixed shapes: captured as CUDA graphs, compiled if asked to."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+
+# Steps that torch.compile may make of one function: each sampler and window has its own. It stops at 8 by itself.
+MANY = 256
 
 Step = Callable[[int, int], None]
 
@@ -30,10 +34,11 @@ class CapturedSteps:
         """One `step(copies, window)`; it is the same step every time."""
         if self.compiled:
             self.compiled_step = step = self.compiled_step or torch.compile(step, dynamic=False, fullgraph=True)
-        if not self.captures:
-            return step(copies, window)
-        if (copies, window) not in self.graphs:
-            self.graphs[copies, window] = self.capture(step, copies, window)
+        with torch._dynamo.config.patch(recompile_limit=MANY) if self.compiled else nullcontext():
+            if not self.captures:
+                return step(copies, window)
+            if (copies, window) not in self.graphs:
+                self.graphs[copies, window] = self.capture(step, copies, window)
         self.graphs[copies, window].replay()
 
     def capture(self, step: Step, copies: int, window: int) -> torch.cuda.CUDAGraph:

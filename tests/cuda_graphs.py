@@ -1,5 +1,5 @@
-"""CUDA graphs on a CPU: what is captured is recorded operation by operation and does not take place; a replay computes it
-again from the same tensors into the same tensors, with the numbers of the host as they were."""
+"""CUDA graphs on a CPU: what is captured is recorded operation by operation and does not take place; a replay computes
+it again from the same tensors into the same tensors, with the numbers of the host as they were."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

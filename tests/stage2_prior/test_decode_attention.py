@@ -1,5 +1,5 @@
-"""The Triton kernel against torch's attention in float64, and the sampler through it: on a GPU, or, where there is none,
-in a process of its own with Triton's interpreter."""
+"""The Triton kernel against torch's attention in float64, and the sampler through it: on a GPU, or, where there is
+none, in a process of its own with Triton's interpreter."""
 
 import os
 import subprocess
