@@ -83,8 +83,8 @@ def copy_rate(device: torch.device) -> float:
 def floor_seconds(prior: PreTrainedModel, layout: TokenLayout, batch: int, guidance: float) -> float:
     """Least time of a batch: matrices read or multiplied by, and keys and values that are there read, once a token."""
     rows = batch * (1 if guidance == 1 else 2)
-    table = prior.get_input_embeddings().weight
-    matrices = sum(weight.numel() for weight in prior.parameters() if weight.ndim == 2 and weight is not table)
+    table, head = prior.get_input_embeddings().weight, prior.get_output_embeddings().weight
+    matrices = sum(w.numel() for w in prior.parameters() if w.ndim == 2 and (w is not table or table is head))
     copies, products = copy_rate(prior.device), matmul_rate(prior.device, prior.dtype)
     positions = sum(range(1, layout.length + 1))
     stored = positions * rows * bytes_per_token(prior) / copies

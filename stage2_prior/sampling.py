@@ -1,4 +1,4 @@
-"""Sampling codes from a prior: prefill, then decode one, guide, filter and pick for one position after another.
+"""Sampling codes from a prior: read the prompt, then decode one, guide, filter and pick for each position in turn.
 
 Shape letters: B images, P prompt length, L codes of an image, K codebook size.
 """
