@@ -39,7 +39,8 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.measuring import environment, table, write
+from benchmarks.machine import environment
+from benchmarks.report import table, write
 from configs import ConfigError, TrainingConfig, load_config, to_dict
 from configs.files import write_json
 from configs.interruption import Stopped

@@ -93,6 +93,11 @@ class PreallocatedCache(Cache):
         return self
 
     @property
+    def is_allocated(self) -> bool:
+        """Whether a forward has been, which tells what shapes keys and values have."""
+        return all(layer.is_initialized for layer in self.layers)
+
+    @property
     def mask(self) -> Tensor:
         """bool `(1, 1, 1, window)`: the positions of an open window that have been written."""
         return (self._all_positions[: self.opening.window] <= self.opening.positions)[None, None, None]

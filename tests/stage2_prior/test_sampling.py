@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stage2_prior import captured_steps, sample_codes, sampling
+from stage2_prior import sample_codes, sampling
 from stage2_prior.captured_steps import CapturedSteps
 from stage2_prior.kv_cache import PreallocatedCache
 from stage2_prior.randomness import exponential
@@ -97,7 +97,7 @@ def test_codes_are_those_of_a_loop_without_cache(random_prior, layout, model_typ
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_steps_in_windows_choose_the_same_codes(random_prior, layout, model_type, options, monkeypatch):
     """The steps that CUDA graphs record: what they see beyond what is written must not count."""
-    monkeypatch.setattr(captured_steps, "BUCKET", 6)
+    monkeypatch.setattr(sampling, "BUCKET", 6)
     monkeypatch.setattr(sampling, "NUMBERS_AT_ONCE", 3 * 15 * 40)  # guidance sets in where others have been left out
     prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
     sampler = make_sampler(prior, layout, 15, **options)
