@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.case import OURS, Case, Prepared
+from benchmarks.machine import Ceilings
 
 LAYERS, HEADS, WIDTH, LENGTH = 8, 12, 64, 256
 # Sequences, and positions that are there.
@@ -86,14 +87,19 @@ def agree(rows: int, seen: int, device: torch.device) -> Mapping[str, Any]:
     """Largest difference from torch's attention in float32, over its deviation.
 
     Raises:
-        AssertionError: it is above 2e-2.
+        AssertionError: it is above 5e-2.
     """
     inputs = Inputs.random(rows, seen, device)
     key, value = (states[:, :, :seen].float() for states in inputs.layers[0])
     expected = scaled_dot_product_attention(inputs.query.float(), key, value)
     found = {lane: ((call(inputs)[0] - expected).abs().max() / expected.std()).item() for lane, call in LANES.items()}
-    assert max(found.values()) <= 2e-2, found
+    assert max(found.values()) <= 5e-2, found
     return {"largest difference": {lane: float(f"{value:.1e}") for lane, value in found.items()}}
+
+
+def read_once(traffic: int, ceilings: Ceilings) -> float:
+    """Least seconds."""
+    return ceilings.seconds(0, traffic)
 
 
 def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
@@ -107,6 +113,6 @@ def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
             agree=partial(agree, rows, seen, device),
             unit="layers/s",
             count=LAYERS,
-            floor=lambda ceilings, traffic=traffic: ceilings.seconds(0, traffic),
+            floor=partial(read_once, traffic),
             dtype=torch.bfloat16,
         )
