@@ -15,12 +15,12 @@ from stage2_prior import SamplingOptions, sample_codes
 from stage2_prior.captured_steps import CapturedSteps
 from stage2_prior.decode_attention import UnknownAttentionError, attends_plainly, decode_attention, decoding
 from stage2_prior.sampling import CodeSampler, forward
+from tests.devices import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 runs_kernel = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="there is no GPU: test_the_kernel_under_the_interpreter runs it"
+    DEVICE.type == "cpu" and not INTERPRETED, reason="there is no GPU: test_the_kernel_under_the_interpreter runs it"
 )
 
 # heads, key-value heads, width, last position seen, dtype
@@ -37,7 +37,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests run the kernel")
+@pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRETED, reason="the other tests run the kernel")
 def test_the_kernel_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
