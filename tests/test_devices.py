@@ -1,4 +1,4 @@
-"""A GPU against the CPU and against itself, as runs and pipelines use it; `pytest --device cuda tests/test_devices.py`."""
+"""A GPU against the CPU and against itself, as runs and pipelines use it: `pytest --device cuda` runs it."""
 
 import json
 import shutil
