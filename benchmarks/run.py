@@ -19,7 +19,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import code_search, cold_start, prior_training, sampling, tokenization, tokenizer, training_step
+from benchmarks import (
+    code_search,
+    cold_start,
+    decode_attention,
+    prior_training,
+    sampling,
+    tokenization,
+    tokenizer,
+    training_step,
+)
 from benchmarks.case import Case, forget, lines, measure
 from benchmarks.machine import ceilings, environment
 from benchmarks.report import table, write
@@ -33,6 +42,7 @@ ROWS: list[Callable[[str, torch.device, str | None], Iterator[Case]]] = [
     tokenizer.decode_cases,
     code_search.cases,
     prior_training.cases,
+    decode_attention.cases,
     sampling.cases,
     tokenization.cases,
     cold_start.cases,

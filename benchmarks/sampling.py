@@ -88,7 +88,7 @@ def make_prior(name: str, device: torch.device, dtype: torch.dtype) -> PreTraine
     torch.manual_seed(0)
     with device:
         prior = build_prior({**model, "initializer_range": 0.06}, layout_of(name))
-    return prior.to(device, dtype).eval()
+    return prior.to(device, dtype).eval()  # type: ignore[arg-type]
 
 
 def prompts_of(layout: TokenLayout, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ def monai(suite: str, name: str, batch: int, device: torch.device, dtype: torch.
 
     layout, config = layout_of(name), tokenizer.configuration(suite)
     prior = make_prior(name, torch.device("meta"), dtype).config
-    widths = [config.base_channels * factor for factor in config.channel_multiplier[1:]]
+    widths = config.widths[1:]
     torch.manual_seed(0)
     vqvae = VQVAE(
         spatial_dims=2,

@@ -9,15 +9,12 @@ import hashlib
 import json
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,19 +22,12 @@ from tqdm.auto import tqdm
 from configs import ConfigError, Problem, Section, run
 from configs.files import write_json
 from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from pipelines.classifiers import Classifier, ClassifierType, ResNetClassifier, SupportVectorClassifier, class_metrics
+from pipelines.metrics import area_features, frechet_distances, nearest_distance
 from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import (
-    DataConfig,
-    EncodedImage,
-    Images,
-    ImageStream,
-    SkippedImage,
-    UndecodableImage,
-    decode,
-    image_grid,
-    load_images,
-    too_many_skipped,
-)
+from pipelines.real_images import RealImages, read_real_images
+from stage1_vqgan import DataConfig, image_grid, load_images
+from stage1_vqgan.evaluate import evaluate_reconstruction
 
 
 @dataclass(kw_only=True)
@@ -51,9 +41,12 @@ class EvaluationConfig(Section):
     guidance_scale, seed: of the generation
     feature_size: side of the averaged images that are compared
     num_components: principal components of the Frechet distance
-    classifier_gamma, classifier_c: of the support vector classifier
+    classifier: "svc", a support vector classifier of the averaged images, or "resnet", which colour photos need
+    classifier_gamma, classifier_c: of "svc"
+    classifier_epochs: of "resnet"; it sees mirrored images if data.augmentation.horizontal_flip
     max_real_images: at most so many images of each split are used
     grid_columns: samples of a class in samples.png
+    dataloader_num_workers: processes that decode the real images; 0 decodes in this one
     tokenizer_run, code_store, prior_run: folders whose recorded durations are put beside the metrics
     """
 
@@ -65,10 +58,13 @@ class EvaluationConfig(Section):
     seed: NonNegative = 0
     feature_size: Positive = 8
     num_components: Positive = 24
+    classifier: ClassifierType = "svc"
     classifier_gamma: PositiveFloat = 0.02
     classifier_c: PositiveFloat = 10.0
+    classifier_epochs: Positive = 15
     max_real_images: Positive = 5000
     grid_columns: Positive = 10
+    dataloader_num_workers: NonNegative = 0
     tokenizer_run: str | None = None
     code_store: str | None = None
     prior_run: str | None = None
@@ -96,11 +92,20 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             return show(metrics)
 
     started = time.perf_counter()
-    share = config.data.max_skipped_fraction
     train, validation = (
-        real_images(pipeline, source, config.max_real_images, share) for source in load_images(config.data)
+        read_real_images(
+            source,
+            pipeline.image_processor,
+            config.max_real_images,
+            config.data.max_skipped_fraction,
+            config.dataloader_num_workers,
+        )
+        for source in load_images(config.data)
     )
-    real_train, real_validation = (area_features(images.pixels, config.feature_size) for images in (train, validation))
+    train_pixels, validation_pixels = train.pixels(), validation.pixels()
+    real_train, real_validation = (
+        area_features(pixels, config.feature_size) for pixels in (train_pixels, validation_pixels)
+    )
     if config.num_components > min(real_train.shape):
         allowed = f"at most {min(real_train.shape)} with these images and this feature_size"
         raise ConfigError([Problem("num_components", f"received {config.num_components}; {allowed}")])
@@ -109,23 +114,25 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 
     metrics = dict[str, Any]()
     if labels is not None and train.labels is not None and validation.labels is not None:
-        metrics["class_accuracy"] = class_accuracy(real_train, train.labels, generated, labels, config)
-        metrics["class_accuracy_real"] = class_accuracy(
-            real_train, train.labels, real_validation, validation.labels, config
+        metrics |= class_metrics(
+            lambda: new_classifier(config, pipeline.device),
+            (train_pixels, train.labels),
+            (validation_pixels, validation.labels),
+            (samples, labels),
         )
     distances = frechet_distances(real_train, real_validation, [generated, real_train], config.num_components)
     metrics["frechet_distance"], metrics["frechet_distance_real"] = distances
     metrics["nearest_neighbour_ratio"] = nearest_distance(generated, real_train) / nearest_distance(
         real_validation, real_train
     )
-    metrics |= reconstruction_metrics(pipeline, train.pixels, validation.pixels)
+    metrics |= reconstruction_metrics(pipeline, train, validation)
     metrics["num_samples"] = len(samples)
     if train.skipped + validation.skipped:
         metrics["skipped"] = train.skipped + validation.skipped
     metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
     metrics["inputs"] = inputs
 
-    save_pictures(pipeline, config, samples, validation.pixels)
+    save_pictures(pipeline, config, samples, validation_pixels)
     write_json(path, metrics)
     return show(metrics)
 
@@ -153,105 +160,25 @@ def generate_samples(pipeline: VQGANPipeline, config: EvaluationConfig) -> tuple
     return out.images.cpu() * 2 - 1, np.repeat(classes, config.samples_per_class)
 
 
-class RealImages(NamedTuple):
-    """Real images of a split.
-
-    Attributes:
-        pixels: float32 `(N, C, H, W)` in [-1, 1].
-        labels: int64 `(N,)`, or None.
-        skipped: how many more could not be decoded.
-    """
-
-    pixels: Tensor
-    labels: np.ndarray | None
-    skipped: int
-
-
-def real_images(pipeline: VQGANPipeline, source: Images, count: int, max_skipped_fraction: float) -> RealImages:
-    """At most `count` images of a split: evenly spread over it, of a stream the first ones.
-
-    Raises:
-        ConfigError: too many of them cannot be decoded, or all.
-    """
-    pixels, labels, skipped = [], [], list[SkippedImage]()
-    for number, (encoded, label) in enumerate(some_of(source, count)):
-        try:
-            pixels.append(pipeline.image_processor(decode(encoded))["pixel_values"])
-            labels.append(label)
-        except UndecodableImage as error:
-            skipped.append(SkippedImage(number, encoded.name, str(error)))
-    problem = too_many_skipped(skipped, len(pixels) + len(skipped), max_skipped_fraction, "images")
-    if problem is not None:
-        raise ConfigError([problem], "image data")
-    if not pixels:
-        raise ConfigError([Problem("data.dataset", f"none of the {len(skipped)} images can be decoded")])
-    images = torch.cat(pixels)
-    return RealImages(images, np.array(labels, dtype=np.int64) if source.has_labels else None, len(skipped))
-
-
-def some_of(source: Images, count: int) -> Iterator[tuple[EncodedImage, int | None]]:
-    """At most `count` images with their labels."""
-    if isinstance(source, ImageStream):
-        yield from islice(source.read(), count)
-        return
-    for number in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist():
-        yield source.encoded([number])[0], None if source.labels is None else int(source.labels[number])
-
-
-def area_features(pixels: Tensor, size: int) -> np.ndarray:
-    """float64 `(N, C · size · size)`: images averaged over areas."""
-    return F.interpolate(pixels, size=(size, size), mode="area").flatten(1).double().numpy()
-
-
-def class_accuracy(
-    real: np.ndarray, real_labels: np.ndarray, features: np.ndarray, labels: np.ndarray, config: EvaluationConfig
-) -> float:
-    """Share of images that a classifier trained on real ones assigns to the class asked for."""
-    from sklearn.svm import SVC
-
-    classifier = SVC(gamma=config.classifier_gamma, C=config.classifier_c).fit(real, real_labels)
-    return float((classifier.predict(features) == labels).mean())
-
-
-def frechet_distances(
-    fitted_on: np.ndarray, reference: np.ndarray, candidates: Sequence[np.ndarray], num_components: int
-) -> list[float]:
-    """Frechet distance of Gaussians fitted to principal components: ‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½)."""
-    from sklearn.decomposition import PCA
-
-    pca = PCA(num_components, svd_solver="full").fit(fitted_on)
-
-    def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        components = pca.transform(features)
-        return components.mean(0), np.atleast_2d(np.cov(components, rowvar=False))
-
-    mean, covariance = moments(reference)
-    distances = []
-    for candidate in candidates:
-        other_mean, other_covariance = moments(candidate)
-        # the trace of the root is the sum of the roots of the eigenvalues, which are real and not negative
-        roots = np.sqrt(np.clip(np.linalg.eigvals(covariance @ other_covariance).real, 0, None))
-        trace = np.trace(covariance) + np.trace(other_covariance) - 2 * roots.sum()
-        distances.append(float(((mean - other_mean) ** 2).sum() + trace))
-    return distances
-
-
-def nearest_distance(features: np.ndarray, reference: np.ndarray) -> float:
-    """Mean Euclidean distance to the nearest row of the reference; near 0 means copies."""
-    return float(torch.cdist(torch.from_numpy(features), torch.from_numpy(reference)).amin(1).mean())
+def new_classifier(config: EvaluationConfig, device: torch.device) -> Classifier:
+    """The classifier of the configuration, untrained."""
+    if config.classifier == "svc":
+        return SupportVectorClassifier(config.feature_size, config.classifier_gamma, config.classifier_c)
+    flips = config.data.augmentation.horizontal_flip
+    return ResNetClassifier(config.classifier_epochs, flips, config.seed, device)
 
 
 @torch.no_grad()
-def reconstruction_metrics(pipeline: VQGANPipeline, train: Tensor, validation: Tensor) -> dict[str, float]:
-    """Share of the codebook the training images use, and mean absolute error on the validation images."""
+def reconstruction_metrics(pipeline: VQGANPipeline, train: RealImages, validation: RealImages) -> dict[str, float]:
+    """Share of the codebook the training images use, and how near the validation images come back."""
     used = torch.zeros(pipeline.layout.num_codes, dtype=torch.bool)
-    for batch in tqdm(train.split(256), desc="encoding", unit="batch"):
-        used[pipeline.vqgan.encode(batch.to(pipeline.device)).codes.flatten().cpu()] = True
-    errors = [
-        (pipeline.vqgan(batch.to(pipeline.device)).reconstruction.clamp(-1, 1).cpu() - batch).abs().flatten(1).mean(1)
-        for batch in validation.split(256)
-    ]
-    return {"codebook_usage": used.float().mean().item(), "reconstruction_l1": torch.cat(errors).mean().item()}
+    for batch in tqdm(train.batches, desc="encoding", unit="batch"):
+        used[pipeline.vqgan.encode(batch.images(pipeline.device)).codes.flatten().cpu()] = True
+    errors = evaluate_reconstruction(pipeline.vqgan, validation.batches)
+    return {
+        "codebook_usage": used.float().mean().item(),
+        **{name: errors[name] for name in ("reconstruction_l1", "psnr", "ssim") if name in errors},
+    }
 
 
 def save_pictures(pipeline: VQGANPipeline, config: EvaluationConfig, samples: Tensor, validation: Tensor) -> None:

@@ -21,6 +21,7 @@ from stage1_vqgan.decoding import EncodedImage, SkippedImage, UndecodableImage, 
 from stage1_vqgan.image_processing_vqgan import AspectRatio, normalize, resize, to_square
 from stage1_vqgan.image_source import ImageSource
 from stage1_vqgan.sources import Images
+from stage1_vqgan.transfer import to_device
 
 # A square of up to this many times the wanted side is handed over as it is, and resized where the model runs: at 256
 # pixels that holds for photos of 500×375. Larger ones would cost more memory than the resizing of them costs time.
@@ -63,14 +64,15 @@ class ImageBatch(NamedTuple):
 
     def images(self, device: torch.device | str = "cpu") -> Tensor:
         """What the model reads: float32 `(B, C, image_size, image_size)` in [-1, 1], channels-last in memory."""
-        rows = self.rows.to(device, non_blocking=True)
+        rows = to_device(self.rows, device)
         shape = (len(rows), self.image_size, self.image_size, self.num_channels)
         pixels = torch.empty(shape, dtype=torch.uint8, device=device)
         for side in set(self.sides):
-            places = [place for place, other in enumerate(self.sides) if other == side]
+            places = to_device(torch.tensor([place for place, other in enumerate(self.sides) if other == side]), device)
             squares = rows[places, : side * side * self.num_channels].view(-1, side, side, self.num_channels)
             pixels[places] = resize(squares, self.image_size, self.image_size)
-        flipped = [place for place, flip in enumerate(self.flips) if flip]
+        mirrored = [place for place, flip in enumerate(self.flips) if flip]
+        flipped = to_device(torch.tensor(mirrored, dtype=torch.int64), device)
         pixels[flipped] = pixels[flipped].flip(2)
         return normalize(pixels.permute(0, 3, 1, 2))
 

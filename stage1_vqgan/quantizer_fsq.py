@@ -52,7 +52,7 @@ class FSQuantizer(Quantizer):
         self.levels = list(options.levels)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        levels = torch.tensor(self.levels, device=z.device)
+        levels = _vector(self.levels, z.device)
         half_range = (levels - 1) * (1 + MARGIN) / 2
         offset = 0.5 * (levels % 2 == 0)  # an even number of levels lies around -½
         bounded = torch.tanh(z + torch.atanh(offset / half_range)) * half_range - offset
@@ -62,10 +62,15 @@ class FSQuantizer(Quantizer):
         return rounded / middle, codes, z.new_zeros(())
 
     def entries(self, codes: Tensor) -> Tensor:
-        levels = torch.tensor(self.levels, device=codes.device)
+        levels = _vector(self.levels, codes.device)
         digits = codes[..., None] // self._place_values(codes.device) % levels
         middle = levels // 2
         return (digits - middle).float() / middle
 
     def _place_values(self, device: torch.device) -> Tensor:
-        return torch.tensor([math.prod(self.levels[:i]) for i in range(len(self.levels))], device=device)
+        return _vector([math.prod(self.levels[:i]) for i in range(len(self.levels))], device)
+
+
+def _vector(values: list[int], device: torch.device) -> Tensor:
+    """int64 `(D,)`, filled on the device: a copy from the host would have the host wait for it."""
+    return torch.stack([torch.full((), value, device=device) for value in values])

@@ -31,6 +31,7 @@ from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
 from stage1_vqgan.quantizers import VectorQuantizer
 from stage1_vqgan.regularizers import LecamAnchors, gradient_penalty, r1_penalty
 from stage1_vqgan.training_config import Stage1Config
+from stage1_vqgan.transfer import to_device
 
 
 class VQGANTrainer:
@@ -44,6 +45,7 @@ class VQGANTrainer:
     def __init__(self, config: Stage1Config, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         torch.manual_seed(config.seed)
+        torch.backends.cudnn.benchmark = True  # the shapes of a step are those of all
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         model = self._initial_model()
         model.to(memory_format=memory_format)  # type: ignore[call-arg]
@@ -186,7 +188,7 @@ class VQGANTrainer:
         logits_real, logits_fake = discriminator(real).float(), discriminator(fake).float()
         penalties = {}
         if weights.gradient_penalty_weight:
-            share = uniform(self.image_seeds(number, len(real))).to(real.device)
+            share = to_device(uniform(self.image_seeds(number, len(real))), real.device)
             penalties["gradient_penalty"] = gradient_penalty(discriminator, real.detach(), fake, share)
         if weights.r1_weight:
             penalties["r1"] = r1_penalty(logits_real, real)

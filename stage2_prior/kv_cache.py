@@ -5,7 +5,7 @@ same shapes, a fixed number of positions, of which a mask leaves out the later o
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,6 +91,11 @@ class PreallocatedCache(Cache):
         opening.rows, opening.start, opening.window = rows, 0, window
         opening.positions = position
         return self
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether a forward has been, which tells what shapes keys and values have."""
+        return all(cast(PreallocatedLayer, layer).is_initialized for layer in self.layers)
 
     @property
     def mask(self) -> Tensor:

@@ -1,10 +1,11 @@
-"""Sampling codes from a prior: prefill, then decode one, guide, filter and pick for one position after another.
+"""Sampling codes from a prior: read the prompt, then decode one, guide, filter and pick for each position in turn.
 
 Shape letters: B images, P prompt length, L codes of an image, K codebook size.
 """
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,11 +13,15 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from stage2_prior.captured_steps import CapturedSteps
+from stage2_prior.decode_attention import attends_plainly, decoding
 from stage2_prior.kv_cache import PreallocatedCache
 from stage2_prior.prior_state import state_of
 from stage2_prior.randomness import exponential
 from stage2_prior.sampling_options import SamplingOptions
 from stage2_prior.traced_decoding import Decode, trace_decoding
+
+# Positions of a window: attention that cannot stop where a sequence does reads at most this many too many.
+BUCKET = 64
 
 # Random numbers made at once, where there is no step to capture: a call for a few would cost more than they do.
 NUMBERS_AT_ONCE = 2**16
@@ -57,14 +62,16 @@ def sample_codes(
 class CodeSampler:
     """Samples batch after batch, in the same memory and with the same recorded steps; smaller ones are filled up.
 
-    On CUDA forward, guidance, filter and pick of a position are one CUDA graph; on a CPU the forward is traced. Both
-    are recorded at first use; `serves` tells whether they still hold.
+    On CUDA forward, guidance, filter and pick of a position are one CUDA graph, which serves all positions if Triton
+    knows the prior's attention, and else as many as fill a window; on a CPU the forward is traced. All are recorded at
+    first use; `serves` tells whether they still hold.
 
     The random number of an image at a position depends only on (its seed, position, code), so an image does not
     depend on the batch it is sampled in. Nothing waits for the device: what is chosen stays there.
 
     With guidance the unconditional rows follow the conditional ones in one doubled batch, at the positions that are
-    guided; where guidance sets in later, they then read all codes so far at once.
+    guided; where guidance sets in later, they first read all codes so far at once. Numbers are those of the prior's own
+    dtype, also where autocast is on.
 
     Args:
         prior: causal language model.
@@ -106,13 +113,16 @@ class CodeSampler:
         # the last code is chosen, but not read any more
         self.cache = PreallocatedCache(prior, batch_size * (2 if guided else 1), prompt_length + length - 1)
         self.seeds = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.codes = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
+        # with guidance, those with the unconditional prompts follow
+        rows = self.cache.num_rows
+        self.tokens = torch.zeros(rows, prompt_length + length, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the code to be chosen
         self.code_numbers = torch.arange(num_codes, device=device)
         self.races: tuple[range, Tensor] | None = None  # positions, and their random numbers
         self.captured: CapturedSteps | None = None
         if compiled or (device.type == "cuda" and can_be_recorded(prior)):
-            self.captured = CapturedSteps(self.position, compiled)
+            self.captured = CapturedSteps(self.position, compiled, captures=device.type == "cuda")
+        self.exact = self.captured is not None and device.type == "cuda" and attends_plainly(prior, forward)
         self.traces = device.type == "cpu" and can_be_recorded(prior)
         self.traced: dict[int, Decode | None] = {}
 
@@ -126,54 +136,57 @@ class CodeSampler:
         """Codes int64 `(B, L)` of up to `batch_size` images; see [`sample_codes`]."""
         count = len(prompts)
         fill = torch.arange(self.batch_size, device=prompts.device).clamp(max=count - 1)
-        prompts, null_prompts = prompts[fill], null_prompts[fill]
+        both = [prompts[fill], null_prompts[fill]] if self.guided else [prompts[fill]]
+        self.tokens[:, : self.prompt_length] = torch.cat(both)
         self.seeds.copy_(seeds[fill])
         self.races = None
         self.position.zero_()
-        for position in range(self.length):
-            if position == 0:
-                both = position in self.guided
-                rows = torch.cat([prompts, null_prompts]) if both else prompts
-                self.choose(self.prefill(rows), self.race(position))
-            elif position == self.guided.start:  # guidance sets in
-                so_far = torch.cat([null_prompts, self.codes[:, :position]], 1)
-                logits = torch.cat([self.decode_one(1, position), self.prefill(so_far, self.batch_size)])
-                self.choose(logits, self.race(position))
-            elif self.captured is not None:
-                copies, needed = self.copies(position), self.prompt_length + position
-                self.captured.run(self.step_in_window, copies, needed, self.cache.length)
-            else:
-                self.choose(self.decode_one(self.copies(position), position), self.race(position))
-            if on_step is not None:
-                on_step(position, self.codes[:count, position])
-        return self.codes[:count].clone()
+        codes = self.tokens[:, self.prompt_length :]
+        with torch.autocast(prompts.device.type, enabled=False):
+            self.read(slice(0, self.batch_size), self.prompt_length - 1)
+            for position in range(self.length):
+                if position == self.guided.start:
+                    self.read(slice(self.batch_size, len(self.tokens)), self.prompt_length + position - 1)
+                self.step(2 if position in self.guided else 1, position)
+                if on_step is not None:
+                    on_step(position, codes[:count, position])
+        return codes[:count].clone()
 
-    def copies(self, position: int) -> int:
-        """2 where the unconditional rows are needed, else 1."""
-        return 2 if position in self.guided else 1
+    def read(self, rows: slice, stop: int) -> None:
+        """Lets rows read their tokens up to `stop`, the first that they read."""
+        if stop > 0 and rows.stop > rows.start:
+            forward(self.prior, self.tokens[rows, :stop], self.cache.open(rows, 0, stop))
 
-    def prefill(self, tokens: Tensor, first_row: int = 0) -> Tensor:
-        """Logits `(rows, V)` of what follows int64 `tokens` `(rows, n)`, the first of their sequences."""
-        rows = slice(first_row, first_row + len(tokens))
-        return forward(self.prior, tokens, self.cache.open(rows, 0, tokens.shape[1]))
+    def step(self, copies: int, position: int) -> None:
+        """Reads the last token of `copies` rows for each image, 2 where it is guided, and chooses the next."""
+        if self.captured is None:
+            return self.choose(self.decode_one(copies, position), self.race(position))
+        if not self.cache.is_allocated:
+            forward(self.prior, self.tokens[:1, :1], self.cache.open(slice(0, 1), 0, 1))
+        window = self.cache.length
+        if not self.exact:
+            window = min(-(-(self.prompt_length + position) // BUCKET) * BUCKET, window)
+        with decoding(self.prior) if self.exact else nullcontext():
+            self.captured.run(self.captured_step, copies, window)
 
     def decode_one(self, copies: int, position: int) -> Tensor:
-        """Logits `(copies · B, V)` of the code at a position, from the one before it."""
+        """Logits `(copies · B, V)` of the code at a position, from the token before it."""
         last = self.prompt_length + position - 1
         rows = slice(0, copies * self.batch_size)
         if self.traces and copies not in self.traced:
             self.traced[copies] = trace_decoding(self.prior, forward, self.cache, rows, last)
         traced = self.traced.get(copies)
         if traced is not None:
-            return traced(self.last_codes(copies), self.position + (self.prompt_length - 1))
-        return forward(self.prior, self.last_codes(copies), self.cache.open(rows, last, last + 1))
+            return traced(self.last_tokens(copies), self.position + (self.prompt_length - 1))
+        return forward(self.prior, self.last_tokens(copies), self.cache.open(rows, last, last + 1))
 
-    def step_in_window(self, copies: int, window: int) -> None:
+    def captured_step(self, copies: int, window: int) -> None:
         """The same and all that follows from it, without a number of the host in it: every position until the window
         is full takes the same operations."""
         last = self.position + (self.prompt_length - 1)
         cache = self.cache.open_window(slice(0, copies * self.batch_size), last, window)
-        logits = forward(self.prior, self.last_codes(copies), cache, position_ids=last[None], attention_mask=cache.mask)
+        seen = last[None, None, None] if self.exact else cache.mask
+        logits = forward(self.prior, self.last_tokens(copies), cache, position_ids=last[None], attention_mask=seen)
         self.choose(logits, exponential(self.seeds[:, None], self.position, self.code_numbers))
 
     def choose(self, logits: Tensor, race: Tensor) -> None:
@@ -181,12 +194,13 @@ class CodeSampler:
         logits = logits[:, : self.num_codes]
         if len(logits) > self.batch_size:
             logits = guide(logits, self.scales[self.position])
-        self.codes.index_copy_(1, self.position, pick(logits, race, self.options)[:, None])
+        chosen = pick(logits, race, self.options).repeat(len(self.tokens) // self.batch_size)
+        self.tokens.index_copy_(1, self.position + self.prompt_length, chosen[:, None])
         self.position += 1
 
-    def last_codes(self, copies: int) -> Tensor:
+    def last_tokens(self, copies: int) -> Tensor:
         """int64 `(copies · B, 1)`."""
-        return self.codes.index_select(1, self.position - 1).repeat(copies, 1)
+        return self.tokens[: copies * self.batch_size].index_select(1, self.position + (self.prompt_length - 1))
 
     def race(self, position: int) -> Tensor:
         """Exponential random numbers `(B, K)` of a position; for small batches those of many positions are made at

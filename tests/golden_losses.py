@@ -19,6 +19,7 @@ from stage1_vqgan.discriminator import PatchDiscriminator
 from stage1_vqgan.losses import ADVERSARIAL_LOSSES
 from stage1_vqgan.quantizers import Quantizer
 from stage1_vqgan.training_step import VQGANTrainer
+from tests.devices import DEVICE
 from tests.golden import GOLDEN, GRADIENTS, OUTPUTS, Found, absolute, relative, state
 
 
@@ -40,7 +41,7 @@ class StoredGenerator(nn.Module):
             reconstruction=self.decoder.conv_out(self.features),
             decoder_features=self.features,
             codebook_loss=self.codebook_loss * 1,
-            codes=torch.zeros(1, 1, 1, dtype=torch.int64),
+            codes=torch.zeros(1, 1, 1, dtype=torch.int64, device=self.features.device),
             latents=None,
         )
 
@@ -62,7 +63,8 @@ class StoredTrainer(VQGANTrainer):
 
 def compare() -> Iterator[Found]:
     """Every stored quantity of losses and discriminator."""
-    golden, stored = load_file(GOLDEN / "losses.safetensors"), json.loads((GOLDEN / "losses.json").read_text())
+    golden = load_file(GOLDEN / "losses.safetensors", device=str(DEVICE))
+    stored = json.loads((GOLDEN / "losses.json").read_text())
     for name, case in stored["cases"].items():
         if name.startswith("eval_nograd"):
             discriminator = patch_discriminator(golden, "disc.", base_channels=32, num_layers=3)
@@ -166,6 +168,6 @@ def step_config(kind: str, kwargs: dict[str, float]) -> Stage1Config:
 
 
 def patch_discriminator(golden: dict[str, Tensor], prefix: str, **settings: Any) -> PatchDiscriminator:
-    discriminator = PatchDiscriminator(3, **settings)
+    discriminator = PatchDiscriminator(3, **settings).to(DEVICE)
     discriminator.load_state_dict(state(golden, prefix))
     return discriminator

@@ -10,6 +10,7 @@ from torch import Tensor
 from stage1_vqgan import VQGANConfig, VQGANModel
 from stage1_vqgan.convert import READERS
 from stage1_vqgan.convert_original import build_model
+from tests.devices import DEVICE
 from tests.golden import GOLDEN, GRADIENTS, OUTPUTS, Found, absolute, relative, state
 
 ORIGINALS = {"tiny": "taming", "f16_narrow": "taming", "llamagen_tiny": "llamagen"}
@@ -24,7 +25,7 @@ def compare() -> Iterator[Found]:
         AssertionError: a code is another.
     """
     for name in ORIGINALS:
-        stored = load_file(GOLDEN / f"{name}.safetensors")
+        stored = load_file(GOLDEN / f"{name}.safetensors", device=str(DEVICE))
         for group in ("io", "io2"):
             yield from _outputs(name, group, stored)
         for prefix, legacy in (("grad.", True), ("grad_fixed.", False)):
@@ -35,7 +36,8 @@ def compare() -> Iterator[Found]:
 
 def load(name: str) -> VQGANModel:
     """A tokenizer of one of the originals."""
-    return build_model(READERS[ORIGINALS[name]](GOLDEN / f"{name}.safetensors", GOLDEN / f"{name}.json"))
+    model = build_model(READERS[ORIGINALS[name]](GOLDEN / f"{name}.safetensors", GOLDEN / f"{name}.json"))
+    return model.to(DEVICE)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -63,7 +65,7 @@ def _gradients(name: str, prefix: str, legacy: bool, pixels: Tensor, expected: d
     loaded = load(name)
     options = loaded.config.quantizer_options | {"legacy_codebook_loss": legacy}
     model = VQGANModel(VQGANConfig.from_dict(loaded.config.to_dict() | {"quantizer_options": options})).eval()
-    model.load_state_dict(loaded.state_dict())
+    model.to(DEVICE).load_state_dict(loaded.state_dict())
     pixels = pixels.clone().requires_grad_()
     out: Any = model(pixels)
     loss = (pixels - out.reconstruction).abs().mean() + out.codebook_loss

@@ -25,6 +25,7 @@ from stage1_vqgan.training_step import VQGANTrainer
 from stage2_prior import code_store, tokenize
 from stage2_prior import training as stage2
 from tests import process_runs
+from tests.devices import ON_CPU
 from tests.tiny import tensors
 
 # A process of its own for each run, forked from one in which everything is imported already.
@@ -77,6 +78,7 @@ class Nothing(Section):
 
 
 def _child(name: str, folder: Path, point: str | None, count: float, pause: float) -> None:
+    os.environ.update(ON_CPU)
     torch.set_num_threads(1)
     os.setpgrp()
     multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers

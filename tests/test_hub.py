@@ -16,6 +16,7 @@ from configs.run_folder import push_run
 from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANModel
 from stage2_prior import TokenLayout
+from tests.devices import DEVICE
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def hub(monkeypatch, tmp_path) -> Path:
 
 def test_a_pushed_pipeline_comes_back(hub, tiny_pipeline):
     assert tiny_pipeline.push_to_hub("me/digits") == "hub/me/digits"
-    copy = VQGANPipeline.from_pretrained(hub / "me/digits")
+    copy = VQGANPipeline.from_pretrained(hub / "me/digits", device=DEVICE)
     codes = [
         pipe.generate(class_labels=[3], generator=torch.Generator().manual_seed(0), output_type="codes").codes
         for pipe in (tiny_pipeline, copy)

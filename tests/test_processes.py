@@ -13,7 +13,10 @@ from accelerate.state import GradientState
 
 from stage2_prior import CodeStore
 from tests import process_runs
+from tests.devices import ON_CPU, cpu_only
 from tests.tiny import tensors
+
+pytestmark = cpu_only
 
 ROOT = Path(__file__).resolve().parents[1]
 # Attention does not depend on the bias of its keys: its gradient is rounding, which Adam makes as large as any.
@@ -23,7 +26,7 @@ LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_mach
 
 def launch(module: str, *arguments: object, path: Path = ROOT) -> subprocess.CompletedProcess:
     """Runs a module on two processes of this machine's CPU."""
-    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
+    settings = {**ON_CPU, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
     environment = {**os.environ, **settings}
     command = [sys.executable, *LAUNCH.split(), "--dynamo_backend", "no", "--main_process_port", "0", "-m", module]
     return subprocess.run(

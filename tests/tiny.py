@@ -25,6 +25,12 @@ LLAMA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+# wide initialisation: the logits of a random prior differ enough for choices to matter
+RANDOM_PRIORS = {
+    "llama": {**LLAMA, "initializer_range": 0.3},
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
+    "qwen3": {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3},
+}
 DATA = {"dataset": "digits", "augmentation": {"rotate": 10, "translate": 0.06, "scale": 0.1}}
 
 

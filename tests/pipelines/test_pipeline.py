@@ -19,6 +19,7 @@ from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import TokenLayout
+from tests.devices import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,7 +111,7 @@ def test_output_types_show_the_same_images(tiny_pipeline):
     assert outs["codes"].images is None
     assert outs["codes"].codes.dtype == torch.int64 and outs["codes"].codes.shape == (3, 4, 4)
     assert pt.shape == (3, 1, 16, 16) and pt.dtype == torch.float32 and pt.min() >= 0 and pt.max() <= 1
-    assert np_.shape == (3, 16, 16, 1) and np.array_equal(np_, pt.permute(0, 2, 3, 1).numpy())
+    assert np_.shape == (3, 16, 16, 1) and np.array_equal(np_, pt.permute(0, 2, 3, 1).cpu().numpy())
     for image, array in zip(pil, np_, strict=True):
         assert (image.mode, image.size) == ("L", (16, 16))
         assert np.array_equal(np.asarray(image), np.round(array[..., 0] * 255))
@@ -198,7 +199,7 @@ def test_reconstruct_is_encode_and_decode(tiny_pipeline, images):
     assert codes.shape == (9, 4, 4) and codes.dtype == torch.int64
     for one, other in zip(tiny_pipeline.reconstruct(images), tiny_pipeline.decode(codes), strict=True):
         assert one.tobytes() == other.tobytes()
-    pixels = VQGANImageProcessor(image_size=16, num_channels=1)(images)["pixel_values"]
+    pixels = VQGANImageProcessor(image_size=16, num_channels=1)(images)["pixel_values"].to(DEVICE)
     with torch.no_grad():
         expected = (tiny_pipeline.vqgan(pixels).reconstruction.clamp(-1, 1) + 1) / 2
     torch.testing.assert_close(tiny_pipeline.reconstruct(images, "pt"), expected)
@@ -222,7 +223,7 @@ def test_generated_images_are_their_decoded_codes(tiny_pipeline):
 
 def test_saved_and_loaded_it_generates_the_same(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path / "copy")
-    loaded = VQGANPipeline.from_pretrained(str(tmp_path / "copy"))
+    loaded = VQGANPipeline.from_pretrained(str(tmp_path / "copy"), device=DEVICE)
     first, second = (
         pipeline.generate([1, 5], guidance_scale=2.0, generator=seeded(), output_type="pt")
         for pipeline in (tiny_pipeline, loaded)
@@ -309,12 +310,12 @@ def test_the_tokenizer_loads_without_this_package(tiny_runs, tiny_pipeline, imag
     result = torch.load(tmp_path / "result.pt")
     with torch.no_grad():
         for codes in result["codes"]:
-            assert torch.equal(codes, tiny_pipeline.vqgan.encode(pixels).codes)
-        torch.testing.assert_close(result["out"], tiny_pipeline.vqgan(pixels).reconstruction)
+            assert torch.equal(codes, tiny_pipeline.vqgan.encode(pixels.to(DEVICE)).codes.cpu())
+        torch.testing.assert_close(result["out"], tiny_pipeline.vqgan(pixels.to(DEVICE)).reconstruction.cpu())
 
 
 def test_bfloat16(tiny_runs, images):
-    pipeline = VQGANPipeline.from_pretrained(tiny_runs.pipeline, dtype=torch.bfloat16)
+    pipeline = VQGANPipeline.from_pretrained(tiny_runs.pipeline, dtype=torch.bfloat16, device=DEVICE)
     assert pipeline.dtype == pipeline.vqgan.dtype == torch.bfloat16
     first, again = (pipeline.generate([1], guidance_scale=2.0, generator=seeded(), output_type="np") for _ in range(2))
     assert first.images.dtype == np.float32 and np.array_equal(first.images, again.images)

@@ -8,6 +8,9 @@ from sklearn.cluster import KMeans
 
 from stage1_vqgan.codebook import CodebookMonitor, kmeans, perplexity, usage
 from stage1_vqgan.quantizers import build_quantizer
+from tests.devices import DEVICE, on_device
+
+pytestmark = on_device
 
 K, D = 8, 4
 
@@ -22,9 +25,10 @@ def test_kmeans_is_lloyds_algorithm():
     latents = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
     start = kmeans(latents, 6, spherical=False, seed=1, iterations=0)
     assert all((latents == centre).all(1).any() for centre in start) and len(start.unique(dim=0)) == 6
-    reference = KMeans(6, init=start.numpy(), n_init=1, max_iter=10, tol=0, algorithm="lloyd").fit(latents.numpy())
+    reference = KMeans(6, init=start.cpu().numpy(), n_init=1, max_iter=10, tol=0, algorithm="lloyd")
+    reference.fit(latents.cpu().numpy())
     centres = kmeans(latents, 6, spherical=False, seed=1, iterations=10)
-    np.testing.assert_allclose(centres.numpy(), reference.cluster_centers_, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(centres.cpu().numpy(), reference.cluster_centers_, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -92,7 +96,7 @@ class Case:
         self.optimizer = torch.optim.AdamW(self.quantizer.parameters(), fused=True)
         self.weight.grad = torch.randn(K, D)
         self.optimizer.step()
-        self.monitor = CodebookMonitor(K, torch.device("cpu"))
+        self.monitor = CodebookMonitor(K, DEVICE)
 
     def restart(self, latents, reduce=same, gather=same, seed=0):
         arguments = (self.quantizer, self.average, self.optimizer, latents, reduce, gather)

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from stage1_vqgan.discriminator import ActNorm, PatchDiscriminator, logit_grid_size
+from tests.devices import on_device
+
+pytestmark = on_device
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4])

@@ -8,6 +8,7 @@ import torch
 from stage1_vqgan import DataConfig, ImageDataset, VQGANConfig, VQGANModel, load_images
 from stage1_vqgan.evaluate import evaluate_reconstruction, structural_similarity
 from stage1_vqgan.loading import evaluation_loader
+from tests.devices import DEVICE
 from tests.image_files import write_folder
 from tests.tiny import VQGAN
 
@@ -18,7 +19,7 @@ def naive_ssim(a, b):
     window = torch.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
     window /= window.sum()
     values = []
-    for x, y in zip(a.double(), b.double(), strict=True):
+    for x, y in zip(a.double().cpu(), b.double().cpu(), strict=True):
         for top in range(x.shape[0] - 10):
             for left in range(x.shape[1] - 10):
                 p, q = (image[top : top + 11, left : left + 11] for image in (x, y))
@@ -32,8 +33,8 @@ def naive_ssim(a, b):
 
 def test_ssim_is_the_formulas():
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(3, 3, 13, 14, generator=generator)
-    others = (images + 0.3 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    images = torch.rand(3, 3, 13, 14, generator=generator).to(DEVICE)
+    others = (images + 0.3 * torch.randn(images.shape, generator=generator).to(DEVICE)).clamp(0, 1)
     expected = [naive_ssim(*pair) for pair in zip(others, images, strict=True)]
     found = structural_similarity(2 * others - 1, 2 * images - 1)
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
@@ -53,14 +54,14 @@ def batches(folder, size, batch_size=2, **where):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return VQGANModel(VQGANConfig(**VQGAN)).eval()
+    return VQGANModel(VQGANConfig(**VQGAN)).eval().to(DEVICE)
 
 
 def test_metrics_are_means_over_images(model, folder):
     found = evaluate_reconstruction(model, batches(folder, 16))
     rows = []
     for batch in batches(folder, 16, batch_size=1):
-        images = batch.images()
+        images = batch.images(DEVICE)
         with torch.no_grad():
             reconstruction = model(images).reconstruction.clamp(-1, 1)
         psnr = 10 * math.log10(4 / (reconstruction - images).square().mean())

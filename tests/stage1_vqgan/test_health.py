@@ -13,6 +13,7 @@ from stage1_vqgan.health import Health
 from stage1_vqgan.losses import MAX_ADAPTIVE_WEIGHT
 from stage1_vqgan.training import train
 from stage1_vqgan.training_step import VQGANTrainer
+from tests.devices import DEVICE
 from tests.process_runs import stage1_config
 
 CODES = 1000  # seen since the last log
@@ -25,7 +26,7 @@ def health():
 
 
 def steps(*values, first=10):
-    return [(first + n, torch.tensor(float(value))) for n, value in enumerate(values)]
+    return [(first + n, torch.tensor(float(value), device=DEVICE)) for n, value in enumerate(values)]
 
 
 def test_the_first_loss_that_is_not_finite_is_named(health):
@@ -42,7 +43,7 @@ def test_the_first_loss_that_is_not_finite_is_named(health):
 
 
 def test_state_that_is_not_finite_is_named(health):
-    good, bad = torch.ones(3), torch.tensor([1.0, math.nan])
+    good, bad = torch.ones(3, device=DEVICE), torch.tensor([1.0, math.nan], device=DEVICE)
     health.require_finite_state([("a", [good, torch.tensor(3)]), ("b", [good])], step=5)
     with pytest.raises(Diverged, match=r"the generator: not all .* finite after step 5; no checkpoint was saved yet"):
         health.require_finite_state([("a", [good]), ("the generator", [good, bad])], step=5)

@@ -19,8 +19,11 @@ from stage1_vqgan.losses import (
     adaptive_weight,
     last_layer_gradients,
 )
+from tests.devices import DEVICE, on_device
 from tests.golden import GOLDEN
 from tests.golden_losses import compare
+
+pytestmark = on_device
 
 SQUEEZE_FILE = "squeezenet1_1-b8a52dc0.pth"
 
@@ -99,13 +102,13 @@ def test_the_originals_numbers():
 @pytest.fixture(scope="module")
 def perceptual():
     torch.manual_seed(0)
-    return PerceptualLoss("squeeze", "random")
+    return PerceptualLoss("squeeze", "random").to(DEVICE)
 
 
 @pytest.fixture(scope="module")
 def perceptual_by_alex():
     torch.manual_seed(0)
-    return PerceptualLoss("alex", "random")
+    return PerceptualLoss("alex", "random").to(DEVICE)
 
 
 def test_perceptual_loss_is_frozen_and_stays_in_evaluation_mode(perceptual):
@@ -136,9 +139,9 @@ def test_perceptual_loss_repeats_gray(perceptual):
 
 
 def perceptual_and_gradient(loss, mixed):
-    images, noise = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images, noise = (torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(DEVICE)
     x = (images + 0.1 * noise).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=mixed):
         value = loss(x, images)
     assert value.dtype == torch.float32
     return value.item(), torch.autograd.grad(value, x)[0].flatten()
@@ -175,7 +178,7 @@ def test_smallest_image(backbone, perceptual, perceptual_by_alex):
 @pytest.fixture(scope="module")
 def torchvision_squeezenet():
     torch.manual_seed(1)
-    return torchvision.models.squeezenet1_1(weights=None).eval()
+    return torchvision.models.squeezenet1_1(weights=None).eval().to(DEVICE)
 
 
 def assert_features_equal(loss, model):

@@ -11,7 +11,10 @@ from torch import nn
 
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from tests import golden_models
+from tests.devices import on_device
 from tests.golden import GOLDEN
+
+pytestmark = on_device
 
 
 def make(seed=0, **changes):
@@ -177,7 +180,8 @@ model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 stored = load_file(folder + "/../expected.safetensors")
 out = model(stored["pixels"])
-assert (out.codes == stored["codes"]).all() and (out.reconstruction == stored["reconstruction"]).all()
+assert (out.codes == stored["codes"]).all()
+assert (out.reconstruction - stored["reconstruction"]).abs().max() < 1e-5
 assert (processor.image_size, processor.num_channels) == (16, 3)
 assert not {"stage1_vqgan", "configs"} & set(sys.modules), sys.modules.keys()
 print(type(model).__name__, type(processor).__name__)

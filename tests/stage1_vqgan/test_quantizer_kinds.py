@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from stage1_vqgan import VQGANConfig, VQGANModel
 from stage1_vqgan.quantizer_vq import ENTROPY_CHUNK
 from stage1_vqgan.quantizers import QUANTIZERS, build_quantizer
+from tests.devices import DEVICE, cpu_only, on_device
+
+pytestmark = on_device
 
 KINDS = {
     "vq": ("vq", 16, 4, {}),
@@ -71,7 +74,7 @@ def test_the_interface(kind, training):
 def test_float32_under_autocast(kind):
     quantizer, z = make(kind).eval(), latents(kind, batch=16)
     plain = quantizer(z)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         mixed = quantizer(z)
     assert mixed.quantized.dtype == mixed.loss.dtype == torch.float32
     assert torch.equal(mixed.codes, plain.codes) and torch.equal(mixed.quantized, plain.quantized)
@@ -212,7 +215,7 @@ def test_gumbel_softmax(kind):
     out = quantizer(z)
     logits = gumbel_logits(quantizer, z)
     noise = torch.cat(
-        [torch.empty(15, 16).exponential_(generator=torch.Generator().manual_seed(s)).log().neg() for s in seeds]
+        [torch.empty(15, 16).exponential_(generator=torch.Generator(DEVICE).manual_seed(s)).log().neg() for s in seeds]
     )
     soft = torch.softmax((logits + noise) / 1.0, 1)
     assert torch.equal(out.codes.flatten(), (logits + noise).argmax(1))
@@ -326,6 +329,7 @@ def test_lfq_entropy_is_that_of_the_softmax_over_all_codes(width):
     torch.testing.assert_close(gradient, reference)
 
 
+@cpu_only
 def test_lfq_entropy_makes_no_matrix_of_all_codes():
     quantizer = build_quantizer("lfq", 2**18, 18, {})
     with torch.profiler.profile(profile_memory=True) as profile:

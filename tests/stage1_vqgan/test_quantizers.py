@@ -5,6 +5,9 @@ import torch
 
 from stage1_vqgan import quantizer_base
 from stage1_vqgan.quantizers import build_quantizer, nearest_code
+from tests.devices import DEVICE, on_device
+
+pytestmark = on_device
 
 K, D = 11, 5
 
@@ -102,7 +105,7 @@ def test_float32_under_autocast():
     quantizer, _ = make(codes=512)
     latents = 0.01 * torch.randn(4, D, 16, 16)
     plain = quantizer(latents)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         mixed = quantizer(latents)
     assert mixed.quantized.dtype == mixed.loss.dtype == torch.float32
     assert torch.equal(mixed.codes, plain.codes) and torch.equal(mixed.loss, plain.loss)
@@ -114,5 +117,6 @@ def test_float32_under_autocast():
 def test_chunks_of_the_search_join_seamlessly(monkeypatch, rows):
     torch.manual_seed(1)
     latents, codebook = torch.randn(rows, D), torch.randn(K, D)
-    monkeypatch.setattr(quantizer_base, "CPU_SCORES", 5 * len(codebook))
+    for held in ("CPU_SCORES", "DEVICE_SCORES"):
+        monkeypatch.setattr(quantizer_base, held, 5 * len(codebook))
     assert torch.equal(nearest_code(latents, codebook), naive_codes(latents, codebook))

@@ -5,6 +5,9 @@ import torch
 
 from stage1_vqgan.discriminator import PatchDiscriminator
 from stage1_vqgan.regularizers import LecamAnchors, gradient_penalty, r1_penalty
+from tests.devices import DEVICE, on_device
+
+pytestmark = on_device
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ def test_penalties_reach_the_parameters(discriminator, images, kind):
 
 
 def test_lecam_by_loops():
-    anchors, generator = LecamAnchors(torch.device("cpu")), torch.Generator().manual_seed(0)
+    anchors, generator = LecamAnchors(DEVICE), torch.Generator().manual_seed(0)
     history = []
     for _ in range(150):
         real, fake = torch.randn(2, 4, 1, 2, 2, generator=generator)
@@ -90,6 +93,6 @@ def test_lecam_by_loops():
 
 
 def test_lecam_anchors_are_of_all_processes():
-    anchors = LecamAnchors(torch.device("cpu"))
+    anchors = LecamAnchors(DEVICE)
     anchors.update(torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1), lambda means: means + 0.5)
     assert anchors.means.tolist() == [1.5, 0.5]

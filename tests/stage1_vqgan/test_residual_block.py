@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 from stage1_vqgan import VQGANConfig
 from stage1_vqgan.modeling_blocks import ResidualBlock
+from tests.devices import DEVICE, on_device
+
+pytestmark = on_device
 
 
 def make(in_channels=8, out_channels=12, **config):
@@ -27,7 +30,7 @@ def layer_by_layer(block, x):
 
 def gradients(function, block, x, **autocast):
     block, x = copy.deepcopy(block), x.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, **autocast):
+    with torch.autocast(DEVICE.type, torch.bfloat16, **autocast):
         out = function(block, x)
     out.float().square().sum().backward()
     return {"out": out.detach(), "x": x.grad} | {name: p.grad for name, p in block.named_parameters()}

@@ -14,6 +14,7 @@ from configs import load_config
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.losses import ADVERSARIAL_LOSSES
 from stage1_vqgan.training_step import VQGANTrainer, key, schedule, uniform
+from tests.devices import DEVICE
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,8 @@ def make_config(**changes):
 
 
 def make_images(seed, batch=2, size=16):
-    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return images.to(DEVICE)
 
 
 def spread_codebook(trainer, images):
@@ -129,7 +131,7 @@ def textbook_penalties(discriminator, real, fake, logits, loss, step):
     penalties = {}
     if loss.gradient_penalty_weight:
         generators = [torch.Generator().manual_seed(key(key(0, step, n), 1)) for n in range(len(real))]
-        shares = [torch.rand(1, generator=generator) for generator in generators]
+        shares = [torch.rand(1, generator=generator).to(DEVICE) for generator in generators]
         norms = [gradient(s * x + (1 - s) * y).norm() for s, x, y in zip(shares, real, fake, strict=True)]
         penalties["gradient_penalty"] = sum((norm - 1) ** 2 for norm in norms) / len(real)
     if loss.r1_weight:
@@ -333,7 +335,7 @@ def test_moving_average(decay):
 
 def test_kmeans_initialises_both_codebooks():
     trainer = VQGANTrainer(make_config(), Accelerator())
-    batches = [2 * torch.rand(4, 3, 16, 16) - 1 for _ in range(2)]
+    batches = [make_images(seed, batch=4) for seed in range(2)]
     images = torch.cat(batches)
     error = trainer.model.encode(images).codebook_loss.item()
     trainer.initialise_codebook(batches)

@@ -33,7 +33,7 @@ def straight(make_config):
     snapshots = []
 
     def snapshot(callback, args, state, control, model=None, **kwargs):
-        snapshots.append({name: weight.detach().double().clone() for name, weight in model.named_parameters()})
+        snapshots.append({name: weight.detach().double().cpu().clone() for name, weight in model.named_parameters()})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunCallback, "on_train_begin", snapshot)

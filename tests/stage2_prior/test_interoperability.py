@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from stage2_prior import SamplingOptions, sample_codes
-from tests.conftest import RANDOM_PRIORS
+from tests.devices import DEVICE
+from tests.tiny import RANDOM_PRIORS
 
 # Every argument is a folder that holds a prior in its folder "prior", and the token of a class.
 GENERATE = """
@@ -35,7 +36,7 @@ def priors(random_prior, layout):
         prior = made[model_type] = random_prior(model_type, layout)
         with torch.no_grad():
             prior.get_output_embeddings().weight[layout.num_codes :] *= 3
-        prompts = torch.arange(layout.num_codes, layout.num_codes + 5)[:, None]
+        prompts = torch.arange(layout.num_codes, layout.num_codes + 5, device=DEVICE)[:, None]
         assert (prior(input_ids=prompts).logits.argmax(-1) >= layout.num_codes).any()
     return made
 
@@ -65,9 +66,9 @@ def test_bare_generate_says_codes_and_nothing_else(said, layout, name):
 
 @pytest.mark.parametrize("name", RANDOM_PRIORS)
 def test_greedy_codes_are_those_of_our_sampler(said, priors, layout, name):
-    prompts = torch.arange(layout.num_codes, layout.num_codes + 5)[:, None]
+    prompts = torch.arange(layout.num_codes, layout.num_codes + 5, device=DEVICE)[:, None]
     options = SamplingOptions(temperature=0.0)
-    seeds = torch.zeros(5, dtype=torch.int64)
+    seeds = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     codes = sample_codes(priors[name], prompts, prompts, seeds, layout.length, layout.num_codes, options)
     assert said[name]["greedy"] == codes.tolist()
 

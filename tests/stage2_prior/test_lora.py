@@ -22,7 +22,7 @@ from stage2_prior.adapters import attach_adapter
 from stage2_prior.prior import adapt_prior
 from stage2_prior.training import train
 from stage2_prior.training_config import LoraConfig
-from tests.conftest import RANDOM_PRIORS
+from tests.tiny import RANDOM_PRIORS
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def make_config(tiny_runs, tmp_path, stage2_values) -> Callable[..., Stage2Confi
 def codes_of(pipeline: VQGANPipeline) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.generate(list(range(10)), guidance_scale=2.0, generator=generator, output_type="codes").codes
+    return pipeline.generate(list(range(10)), guidance_scale=2.0, generator=generator, output_type="codes").codes.cpu()
 
 
 def pipeline_of(tiny_runs, prior, layout) -> VQGANPipeline:

@@ -17,6 +17,7 @@ from stage1_vqgan import image_grid
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.sample_grids import grid_prompts, load_decoder
 from stage2_prior.training import train
+from tests.devices import DEVICE
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_a_grid_shows_what_the_pipeline_generates(with_grids, tiny_runs, tmp_pat
     pipeline = build(
         BuildConfig(tokenizer=str(tiny_runs.vqgan), prior=with_grids.output_dir, output_dir=str(tmp_path / "pipeline"))
     )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(DEVICE).set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(7)
     out = pipeline.generate(class_labels=[*range(10)] * 2, guidance_scale=1.5, generator=generator)
     expected = np.asarray(image_grid(out.images, 10, min_tile=48))

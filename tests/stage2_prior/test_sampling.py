@@ -19,12 +19,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stage2_prior import captured_steps, sample_codes, sampling
+from stage2_prior import sample_codes, sampling
 from stage2_prior.captured_steps import CapturedSteps
 from stage2_prior.kv_cache import PreallocatedCache
 from stage2_prior.randomness import exponential
 from stage2_prior.sampling import CodeSampler, filter_logits, pick
 from stage2_prior.sampling_options import SamplingOptions
+from tests.devices import EXACT_ON_CPU, on_device
+
+pytestmark = on_device
 
 MODEL_TYPES = ["llama", "gpt2", "qwen3"]
 OPTIONS = [
@@ -94,7 +97,7 @@ def test_codes_are_those_of_a_loop_without_cache(random_prior, layout, model_typ
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_steps_in_windows_choose_the_same_codes(random_prior, layout, model_type, options, monkeypatch):
     """The steps that CUDA graphs record: what they see beyond what is written must not count."""
-    monkeypatch.setattr(captured_steps, "BUCKET", 6)
+    monkeypatch.setattr(sampling, "BUCKET", 6)
     monkeypatch.setattr(sampling, "NUMBERS_AT_ONCE", 3 * 15 * 40)  # guidance sets in where others have been left out
     prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
     sampler = make_sampler(prior, layout, 15, **options)
@@ -228,11 +231,11 @@ def test_filters_always_keep_the_most_likely_code():
 @pytest.mark.parametrize("position", [0, 3])
 def test_picks_follow_the_probabilities(position):
     probabilities = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
-    logits = torch.from_numpy(probabilities).log().float().expand(20_000, 5)
+    logits = torch.tensor(probabilities).log().float().expand(20_000, 5)
     numbers = race(torch.arange(20_000), position, 5)
-    codes = pick(logits, numbers, SamplingOptions())
+    codes = pick(logits, numbers, SamplingOptions()).cpu()
     assert stats.chisquare(np.bincount(codes, minlength=5), probabilities * 20_000).pvalue > 1e-3
-    kept = pick(logits, numbers, SamplingOptions(top_k=3))
+    kept = pick(logits, numbers, SamplingOptions(top_k=3)).cpu()
     assert stats.chisquare(np.bincount(kept), probabilities[:3] / 0.9 * 20_000).pvalue > 1e-3
 
 
@@ -272,8 +275,8 @@ def filtered_naively(probabilities, temperature=1.0, top_k=0, top_p=1.0, min_p=0
 )
 def test_draws_have_the_distribution_of_a_naive_filter(options):
     probabilities = np.random.default_rng(0).dirichlet(np.full(12, 0.8))
-    logits = torch.from_numpy(probabilities).log().float().expand(50_000, 12)
-    codes = pick(logits, race(torch.arange(50_000), 3, 12), SamplingOptions(**options))
+    logits = torch.tensor(probabilities).log().float().expand(50_000, 12)
+    codes = pick(logits, race(torch.arange(50_000), 3, 12), SamplingOptions(**options)).cpu()
     expected, counts = filtered_naively(probabilities, **options), np.bincount(codes, minlength=12)
     assert counts[expected == 0].sum() == 0
     assert stats.chisquare(counts[expected > 0], expected[expected > 0] * 50_000).pvalue > 1e-3
@@ -285,11 +288,11 @@ def test_guided_draws_have_the_distribution_of_the_guided_logits(random_prior, l
     with torch.no_grad():
         tokens = torch.tensor([[layout.num_codes + 1], [layout.null_token]])
         logits = prior(input_ids=tokens).logits[:, -1, : layout.num_codes].double()
-    expected = (logits[1] + 1.7 * (logits[0] - logits[1])).softmax(-1).numpy()
+    expected = (logits[1] + 1.7 * (logits[0] - logits[1])).softmax(-1).cpu().numpy()
     labels = torch.ones(20_000, dtype=torch.int64)
     prompts = layout.class_tokens(labels)[:, None]
     sampler = CodeSampler(prior, 20_000, 1, 1, layout.num_codes, SamplingOptions(guidance_scale=1.7))
-    codes = sampler.sample(prompts, torch.full_like(prompts, layout.null_token), torch.arange(20_000))
+    codes = sampler.sample(prompts, torch.full_like(prompts, layout.null_token), torch.arange(20_000)).cpu()
     often = expected * 20_000 > 5
     counts = np.bincount(codes[:, 0], minlength=layout.num_codes)
     pooled = [[*values[often], values[~often].sum()] for values in (counts, expected * 20_000)]
@@ -317,7 +320,7 @@ def test_two_processes_make_the_images_of_one(tiny_runs, tiny_pipeline, tmp_path
     ]
     generators = [torch.Generator().manual_seed(n) for n in range(64)]
     labels = [n % 10 for n in range(64)]
-    expected = tiny_pipeline.generate(labels, guidance_scale=2.0, generator=generators, output_type="codes").codes
+    expected = tiny_pipeline.generate(labels, guidance_scale=2.0, generator=generators, output_type="codes").codes.cpu()
     assert [process.wait() for process in started] == [0, 0]
     for rank, file in enumerate(files):
         assert torch.equal(torch.load(file, weights_only=True), expected[rank::2])
@@ -325,7 +328,7 @@ def test_two_processes_make_the_images_of_one(tiny_runs, tiny_pipeline, tmp_path
 
 def test_picks_at_two_positions_are_independent():
     logits, seeds = torch.zeros(20_000, 4), torch.arange(20_000)
-    first, second = (pick(logits, race(seeds, position, 4), SamplingOptions()) for position in (0, 1))
+    first, second = (pick(logits, race(seeds, position, 4), SamplingOptions()).cpu() for position in (0, 1))
     table = np.bincount(first * 4 + second, minlength=16).reshape(4, 4)
     assert stats.chi2_contingency(table).pvalue > 1e-3
 
@@ -336,7 +339,7 @@ def test_a_pick_is_the_winner_of_its_race():
     for row in range(6):
         times = [exponential(torch.tensor(row), torch.tensor(2), torch.tensor(code)) for code in range(9)]
         rates = (logits[row] / 0.5).exp()
-        assert codes[row] == int(np.argmin([time / rate for time, rate in zip(times, rates, strict=True)]))
+        assert codes[row] == int(np.argmin([(time / rate).item() for time, rate in zip(times, rates, strict=True)]))
 
 
 @pytest.mark.parametrize(
@@ -371,6 +374,6 @@ def test_preallocated_cache_equals_dynamic_cache(random_prior, layout, model_typ
     for start, stop in [(0, 5), *((n, n + 1) for n in range(5, 16))]:
         preallocated.open(slice(0, 3), start, stop)
         logits = [prior(input_ids=tokens[:, start:stop], past_key_values=c).logits for c in (preallocated, dynamic)]
-        assert torch.equal(*logits)
+        torch.testing.assert_close(*logits, **EXACT_ON_CPU)
     for mine, theirs in zip(preallocated.layers, dynamic.layers, strict=True):
-        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+        torch.testing.assert_close((mine.keys, mine.values), (theirs.keys, theirs.values), **EXACT_ON_CPU)

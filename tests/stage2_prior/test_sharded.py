@@ -19,6 +19,9 @@ from stage2_prior import CodeStore
 from stage2_prior.sharding import check_sharding
 from stage2_prior.training import train
 from tests import sharded_runs
+from tests.devices import cpu_only
+
+pytestmark = cpu_only
 
 ROOT = Path(__file__).parents[2]
 

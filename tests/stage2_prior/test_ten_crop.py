@@ -23,6 +23,7 @@ from stage1_vqgan import (
 from stage1_vqgan.image_processing_vqgan import convert_mode, to_pixels, to_square
 from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
+from tests.devices import DEVICE, assert_same_codes
 
 TEN_CROP = AugmentationConfig(ten_crop=True, max_zoom=1.25)
 
@@ -65,17 +66,17 @@ def test_a_store_holds_the_codes_of_the_ten_crops(tiny_runs, tmp_path, capsys):
     assert (len(store.split("train")), len(store.split("validation"))) == (90, 3)
     assert "93 sequences of 16 codes" in (said := capsys.readouterr().out) and "(93 made now, " in said
 
-    model = VQGANModel.from_pretrained(tiny_runs.vqgan)
+    model = VQGANModel.from_pretrained(tiny_runs.vqgan).to(DEVICE)
     for number, encoded in enumerate(train.encoded(range(9))):
-        pixels = crops_of_torchvision(decode(encoded), 16, 1.25, 1)
-        expected = model.encode(pixels / 127.5 - 1).codes.flatten(1).numpy()
+        pixels = crops_of_torchvision(decode(encoded), 16, 1.25, 1).to(DEVICE)
+        expected = model.encode(pixels / 127.5 - 1).codes.flatten(1).cpu().numpy()
         codes, labels = store.split("train").read(np.arange(number, 90, 9))
-        np.testing.assert_array_equal(codes, expected)
+        assert_same_codes(codes, expected)
         assert (labels == train.labels[number]).all()
     # the validation images are themselves: nothing of them is cut off
-    plain = ImageDataset(validation, 16, 1).__getitems__([ImageKey(0, number) for number in range(3)]).images()
+    plain = ImageDataset(validation, 16, 1).__getitems__([ImageKey(0, number) for number in range(3)]).images(DEVICE)
     codes, _ = store.split("validation").read(np.arange(3))
-    np.testing.assert_array_equal(codes, model.encode(plain).codes.flatten(1).numpy())
+    assert_same_codes(codes, model.encode(plain).codes.flatten(1).cpu().numpy())
 
     for name in ("manifest.json", "validation-00000.arrow"):
         (store.folder / name).unlink()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
@@ -16,6 +17,7 @@ from stage2_prior import Stage2Config, TokenLayout, throughput
 from stage2_prior.throughput import Throughput, matmul_rate, training_operations
 from stage2_prior.trainer import PriorTrainer
 from stage2_prior.training import train
+from tests.devices import DEVICE
 
 # N, the weights in matrices, by hand: of one layer, for models 32 wide
 PER_LAYER = {
@@ -32,7 +34,7 @@ def test_operations_are_those_of_the_formula_and_of_a_real_step(random_prior, la
     matrices = 2 * PER_LAYER[model_type] + 32 * layout.vocab_size
     assert operations == 6 * matrices + 12 * 2 * 32 * layout.length
     prior.set_attn_implementation("eager")
-    tokens = torch.arange(3 * layout.length).view(3, -1) % layout.vocab_size
+    tokens = torch.arange(3 * layout.length, device=DEVICE).view(3, -1) % layout.vocab_size
     with FlopCounterMode(display=False) as counter:
         prior(input_ids=tokens, labels=tokens).loss.backward()
     assert operations * tokens.numel() == counter.get_total_flops()
@@ -109,7 +111,7 @@ def test_a_run_counts_its_own_tokens_and_the_time_of_training(tiny_runs, stage2_
         assert logs["tokens_per_second"] > 2 * of_a_step / 60
         layout = TokenLayout.from_pretrained(config.output_dir)
         prior = AutoConfig.from_pretrained(config.output_dir)
-        ideal = matmul_rate(torch.device("cpu"), torch.float32) / training_operations(prior, layout.length)
+        ideal = matmul_rate(PartialState().device, torch.float32) / training_operations(prior, layout.length)
         assert logs["mfu"] == pytest.approx(logs["tokens_per_second"] / ideal)
 
     (tmp_path / "prior" / "train_results.json").unlink()

@@ -18,6 +18,7 @@ from configs import ConfigError
 from stage1_vqgan import DataConfig, VQGANImageProcessor, VQGANModel, decode, load_images
 from stage2_prior import CodeStore
 from stage2_prior.tokenize import _tokenize_split, tokenize
+from tests.devices import DEVICE, assert_same_codes
 from tests.image_files import picture, write_parquet
 
 SHARD_ROWS = 700
@@ -30,8 +31,9 @@ def small_shards(monkeypatch):
 
 @torch.no_grad()
 def encode(folder, images):
-    model = VQGANModel.from_pretrained(folder)
-    return model.encode(VQGANImageProcessor.from_pretrained(folder)(images)["pixel_values"]).codes.flatten(1).numpy()
+    model = VQGANModel.from_pretrained(folder).to(DEVICE)
+    pixels = VQGANImageProcessor.from_pretrained(folder)(images)["pixel_values"]
+    return model.encode(pixels.to(DEVICE)).codes.flatten(1).cpu().numpy()
 
 
 def pictures(source):
@@ -45,7 +47,7 @@ def contents(folder):
 def test_first_view_holds_the_codes_of_the_images_themselves(tiny_runs):
     for name, source in zip(("train", "validation"), load_images(tiny_runs.stage1.data), strict=True):
         codes, _ = CodeStore(tiny_runs.codes).split(name).read(np.arange(len(source)))
-        np.testing.assert_array_equal(codes, encode(tiny_runs.vqgan, pictures(source)))
+        assert_same_codes(codes, encode(tiny_runs.vqgan, pictures(source)))
 
 
 def test_rows_are_views_of_all_images(tiny_runs):
@@ -199,7 +201,7 @@ def test_broken_images_have_no_rows_and_are_recorded(packed, tiny_runs):
     ends = np.cumsum([0, *train["shard_rows"]])
     rows = np.concatenate([np.arange(a, (a + b) // 2) for a, b in pairwise(ends)])
     codes, labels = store.split("train").read(rows)
-    np.testing.assert_array_equal(codes, plain)
+    assert_same_codes(codes, plain)
     np.testing.assert_array_equal(labels, np.array(good) % 3)
     assert len(store.split("train")) == train["rows"] and store.layout.class_names == ("0", "1", "2")
 
@@ -214,10 +216,10 @@ def test_one_store_whoever_makes_it(packed, streaming):
 
     # processes 1 and 2 of 3 first, then the first process alone with what they have made
     shared = packed("shared", streaming)
-    model = VQGANModel.from_pretrained(shared.tokenizer)
+    model = VQGANModel.from_pretrained(shared.tokenizer).to(DEVICE)
     (straight.folder.parent / "shared").mkdir()
     for rank in (2, 1):
-        place = SimpleNamespace(process_index=rank, num_processes=3, is_main_process=False, device=torch.device("cpu"))
+        place = SimpleNamespace(process_index=rank, num_processes=3, is_main_process=False, device=DEVICE)
         train, validation = load_images(shared.data)
         assert _tokenize_split(shared, place, model, "train", train, 2) == 6
         assert _tokenize_split(shared, place, model, "validation", validation, 1) == 1

@@ -1,0 +1,118 @@
+"""Attention of one token of each sequence, by the kernel that samples on a GPU, and by torch.
+
+"torch, exact" is torch's attention over exactly the positions that are there; "torch, window" over a window of 64 · n
+positions with a mask, which is what a recorded step has without the kernel. A call is eight layers, whose keys and
+values do not fit the cache of a GPU, in one CUDA graph, as a step of sampling has them; the floor is to read them once.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.case import OURS, Case, Prepared
+from benchmarks.machine import Ceilings
+
+LAYERS, HEADS, WIDTH, LENGTH = 8, 12, 64, 256
+# Sequences, and positions that are there.
+SETTINGS = [(rows, seen) for rows in (128, 512) for seen in (LENGTH // 2 + 1, LENGTH)]
+
+
+class Inputs(NamedTuple):
+    """Random queries `(rows, heads, 1, width)`, and keys and values of each layer; the last position that is there."""
+
+    query: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+    last: Tensor
+    seen: int
+
+    @classmethod
+    def random(cls, rows: int, seen: int, device: torch.device) -> "Inputs":
+        """bfloat16."""
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device, generator=generator).bfloat16()
+
+        layers = [(draw(rows, HEADS, LENGTH, WIDTH), draw(rows, HEADS, LENGTH, WIDTH)) for _ in range(LAYERS)]
+        return cls(draw(rows, HEADS, 1, WIDTH), layers, torch.full((1,), seen - 1, device=device), seen)
+
+
+def kernel(inputs: Inputs) -> list[Tensor]:
+    """As the sampler calls it."""
+    from stage2_prior.decode_attention_kernel import attend
+
+    found = [attend(inputs.query, key, value, inputs.last, WIDTH**-0.5) for key, value in inputs.layers]
+    return [each.transpose(1, 2) for each in found]
+
+
+def exact(inputs: Inputs) -> list[Tensor]:
+    """Of as many positions as there are, which a recorded step cannot know."""
+    seen = inputs.seen
+    return [scaled_dot_product_attention(inputs.query, k[:, :, :seen], v[:, :, :seen]) for k, v in inputs.layers]
+
+
+def window(inputs: Inputs) -> list[Tensor]:
+    """Of a window with a mask."""
+    size = min(-(-inputs.seen // 64) * 64, LENGTH)
+    mask = (torch.arange(size, device=inputs.last.device) <= inputs.last)[None, None, None]
+    return [scaled_dot_product_attention(inputs.query, k[:, :, :size], v[:, :, :size], mask) for k, v in inputs.layers]
+
+
+LANES: dict[str, Callable[[Inputs], list[Tensor]]] = {OURS: kernel, "torch, exact": exact, "torch, window": window}
+
+
+@torch.inference_mode()
+def prepared(lane: str, rows: int, seen: int, device: torch.device) -> Prepared:
+    """All layers of a lane as a CUDA graph."""
+    inputs = Inputs.random(rows, seen, device)
+    LANES[lane](inputs)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = LANES[lane](inputs)
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+@torch.inference_mode()
+def agree(rows: int, seen: int, device: torch.device) -> Mapping[str, Any]:
+    """Largest difference from torch's attention in float32, over its deviation.
+
+    Raises:
+        AssertionError: it is above 5e-2.
+    """
+    inputs = Inputs.random(rows, seen, device)
+    key, value = (states[:, :, :seen].float() for states in inputs.layers[0])
+    expected = scaled_dot_product_attention(inputs.query.float(), key, value)
+    found = {lane: ((call(inputs)[0] - expected).abs().max() / expected.std()).item() for lane, call in LANES.items()}
+    assert max(found.values()) <= 5e-2, found
+    return {"largest difference": {lane: float(f"{value:.1e}") for lane, value in found.items()}}
+
+
+def read_once(traffic: int, ceilings: Ceilings) -> float:
+    """Least seconds."""
+    return ceilings.seconds(0, traffic)
+
+
+def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
+    """On a GPU alone."""
+    for rows, seen in SETTINGS if suite == "gpu" else []:
+        traffic = LAYERS * 2 * rows * HEADS * seen * WIDTH * torch.bfloat16.itemsize
+        yield Case(
+            row="decode attention",
+            setting=f"{rows} sequences, {seen} positions",
+            lanes={lane: partial(prepared, lane, rows, seen, device) for lane in LANES},
+            agree=partial(agree, rows, seen, device),
+            unit="layers/s",
+            count=LAYERS,
+            floor=partial(read_once, traffic),
+            dtype=torch.bfloat16,
+        )

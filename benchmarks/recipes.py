@@ -1,0 +1,324 @@
+"""Both stages of a preset within some minutes, evaluated:
+`python -m benchmarks.recipes fashion_mnist --data FOLDER [--minutes 10] [--original]`.
+
+Every stage's speed is measured in a short run of its own, and the steps that fit its share of the minutes are taken:
+tokenizer, codes, prior, evaluation, by the public functions, with the preset's settings. Warm-up and the start of the
+adversarial game keep their share of the steps. The minutes are those of the four; measuring comes on top.
+The same command goes on where it was interrupted, with the steps that were decided before.
+
+FOLDER has the parquet files of both splits. LPIPS is off (`--perceptual none`), or on features of a network that was
+never trained (`random`), unless torchvision's weights are there (`pretrained`).
+
+`--original` trains the original's recipe in the same minutes, by settings of the product (`ORIGINAL_STAGE1`,
+`ORIGINAL_STAGE2`; Esser et al. 2021 and the released code): its rule for the learning rates, constant; Adam's betas; no
+averaged weights, clipping, k-means or restarts; codes as wide as the latents, not normalised, with the codebook loss of
+the paper; the discriminator trained from where it acts on; a GPT-2 with learned positions, no dropout; no dropped
+conditions, so no guidance; no augmentation. Sizes of the models and of the batches, LPIPS and bfloat16 are the
+preset's, and the best evaluation of the prior is shipped, as there. What settings cannot say: its second forward of
+the generator for the discriminator's update (it would be slower), positions that begin at zero, and class tokens that
+share the rows of codes.
+
+Leaves `results.json`, `samples.png` and `reconstructions.png` in the output folder, models and logs in `--runs`.
+TQDM_MININTERVAL=60 keeps the progress bars to a line a minute.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.machine import environment
+from benchmarks.report import table, write
+from configs import ConfigError, TrainingConfig, load_config, to_dict
+from configs.files import write_json
+from configs.interruption import Stopped
+from configs.run_folder import LOG_NAME, RESULTS_NAME
+from pipelines.build import BuildConfig, build
+from pipelines.evaluate import EvaluationConfig, evaluate
+from stage1_vqgan import Stage1Config
+from stage1_vqgan.training import train as train_tokenizer
+from stage2_prior import Stage2Config
+from stage2_prior.tokenize import tokenize
+from stage2_prior.training import train as train_prior
+
+# Of the minutes: the tokenizer gets this share, the evaluation keeps the other, the prior has what is left.
+TOKENIZER_SHARE = 0.5
+EVALUATION_SHARE = 0.1
+
+# Of a stage's time for its steps; checkpoints, and evaluations after the first, are not measured.
+MARGIN = 0.92
+
+# Evaluations of the prior, of which the best is shipped; the tokenizer ships the last weights and is evaluated once.
+PRIOR_EVALUATIONS = 5
+CHECKPOINTS = 8
+
+PERCEPTUAL: dict[str, dict[str, Any]] = {
+    "none": {"loss.perceptual_weight": 0},
+    "random": {"loss.lpips_weights": "random"},
+    "pretrained": {},
+}
+
+# 4.5e-6 for every image of a batch.
+ORIGINAL_RATE = 4.5e-6
+
+ORIGINAL_STAGE1: dict[str, Any] = {
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 0,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.9,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "ema_decay": 0.0,
+    "codebook.kmeans_init_batches": 0,
+    "codebook.restart_interval": 0,
+    "model.quantizer": "vq",
+    "model.quantizer_options": {"commitment_cost": 0.25},
+    "loss.adversarial_weight": 0.8,
+    "data.augmentation": {},
+}
+ORIGINAL_STAGE2: dict[str, Any] = {
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.01,
+    "max_grad_norm": 0.0,
+    "ema_decay": 0.0,
+    "condition_dropout": 0.0,
+    "num_views": 1,
+    "data.augmentation": {},
+}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long a stage takes: seconds of a step, and of all that does not grow with the steps."""
+
+    step: float
+    fixed: float
+
+    def steps_within(self, seconds: float) -> int:
+        """Optimizer steps, at least 10, that fit beside what is fixed."""
+        return max(10, int(MARGIN * (seconds - self.fixed) / self.step))
+
+
+def stage1_config(args: argparse.Namespace, **changes: Any) -> Stage1Config:
+    """The tokenizer's settings; `changes` come last."""
+    preset, values = f"{args.preset}/stage1", common(args, "vqgan") | PERCEPTUAL[args.perceptual] | args.stage1
+    if args.original:
+        config = load_config(Stage1Config, preset, values)
+        values |= ORIGINAL_STAGE1 | {
+            "learning_rate": ORIGINAL_RATE * config.per_device_train_batch_size,
+            "discriminator.learning_rate": None,
+            "loss.discriminator_start_step": config.loss.adversarial_start_step,
+            "model.embed_dim": config.vqgan_config().latent_channels,
+        }
+    return load_config(Stage1Config, preset, values | changes)
+
+
+def stage2_config(args: argparse.Namespace, **changes: Any) -> Stage2Config:
+    """The settings of codes and prior; `changes` come last."""
+    folders = {"tokenizer": str(args.runs / "vqgan"), "code_store": str(args.runs / "codes")}
+    preset, values = f"{args.preset}/stage2", common(args, "prior") | folders | args.stage2
+    if args.original:
+        config = load_config(Stage2Config, preset, values)
+        rate = ORIGINAL_RATE * config.per_device_train_batch_size
+        values |= ORIGINAL_STAGE2 | {"learning_rate": rate, "model": original_model(config.model)}
+    return load_config(Stage2Config, preset, values | changes)
+
+
+def evaluation_config(args: argparse.Namespace) -> EvaluationConfig:
+    """The settings of the evaluation."""
+    values = common(args, "evaluation") | {"pipeline": str(args.runs / "pipeline")}
+    values |= {"tokenizer_run": str(args.runs / "vqgan"), "code_store": str(args.runs / "codes")}
+    values |= {"prior_run": str(args.runs / "prior")} | ({"guidance_scale": 1.0} if args.original else {})
+    del values["report_to"]
+    return load_config(EvaluationConfig, f"{args.preset}/evaluate", values | args.evaluate)
+
+
+def common(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """What every step of a recipe is told."""
+    return {
+        "output_dir": str(args.runs / folder),
+        "data.dataset": args.data,
+        "dataloader_num_workers": args.num_workers,
+        "report_to": [],
+    }
+
+
+def original_model(prior: Mapping[str, Any]) -> dict[str, Any]:
+    """The original's architecture in the size of a preset's."""
+    return {
+        "model_type": "gpt2",
+        "n_embd": prior["hidden_size"],
+        "n_layer": prior["num_hidden_layers"],
+        "n_head": prior["num_attention_heads"],
+        "activation_function": "gelu",
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": False,
+    }
+
+
+def scaled(config: TrainingConfig, steps: int, evaluations: int) -> dict[str, Any]:
+    """What changes in a configuration when the run has so many steps."""
+    share = steps / config.max_steps
+    changes: dict[str, Any] = {
+        "max_steps": steps,
+        "warmup_steps": round(share * config.warmup_steps),
+        "logging_steps": max(1, steps // 20),
+        "eval_steps": -(-steps // evaluations),
+        "save_steps": max(1, steps // CHECKPOINTS),
+    }
+    if isinstance(config, Stage1Config):
+        for name in ("discriminator_start_step", "adversarial_start_step"):
+            changes[f"loss.{name}"] = round(share * getattr(config.loss, name))
+    return changes
+
+
+def measured_speed(
+    make: Callable[..., TrainingConfig], train: Callable[[Any], object], rate: str, steps: int, length: int = 1
+) -> Speed:
+    """Of a stage, in a short run that is thrown away.
+
+    Args:
+        make: the stage's configuration with some changes.
+        train: the stage.
+        rate: in its log, of images, or of tokens of which an image has `length`.
+        steps: of the run; the last quarter is timed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        starts = {} if "images" not in rate else {"loss.discriminator_start_step": 0, "loss.adversarial_start_step": 0}
+        every = {"logging_steps": max(1, steps // 4), "eval_steps": steps, "save_steps": steps}
+        config = make(output_dir=folder, max_steps=steps, warmup_steps=0, **every, **starts)
+        started = time.perf_counter()
+        train(config)
+        seconds = time.perf_counter() - started
+        logs = [json.loads(line) for line in (Path(folder) / LOG_NAME).read_text().splitlines()]
+    per_second = [log[rate] for log in logs if rate in log][-1]
+    step = config.per_device_train_batch_size * length / per_second
+    return Speed(step, max(0.0, seconds - steps * step))
+
+
+class Decisions:
+    """The steps of every stage and what measuring them took, kept in a file: a recipe that goes on keeps its steps."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.known: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def steps(self, stage: str, seconds: float, measure: Callable[[], Speed]) -> int:
+        """Of a stage that may take so long; measured if they are not known."""
+        if stage not in self.known:
+            started = time.perf_counter()
+            speed = measure()
+            self.known[stage] = {
+                "steps": speed.steps_within(seconds),
+                "step_ms": round(1000 * speed.step, 2),
+                "fixed_seconds": round(speed.fixed, 1),
+                "measuring_seconds": round(time.perf_counter() - started, 1),
+            }
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.known)
+        report(f"{stage}: {self.known[stage]}, in {seconds / 60:.1f} minutes")
+        return int(self.known[stage]["steps"])
+
+
+def run_recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains and evaluates, or goes on with it; returns what is known in the end."""
+    decisions, seconds = Decisions(args.runs / "steps.json"), 60 * args.minutes
+    make_stage1, make_stage2 = partial(stage1_config, args), partial(stage2_config, args)
+
+    steps = decisions.steps(
+        "stage1",
+        TOKENIZER_SHARE * seconds,
+        lambda: measured_speed(make_stage1, train_tokenizer, "images_per_second", args.probe_steps),
+    )
+    stage1 = make_stage1(**scaled(make_stage1(), steps, 1))
+    train_tokenizer(stage1)
+    store = tokenize(make_stage2())
+
+    spent = json.loads((args.runs / "vqgan" / RESULTS_NAME).read_text())["train_runtime"] + store.manifest["seconds"]
+    length = store.layout.length
+    steps = decisions.steps(
+        "stage2",
+        (1 - EVALUATION_SHARE) * seconds - spent,
+        lambda: measured_speed(make_stage2, train_prior, "tokens_per_second", args.probe_steps, length),
+    )
+    stage2 = make_stage2(**scaled(make_stage2(), steps, PRIOR_EVALUATIONS))
+    train_prior(stage2)
+    build(BuildConfig(tokenizer=stage1.output_dir, prior=stage2.output_dir, output_dir=str(args.runs / "pipeline")))
+    evaluation = evaluation_config(args)
+    metrics = evaluate(evaluation)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "recipe": args.preset,
+        "original": args.original,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": {"device": device, **environment()},
+        "minutes": {step: round(took / 60, 2) for step, took in metrics["seconds"].items()},
+        "decisions": decisions.known,
+        "metrics": {name: value for name, value in metrics.items() if name not in ("inputs", "seconds")},
+        "prior": json.loads((args.runs / "prior" / RESULTS_NAME).read_text()),
+        "settings": {"stage1": to_dict(stage1), "stage2": to_dict(stage2), "evaluation": to_dict(evaluation)},
+    }
+
+
+def report(line: str) -> None:
+    """Prints at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def overrides(items: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` of the command line as `{key: value}`."""
+    return {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in items)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("preset", help="fashion_mnist or cifar10, or any with stage1, stage2 and evaluate")
+    parser.add_argument("--data", required=True, help="folder with the parquet files, or whatever data.dataset takes")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--original", action="store_true", help="the original's recipe")
+    parser.add_argument("--perceptual", choices=PERCEPTUAL, default="none")
+    parser.add_argument("--num_workers", type=int, default=min(15, (os.cpu_count() or 1) - 1))
+    parser.add_argument("--probe_steps", type=int, default=80, help="of the runs that measure a stage")
+    for name in ("stage1", "stage2", "evaluate"):
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of it")
+    parser.add_argument("--runs", default="runs/recipes", help="folder of models and logs")
+    parser.add_argument("--output_dir", default="runs/benchmarks/recipes", help="folder of results and pictures")
+    args = parser.parse_args(arguments)
+    name = args.preset + ("-original" if args.original else "")
+    args.runs, output = Path(args.runs) / name, Path(args.output_dir) / name
+    args.stage1, args.stage2, args.evaluate = map(overrides, (args.stage1, args.stage2, args.evaluate))
+    try:
+        result = run_recipe(args)
+    except (ConfigError, Stopped) as error:
+        report(str(error))
+        sys.exit(error.exit_code if isinstance(error, Stopped) else 2)
+    output.mkdir(parents=True, exist_ok=True)
+    for picture in ("samples.png", "reconstructions.png"):
+        shutil.copy(args.runs / "evaluation" / picture, output)
+    rows = [{"what": f"{step}, minutes", name: took} for step, took in result["minutes"].items()]
+    rows += [{"what": metric, name: round(value, 4)} for metric, value in result["metrics"].items()]
+    report(table(rows))
+    write(str(output / "results.json"), result)
+
+
+if __name__ == "__main__":
+    main()

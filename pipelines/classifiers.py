@@ -1,0 +1,157 @@
+"""Classifiers that judge generated images by their class, and what they say; nothing is downloaded."""
+
+from collections.abc import Callable
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.metrics import area_features
+
+ClassifierType = Literal["svc", "resnet"]
+
+# Pixels float32 `(N, C, H, W)` in [-1, 1], and labels int64 `(N,)`.
+Labelled: TypeAlias = tuple[Tensor, np.ndarray]
+
+BATCH_SIZE = 256
+
+
+class Classifier(Protocol):
+    """Images on the CPU → labels, as in `Labelled`."""
+
+    def fit(self, pixels: Tensor, labels: np.ndarray) -> "Classifier":
+        """Trains it from the start."""
+        ...
+
+    def predict(self, pixels: Tensor) -> np.ndarray:
+        """The likeliest labels."""
+        ...
+
+
+class SupportVectorClassifier:
+    """A support vector classifier of images averaged over areas: enough for digits.
+
+    Args:
+        feature_size: side of the averaged images.
+        gamma, c: of scikit-learn's `SVC`.
+    """
+
+    def __init__(self, feature_size: int, gamma: float, c: float):
+        from sklearn.svm import SVC
+
+        self.feature_size, self.svc = feature_size, SVC(gamma=gamma, C=c)
+
+    def fit(self, pixels: Tensor, labels: np.ndarray) -> "SupportVectorClassifier":
+        self.svc.fit(area_features(pixels, self.feature_size), labels)
+        return self
+
+    def predict(self, pixels: Tensor) -> np.ndarray:
+        return self.svc.predict(area_features(pixels, self.feature_size))
+
+
+class ResNetClassifier:
+    """torchvision's ResNet-18 with a first convolution of 3×3 and stride 1 and no pooling after it, for small images.
+
+    Training images are shifted by up to an eighth of their side.
+
+    Args:
+        epochs: passes over the training images.
+        flips: whether training images are mirrored at random.
+        seed: of the weights, the order and the shifts.
+        device: where it is trained; on CUDA in bfloat16.
+
+    Source: He et al. 2016, "Deep residual learning for image recognition", with the first layer of its section 4.2.
+    """
+
+    def __init__(self, epochs: int, flips: bool, seed: int, device: torch.device):
+        self.epochs, self.flips, self.seed, self.device = epochs, flips, seed, device
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    def fit(self, pixels: Tensor, labels: np.ndarray) -> "ResNetClassifier":
+        images, targets = pixels.to(self.device), torch.from_numpy(labels).to(self.device)
+        generator = torch.Generator().manual_seed(self.seed)
+        self.model = self._initial_model(images.shape[1], int(labels.max()) + 1)
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        batches = -(-len(images) // BATCH_SIZE)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=self.epochs * batches)
+        self.model.train()
+        for _ in range(self.epochs):
+            for rows in torch.randperm(len(images), generator=generator).to(self.device).tensor_split(batches):
+                batch = self._augmented(images[rows], generator)
+                with self.autocast:
+                    logits = self.model(batch)
+                F.cross_entropy(logits.float(), targets[rows]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+        return self
+
+    @torch.no_grad()
+    def predict(self, pixels: Tensor) -> np.ndarray:
+        self.model.eval()
+        with self.autocast:
+            chosen = [self.model(batch.to(self.device)).argmax(1) for batch in pixels.split(BATCH_SIZE)]
+        return torch.cat(chosen).cpu().numpy()
+
+    def _initial_model(self, channels: int, num_classes: int) -> nn.Module:
+        from torchvision.models import resnet18
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = resnet18(num_classes=num_classes)
+            model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Each image shifted, its border repeated, and perhaps mirrored."""
+        count, _, height, width = images.shape
+
+        def places(size: int) -> Tensor:
+            reach = size // 8
+            shift = torch.randint(-reach, reach + 1, (count, 1), generator=generator)
+            return (torch.arange(size) + shift).clamp(0, size - 1).to(self.device)
+
+        rows, columns = places(height), places(width)
+        if self.flips:
+            mirrored = (torch.rand(count, 1, generator=generator) < 0.5).to(self.device)
+            columns = torch.where(mirrored, columns.flip(1), columns)
+        image = torch.arange(count, device=self.device)[:, None, None]
+        shifted = images.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]
+        return shifted.permute(0, 3, 1, 2)
+
+
+def accuracy(classifier: Classifier, pixels: Tensor, labels: np.ndarray) -> float:
+    """Share of images to which a classifier gives their label."""
+    return float((classifier.predict(pixels) == labels).mean())
+
+
+def class_metrics(
+    classifier: Callable[[], Classifier], train: Labelled, validation: Labelled, generated: Labelled
+) -> dict[str, float]:
+    """How well generated images show their class, and how well they stand in for real ones.
+
+    Args:
+        classifier: makes an untrained one.
+        train, validation, generated: images with their labels.
+
+    Returns:
+        `class_accuracy`: share of generated images to which a classifier trained on real ones gives their label;
+        `classification_accuracy_score`: share of validation images to which one trained on generated ones does.
+        With `_real` the same of validation images, and of a classifier trained on as many real images, if there are.
+
+    Source: Ravuri and Vinyals 2019, "Classification accuracy score for conditional generative models".
+    """
+    of_train, of_generated = classifier().fit(*train), classifier().fit(*generated)
+    count = min(len(generated[1]), len(train[1]))
+    some = np.linspace(0, len(train[1]) - 1, count).astype(int)
+    of_some = classifier().fit(train[0][some], train[1][some])
+    return {
+        "class_accuracy": accuracy(of_train, *generated),
+        "class_accuracy_real": accuracy(of_train, *validation),
+        "classification_accuracy_score": accuracy(of_generated, *validation),
+        "classification_accuracy_score_real": accuracy(of_some, *validation),
+    }

@@ -1,0 +1,89 @@
+"""The real images that generated ones are compared with."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from configs import ConfigError, Problem
+from stage1_vqgan import (
+    ImageBatch,
+    ImageDataset,
+    ImageKey,
+    Images,
+    ImageStream,
+    VQGANImageProcessor,
+    keyed_loader,
+    too_many_skipped,
+)
+
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Real images of a split, as the tokenizer is shown them.
+
+    Attributes:
+        batches: the images, as a loader yields them.
+        labels: int64 `(N,)`, or None.
+        skipped: how many more could not be decoded.
+    """
+
+    batches: list[ImageBatch]
+    labels: np.ndarray | None
+    skipped: int
+
+    def pixels(self) -> Tensor:
+        """float32 `(N, C, H, W)` in [-1, 1]."""
+        return torch.cat([batch.images() for batch in self.batches])
+
+
+def read_real_images(
+    source: Images, processor: VQGANImageProcessor, count: int, max_skipped_fraction: float, num_workers: int = 0
+) -> RealImages:
+    """At most `count` images of a split: evenly spread over it, of a stream the first ones.
+
+    Args:
+        source: the split.
+        processor: of the pipeline; decides size, channels and aspect ratio.
+        count: see above.
+        max_skipped_fraction: share of them that may be undecodable.
+        num_workers: processes that decode.
+
+    Raises:
+        ConfigError: too many of them cannot be decoded, or all.
+    """
+    labels: dict[int, int | None] = {}
+
+    def keys() -> Iterator[ImageKey]:
+        for key, label in _some_of(source, count):
+            labels[key.image] = label
+            yield key
+
+    dataset = ImageDataset(source, processor.image_size, processor.num_channels, aspect_ratio=processor.aspect_ratio)
+    loader = keyed_loader(dataset, keys(), BATCH_SIZE, num_workers)
+    batches = list(tqdm(loader, desc="reading real images", unit="batch"))
+    skipped = [image for batch in batches for image in batch.skipped]
+    problem = too_many_skipped(skipped, len(labels), max_skipped_fraction, "images")
+    if problem is not None:
+        raise ConfigError([problem], "image data")
+    indices = torch.cat([batch.indices for batch in batches]).tolist()
+    if not indices:
+        raise ConfigError([Problem("data.dataset", f"none of the {len(skipped)} images can be decoded")])
+    found = np.array([labels[index] for index in indices], dtype=np.int64) if source.has_labels else None
+    return RealImages([batch for batch in batches if len(batch.indices)], found, len(skipped))
+
+
+def _some_of(source: Images, count: int) -> Iterator[tuple[ImageKey, int | None]]:
+    """At most `count` images with their labels."""
+    if isinstance(source, ImageStream):
+        for number, (encoded, label) in enumerate(islice(source.read(), count)):
+            yield ImageKey(0, number, encoded=encoded), label
+        return
+    for number in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist():
+        yield ImageKey(0, number), None if source.labels is None else int(source.labels[number])

@@ -1,0 +1,69 @@
+"""What the tests compute on: `pytest --device cuda` says so, see tests/conftest.py.
+
+What looks for a GPU by itself (trainers, tokenize, evaluate) finds it; tests put there what they make, by
+`.to(DEVICE)` or all of it by `on_device`. Runs of several processes, and those that are killed, stay on the CPU: two
+ranks of NCCL cannot share a GPU.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
+
+# Settings of other processes that shall compute on the CPU, and why a test has nothing to tell on another device.
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="is about the CPU; see tests/devices.py")
+
+if DEVICE.type == "cuda":
+    # float32 is what is compared; and runs that are resumed are compared bit for bit, so sums must keep their order
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+# What `torch.testing.assert_close` shall allow where equality is promised on a CPU alone.
+EXACT_ON_CPU: dict[str, float] = {"rtol": 0.0, "atol": 0.0} if DEVICE.type == "cpu" else {"rtol": 1e-5, "atol": 1e-6}
+
+on_device = pytest.mark.usefixtures("everything_on_device")
+
+FACTORIES: set[Callable] = {torch.rand, torch.randn, torch.randint, torch.randperm}
+FACTORIES_LIKE: set[Callable] = {torch.rand_like, torch.randn_like, torch.randint_like}
+FILLED: set[Callable] = {Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.bernoulli_, Tensor.random_}
+
+
+class DrawnOnCPU(TorchFunctionMode):
+    """Random numbers come from generators of the CPU and are moved: they are the same on every device."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in FACTORIES and "device" not in kwargs:
+            requires_grad = kwargs.pop("requires_grad", False)
+            return function(*args, **kwargs, device="cpu").to(DEVICE).requires_grad_(requires_grad)
+        if function in FACTORIES_LIKE:
+            return function(*args, **kwargs, device="cpu").to(args[0].device)
+        generator = kwargs.get("generator")
+        if function in FILLED and (generator is None or generator.device.type == "cpu"):
+            drawn = function(torch.empty_like(args[0], device="cpu"), *args[1:], **kwargs)
+            return args[0].copy_(drawn)
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def everything_on_device() -> Iterator[None]:
+    """Whatever a test makes is on the device."""
+    if DEVICE.type == "cpu":
+        yield
+        return
+    with DEVICE, DrawnOnCPU():
+        yield
+
+
+def assert_same_codes(found: np.ndarray, expected: np.ndarray) -> None:
+    """Codes are equal; other than on a CPU one in a thousand may be that of an entry as near, up to rounding."""
+    assert found.shape == expected.shape
+    assert (found != expected).mean() <= (0 if DEVICE.type == "cpu" else 1e-3)

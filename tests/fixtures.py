@@ -1,0 +1,138 @@
+"""Fixtures that several test files share: a tiny run of both stages, and tiny random priors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from configs import load_config
+from pipelines import VQGANPipeline
+from pipelines.build import BuildConfig, build
+from stage1_vqgan import Stage1Config
+from stage1_vqgan.training import train as train_stage1
+from stage2_prior import Stage2Config, TokenLayout
+from stage2_prior.prior import build_prior
+from stage2_prior.tokenize import tokenize
+from stage2_prior.training import train as train_stage2
+from tests import kill_runs, tiny
+from tests.devices import DEVICE
+
+
+@dataclass(frozen=True)
+class TinyRuns:
+    """A complete run on the digits; tests read its folders and change nothing in them."""
+
+    root: Path
+    stage1: Stage1Config
+    stage2: Stage2Config
+
+    vqgan = property(lambda self: self.root / "vqgan")
+    codes = property(lambda self: self.root / "codes")
+    prior = property(lambda self: self.root / "prior")
+    pipeline = property(lambda self: self.root / "pipeline")
+
+
+@pytest.fixture
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets that a test writes are cached in its own folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def stage2_values() -> Callable[..., dict]:
+    """Makes the settings of a tiny stage 2 run in a folder, from the tokenizer in another."""
+
+    def make(root: Path, vqgan: Path, **changes: object) -> dict:
+        return {
+            "tokenizer": str(vqgan),
+            "code_store": str(root / "codes"),
+            "output_dir": str(root / "prior"),
+            "data": dict(tiny.DATA),
+            "num_views": 2,
+            "tokenize_batch_size": 512,
+            "max_steps": 20,
+            "per_device_train_batch_size": 64,
+            "per_device_eval_batch_size": 100,
+            "learning_rate": 3e-3,
+            "logging_steps": 10,
+            "num_sample_images": 0,
+            "model": dict(tiny.LLAMA),
+            "report_to": [],
+            **changes,
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory, stage2_values: Callable[..., dict]) -> TinyRuns:
+    """A tokenizer, its code store, a prior and the pipeline of both, trained for a few steps."""
+    root = tmp_path_factory.mktemp("tiny_runs")
+    stage1 = load_config(
+        Stage1Config,
+        overrides={
+            "output_dir": str(root / "vqgan"),
+            "max_steps": 10,
+            "per_device_train_batch_size": 32,
+            "per_device_eval_batch_size": 180,
+            "learning_rate": 2e-3,
+            "report_to": [],
+            "data": dict(tiny.DATA),
+            "model": dict(tiny.VQGAN),
+            "loss": {"perceptual_weight": 0, "adversarial_weight": 0.1, "adversarial_start_step": 5},
+            "discriminator": {"base_channels": 8, "num_layers": 2},
+        },
+    )
+    stage2 = load_config(Stage2Config, overrides=stage2_values(root, root / "vqgan"))
+    runs = TinyRuns(root, stage1, stage2)
+    train_stage1(stage1)
+    tokenize(stage2)
+    train_stage2(stage2)
+    build(BuildConfig(tokenizer=str(runs.vqgan), prior=str(runs.prior), output_dir=str(runs.pipeline)))
+    return runs
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_runs: TinyRuns) -> VQGANPipeline:
+    """The pipeline of `tiny_runs`, loaded from its folder."""
+    pipeline = VQGANPipeline.from_pretrained(tiny_runs.pipeline, device=DEVICE)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of tests/kill_runs.py without interruption."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for name in ("stage1", "tokenize", "stage2"):
+        assert kill_runs.run(name, folder) == 0, (folder / "log.txt").read_text()[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def layout() -> TokenLayout:
+    """A small token space: 40 codes on a 4×4 grid, 5 classes."""
+    return TokenLayout(
+        num_codes=40,
+        class_names=("ant", "bee", "cat", "dog", "elk"),
+        grid=(4, 4),
+        downsampling_factor=4,
+        tokenizer_fingerprint="0123456789abcdef",
+    )
+
+
+@pytest.fixture(scope="session")
+def random_prior() -> Callable[..., PreTrainedModel]:
+    """Makes a random prior of an architecture ("llama", "gpt2", "qwen3") for a token layout."""
+
+    def make(model_type: str, layout: TokenLayout, seed: int = 0, **settings: object) -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return build_prior({**tiny.RANDOM_PRIORS[model_type], **settings}, layout).eval().to(DEVICE)
+
+    return make
