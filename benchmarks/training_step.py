@@ -89,12 +89,14 @@ class OriginalTrainer(VQGANTrainer):
         weights, model, discriminator = self.config.loss, self.generator, self.discriminator
         assert discriminator is not None
         discriminator.requires_grad_(False)
-        out = model(images)
+        with self.accelerator.autocast():
+            out = model(images)
         pixel = PIXEL_LOSSES["l1"](out.reconstruction, images)
         reconstruction_loss = weights.l1_weight * pixel
         metrics = {"loss/l1": pixel.detach(), "loss/codebook": out.codebook_loss.detach()}
         if self.perceptual is not None:
-            perceptual = self.perceptual(out.reconstruction, images)
+            with self.accelerator.autocast():
+                perceptual = self.perceptual(out.reconstruction, images)
             reconstruction_loss = reconstruction_loss + weights.perceptual_weight * perceptual
             metrics["loss/perceptual"] = perceptual.detach()
         adversarial = generator_linear_loss(discriminator(out.reconstruction))
@@ -107,7 +109,7 @@ class OriginalTrainer(VQGANTrainer):
         self.monitor.update(out.codes)
 
         discriminator.requires_grad_(True)
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             reconstruction = model(images).reconstruction
             if self.as_released and self.perceptual is not None:
                 self.perceptual(reconstruction, images)

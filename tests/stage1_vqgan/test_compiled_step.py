@@ -25,17 +25,23 @@ WAITING = {"_local_scalar_dense", "bincount", "equal", "is_nonzero", "item", "ma
 
 
 @pytest.fixture(autouse=True)
-def fresh_state():
+def fresh_accelerate_state():
     yield
-    torch.compiler.reset()
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 
 
 @pytest.fixture
-def without_code(monkeypatch):
+def compiler():
+    """torch.compile, which forgets everything afterwards."""
+    yield torch.compile
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def without_code(compiler, monkeypatch):
     """torch.compile traces and differentiates, but makes no code: that would take minutes."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(compiler, backend="aot_eager"))
 
 
 def small_config(**changes):
@@ -101,7 +107,7 @@ def test_every_game_is_compiled_as_it_is(without_code, changes):
 
 
 @pytest.mark.slow
-def test_the_code_of_the_compiler_is_the_eager_step():
+def test_the_code_of_the_compiler_is_the_eager_step(compiler):
     changes = {"model.image_size": 32, "loss.perceptual_weight": 1.0}
     assert_compiled_is_eager(small_config(**changes), make_images(0, size=32))
 
