@@ -187,7 +187,7 @@ def shares(prior: PreTrainedModel, layout: TokenLayout, batch: int, guidance: fl
         return call
 
     sampler.decode_one = timed("forward", sampler.decode_one)  # type: ignore[method-assign]
-    sampler.prefill = timed("forward", sampler.prefill)  # type: ignore[method-assign]
+    sampler.read = timed("forward", sampler.read)  # type: ignore[method-assign]
     sampler.race = timed("race", sampler.race)  # type: ignore[method-assign]
     sampler.choose = timed("choose", sampler.choose)  # type: ignore[method-assign]
     started = time.perf_counter()
