@@ -38,8 +38,10 @@ SHAPES = [
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRETED, reason="the other tests run the kernel")
-def test_the_kernel_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_kernel_under_the_interpreter(which):
+    chosen = ["-m", which, "-k", "kernel_chooses or of_torch", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
 
@@ -65,7 +67,10 @@ def test_attention_is_that_of_torch(heads, key_value_heads, width, last, dtype):
 
 
 @runs_kernel
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=[pytest.mark.slow] if INTERPRETED else []) for name in ("llama", "gpt2", "qwen3")],
+)
 def test_the_kernel_chooses_the_same_codes(random_prior, layout, model_type):
     layout = replace(layout, grid=(2, 3))
     prior = random_prior(model_type, layout).to(DEVICE)
