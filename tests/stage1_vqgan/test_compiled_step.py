@@ -56,10 +56,10 @@ def small_config(**changes):
 
 
 def one_step(config, images, compiled):
+    AcceleratorState._reset_state(True)
     config.torch_compile = compiled
     trainer = Recorder(config, Accelerator(mixed_precision=config.mixed_precision))
     metrics = trainer.step(images, 0)
-    AcceleratorState._reset_state(True)
     return trainer, {name: value.item() for name, value in metrics.items()}
 
 
