@@ -37,11 +37,22 @@ SHAPES = [
 ]
 
 
+<<<<<<< HEAD
 @pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRETED, reason="the other tests run the kernel")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+=======
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests run the kernel")
+@pytest.mark.parametrize(
+    "which",
+    [
+        ["-m", "not slow", "-k", "of_torch", "--noconftest"],
+        pytest.param(["-m", "slow", "-k", "of_torch or kernel_chooses"], marks=pytest.mark.slow),
+    ],
+    ids=["fast", "slow"],
+)
+>>>>>>> w_att
 def test_the_kernel_under_the_interpreter(which):
-    chosen = ["-m", which, "-k", "kernel_chooses or of_torch", __file__]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which, __file__]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
 
