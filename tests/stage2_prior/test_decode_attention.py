@@ -37,11 +37,7 @@ SHAPES = [
 ]
 
 
-<<<<<<< HEAD
 @pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRETED, reason="the other tests run the kernel")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-=======
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests run the kernel")
 @pytest.mark.parametrize(
     "which",
     [
@@ -50,7 +46,6 @@ SHAPES = [
     ],
     ids=["fast", "slow"],
 )
->>>>>>> w_att
 def test_the_kernel_under_the_interpreter(which):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which, __file__]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
