@@ -95,7 +95,7 @@ class PreallocatedCache(Cache):
     @property
     def is_allocated(self) -> bool:
         """Whether a forward has been, which tells what shapes keys and values have."""
-        return all(layer.is_initialized for layer in self.layers)
+        return all(isinstance(layer, PreallocatedLayer) and layer.is_initialized for layer in self.layers)
 
     @property
     def mask(self) -> Tensor:
