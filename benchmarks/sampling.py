@@ -78,7 +78,8 @@ DYNAMIC, STATIC, MONAI = "generate, dynamic", "generate, static", "MONAI"
 def layout_of(name: str) -> TokenLayout:
     """The token space of a prior."""
     prior = PRIORS[name]
-    return TokenLayout(prior.num_codes, tuple(map(str, range(1000 if "M" in name else 10))), prior.grid, 16, "benchmark")
+    classes = tuple(map(str, range(1000 if prior.num_codes == 16384 else 10)))
+    return TokenLayout(prior.num_codes, classes, prior.grid, 16, "benchmark")
 
 
 def make_prior(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
