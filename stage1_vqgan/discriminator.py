@@ -4,7 +4,8 @@ Shape letters: B batch, C channels, H W image size, n samples of a channel.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from types import MethodType
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,10 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.main(images)
+
+    def compile(self, **options: Any) -> None:
+        """As of any module, but within what others wrap `forward` in, such as autocast."""
+        self.forward = MethodType(torch.compile(PatchDiscriminator.forward, **options), self)  # type: ignore[method-assign]
 
 
 class ActNorm(nn.Module):

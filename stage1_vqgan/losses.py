@@ -20,9 +20,9 @@ Backbone = Literal["vgg", "alex", "squeeze"]
 # Smallest image side that passes every pooling layer of the LPIPS backbone.
 LPIPS_MIN_SIZE = {"vgg": 16, "alex": 32, "squeeze": 32}
 
-# Backbones of LPIPS that bfloat16 does not suit. Of photos with noise from 0.03 to 0.3 the cosine between its gradient in
-# bfloat16 and in float32 is 0.991 to 0.995 with vgg, 0.987 to 0.994 with alex, but 0.947 to 0.968 with squeeze, which is
-# cheap anyway (random weights; the linear layers are LPIPS' own).
+# Backbones of LPIPS that bfloat16 does not suit. Of photos with noise from 0.03 to 0.3 the cosine between its gradients
+# in bfloat16 and in float32 is 0.991 to 0.995 with vgg and 0.987 to 0.994 with alex, but 0.947 to 0.968 with squeeze,
+# which is cheap anyway (random weights of the backbone).
 FLOAT32_BACKBONES = {"squeeze"}
 
 MAX_ADAPTIVE_WEIGHT = 1e4

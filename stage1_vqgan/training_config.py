@@ -103,8 +103,8 @@ class Stage1Config(TrainingConfig):
     """Stage 1: trains a VQGAN tokenizer.
 
     channels_last: keep images channels-last in memory, which convolutions prefer
-    torch_compile: lets torch.compile make encoder, decoder, LPIPS and discriminator: faster steps, after some minutes at
-        the start; not the discriminator with "actnorm", loss.gradient_penalty_weight or loss.r1_weight
+    torch_compile: lets torch.compile make encoder, decoder, LPIPS and discriminator: faster steps after some minutes at
+        the start; the discriminator not with "actnorm", loss.gradient_penalty_weight or loss.r1_weight
     num_sample_images: images in the reconstruction grid made at every evaluation
     model: fields of VQGANConfig: image_size, in_channels, base_channels, channel_multiplier, num_res_blocks,
         attn_resolutions, norm_num_groups, dropout, latent_channels, embed_dim, num_embeddings, quantizer ("vq", "ema",

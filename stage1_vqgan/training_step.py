@@ -325,9 +325,7 @@ class VQGANTrainer:
 
     def _build_discriminator(self, in_channels: int) -> None:
         settings = self.config.discriminator
-        discriminator: nn.Module = PatchDiscriminator(
-            in_channels, settings.base_channels, settings.num_layers, settings.norm_type
-        )
+        discriminator = PatchDiscriminator(in_channels, settings.base_channels, settings.num_layers, settings.norm_type)
         if self.config.model_name_or_path and (
             told := start_discriminator(discriminator, self.config.model_name_or_path)
         ):
@@ -335,7 +333,7 @@ class VQGANTrainer:
         if self.accelerator.device.type == "cuda" and self.accelerator.num_processes > 1:
             discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
         if self.config.compiles_discriminator:
-            discriminator.main.compile(dynamic=False)  # SyncBatchNorm may break the graph
+            discriminator.compile(dynamic=False)  # SyncBatchNorm may break the graph
         self.discriminator, self.discriminator_optimizer = self.accelerator.prepare(
             discriminator, self._optimizer(discriminator)
         )
