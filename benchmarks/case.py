@@ -62,7 +62,7 @@ class Case:
 
 
 def measure(case: Case, device: torch.device, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
-    """Checks the lanes, then times them in turns.
+    """Checks the lanes, then times them in turns; one that fails is told and left out, unless it is the product's.
 
     On a CPU the memory of a call is what the kernel counts in a fresh process beyond what was there before. On a GPU it
     is what torch's allocator counts at the peak of a call, beyond what was there before the lane was prepared.
@@ -72,13 +72,20 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, rounds: int) -
     """
     found = dict(case.agree())
     calls, first, memory = dict[str, Prepared](), dict[str, float](), dict[str, float | None]()
+    failed = dict[str, str]()
     for name, prepare in case.lanes.items():
         held = allocated(device)
         since = time.perf_counter()
-        call = prepare()
-        seconds_of(call, device)
-        first[name] = time.perf_counter() - since
-        memory[name] = _memory(prepare, call, device, held) if case.memory else None
+        try:
+            call = prepare()
+            seconds_of(call, device)
+            first[name] = time.perf_counter() - since
+            memory[name] = _memory(prepare, call, device, held) if case.memory else None
+        except Exception as error:  # a peer that fails does not hinder the others
+            if name == OURS:
+                raise
+            failed[name] = f"{type(error).__name__}: {error}"
+            continue
         calls[name] = call
     seconds = {name: seconds_of(call, device) for name, call in calls.items()}
     repeats = {name: repeats_for(each, SHORTEST_TURN if device.type != "cpu" else 0) for name, each in seconds.items()}
@@ -109,6 +116,7 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, rounds: int) -
         "agreement": found,
         "floor_ms": round(1e3 * floor, 3),
         "lanes": lanes,
+        "failed": failed,
         "absent": dict(case.absent),
     }
 

@@ -5,6 +5,7 @@ The peer loads the same folder with transformers alone, as one does without this
 the most likely codes; before anything is timed their images are compared.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -59,7 +60,7 @@ class Saved:
     def __init__(self, suite: str):
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "pipeline"
-        vqgan, layout = tokenizer.tokenizer(suite), sampling.layout_of(PRIORS[suite])
+        vqgan, layout = copy.deepcopy(tokenizer.tokenizer(suite)), sampling.layout_of(PRIORS[suite])
         vqgan.config.fingerprint = layout.tokenizer_fingerprint
         prior = sampling.make_prior(PRIORS[suite], torch.device("cpu"), torch.float32)
         processor = VQGANImageProcessor(vqgan.config.image_size, vqgan.config.in_channels)

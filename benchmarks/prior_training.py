@@ -10,6 +10,7 @@ Before anything is timed the losses of three steps on the same batches, at atten
 
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -150,18 +151,27 @@ class Steps(TrainerCallback):
 
     def __init__(self, lane: str, setting: str, device: torch.device):
         self.folder = tempfile.TemporaryDirectory()  # goes when this does
+        self.ended = False
         trainer = make(lane, setting, device, Path(self.folder.name))
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.threads = torch.get_num_threads()
         trainer.add_callback(self)
-        threading.Thread(target=trainer.train, daemon=True).start()
+        self.thread = threading.Thread(target=trainer.train, daemon=True)
+        self.thread.start()
         self.done.acquire()
+
+    def end(self) -> None:
+        """Ends the training, whose memory is free then."""
+        self.ended = True
+        self.go.release()
+        self.thread.join()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._wait()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._wait()
+        control.should_training_stop = self.ended
 
     def _wait(self) -> None:
         self.done.release()
@@ -201,7 +211,9 @@ def prepared(lane: str, setting: str, device: torch.device) -> Prepared:
     steps = Steps(lane, setting, device)
     for _ in range(2):
         steps()
-    return steps
+    call = partial(steps)  # all other references are the thread's
+    weakref.finalize(call, steps.end)
+    return call
 
 
 def operations(setting: str) -> float:

@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
             measured = measure(case, device, limits[case.dtype], args.rounds)
             result["cases"].append(measured)
             rows += lines(measured)
+            failed += [f"{case.name}, {lane}: {reason}" for lane, reason in measured["failed"].items()]
             print(f"\n{case.name}: {measured['agreement']}\n{table(lines(measured))}", flush=True)
         except Exception as error:  # the others are measured all the same
             traceback.print_exc()

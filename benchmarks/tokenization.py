@@ -77,6 +77,8 @@ def store(material: Material) -> np.ndarray:
     """The product's way; codes `(N, h · w)`, in the order of the images."""
     with tempfile.TemporaryDirectory(dir=material.folder.name) as folder, contextlib.redirect_stdout(io.StringIO()):
         values: dict[str, Any] = {
+            "max_steps": 1,  # of a prior, which is not trained here
+            "model": {"model_type": "llama"},
             "tokenizer": material.tokenizer,
             "code_store": f"{folder}/codes",
             "output_dir": f"{folder}/prior",

@@ -69,7 +69,7 @@ def codes(suite: str, batch: int) -> Tensor:
 
 
 def ours(suite: str) -> tuple[Both, Both, list[nn.Module]]:
-    """Encode, decode, and the modules that hold their work."""
+    """Encode, decode, the whole model, the modules that hold their work, and the quantizer if it is to stay float32."""
     model = copy.deepcopy(tokenizer(suite))
 
     def encode(pixels: Tensor) -> Tensor:
@@ -108,13 +108,13 @@ def taming(suite: str) -> tuple[Both, Both, list[nn.Module]]:
     quantize: Any = model["quantize"]
 
     def encode(pixels: Tensor) -> Tensor:
-        return quantize(model["quant_conv"](model["encoder"](pixels)))[2][2]
+        return quantize(model["quant_conv"](model["encoder"](pixels)).float())[2][2]
 
     def decode(codes: Tensor) -> Tensor:
         entries = quantize.get_codebook_entry(codes.flatten(), (*codes.shape, width))
-        return model["decoder"](model["post_quant_conv"](entries))
+        return model["decoder"](model["post_quant_conv"](entries.to(model["post_quant_conv"].weight.dtype)))
 
-    return encode, decode, [model.eval(), model["encoder"], model["decoder"]]
+    return encode, decode, [model.eval(), model["encoder"], model["decoder"], quantize]
 
 
 def diffusers(suite: str) -> tuple[Both, Both, list[nn.Module]]:
@@ -132,14 +132,14 @@ def diffusers(suite: str) -> tuple[Both, Both, list[nn.Module]]:
     config = configuration(suite)
 
     def encode(pixels: Tensor) -> Tensor:
-        indices = model.quantize(model.encode(pixels).latents)[2][2]
+        indices = model.quantize(model.encode(pixels).latents.float())[2][2]
         return indices.view(len(pixels), config.grid_size, config.grid_size)
 
     def decode(codes: Tensor) -> Tensor:
         entries = model.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, config.embed_dim))
-        return model.decode(entries, force_not_quantize=True).sample
+        return model.decode(entries.to(model.dtype), force_not_quantize=True).sample
 
-    return encode, decode, [model, model.encoder, model.decoder]
+    return encode, decode, [model, model.encoder, model.decoder, model.quantize]
 
 
 MAKERS = {OURS: ours, "taming-transformers": taming, "diffusers": diffusers}
@@ -153,6 +153,8 @@ def prepared(maker: str, direction: str, suite: str, device: torch.device, dtype
     inputs = images(suite, BATCHES[suite]).to(dtype) if index == 0 else codes(suite, BATCHES[suite])
     inputs = inputs.to(device)
     whole.to(device, dtype)
+    for quantizer in modules[3:]:  # which searches in float32, as the product's does
+        quantizer.float()
     if maker == OURS or best:
         whole.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         inputs = inputs.contiguous(memory_format=torch.channels_last) if inputs.is_floating_point() else inputs

@@ -5,7 +5,7 @@ same shapes, a fixed number of positions, of which a mask leaves out the later o
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class PreallocatedCache(Cache):
     @property
     def is_allocated(self) -> bool:
         """Whether a forward has been, which tells what shapes keys and values have."""
-        return all(cast(PreallocatedLayer, layer).is_initialized for layer in self.layers)
+        return all(isinstance(layer, PreallocatedLayer) and layer.is_initialized for layer in self.layers)
 
     @property
     def mask(self) -> Tensor:

@@ -20,5 +20,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products of matrices in the same order
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise pytest.UsageError(f"--device: received {device!r}; {str(error).splitlines()[0]}") from error
     for name in ("tests.devices", "tests.fixtures"):
         config.pluginmanager.import_plugin(name)

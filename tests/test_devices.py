@@ -1,4 +1,4 @@
-"""A GPU against the CPU and against itself, as runs and pipelines use it; `pytest --device cuda tests/test_devices.py`."""
+"""A GPU against the CPU and against itself, as runs and pipelines use it: `pytest --device cuda` runs it."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from configs.checkpoints import complete_checkpoints
 from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.training import train as train_tokenizer
-from stage2_prior import CodeStore, TokenLayout, captured_steps, sampling
+from stage2_prior import CodeStore, TokenLayout, sampling
 from stage2_prior.randomness import exponential, mix, uniform
 from stage2_prior.tokenize import tokenize
 from stage2_prior.training import train as train_prior
@@ -82,14 +82,22 @@ def test_nor_in_a_compiled_step_which_chooses_the_same_codes(make_pipeline, mode
     assert_images_do_not_depend_on_their_batch(pipeline, **GUIDED)
 
 
+@pytest.mark.parametrize("exact", [True, False], ids=["kernel", "windows"])
 @pytest.mark.parametrize("options", [*OPTIONS, {**GUIDED, "temperature": 0.0}], ids=str)
 @pytest.mark.parametrize("model_type", tiny.RANDOM_PRIORS)
-def test_recorded_steps_choose_the_codes_of_single_ones(make_pipeline, monkeypatch, model_type, options):
-    monkeypatch.setattr(captured_steps, "BUCKET", 6)  # several windows
+def test_recorded_steps_choose_the_codes_of_single_ones(make_pipeline, monkeypatch, model_type, options, exact):
+    """With attention that stops where a sequence does, and with a mask in windows of several sizes."""
+    if not exact:
+        monkeypatch.setattr(sampling, "BUCKET", 6)
+        monkeypatch.setattr(sampling, "attends_plainly", lambda *args: False)
     pipeline = make_pipeline(model_type)
     first, again = (generate(pipeline, range(20), **options).codes for _ in range(2))
+    sampler = pipeline._sampler
     if DEVICE.type == "cuda":
-        assert len(pipeline._sampler.captured.graphs) >= 3
+        assert sampler.exact == exact
+        copies, windows = zip(*sampler.captured.graphs, strict=True)
+        assert set(windows) == ({sampler.cache.length} if exact else {6, 12, sampler.cache.length})
+        assert set(copies) == ({1} if not options else {1, 2} if "guidance_interval" in options else {2})
     monkeypatch.setattr(sampling, "can_be_recorded", lambda prior: False)
     pipeline._sampler = None
     assert torch.equal(first, again) and torch.equal(generate(pipeline, range(20), **options).codes, first)

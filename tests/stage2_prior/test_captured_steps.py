@@ -8,6 +8,9 @@ from stage2_prior import SamplingOptions, sample_codes, sampling
 from stage2_prior.captured_steps import CapturedSteps
 from stage2_prior.sampling import CodeSampler
 from tests import cuda_graphs
+from tests.devices import cpu_only
+
+pytestmark = cpu_only  # tests/test_devices.py has real graphs
 
 OPTIONS = [
     {},

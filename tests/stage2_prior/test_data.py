@@ -116,7 +116,7 @@ def test_workers_make_the_same_batches(rows, layout):
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3"])
 @torch.no_grad()
 def test_the_loss_is_the_cross_entropy_of_every_code(rows, layout, random_prior, model_type):
-    prior, chosen = random_prior(model_type, layout), [1, 2, 5]
+    prior, chosen = random_prior(model_type, layout).cpu(), [1, 2, 5]
     loss = prior(**CodeDataset(rows, layout).__getitems__(keys(0, chosen))).loss
     nats = []
     for row in chosen:

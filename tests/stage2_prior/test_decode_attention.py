@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from importlib.util import find_spec
 
 import pytest
@@ -15,12 +16,13 @@ from stage2_prior import SamplingOptions, sample_codes
 from stage2_prior.captured_steps import CapturedSteps
 from stage2_prior.decode_attention import UnknownAttentionError, attends_plainly, decode_attention, decoding
 from stage2_prior.sampling import CodeSampler, forward
+from tests.devices import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON = tuple(map(int, metadata.version("triton").split(".")[:2])) if find_spec("triton") else (0, 0)
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 runs_kernel = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="there is no GPU: test_the_kernel_under_the_interpreter runs it"
+    DEVICE.type == "cpu" and not INTERPRETED, reason="there is no GPU: test_the_kernel_under_the_interpreter runs it"
 )
 
 # heads, key-value heads, width, last position seen, dtype
@@ -37,9 +39,18 @@ SHAPES = [
 ]
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests run the kernel")
-def test_the_kernel_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+@pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRETED, reason="the other tests run the kernel")
+@pytest.mark.skipif(TRITON < (3, 9), reason="older interpreters of Triton fail with numpy 2.5")
+@pytest.mark.parametrize(
+    "which",
+    [
+        ["-m", "not slow", "-k", "of_torch", "--noconftest"],
+        pytest.param(["-m", "slow", "-k", "of_torch or kernel_chooses"], marks=pytest.mark.slow),
+    ],
+    ids=["fast", "slow"],
+)
+def test_the_kernel_under_the_interpreter(which):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which, __file__]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
 
@@ -65,7 +76,10 @@ def test_attention_is_that_of_torch(heads, key_value_heads, width, last, dtype):
 
 
 @runs_kernel
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=[pytest.mark.slow] if INTERPRETED else []) for name in ("llama", "gpt2", "qwen3")],
+)
 def test_the_kernel_chooses_the_same_codes(random_prior, layout, model_type):
     layout = replace(layout, grid=(2, 3))
     prior = random_prior(model_type, layout).to(DEVICE)
