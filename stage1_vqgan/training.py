@@ -48,9 +48,11 @@ def train(config: Stage1Config) -> VQGANModel:
     loss = config.loss
     if loss.adversarial_weight and loss.adversarial_start_step >= config.max_steps:
         logger.warning("loss.adversarial_start_step is beyond max_steps: this run trains without the adversarial loss")
-    # a session may train with one precision after another
+    # a session may train with one precision after another, and the compiler makes no more than some variants of a part
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    if config.torch_compile:
+        torch.compiler.reset()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,  # the saved config says what was used, not the launcher
         gradient_accumulation_steps=config.gradient_accumulation_steps,

@@ -69,11 +69,8 @@ def assert_compiled_is_eager(config, images, rel=1e-5, rtol=1e-4):
     eager, expected = one_step(config, images, False)
     assert not torch._dynamo.utils.counters["stats"]
     trainer, found = one_step(config, images, True)
-    parts = [
-        "encoder",
-        "decoder",
-        *(["discriminator, frozen", "discriminator"] if config.compiles_discriminator else []),
-    ]
+    parts = ["encoder", "decoder"]
+    parts += ["discriminator, frozen", "discriminator"] if config.compiles_discriminator else []
     parts += ["LPIPS"] if config.loss.perceptual_weight else []
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(parts)
     assert not torch._dynamo.utils.counters["graph_break"]
