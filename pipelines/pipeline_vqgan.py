@@ -117,9 +117,10 @@ class VQGANPipeline:
         self._progress_bar = kwargs
 
     def compile(self) -> None:
-        """Lets torch.compile make the sampling step. The first images after it take a minute more, those that follow
-        are faster, as long as batch size and options stay the same."""
+        """Lets torch.compile make the sampling step and the decoder. The first images after it take some minutes more,
+        those that follow are faster, as long as batch size and options stay the same."""
         self._compiled = True
+        self.vqgan.decoder.compile(dynamic=False)
 
     # ------------------------------------------------------------------ images
 
