@@ -63,7 +63,9 @@ def everything_on_device() -> Iterator[None]:
         yield
 
 
-def assert_same_codes(found: np.ndarray, expected: np.ndarray) -> None:
-    """Codes are equal; other than on a CPU one in a thousand may be that of an entry as near, up to rounding."""
+def assert_same_codes(found: np.ndarray, expected: np.ndarray, resized: bool = False) -> None:
+    """Codes are equal; other than on a CPU one in a thousand may be that of an entry as near, up to rounding, and more
+    of images that were resized, which takes floats there."""
     assert found.shape == expected.shape
-    assert (found != expected).mean() <= (0 if DEVICE.type == "cpu" else 1e-3)
+    allowed = 0 if DEVICE.type == "cpu" else 0.05 if resized else 1e-3
+    assert (found != expected).mean() <= allowed

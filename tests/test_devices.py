@@ -70,6 +70,7 @@ def test_an_image_does_not_depend_on_its_batch(make_pipeline, model_type, option
     assert_images_do_not_depend_on_their_batch(make_pipeline(model_type), **options)
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="compiled steps are for CUDA")
 @pytest.mark.parametrize(
     "model_type", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "qwen3"))]
 )

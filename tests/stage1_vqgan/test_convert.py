@@ -284,6 +284,7 @@ def test_fine_tuning_starts_from_the_discriminator(tmp_path, capsys, num_layers,
     }
     AcceleratorState._reset_state(True)
     trainer = VQGANTrainer(load_config(Stage1Config, overrides=settings), Accelerator(cpu=True))
+    AcceleratorState._reset_state(True)  # others may want a GPU
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the discriminator starts")]
     assert len(told) == 1 and words in told[0]
     assert facts_equal(trainer.discriminator.state_dict(), theirs.state_dict()) == (num_layers == 2)

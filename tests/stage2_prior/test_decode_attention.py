@@ -22,7 +22,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = tuple(map(int, metadata.version("triton").split(".")[:2])) if find_spec("triton") else (0, 0)
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 runs_kernel = pytest.mark.skipif(
-    DEVICE.type == "cpu" and not INTERPRETED, reason="there is no GPU: test_the_kernel_under_the_interpreter runs it"
+    DEVICE.type != "cuda" and not INTERPRETED, reason="there is no GPU: test_the_kernel_under_the_interpreter runs it"
 )
 
 # heads, key-value heads, width, last position seen, dtype

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from configs import load_config
-from stage2_prior import Stage2Config, TokenLayout, throughput
+from stage2_prior import Stage2Config, TokenLayout, throughput, trainer
 from stage2_prior.throughput import Throughput, matmul_rate, training_operations
 from stage2_prior.trainer import PriorTrainer
 from stage2_prior.training import train
@@ -85,12 +84,16 @@ def test_a_run_counts_its_own_tokens_and_the_time_of_training(tiny_runs, stage2_
     values = stage2_values(tmp_path, tiny_runs.vqgan, code_store=str(tiny_runs.codes), max_steps=6, logging_steps=2)
     changes = {"eval_steps": 1, "save_steps": 3, "gradient_accumulation_steps": 2}
     config = load_config(Stage2Config, overrides={**values, **changes})
-    counted, away = [], 0.0
+    counted, away, products = [], 0.0, []
     rate, evaluate, save = Throughput.rate, PriorTrainer.evaluate, PriorTrainer._save_checkpoint
 
     def counting(self: Throughput) -> float:
         counted.append(self.tokens)
         return rate(self)
+
+    def measured(*args) -> float:
+        products.append(matmul_rate(*args))
+        return products[-1]
 
     def long(method):
         def after_an_hour(*args, **kwargs):
@@ -102,6 +105,7 @@ def test_a_run_counts_its_own_tokens_and_the_time_of_training(tiny_runs, stage2_
 
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + away))
     monkeypatch.setattr(Throughput, "rate", counting)
+    monkeypatch.setattr(trainer, "matmul_rate", measured)
     monkeypatch.setattr(PriorTrainer, "evaluate", long(evaluate))
     monkeypatch.setattr(PriorTrainer, "_save_checkpoint", long(save))
     train(config)
@@ -111,7 +115,7 @@ def test_a_run_counts_its_own_tokens_and_the_time_of_training(tiny_runs, stage2_
         assert logs["tokens_per_second"] > 2 * of_a_step / 60
         layout = TokenLayout.from_pretrained(config.output_dir)
         prior = AutoConfig.from_pretrained(config.output_dir)
-        ideal = matmul_rate(PartialState().device, torch.float32) / training_operations(prior, layout.length)
+        ideal = products[0] / training_operations(prior, layout.length)
         assert logs["mfu"] == pytest.approx(logs["tokens_per_second"] / ideal)
 
     (tmp_path / "prior" / "train_results.json").unlink()
