@@ -87,7 +87,6 @@ class PerceptualLoss(nn.Module):
 def _units(features: Tensor) -> Tensor:
     """The features of every place, made a vector of unit length, in float32."""
     features = features.float()
-    # unlike √Σx² this has a gradient where all features are 0
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 

@@ -172,3 +172,5 @@ def test_nothing_in_a_step_waits_for_the_device_or_changes_the_layout(bf16):
         trainer.step(images, 1)
     assert "_fused_adamw_" in operations.names and not operations.names & WAITING
     assert operations.rearranged == []
+    with trainer.accelerator.autocast():  # nor is the largest feature map made float32
+        assert trainer.generator(images).decoder_features.dtype == (torch.bfloat16 if bf16 else torch.float32)
