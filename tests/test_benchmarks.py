@@ -1,0 +1,111 @@
+"""The benchmarks' own arithmetic, and what a run of them tells."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from benchmarks import run
+from benchmarks.case import OURS, Case, lines, measure
+from benchmarks.ideal import decode_floor, decode_operations, encode_operations, training_step_operations
+from benchmarks.machine import Ceilings
+from benchmarks.measuring import CPU, Times, ratio
+from configs import load_config
+from stage1_vqgan import Stage1Config, VQGANConfig, VQGANModel
+from tests import tiny
+
+SLOW_MACHINE = Ceilings(matmul=1e9, conv=1e9, copy=1e6)
+
+
+def wait(count):
+    return partial(sum, range(count))
+
+
+def broken():
+    raise RuntimeError("a peer of another version")
+
+
+def make_case(**changes):
+    lanes = {OURS: partial(wait, 10), "peer": partial(wait, 200_000)}
+    settings = {"row": "sums", "setting": "small", "unit": "sums/s", "count": 2.0, "memory": False}
+    return Case(**{**settings, "lanes": lanes, "agree": lambda: {"difference": 0.0}, "operations": 1e3, **changes})
+
+
+def test_a_case_is_checked_and_its_lanes_compared():
+    result = measure(make_case(), CPU, SLOW_MACHINE, rounds=3)
+    ours, peer = result["lanes"][OURS], result["lanes"]["peer"]
+    assert result["agreement"] == {"difference": 0.0} and result["floor_ms"] == 1e-3
+    assert ours["time_ratio"]["median"] == 1 and peer["time_ratio"]["median"] > 10
+    assert peer["per_second"] == pytest.approx(2e3 / peer["median_ms"])
+    assert peer["mfu"] == pytest.approx(1e-3 / peer["median_ms"], abs=1e-3)
+    assert [line["lane"] for line in lines(result)] == [OURS, "peer"]
+
+
+def test_lanes_that_do_not_agree_are_not_timed():
+    def disagree():
+        raise AssertionError("other codes")
+
+    with pytest.raises(AssertionError, match="other codes"):
+        measure(make_case(agree=disagree), CPU, SLOW_MACHINE, rounds=3)
+
+
+def test_a_peer_that_fails_is_told_and_left_out():
+    result = measure(make_case(lanes={OURS: partial(wait, 10), "peer": broken}), CPU, SLOW_MACHINE, rounds=3)
+    assert list(result["lanes"]) == [OURS] and result["failed"] == {"peer": "RuntimeError: a peer of another version"}
+    with pytest.raises(RuntimeError):
+        measure(make_case(lanes={OURS: broken}), CPU, SLOW_MACHINE, rounds=3)
+
+
+def test_ratios_are_taken_round_by_round():
+    slowing = Times([1.0, 2.0, 4.0], [1.0, 2.0, 4.0])
+    assert ratio(Times([2.0, 4.0, 8.0], [3.0, 6.0, 12.0]), slowing) == {
+        "median": 2.0, "p10": 2.0, "p90": 2.0, "by_cpu": 3.0, "of_minima": 2.0
+    }  # fmt: skip
+
+
+def test_a_run_goes_on_after_a_failure_and_says_so(monkeypatch, tmp_path, capsys):
+    def cases(*_):
+        yield make_case(setting="broken", lanes={OURS: broken})
+        yield make_case(setting="whole")
+
+    monkeypatch.setattr(run, "ROWS", [cases])
+    monkeypatch.setattr(run, "ceilings", lambda *_: SLOW_MACHINE)
+    path = tmp_path / "result.json"
+    for words, failures in (["sums"], 1), (["whole sums"], 0), (["broken"], 1):
+        monkeypatch.setattr("sys.argv", ["run", "--rounds", "3", "--output", str(path), "--rows", *words])
+        with pytest.raises(SystemExit) as end:
+            run.main()
+        assert end.value.code == failures
+        settings = [case["setting"] for case in json.loads(path.read_text())["cases"]]
+        assert settings == {"sums": ["broken", "whole"], "whole sums": ["whole"], "broken": ["broken"]}[words[0]]
+    assert "failed: sums, broken" in capsys.readouterr().out
+
+
+def test_operations_are_those_of_the_layers():
+    config = VQGANConfig(**tiny.VQGAN)
+    model = VQGANModel(config).eval()
+    images = torch.zeros(1, config.in_channels, config.image_size, config.image_size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    half_norms = 2 * config.grid_size**2 * config.num_embeddings  # the product's search has them in its product
+    assert encode_operations(config) + decode_operations(config) == counter.get_total_flops() - half_norms
+    # known of the original's layout: 139 and 253 GFLOP an image
+    f16 = load_config(Stage1Config, "imagenet256/stage1")
+    assert encode_operations(f16.vqgan_config()) == pytest.approx(138.5e9, rel=0.01)
+    assert decode_operations(f16.vqgan_config()) == pytest.approx(252.7e9, rel=0.01)
+    f16.loss.perceptual_weight = f16.loss.adversarial_weight = 0
+    assert training_step_operations(f16) == pytest.approx(3 * (138.5e9 + 252.7e9), rel=0.01)
+
+
+def test_the_decode_floor_of_a_small_llama():
+    config = AutoConfig.for_model(**tiny.LLAMA, num_key_value_heads=2, vocab_size=50)
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    attention = width * width * 2 + width * (2 * width // 2)
+    weights = layers * (attention + 3 * width * inner) + 40 * width
+    rows, length = 6, 5
+    kept = sum(rows * layers * 2 * width // 2 * seen for seen in range(1, length + 1))
+    expected = 4 * (length * weights + kept) / SLOW_MACHINE.copy
+    assert decode_floor(config, rows, length, 40, torch.float32)(SLOW_MACHINE) == pytest.approx(expected)
