@@ -35,7 +35,7 @@ def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
     except ConfigError:
         raise
     except Exception as error:  # each architecture refuses its settings in its own way
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+        reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
         raise ConfigError([Problem("model", f"these settings make no {model['model_type']}: {reason}")]) from error
 
 
@@ -69,8 +69,8 @@ def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
     tokens = torch.arange(min(6, layout.length), device=prior.device)[None]
     if tokens.device.type == "meta":
         return True
+    whole = prior(input_ids=tokens).logits.float()
     try:
-        whole = prior(input_ids=tokens).logits.float()
         cache, row = PreallocatedCache(prior, 1, tokens.shape[1]), slice(0, 1)
         one_by_one = enumerate(tokens.split(1, dim=1))
         steps = torch.stack([forward(prior, token, cache.open(row, n, n + 1)) for n, token in one_by_one], 1)
