@@ -81,6 +81,7 @@ def _child(name: str, folder: Path, point: str | None, count: float, pause: floa
     os.environ.update(ON_CPU)
     torch.set_num_threads(1)
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
     multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers
     for module in (code_store, tokenize):
         module.SHARD_ROWS = SHARD_ROWS  # type: ignore[attr-defined]
