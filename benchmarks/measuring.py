@@ -18,6 +18,9 @@ CONTAMINATED = 1.3
 
 CPU = torch.device("cpu")
 
+# Modules that import what lanes need.
+HEAVY = [f"benchmarks.{name}" for name in ("training_step", "tokenizer", "prior_training", "sampling")]
+
 
 class Times(NamedTuple):
     """Seconds of every call of a lane: on the clock, and of CPU time of all threads."""
@@ -110,7 +113,7 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> i
         OSError: the kernel's high-water mark cannot be reset here.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.run"])  # imported once, not by every process
+    context.set_forkserver_preload(HEAVY)  # imported once, not by every process
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # read by glibc when the server of processes starts
     try:
         with context.Pool(1) as pool:

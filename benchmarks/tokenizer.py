@@ -6,7 +6,9 @@ rounding decides between two entries, at most one in a thousand, and images by 1
 "as shipped" is a peer as its module comes; "at its best" is channels-last and compiled. On a CPU nothing is compiled.
 """
 
+import contextlib
 import copy
+import io
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any, cast
@@ -95,15 +97,16 @@ def taming(suite: str) -> tuple[Both, Both, list[nn.Module]]:
         "z_channels": config.latent_channels,
     }
     width, latent = config.embed_dim, config.latent_channels
-    model = nn.ModuleDict(
-        {
-            "encoder": Encoder(**sizes, double_z=False),
-            "quant_conv": nn.Conv2d(latent, width, 1),
-            "quantize": VectorQuantizer2(config.num_embeddings, width, beta=0.25, sane_index_shape=True),
-            "post_quant_conv": nn.Conv2d(width, latent, 1),
-            "decoder": Decoder(**sizes),
-        }
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # which the decoder writes to
+        model = nn.ModuleDict(
+            {
+                "encoder": Encoder(**sizes, double_z=False),
+                "quant_conv": nn.Conv2d(latent, width, 1),
+                "quantize": VectorQuantizer2(config.num_embeddings, width, beta=0.25, sane_index_shape=True),
+                "post_quant_conv": nn.Conv2d(width, latent, 1),
+                "decoder": Decoder(**sizes),
+            }
+        )
     model.load_state_dict(weights)
     quantize: Any = model["quantize"]
 
