@@ -121,7 +121,8 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(features))
         for level in reversed(self.up):
             x = level(x)
-        return F.silu(self.norm_out(x))
+        # CUDA's autocast makes float32 of a norm, which is no more than x was
+        return F.silu(self.norm_out(x)).to(x.dtype)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.conv_out(self.trunk(features))

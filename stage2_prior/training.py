@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -77,7 +78,8 @@ def training_arguments(config: Stage2Config) -> TrainingArguments:
         "prediction_loss_only": True,
         "save_strategy": "steps",
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
-        "use_cpu": not torch.accelerator.is_available(),
+        # Trainer looks for a GPU by itself, also where accelerate was told to stay on the CPU
+        "use_cpu": parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
     }
     defaults["per_device_train_batch_size"] = config.device_batch_size(int(os.environ.get("WORLD_SIZE", "1")))
     try:

@@ -182,7 +182,9 @@ def test_progress_bar_can_be_hidden_and_named(tiny_runs, capfd):
         ({"class_labels": [1], "num_images_per_label": 0}, "num_images_per_label: received 0"),
         ({"class_labels": [1], "output_type": "pill"}, "output_type: received 'pill'; allowed are 'pil', 'np'"),
         ({"class_labels": [1], "batch_size": 0}, "batch_size: received 0"),
-        ({"class_labels": [1, 2], "generator": [seeded()]}, "generator: received a list of 1 for 2 images"),
+        pytest.param(
+            {"class_labels": [1, 2], "generator": [seeded()]}, "generator: received a list of 1 for 2 images", id="one"
+        ),
     ],
     ids=str,
 )
