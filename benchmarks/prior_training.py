@@ -61,7 +61,9 @@ def llama(layers: int, width: int, heads: int, batch: int) -> Setting:
 SETTINGS: dict[str, dict[str, Setting]] = {
     "cpu": {
         "digits": Setting("digits/stage2", 256, (4, 4), 10, {}),
-        "fashion_mnist": Setting("fashion_mnist/stage2", 512, (8, 8), 10, {"bf16": False}),
+        "fashion_mnist": Setting(
+            "fashion_mnist/stage2", 512, (8, 8), 10, {"bf16": False, "per_device_train_batch_size": 32}
+        ),
     },
     "gpu": {
         "111M, batch 128": llama(12, 768, 12, 128),

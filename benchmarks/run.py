@@ -112,7 +112,7 @@ def main() -> None:
         "--rows", nargs="+", metavar="WORDS", help="cases whose names have all these words, by default all"
     )
     parser.add_argument("--list", action="store_true", help="only name the cases")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="of a CPU")
     parser.add_argument("--minutes", type=float, help="no case is begun after so many")
     parser.add_argument("--data", help="folder or parquet file of JPEGs, for tokenization")
