@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,8 +117,8 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> i
     context.set_forkserver_preload(HEAVY)  # imported once, not by every process
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # read by glibc when the server of processes starts
     try:
-        with context.Pool(1) as pool:
-            return pool.apply(_peak, (prepare, arguments))
+        with ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(_peak, prepare, arguments).result()
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
 

@@ -87,6 +87,7 @@ COMMON = {
     "weight_decay": 0.0,
     "ema_decay": 0.0,
     "report_to": [],
+    "dataloader_num_workers": 0,
     "training_arguments.disable_tqdm": True,
 }
 
@@ -154,13 +155,27 @@ class Steps(TrainerCallback):
     def __init__(self, lane: str, setting: str, device: torch.device):
         self.folder = tempfile.TemporaryDirectory()  # goes when this does
         self.ended = False
+        self.error: BaseException | None = None
         trainer = make(lane, setting, device, Path(self.folder.name))
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.threads = torch.get_num_threads()
         trainer.add_callback(self)
-        self.thread = threading.Thread(target=trainer.train, daemon=True)
+        self.thread = threading.Thread(target=self._train, args=(trainer,), daemon=True)
         self.thread.start()
+        self._join_turn()
+
+    def _train(self, trainer: Trainer) -> None:
+        try:
+            trainer.train()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.done.release()
+
+    def _join_turn(self) -> None:
         self.done.acquire()
+        if self.error is not None:
+            raise RuntimeError("the training ended") from self.error
 
     def end(self) -> None:
         """Ends the training, whose memory is free then."""
@@ -183,7 +198,7 @@ class Steps(TrainerCallback):
     def __call__(self) -> None:
         self.threads = torch.get_num_threads()
         self.go.release()
-        self.done.acquire()
+        self._join_turn()
 
 
 def losses(lane: str, setting: str, device: torch.device) -> list[float]:
