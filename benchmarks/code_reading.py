@@ -22,7 +22,7 @@ from transformers import default_data_collator
 from benchmarks.machine import environment
 from benchmarks.measuring import interleaved, ratio, summary
 from benchmarks.report import table, write
-from stage1_vqgan import IndexSampler
+from configs.index_sampler import IndexSampler
 from stage2_prior import TokenLayout
 from stage2_prior.code_store import CodeSplit, shard_path, write_shard
 from stage2_prior.data import CodeDataset, collate

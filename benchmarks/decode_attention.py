@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
 
 def kernel(inputs: Inputs) -> list[Tensor]:
     """As the sampler calls it."""
-    from stage2_prior.decode_attention_kernel import attend
+    from stage2_prior.sampling.attention_kernel import attend
 
     found = [attend(inputs.query, key, value, inputs.last, WIDTH**-0.5) for key, value in inputs.layers]
     return [each.transpose(1, 2) for each in found]

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.machine import Ceilings
 from stage1_vqgan import Stage1Config, VQGANConfig, VQGANModel
-from stage1_vqgan.discriminator import PatchDiscriminator
-from stage1_vqgan.losses import PerceptualLoss
+from stage1_vqgan.training.discriminator import PatchDiscriminator
+from stage1_vqgan.training.losses import PerceptualLoss
 
 META = torch.device("meta")
 

@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 
 from stage1_vqgan import AugmentationConfig, DataConfig, ImageDataset, Images, ImageSource, TrainingSampler, load_images
-from stage1_vqgan.decoding import read
-from stage1_vqgan.loading import training_loader
+from stage1_vqgan.data.decoding import read
+from stage1_vqgan.data.loading import training_loader
 
 
 def load(content: bytes) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stage2_prior.throughput import synchronize
+from stage2_prior.training.throughput import synchronize
 
 # A lane whose median is so much above its minimum met others who use the machine.
 CONTAMINATED = 1.3

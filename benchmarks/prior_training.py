@@ -25,14 +25,14 @@ from benchmarks.case import OURS, Case, Prepared
 from configs import load_config
 from configs.run_folder import RunFolder
 from stage2_prior import Stage2Config, TokenLayout
-from stage2_prior.averaging import WeightAverage
 from stage2_prior.code_store import CodeSplit, shard_path, write_shard
 from stage2_prior.data import CodeDataset
 from stage2_prior.prior import build_prior
-from stage2_prior.selection import BestWeights
-from stage2_prior.throughput import training_operations
-from stage2_prior.trainer import PriorTrainer
-from stage2_prior.training import training_arguments
+from stage2_prior.training.averaging import WeightAverage
+from stage2_prior.training.run import training_arguments
+from stage2_prior.training.selection import BestWeights
+from stage2_prior.training.throughput import training_operations
+from stage2_prior.training.trainer import PriorTrainer
 
 
 class Setting(NamedTuple):

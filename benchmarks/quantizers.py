@@ -27,9 +27,9 @@ from benchmarks.measuring import interleaved, ratio, summary
 from benchmarks.report import table, write
 from configs import load_config
 from stage1_vqgan import ImageDataset, Stage1Config, VQGANImageProcessor, VQGANModel, image_grid, load_images
-from stage1_vqgan.samplers import some_images
-from stage1_vqgan.training import train
-from stage1_vqgan.training_step import VQGANTrainer
+from stage1_vqgan.data.samplers import some_images
+from stage1_vqgan.training.run import train
+from stage1_vqgan.training.step import VQGANTrainer
 
 # Fields of VQGANConfig, by the name in the table.
 QUANTIZERS: dict[str, dict[str, Any]] = {

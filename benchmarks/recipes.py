@@ -48,10 +48,10 @@ from configs.run_folder import LOG_NAME, RESULTS_NAME
 from pipelines.build import BuildConfig, build
 from pipelines.evaluate import EvaluationConfig, evaluate
 from stage1_vqgan import Stage1Config
-from stage1_vqgan.training import train as train_tokenizer
+from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
-from stage2_prior.training import train as train_prior
+from stage2_prior.training.run import train as train_prior
 
 # Of the minutes: the tokenizer gets this share, the evaluation keeps the other, the prior has what is left.
 TOKENIZER_SHARE = 0.5

@@ -33,8 +33,8 @@ from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANImageProcessor
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.prior import build_prior
-from stage2_prior.sampling import CodeSampler
-from stage2_prior.sampling_options import SamplingOptions
+from stage2_prior.sampling.loop import CodeSampler
+from stage2_prior.sampling.options import SamplingOptions
 
 
 class Prior(NamedTuple):

@@ -127,7 +127,7 @@ def diffusers(suite: str) -> tuple[Both, Both, list[nn.Module]]:
 
     from diffusers import VQModel
 
-    from stage1_vqgan.convert_diffusers import write
+    from stage1_vqgan.convert.diffusers import write
 
     with tempfile.TemporaryDirectory() as folder:
         write(tokenizer(suite), Path(folder))

@@ -30,9 +30,9 @@ from benchmarks.ideal import training_step_operations
 from benchmarks.machine import full_precision
 from configs import load_config
 from stage1_vqgan import Stage1Config
-from stage1_vqgan.losses import PIXEL_LOSSES, adaptive_weight, discriminator_hinge_loss, generator_linear_loss
 from stage1_vqgan.modeling_blocks import ResidualBlock
-from stage1_vqgan.training_step import VQGANTrainer
+from stage1_vqgan.training.losses import PIXEL_LOSSES, adaptive_weight, discriminator_hinge_loss, generator_linear_loss
+from stage1_vqgan.training.step import VQGANTrainer
 
 
 class Setting(NamedTuple):

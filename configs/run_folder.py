@@ -180,20 +180,6 @@ class RunFolder:
         write_text(path, "".join(kept))
 
 
-def push_run(config: Any) -> str:
-    """Uploads the files of a finished run (the model, its settings and results; no checkpoints or logs) to the Hub.
-
-    Returns:
-        Address of the commit.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    repo_id = api.create_repo(config.hub_model_id, private=config.hub_private_repo, exist_ok=True).repo_id
-    left_out = ["*/*", ".*", "*.jsonl", "*.bin"]
-    return str(api.upload_folder(repo_id=repo_id, folder_path=config.output_dir, ignore_patterns=left_out))
-
-
 def _differences(old: Any, new: Any, prefix: str = "") -> Any:
     for key in sorted({*old, *new}):
         if f"{prefix}{key}" in FREE_KEYS:

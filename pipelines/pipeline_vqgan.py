@@ -23,9 +23,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import ModelOutput
 
+from configs.hub import is_repo_id
+from configs.randomness import draw_seeds
 from pipelines.model_card import model_card
-from stage1_vqgan import VQGANImageProcessor, VQGANModel, is_repo_id
-from stage2_prior import CodeSampler, GuidanceSchedule, SamplingOptions, TokenLayout, batch_size_that_fits, draw_seeds
+from stage1_vqgan import VQGANImageProcessor, VQGANModel
+from stage2_prior import CodeSampler, GuidanceSchedule, SamplingOptions, TokenLayout, batch_size_that_fits
 
 INDEX_NAME = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")

@@ -13,14 +13,14 @@ from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem, Section, run
 from configs.sections import NonNegative, Positive
-from stage1_vqgan.codebook import perplexity, usage
-from stage1_vqgan.data import ImageBatch, ImageDataset
-from stage1_vqgan.data_config import DataConfig
-from stage1_vqgan.loading import evaluation_loader
+from stage1_vqgan.data.config import DataConfig
+from stage1_vqgan.data.dataset import ImageBatch, ImageDataset
+from stage1_vqgan.data.loading import evaluation_loader
+from stage1_vqgan.data.skipped import SkippedImages
+from stage1_vqgan.data.sources import load_images
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import load_tokenizer
-from stage1_vqgan.skipped import SkippedImages
-from stage1_vqgan.sources import load_images
+from stage1_vqgan.training.codebook import perplexity, usage
 
 
 @dataclass(kw_only=True)

@@ -6,13 +6,13 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig
 
 from configs import ConfigError, Problem
+from configs.hub import is_repo_id
 from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.quantizers import QUANTIZERS, option_problems
@@ -119,12 +119,3 @@ def start_discriminator(discriminator: nn.Module, name: str) -> str | None:
         return f"the discriminator starts anew: that of {name} is of another shape than the one configured"
     discriminator.load_state_dict(weights)
     return f"the discriminator starts from that of {name}"
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether a repository on the Hub can have this name."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True

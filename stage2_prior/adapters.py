@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from configs import ConfigError, Problem
-from stage2_prior.training_config import NO_PEFT, LoraConfig
+from stage2_prior.training.config import NO_PEFT, LoraConfig
 
 
 def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: list[int]) -> Any:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from configs.randomness import uniform
 from stage2_prior.code_store import CodeSplit
-from stage2_prior.randomness import uniform
 from stage2_prior.vocabulary import TokenLayout
 
 # A target that transformers leaves out of a loss.

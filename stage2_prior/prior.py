@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from configs import ConfigError, Problem
-from stage1_vqgan import is_repo_id
+from configs.hub import is_repo_id
 from stage2_prior.adapters import base_of_adapter, merge_adapter
-from stage2_prior.kv_cache import PreallocatedCache
-from stage2_prior.sampling import forward
-from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME
-from stage2_prior.vocabulary import TokenLayout
+from stage2_prior.sampling.cache import PreallocatedCache
+from stage2_prior.sampling.loop import forward
+from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
 
 
 def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:

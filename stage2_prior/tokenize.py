@@ -43,7 +43,7 @@ from stage2_prior.code_store import (
     shard_path,
     write_shard,
 )
-from stage2_prior.training_config import Stage2Config
+from stage2_prior.training.config import Stage2Config
 from stage2_prior.vocabulary import TokenLayout
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from configs.files import write_json
-from stage2_prior.randomness import Numbers
+from configs.randomness import Numbers
 
 FILE_NAME = "token_layout.json"
 

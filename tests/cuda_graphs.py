@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stage2_prior import captured_steps
+from stage2_prior.sampling import captured_steps
 
 
 class Graph(TorchDispatchMode):

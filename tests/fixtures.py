@@ -13,11 +13,11 @@ from configs import load_config
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
 from stage1_vqgan import Stage1Config
-from stage1_vqgan.training import train as train_stage1
+from stage1_vqgan.training.run import train as train_stage1
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.prior import build_prior
 from stage2_prior.tokenize import tokenize
-from stage2_prior.training import train as train_stage2
+from stage2_prior.training.run import train as train_stage2
 from tests import kill_runs, tiny
 from tests.devices import DEVICE
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from configs import load_config
 from stage1_vqgan import Stage1Config
-from stage1_vqgan.discriminator import PatchDiscriminator
-from stage1_vqgan.losses import ADVERSARIAL_LOSSES
 from stage1_vqgan.quantizers import Quantizer
-from stage1_vqgan.training_step import VQGANTrainer
+from stage1_vqgan.training.discriminator import PatchDiscriminator
+from stage1_vqgan.training.losses import ADVERSARIAL_LOSSES
+from stage1_vqgan.training.step import VQGANTrainer
 from tests.devices import DEVICE
 from tests.golden import GOLDEN, GRADIENTS, OUTPUTS, Found, absolute, relative, state
 

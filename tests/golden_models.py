@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stage1_vqgan import VQGANConfig, VQGANModel
-from stage1_vqgan.convert import READERS
-from stage1_vqgan.convert_original import build_model
+from stage1_vqgan.convert.command import READERS
+from stage1_vqgan.convert.original import build_model
 from tests.devices import DEVICE
 from tests.golden import GOLDEN, GRADIENTS, OUTPUTS, Found, absolute, relative, state
 

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 from configs import Section, checkpoints, command_line
 from configs.checkpoints import complete_checkpoints
-from stage1_vqgan import training as stage1
-from stage1_vqgan.training_step import VQGANTrainer
+from stage1_vqgan.training import run as stage1
+from stage1_vqgan.training.step import VQGANTrainer
 from stage2_prior import code_store, tokenize
-from stage2_prior import training as stage2
+from stage2_prior.training import run as stage2
 from tests import process_runs
 from tests.devices import ON_CPU
 from tests.tiny import tensors

@@ -15,13 +15,13 @@ from accelerate import Accelerator, PartialState
 
 from configs import load_config
 from stage1_vqgan import Stage1Config, training
-from stage1_vqgan.codebook import CodebookMonitor, kmeans
 from stage1_vqgan.quantizers import VectorQuantizer, build_quantizer
-from stage1_vqgan.training_config import LossConfig
-from stage1_vqgan.training_step import VQGANTrainer, rows
+from stage1_vqgan.training.codebook import CodebookMonitor, kmeans
+from stage1_vqgan.training.config import LossConfig
+from stage1_vqgan.training.step import VQGANTrainer, rows
 from stage2_prior import Stage2Config
-from stage2_prior import training as prior_training
 from stage2_prior.tokenize import tokenize
+from stage2_prior.training import run as prior_training
 from tests import tiny
 
 GLOBAL_BATCH = 32

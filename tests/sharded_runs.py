@@ -1,4 +1,4 @@
-"""Stage 2 with its weights spread over two processes (FSDP 2), for tests/stage2_prior/test_sharded.py.
+"""Stage 2 with its weights spread over two processes (FSDP 2), for tests/stage2_prior/training/test_sharded.py.
 
 accelerate leaves models whole on a CPU, though PyTorch shards there as it does on GPUs; here it is talked into it.
 """
@@ -18,7 +18,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 
 from stage2_prior import Stage2Config
-from stage2_prior.training import RunCallback, train
+from stage2_prior.training.run import RunCallback, train
 from tests import process_runs
 
 CONFIG_FILE = Path(__file__).parents[1] / "configs" / "accelerate" / "fsdp.yaml"

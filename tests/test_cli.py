@@ -8,10 +8,10 @@ import pytest
 
 from configs import run
 from stage1_vqgan import Stage1Config, VQGANModel
-from stage1_vqgan.training import train as train_tokenizer
+from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
-from stage2_prior.training import train as train_prior
+from stage2_prior.training.run import train as train_prior
 
 TINY = {
     "output_dir": "run",

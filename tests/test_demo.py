@@ -6,10 +6,10 @@ from configs import load_config
 from pipelines.build import BuildConfig, build
 from pipelines.evaluate import EvaluationConfig, evaluate
 from stage1_vqgan import Stage1Config
-from stage1_vqgan.training import train as train_tokenizer
+from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
-from stage2_prior.training import train as train_prior
+from stage2_prior.training.run import train as train_prior
 
 
 @pytest.mark.slow

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from configs.checkpoints import complete_checkpoints
+from configs.randomness import exponential, mix, uniform
 from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
-from stage1_vqgan.training import train as train_tokenizer
+from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import CodeStore, TokenLayout, sampling
-from stage2_prior.randomness import exponential, mix, uniform
 from stage2_prior.tokenize import tokenize
-from stage2_prior.training import train as train_prior
+from stage2_prior.training.run import train as train_prior
 from tests import process_runs, tiny
 from tests.devices import DEVICE
 

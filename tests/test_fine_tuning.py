@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from configs import ConfigError
 from stage1_vqgan import VQGANModel
-from stage1_vqgan.training import train as train_tokenizer
+from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import TokenLayout
 from stage2_prior.prior import adapt_prior, shared_tokens
-from stage2_prior.training import train as train_prior
+from stage2_prior.training.run import train as train_prior
 
 
 def tokenizer_config(tiny_runs, folder, **changes):

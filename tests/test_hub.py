@@ -12,7 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM
 
 from configs.folder_lock import held
-from configs.run_folder import push_run
+from configs.hub import push_run
 from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANModel
 from stage2_prior import TokenLayout

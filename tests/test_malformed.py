@@ -15,15 +15,13 @@ from packaging.version import Version
 from configs import ConfigError, load_config, parse_arguments, run
 from configs.sections import LAUNCHED_WITH
 from pipelines.build import BuildConfig, build
-from pipelines.evaluate import EvaluationConfig as PipelineEvaluation
-from pipelines.evaluate import evaluate as evaluate_pipeline
+from pipelines.evaluate import EvaluationConfig as PipelineEvaluation, evaluate as evaluate_pipeline
 from stage1_vqgan import Stage1Config, VQGANConfig
-from stage1_vqgan.evaluate import EvaluationConfig as TokenizerEvaluation
-from stage1_vqgan.evaluate import evaluate as evaluate_tokenizer
-from stage1_vqgan.training import train as train_tokenizer
+from stage1_vqgan.evaluate import EvaluationConfig as TokenizerEvaluation, evaluate as evaluate_tokenizer
+from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
-from stage2_prior.training import train as train_prior
+from stage2_prior.training.run import train as train_prior
 
 COMMANDS = {
     "stage1": (Stage1Config, train_tokenizer, "digits/stage1 --output_dir run"),

@@ -165,7 +165,7 @@ DYING = """
 import sys
 from pathlib import Path
 from tests import process_runs
-from stage1_vqgan.training_step import VQGANTrainer
+from stage1_vqgan.training.step import VQGANTrainer
 step = VQGANTrainer.step
 def die(self, images, number):
     if number == 3 and self.accelerator.process_index == 1:

@@ -14,7 +14,7 @@ from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig
 from pipelines.evaluate import EvaluationConfig
 from stage1_vqgan import Stage1Config, VQGANImageProcessor, VQGANModel
-from stage1_vqgan.convert import ConvertConfig
+from stage1_vqgan.convert.command import ConvertConfig
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.prior import build_prior
 

@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 
-from configs import ConfigError
-from configs import checkpoints as module
+from configs import ConfigError, checkpoints as module
 from configs.checkpoints import complete_checkpoints, find_checkpoint, publish, remove_unfinished, unfinished_path
 
 

@@ -191,7 +191,7 @@ def test_numbers_in_the_model_section_may_be_written_like_all_others():
 @pytest.mark.parametrize("base_channels", [4, 6, 7, 12, 20, 36, 64, 100])
 def test_a_discriminator_width_that_is_accepted_can_be_built(base_channels):
     from stage1_vqgan import Stage1Config
-    from stage1_vqgan.discriminator import PatchDiscriminator
+    from stage1_vqgan.training.discriminator import PatchDiscriminator
 
     wanted = {"discriminator.base_channels": base_channels, "discriminator.norm_type": "group"}
     settings = load_config(Stage1Config, None, plain(STAGE1) | wanted).discriminator
@@ -284,7 +284,7 @@ def test_shipped_configurations_load_and_survive_saving(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in SHORT_NAMES if "/stage1" in name])
 def test_shipped_stage1_builds(name):
     from stage1_vqgan import VQGANModel
-    from stage1_vqgan.discriminator import PatchDiscriminator, logit_grid_size
+    from stage1_vqgan.training.discriminator import PatchDiscriminator, logit_grid_size
 
     config = load_config(dataclass_of("stage1"), name)
     model_config, patch = config.vqgan_config(), config.discriminator

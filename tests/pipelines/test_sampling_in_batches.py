@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipelines import VQGANPipeline, pipeline_vqgan
-from stage2_prior import sampling_memory
+from stage2_prior.sampling import memory as sampling_memory
 from tests.devices import DEVICE
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stage1_vqgan import DataConfig, ImageDataset, VQGANConfig, VQGANModel, load_images
+from stage1_vqgan.data.loading import evaluation_loader
 from stage1_vqgan.evaluate import evaluate_reconstruction, structural_similarity
-from stage1_vqgan.loading import evaluation_loader
 from tests.devices import DEVICE
 from tests.image_files import write_folder
 from tests.tiny import VQGAN

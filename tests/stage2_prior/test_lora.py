@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import stage2_prior.adapters
-import stage2_prior.training
-import stage2_prior.training_config
+import stage2_prior.training.config
+import stage2_prior.training.run
 from configs import ConfigError, load_config
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
@@ -20,8 +20,8 @@ from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import Stage2Config, TokenLayout, load_prior
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.prior import adapt_prior
-from stage2_prior.training import train
-from stage2_prior.training_config import LoraConfig
+from stage2_prior.training.config import LoraConfig
+from stage2_prior.training.run import train
 from tests.tiny import RANDOM_PRIORS
 
 
@@ -189,7 +189,7 @@ def test_without_peft_or_without_the_base(make_config, tiny_runs, layout, random
     config = BuildConfig(tokenizer=str(tiny_runs.vqgan), prior=folder, output_dir=str(tmp_path / "pipeline"))
     with pytest.raises(ConfigError, match=r"prior: received .*adapter', an adapter of the prior .*base': .*no trained"):
         build(config)
-    for module in (stage2_prior.adapters, stage2_prior.training_config):
+    for module in (stage2_prior.adapters, stage2_prior.training.config):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"prior: received .*, which holds an adapter; peft is not inst"):
         build(config)

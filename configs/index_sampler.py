@@ -1,0 +1,54 @@
+"""The order in which training reads its images or codes, in both stages."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from configs.problems import ConfigError, Problem
+
+
+class IndexSampler(Sampler[Any]):
+    """Batches for one process, a pure function of (seed, step): nothing to save for an exact resume.
+
+    A batch is int64 `(B, 2)`: (epoch, number of the image) in each row. Every epoch is a permutation; one batch of
+    every process together is a slice of it, so no image comes twice in an epoch and at most one global batch is dropped
+    at its end.
+
+    Args:
+        num_images: images in the split.
+        batch_size: images in a batch of one process.
+        start, stop: range of batches to yield.
+        seed: of the permutations.
+        rank, world_size: this process and how many there are.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world_size: int = 1
+    ):
+        if num_images < batch_size * world_size:
+            raise too_few(batch_size, f"{num_images} training images for {world_size} process(es)")
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[Any]:
+        global_batch = self.batch_size * self.world_size
+        per_epoch = self.num_images // global_batch
+        current, order = -1, np.empty(0, dtype=np.int64)
+        for batch in range(self.start, self.stop):
+            epoch, position = divmod(batch, per_epoch)
+            if epoch != current:
+                current, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+            first = position * global_batch + self.rank * self.batch_size
+            keys = np.full((self.batch_size, 2), epoch)
+            keys[:, 1] = order[first : first + self.batch_size]
+            yield keys
+
+
+def too_few(batch_size: int, images: str) -> ConfigError:
+    message = f"received {batch_size}, but there are only {images}; use a smaller batch"
+    return ConfigError([Problem("per_device_train_batch_size", message)])

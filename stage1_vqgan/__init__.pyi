@@ -1,0 +1,25 @@
+"""Stage 1: the VQGAN tokenizer, its data and its training."""
+
+from .configuration_vqgan import VQGANConfig as VQGANConfig
+from .data.config import AugmentationConfig as AugmentationConfig, DataConfig as DataConfig
+from .data.dataset import ImageBatch as ImageBatch, ImageDataset as ImageDataset, ImageKey as ImageKey
+from .data.decoding import (
+    EncodedImage as EncodedImage,
+    SkippedImage as SkippedImage,
+    UndecodableImage as UndecodableImage,
+    decode as decode,
+)
+from .data.indexed import ImageSource as ImageSource
+from .data.loading import keyed_loader as keyed_loader
+from .data.samplers import TrainingSampler as TrainingSampler
+from .data.skipped import too_many_skipped as too_many_skipped
+from .data.sources import Images as Images, load_images as load_images
+from .data.streamed import ImageStream as ImageStream
+from .image_processing_vqgan import (
+    VQGANImageProcessor as VQGANImageProcessor,
+    image_grid as image_grid,
+    normalize as normalize,
+)
+from .modeling_vqgan import VQGANModel as VQGANModel
+from .pretrained import load_tokenizer as load_tokenizer
+from .training.config import Stage1Config as Stage1Config

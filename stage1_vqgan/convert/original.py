@@ -1,0 +1,286 @@
+"""A tokenizer of another code base, read: its weights by this one's names, and what its configuration says."""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from configs import ConfigError, Problem, unknown_key
+from configs.problems import shown
+from configs.values import read_value
+from stage1_vqgan.configuration_vqgan import VQGANConfig
+from stage1_vqgan.convert.files import listed
+from stage1_vqgan.convert.names import count
+from stage1_vqgan.modeling_vqgan import VQGANModel
+
+# Size of images where no configuration tells it: weights cannot.
+IMAGE_SIZE = 256
+
+# Fields of VQGANConfig that are the size of an axis: {field: (tensors, the axis)}.
+AXES = {
+    "in_channels": (("encoder.conv_in.weight",), 1),
+    "base_channels": (("encoder.conv_in.weight",), 0),
+    "latent_channels": (("encoder.conv_out.weight",), 0),
+    "embed_dim": (("quant_conv.weight",), 0),
+    "num_embeddings": (("quantize.embedding.weight", "quantize.embed.weight"), 0),
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the original's configuration says of a field of VQGANConfig.
+
+    Attributes:
+        key: of the original's configuration.
+        field: of VQGANConfig.
+        value: of the field.
+    """
+
+    key: str
+    field: str
+    value: Any
+
+
+@dataclass(kw_only=True)
+class Original:
+    """A tokenizer of another code base.
+
+    Attributes:
+        weights: float32, by the names of VQGANModel.
+        name_in_file: a name of VQGANModel as the file has it.
+        claims: what its configuration says.
+        settings: fields of VQGANConfig that follow from the code base or the kind of quantizer.
+        discriminator: what came with it, by the names of PatchDiscriminator.
+        notes: what was left out or decided, in words.
+    """
+
+    weights: dict[str, Tensor]
+    name_in_file: Callable[[str], str] = str
+    claims: list[Claim] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    discriminator: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def leave_out(tensors: Mapping[str, Tensor], groups: Mapping[str, str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors without those that are known to be no weights of the tokenizer.
+
+    Args:
+        tensors: of a file.
+        groups: {regular expression at the start of a name: what such tensors are}.
+
+    Returns:
+        The others, and for each group that was met what was left out, in words.
+    """
+    kept, notes = dict(tensors), []
+    for pattern, words in groups.items():
+        names = [name for name in kept if re.match(pattern, name)]
+        for name in names:
+            del kept[name]
+        if names:
+            notes.append(f"left out: {words} ({len(names)} tensor{'s' if len(names) > 1 else ''})")
+    return kept, notes
+
+
+def renamed(weights: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """The same tensors by other names.
+
+    Raises:
+        ConfigError: two of them get the same name.
+    """
+    names: dict[str, str] = {}
+    for name in weights:
+        if names.setdefault(rename(name), name) != name:
+            raise ConfigError(
+                [Problem("checkpoint", f"{names[rename(name)]} and {name} are the same weight; one is too many")]
+            )
+    return {here: weights[there] for here, there in names.items()}
+
+
+def multiplier(width: int, base: int) -> int | float:
+    """A level's width as a multiple of another."""
+    return width // base if width % base == 0 else width / base
+
+
+def section(values: Any, *keys: str) -> dict[str, Any]:
+    """A section of a configuration, by the keys that lead to it.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    for depth, key in enumerate(keys, 1):
+        if not isinstance(values, dict) or not isinstance(values.get(key), dict):
+            raise ConfigError(
+                [Problem(f"config: {'.'.join(keys[:depth])}", "is missing; it must be a section of keys and values")]
+            )
+        values = values[key]
+    return values
+
+
+def read_claims(
+    values: Mapping[str, Any],
+    prefix: str,
+    fields: Mapping[str, str],
+    fixed: Mapping[str, Collection[Any]],
+    ignored: Collection[str] = (),
+) -> list[Claim]:
+    """What a section of a configuration says of fields of VQGANConfig.
+
+    Args:
+        values: of the section.
+        prefix: the keys that lead there, each with its dot.
+        fields: {key: field of VQGANConfig}.
+        fixed: {key: the only values that a VQGANModel can express}.
+        ignored: keys that change nothing about codes and images.
+
+    Raises:
+        ConfigError: a value is of the wrong kind, or something a VQGANModel cannot express.
+    """
+    hints = VQGANConfig.__annotations__
+    claims, problems = [], []
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name in fields:
+            try:
+                claims.append(Claim(key, fields[name], read_value(hints[fields[name]], value, strict=True)))
+            except ValueError as error:
+                problems.append(Problem(f"config: {key}", str(error)))
+        elif name in fixed:
+            if not any(value == allowed and type(value) is type(allowed) for allowed in fixed[name]):
+                received = shown(value) if isinstance(value, str | int | float | None) else type(value).__name__
+                allowed = " or ".join(map(shown, fixed[name]))
+                problems.append(Problem(f"config: {key}", f"received {received}; a tokenizer here only has {allowed}"))
+        elif name not in ignored:
+            known = [*fields, *fixed, *ignored]
+            problems.append(
+                Problem(f"config: {key}", f"{unknown_key(str(name), known)} (remove it if it is for training)")
+            )
+    if problems:
+        raise ConfigError(problems)
+    return claims
+
+
+def contradictions(claims: list[Claim], found: Mapping[str, tuple[Any, str]]) -> list[Problem]:
+    """Claims that are not what was found in the weights, `{field: (value, where it is seen)}`."""
+    return [
+        Problem(
+            f"config: {claim.key}", f"is {_plain(claim.value)}, but the weights have {found[claim.field][0]} ({where})"
+        )
+        for claim in claims
+        if claim.field in found and _plain(claim.value) != found[claim.field][0] and (where := found[claim.field][1])
+    ]
+
+
+def build_model(original: Original) -> VQGANModel:
+    """The tokenizer, in evaluation mode.
+
+    Raises:
+        ConfigError: the weights contradict the configuration, or do not make a whole VQGANModel.
+    """
+    config = _config(original)
+    with torch.device("meta"):
+        model = VQGANModel(config)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in original.weights.items()}
+    missing = [name for name in expected if name not in shapes]
+    unexpected = [name for name in shapes if name not in expected]
+    misshapen = [
+        f"{original.name_in_file(name)} {shapes[name]}, needed {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    problems = [
+        Problem("checkpoint", f"{len(names)} {kind}: {listed(names)}")
+        for kind, names in (
+            ("missing", [original.name_in_file(name) for name in missing]),
+            ("unexpected", [original.name_in_file(name) for name in unexpected]),
+            ("of another shape", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise ConfigError(problems, "the weights do not make a whole tokenizer")
+    model.load_state_dict(original.weights, assign=True)
+    return model.eval()
+
+
+def levels_with_attention(weights: Collection[str], num_levels: int) -> list[int]:
+    """Levels whose residual blocks are followed by attention, in the encoder or the decoder."""
+    return [
+        level
+        for level in range(num_levels)
+        if any(name.startswith((f"encoder.down.{level}.attn.", f"decoder.up.{level}.attn.")) for name in weights)
+    ]
+
+
+def _config(original: Original) -> VQGANConfig:
+    found = dict(_found(original.weights))
+    claimed = {claim.field: claim.value for claim in original.claims}
+    num_levels = max(1, count(original.weights, r"encoder\.down\.(\d{1,4})\."))
+    factor = 2 ** (num_levels - 1)
+    image_size = claimed.get("image_size", IMAGE_SIZE if IMAGE_SIZE % factor == 0 else factor)
+    resolutions = [image_size >> level for level in range(num_levels)]
+    attends = [resolutions[level] for level in levels_with_attention(original.weights, num_levels)]
+    found["attn_resolutions"] = attends, f"attn in levels of {listed([str(size) for size in attends]) or 'no'} pixels"
+    claims = [
+        replace(claim, value=[size for size in resolutions if size in claim.value])
+        if claim.field == "attn_resolutions"
+        else claim
+        for claim in original.claims
+    ]
+    problems = contradictions(claims, found)
+    fields = {
+        "image_size": image_size,
+        **original.settings,
+        **claimed,
+        **{name: value for name, (value, _) in found.items()},
+    }
+    unknown = [name for name in (*AXES, "channel_multiplier", "num_res_blocks") if name not in fields]
+    if unknown:
+        message = (
+            f"neither the weights nor a configuration tell {listed(unknown)}; are these the weights of a tokenizer?"
+        )
+        problems.append(Problem("checkpoint", message))
+    if problems:
+        raise ConfigError(problems)
+    try:
+        return VQGANConfig(**fields)
+    except (ValueError, StrictDataclassError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError([Problem("checkpoint", line) for line in lines], "no such tokenizer can be built") from None
+
+
+def _found(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """What the weights tell, as `(field of VQGANConfig, (value, where it is seen))`."""
+    for name, (tensors, axis) in AXES.items():
+        for tensor in tensors:
+            if tensor in weights and weights[tensor].ndim > axis:
+                yield name, (weights[tensor].shape[axis], f"{tensor} is {tuple(weights[tensor].shape)}")
+    num_levels = count(weights, r"encoder\.down\.(\d{1,4})\.")
+    blocks = [count(weights, rf"encoder\.down\.{level}\.block\.(\d{{1,4}})\.") for level in range(num_levels)]
+    if not blocks or not max(blocks):
+        return
+    yield "num_res_blocks", (max(blocks), "blocks in a level of the encoder")
+    base = weights.get("encoder.conv_in.weight")
+    widths = [_width(weights, level) for level in range(num_levels)]
+    if base is not None and len(base) and all(widths):
+        multipliers = [multiplier(width, len(base)) for width in widths]
+        yield "channel_multiplier", (multipliers, f"levels of {listed(list(map(str, widths)))} channels")
+
+
+def _width(weights: Mapping[str, Tensor], level: int) -> int:
+    """Channels of a level: what most of its convolutions put out, so that one wrong tensor is seen as such."""
+    widths = [
+        len(value)
+        for name, value in weights.items()
+        if name.startswith(f"encoder.down.{level}.block.") and name.endswith("weight") and value.ndim == 4
+    ]
+    return max(widths, key=widths.count, default=0)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

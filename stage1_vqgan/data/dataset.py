@@ -1,0 +1,194 @@
+"""Images of a source → batches of uint8 squares.
+
+Every random choice is keyed by (seed, epoch, index, view), never drawn from a global generator, so a batch does not
+depend on workers, processes or interruptions.
+"""
+
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from configs.randomness import uniform_rows
+from stage1_vqgan.data.augmentation import NUM_DRAWS, augment, ten_crop
+from stage1_vqgan.data.config import AugmentationConfig
+from stage1_vqgan.data.decoding import EncodedImage, SkippedImage, UndecodableImage, decode_pixels
+from stage1_vqgan.data.indexed import ImageSource
+from stage1_vqgan.data.sources import Images
+from stage1_vqgan.data.transfer import to_device
+from stage1_vqgan.image_processing_vqgan import AspectRatio, normalize, resize, to_square
+
+# A square of up to this many times the wanted side is handed over as it is, and resized where the model runs: at 256
+# pixels that holds for photos of 500×375. Larger ones would cost more memory than the resizing of them costs time.
+MAX_REDUCTION = 1.5
+
+
+class ImageKey(NamedTuple):
+    """Address of a training image: what decides its augmentation, and where it lies.
+
+    Attributes:
+        epoch, image, view: with the seed, the key of every random choice.
+        encoded: the image itself, where the source is a stream; else it is read from the source by its number.
+    """
+
+    epoch: int
+    image: int
+    view: int = 0
+    encoded: EncodedImage | None = None
+
+
+class ImageBatch(NamedTuple):
+    """What a loader yields.
+
+    Attributes:
+        rows: uint8 `(B, n)`, in each row the pixels of one square, `(side, side, C)`, and whatever else.
+        sides: of the squares in pixels, `image_size` or more; larger ones are yet to be resized.
+        flips: whether a square is yet to be mirrored.
+        image_size, num_channels: as of the dataset.
+        indices: int64 `(B,)`, the numbers in the source of the images that are there.
+        skipped: images that could not be used.
+    """
+
+    rows: Tensor
+    sides: list[int]
+    flips: list[bool]
+    image_size: int
+    num_channels: int
+    indices: Tensor
+    skipped: list[SkippedImage]
+
+    def images(self, device: torch.device | str = "cpu") -> Tensor:
+        """What the model reads: float32 `(B, C, image_size, image_size)` in [-1, 1], channels-last in memory."""
+        rows = to_device(self.rows, device)
+        shape = (len(rows), self.image_size, self.image_size, self.num_channels)
+        pixels = torch.empty(shape, dtype=torch.uint8, device=device)
+        for side in set(self.sides):
+            places = to_device(torch.tensor([place for place, other in enumerate(self.sides) if other == side]), device)
+            squares = rows[places, : side * side * self.num_channels].view(-1, side, side, self.num_channels)
+            pixels[places] = resize(squares, self.image_size, self.image_size)
+        mirrored = [place for place, flip in enumerate(self.flips) if flip]
+        flipped = to_device(torch.tensor(mirrored, dtype=torch.int64), device)
+        pixels[flipped] = pixels[flipped].flip(2)
+        return normalize(pixels.permute(0, 3, 1, 2))
+
+
+@dataclass(frozen=True)
+class ImageDataset(Dataset):
+    """Images of one split as uint8 squares, augmented by key.
+
+    Attributes:
+        source: where the images are.
+        image_size, num_channels: side of the squares in pixels; 1 (gray) or 3 (RGB).
+        augmentation: None leaves the images as they are; then only their numbers matter.
+        seed: of the augmentation.
+        first_view_plain: view 0 is the image itself, except with ten_crop.
+        aspect_ratio: see `to_square`.
+        keep_batch_size: the place of an image that cannot be used goes to the next one of the batch that can, in
+            another view; otherwise it is left out, and the batch may even be empty.
+    """
+
+    source: Images
+    image_size: int
+    num_channels: int
+    augmentation: AugmentationConfig | None = None
+    seed: int = 0
+    first_view_plain: bool = False
+    aspect_ratio: AspectRatio = "crop"
+    keep_batch_size: bool = False
+
+    @property
+    def max_side(self) -> int:
+        """Largest side of a square in a batch."""
+        return int(MAX_REDUCTION * self.image_size)
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of the largest square in a batch."""
+        return self.max_side**2 * self.num_channels
+
+    def __getitems__(self, keys: Sequence[ImageKey], rows: Tensor | None = None) -> ImageBatch:
+        """The batch of some keys, in order; it depends on nothing else.
+
+        Args:
+            keys: of the images.
+            rows: uint8 `(len(keys) or more, row_size)`, memory for the batch; by default its own.
+
+        Raises:
+            UndecodableImage: `keep_batch_size`, and none of the images can be used.
+        """
+        encoded = self._encoded(keys)
+        rows = torch.empty((len(keys), self.row_size), dtype=torch.uint8) if rows is None else rows[: len(keys)]
+        memory = rows.numpy()
+        images, sides, flips = [key.image for key in keys], [0] * len(keys), [False] * len(keys)
+        skipped = {}
+        for place, key, draws in zip(range(len(keys)), keys, self._draws(keys), strict=True):
+            if place == 0 or keys[place - 1].image != key.image:  # views of an image in a row: it is decoded once
+                image = self._decode(encoded[place])
+            if isinstance(image, UndecodableImage):
+                skipped[place] = SkippedImage(key.image, encoded[place].name, str(image))
+            else:
+                sides[place], flips[place] = self._put(memory[place], image, key, draws)
+        if skipped:
+            used = [place for place in range(len(keys)) if place not in skipped]
+            if self.keep_batch_size:
+                for place, stand_in, key in _stand_ins(keys, used, skipped):
+                    image = decode_pixels(encoded[stand_in], self.num_channels)
+                    sides[place], flips[place] = self._put(memory[place], image, key, self._draws([key])[0])
+                    images[place] = key.image
+            else:
+                rows[: len(used)] = rows[used]
+                rows, images = rows[: len(used)], [images[place] for place in used]
+                sides, flips = [sides[place] for place in used], [flips[place] for place in used]
+        indices = torch.tensor(images, dtype=torch.int64)
+        return ImageBatch(rows, sides, flips, self.image_size, self.num_channels, indices, list(skipped.values()))
+
+    def _encoded(self, keys: Sequence[ImageKey]) -> list[EncodedImage]:
+        """The images themselves: from the keys of a stream, else from the source in one go."""
+        numbers = [key.image for key in keys if key.encoded is None]
+        read = iter(self.source.encoded(numbers) if isinstance(self.source, ImageSource) and numbers else ())
+        return [next(read) if key.encoded is None else key.encoded for key in keys]
+
+    def _draws(self, keys: Sequence[ImageKey]) -> np.ndarray:
+        numbers = np.array([key[:3] for key in keys], dtype=np.int64).reshape(-1, 3)
+        return uniform_rows(self.seed, numbers, NUM_DRAWS)
+
+    def _decode(self, encoded: EncodedImage) -> Tensor | UndecodableImage:
+        try:
+            pixels = decode_pixels(encoded, self.num_channels)
+        except UndecodableImage as error:
+            return error
+        if self.augmentation is not None and self.augmentation.ten_crop:  # once for all views of the image
+            return to_square(pixels, round(self.augmentation.max_zoom * self.image_size), self.aspect_ratio)
+        return pixels
+
+    def _put(self, row: np.ndarray, pixels: Tensor, key: ImageKey, draws: np.ndarray) -> tuple[int, bool]:
+        """Leaves the square of an image, uint8 `(H, W, C)`, in a row; returns its side, and whether to mirror it."""
+        if self.augmentation is not None and self.augmentation.ten_crop:
+            square, flip = ten_crop(pixels, self.image_size, key.view), False
+        elif self.augmentation is None or (self.first_view_plain and key.view == 0):
+            square, flip = to_square(pixels, self.image_size, self.aspect_ratio, max_side=self.max_side), False
+        else:
+            square, flip = augment(pixels, self.image_size, self.augmentation, draws, self.aspect_ratio, self.max_side)
+        made = square.numpy()  # copies with less ado than torch
+        row[: made.size].reshape(made.shape)[:] = made
+        return len(made), flip
+
+
+def _stand_ins(
+    keys: Sequence[ImageKey], used: Sequence[int], skipped: Mapping[int, SkippedImage]
+) -> Iterator[tuple[int, int, ImageKey]]:
+    """For each place that is free: the place of the next image that can be used, and the key of a new view of it."""
+    if not used:
+        listed = "\n".join(f"  {image.name}: {image.reason}" for image in skipped.values())
+        raise UndecodableImage(f"none of the {len(keys)} images of a batch can be used:\n{listed}")
+    times = Counter[int]()
+    for place in skipped:
+        stand_in = used[bisect(used, place) % len(used)]
+        times[stand_in] += 1
+        yield place, stand_in, keys[stand_in]._replace(view=keys[stand_in].view + times[stand_in])

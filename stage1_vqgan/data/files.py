@@ -1,0 +1,176 @@
+"""The files of a local source: what kind they are, and which split each belongs to.
+
+Only names below the given folder count: a folder that lies in `/data/test/` is no test split.
+"""
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from configs import ConfigError
+from stage1_vqgan.data.config import DataConfig, data_problem
+
+SPLIT_NAMES = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+ALLOWED = (
+    "give 'digits', a folder of images, .parquet or .tar files, one such file, a pattern such as 'data/*.tar', "
+    "or a Hub dataset id"
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """Files by split, in order of their names.
+
+    Attributes:
+        kind: what they hold.
+        splits: their paths.
+        roots: of every split of images, the folder whose sub-folders are classes.
+    """
+
+    kind: Literal["parquet", "tar", "images"]
+    splits: dict[str, list[Path]]
+    roots: dict[str, Path]
+
+
+def find_files(config: DataConfig) -> SourceFiles | None:
+    """Files of `config.dataset` if it is a file, a folder or a pattern, else None.
+
+    Raises:
+        ConfigError: there is no such file or folder, or nothing in it that can be used.
+    """
+    name = config.dataset
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(path, config)
+    if path.is_file():
+        return SourceFiles(_packed_kind([path], name), {config.train_split: [path]}, {})
+    if glob.has_magic(name):
+        files = sorted(Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+        if not files:
+            raise _problem(f"received {name!r}; no file matches this pattern")
+        kind = _packed_kind(files, name)
+        if config.validation_split is None:
+            return SourceFiles(kind, {config.train_split: files}, {})
+        root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+        return SourceFiles(kind, _splits_of_names(files, root, config), {})
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in (".parquet", ".tar"):
+        raise _problem(f"received {name!r}; there is no such file or folder ({ALLOWED})")
+    return None
+
+
+def class_folders(files: Sequence[Path], root: Path) -> list[str] | None:
+    """The class of every file: the first folder below the root; None if all lie in the root itself.
+
+    Raises:
+        ConfigError: some files lie in class folders, others beside them.
+    """
+    parts = [file.relative_to(root).parts for file in files]
+    flat = [file for file, names in zip(files, parts, strict=True) if len(names) == 1]
+    if len(flat) == len(files):
+        return None
+    if flat:
+        folders = len({names[0] for names in parts if len(names) > 1})
+        raise _problem(
+            f"{root} holds {folders} sub-folder{'s' * (folders > 1)} of images, which are classes, and "
+            f"{_count(flat, 'image')} beside them; move them into a sub-folder, or set data.use_labels to false"
+        )
+    return [names[0] for names in parts]
+
+
+def _folder(root: Path, config: DataConfig) -> SourceFiles:
+    Image.init()
+    extensions = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+    kinds: dict[str, list[Path]] = {"parquet": [], "tar": [], "images": [], "": []}
+    for file in _files_below(root):
+        extension = file.suffix.lower()
+        kind = "images" if extension in extensions else extension[1:] if extension in (".parquet", ".tar") else ""
+        kinds[kind].append(file)
+    others = kinds.pop("")
+    match [(kind, files) for kind, files in kinds.items() if files]:
+        case []:
+            found = f"; {_count(others, 'other file')}" if others else ""
+            raise _problem(f"received {config.dataset!r}; there are no images in this folder{found} ({ALLOWED})")
+        case [("images", files)]:
+            if others:
+                logger.warning("%s: no images by their names, left out: %s", root, _count(others, "file"))
+            return _image_folder(root, files, config)
+        case [(kind, files)]:
+            return SourceFiles(kind, _splits_of_names(files, root, config), {})  # type: ignore[arg-type]
+        case several:
+            found = "; ".join(f"{kind}: {_count(files, 'file')}" for kind, files in several)
+            raise _problem(
+                f"received {config.dataset!r}; it holds several kinds ({found}); give a pattern or a sub-folder"
+            )
+
+
+def _image_folder(root: Path, images: Sequence[Path], config: DataConfig) -> SourceFiles:
+    splits: dict[str, list[Path]] = {}
+    for image in images:
+        parts = image.relative_to(root).parts
+        splits.setdefault(parts[0] if len(parts) > 1 else "", []).append(image)
+    named = splits.keys() - {""}
+    if not named or not named <= SPLIT_NAMES | {config.train_split, config.validation_split}:
+        return SourceFiles("images", {config.train_split: list(images)}, {config.train_split: root})
+    if "" in splits:
+        beside = _count(splits[""], "image")
+        raise _problem(f"{root} holds the splits {sorted(named)}, and {beside} beside them; move them into a split")
+    return SourceFiles("images", splits, {name: root / name for name in splits})
+
+
+def _splits_of_names(files: Sequence[Path], root: Path, config: DataConfig) -> dict[str, list[Path]]:
+    """Splits by the words of the files' names below the root: `train-00000.parquet`, `data/imagenet_val_003.tar`."""
+    known = SPLIT_NAMES | {config.train_split, config.validation_split}
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        relative = file.relative_to(root).with_suffix("")
+        words = [word for part in relative.parts for word in (part, *re.split(r"[-._ 0-9]+", part))]
+        splits.setdefault(next((word for word in words if word in known), ""), []).append(file)
+    if splits.keys() == {""}:
+        return {config.train_split: splits[""]}
+    if "" in splits:
+        raise _problem(
+            f"{_count(splits[''], 'file')} of {config.dataset!r} name no split, others are of "
+            f"{sorted(splits.keys() - {''})}; name the files after their splits, or give a pattern such as '*.parquet'"
+        )
+    return splits
+
+
+def _files_below(folder: Path) -> Iterable[Path]:
+    """Every file, sorted by path, without hidden ones (`.DS_Store`, `._0001.jpg`) and without hidden folders.
+
+    Links to folders are followed, unless they lead back to a folder they lie in.
+    """
+    for path, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _leads_back(Path(path, name)))
+        yield from (Path(path, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _leads_back(folder: Path) -> bool:
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
+def _packed_kind(files: Sequence[Path], name: str) -> Literal["parquet", "tar"]:
+    suffixes = {file.suffix.lower() for file in files}
+    for kind in ("parquet", "tar"):
+        if suffixes == {f".{kind}"}:
+            return kind  # type: ignore[return-value]
+    raise _problem(f"received {name!r}; files must be all .parquet or all .tar, not {', '.join(sorted(suffixes))}")
+
+
+def _count(files: Sequence[Path], noun: str) -> str:
+    shown = ", ".join(file.name for file in files[:5])
+    return f"{len(files)} {noun}{'s' * (len(files) > 1)} ({shown}{', …' if len(files) > 5 else ''})"
+
+
+def _problem(message: str) -> ConfigError:
+    return data_problem("dataset", message)

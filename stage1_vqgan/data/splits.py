@@ -1,0 +1,113 @@
+"""The splits of a source, as `datasets` opens them."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stage1_vqgan.data.config import DataConfig, data_problem
+from stage1_vqgan.data.files import ALLOWED, SourceFiles, class_folders
+
+
+class Split(NamedTuple):
+    """A split as `datasets` opens it, and the number of its images if that is known."""
+
+    dataset: Any
+    num_images: int | None
+
+
+def open_files(config: DataConfig, files: SourceFiles) -> dict[str, Split]:
+    """The splits that are asked for, of local files.
+
+    Each is opened by itself from a list of files: datasets would read meaning into words of their paths. Images are
+    listed rather than left to datasets' "imagefolder", which knows fewer extensions and guesses splits and classes.
+
+    Raises:
+        ConfigError: there is no such split, or its files cannot be used.
+    """
+    _check_splits(config, files.splits)
+    wanted = [name for name in (config.train_split, config.validation_split) if name is not None]
+    if files.kind == "images":
+        return _open_images(config, files, wanted)
+    return {name: _open_packed(config, files.kind, files.splits[name]) for name in wanted}
+
+
+def open_hub(config: DataConfig) -> dict[str, Split]:
+    """All splits of a data set on the Hub.
+
+    Raises:
+        ConfigError: it cannot be loaded, or there is no such split.
+    """
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(config.dataset, name=config.dataset_config_name, streaming=config.streaming)
+    except Exception as error:  # datasets raises many kinds; each means that this source cannot be used
+        raise data_problem("dataset", f"{config.dataset!r} cannot be loaded: {_reason(error)} ({ALLOWED})") from error
+    _check_splits(config, splits)
+    sizes = {name: len(split) if not config.streaming else _stated_size(split, name) for name, split in splits.items()}
+    return {name: Split(split, sizes[name]) for name, split in splits.items()}
+
+
+def _open_images(config: DataConfig, files: SourceFiles, wanted: Sequence[str]) -> dict[str, Split]:
+    from datasets import ClassLabel, Dataset, Features, Image as ImageFeature
+
+    splits = {}
+    with_labels = config.use_labels
+    for name in wanted:
+        columns: dict[str, list] = {"image": [str(file) for file in files.splits[name]]}
+        features: dict[str, Any] = {"image": ImageFeature(decode=False)}
+        classes = class_folders(files.splits[name], files.roots[name]) if with_labels else None
+        if name == config.train_split:
+            with_labels = classes is not None and len(set(classes)) > 1  # a single folder tells nothing apart
+        if with_labels and classes is not None:
+            names, labels = np.unique(classes, return_inverse=True)
+            columns["label"], features["label"] = labels.tolist(), ClassLabel(names=names.tolist())
+        splits[name] = Split(Dataset.from_dict(columns, features=Features(features)), len(columns["image"]))
+    return splits
+
+
+def _open_packed(config: DataConfig, kind: str, files: Sequence[Path]) -> Split:
+    import datasets
+
+    rows = _parquet_rows(config, files) if kind == "parquet" else None
+    builder = "parquet" if kind == "parquet" else "webdataset"
+    names = {"train": [str(file) for file in files]}
+    try:
+        dataset = datasets.load_dataset(builder, data_files=names, split="train", streaming=config.streaming)
+    except Exception as error:  # datasets raises many kinds; each means that these files cannot be used
+        form = "" if kind == "parquet" else " (a tar holds files such as 0001.jpg and 0001.cls, alike for every image)"
+        raise data_problem("dataset", f"{config.dataset!r} cannot be loaded{form}: {_reason(error)}") from error
+    return Split(dataset, rows)
+
+
+def _parquet_rows(config: DataConfig, files: Sequence[Path]) -> int:
+    import pyarrow.parquet
+
+    rows = 0
+    for file in files:
+        try:
+            rows += pyarrow.parquet.read_metadata(file).num_rows
+        except Exception as error:
+            raise data_problem("dataset", f"{file} is no parquet file: {error}") from error
+    if not rows:
+        raise data_problem("dataset", f"{config.dataset!r} has a split without images")
+    return rows
+
+
+def _stated_size(stream: Any, name: str) -> int | None:
+    stated = (stream.info.splits or {}).get(name)
+    return stated.num_examples or None if stated is not None else None
+
+
+def _check_splits(config: DataConfig, splits: Collection[str]) -> None:
+    for key in ("train_split", "validation_split"):
+        name = getattr(config, key)
+        if name is not None and name not in splits:
+            raise data_problem(key, f"received {name!r}; the dataset has {sorted(splits)}")
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}"

@@ -1,0 +1,165 @@
+"""Images that are read from front to back: of parquet files, tars or the Hub, without a copy on the disk."""
+
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, count, islice
+from typing import Any, TypeVar
+
+import numpy as np
+
+from stage1_vqgan.data.columns import allowed_labels, encoded, find_columns, undecoded
+from stage1_vqgan.data.config import DataConfig, data_problem
+from stage1_vqgan.data.decoding import EncodedImage
+from stage1_vqgan.data.splits import Split
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ImageStream:
+    """One split that is read from front to back, never by number; of no length, which may be unknown.
+
+    Attributes:
+        images: a `datasets.IterableDataset` of an undecoded image column, and a column of labels if there are any.
+        image_column, label_column: their names; without labels the latter is None.
+        class_names: names of the labels 0 … C-1, or None where labels are plain numbers or there are none.
+        num_images: if it is known.
+        shuffle_buffer_size: images from which the next one is drawn in a shuffled pass.
+        is_part: the images are a range of a stream, which has to be counted from its beginning: its files cannot be
+            shared out.
+    """
+
+    images: Any
+    image_column: str
+    label_column: str | None
+    class_names: list[str] | None
+    num_images: int | None
+    shuffle_buffer_size: int = 1000
+    is_part: bool = False
+
+    @property
+    def has_labels(self) -> bool:
+        return self.label_column is not None
+
+    def read(
+        self, rank: int = 0, world_size: int = 1, shuffle: tuple[int, int] | None = None
+    ) -> Generator[tuple[EncodedImage, int | None], None, None]:
+        """Images with their labels; those of all processes together are every image once.
+
+        A process reads files of its own where their number is a multiple of the processes, the same in every pass, so
+        that a pass of one process always has the same length. Otherwise it reads everything and keeps its share.
+
+        Args:
+            rank, world_size: this process and how many there are.
+            shuffle: (seed, epoch): the order of files, and of images within the buffer, is a function of it.
+
+        Raises:
+            ConfigError: a label is no class number.
+        """
+        images, own_files = self.images, self._has_own_files(world_size)
+        if own_files:
+            images = images.shard(num_shards=world_size, index=rank, contiguous=False)
+        items = self._items([images])
+        if shuffle is not None:
+            rng = np.random.default_rng(shuffle)
+            files = [images]
+            if not self.is_part:
+                num_files = images.num_shards
+                files = [images.shard(num_shards=num_files, index=index) for index in rng.permutation(num_files)]
+            items = _shuffled(self._items(files), self.shuffle_buffer_size, rng)
+        yield from items if own_files else islice(items, rank, None, world_size)
+
+    def length(self, rank: int, world_size: int) -> int | None:
+        """Images in a pass of one process, if it is known before reading."""
+        if self.num_images is None:
+            return None
+        if world_size > 1 and self._has_own_files(world_size):
+            return None  # the files of a process may be larger or smaller than those of another
+        return len(range(rank, self.num_images, world_size))
+
+    def _has_own_files(self, world_size: int) -> bool:
+        return not self.is_part and self.images.num_shards % world_size == 0
+
+    def _items(self, files: Iterable[Any]) -> Iterator[tuple[EncodedImage, int | None]]:
+        numbers = count()
+        for rows in chain.from_iterable(file.iter(batch_size=16) for file in files):
+            items = rows[self.image_column]
+            labels = rows[self.label_column] if self.label_column is not None else [None] * len(items)
+            for item, label, number in zip(items, labels, numbers, strict=False):
+                yield encoded(item, number), None if self.label_column is None else self._checked(label)
+
+    def _checked(self, label: Any) -> int:
+        if not isinstance(label, int) or label < 0 or (self.class_names and label >= len(self.class_names)):
+            message = f"the stream holds the label {label!r}; {allowed_labels(self.class_names)}"
+            raise data_problem("label_column", message)
+        return label
+
+
+def _shuffled(items: Iterable[T], buffer_size: int, rng: np.random.Generator) -> Iterator[T]:
+    """Each item is one drawn from a buffer, whose place the next one takes; a function of the generator's state.
+
+    `datasets` shuffles alike, in a way that changes between its releases, and waits 5 seconds after each pass over
+    parquet files.
+    """
+    buffer: list[T] = []
+    for item in items:
+        if len(buffer) < buffer_size:
+            buffer.append(item)
+        else:
+            place = rng.integers(buffer_size)
+            drawn, buffer[place] = buffer[place], item
+            yield drawn
+    yield from (buffer[place] for place in rng.permutation(len(buffer)))
+
+
+def image_streams(config: DataConfig, train: Split, validation: Split | None) -> tuple[ImageStream, ImageStream]:
+    """Training and validation images of one or two splits, each a `datasets.IterableDataset`.
+
+    Raises:
+        ConfigError: a split has no such columns, or its labels are no class numbers; or there is only one split, whose
+            length is not known.
+    """
+    stream = _to_stream(config, train)
+    if validation is not None:
+        other = _to_stream(config, validation)
+        if stream.label_column is None:
+            return stream, replace(other, label_column=None, class_names=None)
+        if other.label_column is None or other.class_names != stream.class_names:
+            message = f"the classes of {config.validation_split!r} are not those of {config.train_split!r}"
+            raise data_problem("validation_split", f"{message}; set data.streaming to false to match them by name")
+        return stream, other
+    if stream.num_images is None:
+        raise data_problem(
+            "validation_split",
+            "a stream of unknown length cannot be split by rule; name a split, or set data.streaming to false",
+        )
+    held_out = max(1, round(config.validation_fraction * stream.num_images))
+    kept = stream.num_images - held_out
+    if kept < 1:
+        raise data_problem("dataset", f"{config.dataset!r} holds a single image: none is left to train with")
+    return (
+        replace(stream, images=stream.images.skip(held_out), num_images=kept, is_part=True),
+        replace(stream, images=stream.images.take(held_out), num_images=held_out, is_part=True),
+    )
+
+
+def _to_stream(config: DataConfig, split: Split) -> ImageStream:
+    from datasets import ClassLabel, Value
+
+    features = split.dataset.features
+    if features is None:
+        raise data_problem("streaming", f"{config.dataset!r} does not declare its columns; set data.streaming to false")
+    image_column, label_column = find_columns(config, features)
+    columns = [column for column in (image_column, label_column) if column is not None]
+    images = split.dataset.select_columns(columns).cast_column(image_column, undecoded())
+    names = None
+    if label_column is not None:
+        feature = features[label_column]
+        names = feature.names if isinstance(feature, ClassLabel) else None
+        if names is None and not (isinstance(feature, Value) and "int" in feature.dtype):
+            raise data_problem(
+                "label_column",
+                f"received {label_column!r}, which holds {feature}; the labels of a stream must be class numbers, as "
+                "the classes are not known before it is read (set data.streaming or data.use_labels to false)",
+            )
+    return ImageStream(images, image_column, label_column, names, split.num_images, config.shuffle_buffer_size)

@@ -1,0 +1,3 @@
+"""Training of the tokenizer."""
+
+from .run import train as train

@@ -1,0 +1,209 @@
+"""Settings of a stage 1 run."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+from annotated_types import Ge, Le
+from torch import Tensor
+
+from configs import Section, TrainingConfig, unknown_key
+from configs.sections import LAUNCHED_WITH, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from configs.values import read_value
+from stage1_vqgan.configuration_vqgan import VQGANConfig
+from stage1_vqgan.data.config import DataConfig
+from stage1_vqgan.quantizers import QUANTIZERS
+from stage1_vqgan.training.discriminator import NormType, logit_grid_size
+from stage1_vqgan.training.losses import LPIPS_MIN_SIZE, AdversarialType
+
+
+@dataclass(kw_only=True)
+class LossConfig(Section):
+    """Terms of the objective and their weights. What only a term of weight 0 would need is not built.
+
+    l1_weight, l2_weight: mean absolute and mean squared error of the pixels
+    perceptual_weight: LPIPS
+    lpips_backbone, lpips_weights: "vgg", "alex" or "squeeze"; "pretrained", torchvision's weight file, or "random"
+    codebook_weight: codebook and commitment terms
+    adversarial_weight: multiplies the adaptive weight λ; 0 trains a VQ-VAE, without a discriminator
+    adversarial_type: "hinge", "vanilla", "non_saturating" or "wasserstein"
+    discriminator_start_step: step from which the discriminator is trained
+    adversarial_start_step: step from which it acts on the generator
+    gradient_penalty_weight: of the discriminator, WGAN-GP's penalty on gradients between images and reconstructions
+    r1_weight: of the discriminator, γ of the penalty on gradients at images
+    lecam_weight: of the discriminator, LeCam's penalty on logits far from where they were
+    """
+
+    l1_weight: NonNegativeFloat = 1.0
+    l2_weight: NonNegativeFloat = 0.0
+    perceptual_weight: NonNegativeFloat = 1.0
+    lpips_backbone: Literal["vgg", "alex", "squeeze"] = "vgg"
+    lpips_weights: str = "pretrained"
+    codebook_weight: PositiveFloat = 1.0
+    adversarial_weight: NonNegativeFloat = 0.5
+    adversarial_type: AdversarialType = "hinge"
+    discriminator_start_step: NonNegative = 0
+    adversarial_start_step: NonNegative = 0
+    gradient_penalty_weight: NonNegativeFloat = 0.0
+    r1_weight: NonNegativeFloat = 0.0
+    lecam_weight: NonNegativeFloat = 0.0
+
+    def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Σ weight · term over scalar terms, 0 without any; the weight of the term `x` is the field `x_weight`."""
+        return cast(Tensor, sum(getattr(self, f"{name}_weight") * term for name, term in terms.items()))
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        if not self.l1_weight and not self.l2_weight and not self.perceptual_weight:
+            yield "l1_weight", self.l1_weight, "l1_weight, l2_weight and perceptual_weight must not all be 0"
+        if self.adversarial_weight and self.adversarial_type == "wasserstein" and not self._restrains_discriminator:
+            allowed = (
+                "a Wasserstein discriminator's loss has no lower bound: set gradient_penalty_weight (10 in its paper), "
+                "r1_weight or lecam_weight above 0"
+            )
+            yield "adversarial_type", self.adversarial_type, allowed
+        if self.adversarial_weight and self.adversarial_start_step < self.discriminator_start_step:
+            allowed = f"must be at least discriminator_start_step ({self.discriminator_start_step})"
+            yield "adversarial_start_step", self.adversarial_start_step, allowed
+
+    @property
+    def _restrains_discriminator(self) -> bool:
+        return any((self.gradient_penalty_weight, self.r1_weight, self.lecam_weight))
+
+
+@dataclass(kw_only=True)
+class DiscriminatorConfig(Section):
+    """The PatchGAN discriminator.
+
+    base_channels, num_layers: width, and number of convolutions with stride 2 (the size of a patch)
+    norm_type: "batch" (synchronised over GPUs), "group" or "actnorm"
+    learning_rate: by default the generator's
+    """
+
+    base_channels: Annotated[int, Ge(4)] = 64
+    num_layers: Annotated[int, Ge(1), Le(8)] = 3
+    norm_type: NormType = "batch"
+    learning_rate: PositiveFloat | None = None
+
+
+@dataclass(kw_only=True)
+class CodebookConfig(Section):
+    """Care of the codebook of the quantizers that have one, vq and ema.
+
+    kmeans_init_batches: batches whose latents initialise the codebook by k-means; 0 keeps the uniform initialisation
+    restart_interval: every so many steps, codes not used since the last time move onto random latents; 0 never
+    """
+
+    kmeans_init_batches: NonNegative = 8
+    restart_interval: NonNegative = 100
+
+
+@dataclass(kw_only=True)
+class Stage1Config(TrainingConfig):
+    """Stage 1: trains a VQGAN tokenizer.
+
+    channels_last: keep images channels-last in memory, which convolutions prefer
+    torch_compile: lets torch.compile make encoder, decoder, LPIPS and discriminator: faster steps after some minutes at
+        the start; the discriminator not with "actnorm", loss.gradient_penalty_weight or loss.r1_weight
+    num_sample_images: images in the reconstruction grid made at every evaluation
+    model: fields of VQGANConfig: image_size, in_channels, base_channels, channel_multiplier, num_res_blocks,
+        attn_resolutions, norm_num_groups, dropout, latent_channels, embed_dim, num_embeddings, quantizer ("vq", "ema",
+        "gumbel", "fsq", "lfq"), quantizer_options
+    model_name_or_path: fine-tunes the tokenizer in this folder or Hub repository, without k-means; `model` may then
+        change what leaves the shapes of the weights as they are, for instance image_size
+    trainable: "all", or "decoder", which leaves encoder and codebook, and with them all codes, as they are
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    model_name_or_path: str | None = None
+    trainable: Literal["all", "decoder"] = "all"
+    data: DataConfig
+    loss: LossConfig = field(default_factory=LossConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    channels_last: bool = True
+    torch_compile: bool = False
+    num_sample_images: Positive = 8
+
+    def vqgan_config(self) -> VQGANConfig:
+        """The configuration of the model to train."""
+        return VQGANConfig(**self.model)
+
+    @property
+    def compiles_discriminator(self) -> bool:
+        """Whether torch.compile makes the discriminator. What it makes cannot be differentiated twice, as gradients at
+        images that are part of a loss must be, and knows no first batch, which ActNorm needs."""
+        differentiated_twice = self.loss.gradient_penalty_weight or self.loss.r1_weight
+        return self.torch_compile and self.discriminator.norm_type != "actnorm" and not differentiated_twice
+
+    refused: ClassVar[dict[str, str]] = {
+        "fp16": "stage 1 cannot train in float16: gradients of the adversarial term are taken unscaled; use bf16: true"
+    }
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        yield from super().problems()
+        for name in ("FSDP", "DEEPSPEED"):
+            if LAUNCHED_WITH[f"USE_{name}"] == "true":
+                reason = "two models and a moving average (ema_decay) cannot be sharded"
+                yield "", None, f"stage 1 was launched with {name}, but {reason}; use accelerate launch --multi_gpu"
+        loss, norm_type = self.loss, self.discriminator.norm_type
+        if loss.adversarial_weight and norm_type == "batch" and (loss.gradient_penalty_weight or loss.r1_weight):
+            allowed = (
+                "loss.gradient_penalty_weight and loss.r1_weight need 'group' or 'actnorm': with 'batch' the gradient "
+                "at an image depends on the other images"
+            )
+            yield "discriminator.norm_type", norm_type, allowed
+        if self.data.augmentation.ten_crop:
+            allowed = "it makes the views of a code store (stage 2); for training images use random_crop"
+            yield "data.augmentation.ten_crop", True, allowed
+        if self.trainable == "decoder" and self.model_name_or_path is None:
+            yield "trainable", self.trainable, "needs model_name_or_path: a tokenizer whose codes are kept"
+        model, wrong = self._model_fields()
+        yield from wrong
+        if self.model_name_or_path is not None:  # the rest is known when the tokenizer has been loaded
+            return
+        if model.in_channels not in (1, 3):
+            yield "model.in_channels", model.in_channels, "images are read as 1 channel (gray) or 3 (RGB)"
+        names = {key.removeprefix("model.") for key, _, _ in wrong}
+        for name, value, allowed in model.architecture_problems():
+            if not any(re.search(rf"\b{other}\b", f"{name} {allowed}") for other in names):
+                yield f"model.{name}", value, allowed
+                names.add(name)
+        if names & {"image_size", "channel_multiplier"}:
+            return
+        given = "attn_resolutions" in self.model and "attn_resolutions" not in names
+        if given and set(model.attn_resolutions) - set(model.resolutions):
+            levels = ", ".join(map(str, model.resolutions))
+            allowed = f"must be among the resolutions of the levels, {levels} (image_size, halved by each)"
+            yield "model.attn_resolutions", self.model["attn_resolutions"], allowed
+        yield from self.size_problems(model.image_size)
+
+    def size_problems(self, size: int) -> Iterable[tuple[str, Any, str]]:
+        """Problems of losses and discriminator with images of `size` pixels, as `problems` has them."""
+        loss = self.loss
+        smallest = LPIPS_MIN_SIZE[loss.lpips_backbone]
+        if loss.perceptual_weight and size < smallest:
+            allowed = f"LPIPS with {loss.lpips_backbone} needs {smallest} pixels; set loss.perceptual_weight to 0"
+            yield "model.image_size", size, allowed
+        if loss.adversarial_weight and logit_grid_size(size, self.discriminator.num_layers) < 1:
+            most = max((layers for layers in range(9) if logit_grid_size(size, layers) >= 1), default=0)
+            allowed = f"images of {size} pixels (model.image_size) allow at most {most}"
+            yield "discriminator.num_layers", self.discriminator.num_layers, allowed
+
+    def _model_fields(self) -> tuple[VQGANConfig, list[tuple[str, Any, str]]]:
+        """The model's configuration with those fields that have the right type, and what is wrong with the others."""
+        types = {
+            name: VQGANConfig.__annotations__[name] for name in VQGANConfig.__annotations__ if name != "fingerprint"
+        }
+        model, wrong = VQGANConfig(), []
+        for name, value in self.model.items():
+            if name not in types:
+                options = {option.name for kind in QUANTIZERS.values() for option in fields(kind.Options)}
+                meant = f"unknown key; did you mean model.quantizer_options.{name}?"
+                wrong.append((f"model.{name}", None, meant if name in options else unknown_key(name, types)))
+                continue
+            try:
+                setattr(model, name, read_value(types[name], value, strict=True))
+            except ValueError as error:
+                wrong.append((f"model.{name}", None, str(error)))
+        return model, wrong

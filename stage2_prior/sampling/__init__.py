@@ -1,0 +1,1 @@
+"""Sampling codes from a prior: the loop, its decoders, options and memory."""

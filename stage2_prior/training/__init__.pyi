@@ -1,0 +1,3 @@
+"""Training of the prior."""
+
+from .run import train as train

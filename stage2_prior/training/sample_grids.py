@@ -1,0 +1,115 @@
+"""Grids of images sampled at every evaluation: the same labels and seeds each time, so that progress can be seen."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
+
+from configs import ConfigError, Problem
+from configs.randomness import draw_seeds
+from configs.run_folder import RunFolder
+from stage1_vqgan import VQGANImageProcessor, VQGANModel, image_grid, load_tokenizer
+from stage2_prior.sampling.loop import sample_codes
+from stage2_prior.sampling.options import SamplingOptions
+from stage2_prior.vocabulary import TokenLayout
+
+COLUMNS = 10
+GUIDANCE_SCALE = 1.5  # as in the model card's example
+
+# Decoded at once: a decoder's activations are larger than a prior's.
+DECODE_BATCH_SIZE = 8
+
+
+class SampleGrids(TrainerCallback):
+    """Samples from the weights that were evaluated, and shows the images in the run's folder and in its trackers.
+
+    A column is a class, of up to ten that are spread evenly over all. Classes are guided if the prior has learnt the
+    null token. All processes sample the same, for parts of a sharded prior work only together; the main one decodes.
+
+    Args:
+        trainer: of the prior; its TensorBoard and Weights & Biases callbacks get the images.
+        run: its folder gets `samples/step_00001000.png`.
+        layout: the token space.
+        tokenizer: folder or Hub id.
+        num_images: in a grid.
+        seed: the images are those of `pipe.generate(generator=torch.Generator().manual_seed(seed), …)`.
+
+    Raises:
+        ConfigError: there is no tokenizer any more, or another one.
+    """
+
+    def __init__(self, trainer: Any, run: RunFolder, layout: TokenLayout, tokenizer: str, num_images: int, seed: int):
+        self.trainer, self.run, self.layout = trainer, run, layout
+        self.tokenizer, self.processor = load_decoder(tokenizer, layout)
+        self.columns = min(COLUMNS, num_images, layout.num_classes or COLUMNS)
+        self.prompts = grid_prompts(layout, num_images, self.columns)
+        self.seeds = draw_seeds(num_images, torch.Generator().manual_seed(seed))
+        guided = layout.has_null and layout.num_classes > 0
+        self.options = SamplingOptions(guidance_scale=GUIDANCE_SCALE if guided else 1.0)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        layout = self.layout
+        prompts, seeds = self.prompts.to(args.device), self.seeds.to(args.device)
+        nulls = torch.full_like(prompts, layout.null_token)
+        codes = sample_codes(self.trainer.model, prompts, nulls, seeds, layout.length, layout.num_codes, self.options)
+        if state.is_world_process_zero:
+            image = self.draw(codes)
+            self.run.save_image("samples", image, state.global_step)
+            track_image(self.trainer.callback_handler.callbacks, "samples", image, state.global_step)
+
+    @torch.no_grad()
+    def draw(self, codes: Tensor) -> Image.Image:
+        """The grid of int64 codes `(N, L)`."""
+        tokenizer: Any = self.tokenizer
+        tokenizer.to(codes.device)
+        batches = codes.unflatten(1, self.layout.grid).split(DECODE_BATCH_SIZE)
+        images = [image for batch in batches for image in self.processor.postprocess(tokenizer.decode_codes(batch))]
+        tokenizer.to("cpu")
+        return image_grid(images, self.columns, min_tile=48)
+
+
+def grid_prompts(layout: TokenLayout, num_images: int, columns: int) -> Tensor:
+    """int64 `(N, 1)` conditions of a grid's images, row by row."""
+    if not layout.num_classes:
+        return torch.full((num_images, 1), layout.null_token)
+    classes = torch.arange(columns) * layout.num_classes // columns
+    return layout.class_tokens(classes[torch.arange(num_images) % columns])[:, None]
+
+
+def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImageProcessor]:
+    """The tokenizer whose codes a prior learns, and what makes images of its pixels.
+
+    Raises:
+        ConfigError: there is none in this place, or another one.
+    """
+    advice = "sample grids need it: say where it is, or set num_sample_images 0"
+    try:
+        tokenizer, processor = load_tokenizer(name), VQGANImageProcessor.from_pretrained(name)
+    except ConfigError as error:
+        raise ConfigError(
+            [Problem(problem.key, f"{problem.message}; {advice}") for problem in error.problems]
+        ) from error
+    except (OSError, ValueError) as error:
+        message = f"received {name!r}; there is no preprocessor_config.json in it that can be read; {advice}"
+        raise ConfigError([Problem("tokenizer", message)]) from error
+    fingerprint = tokenizer.config.fingerprint or tokenizer.compute_fingerprint()
+    if fingerprint != layout.tokenizer_fingerprint:
+        message = (
+            f"received {name!r}, but the codes are of another tokenizer ({layout.tokenizer_fingerprint}); {advice}"
+        )
+        raise ConfigError([Problem("tokenizer", message)])
+    return tokenizer, processor
+
+
+def track_image(callbacks: list[TrainerCallback], name: str, image: Image.Image, step: int) -> None:
+    """Logs an image to the trackers of Trainer that are on and take images."""
+    pixels = np.asarray(image.convert("RGB"))
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_image(name, pixels, step, dataformats="HWC")
+        elif isinstance(callback, WandbCallback) and callback._wandb is not None:
+            callback._wandb.log({name: callback._wandb.Image(pixels), "train/global_step": step})

@@ -1,0 +1,198 @@
+"""`transformers.Trainer` for sequences of codes: keyed batches, checked checkpoints, losses in the field's units."""
+
+import logging
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+
+from configs.checkpoints import complete_checkpoints, unfinished_path
+from configs.index_sampler import IndexSampler
+from configs.interruption import Diverged, leave_signals_to_main
+from configs.run_folder import RunFolder
+from stage2_prior.data import IGNORED, CodeDataset, collate
+from stage2_prior.training.averaging import WeightAverage
+from stage2_prior.training.selection import BestWeights
+from stage2_prior.training.throughput import Throughput, matmul_rate, training_operations
+from stage2_prior.vocabulary import TokenLayout
+
+logger = logging.getLogger(__name__)
+
+
+class PriorTrainer(Trainer):
+    """Trainer with keyed batches, and losses in the units of the field; it evaluates the averaged weights."""
+
+    def __init__(
+        self,
+        *args: Any,
+        layout: TokenLayout,
+        run: RunFolder,
+        average: WeightAverage,
+        best: BestWeights,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.layout, self.run, self.average, self.best = layout, run, average, best
+        self.add_callback(average)
+        self._losses: list[tuple[int, Tensor]] = []
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # nats and codes
+        self.throughput = Throughput(self.args.device)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """All batches of the run in one pass; a pure function of the seed, cut for this process already."""
+        args = self.args
+        batches = args.max_steps * args.gradient_accumulation_steps
+        sampler = IndexSampler(
+            len(cast(CodeDataset, self.train_dataset)),
+            args.train_batch_size,
+            0,
+            batches,
+            args.seed,
+            args.process_index,
+            args.world_size,
+        )
+        return self._loader(self.train_dataset, batch_sampler=sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The validation rows of this process; all processes get as many batches, filled up with rows below 0."""
+        dataset = cast(CodeDataset, eval_dataset or self.eval_dataset)
+        rows = list(range(self.args.process_index, len(dataset), self.args.world_size))
+        rows += [-1] * (-(-len(dataset) // self.args.world_size) - len(rows))
+        return self._loader(dataset, sampler=rows, batch_size=self.args.eval_batch_size)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, callbacks included, with the averaged weights."""
+        self.require_finite()
+        with self.average.applied():
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, adding up the nats of all codes that count."""
+        output: Any = super().prediction_step(model, inputs, *args, **kwargs)
+        loss = output[0]
+        codes = (inputs["labels"] != IGNORED).sum().to(loss.device)
+        nats = torch.where(codes > 0, loss.double() * codes, 0.0)  # filled up rows alone have no mean
+        self._evaluated += torch.stack([nats, codes.double()]).cpu()
+        return output
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the mean over the codes of all processes, each once, as the loss."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        nats, codes = self.accelerator.reduce(self._evaluated.float().to(self.args.device)).tolist()
+        output.metrics["eval_loss"] = nats / codes
+        if not math.isfinite(nats):
+            raise self._diverged("the validation loss is not finite")
+        return output
+
+    def _loader(self, dataset: Any, **kwargs: Any) -> DataLoader:
+        pin_memory = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            dataset,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=leave_signals_to_main,
+            **kwargs,
+        )
+
+    def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward; its loss is kept to be looked at before the next log or checkpoint."""
+        self.throughput.count(inputs["input_ids"].numel())
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._losses.append((self.state.global_step, loss.detach()))
+        return loss
+
+    def require_finite(self) -> None:
+        """Ends the run if a loss since the last call, or a weight, is not finite; all processes must call this.
+
+        Raises:
+            Diverged: naming the step.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        parameters = (getattr(tensor, "_local_tensor", tensor) for tensor in model.parameters())  # of sharded ones
+        finite = [tensor.isfinite().all() for tensor in parameters]
+        losses = torch.stack([loss.float() for _, loss in self._losses]).isfinite() if self._losses else torch.ones(1)
+        bad = torch.stack([~losses.all().to(finite[0].device), ~torch.stack(finite).all()])
+        found = self.accelerator.gather(bad[None]).any(0).tolist()
+        if any(found):
+            steps = [step + 1 for step, loss in self._losses if not loss.isfinite()]
+            raise self._diverged(f"the loss was not finite at step {steps[0]}" if steps else "a weight is not finite")
+        self._losses.clear()
+
+    def _diverged(self, what: str) -> Diverged:
+        existing = complete_checkpoints(self.run.path)
+        saved = f"the last good checkpoint is {existing[-1].path}" if existing else "no checkpoint was saved yet"
+        advice = "Try a lower learning_rate, more warmup_steps, max_grad_norm 1, or bf16 false"
+        return Diverged(f"{what} (now at step {self.state.global_step}); {saved}. {advice}")
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's checkpoint, written beside and then published, see configs/checkpoints.py."""
+        self.require_finite()
+        super()._save_checkpoint(*args, **kwargs)
+        unfinished = unfinished_path(self.run.path, self.state.global_step)
+        self.average.save(unfinished, self.is_world_process_zero())
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            self.best.copy_to(unfinished)
+            self.run.publish(self.state.global_step, self.accelerator.num_processes)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Trainer's; but of an adapter it would take the best one, which lies in the checkpoint, for one more."""
+        if (Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME).is_file() and not self.is_fsdp_enabled:
+            cast(Any, self.model).load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
+        """Where Trainer puts its checkpoints."""
+        return str(unfinished_path(self.run.path, self.state.global_step).parent)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's; what it does is not training, so the clock stands still."""
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save:
+            with self.throughput.paused():
+                super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @cached_property
+    def _ideal_rate(self) -> float | None:
+        """Tokens per second if all processes did nothing but the model's matrix products."""
+        args = self.args
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        rate = torch.tensor(matmul_rate(args.device, dtype), device=args.device)
+        rate = self.accelerator.reduce(rate, "sum").item()
+        try:
+            return rate / training_operations(self.accelerator.unwrap_model(self.model).config, self.layout.length)
+        except (NotImplementedError, RuntimeError) as error:
+            logger.warning("mfu is not logged: the operations of this prior cannot be counted (%s)", error)
+            return None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds bits per pixel and perplexity to a loss in nats per code, and how fast it was trained."""
+        if "loss" in logs:
+            self.require_finite()
+            logs["tokens_per_second"] = self.throughput.rate() * self.args.world_size
+            if self._ideal_rate is not None:
+                logs["mfu"] = logs["tokens_per_second"] / self._ideal_rate
+        rows = self.args.world_size * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self.state.epoch = self.state.global_step * rows / len(cast(CodeDataset, self.train_dataset))  # not of one pass
+        for name in ("loss", "eval_loss"):
+            if name in logs:
+                prefix = name.removesuffix("loss")
+                logs[f"{prefix}bits_per_pixel"] = bits_per_pixel(logs[name], self.layout)
+                logs[f"{prefix}perplexity"] = math.exp(min(logs[name], 80.0))
+        super().log(logs, *args, **kwargs)
+
+
+def bits_per_pixel(nats_per_code: float, layout: TokenLayout) -> float:
+    """Total nats of an image's codes / (ln 2 · H · W)."""
+    return nats_per_code * layout.length / (math.log(2) * layout.pixels)
