@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from configs import load_config
-from stage1_vqgan import Stage1Config, training
+from stage1_vqgan import Stage1Config
 from stage1_vqgan.quantizers import VectorQuantizer, build_quantizer
+from stage1_vqgan.training import run as training
 from stage1_vqgan.training.codebook import CodebookMonitor, kmeans
 from stage1_vqgan.training.config import LossConfig
 from stage1_vqgan.training.step import VQGANTrainer, rows

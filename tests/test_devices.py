@@ -13,7 +13,8 @@ from configs.randomness import exponential, mix, uniform
 from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.training.run import train as train_tokenizer
-from stage2_prior import CodeStore, TokenLayout, sampling
+from stage2_prior import CodeStore, TokenLayout
+from stage2_prior.sampling import loop as sampling
 from stage2_prior.tokenize import tokenize
 from stage2_prior.training.run import train as train_prior
 from tests import process_runs, tiny

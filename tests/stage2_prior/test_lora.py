@@ -55,7 +55,7 @@ def test_a_run_leaves_an_adapter_and_pipelines_have_it(make_config, tiny_runs, t
         trained.append(attach_adapter(*args))
         return trained[-1]
 
-    monkeypatch.setattr(stage2_prior.training, "attach_adapter", watched)
+    monkeypatch.setattr(stage2_prior.training.run, "attach_adapter", watched)
     config = make_config(learning_rate=0.03, eval_steps=2, ema_decay=0.0, keep_best=False)
     returned = train(config)
     left = {path.name for path in run.iterdir()}

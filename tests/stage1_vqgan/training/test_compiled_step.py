@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stage1_vqgan.training.run import train
 from stage1_vqgan.training.step import VQGANTrainer
-from tests.stage1_vqgan import test_resume
+from tests.stage1_vqgan.training import test_resume
 from tests.stage1_vqgan.training.test_step import (
     Recorder,
     assert_gradients_close,

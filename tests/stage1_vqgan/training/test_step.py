@@ -11,9 +11,10 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import get_scheduler
 
 from configs import load_config
+from configs.randomness import seed_from
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.training.losses import ADVERSARIAL_LOSSES
-from stage1_vqgan.training.step import VQGANTrainer, key, schedule, uniform
+from stage1_vqgan.training.step import VQGANTrainer, schedule, uniform
 from tests.devices import DEVICE
 
 
@@ -130,7 +131,7 @@ def textbook_penalties(discriminator, real, fake, logits, loss, step):
 
     penalties = {}
     if loss.gradient_penalty_weight:
-        generators = [torch.Generator().manual_seed(key(key(0, step, n), 1)) for n in range(len(real))]
+        generators = [torch.Generator().manual_seed(seed_from(seed_from(0, step, n), 1)) for n in range(len(real))]
         shares = [torch.rand(1, generator=generator).to(DEVICE) for generator in generators]
         norms = [gradient(s * x + (1 - s) * y).norm() for s, x, y in zip(shares, real, fake, strict=True)]
         penalties["gradient_penalty"] = sum((norm - 1) ** 2 for norm in norms) / len(real)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from stage2_prior import SamplingOptions, sample_codes, sampling
+from stage2_prior import SamplingOptions, sample_codes
+from stage2_prior.sampling import loop as sampling
 from stage2_prior.sampling.captured_steps import CapturedSteps
 from stage2_prior.sampling.loop import CodeSampler
 from tests import cuda_graphs

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from configs.randomness import exponential
-from stage2_prior import sample_codes, sampling
+from stage2_prior import sample_codes
+from stage2_prior.sampling import loop as sampling
 from stage2_prior.sampling.cache import PreallocatedCache
 from stage2_prior.sampling.captured_steps import CapturedSteps
 from stage2_prior.sampling.loop import CodeSampler, filter_logits, pick

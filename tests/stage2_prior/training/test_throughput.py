@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from configs import load_config
-from stage2_prior import Stage2Config, TokenLayout, throughput, trainer
+from stage2_prior import Stage2Config, TokenLayout
+from stage2_prior.training import throughput, trainer
 from stage2_prior.training.run import train
 from stage2_prior.training.throughput import Throughput, matmul_rate, training_operations
 from stage2_prior.training.trainer import PriorTrainer
