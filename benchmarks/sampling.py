@@ -33,7 +33,8 @@ from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANImageProcessor
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.prior import build_prior
-from stage2_prior.sampling.loop import CodeSampler
+from stage2_prior.sampling.decoders import make_decoder
+from stage2_prior.sampling.loop import sample as draw
 from stage2_prior.sampling.options import SamplingOptions
 
 
@@ -106,9 +107,10 @@ def sample(
     prompts, nulls = prompts_of(layout, batch, prior.device)
     if lane.startswith(OURS):
         options = SamplingOptions(guidance_scale=guidance, temperature=0.0 if greedy else 1.0)
-        sizes = batch, 1, layout.length, layout.num_codes
-        sampler = CodeSampler(prior, *sizes, options, compiled=lane.endswith("compiled"))
-        return partial(sampler.sample, prompts, nulls, torch.arange(batch, device=prior.device))
+        rows, sizes = batch * (2 if options.guided else 1), (layout.length, layout.num_codes)
+        decoder = make_decoder(prior, rows, *sizes, compiled=lane.endswith("compiled"))
+        seeds = torch.arange(batch, device=prior.device)
+        return partial(draw, decoder, prompts, nulls, seeds, *sizes, options)
     settings: dict[str, Any] = {"do_sample": not greedy, "attention_mask": torch.ones_like(prompts)}
     if lane == STATIC:
         settings["cache_implementation"] = "static"

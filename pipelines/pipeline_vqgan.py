@@ -25,15 +25,13 @@ from transformers.utils import ModelOutput
 
 from configs.hub import is_repo_id
 from configs.randomness import draw_seeds
+from pipelines.chunks import images_at_once
 from pipelines.model_card import model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
-from stage2_prior import CodeSampler, GuidanceSchedule, SamplingOptions, TokenLayout, batch_size_that_fits
+from stage2_prior import DecoderPool, GuidanceSchedule, SamplingOptions, TokenLayout, batch_size_that_fits, sample
 
 INDEX_NAME = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
-
-# Pixels decoded at once; each needs a kilobyte or so for the widest layers.
-PIXELS_AT_ONCE = 2**22
 
 
 @dataclass
@@ -78,8 +76,7 @@ class VQGANPipeline:
         self.vqgan, self.prior = vqgan.eval(), prior.eval()
         self.image_processor, self.layout = image_processor, layout
         self._progress_bar: dict[str, Any] = {}
-        self._compiled = False
-        self._sampler: CodeSampler | None = None  # of the last batch; the next is often like it
+        self._decoders = DecoderPool(layout.length, layout.num_codes)
 
     # ------------------------------------------------------------------ components and devices
 
@@ -119,9 +116,11 @@ class VQGANPipeline:
         self._progress_bar = kwargs
 
     def compile(self) -> None:
-        """Lets torch.compile make the sampling step and the decoder. The first images after it take some minutes more,
-        those that follow are faster, as long as batch size and options stay the same."""
-        self._compiled = True
+        """Compiles the forward of the prior and the tokenizer's decoder with torch.compile.
+
+        The first images after it take some minutes more. Later ones of the same batch size are faster.
+        """
+        self._decoders.compiled = True
         self.vqgan.decoder.compile(dynamic=False)
 
     # ------------------------------------------------------------------ images
@@ -193,8 +192,7 @@ class VQGANPipeline:
         for batch in self._sample(prompts, seeds, options, batch_size, callback_on_step_end):
             codes.append(batch)
             if output_type != "codes":
-                pixels = self.layout.pixels
-                for part in batch.split(max(1, PIXELS_AT_ONCE // pixels)):
+                for part in batch.split(images_at_once(self.vqgan, self.layout.pixels)):
                     decoded = self.vqgan.decode(self.vqgan.quantize.lookup(part))  # codes sampled here need no check
                     images.append(self.image_processor.postprocess(decoded, output_type))
         return VQGANPipelineOutput(images=_join(images, output_type), codes=torch.cat(codes))
@@ -204,15 +202,17 @@ class VQGANPipeline:
     @torch.no_grad()
     def encode(self, images: Any) -> Tensor:
         """Codes int64 `(N, h, w)` of images: PIL images, arrays or tensors, one or a list."""
-        pixel_values = self.image_processor(images)["pixel_values"].to(self.device, self.vqgan.dtype)
-        return self.vqgan.encode(pixel_values).codes
+        pixel_values = self.image_processor(images)["pixel_values"]
+        parts = pixel_values.split(images_at_once(self.vqgan, self.layout.pixels))
+        return torch.cat([self.vqgan.encode(part.to(self.device, self.vqgan.dtype)).codes for part in parts])
 
     @torch.no_grad()
     def decode(self, codes: Tensor, output_type: str = "pil") -> Any:
         """Images of int64 codes `(N, h, w)`; see `generate` for the output types ("codes" is not one here)."""
-        return self.image_processor.postprocess(
-            self.vqgan.decode_codes(torch.as_tensor(codes).to(self.device, torch.int64)), output_type
-        )
+        codes = torch.as_tensor(codes).to(self.device, torch.int64)
+        parts = codes.split(images_at_once(self.vqgan, self.layout.pixels))
+        images = [self.image_processor.postprocess(self.vqgan.decode_codes(part), output_type) for part in parts]
+        return _join(images, output_type)
 
     def reconstruct(self, images: Any, output_type: str = "pil") -> Any:
         """Images through the tokenizer and back: what the best possible prior could make of them."""
@@ -327,27 +327,32 @@ class VQGANPipeline:
             batch_size = batch_size_that_fits(self.prior, length, options.guided)
         batches = -(-len(prompts) // batch_size)
         batch_size = -(-len(prompts) // batches)  # all as large as each other, but for an image
-        sampler = self._sampler_for(batch_size, options)
-        with tqdm(total=batches * length, **{"desc": "sampling", "unit": "code", **self._progress_bar}) as bar:
-
-            def on_step(position: int, chosen: Tensor) -> None:
-                bar.update()
-                if callback_on_step_end is not None:
-                    callback_on_step_end(position, chosen)
-
+        with (
+            self._decoders.borrow(self.prior, batch_size * (2 if options.guided else 1)) as decoder,
+            tqdm(total=batches * length, **{"desc": "sampling", "unit": "code", **self._progress_bar}) as bar,
+        ):
             for labels, some_seeds in zip(prompts.split(batch_size), seeds.split(batch_size), strict=True):
-                null = torch.full_like(labels, self.layout.null_token)
-                yield sampler.sample(labels, null, some_seeds, on_step).view(-1, *self.layout.grid)
+                count = len(labels)
+                # every batch has the same size, so that one recorded step serves all of them
+                fill = torch.arange(batch_size, device=labels.device).clamp(max=count - 1)
 
-    def _sampler_for(self, batch_size: int, options: SamplingOptions) -> CodeSampler:
-        """That of the last call if it serves."""
-        if self._sampler is not None and self._sampler.serves(self.prior, batch_size, options, self._compiled):
-            return self._sampler
-        self._sampler = None  # its memory is free for the next
-        layout = self.layout
-        sampler = CodeSampler(self.prior, batch_size, 1, layout.length, layout.num_codes, options, self._compiled)
-        self._sampler = sampler
-        return sampler
+                def on_step(position: int, chosen: Tensor, count: int = count) -> None:
+                    bar.update()
+                    if callback_on_step_end is not None:
+                        callback_on_step_end(position, chosen[:count].clone())
+
+                null = torch.full_like(labels, self.layout.null_token)
+                codes = sample(
+                    decoder,
+                    labels[fill],
+                    null[fill],
+                    some_seeds[fill],
+                    length,
+                    self.layout.num_codes,
+                    options,
+                    on_step,
+                )
+                yield codes[:count].view(-1, *self.layout.grid)
 
     def _check_conditions(self, options: SamplingOptions, has_labels: bool) -> None:
         """Whether the prior can do what is asked: guidance and images of no class need the null token."""

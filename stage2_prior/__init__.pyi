@@ -2,7 +2,8 @@
 
 from .code_store import CodeStore as CodeStore
 from .prior import load_prior as load_prior
-from .sampling.loop import CodeSampler as CodeSampler, sample_codes as sample_codes
+from .sampling.decoders import DecoderPool as DecoderPool
+from .sampling.loop import sample as sample, sample_codes as sample_codes
 from .sampling.memory import batch_size_that_fits as batch_size_that_fits
 from .sampling.options import GuidanceSchedule as GuidanceSchedule, SamplingOptions as SamplingOptions
 from .training.config import Stage2Config as Stage2Config

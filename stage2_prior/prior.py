@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from configs import ConfigError, Problem
 from configs.hub import is_repo_id
 from stage2_prior.adapters import base_of_adapter, merge_adapter
-from stage2_prior.sampling.cache import PreallocatedCache
-from stage2_prior.sampling.loop import forward
+from stage2_prior.sampling.decoder import EagerDecoder
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
 
 
@@ -70,9 +69,9 @@ def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
         return True
     whole = prior(input_ids=tokens).logits.float()
     try:
-        cache, row = PreallocatedCache(prior, 1, tokens.shape[1]), slice(0, 1)
+        decoder, row = EagerDecoder(prior, 1, tokens.shape[1]), slice(0, 1)
         one_by_one = enumerate(tokens.split(1, dim=1))
-        steps = torch.stack([forward(prior, token, cache.open(row, n, n + 1)) for n, token in one_by_one], 1)
+        steps = torch.stack([decoder.read(row, token, n) for n, token in one_by_one], 1)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     finally:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stage2_prior.sampling import captured_steps
+from stage2_prior.sampling import graphs
 
 
 class Graph(TorchDispatchMode):
@@ -65,7 +65,7 @@ def _stream(stream: _Stream) -> Iterator[None]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives `CapturedSteps` these graphs."""
+    """Gives `GraphDecoder` these graphs."""
     fakes = {
         "CUDAGraph": Graph,
         "graph": _graph,
@@ -75,4 +75,4 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "graph_pool_handle": lambda: None,
     }
     for name, fake in fakes.items():
-        monkeypatch.setattr(captured_steps.torch.cuda, name, fake)
+        monkeypatch.setattr(graphs.torch.cuda, name, fake)

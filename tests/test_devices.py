@@ -14,7 +14,8 @@ from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import CodeStore, TokenLayout
-from stage2_prior.sampling import loop as sampling
+from stage2_prior.sampling import decoders, graphs
+from stage2_prior.sampling.decoder import EagerDecoder
 from stage2_prior.tokenize import tokenize
 from stage2_prior.training.run import train as train_prior
 from tests import process_runs, tiny
@@ -90,20 +91,20 @@ def test_nor_in_a_compiled_step_which_chooses_the_same_codes(make_pipeline, mode
 def test_recorded_steps_choose_the_codes_of_single_ones(make_pipeline, monkeypatch, model_type, options, exact):
     """With attention that stops where a sequence does, and with a mask in windows of several sizes."""
     if not exact:
-        monkeypatch.setattr(sampling, "BUCKET", 6)
-        monkeypatch.setattr(sampling, "attends_plainly", lambda *args: False)
+        monkeypatch.setattr(graphs, "BUCKET", 6)
+        monkeypatch.setattr(graphs, "use_decode_attention", lambda model: False)
     pipeline = make_pipeline(model_type)
     first, again = (generate(pipeline, range(20), **options).codes for _ in range(2))
-    sampler = pipeline._sampler
+    ((_, decoder),) = pipeline._decoders._free
     if DEVICE.type == "cuda":
-        assert sampler.exact == exact
-        copies, windows = zip(*sampler.captured.graphs, strict=True)
-        assert set(windows) == ({sampler.cache.length} if exact else {6, 12, sampler.cache.length})
-        assert set(copies) == ({1} if not options else {1, 2} if "guidance_interval" in options else {2})
-    monkeypatch.setattr(sampling, "can_be_recorded", lambda prior: False)
-    pipeline._sampler = None
-    assert torch.equal(first, again) and torch.equal(generate(pipeline, range(20), **options).codes, first)
-    assert pipeline._sampler.captured is None
+        assert isinstance(decoder, graphs.GraphDecoder) and decoder.reads_exactly == exact
+        counts, windows = zip(*decoder.graphs, strict=True)
+        assert set(windows) == ({decoder.length} if exact else {6, 12, decoder.length})
+        assert set(counts) == ({20} if not options else {20, 40} if "guidance_interval" in options else {40})
+    monkeypatch.setattr(decoders, "why_not_recordable", lambda prior, length: "a test")
+    plain = make_pipeline(model_type)
+    assert torch.equal(first, again) and torch.equal(generate(plain, range(20), **options).codes, first)
+    assert type(plain._decoders._free[0][1]) is EagerDecoder
 
 
 def test_a_pipeline_that_moves_makes_the_same_images(make_pipeline):

@@ -1,8 +1,6 @@
-"""Decoding with an attention that reads exactly the positions that are there, behind transformers' interface."""
+"""An attention for one token that reads exactly the places that have been written, behind transformers' interface."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,19 +8,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from stage2_prior.compat import uses_attention_interface
 from stage2_prior.sampling.cache import PreallocatedCache
+from stage2_prior.sampling.decoder import forward
 
-# The name that models find the attention by.
+# The name of the attention in a model's configuration.
 NAME = "tessella_decode"
 
-# What models tell any attention, and changes nothing for one query in a model that is not trained.
+# Settings that models pass to every attention, and that change nothing for one query of a model in evaluation mode.
 HARMLESS = {"is_causal", "output_attentions", "output_hidden_states", "position_ids", "use_cache"}
 
 logger = logging.getLogger(__name__)
 
 
 class UnknownAttentionError(NotImplementedError):
-    """A model's attention is not plain softmax attention of heads that fit the kernel."""
+    """The kernel does not compute the attention of this model."""
 
 
 def decode_attention(
@@ -37,11 +37,18 @@ def decode_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one query, as transformers calls it.
 
-    `attention_mask` is not one: it holds the last position that is seen, int64 `(1, 1, 1, 1)`, because models pass on
-    what has four dimensions as it is. `settings` (soft caps, sinks, sliding windows and the like) must be known.
+    Args:
+        module: the attention layer, unused.
+        query: `(R, heads, 1, width)`.
+        key, value: `(R, key-value heads, places, width)`.
+        attention_mask: not a mask, but the last place that is seen, int64 `(1, 1, 1, 1)`. Models hand tensors of four
+            dimensions on unchanged.
+        scaling: of the scores; None is width^-½.
+        dropout: must be 0.
+        settings: soft caps, sinks, sliding windows and the like must be absent or None.
 
     Raises:
-        UnknownAttentionError: this is the one place that decides which models keep attention over windows.
+        UnknownAttentionError: the kernel does not compute such an attention.
     """
     from stage2_prior.sampling.attention_kernel import attend, fits
 
@@ -49,42 +56,40 @@ def decode_attention(
     if unknown or dropout:
         raise UnknownAttentionError(f"its attention has {', '.join(unknown) or 'dropout'}")
     if not fits(query, key, value):
-        raise UnknownAttentionError(f"queries {tuple(query.shape)} of keys {tuple(key.shape)} do not fit a program")
+        raise UnknownAttentionError(
+            f"queries {tuple(query.shape)} and keys {tuple(key.shape)} do not fit one program of the kernel"
+        )
     return attend(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
 
 AttentionInterface.register(NAME, decode_attention)
 
 
-@contextmanager
-def decoding(prior: PreTrainedModel) -> Iterator[None]:
-    """Forwards of the model have `decode_attention`."""
-    before = prior.config._attn_implementation
-    prior.config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        prior.config._attn_implementation = before
+def use_decode_attention(model: PreTrainedModel) -> bool:
+    """Gives a model `decode_attention` if its attention is plain; otherwise a warning says why it keeps its own.
 
-
-@torch.inference_mode()
-def attends_plainly(prior: PreTrainedModel, forward: Callable[..., Tensor]) -> bool:
-    """Whether a model can decode with `decode_attention`; it is tried for one token. If not, there is a warning.
-
-    Args:
-        prior: the model.
-        forward: `forward(prior, tokens, cache, **inputs)`, logits.
+    Returns:
+        Whether the model has it now. Its forward then takes one token of each row, and the place of that token, int64
+        `(1, 1, 1, 1)`, as `attention_mask`.
     """
-    token = torch.zeros(1, 1, dtype=torch.int64, device=prior.device)
-    cache = PreallocatedCache(prior, 1, 1).open_window(slice(0, 1), token[0], 1)
+    before = model.config._attn_implementation
+    cache = PreallocatedCache(model.config.num_hidden_layers, 1, 1, model.device)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     try:
         if find_spec("triton") is None:
             raise UnknownAttentionError("triton is not installed")
-        if not prior._supports_attention_backend:
+        if not uses_attention_interface(model):
             raise UnknownAttentionError("it does not use transformers' attention interface")
-        with decoding(prior):
-            forward(prior, token, cache, position_ids=token, attention_mask=token[None, None])
+        model.set_attn_implementation(NAME)
+        with torch.inference_mode():
+            opened = cache.open_at(slice(0, 1), token[0], 1)
+            forward(model, token, opened, position_ids=token, attention_mask=token[None, None])
     except UnknownAttentionError as error:
-        logger.warning("attention of a %s reads more positions than are there: %s", prior.config.model_type, error)
+        model.set_attn_implementation(before)
+        logger.warning(
+            "attention of this %s reads a window of the cache, more than has been written: %s",
+            model.config.model_type,
+            error,
+        )
         return False
     return True

@@ -1,103 +1,117 @@
-"""Keys and values of all positions of a batch in memory that is allocated once, behind the cache of transformers.
+"""Keys and values of a batch in memory that is allocated once, behind the cache class of transformers.
 
-Attention sees a window of it: exactly what has been written, without a copy; or, where a step must always have the
-same shapes, a fixed number of positions, of which a mask leaves out the later ones.
+Shape letters: R rows (sequences), H heads, T tokens of the longest sequence, W width of a head.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-@dataclass
-class Opening:
-    """The part of a cache that a forward writes and reads; all of its layers look here.
-
-    Attributes:
-        rows: sequences.
-        positions: int64 `(n,)`, of the tokens that are written.
-        start: tokens before those.
-        window: positions that attention gets.
-    """
-
-    rows: slice
-    positions: Tensor
-    start: int
-    window: int
-
-
 class PreallocatedLayer(DynamicLayer):
-    """One layer's keys and values, `(num_rows, heads, length, width)` each."""
+    """Keys and values of one layer, `(R, H, T, W)` each."""
 
-    def __init__(self, num_rows: int, length: int, opening: Opening):
+    def __init__(self, cache: "PreallocatedCache"):
         super().__init__()
-        self.num_rows, self.length, self.opening = num_rows, length, opening
+        self.sizes = cache.num_rows, cache.length
+        self.opening = cache.opening
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        num_rows, length = self.sizes
         states = (key_states, value_states)
-        self.buffers = [x.new_zeros(self.num_rows, x.shape[1], self.length, x.shape[3]) for x in states]
+        self.buffers = [x.new_zeros(num_rows, x.shape[1], length, x.shape[3]) for x in states]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, positions, window = self.opening.rows, self.opening.positions, self.opening.window
-        written = [buffer[rows] for buffer in self.buffers]
+        opening = self.opening
+        written = [buffer[opening.rows] for buffer in self.buffers]
         for buffer, states in zip(written, (key_states, value_states), strict=True):
-            buffer.index_copy_(2, positions, states)
-        self.keys, self.values = (buffer[:, :, :window] for buffer in written)
+            buffer.index_copy_(2, opening.places, states)
+        self.keys, self.values = (buffer[:, :, : opening.seen] for buffer in written)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Tokens before those of the forward that is going on."""
+        """Tokens before those that the current forward reads."""
         return self.opening.start
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.opening.window, 0
+        return self.opening.seen, 0  # type: ignore[return-value]
+
+
+class Opening:
+    """The part of a cache that the next forward writes and reads; all layers share it.
+
+    Attributes:
+        rows: the sequences of the forward.
+        places: int64 `(n,)`, where the forward writes the keys and values of its n tokens.
+        start: how many tokens precede them.
+        seen: how many places attention gets, from the first one on; a tensor while a forward is recorded.
+    """
+
+    rows: slice
+    places: Tensor
+    start: int
+    seen: int | Tensor
 
 
 class PreallocatedCache(Cache):
-    """A cache for `num_rows` sequences of up to `length` tokens, of which a forward uses the part that was opened.
+    """A cache for R sequences of up to T tokens. Call `open` or `open_at` before every forward.
 
     Args:
-        prior: whose cache it is.
-        num_rows: sequences.
-        length: tokens of the longest.
+        num_layers: layers of the model.
+        num_rows: R.
+        length: T.
+        device: of the model.
     """
 
-    def __init__(self, prior: PreTrainedModel, num_rows: int, length: int):
+    def __init__(self, num_layers: int, num_rows: int, length: int, device: torch.device):
         self.num_rows, self.length = num_rows, length
-        self._all_positions = torch.arange(length, device=prior.device)
-        self.opening = Opening(slice(0, num_rows), self._all_positions[:0], 0, 0)
-        layers = prior.config.num_hidden_layers
-        super().__init__(layers=[PreallocatedLayer(num_rows, length, self.opening) for _ in range(layers)])
+        self.opening = Opening()
+        self._places = torch.arange(length, device=device)
+        self.preallocated = [PreallocatedLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=self.preallocated)  # type: ignore[arg-type]
+
+    @classmethod
+    def around(cls, buffers: list[Tensor]) -> "PreallocatedCache":
+        """A cache in the memory of another one; `buffers` are keys and values of each layer in turn."""
+        num_rows, _, length, _ = buffers[0].shape
+        cache = cls(len(buffers) // 2, num_rows, length, buffers[0].device)
+        for layer, keys, values in zip(cache.preallocated, buffers[::2], buffers[1::2], strict=True):
+            layer.buffers, layer.is_initialized = [keys, values], True
+        return cache
 
     def open(self, rows: slice, start: int, stop: int) -> "PreallocatedCache":
-        """The next forward writes tokens `start` to `stop` of `rows`, and sees all up to `stop`."""
+        """The next forward writes places `start` to `stop` of `rows`, and attention sees all places up to `stop`."""
         opening = self.opening
-        opening.rows, opening.start, opening.window = rows, start, stop
-        opening.positions = self._all_positions[start:stop]
+        opening.rows, opening.places = rows, self._places[start:stop]
+        opening.start, opening.seen = start, stop
         return self
 
-    def open_window(self, rows: slice, position: Tensor, window: int) -> "PreallocatedCache":
-        """The next forward writes the token at `position`, int64 `(1,)`, and gets the first `window` positions, of
-        which `mask` leaves out what is not written yet."""
-        opening = self.opening
-        opening.rows, opening.start, opening.window = rows, 0, window
-        opening.positions = position
-        return self
+    def open_at(self, rows: slice, place: Tensor, seen: int | Tensor) -> "PreallocatedCache":
+        """The next forward writes the place in `place`, int64 `(1,)`, and attention gets the first `seen` places.
 
-    @property
-    def is_allocated(self) -> bool:
-        """Whether a forward has been, which tells what shapes keys and values have."""
-        return all(isinstance(layer, PreallocatedLayer) and layer.is_initialized for layer in self.layers)
+        `place` stays on the device, so one recorded step serves every place. `mask` hides the places after it.
+        """
+        opening = self.opening
+        opening.rows, opening.places = rows, place
+        opening.start, opening.seen = 0, seen
+        return self
 
     @property
     def mask(self) -> Tensor:
-        """bool `(1, 1, 1, window)`: the positions of an open window that have been written."""
-        return (self._all_positions[: self.opening.window] <= self.opening.positions)[None, None, None]
+        """bool `(1, 1, 1, seen)`: which of the places that attention gets have been written."""
+        return (self._places[: self.opening.seen] <= self.opening.places)[None, None, None]
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether a first forward has told the layers the shape of keys and values."""
+        return all(layer.is_initialized for layer in self.preallocated)
+
+    def buffers(self, rows: slice) -> list[Tensor]:
+        """Keys and values of some rows, of each layer in turn."""
+        return [buffer[rows] for layer in self.preallocated for buffer in layer.buffers]

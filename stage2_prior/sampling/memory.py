@@ -1,19 +1,15 @@
 """How many images can be sampled at once in the memory that a device has left."""
 
-from typing import cast
-
-import psutil
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
-# More images at once take as much time each: attention, which every image has of its own, is all of it then.
+from configs.memory import USABLE, free_memory
+from stage2_prior.sampling.decoder import EagerDecoder
+
+# Larger batches take as much time for each image: attention dominates, and no two images share its work.
 LARGEST_BATCH = {"cpu": 64, "cuda": 256}
 
-# Of what is free; the rest is for activations, and for decoding the codes.
-USABLE = 0.6
-
-# Numbers of 8 bytes that a step has at once for each code of each image: logits, probabilities, random numbers.
+# Numbers of 8 bytes that a step holds at once for each image and each code: logits, probabilities, random numbers.
 NUMBERS_PER_CODE = 10
 
 
@@ -30,18 +26,9 @@ def batch_size_that_fits(prior: PreTrainedModel, length: int, guided: bool) -> i
     return max(1, min(LARGEST_BATCH.get(device.type, 64), int(USABLE * free_memory(device)) // each))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def bytes_per_token(prior: PreTrainedModel) -> int:
-    """Of the keys and values that a token leaves in the cache."""
-    cache = DynamicCache()
-    prior(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=prior.device), past_key_values=cache, use_cache=True)
-    states = [state for layer in cast(list[DynamicLayer], cache.layers) for state in (layer.keys, layer.values)]
-    return sum(state.nbytes for state in states if state is not None)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
-    if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + cached
+    """Bytes of the keys and values that one token leaves in the cache."""
+    decoder = EagerDecoder(prior, 1, 1)
+    decoder.read(slice(0, 1), torch.zeros(1, 1, dtype=torch.int64, device=prior.device), 0)
+    return sum(buffer.nbytes for buffer in decoder.cache.buffers(slice(0, 1)))

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
 
+# Of the normal numbers of float32.
+SMALLEST, LARGEST = 2.0**-126, 3.4e38
+
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
 
 
@@ -42,12 +45,19 @@ class SamplingOptions:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        # logits are float32: smaller numbers would become 0 there, larger ones infinite
         ranges = {
-            "guidance_scale": (lambda value: value >= 0, "a number from 0 up (1.0 is no guidance)"),
+            "guidance_scale": (
+                lambda value: 0 <= value <= LARGEST,
+                "a number from 0 up to 3.4e38 (1.0 is no guidance)",
+            ),
             "guidance_power": (lambda value: value > 0, "a number above 0"),
-            "temperature": (lambda value: value >= 0, "a number from 0 up (0.0 is greedy)"),
+            "temperature": (
+                lambda value: value == 0 or SMALLEST <= value <= LARGEST,
+                "a number from 0 up to 3.4e38 (0.0 is greedy), but none between 0 and 1.2e-38",
+            ),
             "top_k": (lambda value: value >= 0 and value % 1 == 0, "a whole number from 0 up (0 is all)"),
-            "top_p": (lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+            "top_p": (lambda value: SMALLEST <= value <= 1, "a number from 1.2e-38 to 1"),
             "min_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
         }
         for name, (holds, allowed) in ranges.items():
@@ -68,6 +78,11 @@ class SamplingOptions:
     def scales(self, length: int) -> list[float]:
         """The guidance scale of each of `length` positions; 1.0 where there is none."""
         return [self._scale(position / length) for position in range(length)]
+
+    def guided_positions(self, length: int) -> range:
+        """From the first to the last position whose scale is not 1.0; only these need unconditional rows."""
+        guided = [position for position, scale in enumerate(self.scales(length)) if scale != 1.0]
+        return range(guided[0], guided[-1] + 1) if guided else range(0)
 
     def _scale(self, t: float) -> float:
         start, stop = self.guidance_interval

@@ -35,7 +35,7 @@ GENERATE = {
     "top_k negative": ({"top_k": -1}, "top_k: received -1; allowed is a whole number from 0 up (0 is all)"),
     "top_k fraction": ({"top_k": 2.5}, "top_k: received 2.5"),
     "top_k NaN": ({"top_k": float("nan")}, "top_k: received nan"),
-    "top_p zero": ({"top_p": 0.0}, "top_p: received 0.0; allowed is a number above 0 and at most 1"),
+    "top_p zero": ({"top_p": 0.0}, "top_p: received 0.0; allowed is a number from 1.2e-38 to 1"),
     "top_p NaN": ({"top_p": float("nan")}, "top_p: received nan"),
     "min_p above 1": ({"min_p": 1.5}, "min_p: received 1.5; allowed is a number from 0 to 1"),
     "output type": ({"output_type": "png"}, "output_type: received 'png'; allowed are 'pil', 'np', 'pt', 'codes'"),

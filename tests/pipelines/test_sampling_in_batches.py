@@ -1,10 +1,14 @@
 """A request that is sampled in several batches, and a sampler that serves several requests."""
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from pipelines import VQGANPipeline, pipeline_vqgan
-from stage2_prior.sampling import memory as sampling_memory
+from pipelines import VQGANPipeline, chunks
+from stage2_prior.sampling import memory
 from tests.devices import DEVICE
 
 
@@ -29,44 +33,91 @@ def generate(pipeline, **options):
 def test_batches_are_as_large_as_fit_the_memory(pipeline, monkeypatch, capfd):
     expected = generate(pipeline)
     token = 2 * 2 * 32 * 4  # keys and values of two layers, 32 wide, in float32
-    needed = 16 * token + 64 * 8 * sampling_memory.NUMBERS_PER_CODE
+    needed = 16 * token + 64 * 8 * memory.NUMBERS_PER_CODE
     pipeline.set_progress_bar_config(disable=False)
     for images, batches in [(12.5, 1), (5.5, 3), (1.5, 12), (0.1, 12)]:
-        free = int(images * needed / sampling_memory.USABLE)
-        monkeypatch.setattr(sampling_memory, "free_memory", lambda device, free=free: free)
+        free = int(images * needed / memory.USABLE)
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert torch.equal(generate(pipeline), expected)
         assert f"{16 * batches}/{16 * batches}" in capfd.readouterr().err  # one bar over all of them
 
 
 def test_guidance_takes_two_rows_an_image(pipeline, monkeypatch):
-    monkeypatch.setattr(sampling_memory, "free_memory", lambda device: 1_000_000)
-    plain, guided = (sampling_memory.batch_size_that_fits(pipeline.prior, 16, guided) for guided in (False, True))
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1_000_000)
+    plain, guided = (memory.batch_size_that_fits(pipeline.prior, 16, guided) for guided in (False, True))
     assert 1 < guided < plain < 64
     monkeypatch.undo()
-    largest = sampling_memory.LARGEST_BATCH.get(DEVICE.type, 64)
-    assert sampling_memory.batch_size_that_fits(pipeline.prior, 16, True) == largest  # there is memory for as many
+    largest = memory.LARGEST_BATCH.get(DEVICE.type, 64)
+    assert memory.batch_size_that_fits(pipeline.prior, 16, True) == largest  # there is memory for as many
 
 
-def test_a_large_batch_is_decoded_in_parts(pipeline, monkeypatch):
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_encoding_and_decoding_take_as_many_images_as_fit(pipeline, monkeypatch, images):
+    """16 × 16 pixels, 8 channels wide at most, float32."""
     whole = pipeline.generate([4], num_images_per_label=5, generator=seeded(), output_type="pt")
-    monkeypatch.setattr(pipeline_vqgan, "PIXELS_AT_ONCE", 2 * 16 * 16)
-    parts = pipeline.generate([4], num_images_per_label=5, generator=seeded(), output_type="pt")
+    codes, decoded = pipeline.encode(whole.images), pipeline.decode(whole.codes, "pt")
+    sizes = []
+    for name in ("encode", "decode"):
+        method = getattr(pipeline.vqgan, name)
+        monkeypatch.setattr(pipeline.vqgan, name, lambda x, method=method: (sizes.append(len(x)), method(x))[1])
+    needed = chunks.MAPS_AT_ONCE * 8 * 16 * 16 * 4
+    free = int((images + 0.5) * needed / chunks.USABLE)
+    monkeypatch.setattr(chunks, "free_memory", lambda device: free)
+    parts = pipeline.generate([4], num_images_per_label=5, generator=seeded(), output_type="pt", batch_size=5)
     assert torch.equal(whole.codes, parts.codes)
     torch.testing.assert_close(whole.images, parts.images)
+    assert torch.equal(pipeline.encode(whole.images), codes)
+    torch.testing.assert_close(pipeline.decode(whole.codes, "pt"), decoded)
+    assert max(sizes) == images and sum(sizes) == 15
 
 
-def test_a_sampler_is_kept_while_it_serves(pipeline):
-    first = generate(pipeline)
-    kept = pipeline._sampler
-    assert torch.equal(generate(pipeline), first) and pipeline._sampler is kept
-    generate(pipeline, top_k=5)
-    assert pipeline._sampler is not kept
+def test_a_request_keeps_its_own_state(pipeline):
+    """Requests of several threads at once, of other sizes and options, have the images of one after another."""
+    requests = [
+        {"class_labels": [1, 2, 3], "guidance_scale": 2.0},
+        {"class_labels": [4], "num_images_per_label": 5, "temperature": 0.7},
+        {"class_labels": [5, 6], "guidance_scale": 3.0, "top_k": 5},
+        {"num_images": 2, "top_p": 0.9},
+    ] * 4
+
+    def answer(number):
+        return pipeline.generate(**requests[number], generator=seeded(number), output_type="codes").codes
+
+    one_by_one = [answer(number) for number in range(len(requests))]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(answer, range(len(requests))))
+    assert all(map(torch.equal, one_by_one, together))
+
+
+def test_a_callback_may_generate(pipeline):
+    inner = []
+    expected = generate(pipeline)
+
+    def callback(position, codes):
+        if position == 7:
+            inner.append(generate(pipeline))
+
+    assert torch.equal(generate(pipeline, callback_on_step_end=callback), expected)
+    assert torch.equal(inner[0], expected)
+
+
+def test_a_callback_may_keep_what_it_gets(pipeline):
+    kept = []
+    codes = generate(pipeline, batch_size=4, callback_on_step_end=lambda position, codes: kept.append(codes))
+    columns = [torch.stack(kept[first : first + 16], 1) for first in range(0, len(kept), 16)]
+    assert torch.equal(torch.cat(columns), codes.flatten(1))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pipeline: pickle.loads(pickle.dumps(pipeline))])
+def test_a_pipeline_that_has_generated_can_be_copied(pipeline, duplicate):
+    expected = generate(pipeline)
+    assert torch.equal(generate(duplicate(pipeline)), expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["written", "replaced", "cast"])
-def test_a_sampler_is_not_kept_when_the_weights_change(pipeline, change):
-    """What was recorded has the old ones."""
+def test_weights_that_change_are_used(pipeline, change):
+    """tests/stage2_prior/sampling/test_recording.py has more ways to change them."""
     generate(pipeline)
     head = pipeline.prior.lm_head
     if change == "written":
@@ -76,3 +127,12 @@ def test_a_sampler_is_not_kept_when_the_weights_change(pipeline, change):
     else:
         pipeline.to(torch.bfloat16)
     assert torch.equal(generate(pipeline), generate(VQGANPipeline(**pipeline.components)))
+
+
+@torch.no_grad()
+def test_another_prior_in_its_place_is_sampled(pipeline):
+    before = generate(pipeline)
+    pipeline.prior = copy.deepcopy(pipeline.prior)
+    pipeline.prior.lm_head.weight.neg_()
+    after = generate(pipeline)
+    assert torch.equal(after, generate(VQGANPipeline(**pipeline.components))) and not torch.equal(after, before)

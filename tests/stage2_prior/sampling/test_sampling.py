@@ -2,14 +2,17 @@
 batches."""
 
 import gc
+import re
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -20,11 +23,12 @@ from transformers import (
 )
 
 from configs.randomness import exponential
-from stage2_prior import sample_codes
-from stage2_prior.sampling import loop as sampling
-from stage2_prior.sampling.cache import PreallocatedCache
-from stage2_prior.sampling.captured_steps import CapturedSteps
-from stage2_prior.sampling.loop import CodeSampler, filter_logits, pick
+from stage2_prior import sample, sample_codes
+from stage2_prior.compat import cache_argument
+from stage2_prior.sampling import loop
+from stage2_prior.sampling.decoder import EagerDecoder
+from stage2_prior.sampling.decoders import make_decoder
+from stage2_prior.sampling.loop import filter_logits, pick
 from stage2_prior.sampling.options import SamplingOptions
 from tests.devices import EXACT_ON_CPU, on_device
 
@@ -51,11 +55,13 @@ def draw(prior, layout, labels, seeds, **options):
     return sample_codes(prior, prompts, nulls, seeds, layout.length, layout.num_codes, SamplingOptions(**options))
 
 
-def make_sampler(prior, layout, batch_size, compiled=False, **options):
-    return CodeSampler(prior, batch_size, 1, layout.length, layout.num_codes, SamplingOptions(**options), compiled)
+def draw_with(decoder, layout, labels, seeds, **options):
+    prompts = layout.class_tokens(labels)[:, None]
+    nulls = torch.full_like(prompts, layout.null_token)
+    return sample(decoder, prompts, nulls, seeds, layout.length, layout.num_codes, SamplingOptions(**options))
 
 
-def race(seeds, position, num_codes):
+def noise(seeds, position, num_codes):
     return exponential(seeds[:, None], torch.tensor(position), torch.arange(num_codes))
 
 
@@ -71,7 +77,7 @@ def draw_naively(prior, layout, labels, seeds, **options):
         if scales[position] != 1:
             free = prior(input_ids=unconditional, use_cache=False).logits[:, -1, : layout.num_codes]
             logits = free + scales[position] * (logits - free)
-        code = pick(logits, race(seeds, position, layout.num_codes), options)[:, None]
+        code = pick(logits, noise(seeds, position, layout.num_codes), options)[:, None]
         conditional, unconditional = torch.cat([conditional, code], 1), torch.cat([unconditional, code], 1)
     return conditional[:, 1:]
 
@@ -96,43 +102,28 @@ def test_codes_are_those_of_a_loop_without_cache(random_prior, layout, model_typ
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_steps_in_windows_choose_the_same_codes(random_prior, layout, model_type, options, monkeypatch):
-    """The steps that CUDA graphs record: what they see beyond what is written must not count."""
-    monkeypatch.setattr(sampling, "BUCKET", 6)
-    monkeypatch.setattr(sampling, "NUMBERS_AT_ONCE", 3 * 15 * 40)  # guidance sets in where others have been left out
+def test_the_fastest_decoder_chooses_the_codes_of_the_eager_one(random_prior, layout, model_type, options, monkeypatch):
     prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
-    sampler = make_sampler(prior, layout, 15, **options)
-    sampler.captured = CapturedSteps(sampler.position, compiled=False)
-    prompts = layout.class_tokens(labels)[:, None]
-    nulls = torch.full_like(prompts, layout.null_token)
-    first, again = (sampler.sample(prompts, nulls, seeds) for _ in range(2))
-    assert torch.equal(first, draw(prior, layout, labels, seeds, **options))
-    assert torch.equal(first, again)  # in memory that was used before
+    expected = draw_with(EagerDecoder(prior, 30, layout.length), layout, labels, seeds, **options)
+    decoder = make_decoder(prior, 30, layout.length, layout.num_codes)
+    assert type(decoder) is not EagerDecoder
+    assert torch.equal(draw_with(decoder, layout, labels, seeds, **options), expected)
+    monkeypatch.setattr(loop, "LARGEST_TABLE", 0)  # noise position by position
+    assert torch.equal(draw_with(decoder, layout, labels, seeds, **options), expected)  # in memory that was used before
 
 
-def test_a_sampler_frees_its_memory_at_once(random_prior, layout):
+def test_a_decoder_frees_its_memory_at_once(random_prior, layout):
     """Keys and values of a batch may fill a GPU: they must not wait for the garbage collector."""
-    sampler = make_sampler(random_prior("llama", layout), layout, 3, guidance_scale=2.0)
-    prompts = torch.full((3, 1), layout.null_token)
+    decoder = make_decoder(random_prior("llama", layout), 6, layout.length, layout.num_codes)
     gc.disable()
     try:
-        sampler.sample(prompts, prompts, torch.arange(3))
-        buffer = weakref.ref(sampler.cache.layers[0].buffers[0])
+        draw_with(decoder, layout, torch.arange(3), torch.arange(3), guidance_scale=2.0)
+        buffer = weakref.ref(decoder.cache.layers[0].buffers[0])
         assert buffer() is not None
-        del sampler
+        del decoder
         assert buffer() is None
     finally:
         gc.enable()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_compiled_step_chooses_the_same_codes(random_prior, layout, model_type):
-    prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
-    sampler = make_sampler(prior, layout, 15, compiled=True, guidance_scale=2.0, top_p=0.9)
-    prompts = layout.class_tokens(labels)[:, None]
-    codes = sampler.sample(prompts, torch.full_like(prompts, layout.null_token), seeds)
-    assert torch.equal(codes, draw(prior, layout, labels, seeds, guidance_scale=2.0, top_p=0.9))
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "top_p": 0.95}], ids=str)
@@ -140,12 +131,11 @@ def test_a_compiled_step_chooses_the_same_codes(random_prior, layout, model_type
 def test_an_image_does_not_depend_on_its_batch(random_prior, layout, model_type, options):
     prior, labels = random_prior(model_type, layout), torch.arange(64) % 5
     seeds = torch.randint(2**62, (64,), generator=torch.Generator().manual_seed(0))
-    prompts = layout.class_tokens(labels)[:, None]
-    nulls = torch.full_like(prompts, layout.null_token)
 
     def in_batches(size, rows):
-        sampler = make_sampler(prior, layout, size, **options)
-        return torch.cat([sampler.sample(prompts[part], nulls[part], seeds[part]) for part in rows.split(size)])
+        decoder = make_decoder(prior, 2 * size, layout.length, layout.num_codes)
+        parts = rows.split(size)
+        return torch.cat([draw_with(decoder, layout, labels[part], seeds[part], **options) for part in parts])
 
     together = in_batches(64, torch.arange(64))
     for size, rows in [(7, torch.arange(63)), (1, torch.arange(0, 64, 8))]:
@@ -233,7 +223,7 @@ def test_filters_always_keep_the_most_likely_code():
 def test_picks_follow_the_probabilities(position):
     probabilities = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
     logits = torch.tensor(probabilities).log().float().expand(20_000, 5)
-    numbers = race(torch.arange(20_000), position, 5)
+    numbers = noise(torch.arange(20_000), position, 5)
     codes = pick(logits, numbers, SamplingOptions()).cpu()
     assert stats.chisquare(np.bincount(codes, minlength=5), probabilities * 20_000).pvalue > 1e-3
     kept = pick(logits, numbers, SamplingOptions(top_k=3)).cpu()
@@ -277,7 +267,7 @@ def filtered_naively(probabilities, temperature=1.0, top_k=0, top_p=1.0, min_p=0
 def test_draws_have_the_distribution_of_a_naive_filter(options):
     probabilities = np.random.default_rng(0).dirichlet(np.full(12, 0.8))
     logits = torch.tensor(probabilities).log().float().expand(50_000, 12)
-    codes = pick(logits, race(torch.arange(50_000), 3, 12), SamplingOptions(**options)).cpu()
+    codes = pick(logits, noise(torch.arange(50_000), 3, 12), SamplingOptions(**options)).cpu()
     expected, counts = filtered_naively(probabilities, **options), np.bincount(codes, minlength=12)
     assert counts[expected == 0].sum() == 0
     assert stats.chisquare(counts[expected > 0], expected[expected > 0] * 50_000).pvalue > 1e-3
@@ -291,9 +281,8 @@ def test_guided_draws_have_the_distribution_of_the_guided_logits(random_prior, l
         logits = prior(input_ids=tokens).logits[:, -1, : layout.num_codes].double()
     expected = (logits[1] + 1.7 * (logits[0] - logits[1])).softmax(-1).cpu().numpy()
     labels = torch.ones(20_000, dtype=torch.int64)
-    prompts = layout.class_tokens(labels)[:, None]
-    sampler = CodeSampler(prior, 20_000, 1, 1, layout.num_codes, SamplingOptions(guidance_scale=1.7))
-    codes = sampler.sample(prompts, torch.full_like(prompts, layout.null_token), torch.arange(20_000)).cpu()
+    layout = replace(layout, grid=(1, 1))
+    codes = draw_with(EagerDecoder(prior, 40_000, 1), layout, labels, torch.arange(20_000), guidance_scale=1.7).cpu()
     often = expected * 20_000 > 5
     counts = np.bincount(codes[:, 0], minlength=layout.num_codes)
     pooled = [[*values[often], values[~often].sum()] for values in (counts, expected * 20_000)]
@@ -329,14 +318,14 @@ def test_two_processes_make_the_images_of_one(tiny_runs, tiny_pipeline, tmp_path
 
 def test_picks_at_two_positions_are_independent():
     logits, seeds = torch.zeros(20_000, 4), torch.arange(20_000)
-    first, second = (pick(logits, race(seeds, position, 4), SamplingOptions()).cpu() for position in (0, 1))
+    first, second = (pick(logits, noise(seeds, position, 4), SamplingOptions()).cpu() for position in (0, 1))
     table = np.bincount(first * 4 + second, minlength=16).reshape(4, 4)
     assert stats.chi2_contingency(table).pvalue > 1e-3
 
 
-def test_a_pick_is_the_winner_of_its_race():
+def test_a_pick_is_the_winner_of_its_noise():
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    codes = pick(logits, race(torch.arange(6), 2, 9), SamplingOptions(temperature=0.5))
+    codes = pick(logits, noise(torch.arange(6), 2, 9), SamplingOptions(temperature=0.5))
     for row in range(6):
         times = [exponential(torch.tensor(row), torch.tensor(2), torch.tensor(code)) for code in range(9)]
         rates = (logits[row] / 0.5).exp()
@@ -367,14 +356,76 @@ def test_a_whole_number_as_float_is_a_top_k(random_prior, layout):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-@torch.no_grad()
-def test_preallocated_cache_equals_dynamic_cache(random_prior, layout, model_type):
+@torch.inference_mode()
+def test_the_eager_decoder_reads_as_with_transformers_own_cache(random_prior, layout, model_type):
     prior = random_prior(model_type, layout)
     tokens = torch.randint(layout.num_codes, (3, 16), generator=torch.Generator().manual_seed(0))
-    preallocated, dynamic = PreallocatedCache(prior, 3, 16), DynamicCache()
+    decoder, dynamic = EagerDecoder(prior, 3, 16), DynamicCache()
     for start, stop in [(0, 5), *((n, n + 1) for n in range(5, 16))]:
-        preallocated.open(slice(0, 3), start, stop)
-        logits = [prior(input_ids=tokens[:, start:stop], past_key_values=c).logits for c in (preallocated, dynamic)]
-        torch.testing.assert_close(*logits, **EXACT_ON_CPU)
-    for mine, theirs in zip(preallocated.layers, dynamic.layers, strict=True):
+        settings = {"use_cache": True, "logits_to_keep": 1, cache_argument(prior): dynamic}
+        expected = prior(input_ids=tokens[:, start:stop], **settings).logits
+        read = decoder.read(slice(0, 3), tokens[:, start:stop], start)
+        torch.testing.assert_close(read, expected[:, -1], **EXACT_ON_CPU)
+    for mine, theirs in zip(decoder.cache.layers, dynamic.layers, strict=True):
         torch.testing.assert_close((mine.keys, mine.values), (theirs.keys, theirs.values), **EXACT_ON_CPU)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 2), slice(2, 4), slice(0, 4)])
+@torch.inference_mode()
+def test_a_decoder_may_read_from_an_earlier_place_again(random_prior, layout, rows):
+    prior = random_prior("llama", layout)
+    tokens = torch.randint(layout.num_codes, (4, 16), generator=torch.Generator().manual_seed(1))
+    decoder = make_decoder(prior, 4, 16, layout.num_codes)
+    decoder.read(slice(0, 4), tokens.flip(0), 0)
+    decoder.read(rows, tokens[rows, :9], 0)
+    expected = prior(input_ids=tokens[rows, :10], use_cache=False).logits[:, -1]
+    torch.testing.assert_close(decoder.read(rows, tokens[rows, 9:10], 9), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["a NaN in the output layer", "an infinity in the embedding", {"guidance_scale": 3e38}],
+    ids=str,
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(random_prior, layout, fault, temperature):
+    prior, options = random_prior("llama", layout), {"temperature": temperature}
+    with torch.no_grad():
+        if fault == "a NaN in the output layer":
+            prior.lm_head.weight[3, 0] = float("nan")
+        elif fault == "an infinity in the embedding":
+            prior.get_input_embeddings().weight[layout.num_codes :] = float("inf")
+        else:
+            options |= fault
+            prior.lm_head.weight.mul_(100)
+    with pytest.raises(FloatingPointError, match=r"the logits of \d+ of 5 images were NaN or infinite"):
+        draw(prior, layout, torch.arange(5), torch.arange(5), **options)
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", 1e-50), ("top_p", 1e-300), ("guidance_scale", 1e300)])
+def test_options_that_float32_cannot_hold_are_refused(name, value):
+    with pytest.raises(ValueError, match=re.escape(f"{name}: received {value}; allowed is")):
+        SamplingOptions(**{name: value})
+
+
+def test_the_smallest_options_take_the_most_likely_code(random_prior, layout):
+    prior, seeds = random_prior("llama", layout), torch.arange(5)
+    greedy = draw(prior, layout, torch.arange(5), seeds, temperature=0.0)
+    for options in ({"temperature": 2e-38}, {"top_p": 2e-38}):
+        assert torch.equal(draw(prior, layout, torch.arange(5), seeds, **options), greedy)
+
+
+def test_nothing_waits_for_the_device_between_codes(random_prior, layout):
+    """Each read of a number on the host makes a GPU wait; the loop has one, after the last code."""
+    decoder = EagerDecoder(random_prior("llama", layout), 6, layout.length)
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Reads.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
+            return function(*args, **(kwargs or {}))
+
+    with Reads():
+        draw_with(decoder, layout, torch.arange(3), torch.arange(3), guidance_scale=2.0, top_p=0.9, top_k=9, min_p=0.1)
+    assert Reads.count == 1

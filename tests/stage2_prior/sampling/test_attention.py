@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from stage2_prior import SamplingOptions, sample_codes
-from stage2_prior.sampling.attention import UnknownAttentionError, attends_plainly, decode_attention, decoding
-from stage2_prior.sampling.captured_steps import CapturedSteps
-from stage2_prior.sampling.loop import CodeSampler, forward
+from stage2_prior import SamplingOptions, sample
+from stage2_prior.sampling.attention import UnknownAttentionError, decode_attention, use_decode_attention
+from stage2_prior.sampling.decoder import EagerDecoder
+from stage2_prior.sampling.graphs import GraphDecoder
 from tests.devices import DEVICE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -85,14 +85,15 @@ def test_the_kernel_chooses_the_same_codes(random_prior, layout, model_type):
     prior = random_prior(model_type, layout).to(DEVICE)
     options = SamplingOptions(guidance_scale=2.0, guidance_interval=(0.5, 0.9))
     prompts = layout.class_tokens(torch.arange(2))[:, None].to(DEVICE)
-    asked = prompts, torch.full_like(prompts, layout.null_token), torch.arange(2, device=DEVICE)
-    sampler = CodeSampler(prior, 2, 1, layout.length, layout.num_codes, options)
-    sampler.captured = sampler.captured or CapturedSteps(sampler.position, compiled=False)
-    sampler.exact = attends_plainly(prior, forward)
-    assert sampler.exact
-    expected = sample_codes(prior.cpu(), *(x.cpu() for x in asked), layout.length, layout.num_codes, options)
-    prior.to(DEVICE)
-    assert torch.equal(sampler.sample(*asked).cpu(), expected)
+    nulls, seeds = torch.full_like(prompts, layout.null_token), torch.arange(2, device=DEVICE)
+    decoder = GraphDecoder(prior, 4, layout.length)
+    decoder.reads_exactly = decoder.reads_exactly or use_decode_attention(decoder.model)
+    assert decoder.reads_exactly
+    eager = EagerDecoder(prior, 4, layout.length)
+    codes, expected = (
+        sample(each, prompts, nulls, seeds, layout.length, layout.num_codes, options) for each in (decoder, eager)
+    )
+    assert torch.equal(codes, expected)
 
 
 @pytest.mark.parametrize("setting", ["softcap", "s_aux", "sliding_window"])
@@ -110,18 +111,19 @@ def test_heads_that_do_not_fit_are_refused(shapes):
         decode_attention(torch.nn.Module(), *map(torch.zeros, shapes), torch.zeros(1, 1, 1, 1))
 
 
-def test_a_prior_with_a_sliding_window_keeps_windows(random_prior, layout, caplog):
+def test_a_model_whose_attention_is_another_keeps_it(random_prior, layout, caplog):
     prior = random_prior("qwen3", layout, use_sliding_window=True, sliding_window=4, max_window_layers=0)
     before = prior.config._attn_implementation
-    assert not attends_plainly(prior, forward)
+    assert not use_decode_attention(prior)
     assert "sliding_window" in caplog.text
     assert prior.config._attn_implementation == before
 
 
-def test_a_model_has_its_own_attention_again(random_prior, layout):
+def test_a_graph_decoder_leaves_the_prior_its_attention(random_prior, layout):
     prior = random_prior("llama", layout)
     before = prior.config._attn_implementation
-    with pytest.raises(RuntimeError, match="inside"), decoding(prior):
-        assert prior.config._attn_implementation != before
-        raise RuntimeError("inside")
-    assert prior.config._attn_implementation == before
+    decoder = GraphDecoder(prior, 1, layout.length)
+    decoder.model.set_attn_implementation("eager")
+    assert prior.config._attn_implementation == before != decoder.model.config._attn_implementation
+    shared = zip(prior.parameters(), decoder.model.parameters(), strict=True)
+    assert all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in shared)

@@ -1,0 +1,100 @@
+"""Chooses the fastest decoder that a prior allows, and keeps it from request to request."""
+
+import logging
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from transformers import PreTrainedModel
+
+from stage2_prior.sampling.decoder import Decoder, EagerDecoder
+from stage2_prior.sampling.graphs import GraphDecoder
+from stage2_prior.sampling.recording import ROWS, disagreement, state_of, why_not_recordable
+from stage2_prior.sampling.traced import TracedDecoder
+
+logger = logging.getLogger(__name__)
+
+
+def make_decoder(
+    prior: PreTrainedModel, num_rows: int, length: int, num_codes: int, compiled: bool = False
+) -> EagerDecoder:
+    """The fastest decoder that serves a prior and agrees with `EagerDecoder`; otherwise that one, with a warning.
+
+    Args:
+        prior: causal language model, in evaluation mode.
+        num_rows: sequences of the largest call.
+        length: tokens of the longest sequence.
+        num_codes: K; the comparison reads tokens below it.
+        compiled: torch.compile makes the step.
+
+    Raises:
+        ValueError: `compiled`, and no recorded step serves the prior.
+    """
+    reason = why_not_recordable(prior, length)
+    on_cuda = prior.device.type == "cuda"
+    if reason is None and (on_cuda or compiled or prior.device.type == "cpu"):
+        try:
+            candidate: EagerDecoder = (
+                GraphDecoder(prior, ROWS, length, compiled)
+                if on_cuda or compiled
+                else TracedDecoder(prior, ROWS, length)
+            )
+            reason = disagreement(prior, candidate, length, num_codes)
+            if reason is None:
+                return candidate.resized(num_rows)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+    if compiled:
+        raise ValueError(
+            f"compiled: received True; no step of this {prior.config.model_type} can be recorded: {reason}"
+        )
+    if reason is not None:
+        warn_once(f"sampling from this {prior.config.model_type} takes the slower plain forward: {reason}")
+    return EagerDecoder(prior, num_rows, length)
+
+
+@lru_cache
+def warn_once(message: str) -> None:
+    """Logs a warning, the same one once in a process."""
+    logger.warning("%s", message)
+
+
+class DecoderPool:
+    """Keeps a decoder from request to request. Each request borrows it alone, so threads never share a cache.
+
+    Args:
+        length: tokens of the longest sequence.
+        num_codes: K.
+    """
+
+    def __init__(self, length: int, num_codes: int):
+        self.length, self.num_codes = length, num_codes
+        self.compiled = False
+        self._free: list[tuple[object, EagerDecoder]] = []
+
+    @contextmanager
+    def borrow(self, prior: PreTrainedModel, num_rows: int) -> Iterator[Decoder]:
+        """A decoder for one request: the kept one, if no other request has it and its prior is unchanged, or a new one.
+
+        It is kept for the next request unless this one fails.
+        """
+        state = (self.compiled, torch.is_inference_mode_enabled(), state_of(prior))
+        decoder = self._take(state)
+        if decoder is None:
+            decoder = make_decoder(prior, num_rows, self.length, self.num_codes, self.compiled)
+        decoder = decoder.resized(num_rows)
+        yield decoder
+        self._free[:] = [(state, decoder)]
+
+    def _take(self, state: object) -> EagerDecoder | None:
+        try:
+            kept, decoder = self._free.pop()
+        except IndexError:
+            return None
+        return decoder if kept == state else None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles of a pipeline make decoders of their own."""
+        return {**self.__dict__, "_free": []}
