@@ -16,6 +16,9 @@ from stage2_prior.sampling.traced import TracedDecoder
 
 logger = logging.getLogger(__name__)
 
+# The faster decoder of each kind of device.
+FASTER: dict[str, type[GraphDecoder] | type[TracedDecoder]] = {"cuda": GraphDecoder, "cpu": TracedDecoder}
+
 
 def make_decoder(
     prior: PreTrainedModel, num_rows: int, length: int, num_codes: int, compiled: bool = False
@@ -27,31 +30,27 @@ def make_decoder(
         num_rows: sequences of the largest call.
         length: tokens of the longest sequence.
         num_codes: K; the comparison reads tokens below it.
-        compiled: torch.compile makes the step.
+        compiled: torch.compile compiles the step.
 
     Raises:
         ValueError: `compiled`, and no recorded step serves the prior.
     """
+    kind = GraphDecoder if compiled else FASTER.get(prior.device.type)
+    if kind is None:
+        return EagerDecoder(prior, num_rows, length)
     reason = why_not_recordable(prior, length)
-    on_cuda = prior.device.type == "cuda"
-    if reason is None and (on_cuda or compiled or prior.device.type == "cpu"):
+    if reason is None:
         try:
-            candidate: EagerDecoder = (
-                GraphDecoder(prior, ROWS, length, compiled)
-                if on_cuda or compiled
-                else TracedDecoder(prior, ROWS, length)
-            )
+            candidate = GraphDecoder(prior, ROWS, length, compiled=True) if compiled else kind(prior, ROWS, length)
             reason = disagreement(prior, candidate, length, num_codes)
-            if reason is None:
-                return candidate.resized(num_rows)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+    if reason is None:
+        return candidate.resized(num_rows)
     if compiled:
-        raise ValueError(
-            f"compiled: received True; no step of this {prior.config.model_type} can be recorded: {reason}"
-        )
-    if reason is not None:
-        warn_once(f"sampling from this {prior.config.model_type} takes the slower plain forward: {reason}")
+        message = f"compiled: received True, but the step of this {prior.config.model_type} cannot be recorded"
+        raise ValueError(f"{message}: {reason}")
+    warn_once(f"sampling from this {prior.config.model_type} uses the plain forward, which is slower: {reason}")
     return EagerDecoder(prior, num_rows, length)
 
 
