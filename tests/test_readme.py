@@ -1,61 +1,132 @@
-"""The README: its Python runs, and the commands, presets, keys and make targets it names exist."""
+"""The documentation: its Python runs; commands, presets, keys, options, links and files that it names exist."""
 
+import ast
 import re
 import shlex
+import tomllib
+from dataclasses import fields, is_dataclass
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
 
 import pytest
+from transformers import LlamaConfig, TrainingArguments
 
 from configs import load_config, parse_arguments
+from configs.loader import key_of
 from configs.yaml_files import preset_names
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig
 from pipelines.evaluate import EvaluationConfig
-from stage1_vqgan import Stage1Config, VQGANImageProcessor, VQGANModel
+from stage1_vqgan import Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.convert.command import ConvertConfig
+from stage1_vqgan.evaluate import EvaluationConfig as ReconstructionConfig
+from stage1_vqgan.quantizers import QUANTIZERS
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.prior import build_prior
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PACKAGES = ["configs", "stage1_vqgan", "stage2_prior", "pipelines", "benchmarks"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "configs/accelerate/README.md",
+    *(f"{package}/README.md" for package in PACKAGES),
+]
 CONFIGS = {
     "stage1_vqgan.convert": ConvertConfig,
+    "stage1_vqgan.evaluate": ReconstructionConfig,
     "stage1_vqgan.train": Stage1Config,
     "stage2_prior.tokenize": Stage2Config,
     "stage2_prior.train": Stage2Config,
     "pipelines.build": BuildConfig,
     "pipelines.evaluate": EvaluationConfig,
 }
+# Sections whose keys are those of other classes.
+FREE_SECTIONS = {
+    "model": {field.name for kind in (VQGANConfig, LlamaConfig) for field in fields(kind)} | {"model_type"},
+    "training_arguments": {field.name for field in fields(TrainingArguments)},
+}
+
+# Commands of earlier commits, which the text names with what was measured then.
+EARLIER_COMMANDS = {"benchmarks.sampling"}
+
+every_document = pytest.mark.parametrize("document", DOCUMENTS)
 
 
-def blocks(language: str) -> list[str]:
-    pattern = rf"(<!-- not run -->\s*)?^```{language}\n(.*?)^```"
-    found = re.findall(pattern, README, re.MULTILINE | re.DOTALL)
-    return [text for not_run, text in found if not (not_run and language == "python")]
+@cache
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text()
 
 
-def command_lines() -> list[list[str]]:
-    """Words of every shell command, without comments and prompts."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line.removeprefix("$ "), comments=True))]
+class Block(NamedTuple):
+    """A fenced block, and what the comment above it says: "not run: reason", for instance."""
+
+    comment: str
+    text: str
 
 
-def launched() -> list[tuple[str, list[str]]]:
+def blocks(document: str, language: str) -> list[Block]:
+    pattern = rf"(?:<!-- (.*?) -->\s*)?^```{language}\n(.*?)^```"
+    return [Block(*found) for found in re.findall(pattern, text_of(document), re.MULTILINE | re.DOTALL)]
+
+
+def prose(document: str) -> str:
+    """The text without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text_of(document), flags=re.MULTILINE | re.DOTALL)
+
+
+def code_spans(document: str) -> list[str]:
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(document))]
+
+
+def command_lines(document: str) -> list[list[str]]:
+    """Words of every shell command in blocks and in the text, without comments."""
+    in_blocks = "\n".join(block.text for block in blocks(document, "bash")).replace("\\\n", " ").splitlines()
+    in_text = [span for span in code_spans(document) if re.match(r"(python|accelerate|make|pip|--)\b|--\w", span)]
+    return [words for line in in_blocks + in_text if (words := shlex.split(line, comments=True))]
+
+
+def launched(document: str) -> list[tuple[str, list[str]]]:
     """Modules of ours that are launched, and their arguments."""
-    pattern = re.compile(r"(configs|stage1_vqgan|stage2_prior|pipelines|benchmarks)\.\w+")
     return [
         (word, words[place + 2 :])
-        for words in command_lines()
+        for words in command_lines(document)
         for place, (flag, word) in enumerate(pairwise(words))
-        if flag == "-m" and pattern.fullmatch(word)
+        if flag == "-m" and word.partition(".")[0] in PACKAGES
     ]
+
+
+def keys_of(section: type, prefix: str = "") -> set[str]:
+    """All keys of a section and of those in it, with dots."""
+    hints, keys = get_type_hints(section), set()
+    for field in fields(section):
+        key = prefix + key_of(field)
+        keys |= {key, *(keys_of(hints[field.name], f"{key}.") if is_dataclass(hints[field.name]) else ())}
+        keys |= {f"{key}.{name}" for name in FREE_SECTIONS.get(key, ())}
+    return keys
+
+
+ALL_KEYS = set().union(*map(keys_of, CONFIGS.values()))
+SECTIONS = {key.partition(".")[0] for key in ALL_KEYS if "." in key}
+
+
+def options_of(module: str) -> set[str]:
+    """Options of a command that reads its arguments by argparse, or of our other commands their keys."""
+    if module in CONFIGS:
+        return keys_of(CONFIGS[module]) | {"help"}
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None, f"there is no module {module}"
+    return set(re.findall(r'"--([\w-]+)"', Path(spec.origin).read_text())) | {"help"}
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch) -> None:
-    """Makes the current folder one in which `make demo` might have run: its pipeline, untrained."""
+    """Enters a folder in which `make demo` might have run: it holds the demo's pipeline, untrained."""
     stage1, stage2 = (
         load_config(cls, f"digits/{name}") for cls, name in ((Stage1Config, "stage1"), (Stage2Config, "stage2"))
     )
@@ -64,51 +135,211 @@ def runs(tmp_path, monkeypatch) -> None:
     layout = TokenLayout(vqgan.config.num_embeddings, names, (4, 4), 4, vqgan.compute_fingerprint())
     prior, processor = build_prior(stage2.model, layout), VQGANImageProcessor(vqgan.config.image_size, 1)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     VQGANPipeline(vqgan, prior, processor, layout).save_pretrained("runs/digits/pipeline")
 
 
-def test_python_blocks_run(runs, monkeypatch):
-    monkeypatch.setattr("PIL.Image.Image.show", lambda image: None)  # tests open no windows
-    names: dict = {"__name__": "readme"}
-    assert blocks("python"), "the README shows no Python"
-    for text in blocks("python"):
-        exec(compile(text, "README.md", "exec"), names)
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document, "python")])
+def test_python_blocks_run(document, runs):
+    """A block marked as not run gives a reason; its imports are run all the same."""
+    names: dict[str, Any] = {"__name__": "readme"}
+    for comment, text in blocks(document, "python"):
+        tree = ast.parse(text)
+        if comment.startswith("not run"):
+            assert re.match(r"not run: \w.+", comment), f"{document}: a block is not run, and gives no reason"
+            tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec(compile(tree, document, "exec"), names)
 
 
-def test_launched_modules_can_be_imported():
-    assert launched(), "the README launches nothing"
-    for module, _ in launched():
-        import_module(module)
+def test_the_front_page_runs_python_and_commands():
+    assert [block for block in blocks("README.md", "python") if not block.comment.startswith("not run")]
+    assert {"stage1_vqgan.train", "stage2_prior.tokenize", "stage2_prior.train", "pipelines.build"} <= {
+        module for module, _ in launched("README.md")
+    }
 
 
-def test_launched_configurations_can_be_loaded():
-    for module, arguments in launched():
-        if module in CONFIGS:
-            name, overrides, problems = parse_arguments(arguments)
-            assert not problems
-            if name is not None and name.removeprefix("configs/").removesuffix(".yaml") not in preset_names():
-                pytest.fail(f"README.md: {module} is launched with {name!r}, which is no preset")
+def test_the_front_page_is_short():
+    assert len(text_of("README.md").splitlines()) <= 150
+
+
+@every_document
+def test_launched_modules_are_commands(document):
+    for module, _ in launched(document):
+        path = Path(str(import_module(module).__file__))
+        is_command = path.name == "__init__.py" or "__main__" in path.read_text()
+        assert is_command or module in EARLIER_COMMANDS, f"{document}: {module} is no command"
+
+
+@every_document
+def test_launched_configurations_can_be_loaded(document):
+    """CONFIG stands for a configuration of the reader's own."""
+    for module, arguments in launched(document):
+        if module not in CONFIGS:
+            unknown = {word for word in arguments if word.startswith("--")} - {f"--{o}" for o in options_of(module)}
+            assert not unknown, f"{document}: {module} has no {unknown}"
+            continue
+        name, overrides, problems = parse_arguments([word for word in arguments if word != "--help"])
+        assert not problems
+        assert overrides.keys() <= keys_of(CONFIGS[module]), f"{document}: {module}"
+        if name is not None and name != "CONFIG":
+            assert name.removeprefix("configs/").removesuffix(".yaml") in preset_names(), f"{document}: {name}"
+        if name != "CONFIG" and len(arguments) > 1 and "--help" not in arguments and "FOLDER" not in arguments:
             load_config(CONFIGS[module], name, overrides)
 
 
-def test_make_targets_exist():
+@every_document
+def test_options_in_the_text_exist(document):
+    """Of the commands of ours, and of those of others that the text names with them."""
+    others = {"multi_gpu", "num_processes", "cpu", "config_file", "device", "dist", "mixed_precision"}
+    known = ALL_KEYS | others | options_of("benchmarks.recipes") | options_of("benchmarks.run") | {"help"}
+    spans = [span for span in code_spans(document) if span.startswith("--")]
+    named = {word[2:].partition("=")[0] for span in spans for word in span.split() if word.startswith("--")}
+    assert named <= known, f"{document}: {named - known}"
+
+
+@every_document
+def test_keys_in_the_text_exist(document):
+    """Such as `loss.l1_weight`, also followed by a value."""
+    spans = {span.split()[0] for span in code_spans(document)}
+    dotted = {span for span in spans if re.fullmatch(rf"({'|'.join(SECTIONS)})(\.\w+)+", span)}
+    dotted = {span for span in dotted if not span.endswith((".py", ".yaml", ".safetensors"))}
+    assert dotted <= ALL_KEYS, f"{document}: {dotted - ALL_KEYS}"
+
+
+def table(document: str, *head: str) -> list[list[list[str]]]:
+    """Code spans in the cells of the table with these names of columns, row by row."""
+    lines = prose(document).splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith(f"| {' | '.join(head)}"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split(" | ")])
+    return rows
+
+
+def test_the_table_of_quantizers_is_complete():
+    documented = {row[0][0]: row[2] for row in table("stage1_vqgan/README.md", "kind", "how")}
+    assert documented == {name: [option.name for option in fields(kind.Options)] for name, kind in QUANTIZERS.items()}
+
+
+def test_the_table_of_options_of_generate_is_complete():
+    documented = [row[0][0] for row in table("pipelines/README.md", "argument")]
+    assert documented == list(signature(VQGANPipeline.generate).parameters)[1:]
+
+
+def test_the_table_of_presets_is_complete():
+    documented = [name for row in table("configs/README.md", "preset") for name in row[0]]
+    assert sorted(documented) == sorted(preset_names())
+
+
+@every_document
+def test_tables_of_keys_name_keys_that_exist(document):
+    heads = re.findall(r"^\| key \|.*$", prose(document), re.MULTILINE)
+    for head in heads:
+        named = {key.split()[0] for row in table(document, *head.strip("| ").split(" | ")) for key in row[0]}
+        assert named <= ALL_KEYS, f"{document}: {named - ALL_KEYS}"
+
+
+@every_document
+def test_make_targets_and_extras_exist(document):
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {word for words in command_lines() if words[0] == "make" for word in words[1:] if "=" not in word}
-    named |= set(re.findall(r"`make ([\w-]+)`", README))
-    assert named, "the README names no make target"
-    assert named <= targets
+    commands = command_lines(document)
+    named = {word for words in commands if words[0] == "make" for word in words[1:] if "=" not in word}
+    assert named <= targets, f"{document}: {named - targets}"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = {extra for words in commands if words[0] == "pip" for extra in re.findall(r"\[([\w-]+)\]", words[-1])}
+    assert asked <= extras.keys(), f"{document}: {asked - extras.keys()}"
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith(("http", "#"))]
-    assert [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-def test_the_map_names_files_that_exist():
-    folder, missing, lines = "", [], re.findall(r"^    ( *)([\w/]+(?:\.py)?)  +\S", README, re.MULTILINE)
-    for indent, name in lines:
-        folder = name if not indent else folder
-        path = ROOT / name if not indent else ROOT / folder / name
-        missing += [] if path.exists() else [str(path.relative_to(ROOT))]
-    assert lines, "the README has no map of the code"
-    assert missing == []
+@every_document
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)]+)\)", prose(document)):
+        if link.startswith("http"):
+            continue
+        path, _, place = link.partition("#")
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), f"{document}: {link}"
+        assert target.resolve().is_relative_to(ROOT), f"{document}: {link} leaves the repository"
+        if place:
+            headings = re.findall(r"^#+ (.+)$", prose(str(target.resolve().relative_to(ROOT))), re.MULTILINE)
+            assert place in map(anchor, headings), f"{document}: {link}"
+
+
+@every_document
+def test_files_in_the_text_exist(document):
+    """A path starts at the root or at the document's own folder; what runs leave is not looked for."""
+    folders = [ROOT, (ROOT / document).parent]
+    ours = "|".join([*PACKAGES, "tests", "data", "training", "convert", "sampling"])
+    for span in code_spans(document):
+        if re.fullmatch(rf"[\w*]+\.py|({ours})/[\w./*]*", span) and not span.startswith("data/*"):
+            assert any(list(folder.glob(span)) for folder in folders), f"{document}: {span}"
+
+
+class Entry(NamedTuple):
+    """A line of a map: how deep it is indented, what it names, and what it says."""
+
+    depth: int
+    name: str
+    words: str
+
+
+def entries(text: str) -> list[Entry]:
+    lines = [re.match(r"( *)(\S+)  +(\S.*)", line) for line in text.splitlines()]
+    assert all(lines), "a line of a map has no name or no description"
+    return [Entry(len(line[1]) // 2, line[2], line[3]) for line in lines if line]
+
+
+def mapped(document: str) -> dict[Path, Entry]:
+    """Files and folders that the map names."""
+    (block,) = blocks(document, "text")
+    found: dict[Path, Entry] = {}
+    folder = start = (ROOT / document).parent
+    for entry in entries(block.text):
+        above = folder if entry.depth else start
+        path = above / entry.name
+        assert path not in found, f"{document}: the map names {entry.name} twice"
+        found[path] = entry
+        if not entry.depth:
+            folder = path
+    return found
+
+
+MAPPED = [document for document in DOCUMENTS if blocks(document, "text")]
+
+
+def test_every_package_has_a_map():
+    assert set(MAPPED) == {"README.md", *(f"{package}/README.md" for package in PACKAGES)}
+
+
+@pytest.mark.parametrize("document", MAPPED)
+def test_maps_name_what_exists(document):
+    wrong = [str(path.relative_to(ROOT)) for path in mapped(document) if not path.exists()]
+    assert wrong == []
+    assert [entry.name for path, entry in mapped(document).items() if path.is_dir() != entry.name.endswith("/")] == []
+
+
+def rooms(folder: Path) -> set[Path]:
+    """What a map of this folder must name: its Python files, and the folders that hold any or settings."""
+    files = {path for path in folder.glob("*.py") if not path.name.startswith("__")}
+    return files | {path.parent for ending in ("py", "yaml") for path in folder.glob(f"*/*.{ending}")}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_maps_are_complete(package):
+    """The map of a package names all that lies at its top; a folder is described by its line, or file by file."""
+    found = mapped(f"{package}/README.md")
+    opened = {path.parent for path, entry in found.items() if entry.depth}
+    for folder in {ROOT / package, *opened}:
+        listed = {path for path in found if path.parent == folder}
+        assert listed == rooms(folder), f"{folder.name}: {sorted(p.name for p in listed ^ rooms(folder))}"
+
+
+def test_the_front_page_maps_all_packages():
+    found = {path for path, entry in mapped("README.md").items() if not entry.depth and path.is_dir()}
+    assert found == {path.parent for path in ROOT.glob("*/__init__.py")}
