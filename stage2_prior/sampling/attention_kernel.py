@@ -1,10 +1,10 @@
-"""Attention of one token over exactly the positions that are there, in Triton.
+"""Attention of one token over exactly the positions that have been written, as a Triton kernel.
 
-How many there are is read from the device's memory, so that one recorded step serves every position. One program of
-one warp has a row and a key-value head, with all queries that share it, and reads its keys and values once, in the
-order they lie in memory. Positions are not split among programs: one has 8 blocks to read at 256 codes, a few of the 30
-microseconds that the launches of a layer take for one image, and from 11 guided images on a prior with 12 heads gives
-each of the 132 processors of an H200 two programs anyway.
+The kernel reads their number from the device's memory, so one recorded step serves every position. One program of one
+warp computes one row and one key-value head, with all queries that share the head. It reads the head's keys and values
+once, in the order in which they lie in memory. Positions are not split among programs. At 256 codes a program reads 8
+blocks, which takes a few of the 30 microseconds that the launches of one layer take for one image. From 11 guided
+images on, a prior with 12 heads gives each of the 132 processors of an H200 two programs anyway.
 """
 
 import torch
@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Numbers of the queries of a program, each padded to a power of two, that fit its registers beside a block of keys.
+# Largest product of queries and width of a program, both padded to powers of two: they fit the registers beside a block
+# of keys.
 LARGEST_GROUP = 512
 
-# Positions that are read at once: enough to fill the memory's queue with the 25 programs that a processor has room for.
+# Positions that a program reads at once: the 25 programs that fit a processor then fill the queue of its memory.
 LARGEST_BLOCK = 32
 
 
@@ -45,7 +46,7 @@ def _attend(
     row = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     length = tl.load(last) + 1
-    # all tensors are (queries, positions, width), so that nothing changes its place between threads
+    # all tensors have the axes (queries, positions, width), so no value moves between threads
     group = tl.arange(0, GROUP_BLOCK)[:, None, None]
     block = tl.arange(0, BLOCK)[None, :, None]
     width = tl.arange(0, WIDTH_BLOCK)[None, None, :]
@@ -55,7 +56,7 @@ def _attend(
     key += row * key_row + head * key_head
     value += row * value_row + head * value_head
 
-    # softmax as it goes: the largest score so far, the sum of exponentials, and the weighted sum of values
+    # running softmax: the largest score so far, the sum of exponentials, and the weighted sum of values
     largest = tl.full([GROUP_BLOCK, 1, 1], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK, 1, 1], tl.float32)
     weighted = tl.zeros([GROUP_BLOCK, 1, WIDTH_BLOCK], tl.float32)
@@ -76,7 +77,7 @@ def _attend(
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel knows tensors of such shapes; see [`attend`]."""
+    """Whether the kernel computes tensors of these shapes; see `attend`."""
     return query.shape[2] == 1 and key.shape == value.shape and _padded(query, key) <= LARGEST_GROUP
 
 
@@ -86,10 +87,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, last: Tensor, scaling: flo
 
     Args:
         query: `(rows, heads, 1, width)`, float32, float16 or bfloat16.
-        key: `(rows, key-value heads, positions, width)`; each of its heads serves as many queries, one after another.
-        value: likewise.
-        last: int64, one number on the device; less than positions.
-        scaling: of the scores.
+        key, value: `(rows, key-value heads, positions, width)`; each key-value head serves a group of adjacent queries.
+        last: int64, one number on the device, below the number of positions.
+        scaling: factor of the scores.
 
     Returns:
         `(rows, 1, heads, width)`: heads after tokens, as transformers' attention returns them.

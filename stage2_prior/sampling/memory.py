@@ -1,4 +1,4 @@
-"""How many images can be sampled at once in the memory that a device has left."""
+"""How many images a device has the memory to sample at once."""
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ def batch_size_that_fits(prior: PreTrainedModel, length: int, guided: bool) -> i
     Args:
         prior: causal language model, on its device.
         length: tokens of a sequence.
-        guided: whether there is an unconditional row beside that of each image.
+        guided: whether each image has an unconditional row as well.
     """
     device = prior.device
     each = (2 if guided else 1) * length * bytes_per_token(prior) + 8 * NUMBERS_PER_CODE * prior.config.vocab_size

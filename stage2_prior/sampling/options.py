@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
 
-# Of the normal numbers of float32.
+# The smallest and the largest number that float32 holds in full precision.
 SMALLEST, LARGEST = 2.0**-126, 3.4e38
 
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
@@ -17,14 +17,14 @@ class SamplingOptions:
 
     Args:
         guidance_scale: s in u + s·(c - u) on the logits; 1.0 is no guidance.
-        guidance_schedule: "constant"; "linear" or "cosine" lets guidance grow from 1.0 at the first code towards
-            guidance_scale at the last, as t^power or (1 - cos(π·t^power)) / 2, t the share of codes chosen before.
-        guidance_power: see above; above 1 guidance sets in later.
-        guidance_interval: (start, stop) in t; outside start ≤ t < stop there is no guidance, and no cost of it.
-        temperature: divides the logits; 0.0 is greedy.
-        top_k: only the k most likely codes; 0 is all.
-        top_p: only the most likely codes whose probabilities sum to p.
-        min_p: only codes at least min_p times as likely as the most likely one.
+        guidance_schedule: "constant"; or "linear" or "cosine": guidance grows from 1.0 at the first code towards
+            guidance_scale at the last, as t^power or (1 - cos(π·t^power)) / 2. t is the share of codes chosen before.
+        guidance_power: the power above; guidance starts later if it is above 1.
+        guidance_interval: (start, stop) in t. Positions outside start ≤ t < stop are not guided, which halves their cost.
+        temperature: divides the logits; 0.0 takes the most likely code.
+        top_k: keeps the k most likely codes; 0 keeps all.
+        top_p: keeps the most likely codes whose probabilities sum to p.
+        min_p: keeps the codes that are at least min_p times as likely as the most likely one.
 
     Raises:
         ValueError: a value is out of range.
@@ -72,11 +72,11 @@ class SamplingOptions:
 
     @property
     def guided(self) -> bool:
-        """Whether unconditional rows may be needed."""
+        """Whether any position may need unconditional rows."""
         return self.guidance_scale != 1.0
 
     def scales(self, length: int) -> list[float]:
-        """The guidance scale of each of `length` positions; 1.0 where there is none."""
+        """The guidance scale of each of `length` positions; 1.0 is no guidance."""
         return [self._scale(position / length) for position in range(length)]
 
     def guided_positions(self, length: int) -> range:
