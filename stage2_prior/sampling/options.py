@@ -20,7 +20,8 @@ class SamplingOptions:
         guidance_schedule: "constant"; or "linear" or "cosine": guidance grows from 1.0 at the first code towards
             guidance_scale at the last, as t^power or (1 - cos(π·t^power)) / 2. t is the share of codes chosen before.
         guidance_power: the power above; guidance starts later if it is above 1.
-        guidance_interval: (start, stop) in t. Positions outside start ≤ t < stop are not guided, which halves their cost.
+        guidance_interval: (start, stop) in t. Positions outside start ≤ t < stop are not guided, which halves their
+            cost.
         temperature: divides the logits; 0.0 takes the most likely code.
         top_k: keeps the k most likely codes; 0 keeps all.
         top_p: keeps the most likely codes whose probabilities sum to p.
