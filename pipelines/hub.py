@@ -153,14 +153,14 @@ def one_device(
     if device is not None:
         raise ValueError(f"device_map: received {device_map!r} beside device={device!r}; pass one of them")
     if device_map == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    named = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    named = device_map.values() if isinstance(device_map, dict) else [device_map]
     try:
-        (only,) = named
-        return torch.device(only)
+        (only,) = {torch.device(name) for name in named}
     except (RuntimeError, TypeError, ValueError) as error:
         allowed = "'auto', a device, or a dictionary with one device: both models are put on the same device"
         raise ValueError(f"device_map: received {device_map!r}; allowed are {allowed}") from error
+    return only
 
 
 def tokenizer_sources() -> list[Path]:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from configs import ConfigError, Problem
@@ -137,6 +138,10 @@ def _merge_injected(prior: PreTrainedModel) -> PreTrainedModel:
             plain = module.get_base_layer()
         prior.set_submodule(name, plain)
         replaced.append(f"{name}.")
-    prior._hf_peft_config_loaded = False
-    del prior.peft_config
-    return prior
+    with torch.random.fork_rng():  # the weights that are drawn here are overwritten
+        fresh: Any = type(prior)(copy.deepcopy(prior.config))
+    fresh.to(prior.device, prior.dtype).load_state_dict(
+        prior.state_dict()
+    )  # without what load_adapter noted on the model for its saving
+    fresh.generation_config = prior.generation_config
+    return fresh.eval()
