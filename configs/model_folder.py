@@ -10,22 +10,39 @@ from typing import Any
 
 from configs.files import read_json
 
+WEIGHTS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 # Any other name can stand for a kernel on the Hub; "flash_attention_2" does where flash-attn is not installed.
 LOCAL_IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"}
 
 
-def check_model_folder(folder: str | Path) -> None:
-    """Refuses a folder that would make transformers read other places, or download and run code.
+def local_folder(name: str) -> Path:
+    """The folder of a model; downloads it if the name is of a Hub repository.
 
     Raises:
+        OSError, ValueError: neither exists.
+    """
+    from huggingface_hub import snapshot_download
+
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns="*/*"))
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Refuses a folder without safetensors, and one that would make transformers read other places or run code.
+
+    Raises:
+        FileNotFoundError: there are no weights, or only pickled ones.
         ValueError: the folder holds an adapter, its index names shards elsewhere, or its config.json names a kernel, a
             quantization method or a weights file.
     """
     folder = Path(folder)
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         raise ValueError(f"{folder}: this folder holds an adapter of another model, not a model")
+    if not any((folder / name).is_file() for name in WEIGHTS_NAMES):
+        raise FileNotFoundError(f"{folder}: there is no {WEIGHTS_NAMES[0]}; other formats are not read")
     for index in folder.glob("*.index.json"):
         _check_shards(index)
     if (folder / "config.json").is_file():

@@ -4,11 +4,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.files import read_json
-from configs.model_folder import check_model_folder
+from configs.model_folder import check_model_folder, local_folder
 from stage2_prior.vocabulary import TokenLayout
 
 # Kinds of keys by which transformers reports that weights do not fit a configuration.
@@ -48,17 +47,6 @@ def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **option
             f"{saved}; restore the model_type, or download the folder again"
         )
     return model
-
-
-def local_folder(name: str) -> Path:
-    """The folder of a prior; downloads it if the name is of a Hub repository.
-
-    Raises:
-        OSError, ValueError: neither exists.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns="*/*"))
 
 
 def layout_of(name: str) -> TokenLayout:

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from configs import ConfigError, Problem
 from configs.hub import is_repo_id
+from configs.model_folder import local_folder
 from stage2_prior.adapters import base_of_adapter, merge_adapter
-from stage2_prior.pretrained import layout_of, load_causal_lm, local_folder
+from stage2_prior.pretrained import layout_of, load_causal_lm
 from stage2_prior.sampling.cache import PreallocatedCache
 from stage2_prior.sampling.loop import forward
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout

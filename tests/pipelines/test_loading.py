@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs import ConfigError
 from pipelines import VQGANPipeline
-from stage1_vqgan import VQGANModel
+from stage1_vqgan import VQGANModel, load_tokenizer
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.training.config import LoraConfig
 from tests.devices import DEVICE
@@ -143,6 +144,9 @@ def test_an_adapter_in_a_pipeline_is_refused(tiny_runs, folder, tmp_path, part):
         shutil.copy(tmp_path / "adapter" / name, folder / part)
     with pytest.raises(ValueError, match=rf"{part}: this folder holds an adapter .*pipelines\.build merges"):
         VQGANPipeline.from_pretrained(folder)
+    if part == "vqgan":
+        with pytest.raises(ConfigError, match=r"tokenizer: received .*holds an adapter"):
+            load_tokenizer(str(folder / part))
 
 
 # ---------------------------------------------------------------------- folders that are refused
@@ -180,13 +184,16 @@ def test_shards_elsewhere_are_refused(folder, tiny_runs, part):
         (folder / part / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(ValueError, match=r"weight_map: received .*in the same folder"):
             VQGANPipeline.from_pretrained(folder)
+        if part == "vqgan":
+            with pytest.raises(ConfigError, match=r"tokenizer: received .*index\.json: weight_map"):
+                load_tokenizer(str(folder / part))
 
 
 @pytest.mark.parametrize("part", ["prior", "vqgan"])
 def test_pickled_weights_are_not_read(folder, part):
     torch.save(load_file(folder / part / "model.safetensors"), folder / part / "pytorch_model.bin")
     (folder / part / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+    with pytest.raises(OSError, match=r"there is no model\.safetensors; other formats"):
         VQGANPipeline.from_pretrained(folder)
 
 
