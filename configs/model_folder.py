@@ -43,8 +43,8 @@ def check_model_folder(folder: str | Path) -> None:
         raise ValueError(f"{folder}: this folder holds an adapter of another model, not a model")
     if not any((folder / name).is_file() for name in WEIGHTS_NAMES):
         raise FileNotFoundError(f"{folder}: there is no {WEIGHTS_NAMES[0]}; other formats are not read")
-    for index in folder.glob("*.index.json"):
-        _check_shards(index)
+    if (folder / WEIGHTS_NAMES[1]).is_file():
+        _check_shards(folder / WEIGHTS_NAMES[1])
     if (folder / "config.json").is_file():
         _check_config(folder / "config.json")
 
@@ -54,8 +54,10 @@ def _check_shards(index: Path) -> None:
     if not isinstance(shards, dict):
         raise ValueError(f"{index}: weight_map: received {shards!r}; must map names of weights to files")
     for shard in shards.values():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\:"):
-            raise ValueError(f"{index}: weight_map: received {shard!r}; must be the name of a file in the same folder")
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:"):
+            raise ValueError(
+                f"{index}: weight_map: received {shard!r}; must name a .safetensors file in the same folder"
+            )
 
 
 def _check_config(path: Path) -> None:

@@ -51,15 +51,16 @@ def build(config: BuildConfig) -> VQGANPipeline:
         prior, layout = load_prior(config.prior, "prior"), TokenLayout.from_pretrained(config.prior)
     except ConfigError:
         raise
+    except FileNotFoundError as error:
+        message = f"received {config.prior!r}; the prior in it is not complete (run stage2_prior.train to its end)"
+        raise ConfigError([Problem("prior", message)]) from error
     except (OSError, ValueError, SafetensorError) as error:
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 300, placeholder=" …")
-        advice = "run stage2_prior.train to its end"
-        message = f"received {config.prior!r}; the prior in it is not complete ({advice}): {reason}"
-        raise ConfigError([Problem("prior", message)]) from error
+        raise ConfigError([Problem("prior", f"received {config.prior!r}, which cannot be loaded: {reason}")]) from error
     try:
         processor = VQGANImageProcessor.from_pretrained(config.tokenizer)
     except (OSError, ValueError) as error:
-        message = f"received {config.tokenizer!r}; there is no preprocessor_config.json in it that can be read"
+        message = f"received {config.tokenizer!r}; its preprocessor_config.json is missing or cannot be read"
         raise ConfigError([Problem("tokenizer", message)]) from error
     try:
         pipeline = VQGANPipeline(vqgan, prior, processor, layout)

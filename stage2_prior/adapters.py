@@ -64,16 +64,20 @@ def base_of_adapter(folder: Path, key: str) -> str | None:
         key: field of the configuration that named the folder, for the message.
 
     Raises:
-        ConfigError: peft is not installed, or the adapter does not name its prior.
+        ConfigError: peft is not installed, or the adapter names no prior, or a module to import.
     """
     if not (folder / ADAPTER_CONFIG_NAME).is_file():
         return None
     if find_spec("peft") is None:
         raise ConfigError([Problem(key, f"received {str(folder)!r}, which holds an adapter; {NO_PEFT}")])
-    base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    settings = read_json(folder / ADAPTER_CONFIG_NAME)
+    base, reason = settings.get("base_model_name_or_path"), ""
     if not isinstance(base, str) or not base:
-        message = f"received {str(folder)!r}; base_model_name_or_path in its {ADAPTER_CONFIG_NAME} names no prior"
-        raise ConfigError([Problem(key, message)])
+        reason = "base_model_name_or_path names no prior"
+    elif settings.get("megatron_config") is not None:  # peft then imports the module in megatron_core, whatever it is
+        reason = "megatron_config is not supported"
+    if reason:
+        raise ConfigError([Problem(key, f"received {str(folder)!r}; in its {ADAPTER_CONFIG_NAME} {reason}")])
     return base
 
 
@@ -87,7 +91,7 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     if not (folder / ADAPTER_WEIGHTS_NAME).is_file():
         raise ValueError(f"{folder}: there is no {ADAPTER_WEIGHTS_NAME}; only safetensors are read")
-    with warnings.catch_warnings():  # peft only warns, and leaves the missing weights at random
+    with warnings.catch_warnings():  # peft only warns of missing weights and leaves them at random
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             adapted = peft.PeftModel.from_pretrained(base, str(folder))
@@ -102,7 +106,7 @@ def without_adapters(prior: Any) -> PreTrainedModel:
     """The prior itself if it has no adapters; else a copy into which its active adapters are merged.
 
     Args:
-        prior: a model, one with adapters from `load_adapter`, or a `peft.PeftModel`.
+        prior: a model, with or without adapters from its `load_adapter`, or a `peft.PeftModel`.
 
     Raises:
         ValueError: adapters of this kind cannot be merged.
@@ -140,8 +144,7 @@ def _merge_injected(prior: PreTrainedModel) -> PreTrainedModel:
         replaced.append(f"{name}.")
     with torch.random.fork_rng():  # the weights that are drawn here are overwritten
         fresh: Any = type(prior)(copy.deepcopy(prior.config))
-    fresh.to(prior.device, prior.dtype).load_state_dict(
-        prior.state_dict()
-    )  # without what load_adapter noted on the model for its saving
+    # a new object lacks what load_adapter noted on the old one, which would rename the weights when they are saved
+    fresh.to(prior.device, prior.dtype).load_state_dict(prior.state_dict())
     fresh.generation_config = prior.generation_config
     return fresh.eval()

@@ -57,9 +57,7 @@ def decided_by(layout: TokenLayout) -> dict[str, Any]:
 def _initialise(config: Any, layout: TokenLayout) -> PreTrainedModel:
     prior = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if has_experts(prior):
-        reason = (
-            "a mixture of experts adds a loss of its router to the loss of the codes; choose a model without experts"
-        )
+        reason = "a mixture of experts adds its router's loss to the loss of the codes; choose a model without experts"
         raise ConfigError([Problem("model.model_type", f"received {config.model_type!r}; {reason}")])
     if not reads_like_a_sequence(prior, layout):
         reason = "as a prior it must not look ahead, and must keep keys and values in a standard cache"
@@ -69,10 +67,10 @@ def _initialise(config: Any, layout: TokenLayout) -> PreTrainedModel:
 
 
 def has_experts(prior: PreTrainedModel) -> bool:
-    """Whether a router sends each token to some of the layers only.
+    """Whether a router sends each token to a few experts.
 
-    The routers need a loss of their own. Then the logged loss is not that of the codes, and without it the routers
-    learn to use few experts.
+    A router needs a loss of its own. With it the logged loss is not that of the codes; without it the router learns to
+    use few of the experts.
     """
     return any(name.rpartition(".")[2] in ("experts", "router") for name, _ in prior.named_modules())
 
@@ -81,7 +79,7 @@ def has_experts(prior: PreTrainedModel) -> bool:
 def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
     """Whether reading tokens one by one through the sampler's cache gives the logits of reading them all at once.
 
-    It does not where a model sees later tokens, or keeps a state of another kind.
+    The logits differ if a model sees later tokens. A model that keeps another kind of state cannot use the cache.
     """
     prior.eval()
     tokens = torch.arange(min(6, layout.length), device=prior.device)[None]

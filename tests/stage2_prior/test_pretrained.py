@@ -86,7 +86,9 @@ def test_a_shard_that_lacks_weights_is_refused(random_prior, layout, tmp_path):
     assert_refused(tmp_path, layout, "do not fit config.json")
 
 
-@pytest.mark.parametrize("place", ["../elsewhere/model.safetensors", "/elsewhere", "sub/model.safetensors", "..", 3])
+@pytest.mark.parametrize(
+    "place", ["../elsewhere/model.safetensors", "/elsewhere", "sub/model.safetensors", "pytorch_model.bin", "..", 3]
+)
 def test_shards_outside_the_folder_are_refused(folder, layout, place, random_prior):
     outside = folder.parent / "elsewhere"
     shutil.copytree(folder, outside)
@@ -95,7 +97,7 @@ def test_shards_outside_the_folder_are_refused(folder, layout, place, random_pri
     place = str(outside / "model.safetensors") if place == "/elsewhere" else place
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, place)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert_refused(folder, layout, "weight_map: received .*must be the name of a file in the same folder")
+    assert_refused(folder, layout, "weight_map: received .*must name a .safetensors file in the same folder")
 
 
 def test_pickled_weights_are_not_read(folder, layout):
@@ -171,10 +173,23 @@ def test_the_base_of_an_adapter_is_checked_like_any_prior(adapter, folder, answe
 
 @pytest.mark.parametrize("base", [None, "", 3])
 def test_an_adapter_must_name_its_prior(adapter, base):
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
-    with pytest.raises(ConfigError, match=r"base_model_name_or_path .* names no prior"):
+    change_config(adapter, "adapter_config.json", base_model_name_or_path=base)
+    with pytest.raises(ConfigError, match="base_model_name_or_path names no prior"):
         load_prior(str(adapter))
+
+
+def test_an_adapter_imports_no_module(adapter, monkeypatch, tmp_path):
+    (tmp_path / "planted_by_adapter.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    change_config(
+        adapter,
+        "adapter_config.json",
+        megatron_config={"tensor_model_parallel_size": 1},
+        megatron_core="planted_by_adapter",
+    )
+    with pytest.raises(ConfigError, match="megatron_config is not supported"):
+        load_prior(str(adapter))
+    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("way", ["load_adapter", "PeftModel"])
@@ -238,6 +253,6 @@ def test_build_says_what_is_wrong_with_the_prior(tiny_runs, tmp_path):
     shutil.copytree(tiny_runs.prior, prior, ignore=shutil.ignore_patterns("checkpoint-*"))
     change_weights(prior, without("lm_head"))
     config = BuildConfig(tokenizer=str(tiny_runs.vqgan), prior=str(prior), output_dir=str(tmp_path / "pipeline"))
-    with pytest.raises(ConfigError, match=r"prior: .*not complete .*do not fit config\.json.*lm_head"):
+    with pytest.raises(ConfigError, match=r"prior: .*cannot be loaded: .*do not fit config\.json.*lm_head"):
         build(config)
     assert not (tmp_path / "pipeline").exists()
