@@ -64,20 +64,16 @@ def base_of_adapter(folder: Path, key: str) -> str | None:
         key: field of the configuration that named the folder, for the message.
 
     Raises:
-        ConfigError: peft is not installed, or the adapter names no prior, or a module to import.
+        ConfigError: peft is not installed, or the adapter does not name its prior.
     """
     if not (folder / ADAPTER_CONFIG_NAME).is_file():
         return None
     if find_spec("peft") is None:
         raise ConfigError([Problem(key, f"received {str(folder)!r}, which holds an adapter; {NO_PEFT}")])
-    settings = read_json(folder / ADAPTER_CONFIG_NAME)
-    base, reason = settings.get("base_model_name_or_path"), ""
+    base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        reason = "base_model_name_or_path names no prior"
-    elif settings.get("megatron_config") is not None:  # peft then imports the module in megatron_core, whatever it is
-        reason = "megatron_config is not supported"
-    if reason:
-        raise ConfigError([Problem(key, f"received {str(folder)!r}; in its {ADAPTER_CONFIG_NAME} {reason}")])
+        message = f"received {str(folder)!r}; base_model_name_or_path in its {ADAPTER_CONFIG_NAME} names no prior"
+        raise ConfigError([Problem(key, message)])
     return base
 
 

@@ -174,22 +174,8 @@ def test_the_base_of_an_adapter_is_checked_like_any_prior(adapter, folder, answe
 @pytest.mark.parametrize("base", [None, "", 3])
 def test_an_adapter_must_name_its_prior(adapter, base):
     change_config(adapter, "adapter_config.json", base_model_name_or_path=base)
-    with pytest.raises(ConfigError, match="base_model_name_or_path names no prior"):
+    with pytest.raises(ConfigError, match=r"base_model_name_or_path in its .* names no prior"):
         load_prior(str(adapter))
-
-
-def test_an_adapter_imports_no_module(adapter, monkeypatch, tmp_path):
-    (tmp_path / "planted_by_adapter.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
-    monkeypatch.syspath_prepend(tmp_path)
-    change_config(
-        adapter,
-        "adapter_config.json",
-        megatron_config={"tensor_model_parallel_size": 1},
-        megatron_core="planted_by_adapter",
-    )
-    with pytest.raises(ConfigError, match="megatron_config is not supported"):
-        load_prior(str(adapter))
-    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("way", ["load_adapter", "PeftModel"])
