@@ -106,12 +106,10 @@ def tiny_pipeline(tiny_runs: TinyRuns) -> VQGANPipeline:
 
 
 @pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Questions that were asked on the terminal. Each is answered with yes, for all that would follow."""
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
-    for module in ("transformers.dynamic_module_utils", "transformers.utils.hub", "transformers.utils"):
-        monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", str(tmp_path / "modules"))
     return asked
 
 

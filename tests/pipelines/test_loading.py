@@ -1,7 +1,10 @@
 """Pipelines from folders and repositories: options of loading, and folders that are refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +19,12 @@ from stage2_prior.adapters import attach_adapter
 from stage2_prior.training.config import LoraConfig
 from tests.devices import DEVICE
 from tests.model_folders import change_config, change_weights, plant_code, without
+
+TRUSTING = """
+import sys
+from pipelines import VQGANPipeline
+print(type(VQGANPipeline.from_pretrained(sys.argv[1], trust_remote_code=True).prior).__name__)
+"""
 
 
 @pytest.fixture
@@ -171,8 +180,10 @@ def test_planted_code_runs_only_if_the_caller_asks(folder, answers, tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code"):
         VQGANPipeline.from_pretrained(folder)
     assert answers == [] and not (tmp_path / "mark").exists()
-    pipeline = VQGANPipeline.from_pretrained(folder, trust_remote_code=True)
-    assert answers == [] and (tmp_path / "mark").exists() and type(pipeline.prior).__name__ == "PlantedModel"
+    command = [sys.executable, "-c", TRUSTING, str(folder)]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.stdout == "PlantedModel\n" and (tmp_path / "mark").exists(), done.stderr
 
 
 @pytest.mark.parametrize("part", ["prior", "vqgan"])
