@@ -22,6 +22,9 @@ from stage2_prior.sampling.cache import PreallocatedCache
 from stage2_prior.sampling.loop import forward
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
 
+# Field of stage 2's configuration that names the prior to start from.
+BASE_KEY = "model_name_or_path"
+
 
 def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
     """A freshly initialised stock causal language model for a token layout.
@@ -110,7 +113,7 @@ def generation_config(layout: TokenLayout) -> GenerationConfig:
     )
 
 
-def load_prior(name: str, key: str = "model_name_or_path") -> PreTrainedModel:
+def load_prior(name: str, key: str = BASE_KEY) -> PreTrainedModel:
     """The prior in a folder or Hub repository. An adapter is merged into the prior that it was trained on.
 
     Args:
@@ -145,31 +148,8 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
         ConfigError: no prior can be loaded, it has another architecture, it was trained on another tokenizer's codes,
             or it has learnt the positions of another number of codes.
     """
-    key = "model_name_or_path"
-    if not (Path(name) / LAYOUT_NAME).is_file() and (Path(name).is_dir() or not is_repo_id(name)):
-        message = f"received {name!r}; there is no trained prior in this place (train one with stage2_prior.train)"
-        raise ConfigError([Problem(key, message)])
-    try:
-        known, trained = layout_of(name), load_prior(name)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        message = f"received {name!r}; no prior can be loaded from there (train one with stage2_prior.train): {reason}"
-        raise ConfigError([Problem(key, message)]) from error
-    if known.tokenizer_fingerprint != layout.tokenizer_fingerprint:
-        codes = f"the codes of tokenizer {known.tokenizer_fingerprint}, these are of {layout.tokenizer_fingerprint}"
-        raise ConfigError([Problem(key, f"received {name!r}, which was trained on {codes}")])
-    has = {field: getattr(trained.config, field, None) for field in model}
-    different = [field for field in model if model[field] != has[field]]
-    if different:
-        advice = "leave it out, the prior decides its architecture"
-        raise ConfigError(
-            [
-                Problem(f"model.{field}", f"received {model[field]!r}, but {name} has {has[field]!r}; {advice}")
-                for field in different
-            ]
-        )
+    known, trained = _load_known(name)
+    _check_known(name, known, trained, model, layout)
     if known.to_dict() == layout.to_dict():
         return trained
 
@@ -189,8 +169,43 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
                 parameter.copy_(before[parameter_name])
             else:  # a table of positions, which cannot be stretched
                 learnt = f"which has learnt the positions of {known.length} codes; these images have {layout.length}"
-                raise ConfigError([Problem(key, f"received {name!r}, {learnt}; train a new prior")])
+                raise ConfigError([Problem(BASE_KEY, f"received {name!r}, {learnt}; train a new prior")])
     return prior
+
+
+def _load_known(name: str) -> tuple[TokenLayout, PreTrainedModel]:
+    """The layout and the weights of a trained prior."""
+    if not (Path(name) / LAYOUT_NAME).is_file() and (Path(name).is_dir() or not is_repo_id(name)):
+        message = f"received {name!r}; there is no trained prior in this place (train one with stage2_prior.train)"
+        raise ConfigError([Problem(BASE_KEY, message)])
+    try:
+        return layout_of(name), load_prior(name)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        message = f"received {name!r}; no prior can be loaded from there (train one with stage2_prior.train): {reason}"
+        raise ConfigError([Problem(BASE_KEY, message)]) from error
+
+
+def _check_known(
+    name: str, known: TokenLayout, trained: PreTrainedModel, model: dict[str, Any], layout: TokenLayout
+) -> None:
+    """Refuses a prior of another tokenizer's codes, or of another architecture than the configuration asks for."""
+    if known.tokenizer_fingerprint != layout.tokenizer_fingerprint:
+        codes = f"the codes of tokenizer {known.tokenizer_fingerprint}, these are of {layout.tokenizer_fingerprint}"
+        raise ConfigError([Problem(BASE_KEY, f"received {name!r}, which was trained on {codes}")])
+    has = {field: getattr(trained.config, field, None) for field in model}
+    different = [
+        Problem(
+            f"model.{field}",
+            f"received {model[field]!r}, but {name} has {has[field]!r}; leave it out, the prior decides this",
+        )
+        for field in model
+        if model[field] != has[field]
+    ]
+    if different:
+        raise ConfigError(different)
 
 
 def shared_tokens(old: TokenLayout, new: TokenLayout) -> Tensor:
