@@ -15,3 +15,19 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, values: dict[str, Any]) -> None:
     """Writes a file of JSON, as `write_text`."""
     write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a file that holds a JSON object.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file holds something else.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: this file is not JSON ({error}); download or save it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: received a {type(values).__name__}; the file must hold a JSON object")
+    return values

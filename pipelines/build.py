@@ -1,6 +1,7 @@
 """Puts a trained tokenizer and a trained prior together: `python -m pipelines.build --tokenizer DIR --prior DIR
 --output_dir DIR`."""
 
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ class BuildConfig(Section):
     """Joins the results of both stages into a pipeline folder.
 
     tokenizer: folder or Hub id of the tokenizer
-    prior: output_dir of stage 2; an adapter is merged into the prior it was trained on
+    prior: output_dir of stage 2; an adapter is merged into the prior that it was trained on
     output_dir: folder of the pipeline
-    push_to_hub, hub_model_id, hub_private_repo: upload it
+    push_to_hub, hub_model_id, hub_private_repo: upload the folder
     """
 
     tokenizer: str
@@ -40,7 +41,7 @@ def build(config: BuildConfig) -> VQGANPipeline:
     """Builds, saves and, if asked to, uploads the pipeline.
 
     Raises:
-        ConfigError: the prior's folder holds no trained prior, or the two do not belong together.
+        ConfigError: the folder holds no trained prior, or the prior was trained on codes of another tokenizer.
     """
     if not (Path(config.prior) / "token_layout.json").is_file():
         message = f"received {config.prior!r}; there is no trained prior in it (run stage2_prior.train first)"
@@ -50,13 +51,16 @@ def build(config: BuildConfig) -> VQGANPipeline:
         prior, layout = load_prior(config.prior, "prior"), TokenLayout.from_pretrained(config.prior)
     except ConfigError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except FileNotFoundError as error:
         message = f"received {config.prior!r}; the prior in it is not complete (run stage2_prior.train to its end)"
         raise ConfigError([Problem("prior", message)]) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = textwrap.shorten(str(error).strip().partition("\n")[0], 300, placeholder=" …")
+        raise ConfigError([Problem("prior", f"received {config.prior!r}, which cannot be loaded: {reason}")]) from error
     try:
         processor = VQGANImageProcessor.from_pretrained(config.tokenizer)
     except (OSError, ValueError) as error:
-        message = f"received {config.tokenizer!r}; there is no preprocessor_config.json in it that can be read"
+        message = f"received {config.tokenizer!r}; its preprocessor_config.json is missing or cannot be read"
         raise ConfigError([Problem("tokenizer", message)]) from error
     try:
         pipeline = VQGANPipeline(vqgan, prior, processor, layout)

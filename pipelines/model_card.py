@@ -1,11 +1,10 @@
 """The README.md of a pipeline on the Hub."""
 
-from typing import TYPE_CHECKING
-
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from pipelines.pipeline_vqgan import VQGANPipeline
+from stage1_vqgan import VQGANModel
+from stage2_prior import TokenLayout
 
 TEMPLATE = """---
 {{ card_data }}
@@ -48,9 +47,9 @@ Classes: {{ class_names }}
 {% endif %}"""
 
 
-def model_card(pipeline: "VQGANPipeline", name: str = "path/or/repository") -> str:
-    """The card's text: what the pipeline is, and how to use it under its name."""
-    layout, config = pipeline.layout, pipeline.vqgan.config
+def model_card(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout, name: str) -> str:
+    """The card's text: facts about a pipeline, and how to load it under a name."""
+    config = vqgan.config
     classes = layout.num_classes
     shown = ", ".join(layout.class_names[:50]) + (", …" if classes > 50 else "")
     card = ModelCard.from_template(
@@ -66,13 +65,13 @@ def model_card(pipeline: "VQGANPipeline", name: str = "path/or/repository") -> s
         colour="gray" if config.in_channels == 1 else "colour",
         length=layout.length,
         num_codes=layout.num_codes,
-        model_type=pipeline.prior.config.model_type,
+        model_type=prior.config.model_type,
         example="class_labels=[0], num_images_per_label=4, guidance_scale=1.5" if classes else "num_images=4",
         grid=f"{layout.grid[0]}×{layout.grid[1]}",
         factor=layout.downsampling_factor,
         embed_dim=config.embed_dim,
-        vqgan_parameters=f"{pipeline.vqgan.num_parameters():,}",
-        prior_parameters=f"{pipeline.prior.num_parameters():,}",
+        vqgan_parameters=f"{vqgan.num_parameters():,}",
+        prior_parameters=f"{prior.num_parameters():,}",
         fingerprint=layout.tokenizer_fingerprint,
         prompt=(
             f"class c is token {layout.num_codes} + c; no class is token {layout.null_token}"

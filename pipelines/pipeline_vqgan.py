@@ -3,34 +3,25 @@
 Shape letters: N images, h w code grid, L = h·w codes of an image, K codebook size.
 """
 
-import inspect
-import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from configs.hub import is_repo_id
 from configs.randomness import draw_seeds
+from pipelines import hub
 from pipelines.chunks import images_at_once
-from pipelines.model_card import model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import DecoderPool, GuidanceSchedule, SamplingOptions, TokenLayout, batch_size_that_fits, sample
 
-INDEX_NAME = "model_index.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
@@ -57,18 +48,14 @@ class VQGANPipeline:
         layout: what the prior's tokens mean.
 
     Raises:
-        ValueError: the prior was trained on the codes of another tokenizer, or its vocabulary does not fit the layout.
+        ValueError: the prior was trained on the codes of another tokenizer, or the layout does not fit the tokenizer or
+            the prior's vocabulary.
     """
 
     def __init__(
         self, vqgan: VQGANModel, prior: PreTrainedModel, image_processor: VQGANImageProcessor, layout: TokenLayout
     ):
-        fingerprint = vqgan.config.fingerprint or vqgan.compute_fingerprint()
-        if fingerprint != layout.tokenizer_fingerprint:
-            raise ValueError(
-                f"tokenizer: received the tokenizer {fingerprint}, but the prior was trained on codes of "
-                f"{layout.tokenizer_fingerprint}; use that tokenizer, or train a prior on codes of this one"
-            )
+        layout.require_tokenizer(vqgan)
         if prior.config.vocab_size != layout.vocab_size:
             raise ValueError(
                 f"prior: received a vocabulary of {prior.config.vocab_size} tokens; the layout has {layout.vocab_size}"
@@ -220,31 +207,23 @@ class VQGANPipeline:
 
     # ------------------------------------------------------------------ saving and loading
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Saves the pipeline as a folder that `from_pretrained` loads and that can be pushed to the Hub as it is.
+    def save_pretrained(
+        self, save_directory: str | Path, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+    ) -> None:
+        """Saves the pipeline as a folder. `from_pretrained` loads it, and it can be uploaded to the Hub as it is.
 
         Args:
-            save_directory: made if it is not there.
+            save_directory: created if it does not exist. Adapters of the prior are merged into the saved copy.
+            push_to_hub: upload the pipeline too.
+            repo_id: where to; by default the name of the folder.
             **kwargs: for the models' `save_pretrained`, for instance `max_shard_size`.
+
+        Raises:
+            ValueError: the prior has adapters that cannot be merged.
         """
-        push_to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.vqgan.save_pretrained(folder / "vqgan", **kwargs)
-        self.image_processor.save_pretrained(folder / "vqgan")
-        self.prior.save_pretrained(folder / "prior", **kwargs)
-        for source in tokenizer_sources():
-            shutil.copy(source, folder)
-        index = {
-            "_class_name": type(self).__name__,
-            "versions": versions(),
-            "token_layout": self.layout.to_dict(),
-            "tokenizer_fingerprint": self.layout.tokenizer_fingerprint,
-        }
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-        (folder / "README.md").write_text(model_card(self))
+        hub.save(save_directory, **self.components, **kwargs)
         if push_to_hub:
-            self.push_to_hub(repo_id or folder.name)
+            self.push_to_hub(repo_id or Path(save_directory).name)
 
     def push_to_hub(
         self, repo_id: str, private: bool | None = None, commit_message: str = "Upload pipeline", **kwargs: Any
@@ -252,24 +231,15 @@ class VQGANPipeline:
         """Uploads the pipeline's folder, with its model card, to the Hugging Face Hub.
 
         Args:
-            repo_id: "user/name"; the repository is made if it is not there.
-            private: of a repository made here.
+            repo_id: "user/name"; the repository is created if it does not exist.
+            private: whether a repository created here is private.
             commit_message: of the upload.
             **kwargs: `token`, `revision` and other options of `huggingface_hub.HfApi.upload_folder`.
 
         Returns:
             Address of the commit.
         """
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=kwargs.pop("token", None))
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            (Path(folder) / "README.md").write_text(model_card(self, repo_id))
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **kwargs))
+        return hub.push(repo_id, self.components, private, commit_message, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -280,36 +250,35 @@ class VQGANPipeline:
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
+        *,
+        device_map: str | int | torch.device | dict[str, Any] | None = None,
+        attn_implementation: str | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+        trust_remote_code: bool = False,
     ) -> "VQGANPipeline":
-        """Loads a pipeline.
+        """Loads a pipeline. It reads safetensors only, and nothing outside the folder.
 
         Args:
             pretrained_model_name_or_path: folder, or repository on the Hugging Face Hub.
             dtype: of the weights, for instance `torch.bfloat16`; by default float32.
-            device: where the models go.
-            revision, token, cache_dir: of the download, as in `huggingface_hub`.
+            device: both models are moved there; by default they stay on the CPU.
+            revision, token, cache_dir, local_files_only: of the download, as in `huggingface_hub`.
+            device_map: another name of `device`, as in transformers: "auto", a device, or `{"": device}`.
+            attn_implementation: of the prior, as in transformers; by default transformers chooses.
+            subfolder: path of the pipeline inside the folder or repository.
+            trust_remote_code: run the Python files that the prior's config.json names. Inspect them first.
 
         Raises:
             FileNotFoundError: the folder holds no pipeline.
-            ValueError: prior and tokenizer do not belong together.
+            OSError: a file is missing or damaged.
+            ValueError: the files do not fit one another, or refer to code or files outside the folder.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            name = str(pretrained_model_name_or_path)
-            if not is_repo_id(name):
-                raise FileNotFoundError(f"there is no folder {name!r}, and no repository can have such a name")
-            folder = Path(snapshot_download(name, revision=revision, token=token, cache_dir=cache_dir))
-        if not (folder / INDEX_NAME).is_file():
-            raise FileNotFoundError(f"{folder} holds no pipeline: there is no {INDEX_NAME} in it")
-        index = json.loads((folder / INDEX_NAME).read_text())
-        dtype = torch.float32 if dtype is None else dtype
-        pipeline = cls(
-            vqgan=VQGANModel.from_pretrained(folder / "vqgan", dtype=dtype),
-            prior=AutoModelForCausalLM.from_pretrained(folder / "prior", dtype=dtype),
-            image_processor=VQGANImageProcessor.from_pretrained(folder / "vqgan"),
-            layout=TokenLayout.from_dict(index["token_layout"]),
-        )
-        return pipeline.to(device) if device is not None else pipeline
+        where = hub.one_device(device, device_map)
+        download = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = hub.find(pretrained_model_name_or_path, subfolder, **download)
+        pipeline = cls(**hub.load(folder, dtype, attn_implementation, trust_remote_code))
+        return pipeline if where is None else pipeline.to(where)
 
     # ------------------------------------------------------------------ helpers
 
@@ -405,19 +374,3 @@ def _join(batches: list[Any], output_type: str) -> Any:
     if output_type == "pil":
         return [image for batch in batches for image in batch]
     return torch.cat(batches) if output_type == "pt" else np.concatenate(batches)
-
-
-def tokenizer_sources() -> list[Path]:
-    """The tokenizer's model files, which the folder carries so that `AutoModel` can load it without this package."""
-    entries = [inspect.getfile(kind) for kind in (VQGANModel, VQGANImageProcessor)]
-    imported = [file for entry in entries for file in get_relative_import_files(entry)]
-    return sorted({Path(file) for file in entries + imported})
-
-
-def versions() -> dict[str, str]:
-    """Of this package and of those it stands on."""
-    try:
-        own = version("tessella")
-    except PackageNotFoundError:  # run from a clone that is not installed
-        own = "unknown"
-    return {"tessella": own, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from configs import ConfigError, Problem
 from configs.hub import is_repo_id
+from configs.model_folder import check_model_folder, local_folder
 from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.quantizers import QUANTIZERS, option_problems
@@ -43,10 +44,12 @@ def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANMo
         reason = f"this folder holds no trained tokenizer ({makes})"
     else:
         try:
-            kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+            folder = local_folder(name)
+            check_model_folder(folder)
+            kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
             if kind == VQGANConfig.model_type:
-                changes = _checked(name, changes)
-                return VQGANModel.from_pretrained(name, **changes).eval()
+                changes = _checked(name, folder, changes)
+                return VQGANModel.from_pretrained(folder, use_safetensors=True, **changes).eval()
             reason = f"this is no tokenizer but a model of type {kind!r} ({makes})"
         except SafetensorError:
             reason = "its weights file is damaged; save or download it again"
@@ -57,9 +60,9 @@ def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANMo
     raise ConfigError([Problem(key, f"received {name!r}; {reason}")])
 
 
-def _checked(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+def _checked(name: str, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """The changes that may be made to a tokenizer; options of its quantizer that are not given stay."""
-    config = VQGANConfig.from_pretrained(name)
+    config = VQGANConfig.from_pretrained(folder)
     kind = QUANTIZERS[config.quantizer].Options
     options = config.quantizer_options | changes.get("quantizer_options", {})
     problems = [

@@ -1,6 +1,8 @@
 """Stage 2: the autoregressive prior over a tokenizer's codes, its data, training and sampling."""
 
+from .adapters import without_adapters as without_adapters
 from .code_store import CodeStore as CodeStore
+from .pretrained import load_causal_lm as load_causal_lm
 from .prior import load_prior as load_prior
 from .sampling.decoders import DecoderPool as DecoderPool
 from .sampling.loop import sample as sample, sample_codes as sample_codes

@@ -3,29 +3,35 @@
 Source: Hu et al. 2021, "LoRA: low-rank adaptation of large language models".
 """
 
+import copy
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from configs import ConfigError, Problem
+from configs.files import read_json
+from configs.model_folder import ADAPTER_CONFIG_NAME
 from stage2_prior.training.config import NO_PEFT, LoraConfig
+
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: list[int]) -> Any:
-    """Freezes a prior and gives its layers adapters.
+    """Freezes a prior and adds adapters to its layers.
 
     Args:
         prior: changed in place.
-        base: folder or Hub id it was loaded from, which the adapter will name.
+        base: folder or Hub id of the prior; the saved adapter names it.
         lora: rank, scale and place of the adapters.
-        tokens: whose rows in the embedding and in the output layer are trained as well.
+        tokens: their rows in the embedding and in the output layer are trained as well.
 
     Returns:
-        `peft.PeftModel`; its `save_pretrained` saves the adapter and the rows of `tokens`; the whole of both layers
-        if their number of tokens is not that of `base`.
+        `peft.PeftModel`. Its `save_pretrained` saves the adapter and the rows of `tokens`, or both layers entirely if
+        `base` has another number of tokens.
 
     Raises:
         ConfigError: the prior has no such modules.
@@ -50,27 +56,91 @@ def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: 
         raise ConfigError([Problem("lora.target_modules", message)]) from error
 
 
-def base_of_adapter(name: str, key: str) -> str | None:
-    """The prior, folder or Hub id, that the adapter in a folder or Hub repository changes; None if it holds none.
+def base_of_adapter(folder: Path, key: str) -> str | None:
+    """The prior, folder or Hub id, that the adapter in a folder changes; None if the folder holds no adapter.
 
     Args:
-        name: of the folder or repository.
-        key: of the configuration that named it, for the message.
+        folder: as peft or transformers saves it.
+        key: field of the configuration that named the folder, for the message.
 
     Raises:
-        ConfigError: peft is not installed.
+        ConfigError: peft is not installed, or the adapter does not name its prior.
     """
-    if find_adapter_config_file(name) is None:
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
         return None
     if find_spec("peft") is None:
-        raise ConfigError([Problem(key, f"received {name!r}, which holds an adapter; {NO_PEFT}")])
+        raise ConfigError([Problem(key, f"received {str(folder)!r}, which holds an adapter; {NO_PEFT}")])
+    base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        message = f"received {str(folder)!r}; base_model_name_or_path in its {ADAPTER_CONFIG_NAME} names no prior"
+        raise ConfigError([Problem(key, message)])
+    return base
+
+
+def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The prior that a base and the adapter in a folder form together.
+
+    Raises:
+        ValueError: the folder lacks weights of the adapter, or holds them in another format than safetensors.
+    """
     import peft
 
-    return peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not (folder / ADAPTER_WEIGHTS_NAME).is_file():
+        raise ValueError(f"{folder}: there is no {ADAPTER_WEIGHTS_NAME}; only safetensors are read")
+    with warnings.catch_warnings():  # peft only warns of missing weights and leaves them at random
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            adapted = peft.PeftModel.from_pretrained(base, str(folder))
+        except (UserWarning, RuntimeError) as error:
+            raise ValueError(
+                f"{folder}: the adapter's weights do not fit its settings or its prior: {error}"
+            ) from error
+    return adapted.merge_and_unload()
 
 
-def merge_adapter(base: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The prior that a base and the adapter in a folder or Hub repository make together."""
-    import peft
+def without_adapters(prior: Any) -> PreTrainedModel:
+    """The prior itself if it has no adapters; else a copy into which its active adapters are merged.
 
-    return peft.PeftModel.from_pretrained(base, name).merge_and_unload()
+    Args:
+        prior: a model, with or without adapters from its `load_adapter`, or a `peft.PeftModel`.
+
+    Raises:
+        ValueError: adapters of this kind cannot be merged.
+    """
+    if not hasattr(prior, "peft_config"):
+        return prior
+    prior = copy.deepcopy(prior)
+    try:
+        if hasattr(prior, "merge_and_unload"):
+            return prior.merge_and_unload()
+        return _merge_injected(prior)
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"prior: its adapters cannot be merged ({error}); remove them, or build the pipeline from a merged prior"
+        ) from error
+
+
+def _merge_injected(prior: PreTrainedModel) -> PreTrainedModel:
+    """Merges what transformers' `load_adapter` put into the layers; peft merges the layers of a PeftModel only."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    replaced: list[str] = []
+    for name, module in list(prior.named_modules()):
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or name.startswith(tuple(replaced)):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            plain = module.original_module if module.disable_adapters else merged
+        else:
+            if not module.disable_adapters:
+                module.merge()
+            plain = module.get_base_layer()
+        prior.set_submodule(name, plain)
+        replaced.append(f"{name}.")
+    with torch.random.fork_rng():  # the weights that are drawn here are overwritten
+        fresh: Any = type(prior)(copy.deepcopy(prior.config))
+    # a new object lacks what load_adapter noted on the old one, which would rename the weights when they are saved
+    fresh.to(prior.device, prior.dtype).load_state_dict(prior.state_dict())
+    fresh.generation_config = prior.generation_config
+    return fresh.eval()

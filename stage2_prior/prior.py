@@ -1,4 +1,7 @@
-"""A prior is a stock causal language model over a token layout: a new one, or one that was trained before."""
+"""A prior is a stock causal language model over a token layout: a new one, or one that was trained before.
+
+Functions that read a prior from disk or from the Hub are in pretrained.py.
+"""
 
 import copy
 import textwrap
@@ -6,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from configs import ConfigError, Problem
 from configs.hub import is_repo_id
+from configs.model_folder import local_folder
 from stage2_prior.adapters import base_of_adapter, merge_adapter
+from stage2_prior.pretrained import layout_of, load_causal_lm
 from stage2_prior.sampling.decoder import EagerDecoder
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
+
+# Field of stage 2's configuration that names the prior to start from.
+BASE_KEY = "model_name_or_path"
 
 
 def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
@@ -25,7 +33,7 @@ def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
         layout: decides vocabulary and positions.
 
     Raises:
-        ConfigError: a model of this type cannot be a prior.
+        ConfigError: the settings fit no model of this type, or a model of this type cannot be a prior.
     """
     settings = {name: value for name, value in model.items() if name != "model_type"}
     try:
@@ -34,7 +42,7 @@ def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
         raise
     except Exception as error:  # each architecture refuses its settings in its own way
         reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
-        raise ConfigError([Problem("model", f"these settings make no {model['model_type']}: {reason}")]) from error
+        raise ConfigError([Problem("model", f"no {model['model_type']} has these settings: {reason}")]) from error
 
 
 def decided_by(layout: TokenLayout) -> dict[str, Any]:
@@ -49,7 +57,10 @@ def decided_by(layout: TokenLayout) -> dict[str, Any]:
 
 
 def _initialise(config: Any, layout: TokenLayout) -> PreTrainedModel:
-    prior = AutoModelForCausalLM.from_config(config)
+    prior = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if has_experts(prior):
+        reason = "a mixture of experts adds its router's loss to the loss of the codes; choose a model without experts"
+        raise ConfigError([Problem("model.model_type", f"received {config.model_type!r}; {reason}")])
     if not reads_like_a_sequence(prior, layout):
         reason = "as a prior it must not look ahead, and must keep keys and values in a standard cache"
         raise ConfigError([Problem("model.model_type", f"received {config.model_type!r}; {reason}")])
@@ -57,26 +68,40 @@ def _initialise(config: Any, layout: TokenLayout) -> PreTrainedModel:
     return prior
 
 
+def has_experts(prior: PreTrainedModel) -> bool:
+    """Whether a router sends each token to a few experts.
+
+    A router needs a loss of its own. With it the logged loss is not that of the codes; without it the router learns to
+    use few of the experts.
+    """
+    return any(name.rpartition(".")[2] in ("experts", "router") for name, _ in prior.named_modules())
+
+
 @torch.no_grad()
 def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
-    """Whether reading tokens one by one through the sampler's cache gives the logits of reading them all at once.
+    """Whether the sampler's cache gives the logits of reading all tokens at once.
 
-    It does not where a model sees later tokens, or keeps a state of another kind.
+    The first tokens are read one by one, then all but the last at once, then the last, where every window of attention
+    acts. The logits differ if a model sees later tokens. A model that keeps another kind of state cannot use the cache.
     """
     prior.eval()
-    tokens = torch.arange(min(6, layout.length), device=prior.device)[None]
+    tokens = torch.randint(layout.num_codes, (1, layout.length), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(prior.device)
     if tokens.device.type == "meta":
         return True
-    whole = prior(input_ids=tokens).logits.float()
+    whole = prior(input_ids=tokens).logits[0].float()
+    decoder, row, last = EagerDecoder(prior, 1, layout.length), slice(0, 1), layout.length - 1
+    alone = range(min(6, layout.length))
     try:
-        decoder, row = EagerDecoder(prior, 1, tokens.shape[1]), slice(0, 1)
-        one_by_one = enumerate(tokens.split(1, dim=1))
-        steps = torch.stack([decoder.read(row, token, n) for n, token in one_by_one], 1)
+        found = [decoder.read(row, tokens[:, place : place + 1], place) for place in alone]
+        decoder.read(row, tokens[:, : last or 1], 0)
+        found.append(decoder.read(row, tokens[:, last:], last))
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     finally:
         prior.train()
-    return torch.allclose(whole, steps, rtol=1e-3, atol=1e-3 * float(whole.std()))
+    expected = whole[[*alone, last]]
+    return torch.allclose(expected, torch.cat(found), rtol=1e-3, atol=1e-3 * float(whole.std()))
 
 
 def generation_config(layout: TokenLayout) -> GenerationConfig:
@@ -92,71 +117,43 @@ def generation_config(layout: TokenLayout) -> GenerationConfig:
     )
 
 
-def load_prior(name: str, key: str = "model_name_or_path") -> PreTrainedModel:
-    """The prior in a folder or Hub repository; an adapter is merged into the prior that it was trained on.
+def load_prior(name: str, key: str = BASE_KEY) -> PreTrainedModel:
+    """The prior in a folder or Hub repository. An adapter is merged into the prior that it was trained on.
 
     Args:
-        name: of the folder or repository.
-        key: of the configuration that named it, for the message.
+        name: folder or Hub id.
+        key: field of the configuration that holds the name, for the message.
 
     Raises:
-        ConfigError: it holds an adapter, and peft is not installed or the prior of the adapter cannot be loaded.
-        OSError, ValueError: nothing can be loaded.
+        ConfigError: the name is of an adapter, and peft is not installed or the prior of the adapter cannot be loaded.
+        OSError, ValueError, SafetensorError: nothing can be loaded, or the weights do not fit the configuration.
     """
-    base = base_of_adapter(name, key)
+    folder = local_folder(name)
+    base = base_of_adapter(folder, key)
     if base is None:
-        return AutoModelForCausalLM.from_pretrained(name)
+        return load_causal_lm(folder)
     try:
         prior = adapt_prior(base, {}, layout_of(name))
     except ConfigError as error:
         message = f"received {name!r}, an adapter of the prior {base!r}: {error.problems[0].message}"
         raise ConfigError([Problem(key, message)]) from error
-    return merge_adapter(prior, name)
-
-
-def layout_of(name: str) -> TokenLayout:
-    """The token layout of the prior in a folder or Hub repository."""
-    folder = Path(name) if Path(name).is_dir() else Path(hf_hub_download(name, LAYOUT_NAME)).parent
-    return TokenLayout.from_pretrained(folder)
+    return merge_adapter(prior, folder)
 
 
 def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
-    """A trained prior, made to fit a token layout: what it knows of codes and of classes with the same names is kept.
+    """A trained prior, changed to fit a token layout. It keeps the rows of codes and of classes with the same names.
 
     Args:
         name: output folder of stage 2, or Hub id of a prior that was pushed from there.
-        model: fields of the architecture, which must be those the prior has.
+        model: fields of the architecture; each must equal that of the prior.
         layout: of the codes to train on; of the same tokenizer.
 
     Raises:
-        ConfigError: there is no prior, it has another architecture, it was trained on another tokenizer's codes, or it
-            has learnt the positions of another number of codes.
+        ConfigError: no prior can be loaded, it has another architecture, it was trained on another tokenizer's codes,
+            or it has learnt the positions of another number of codes.
     """
-    key = "model_name_or_path"
-    if not (Path(name) / LAYOUT_NAME).is_file() and (Path(name).is_dir() or not is_repo_id(name)):
-        message = f"received {name!r}; there is no trained prior in this place (stage2_prior.train makes one)"
-        raise ConfigError([Problem(key, message)])
-    try:
-        known, trained = layout_of(name), load_prior(name)
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        message = f"received {name!r}; no prior can be loaded from there (stage2_prior.train makes one): {reason}"
-        raise ConfigError([Problem(key, message)]) from error
-    if known.tokenizer_fingerprint != layout.tokenizer_fingerprint:
-        codes = f"the codes of tokenizer {known.tokenizer_fingerprint}, these are of {layout.tokenizer_fingerprint}"
-        raise ConfigError([Problem(key, f"received {name!r}, which was trained on {codes}")])
-    has = {field: getattr(trained.config, field, None) for field in model}
-    different = [field for field in model if model[field] != has[field]]
-    if different:
-        advice = "leave it out, the architecture is that of the prior"
-        raise ConfigError(
-            [
-                Problem(f"model.{field}", f"received {model[field]!r}, but {name} has {has[field]!r}; {advice}")
-                for field in different
-            ]
-        )
+    known, trained = _load_known(name)
+    _check_known(name, known, trained, model, layout)
     if known.to_dict() == layout.to_dict():
         return trained
 
@@ -176,12 +173,47 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
                 parameter.copy_(before[parameter_name])
             else:  # a table of positions, which cannot be stretched
                 learnt = f"which has learnt the positions of {known.length} codes; these images have {layout.length}"
-                raise ConfigError([Problem(key, f"received {name!r}, {learnt}; train a new prior")])
+                raise ConfigError([Problem(BASE_KEY, f"received {name!r}, {learnt}; train a new prior")])
     return prior
 
 
+def _load_known(name: str) -> tuple[TokenLayout, PreTrainedModel]:
+    """The layout and the weights of a trained prior."""
+    if not (Path(name) / LAYOUT_NAME).is_file() and (Path(name).is_dir() or not is_repo_id(name)):
+        message = f"received {name!r}; there is no trained prior in this place (train one with stage2_prior.train)"
+        raise ConfigError([Problem(BASE_KEY, message)])
+    try:
+        return layout_of(name), load_prior(name)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        message = f"received {name!r}; no prior can be loaded from there (train one with stage2_prior.train): {reason}"
+        raise ConfigError([Problem(BASE_KEY, message)]) from error
+
+
+def _check_known(
+    name: str, known: TokenLayout, trained: PreTrainedModel, model: dict[str, Any], layout: TokenLayout
+) -> None:
+    """Refuses a prior of another tokenizer's codes, or of another architecture than the configuration asks for."""
+    if known.tokenizer_fingerprint != layout.tokenizer_fingerprint:
+        codes = f"the codes of tokenizer {known.tokenizer_fingerprint}, these are of {layout.tokenizer_fingerprint}"
+        raise ConfigError([Problem(BASE_KEY, f"received {name!r}, which was trained on {codes}")])
+    has = {field: getattr(trained.config, field, None) for field in model}
+    different = [
+        Problem(
+            f"model.{field}",
+            f"received {model[field]!r}, but {name} has {has[field]!r}; leave it out, the prior decides this",
+        )
+        for field in model
+        if model[field] != has[field]
+    ]
+    if different:
+        raise ConfigError(different)
+
+
 def shared_tokens(old: TokenLayout, new: TokenLayout) -> Tensor:
-    """int64 `(2, n)`: tokens of either layout that mean the same: codes, classes by name, the null token."""
+    """int64 `(2, n)`: tokens of both layouts with the same meaning: codes, classes by name, the null token."""
     pairs = [(code, code) for code in range(new.num_codes)]
     for number, name in enumerate(new.class_names):
         if name in old.class_names:

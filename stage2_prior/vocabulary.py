@@ -11,25 +11,34 @@ A sequence is `[condition] + codes in raster order`.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from configs.files import write_json
+from configs.files import read_json, write_json
 from configs.randomness import Numbers
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+    from stage1_vqgan import VQGANModel
 
 FILE_NAME = "token_layout.json"
 
-# Widths of the embedding and the output layer are padded to this: tensor cores want whole tiles.
+# The vocabulary is padded to a multiple of this: tensor cores multiply whole tiles.
 PAD_TO_MULTIPLE_OF = 64
+
+Count = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """What the tokens of a prior mean; kept with the code store, the prior and the pipeline.
+    """What the tokens of a prior mean. The code store, the prior and the pipeline each keep a copy.
 
     Args:
         num_codes: K, entries of the tokenizer's codebook.
@@ -40,10 +49,10 @@ class TokenLayout:
         has_null: whether the prior knows the null token: it is unconditional, or was trained with condition dropout.
     """
 
-    num_codes: int
+    num_codes: Count
     class_names: tuple[str, ...]
-    grid: tuple[int, int]
-    downsampling_factor: int
+    grid: tuple[Count, Count]
+    downsampling_factor: Count
     tokenizer_fingerprint: str
     has_null: bool = True
 
@@ -105,9 +114,24 @@ class TokenLayout:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TokenLayout":
-        """Inverse of `to_dict`."""
-        fields = {name: value for name, value in values.items() if name != "tokens"}
-        return cls(**{**fields, "class_names": tuple(fields["class_names"]), "grid": tuple(fields["grid"])})
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: naming every field that is missing, unknown or of another kind, and what is allowed.
+        """
+        from pydantic import ValidationError
+
+        if not isinstance(values, dict):
+            raise ValueError(f"token_layout: received {values!r}; must be an object with the layout's fields")
+        try:
+            fields = {name: value for name, value in values.items() if name != "tokens"}
+            return _reader().validate_json(json.dumps(fields))
+        except ValidationError as error:
+            problems = [
+                f"token_layout.{'.'.join(map(str, problem['loc']))}: received {problem['input']!r}; {problem['msg']}"
+                for problem in error.errors()
+            ]
+            raise ValueError("\n".join(problems)) from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `token_layout.json`."""
@@ -115,5 +139,54 @@ class TokenLayout:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TokenLayout":
-        """Reads `token_layout.json` from a folder."""
-        return cls.from_dict(json.loads((Path(folder) / FILE_NAME).read_text()))
+        """Reads `token_layout.json` from a folder.
+
+        Raises:
+            FileNotFoundError: the folder has none.
+            ValueError: it is not JSON, or a field is wrong.
+        """
+        return cls.from_dict(read_json(Path(folder) / FILE_NAME))
+
+    def require_fingerprint(self, fingerprint: str | None) -> None:
+        """Refuses another tokenizer than the one whose codes these tokens are.
+
+        Args:
+            fingerprint: of the tokenizer at hand.
+
+        Raises:
+            ValueError: the fingerprints differ.
+        """
+        if fingerprint != self.tokenizer_fingerprint:
+            raise ValueError(
+                f"tokenizer: received the tokenizer {fingerprint}, but the prior was trained on codes of "
+                f"{self.tokenizer_fingerprint}; use that tokenizer, or train a prior on codes of this one"
+            )
+
+    def require_tokenizer(self, tokenizer: "VQGANModel") -> None:
+        """Refuses a tokenizer whose codes this layout does not describe.
+
+        Raises:
+            ValueError: it is another tokenizer; or the layout states another number of codes, grid or downsampling
+                factor than the tokenizer has.
+        """
+        config = tokenizer.config
+        self.require_fingerprint(config.fingerprint or tokenizer.compute_fingerprint())
+        has = {
+            "num_codes": config.num_embeddings,
+            "grid": (config.grid_size, config.grid_size),
+            "downsampling_factor": config.downsampling_factor,
+        }
+        for field, value in has.items():
+            if getattr(self, field) != value:
+                raise ValueError(
+                    f"token_layout.{field}: received {getattr(self, field)}, but the tokenizer has {value}; "
+                    "restore the layout that was saved with the prior"
+                )
+
+
+@cache
+def _reader() -> "TypeAdapter[TokenLayout]":
+    """Checks the fields of a layout that comes from a file."""
+    from pydantic import ConfigDict, TypeAdapter, with_config
+
+    return TypeAdapter(with_config(ConfigDict(extra="forbid", strict=True))(TokenLayout))

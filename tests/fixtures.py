@@ -105,6 +105,14 @@ def tiny_pipeline(tiny_runs: TinyRuns) -> VQGANPipeline:
     return pipeline
 
 
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Questions that were asked on the terminal. Each is answered with yes, for all that would follow."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    return asked
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of tests/kill_runs.py without interruption."""

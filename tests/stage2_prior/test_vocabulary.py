@@ -69,3 +69,33 @@ def test_round_trips(tmp_path, num_classes):
     assert TokenLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
     layout.save_pretrained(tmp_path)
     assert TokenLayout.from_pretrained(tmp_path) == layout
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("num_codes", value) for value in (0, -1, 1.5, "32", True, None, [32])),
+        *(("downsampling_factor", value) for value in (0, "4", None)),
+        *(("grid", value) for value in ([4], [4, 4, 4], [0, 4], ["4", 4], 4, None)),
+        *(("class_names", value) for value in ("abc", [1], None, {"a": 1})),
+        *(("tokenizer_fingerprint", value) for value in (None, 3)),
+        *(("has_null", value) for value in ("yes", 1, None)),
+        ("conditions", []),
+    ],
+    ids=repr,
+)
+def test_fields_of_another_kind_are_refused(tmp_path, field, value):
+    values = {**make(32, 3).to_dict(), field: value}
+    with pytest.raises(ValueError, match=rf"token_layout\.{field}(\.\d)?: received"):
+        TokenLayout.from_dict(values)
+    (tmp_path / "token_layout.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"token_layout\.{field}(\.\d)?: received"):
+        TokenLayout.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["num_codes", "class_names", "grid", "downsampling_factor", "tokenizer_fingerprint"])
+def test_missing_fields_are_named(field):
+    values = make(32, 3).to_dict()
+    del values[field]
+    with pytest.raises(ValueError, match=rf"token_layout\.{field}: "):
+        TokenLayout.from_dict(values)

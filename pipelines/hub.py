@@ -1,0 +1,179 @@
+"""Saves, loads and pushes a pipeline's folder.
+
+model_index.json        class, versions, token layout, tokenizer fingerprint
+README.md               model card
+*.py                    the tokenizer's model files, for AutoModel with trust_remote_code
+vqgan/                  config.json, model.safetensors, preprocessor_config.json
+prior/                  config.json, model.safetensors, generation_config.json
+"""
+
+import inspect
+import json
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi, snapshot_download
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from configs.files import read_json
+from configs.hub import is_repo_id
+from configs.model_folder import check_model_folder
+from pipelines.model_card import model_card
+from stage1_vqgan import VQGANImageProcessor, VQGANModel
+from stage2_prior import TokenLayout, load_causal_lm, without_adapters
+
+INDEX_NAME = "model_index.json"
+
+
+def save(
+    folder: str | Path,
+    vqgan: VQGANModel,
+    prior: PreTrainedModel,
+    image_processor: VQGANImageProcessor,
+    layout: TokenLayout,
+    name: str = "path/or/repository",
+    **options: Any,
+) -> None:
+    """Writes a pipeline's folder. Adapters of the prior are merged into the saved copy.
+
+    Args:
+        folder: created if it does not exist.
+        vqgan, prior, image_processor, layout: components of the pipeline.
+        name: under which the model card loads the pipeline.
+        **options: of the models' `save_pretrained`, for instance `max_shard_size`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    prior = without_adapters(prior)
+    vqgan.save_pretrained(folder / "vqgan", **options)
+    image_processor.save_pretrained(folder / "vqgan")
+    prior.save_pretrained(folder / "prior", **options)
+    for source in tokenizer_sources():
+        shutil.copy(source, folder)
+    index = {
+        "_class_name": "VQGANPipeline",
+        "versions": versions(),
+        "token_layout": layout.to_dict(),
+        "tokenizer_fingerprint": layout.tokenizer_fingerprint,
+    }
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(vqgan, prior, layout, name))
+
+
+def push(repo_id: str, components: dict[str, Any], private: bool | None, commit_message: str, **options: Any) -> str:
+    """Uploads a pipeline's folder to the Hugging Face Hub; see `VQGANPipeline.push_to_hub`."""
+    api = HfApi(token=options.pop("token", None))
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder, **components, name=repo_id)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **options))
+
+
+def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:
+    """The folder of a pipeline; downloads it if the name is of a Hub repository.
+
+    Args:
+        name: folder, or repository on the Hugging Face Hub.
+        subfolder: of the folder or repository.
+        **download: revision, token, cache_dir and local_files_only, as in `huggingface_hub.snapshot_download`.
+
+    Raises:
+        FileNotFoundError: no pipeline is there.
+        ValueError: the subfolder lies outside the folder.
+    """
+    inside = PurePosixPath(subfolder)
+    if inside.is_absolute() or ".." in inside.parts:
+        raise ValueError(f"subfolder: received {subfolder!r}; must be a path inside the folder or repository")
+    folder = Path(name)
+    if not folder.is_dir():
+        if not is_repo_id(str(name)):
+            raise FileNotFoundError(f"there is no folder {str(name)!r}, and no repository can have such a name")
+        wanted = [str(inside / path) for path in (INDEX_NAME, "vqgan/*", "prior/*")]
+        folder = Path(snapshot_download(str(name), allow_patterns=wanted, **download))
+    folder /= inside
+    if not (folder / INDEX_NAME).is_file():
+        raise FileNotFoundError(f"{folder} holds no pipeline: there is no {INDEX_NAME} in it")
+    return folder
+
+
+def load(
+    folder: Path,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """The components of the pipeline in a folder, as the constructor takes them; see `VQGANPipeline.from_pretrained`.
+
+    Raises:
+        OSError: a file is missing or damaged.
+        ValueError: a file does not fit the others, or refers to code or files outside the folder.
+    """
+    index = read_json(folder / INDEX_NAME)
+    if "token_layout" not in index:
+        kind = index.get("_class_name", "no class")
+        raise ValueError(
+            f"{folder / INDEX_NAME}: received an index of {kind} without token_layout; VQGANPipeline needs it"
+        )
+    try:
+        layout = TokenLayout.from_dict(index["token_layout"])
+    except ValueError as error:
+        raise ValueError(f"{folder / INDEX_NAME}: {error}") from error
+    for part in ("vqgan", "prior"):
+        try:
+            check_model_folder(folder / part)
+        except ValueError as error:
+            advice = "a pipeline loads nothing from outside its folder; pipelines.build merges an adapter of your own"
+            raise ValueError(f"{error} ({advice})") from error
+    dtype = torch.float32 if dtype is None else dtype
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    return {
+        "vqgan": VQGANModel.from_pretrained(folder / "vqgan", dtype=dtype, use_safetensors=True),
+        "prior": load_causal_lm(folder / "prior", trust_remote_code, dtype=dtype, **attention),
+        "image_processor": VQGANImageProcessor.from_pretrained(folder / "vqgan"),
+        "layout": layout,
+    }
+
+
+def one_device(
+    device: torch.device | str | None, device_map: str | int | torch.device | dict[str, Any] | None
+) -> torch.device | None:
+    """The device that `device` or `device_map` name; None if neither is given.
+
+    Raises:
+        ValueError: both are given, or the map spreads a model over several devices.
+    """
+    if device_map is None:
+        return None if device is None else torch.device(device)
+    if device is not None:
+        raise ValueError(f"device_map: received {device_map!r} beside device={device!r}; pass one of them")
+    if device_map == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    named = device_map.values() if isinstance(device_map, dict) else [device_map]
+    try:
+        (only,) = {torch.device(name) for name in named}
+    except (RuntimeError, TypeError, ValueError) as error:
+        allowed = "'auto', a device, or a dictionary with one device: both models are put on the same device"
+        raise ValueError(f"device_map: received {device_map!r}; allowed are {allowed}") from error
+    return only
+
+
+def tokenizer_sources() -> list[Path]:
+    """The tokenizer's model files. The folder carries them so that `AutoModel` loads it without this package."""
+    entries = [inspect.getfile(kind) for kind in (VQGANModel, VQGANImageProcessor)]
+    imported = [file for entry in entries for file in get_relative_import_files(entry)]
+    return sorted({Path(file) for file in entries + imported})
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, torch and transformers."""
+    try:
+        own = version("tessella")
+    except PackageNotFoundError:  # a clone that is not installed
+        own = "unknown"
+    return {"tessella": own, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,0 +1,47 @@
+"""Damages a saved model's folder, for tests of what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+PLANTED = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({mark!r}).touch()
+
+class Planted(LlamaConfig):
+    model_type = "planted"
+
+class PlantedModel(LlamaForCausalLM):
+    config_class = Planted
+"""
+
+
+def change_config(folder: Path, name: str = "config.json", **changes: object) -> None:
+    """Changes fields of a JSON file."""
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_weights(folder: Path, change: Callable[[Weights], Weights]) -> None:
+    """Changes the weights of a model."""
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without(part: str) -> Callable[[Weights], Weights]:
+    """A change that removes all weights with this part in their names."""
+    return lambda weights: {name: weight for name, weight in weights.items() if part not in name}
+
+
+def plant_code(folder: Path, mark: Path) -> None:
+    """Makes the config.json of a llama name a Python file that touches `mark` when it is run."""
+    (folder / "planted.py").write_text(PLANTED.format(mark=str(mark)))
+    names = {"AutoConfig": "planted.Planted", "AutoModelForCausalLM": "planted.PlantedModel"}
+    change_config(folder, model_type="planted", auto_map=names, architectures=["PlantedModel"])

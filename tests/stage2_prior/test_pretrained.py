@@ -1,0 +1,244 @@
+"""Loading a prior: its own weights and nothing else, or an error."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs import ConfigError
+from pipelines.build import BuildConfig, build
+from stage2_prior import TokenLayout, load_causal_lm, load_prior
+from stage2_prior.adapters import attach_adapter, without_adapters
+from stage2_prior.prior import adapt_prior, build_prior
+from stage2_prior.training.config import LoraConfig
+from tests.model_folders import change_config, change_weights, plant_code, without
+from tests.tiny import LLAMA, RANDOM_PRIORS
+
+
+@pytest.fixture
+def folder(random_prior, layout, tmp_path) -> Path:
+    """A saved llama prior."""
+    random_prior("llama", layout).save_pretrained(tmp_path / "prior")
+    layout.save_pretrained(tmp_path / "prior")
+    return tmp_path / "prior"
+
+
+def assert_refused(folder: Path, layout: TokenLayout, message: str) -> None:
+    """Every function that reads a prior refuses the folder."""
+    with pytest.raises((ValueError, OSError), match=message):
+        load_causal_lm(folder)
+    with pytest.raises((ValueError, OSError), match=message):
+        load_prior(str(folder))
+    with pytest.raises(ConfigError, match=r"model_name_or_path: received .*no prior can be loaded"):
+        adapt_prior(str(folder), {}, layout)
+
+
+# ---------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize(("max_shard_size", "dtype"), [("5GB", torch.float32), ("5KB", torch.bfloat16)])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", RANDOM_PRIORS)
+def test_what_was_saved_is_loaded(random_prior, layout, tmp_path, model_type, tied, max_shard_size, dtype):
+    prior = random_prior(model_type, layout, tie_word_embeddings=tied).to(dtype)
+    prior.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (max_shard_size == "5KB") == (tmp_path / "model.safetensors.index.json").is_file()
+    loaded = load_causal_lm(tmp_path)
+    assert type(loaded) is type(prior) and not loaded.training
+    for name, parameter in prior.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter.cpu())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        without("layers.1.mlp.up_proj"),
+        without("lm_head"),
+        lambda weights: {},
+        lambda weights: {name.replace("model.", "other."): weight for name, weight in weights.items()},
+        lambda weights: {**weights, "model.layers.0.self_attn.q_norm.weight": torch.ones(8)},
+        lambda weights: {**weights, "lm_head.weight": weights["lm_head.weight"][:-1].clone()},
+    ],
+    ids=["a layer's", "lm_head", "all", "renamed", "one too many", "another shape"],
+)
+def test_weights_that_do_not_fit_are_refused(folder, layout, change):
+    change_weights(folder, change)
+    assert_refused(folder, layout, "do not fit config.json")
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma", "gpt2"])
+def test_another_model_type_is_refused(folder, layout, model_type):
+    change_config(folder, model_type=model_type)
+    assert_refused(folder, layout, r"do not fit config\.json|model_type: received 'gemma'.*LlamaForCausalLM")
+
+
+def test_a_shard_that_lacks_weights_is_refused(random_prior, layout, tmp_path):
+    random_prior("llama", layout).save_pretrained(tmp_path, max_shard_size="5KB")
+    layout.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.norm.weight"]
+    shard = next(iter(tmp_path.glob("model-*.safetensors")))
+    save_file({"other": torch.ones(1)}, shard, metadata={"format": "pt"})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_refused(tmp_path, layout, "do not fit config.json")
+
+
+@pytest.mark.parametrize(
+    "place", ["../elsewhere/model.safetensors", "/elsewhere", "sub/model.safetensors", "pytorch_model.bin", "..", 3]
+)
+def test_shards_outside_the_folder_are_refused(folder, layout, place, random_prior):
+    outside = folder.parent / "elsewhere"
+    shutil.copytree(folder, outside)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    place = str(outside / "model.safetensors") if place == "/elsewhere" else place
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, place)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_refused(folder, layout, "weight_map: received .*must name a .safetensors file in the same folder")
+
+
+def test_pickled_weights_are_not_read(folder, layout):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert_refused(folder, layout, r"there is no model\.safetensors; other formats")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"attn_implementation": "kernels-community/flash-attn2"},
+        {"_attn_implementation": "someone/kernel@main:attention"},
+        {"attn_implementation": {"": "someone/kernel"}},
+        {"attn_implementation": "paged|someone/kernel"},
+        {"attn_implementation": "flash_attention_2"},  # a kernel of the Hub if flash-attn is not installed
+        {"experts_implementation": "sonicmoe"},
+        {"text_config": {"attn_implementation": "someone/kernel"}},
+        {"quantization_config": {"quant_method": "mxfp4"}},
+        {"transformers_weights": "other.safetensors"},
+    ],
+    ids=lambda field: "-".join(f"{key}={value}" for key, value in field.items()),
+)
+def test_a_saved_model_chooses_no_kernel_and_no_other_weights(folder, layout, field, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("was read"))
+    change_config(folder, **field)
+    assert_refused(folder, layout, "received")
+
+
+def test_planted_code_is_neither_run_nor_asked_for(folder, layout, answers, tmp_path):
+    plant_code(folder, tmp_path / "mark")
+    assert_refused(folder, layout, "trust_remote_code")
+    assert answers == [] and not (tmp_path / "mark").exists()
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+@pytest.fixture
+def adapter(folder, random_prior, layout, tmp_path) -> Path:
+    """A saved adapter of the prior in `folder`."""
+    model = attach_adapter(random_prior("llama", layout), str(folder), LoraConfig(r=2), [])
+    model.save_pretrained(tmp_path / "adapter")
+    layout.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_that_lacks_weights_is_refused(adapter, layout):
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights.pop(next(name for name in weights if "lora_B" in name))
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="adapter's weights do not fit"):
+        load_prior(str(adapter))
+
+
+def test_pickled_adapters_are_not_read(adapter):
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="only safetensors"):
+        load_prior(str(adapter))
+
+
+def test_the_base_of_an_adapter_is_checked_like_any_prior(adapter, folder, answers):
+    change_weights(folder, without("lm_head"))
+    with pytest.raises(ConfigError, match=r"an adapter of the prior .*do not fit config\.json"):
+        load_prior(str(adapter))
+    plant_code(folder, adapter / "mark")
+    with pytest.raises(ConfigError, match=r"an adapter of the prior .*custom code"):
+        load_prior(str(adapter))
+    assert answers == [] and not (adapter / "mark").exists()
+
+
+@pytest.mark.parametrize("base", [None, "", 3])
+def test_an_adapter_must_name_its_prior(adapter, base):
+    change_config(adapter, "adapter_config.json", base_model_name_or_path=base)
+    with pytest.raises(ConfigError, match=r"base_model_name_or_path in its .* names no prior"):
+        load_prior(str(adapter))
+
+
+@pytest.mark.parametrize("way", ["load_adapter", "PeftModel"])
+@pytest.mark.parametrize("classes", ["abcde", "cax"])
+@pytest.mark.parametrize("model_type", RANDOM_PRIORS)
+@torch.no_grad()
+def test_merging_keeps_the_logits_and_leaves_the_prior_alone(layout, random_prior, tmp_path, model_type, classes, way):
+    base, folder = str(tmp_path / "base"), str(tmp_path / "adapter")
+    random_prior(model_type, layout).save_pretrained(base)
+    tokens = list(range(layout.num_codes, layout.vocab_size)) if classes != "abcde" else []
+    model = attach_adapter(random_prior(model_type, layout), base, LoraConfig(r=2), tokens)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    prior = model.eval()
+    if way == "load_adapter":
+        prior = load_causal_lm(base)
+        prior.load_adapter(folder)
+    sequences = torch.tensor([[layout.num_codes + 2, 3, 1, 4], [layout.null_token, 1, 5, 9]])
+    expected = prior(input_ids=sequences).logits
+    plain = load_causal_lm(base)
+    assert not torch.allclose(plain(input_ids=sequences).logits, expected, atol=1e-2)
+    assert without_adapters(plain) is plain
+    merged = without_adapters(prior)
+    assert type(merged) is type(plain) and merged is not prior
+    assert {name for name, _ in merged.named_parameters()} == {name for name, _ in plain.named_parameters()}
+    torch.testing.assert_close(merged(input_ids=sequences).logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(prior(input_ids=sequences).logits, expected)
+    merged.save_pretrained(tmp_path / "merged")
+    again = load_causal_lm(tmp_path / "merged")
+    assert torch.equal(again(input_ids=sequences).logits, merged(input_ids=sequences).logits)
+
+
+def test_adapters_that_are_switched_off_are_not_merged(adapter, folder):
+    prior = load_causal_lm(folder)
+    expected = {name: weight.clone() for name, weight in prior.named_parameters()}
+    prior.load_adapter(adapter)
+    for module in prior.modules():
+        if hasattr(module, "lora_B"):
+            torch.nn.init.ones_(module.lora_B["default"].weight)
+            module.enable_adapters(False)
+    merged = without_adapters(prior)
+    assert all(torch.equal(merged.get_parameter(name), weight) for name, weight in expected.items())
+
+
+# ---------------------------------------------------------------------- building
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "granitemoe", "jetmoe", "gpt_oss"])
+def test_mixtures_of_experts_are_refused(layout, model_type):
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = {**LLAMA, **experts, "model_type": model_type, "num_key_value_heads": 2, "head_dim": 8}
+    with pytest.raises(ConfigError, match=rf"model\.model_type: received '{model_type}'; a mixture of experts adds"):
+        build_prior(model, layout)
+
+
+def test_build_says_what_is_wrong_with_the_prior(tiny_runs, tmp_path):
+    prior = tmp_path / "prior"
+    shutil.copytree(tiny_runs.prior, prior, ignore=shutil.ignore_patterns("checkpoint-*"))
+    change_weights(prior, without("lm_head"))
+    config = BuildConfig(tokenizer=str(tiny_runs.vqgan), prior=str(prior), output_dir=str(tmp_path / "pipeline"))
+    with pytest.raises(ConfigError, match=r"prior: .*cannot be loaded: .*do not fit config\.json.*lm_head"):
+        build(config)
+    assert not (tmp_path / "pipeline").exists()
