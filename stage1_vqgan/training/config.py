@@ -2,12 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
-from torch import Tensor
 
 from configs import Section, TrainingConfig, unknown_key
 from configs.sections import LAUNCHED_WITH, NonNegative, NonNegativeFloat, Positive, PositiveFloat
@@ -50,16 +49,12 @@ class LossConfig(Section):
     r1_weight: NonNegativeFloat = 0.0
     lecam_weight: NonNegativeFloat = 0.0
 
-    def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Σ weight · term over scalar terms, 0 without terms. The weight of the term `x` is the field `x_weight`."""
-        return cast(Tensor, sum(getattr(self, f"{name}_weight") * term for name, term in terms.items()))
-
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if not self.l1_weight and not self.l2_weight and not self.perceptual_weight:
             yield "l1_weight", self.l1_weight, "l1_weight, l2_weight and perceptual_weight must not all be 0"
         if self.adversarial_weight and self.adversarial_type == "wasserstein" and not self._has_penalty:
             allowed = (
-                "the loss of a Wasserstein discriminator has no lower bound: set gradient_penalty_weight (10 in the "
+                "the loss of a Wasserstein discriminator has no lower bound: set gradient_penalty_weight (10 in its "
                 "paper), r1_weight or lecam_weight above 0"
             )
             yield "adversarial_type", self.adversarial_type, allowed
@@ -166,7 +161,7 @@ class Stage1Config(TrainingConfig):
         yield from super().problems()
         for name in ("FSDP", "DEEPSPEED"):
             if LAUNCHED_WITH[f"USE_{name}"] == "true":
-                reason = "it trains two models and a moving average (ema_decay), which cannot be sharded"
+                reason = "two models and a moving average (ema_decay) cannot be sharded"
                 yield "", None, f"stage 1 was launched with {name}, but {reason}; use accelerate launch --multi_gpu"
         loss, norm_type = self.loss, self.discriminator.norm_type
         if loss.adversarial_weight and norm_type == "batch" and (loss.gradient_penalty_weight or loss.r1_weight):

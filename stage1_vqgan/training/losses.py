@@ -6,8 +6,8 @@ Shape letters: B batch, C channels, H W image size.
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
 from urllib.parse import urlparse
 
 import torch
@@ -30,6 +30,11 @@ MAX_ADAPTIVE_WEIGHT = 1e4
 
 # Mean absolute and mean squared error of two batches `(B, C, H, W)`, scalars.
 PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Any) -> Tensor:
+    """Σ weight · term over scalar terms, 0 without terms. The weight of the term `x` is the attribute `x_weight`."""
+    return cast(Tensor, sum(getattr(weights, f"{name}_weight") * term for name, term in terms.items()))
 
 
 class PerceptualLoss(nn.Module):

@@ -25,7 +25,13 @@ from stage1_vqgan.training.components import (
     prepare_generator,
 )
 from stage1_vqgan.training.config import Stage1Config
-from stage1_vqgan.training.losses import ADVERSARIAL_LOSSES, PIXEL_LOSSES, adaptive_weight, last_layer_gradients
+from stage1_vqgan.training.losses import (
+    ADVERSARIAL_LOSSES,
+    PIXEL_LOSSES,
+    adaptive_weight,
+    last_layer_gradients,
+    weighted_sum,
+)
 from stage1_vqgan.training.regularizers import LecamAnchors, gradient_penalty, interpolation_shares, r1_penalty
 
 
@@ -99,7 +105,7 @@ class VQGANTrainer:
 
             # Reconstruction terms.
             terms = self._reconstruction_terms(reconstruction, images)
-            (gradient,) = torch.autograd.grad(loss.weighted(terms), reconstruction)
+            (gradient,) = torch.autograd.grad(weighted_sum(terms, loss), reconstruction)
             terms["codebook"] = out.codebook_loss
 
             # Adversarial term, with the adaptive weight λ.
@@ -110,14 +116,18 @@ class VQGANTrainer:
 
             # Generator update.
             objective = (out.reconstruction * gradient.to(out.reconstruction.dtype)).sum()
-            self._update(self.generator, self.optimizer, objective + loss.codebook_weight * out.codebook_loss)
+            objective = objective + loss.codebook_weight * out.codebook_loss
+            self._update(self.generator, self.optimizer, objective)
 
             # Discriminator update, on the same reconstructions.
             if self.discriminator is not None and step >= loss.discriminator_start_step:
-                objective, penalties, logits = self._discriminator_terms(images, reconstruction.detach(), seeds)
-                terms |= {"discriminator": objective, **penalties}
+                discriminator_loss, penalties, logits = self._discriminator_terms(
+                    images, reconstruction.detach(), seeds
+                )
+                objective = discriminator_loss + weighted_sum(penalties, loss)
+                self._update(self.discriminator, self.discriminator_optimizer, objective)
+                terms |= {"discriminator": discriminator_loss, **penalties}
                 metrics |= logits
-                self._update(self.discriminator, self.discriminator_optimizer, objective + loss.weighted(penalties))
 
             # Codebook upkeep and moving average.
             self.monitor.update(out.codes)

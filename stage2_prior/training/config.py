@@ -15,8 +15,7 @@ from configs.sections import Fraction, NonNegative, Positive
 from configs.values import read_value
 from stage1_vqgan import AugmentationConfig, DataConfig
 
-# Arguments of Trainer that would break complete checkpoints, bit-identical resume or keyed batches, or that would have no
-# effect.
+# Arguments of Trainer that would break complete checkpoints, bit-identical resume or keyed batches, or have no effect.
 REFUSED_ARGUMENTS = {
     "auto_find_batch_size",
     "data_seed",
@@ -168,7 +167,7 @@ class Stage2Config(TrainingConfig):
             name = aliases.get(key, key)
             settings[name] = key, value
             if key in DERIVED_KEYS:
-                problems.append((f"model.{key}", value, "the code store decides it; leave it out"))
+                problems.append((f"model.{key}", value, "it is decided by the code store; leave it out"))
             elif name in types:
                 problems += wrong_value(f"model.{key}", types[name], value)
             elif key != "model_type":
@@ -181,7 +180,7 @@ class Stage2Config(TrainingConfig):
             except StrictDataclassFieldValidationError as error:
                 name = re.sub(r".*for field '(\w+)'.*", r"\1", str(error), flags=re.DOTALL)
                 key, value = settings.get(name, (name, None))
-                problems.append((f"model.{key}", value, f"not a value that {model_type} accepts here"))
+                problems.append((f"model.{key}", value, f"not a value that {model_type} takes here"))
             except Exception as error:  # each configuration class checks in its own way
                 reason = textwrap.shorten(str(error.__cause__ or error), 180, placeholder=" …")
                 problems.append(("model", None, f"{model_type} cannot have these settings: {reason}"))

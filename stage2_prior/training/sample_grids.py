@@ -95,7 +95,7 @@ def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImage
             [Problem(problem.key, f"{problem.message}; {advice}") for problem in error.problems]
         ) from error
     except (OSError, ValueError) as error:
-        message = f"received {name!r}; its preprocessor_config.json is missing or damaged; {advice}"
+        message = f"received {name!r}; it has no preprocessor_config.json that can be read; {advice}"
         raise ConfigError([Problem("tokenizer", message)]) from error
     fingerprint = tokenizer.config.fingerprint or tokenizer.compute_fingerprint()
     if fingerprint != layout.tokenizer_fingerprint:

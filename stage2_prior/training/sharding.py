@@ -34,7 +34,7 @@ def sharding_problems(trainer: Any, ema_decay: float) -> Iterable[Problem]:
     """The problems for which `check_sharding` refuses a launch."""
     if LAUNCHED_WITH["USE_FSDP"] == "true" and not trainer.is_fsdp_enabled:
         # accelerate would silently train whole copies
-        yield Problem("FSDP", "accelerate shards on accelerators such as GPUs only; launch with --multi_gpu here")
+        yield Problem("FSDP", "accelerate shards on GPUs and similar devices only; launch with --multi_gpu here")
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         received = str(plugin.state_dict_type).rpartition(".")[2]

@@ -14,7 +14,7 @@ from configs import load_config
 from configs.randomness import seed_from
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.training.codebook import initialise_codebook
-from stage1_vqgan.training.losses import ADVERSARIAL_LOSSES
+from stage1_vqgan.training.losses import ADVERSARIAL_LOSSES, weighted_sum
 from stage1_vqgan.training.regularizers import interpolation_shares
 from stage1_vqgan.training.step import VQGANTrainer
 from tests.devices import DEVICE
@@ -375,7 +375,7 @@ def test_terms_of_weight_0_are_not_built():
 
 def test_a_term_without_a_weight_is_an_error():
     with pytest.raises(AttributeError, match="l3_weight"):
-        make_config().loss.weighted({"l1": torch.ones(()), "l3": torch.ones(())})
+        weighted_sum({"l1": torch.ones(()), "l3": torch.ones(())}, make_config().loss)
 
 
 def test_training_reconstructs_better():
