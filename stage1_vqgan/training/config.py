@@ -180,7 +180,7 @@ class Stage1Config(TrainingConfig):
         if self.model_name_or_path is not None:  # `components.build_tokenizer` checks the rest
             return
         if model.in_channels not in (1, 3):
-            yield "model.in_channels", model.in_channels, "images have 1 channel (gray) or 3 (RGB)"
+            yield "model.in_channels", model.in_channels, "images are read as 1 channel (gray) or 3 (RGB)"
         names = {key.removeprefix("model.") for key, _, _ in wrong}
         for name, value, allowed in model.architecture_problems():
             if not any(re.search(rf"\b{other}\b", f"{name} {allowed}") for other in names):
