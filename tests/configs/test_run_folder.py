@@ -1,4 +1,4 @@
-"""A run's folder: same settings go on, other settings are refused, finished means finished."""
+"""The folder of a run: the same settings resume, other settings are refused, a finished run stays finished."""
 
 import json
 import logging
@@ -96,7 +96,7 @@ def test_going_on_and_finishing(config):
     assert opened(config, is_main_process=False) == results
 
 
-def test_a_finished_run_is_reported_and_uploaded_once_by_the_main_process(config, monkeypatch, capsys):
+def test_the_main_process_reports_a_finished_run_and_uploads_it(config, monkeypatch, capsys):
     uploads = []
     monkeypatch.setattr(run_folder, "push_run", lambda config: uploads.append(config.hub_model_id) or "hub/me/run")
     pushed = replace(config, push_to_hub=True, hub_model_id="me/run")
@@ -110,6 +110,9 @@ def test_a_finished_run_is_reported_and_uploaded_once_by_the_main_process(config
             assert run.report_if_finished()
     expected = [f"{config.output_dir} holds the finished run (20 steps); nothing to do", "uploaded to hub/me/run"]
     assert capsys.readouterr().out.splitlines() == expected and uploads == ["me/run"]
+    with RunFolder(pushed) as run:
+        run.finish(20, {})
+    assert uploads == ["me/run"] * 2
 
 
 def test_a_run_that_diverged_names_its_last_good_checkpoint(config, tmp_path):
