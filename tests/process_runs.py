@@ -187,7 +187,7 @@ GAMES = [
 
 
 def run_games(folder: Path) -> None:
-    """Four steps of every kind of game on eight images in two micro-batches; leaves generator and discriminator."""
+    """Four steps with every adversarial loss on eight images in two micro batches; saves both models."""
     accelerator = Accelerator(gradient_accumulation_steps=2)
     # A penalty's gradient jumps where a LeakyReLU turns: images with which rounding turns none. (With seed 0 a change
     # of them by 1e-7 moves a weight by 4e-5, on one process too.)

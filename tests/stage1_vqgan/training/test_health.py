@@ -1,4 +1,4 @@
-"""Numbers that go wrong end a run before they are saved; a game that goes wrong is told once."""
+"""A run ends before it saves numbers that are not finite, and warns once of a codebook or discriminator that fails."""
 
 import logging
 import math
@@ -67,7 +67,7 @@ LOST = {**FINE, "loss/discriminator": 0.01}
         ([{**FINE, "codebook/usage": 0.01}] * 9, "the codebook has collapsed: 1.0% of 64 codes"),
         ([LOST] * 9, "the discriminator has won"),
         ([LOST, LOST, FINE] * 3, None),  # not for long
-        ([{"codebook/usage": 0.5, "loss/discriminator": 0.01}] * 9, None),  # the game has not begun
+        ([{"codebook/usage": 0.5, "loss/discriminator": 0.01}] * 9, None),  # no adversarial loss yet
     ],
 )
 def test_warnings_come_once(health, caplog, logs, word):
