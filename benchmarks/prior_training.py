@@ -31,7 +31,7 @@ from stage2_prior.prior import build_prior
 from stage2_prior.training.averaging import WeightAverage
 from stage2_prior.training.run import training_arguments
 from stage2_prior.training.selection import BestWeights
-from stage2_prior.training.throughput import training_operations
+from stage2_prior.training.throughput import training_flops
 from stage2_prior.training.trainer import PriorTrainer
 
 
@@ -241,7 +241,7 @@ def operations(setting: str) -> float:
     with torch.device("meta"):
         model = build_prior(config.model, layout)
     tokens = config.per_device_train_batch_size * layout.length
-    return tokens * training_operations(model.config, layout.length)
+    return tokens * training_flops(model.config, layout.length)
 
 
 def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:

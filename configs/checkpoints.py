@@ -1,10 +1,12 @@
-"""Checkpoints of a run, in both stages: written beside, synced, marked and renamed, so that a crash leaves none half.
+"""Checkpoints of a run, in both stages. A checkpoint is complete or absent, even after a crash.
+
+It is written in another folder, synced to disk with a marker file as the last one, and renamed.
 
 output_dir/
-  checkpoint-1000/     complete: it has its name only since everything in it, the marker last, is on the disk
-    complete.json      optimizer steps done, processes of the run, seconds of training so far
-    …                  what the stage saves
-  unfinished/          a checkpoint that is being written, or removed; of no use after a crash
+  checkpoint-1000/     a complete checkpoint: it gets this name only when all of its files are on disk
+    complete.json      the marker: optimizer steps done, number of processes, seconds of training so far
+    …                  files of the stage
+  unfinished/          a checkpoint that is being written or removed; useless after a crash
 """
 
 import json
@@ -27,8 +29,8 @@ class Checkpoint:
     Attributes:
         path: its folder.
         step: optimizer steps done.
-        num_processes: of the run that saved it.
-        seconds: spent in training until then, over all sessions of the run.
+        num_processes: number of processes that saved it.
+        seconds: training time until then, over all sessions of the run.
     """
 
     path: Path
@@ -39,64 +41,68 @@ class Checkpoint:
 
 def complete_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
-    found = [read_checkpoint(path) for path in Path(output_dir).glob("checkpoint-*")]
-    return sorted((checkpoint for checkpoint in found if checkpoint is not None), key=lambda found: found.step)
+    found = map(read_checkpoint, Path(output_dir).glob("checkpoint-*"))
+    return sorted((one for one in found if one is not None), key=lambda checkpoint: checkpoint.step)
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint in a folder; None unless it is complete."""
+    """The checkpoint in a folder, or None if it is not complete."""
     name = re.fullmatch(r"checkpoint-(\d+)", path.name)
     try:
-        about = json.loads((path / MARKER_NAME).read_text())
-        checkpoint = Checkpoint(path, about["step"], about["num_processes"], about["seconds"])
+        marker = json.loads((path / MARKER_NAME).read_text())
+        checkpoint = Checkpoint(path, marker["step"], marker["num_processes"], marker["seconds"])
     except (OSError, ValueError, KeyError):
         return None
     return checkpoint if name is not None and int(name[1]) == checkpoint.step else None
 
 
 def unfinished_path(output_dir: str | Path, step: int) -> Path:
-    """Where a checkpoint is written before it is published."""
+    """The folder in which a checkpoint is written before it is published."""
     return Path(output_dir) / UNFINISHED / f"checkpoint-{step}"
 
 
 def publish(output_dir: str | Path, step: int, num_processes: int, seconds: float, total_limit: int) -> Path:
-    """Makes the checkpoint at `unfinished_path` a complete one; then the oldest beyond `total_limit` are removed.
+    """Completes the checkpoint at `unfinished_path`, then removes the oldest checkpoints beyond `total_limit`.
 
-    For one process, when all others have written their part.
+    One process calls this, after all processes have written their files.
+
+    Returns:
+        Folder of the complete checkpoint.
     """
     partial, final = unfinished_path(output_dir, step), Path(output_dir) / f"checkpoint-{step}"
-    about = asdict(Checkpoint(final, step, num_processes, round(seconds, 1)))
-    del about["path"]
-    (partial / MARKER_NAME).write_text(json.dumps(about) + "\n")
+    marker = asdict(Checkpoint(final, step, num_processes, round(seconds, 1)))
+    del marker["path"]
+    (partial / MARKER_NAME).write_text(json.dumps(marker) + "\n")
     _sync(partial)
-    if final.exists():  # without a marker, else the run would have gone on from it
+    if final.exists():  # incomplete: from a complete one the run would have resumed
         shutil.rmtree(final)
     partial.rename(final)
     _sync_folder(final.parent)
     for old in complete_checkpoints(output_dir)[:-total_limit]:
-        # moved first: what has a checkpoint's name is never half removed
+        # Rename first: a folder named checkpoint-N must never be half removed.
         old.path.rename(partial.with_name(f"{old.path.name}-removed"))
     remove_unfinished(output_dir)
     return final
 
 
 def remove_unfinished(output_dir: str | Path) -> None:
-    """Removes what an interrupted save or removal left."""
+    """Removes what an interrupted save or removal has left."""
     shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
 
 
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str, max_steps: int) -> Checkpoint | None:
-    """The checkpoint to go on from, or None to start anew.
+    """The checkpoint to resume from, or None to start a new run.
 
     Args:
         output_dir: folder of the run.
-        resume_from_checkpoint: "latest" (if there is one), "none", or a path: of the newest in the folder, or of one
-            elsewhere that the run starts from; when it has checkpoints of its own, those count.
-        max_steps: of the run.
+        resume_from_checkpoint: "latest" for the newest checkpoint in the folder, if any; "none"; or a path. The path is
+            that of the newest checkpoint in the folder, or of a checkpoint in another folder. The latter starts the
+            run; once the run has checkpoints of its own, it resumes from its newest one.
+        max_steps: optimizer steps of the whole run.
 
     Raises:
-        ConfigError: the path is not a complete checkpoint, is older than others in the folder, or is from beyond the
-            end of the run; or a fresh start would mix with the checkpoints of an earlier run.
+        ConfigError: the path is not a complete checkpoint, the folder holds later ones, or the checkpoint lies beyond
+            `max_steps`; or with "none" the folder already holds checkpoints.
     """
     key, existing = "resume_from_checkpoint", complete_checkpoints(output_dir)
     if resume_from_checkpoint == "none":
@@ -113,20 +119,20 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str, max_ste
             raise ConfigError([Problem(key, f"received {resume_from_checkpoint!r}; {allowed}")])
         is_inside = chosen.path.parent.resolve() == Path(output_dir).resolve()
         later = [str(other.path) for other in existing if other.step > chosen.step]
-        if existing and not is_inside:  # the run has begun there, and has come further since
+        if existing and not is_inside:  # the run started from that path earlier, and has saved since
             chosen = existing[-1]
         elif later:
             message = f"received {resume_from_checkpoint!r}, but the run would mix with later ones"
             advice = f"move or remove {', '.join(later)}, or choose another output_dir"
             raise ConfigError([Problem(key, f"{message}; {advice}")])
     if chosen is not None and chosen.step > max_steps:
-        message = f"received {max_steps}, but {chosen.path} is further on; choose another output_dir"
+        message = f"received {max_steps}, but {chosen.path} has more steps; raise it, or choose another output_dir"
         raise ConfigError([Problem("max_steps", message)])
     return chosen
 
 
 def _sync(folder: Path) -> None:
-    """Waits until a folder with everything in it is on the disk."""
+    """Waits until a folder and everything in it are on disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -137,7 +143,7 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

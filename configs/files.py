@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside and renamed."""
+"""Atomic writes: a file is complete or absent, because it is written under another name and then renamed."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a file; until it is complete, one of this name that was there before stays as it is."""
+    """Writes a text file atomically: until the new file is complete, an older one of the same name stays."""
     partial = Path(path).with_suffix(".partial")
     partial.write_text(text)
     partial.replace(path)
 
 
 def write_json(path: str | Path, values: dict[str, Any]) -> None:
-    """Writes a file of JSON, as `write_text`."""
+    """Writes a JSON file atomically."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 

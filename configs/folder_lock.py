@@ -1,4 +1,4 @@
-"""One job at a time in a folder."""
+"""A lock on a folder, so that only one job writes in it."""
 
 import json
 import os
@@ -13,21 +13,21 @@ from filelock import FileLock, Timeout
 from configs.problems import ConfigError, Problem
 
 LOCK_NAME = ".lock"
-HOLDER_NAME = ".holder.json"
+OWNER_NAME = ".holder.json"
 ADVICE = "wait until it has ended, stop it, or choose another folder"
 
 
 @contextmanager
-def held(folder: str | Path, key: str) -> Iterator[None]:
-    """Holds a folder, which is made if need be; the system lets go of it when the process ends, however it ends.
+def locked_folder(folder: str | Path, config_key: str) -> Iterator[None]:
+    """Creates a folder if needed, and locks it. The operating system releases the lock however the process ends.
 
     Args:
         folder: to be written in.
-        key: of the configuration that names the folder, for the message.
+        config_key: the key that names the folder in the configuration, for the error message.
 
     Raises:
-        ConfigError: another process holds it.
-        OSError: it cannot be made or written in.
+        ConfigError: another process has locked the folder.
+        OSError: the folder cannot be created or written in.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,19 +35,19 @@ def held(folder: str | Path, key: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise ConfigError([Problem(key, f"{folder} is in use by {_holder(folder)}; {ADVICE}")]) from None
+        raise ConfigError([Problem(config_key, f"{folder} is in use by {_owner(folder)}; {ADVICE}")]) from None
     try:
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        (folder / HOLDER_NAME).write_text(json.dumps(holder) + "\n")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        (folder / OWNER_NAME).write_text(json.dumps(owner) + "\n")
         yield
     finally:
-        (folder / HOLDER_NAME).unlink(missing_ok=True)
+        (folder / OWNER_NAME).unlink(missing_ok=True)
         lock.release()
 
 
-def _holder(folder: Path) -> str:
+def _owner(folder: Path) -> str:
     try:
-        holder = json.loads((folder / HOLDER_NAME).read_text())
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        owner = json.loads((folder / OWNER_NAME).read_text())
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (OSError, ValueError, KeyError):
         return "another process"

@@ -1,7 +1,7 @@
-"""Stopping on request: SIGTERM and the first Ctrl-C end a run after its step; a second Ctrl-C ends it at once.
+"""Stopping on request: SIGTERM or the first Ctrl-C ends a run after the current step, a second Ctrl-C at once.
 
-Exit codes of every command: 0 done, 2 a mistake in the configuration, 3 the numbers went wrong, 130 stopped by Ctrl-C,
-143 stopped by SIGTERM (by 128 + number of the signal, as shells have it).
+Exit codes of every command: 0 done, 2 configuration error, 3 diverged, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+The last two are 128 + signal number, as in shells.
 """
 
 import multiprocessing
@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# A launcher passes on the Ctrl-C that the terminal has sent to its workers already: that is not a second one.
+# The terminal sends one Ctrl-C to all processes, and a launcher forwards it to its workers once more. So a SIGINT that
+# follows the first one this soon is not a second Ctrl-C.
 SAME_KEYSTROKE_SECONDS = 1.0
 STDERR = 2
 
 
 class Stopped(Exception):
-    """The run ended on request, with everything saved; the message says how to go on."""
+    """A signal stopped the run, and a checkpoint was saved. The message says how to resume."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -28,17 +29,20 @@ class Stopped(Exception):
 
 
 class Diverged(RuntimeError):
-    """The numbers went wrong; the message says which, when, and what to do."""
+    """A loss or a weight is no longer finite. The message says which, at which step, and what to do."""
 
     exit_code = 3
 
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Makes SIGTERM end what runs inside as an exception, so that it is cleaned up; where it is, see `StopRequest`."""
+    """Inside this context, SIGTERM raises `Stopped`, so that the code inside can clean up.
+
+    A training loop uses `StopRequest` instead.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped("stopped by SIGTERM; the same command goes on from what has been saved", number)
+        raise Stopped("stopped by SIGTERM; the same command resumes from what was saved", number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -51,9 +55,9 @@ def sigterm_raises() -> Iterator[None]:
 
 
 class StopRequest:
-    """Catches SIGTERM and Ctrl-C while it is open, for a loop to ask after every step.
+    """Records SIGTERM and Ctrl-C while it is open. A training loop calls `agreed_signal` after every step.
 
-    Outside the main thread, where Python delivers no signals, nothing is caught.
+    Python delivers signals to the main thread only; in another thread this records nothing.
     """
 
     def __init__(self) -> None:
@@ -74,20 +78,23 @@ class StopRequest:
             signal.signal(number, handler)
         self._previous.clear()
 
-    def agreed(self) -> int | None:
-        """The signal that asks to stop, once any process has got one; all processes must ask after the same steps."""
+    def agreed_signal(self) -> int | None:
+        """The signal that any process has received, the same on all of them; None if none has.
+
+        All processes must call this after the same steps.
+        """
         from torch import distributed, tensor
 
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
             return self.signal_number
-        if self._group is None:  # on the CPU: asking needs nothing from a GPU's queue
+        if self._group is None:  # gloo reduces on the CPU, so the host does not wait for the GPU
             self._group = distributed.new_group(backend="gloo")
         numbers = tensor(self.signal_number or 0)
         distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self._group)
         return int(numbers) or None
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker process before `leave_signals_to_main`
+        if os.getpid() != self._process:  # a data loader's worker that has not called `leave_signals_to_main` yet
             return
         now = time.monotonic()
         if self.signal_number is None:
@@ -95,16 +102,17 @@ class StopRequest:
             if os.environ.get("RANK", "0") == "0":
                 name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
                 message = f"\n{name}: stopping after this step; Ctrl-C stops at once\n"
-                os.write(STDERR, message.encode())  # print() may be what was interrupted, and cannot be entered twice
+                os.write(STDERR, message.encode())  # the signal may have interrupted a print()
         elif number == signal.SIGINT and now - self._since > SAME_KEYSTROKE_SECONDS:
             raise KeyboardInterrupt
 
 
 def leave_signals_to_main(worker_id: int) -> None:
-    """For the start of a data loader's worker: a signal for the whole job is not for it, its batches are still needed.
+    """`worker_init_fn` of a data loader: its workers ignore signals that are sent to the whole job.
 
-    A SIGTERM that is sent to the worker itself ends it: so the data loader does. A worker whose run was killed while it
-    started ends here: torch looks for the death of its parent only from then on, and would let it wait for ever.
+    The main process still needs their batches for the current step. A SIGTERM to the worker itself still ends it: so
+    the data loader stops its workers. A worker whose parent died during the start ends here, because torch watches the
+    parent only later, and the worker would wait forever.
     """
     parent = multiprocessing.parent_process()
     is_forked = multiprocessing.get_start_method() == "fork"

@@ -1,10 +1,14 @@
-"""A run's folder: the resolved configuration it was started with, checkpoints, logs, and at the end the results."""
+"""The folder of a training run, in both stages: its configuration, checkpoints and logs, and at the end its results.
+
+The messages that both stages share are here too: the run is finished, it was stopped, it diverged, it was uploaded.
+"""
 
 import contextlib
 import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,9 @@ import yaml
 
 from configs.checkpoints import Checkpoint, complete_checkpoints, find_checkpoint, publish, remove_unfinished
 from configs.files import write_json, write_text
-from configs.folder_lock import held
-from configs.interruption import Stopped
+from configs.folder_lock import locked_folder
+from configs.hub import push_run
+from configs.interruption import Diverged, Stopped
 from configs.loader import save_config, to_dict
 from configs.problems import ConfigError, Problem
 
@@ -23,7 +28,7 @@ RESULTS_NAME = "train_results.json"
 LOG_NAME = "metrics.jsonl"
 ALLOW = "give --allow_config_changes true"
 
-# What may change when a run goes on: none of it has an influence on the result.
+# Keys that may change when a run resumes, because they do not influence the trained weights.
 FREE_KEYS = {
     "data.max_skipped_fraction",
     "output_dir",
@@ -44,33 +49,36 @@ logger = logging.getLogger(__name__)
 
 
 def holds_work(folder: str | Path) -> bool:
-    """Whether a run's folder holds something to go on from: checkpoints or results."""
+    """Whether the folder of a run holds complete checkpoints or results."""
     return (Path(folder) / RESULTS_NAME).is_file() or bool(complete_checkpoints(folder))
 
 
 class RunFolder:
-    """The folder of a run, new or going on, held by this job while it is open; for every process of the run.
+    """The folder of a new or a resumed run. While it is open, no other job can open it.
+
+    Every process of the run opens it; only the main process locks and writes.
 
     Args:
         config: the resolved settings.
-        is_main_process: the one that writes what all share.
+        is_main_process: whether this process writes the files.
 
     Raises:
-        ConfigError: on entering, if another job holds the folder, or it holds a run that was started with other
-            settings, unless `config.allow_config_changes`.
+        ConfigError: on entering, if another job has the folder open; or if the folder holds a run that was started
+            with other settings, unless `config.allow_config_changes`.
     """
 
     def __init__(self, config: Any, is_main_process: bool = True):
         self.config, self.is_main_process = config, is_main_process
         self.path = Path(config.output_dir)
-        self._lock = held(self.path, "output_dir") if is_main_process else nullcontext()
+        self._lock = locked_folder(self.path, "output_dir") if is_main_process else nullcontext()
         self._started = time.perf_counter()
+        self._resumed_from: Path | None = None
 
     def __enter__(self) -> "RunFolder":
         self._lock.__enter__()
         try:
             if holds_work(self.path):
-                self._compare(self.path / CONFIG_NAME)
+                self._refuse_other_settings(self.path / CONFIG_NAME)
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
@@ -80,76 +88,115 @@ class RunFolder:
         self._lock.__exit__(*exception)
 
     @property
-    def finished(self) -> dict[str, Any] | None:
-        """The results, if the run has done all its steps, or has stopped early by the same patience."""
+    def results(self) -> dict[str, Any] | None:
+        """The results of a finished run: it has done `max_steps`, or has stopped early with the same patience."""
         try:
             results = json.loads((self.path / RESULTS_NAME).read_text())
         except FileNotFoundError:
             return None
         patience = results.get("early_stopping_patience")
-        is_over = patience is not None and patience == self.config.early_stopping_patience
-        return results if is_over or results["global_step"] >= self.config.max_steps else None
+        stopped_early = patience is not None and patience == self.config.early_stopping_patience
+        return results if stopped_early or results["global_step"] >= self.config.max_steps else None
 
     @property
     def seconds(self) -> float:
-        """Spent on the run so far, over all its sessions."""
+        """Time spent on the run so far, over all its sessions."""
         return time.perf_counter() - self._started
 
-    def begin(self, num_processes: int) -> Checkpoint | None:
-        """The complete checkpoint to go on from, see `find_checkpoint`; None to start anew.
+    def report_if_finished(self) -> bool:
+        """Whether the run was finished before; if so, reports it, and uploads the model if `push_to_hub` is set."""
+        results = self.results
+        if results is None:
+            return False
+        if self.is_main_process:
+            print(f"{self.path} holds the finished run ({results['global_step']} steps); nothing to do")
+            self._push()
+        return True
 
-        To be called when all else has been found in order: only now the folder is changed. The settings become those of
-        the run, and the logs are cut back to the checkpoint.
+    def begin(self, num_processes: int) -> Checkpoint | None:
+        """Prepares the folder for training, and returns the complete checkpoint to resume from; None for a new run.
+
+        Call it last, when everything else is known to be valid: before it, the folder is unchanged. It saves the
+        settings, and removes what was logged after the checkpoint.
 
         Raises:
-            ConfigError: see `find_checkpoint`; or the number of processes, or settings of the run it is from, differ.
+            ConfigError: see `find_checkpoint`; or the checkpoint was saved by another number of processes, or by a
+                run with other settings.
         """
         config = self.config
-        found = find_checkpoint(self.path, config.resume_from_checkpoint, config.max_steps)
-        if found is not None:
-            self._check_origin(found, num_processes)
-            self._started -= found.seconds
+        checkpoint = find_checkpoint(self.path, config.resume_from_checkpoint, config.max_steps)
+        if checkpoint is not None:
+            self._check_origin(checkpoint, num_processes)
+            self._started -= checkpoint.seconds
+            self._resumed_from = checkpoint.path
         if self.is_main_process:
             remove_unfinished(self.path)
             (self.path / RESULTS_NAME).unlink(missing_ok=True)
             save_config(config, self.path / CONFIG_NAME)
-            self._cut_log(found.step if found is not None else 0)
-        return found
-
-    def _check_origin(self, found: Checkpoint, num_processes: int) -> None:
-        if found.path.parent.resolve() != self.path.resolve():
-            self._compare(found.path.parent / CONFIG_NAME)
-        if found.num_processes != num_processes and not self.config.allow_config_changes:
-            message = f"received {num_processes}, but {found.path} was saved by {found.num_processes}"
-            advice = f"batches would change; launch as before, or {ALLOW}"
-            raise ConfigError([Problem("number of processes", f"{message}: {advice}")])
+            self._cut_log(checkpoint.step if checkpoint is not None else 0)
+            if checkpoint is not None:
+                print(f"resuming from {checkpoint.path}")
+        return checkpoint
 
     def publish(self, step: int, num_processes: int) -> Path:
-        """Completes the checkpoint that all processes have written at `unfinished_path`; for the main process."""
+        """Completes the checkpoint that all processes have written at `unfinished_path`. Main process only."""
         return publish(self.path, step, num_processes, self.seconds, self.config.save_total_limit)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Adds a line to metrics.jsonl; for the main process."""
+        """Appends a line to metrics.jsonl. Main process only."""
         with open(self.path / LOG_NAME, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def save_image(self, name: str, image: Any, step: int) -> None:
-        """Saves a PIL image as `name/step_00001000.png`; for the main process."""
+        """Saves a PIL image as `name/step_00001000.png`. Main process only."""
         folder = self.path / name
         folder.mkdir(exist_ok=True)
         image.save(folder / f"step_{step:08d}.png")
 
-    def finish(self, results: dict[str, Any]) -> None:
-        """Writes the results, which marks the run as finished; for the main process."""
-        write_json(self.path / RESULTS_NAME, results)
+    def finish(self, step: int, results: dict[str, Any]) -> None:
+        """Writes the results, which marks the run as finished; then uploads the model if `push_to_hub` is set.
+
+        Main process only.
+
+        Args:
+            step: optimizer steps done.
+            results: further entries of train_results.json.
+        """
+        written = {"global_step": step, "train_runtime": round(self.seconds, 1), **results}
+        write_json(self.path / RESULTS_NAME, written)
+        self._push()
 
     def stopped(self, step: int, signal_number: int) -> Stopped:
-        """What to raise when the run ends early on request, with its checkpoint saved."""
+        """The exception for a run that a signal has stopped, after its checkpoint was saved."""
         message = f"stopped after step {step} of {self.config.max_steps}, which is saved in {self.path}"
-        return Stopped(f"{message}; the same command goes on from there", signal_number)
+        return Stopped(f"{message}; the same command resumes from there", signal_number)
 
-    def _compare(self, path: Path) -> None:
-        """Refuses settings other than those in a config.yaml, if it is there."""
+    def diverged(self, reason: str) -> Diverged:
+        """The exception for a run whose numbers are no longer finite.
+
+        Args:
+            reason: which numbers, and at which step.
+        """
+        checkpoints = complete_checkpoints(self.path)
+        last = checkpoints[-1].path if checkpoints else self._resumed_from
+        saved = f"the last good checkpoint is {last}" if last is not None else "no checkpoint was saved yet"
+        advice = "Try a lower learning_rate, more warmup_steps, max_grad_norm 1, or bf16 false"
+        return Diverged(f"{reason}; {saved}. {advice}")
+
+    def _push(self) -> None:
+        if self.config.push_to_hub:
+            print(f"uploaded to {push_run(self.config)}")
+
+    def _check_origin(self, checkpoint: Checkpoint, num_processes: int) -> None:
+        if checkpoint.path.parent.resolve() != self.path.resolve():
+            self._refuse_other_settings(checkpoint.path.parent / CONFIG_NAME)
+        if checkpoint.num_processes != num_processes and not self.config.allow_config_changes:
+            message = f"received {num_processes}, but {checkpoint.path} was saved by {checkpoint.num_processes}"
+            advice = f"batches would change; launch the same number of processes, or {ALLOW}"
+            raise ConfigError([Problem("number of processes", f"{message}: {advice}")])
+
+    def _refuse_other_settings(self, path: Path) -> None:
+        """Compares the settings with those in a config.yaml, if the file exists."""
         if not path.is_file():
             return
         differences = list(_differences(yaml.safe_load(path.read_text()), to_dict(self.config)))
@@ -158,34 +205,35 @@ class RunFolder:
         if self.config.allow_config_changes:
             if self.is_main_process:
                 changes = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences)
-                logger.warning("going on with changed settings: %s", changes)
+                logger.warning("resuming with changed settings: %s", changes)
             return
         advice = f"choose another output_dir, remove {path.parent} to start over, or {ALLOW}"
         raise ConfigError(
-            [Problem("output_dir", advice)]  # first: a long list is cut
+            [Problem("output_dir", advice)]  # first, because a long list is cut
             + [Problem(key, f"the run was started with {old!r}, now it is {new!r}") for key, old, new in differences],
             f"{path.parent} holds a run with other settings",
         )
 
     def _cut_log(self, step: int) -> None:
-        """Removes what was logged after a step, which will be logged again."""
+        """Removes the lines logged after a step: the resumed run logs them again."""
         path = self.path / LOG_NAME
         if not path.is_file():
             return
         kept = []
         for line in path.read_text().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):  # the last line may be cut off
+            with contextlib.suppress(ValueError):  # a crash may have cut the last line off
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
         write_text(path, "".join(kept))
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> Any:
-    for key in sorted({*old, *new}):
-        if f"{prefix}{key}" in FREE_KEYS:
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """`(key, old value, new value)` of the settings that differ and may not change."""
+    for name in sorted({*old, *new}):
+        key, before, after = f"{prefix}{name}", old.get(name), new.get(name)
+        if key in FREE_KEYS:
             continue
-        before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{prefix}{key}.")
+            yield from _differences(before, after, f"{key}.")
         elif before != after:
-            yield f"{prefix}{key}", before, after
+            yield key, before, after

@@ -1,4 +1,4 @@
-"""Code store → batches for a causal language model, with condition dropout."""
+"""Batches of a code store for a causal language model, with condition dropout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from configs.randomness import uniform
 from stage2_prior.code_store import CodeSplit
 from stage2_prior.vocabulary import TokenLayout
 
-# A target that transformers leaves out of a loss.
+# transformers ignores this target in a loss.
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class CodeDataset(Dataset):
-    """Batches of sequences, read as a whole: `__getitems__` returns the batch, `collate` leaves it as it is.
+    """Sequences of codes. `__getitems__` reads a whole batch at once, so `collate` has nothing to do.
 
     Args:
         split: rows of a code store.
         layout: the token space.
-        condition_dropout: share of sequences whose condition is replaced by the null token.
-        seed: with (epoch, row), decides which those are.
+        condition_dropout: share of sequences with the null token in place of the condition.
+        seed: decides, with (epoch, row), which sequences those are.
     """
 
     split: CodeSplit
@@ -36,31 +36,31 @@ class CodeDataset(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, keys: np.ndarray | Sequence[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: np.ndarray | Sequence[int]) -> dict[str, Tensor]:
         """One batch.
 
         Args:
-            keys: int64 `(B, 2)`, (epoch, row); or `(B,)`, rows of epoch 0. A row below 0 fills up a batch and counts
-                for nothing.
+            indices: int64 `(B, 2)`, (epoch, row); or `(B,)`, rows of epoch 0. A row below 0 only fills up a batch: the
+                loss ignores it.
 
         Returns:
             `input_ids` int64 `(B, L)`: `[condition] + codes[:-1]`; `labels` and `shift_labels` int64 `(B, L)`: the
             codes, aligned with the logits that predict them.
         """
-        keys = np.asarray(keys, dtype=np.int64)
-        epochs, rows = keys.T if keys.ndim == 2 else (np.zeros_like(keys), keys)
-        codes, labels = self.split.read(rows.clip(0))
+        indices = np.asarray(indices, dtype=np.int64)
+        epochs, rows = indices.T if indices.ndim == 2 else (np.zeros_like(indices), indices)
+        codes, classes = self.split.read(rows.clip(0))
         input_ids, targets = np.empty(codes.shape, dtype=np.int64), codes.astype(np.int64)
         input_ids[:, 1:] = codes[:, :-1]
-        input_ids[:, 0] = self.layout.null_token if labels is None else self.layout.class_tokens(labels)
+        input_ids[:, 0] = self.layout.null_token if classes is None else self.layout.class_tokens(classes)
         if self.condition_dropout:
             dropped = uniform(np.array([self.seed]), epochs, rows) < self.condition_dropout
             input_ids[dropped, 0] = self.layout.null_token
         targets[rows < 0] = IGNORED
-        counted = torch.from_numpy(targets)
-        return {"input_ids": torch.from_numpy(input_ids), "labels": counted, "shift_labels": counted}
+        labels = torch.from_numpy(targets)
+        return {"input_ids": torch.from_numpy(input_ids), "labels": labels, "shift_labels": labels}
 
 
 def collate(batch: Any) -> dict[str, Tensor]:
-    """The batch is one already."""
+    """Returns the batch that `__getitems__` has read."""
     return batch

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem, check, run
 from configs.files import write_json
-from configs.folder_lock import held
+from configs.folder_lock import locked_folder
 from stage1_vqgan import (
     EncodedImage,
     ImageDataset,
@@ -61,7 +61,7 @@ def tokenize(config: Stage2Config) -> CodeStore:
     config = check(config)
     AcceleratorState._reset_state()  # a session may have trained before
     accelerator = Accelerator(mixed_precision="no")
-    with held(config.code_store, "code_store") if accelerator.is_main_process else nullcontext():
+    with locked_folder(config.code_store, "code_store") if accelerator.is_main_process else nullcontext():
         return _tokenize(config, accelerator)
 
 

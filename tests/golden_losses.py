@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -49,11 +50,10 @@ class StoredGenerator(nn.Module):
 class StoredTrainer(VQGANTrainer):
     """Trains the stored generator, and keeps the gradients of an update in place of doing it."""
 
-    golden: dict[str, Tensor]
-
-    def _initial_model(self) -> Any:
+    def __init__(self, golden: dict[str, Tensor], config: Stage1Config):
         self.gradients: dict[str, Tensor] = {}
-        return StoredGenerator(self.golden)
+        with patch("stage1_vqgan.training.step.build_tokenizer", lambda config: StoredGenerator(golden)):
+            super().__init__(config, Accelerator())
 
     def _update(self, model: nn.Module, optimizer: Any, objective: Tensor) -> None:
         objective.backward()
@@ -82,8 +82,7 @@ def compare_step(
 ) -> Iterator[Found]:
     kind, step, perceptual_weight = name.split("_")
     number, weight = int(step.removeprefix("step")), int(perceptual_weight.removeprefix("pw"))
-    StoredTrainer.golden = golden
-    trainer = StoredTrainer(step_config(kind, kwargs), Accelerator())
+    trainer = StoredTrainer(golden, step_config(kind, kwargs))
     trainer.discriminator.load_state_dict(state(golden, "disc."))
     if weight:  # the stored numbers are of a stand-in for LPIPS
         trainer.config.loss.perceptual_weight = weight

@@ -39,7 +39,7 @@ STDERR, REACHED = 2, "\n<the point is reached>\n"
 
 
 def run_stage1(folder: Path) -> None:
-    """18 steps over 14 batches an epoch, with augmentation, dropout, k-means, restarts and the game."""
+    """18 steps over 14 batches an epoch, with augmentation, dropout, k-means, restarts and the adversarial loss."""
     config = process_runs.stage1_config(folder, max_steps=18, global_batch_size=96, **COMMON)
     config.model |= {"dropout": 0.1, "image_size": 8}
     config.discriminator.num_layers = 1

@@ -16,10 +16,11 @@ from accelerate import Accelerator, PartialState
 from configs import load_config
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.quantizers import VectorQuantizer, build_quantizer
-from stage1_vqgan.training import run as training
-from stage1_vqgan.training.codebook import CodebookMonitor, kmeans
+from stage1_vqgan.training import run as stage1
+from stage1_vqgan.training.codebook import CodebookMonitor, kmeans, latent_rows
 from stage1_vqgan.training.config import LossConfig
-from stage1_vqgan.training.step import VQGANTrainer, rows
+from stage1_vqgan.training.run import Training
+from stage1_vqgan.training.step import VQGANTrainer
 from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
 from stage2_prior.training import run as prior_training
@@ -98,27 +99,29 @@ def leave(folder: Path, name: str, state: dict[str, Any]) -> None:
 
 def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass: bool = False) -> None:
     """Trains; leaves generator, discriminator, moving average and how many codes restarted, of this process."""
-    finish, care = training.finish, VQGANTrainer._care_for_codebook
+    finish, restart = Training.finish, VQGANTrainer._restart_dead_codes
     restarted = []
 
-    def finish_and_leave(config: Stage1Config, accelerator: Any, trainer: VQGANTrainer) -> Any:
+    def finish_and_leave(training: Training) -> Any:
+        trainer, accelerator = training.trainer, training.accelerator
         parts = {"generator": trainer.model, "average": trainer.average, "discriminator": trainer.discriminator}
         state = {key: accelerator.unwrap_model(part).state_dict() for key, part in parts.items()}
         leave(folder, name, {**state, "restarted": sum(restarted)})
-        return finish(config, accelerator, trainer)
+        return finish(training)
 
-    def care_and_count(trainer: VQGANTrainer, *args: Any) -> Any:
+    def restart_and_count(trainer: VQGANTrainer, *args: Any) -> Any:
         if bypass:  # a version of the code that trains without the wrapper which averages gradients
             trainer.generator = trainer.model
-        found = care(trainer, *args)
+        found = restart(trainer, *args)
         restarted.append(int(found.get("codebook/restarted", 0)))
         return found
 
-    training.finish, VQGANTrainer._care_for_codebook = finish_and_leave, care_and_count
+    patched: Any = VQGANTrainer
+    Training.finish, patched._restart_dead_codes = finish_and_leave, restart_and_count  # type: ignore[method-assign]
     try:
-        training.train(config)
+        stage1.train(config)
     finally:
-        training.finish, VQGANTrainer._care_for_codebook = finish, care
+        Training.finish, patched._restart_dead_codes = finish, restart  # type: ignore[method-assign]
 
 
 def run_stage2(config: Stage2Config, folder: Path) -> None:
@@ -158,7 +161,7 @@ def run_quantizer(folder: Path, name: str, codes: int, width: int, options: dict
         return accelerator.reduce(value.clone(), "sum")
 
     if isinstance(quantizer, VectorQuantizer):
-        centres = kmeans(rows(everything[0]), codes, quantizer.l2_normalize, seed=0)
+        centres = kmeans(latent_rows(everything[0]), codes, quantizer.l2_normalize, seed=0)
         quantizer.move_entries(torch.arange(codes), centres)
     restarted = 0
     for step, z in enumerate(latents):
@@ -172,7 +175,7 @@ def run_quantizer(folder: Path, name: str, codes: int, width: int, options: dict
             optimizer.zero_grad()
         quantizer.update(reduce)
         if isinstance(quantizer, VectorQuantizer) and step % 5 == 4:
-            arguments = (quantizer, quantizer, optimizer, rows(z), reduce, accelerator.gather)
+            arguments = (quantizer, quantizer, optimizer, latent_rows(z), reduce, accelerator.gather)
             restarted += int(monitor.restart(*arguments, seed=step))
     leave(folder, f"quantizer {name} {'-'.join(options)}", {**quantizer.state_dict(), "restarted": restarted})
 
@@ -184,7 +187,7 @@ GAMES = [
 
 
 def run_games(folder: Path) -> None:
-    """Four steps of every kind of game on eight images in two micro-batches; leaves generator and discriminator."""
+    """Four steps with every adversarial loss on eight images in two micro batches; saves both models."""
     accelerator = Accelerator(gradient_accumulation_steps=2)
     # A penalty's gradient jumps where a LeakyReLU turns: images with which rounding turns none. (With seed 0 a change
     # of them by 1e-7 moves a weight by 4e-5, on one process too.)

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM
 
-from configs.folder_lock import held
+from configs.folder_lock import locked_folder
 from configs.hub import push_run
 from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANModel
@@ -52,7 +52,7 @@ def test_a_pushed_pipeline_comes_back(hub, tiny_pipeline):
 
 def test_a_pushed_run_is_the_model_without_checkpoints_and_logs(hub, tiny_runs):
     for run, name in ((tiny_runs.stage1, "me/vqgan"), (tiny_runs.stage2, "me/prior")):
-        with held(run.output_dir, "output_dir"):  # as it is when the run uploads
+        with locked_folder(run.output_dir, "output_dir"):  # as it is when the run uploads
             push_run(replace(run, hub_model_id=name))
     for folder in ("me/vqgan", "me/prior"):
         names = {path.name for path in (hub / folder).iterdir()}

@@ -1,7 +1,8 @@
-"""SIGTERM and Ctrl-C: the step is finished and saved, the exit code is documented, the same command goes on."""
+"""SIGTERM and Ctrl-C: the run saves after the step, exits with the documented code, and the same command resumes."""
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -31,7 +32,7 @@ def test_a_command_that_is_stopped_goes_on(name, number, exit_code, undisturbed,
     pause = 10 if name == "tokenize" else 0.5  # which a signal ends there
     assert kill_runs.interrupt(name, tmp_path, [(number, 0)], *POINTS[name], pause=pause) == exit_code
     log = (tmp_path / "log.txt").read_text()
-    assert "the same command goes on from" in log and "Traceback" not in log, log
+    assert re.search("the same command (resumes|goes on) from", log) and "Traceback" not in log, log
     if name == "tokenize":
         assert not (tmp_path / "codes" / "manifest.json").exists()
     else:
@@ -82,11 +83,11 @@ def test_two_signals_within_a_second_are_one_request():
     with StopRequest() as request:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        assert request.agreed() == signal.SIGINT
+        assert request.agreed_signal() == signal.SIGINT
         os.kill(os.getpid(), signal.SIGTERM)
         request._since -= 2
         os.kill(os.getpid(), signal.SIGTERM)
-        assert request.agreed() == signal.SIGINT
+        assert request.agreed_signal() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
@@ -111,7 +112,7 @@ def test_in_another_thread_nothing_is_caught():
 
     def use():
         with sigterm_raises(), StopRequest() as request:
-            found.append(request.agreed())
+            found.append(request.agreed_signal())
 
     thread = threading.Thread(target=use)
     thread.start()

@@ -1,40 +1,36 @@
-"""Keeping a codebook in use during training: k-means initialisation, restart of dead codes, usage statistics.
+"""Upkeep of the codebook during training: k-means initialisation, restart of dead codes, usage statistics.
 
-Statistics and candidates are gathered over all processes in global order and every draw is keyed by the step, so
-all processes make the same codebook.
+All processes compute the same codebook: counts and latents are gathered from all processes in a fixed order, and
+random numbers are keyed by the step.
 
 Shape letters: N latents, D code width, K codebook size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from einops import rearrange
 from torch import Tensor, nn
 
+from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.quantizers import VectorQuantizer, nearest_code
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the codes used, a scalar in [1, K], from counts `(K,)`."""
-    p = counts.float() / counts.sum().clamp(min=1)
-    return torch.exp(-(p * p.clamp(min=1e-10).log()).sum())
-
-
-def usage(counts: Tensor) -> Tensor:
-    """Share of codes used at least once, a scalar in [0, 1], from counts `(K,)`."""
-    return (counts > 0).float().mean()
+from stage1_vqgan.reconstruction import codebook_perplexity, codebook_usage
 
 
 @torch.no_grad()
 def kmeans(latents: Tensor, num_clusters: int, spherical: bool, seed: int, iterations: int = 10) -> Tensor:
-    """Lloyd's algorithm from randomly chosen latents; a cluster that empties restarts at a random latent.
+    """Lloyd's algorithm. The first centres are random latents; a centre without latents restarts at a random latent.
 
     Args:
         latents: `(N, D)`.
         num_clusters: K.
         spherical: keep the centres on the unit sphere.
-        seed: of the choices.
+        seed: of the random choices.
+        iterations: of Lloyd's algorithm.
 
     Returns:
         float32 centres `(K, D)`.
@@ -57,10 +53,39 @@ def kmeans(latents: Tensor, num_clusters: int, spherical: bool, seed: int, itera
     return centres
 
 
-class CodebookMonitor(nn.Module):
-    """Counts how often each code is used, and restarts those that are not.
+@torch.no_grad()
+def initialise_codebook(
+    model: VQGANModel, average: VQGANModel, batches: Iterable[Tensor], accelerator: Accelerator, seed: int
+) -> None:
+    """Places the codebook entries by k-means over the latents of some batches of all processes.
 
-    Two windows: since the last log, and since the last restart. They are buffers, so that a checkpoint holds them.
+    Args:
+        model, average: the tokenizer in training and its moving average; both get the entries.
+        batches: float32 `(B, C, H, W)` in [-1, 1], of this process.
+        accelerator: gathers the latents.
+        seed: of k-means.
+    """
+    quantizers = cast(VectorQuantizer, model.quantize), cast(VectorQuantizer, average.quantize)
+    # Gather batch by batch: so the order of the latents does not depend on the number of processes.
+    latents = torch.cat([accelerator.gather(latent_rows(average.encode(images).latents)) for images in batches])
+    num_codes = model.config.num_embeddings
+    centres = kmeans(latents, num_codes, quantizers[0].l2_normalize, seed)
+    centres = broadcast(centres)  # a GPU sums in any order, so the centres of two processes can differ by rounding
+    for quantizer in quantizers:
+        quantizer.move_entries(torch.arange(num_codes, device=centres.device), centres)
+
+
+def latent_rows(latents: Tensor | None) -> Tensor:
+    """Latents `(B, D, h, w)` as rows `(B·h·w, D)`."""
+    return rearrange(cast(Tensor, latents), "B D h w -> (B h w) D")
+
+
+class CodebookMonitor(nn.Module):
+    """Counts how often each code is used, and restarts the codes that are not used.
+
+    Attributes:
+        logged: int64 `(K,)`, uses of each code since the last log. A buffer, so that a checkpoint holds it.
+        recent: the same since the last restart.
     """
 
     logged: Tensor
@@ -72,39 +97,51 @@ class CodebookMonitor(nn.Module):
         self.register_buffer("recent", torch.zeros(num_embeddings, dtype=torch.int64, device=device))
 
     def update(self, codes: Tensor) -> None:
-        """Adds the codes of one process's batch."""
+        """Adds the codes of a batch of this process, int64 of any shape."""
         codes = codes.flatten()
-        for counts in (self.logged, self.recent):  # unlike bincount this needs nothing from the host
+        for counts in (self.logged, self.recent):  # not bincount, for which the host waits for the device
             counts.scatter_add_(0, codes, torch.ones_like(codes))
 
     def statistics(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Usage and perplexity since the last call; `reduce` sums over processes."""
+        """Usage and perplexity since the last call, scalars; `reduce` sums over processes."""
         counts = reduce(self.logged)
-        self.logged = torch.zeros_like(self.logged)  # not in place: `reduce` may have returned the tensor itself
-        return {"codebook/usage": usage(counts), "codebook/perplexity": perplexity(counts)}
+        self.logged = torch.zeros_like(self.logged)  # not in place: `reduce` may return the tensor itself
+        return {"codebook/usage": codebook_usage(counts), "codebook/perplexity": codebook_perplexity(counts)}
+
+    def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Replaces the counters by their sums over processes, which `reduce` computes."""
+        self.logged, self.recent = reduce(self.logged), reduce(self.recent)
+
+    def clear(self) -> None:
+        """Sets all counters to 0."""
+        self.logged.zero_()
+        self.recent.zero_()
 
     @torch.no_grad()
     def restart(
         self,
         quantizer: VectorQuantizer,
-        ema_quantizer: VectorQuantizer,
+        average: VectorQuantizer,
         optimizer: torch.optim.Optimizer,
         latents: Tensor,
         reduce: Callable[[Tensor], Tensor],
         gather: Callable[[Tensor], Tensor],
         seed: int,
     ) -> Tensor:
-        """Moves every code not used since the last restart onto a random latent; to be called after the optimizer step.
+        """Moves every code that was not used since the last restart onto a random latent.
+
+        Call it after the optimizer step.
 
         Args:
-            quantizer, ema_quantizer: the trained codebook, and its moving average, which gets the new entries too.
-            optimizer: its moments for the entry are cleared.
+            quantizer, average: the quantizer in training and its moving average; both get the new entries.
+            optimizer: the moments of the moved entries are set to 0.
             latents: `(N, D)` of this process's batch.
-            reduce, gather: sum, and concatenate in rank order, over processes.
+            reduce: sums over processes.
+            gather: concatenates over processes, in the order of their ranks.
             seed: of the choice of latents.
 
         Returns:
-            Number of restarted codes, a scalar.
+            Number of moved codes, a scalar.
         """
         dead = (reduce(self.recent) == 0).nonzero().flatten()
         self.recent = torch.zeros_like(self.recent)
@@ -116,7 +153,7 @@ class CodebookMonitor(nn.Module):
             dead = dead[: len(candidates)]
             rows = candidates[order[: len(dead)].to(candidates.device)]
             weight = quantizer.embedding.weight
-            for moved in (quantizer, ema_quantizer):
+            for moved in (quantizer, average):
                 moved.move_entries(dead, rows)
             for value in optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:

@@ -1,6 +1,6 @@
 """The PatchGAN discriminator: one logit for each patch of an image.
 
-Shape letters: B batch, C channels, H W image size, n samples of a channel.
+Shape letters: B batch, C channels, H W image size, h w logit grid.
 """
 
 from collections.abc import Callable
@@ -15,19 +15,19 @@ NormType = Literal["batch", "group", "actnorm"]
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutional classifier of overlapping patches, real (high) or made (low).
+    """Convolutional classifier of overlapping patches: high logits for images, low logits for reconstructions.
 
-    Images `(B, C, H, W)` in [-1, 1] → logits `(B, 1, H', W')`.
+    Images `(B, C, H, W)` in [-1, 1] → logits `(B, 1, h, w)`.
 
     Args:
         in_channels: image channels.
-        base_channels: width after the first convolution; doubled by every further one, at most eight times.
-        num_layers: convolutions with stride 2. More layers see larger patches.
-        norm_type: "batch" as in the source; or "group" (32 groups at most) or "actnorm" (see [`ActNorm`]), with which
-            an image's logits do not depend on the other images of a batch nor on how it is spread over processes.
+        base_channels: width after the first convolution. Each further one doubles it, up to eight times this width.
+        num_layers: number of convolutions with stride 2. More layers see larger patches.
+        norm_type: "batch" as in the source, "group" (at most 32 groups), or "actnorm" (see [`ActNorm`]). With the last
+            two the logits of an image depend neither on the other images of the batch nor on the number of processes.
 
     Source: Isola et al. 2017, "Image-to-image translation with conditional adversarial networks", section 3.2.2;
-    layers and initialisation as in Esser et al. 2021.
+    layers and initialisation of Esser et al. 2021.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         norms: dict[NormType, Callable[[int], nn.Module]]
         norms = {"batch": nn.BatchNorm2d, "group": _group_norm, "actnorm": ActNorm}
-        bias = norm_type == "actnorm"  # as the original has it, whose weights fit
+        bias = norm_type == "actnorm"  # as in the original, so that its weights can be loaded
         layers: list[nn.Module] = [nn.Conv2d(in_channels, base_channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         width = base_channels
         for n in range(1, num_layers + 1):
@@ -51,14 +51,14 @@ class PatchDiscriminator(nn.Module):
         return self.main(images)
 
     def compile(self, **options: Any) -> None:
-        """As of any module, but within what others wrap `forward` in, such as autocast."""
+        """Compiles `forward`, so that later wrappers of it, such as accelerate's autocast, stay outside the graph."""
         self.forward = MethodType(torch.compile(PatchDiscriminator.forward, **options), self)  # type: ignore[method-assign]
 
 
 class ActNorm(nn.Module):
-    """scale · (x + loc), each channel by itself; the first batch in training sets both to normalise it.
+    """scale · (x + loc) for each channel. The first training batch sets both, so that its output is normalised.
 
-    That batch is the one of all processes together, so they start alike. Evaluation never initialises.
+    The statistics are those of the batches of all processes, so that all start alike. Evaluation never initialises.
 
     Args:
         num_channels: C.
@@ -73,14 +73,15 @@ class ActNorm(nn.Module):
         self.loc = nn.Parameter(torch.zeros(1, num_channels, 1, 1))
         self.scale = nn.Parameter(torch.ones(1, num_channels, 1, 1))
         self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
-        self._settled = False  # that `initialized` was seen to be set: reading it makes the host wait for the device
-        self.register_load_state_dict_post_hook(_unsettle)
+        # Copy of `initialized` on the host: to read the buffer, the host would wait for the device in every forward.
+        self._is_initialized = False
+        self.register_load_state_dict_post_hook(_forget_initialization)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and not self._settled:
+        if self.training and not self._is_initialized:
             if not self.initialized:
                 self._initialise(x.detach().float())
-            self._settled = True
+            self._is_initialized = True
         return self.scale * (x + self.loc)
 
     @torch.no_grad()
@@ -94,14 +95,14 @@ class ActNorm(nn.Module):
 
 
 def logit_grid_size(image_size: int, num_layers: int) -> int:
-    """Side of the logit grid for a square image; below 1 the image is too small for the discriminator."""
+    """Side of the logit grid of a square image. Below 1, the image is too small for the discriminator."""
     for _ in range(num_layers):
         image_size //= 2
     return image_size - 2
 
 
-def _unsettle(module: ActNorm, keys: object) -> None:
-    module._settled = False
+def _forget_initialization(module: ActNorm, keys: object) -> None:
+    module._is_initialized = False
 
 
 def _sum_over_processes(value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Watching a run of stage 1: numbers that went wrong end it, a game that went wrong is told once."""
+"""Checks of a run of stage 1: it ends when a number is not finite, and warns when codebook or discriminator fail."""
 
 import logging
 import math
@@ -8,14 +8,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.interruption import Diverged
+from configs.run_folder import RunFolder
 from stage1_vqgan.training.losses import MAX_ADAPTIVE_WEIGHT, AdversarialType
 
-# A codebook of which less than this share is used, while every code could have been used so many times, has collapsed.
+# A codebook has collapsed if less than this share of it is used, although there were codes enough to use every entry
+# this many times.
 COLLAPSED_USAGE = 0.05
-CHANCES_PER_CODE = 10
-# A discriminator has won whose loss stays, for so many logs, below this share of what guessing costs: 1 with hinge,
-# log 2 with the logistic losses. Wasserstein's has no such scale: it is a distance, and its gradient does not fade.
+USES_PER_ENTRY = 10
+# A discriminator has won if its loss stays below this share of the loss of guessing for this many logs. Guessing costs
+# 1 with the hinge loss and log 2 with the logistic losses. The Wasserstein loss is a distance without such a scale, and
+# its gradient does not vanish.
 WON_SHARE = 0.05
 WON_LOGS = 3
 GUESSING_LOSS: dict[AdversarialType, float] = {"hinge": 1.0, "vanilla": math.log(2), "non_saturating": math.log(2)}
@@ -26,28 +28,28 @@ Steps = Sequence[tuple[int, Tensor]]
 
 
 class Health:
-    """Checks the numbers of a run, the same on every process.
+    """Checks the numbers of a run. All processes come to the same conclusion.
 
     Args:
-        accelerator: for what other processes saw.
-        adversarial_type: of the run, which decides what a discriminator's loss tells.
+        run: the folder of the run.
+        accelerator: gathers the numbers of all processes.
+        adversarial_type: decides which loss a winning discriminator has.
     """
 
-    def __init__(self, accelerator: Accelerator, adversarial_type: AdversarialType):
-        self.accelerator = accelerator
+    def __init__(self, run: RunFolder, accelerator: Accelerator, adversarial_type: AdversarialType):
+        self.run, self.accelerator = run, accelerator
         self._won_loss = WON_SHARE * GUESSING_LOSS.get(adversarial_type, -math.inf)
-        self.last_checkpoint: str | None = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._won_logs = 0
 
     def require_finite_losses(self, collected: Mapping[str, Steps]) -> None:
-        """Ends the run if a loss since the last log was not finite; all processes must call this.
+        """Ends the run if a loss since the last log is not finite. All processes must call this.
 
         Args:
-            collected: by name, `(step, scalar)` of every forward.
+            collected: by name, `(step, scalar)` of every micro step.
 
         Raises:
-            Diverged: naming the first such term and step of any process.
+            Diverged: naming the first such loss and its step, over all processes.
         """
         names = sorted(name for name in collected if name.startswith("loss/"))
         if not names:
@@ -57,14 +59,14 @@ class Health:
         everywhere = self.accelerator.gather(torch.stack(first)[None]).amin(0).tolist()  # type: ignore[union-attr]
         step, name = min(zip(everywhere, names, strict=True))
         if step < never:
-            raise Diverged(f"{name} was not finite at step {step + 1}; {self._advice()}")
+            raise self.run.diverged(f"{name} was not finite at step {step + 1}")
 
     def require_finite_state(self, named: Iterable[tuple[str, Iterable[Tensor]]], step: int) -> None:
-        """Ends the run if any tensor that is about to be saved holds a number that is not finite.
+        """Ends the run if a tensor of the next checkpoint is not finite.
 
         Args:
-            named: tensors by what they belong to.
-            step: steps done.
+            named: tensors by the name of what they belong to.
+            step: optimizer steps done.
 
         Raises:
             Diverged: naming what they belong to.
@@ -72,62 +74,54 @@ class Health:
         for name, tensors in named:
             finite = torch.stack([tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]).all()
             if not finite:
-                raise Diverged(f"{name}: not all numbers are finite after step {step}; {self._advice()}")
+                raise self.run.diverged(f"{name}: not all numbers are finite after step {step}")
 
-    def look(
-        self, scalars: Mapping[str, float], collected: Mapping[str, Steps], codes_seen: int, num_codes: int
+    def warn_of_problems(
+        self, scalars: Mapping[str, float], collected: Mapping[str, Steps], num_codes_used: int, num_embeddings: int
     ) -> None:
-        """Warns once of a collapsed codebook, a discriminator that has won, an adaptive weight at its clamp.
+        """Warns, once each, of a collapsed codebook, a discriminator that has won, an adaptive weight at its clamp.
 
         Args:
             scalars: means since the last log.
-            collected: by name, `(step, scalar)` of every forward since then.
-            codes_seen: codes of all images since then.
-            num_codes: K.
+            collected: by name, `(step, scalar)` of every micro step since then.
+            num_codes_used: codes of all images since then, repetitions included.
+            num_embeddings: K.
         """
         usage = scalars["codebook/usage"]
-        if usage < COLLAPSED_USAGE and codes_seen >= CHANCES_PER_CODE * num_codes:
-            self._tell(
+        if usage < COLLAPSED_USAGE and num_codes_used >= USES_PER_ENTRY * num_embeddings:
+            self._warn_once(
                 "codebook",
-                f"the codebook has collapsed: {usage:.1%} of {num_codes} codes are used. Try a lower learning_rate, a "
-                "smaller model.embed_dim with model.quantizer_options.l2_normalize true, codebook.kmeans_init_batches "
-                "and codebook.restart_interval above 0",
+                f"the codebook has collapsed: {usage:.1%} of {num_embeddings} codes are used. Try a lower "
+                "learning_rate, a smaller model.embed_dim with model.quantizer_options.l2_normalize true, "
+                "codebook.kmeans_init_batches and codebook.restart_interval above 0",
             )
-        playing = "loss/adversarial" in scalars
-        won = playing and scalars.get("loss/discriminator", math.inf) < self._won_loss
-        self._won_logs = self._won_logs + 1 if won else 0
+        is_adversarial = "loss/adversarial" in scalars
+        has_won = is_adversarial and scalars.get("loss/discriminator", math.inf) < self._won_loss
+        self._won_logs = self._won_logs + 1 if has_won else 0
         if self._won_logs >= WON_LOGS:
-            self._tell(
+            self._warn_once(
                 "discriminator",
-                f"the discriminator has won: it tells every image (loss {scalars['loss/discriminator']:.2g}), and the "
-                "generator learns nothing from it any more. Try a lower discriminator.learning_rate, fewer "
-                "discriminator.num_layers, augmentation, loss.lecam_weight or loss.r1_weight above 0, or a later "
-                "loss.adversarial_start_step",
+                f"the discriminator has won: its loss is {scalars['loss/discriminator']:.2g}, so the generator learns "
+                "nothing from it any more. Try a lower discriminator.learning_rate, fewer discriminator.num_layers, "
+                "augmentation, loss.lecam_weight or loss.r1_weight above 0, or a later loss.adversarial_start_step",
             )
         weights = [value for _, value in collected.get("adversarial/adaptive_weight", ())]
         if weights and (torch.stack(weights) >= MAX_ADAPTIVE_WEIGHT).float().mean() >= 0.5:
-            self._tell(
+            self._warn_once(
                 "adaptive weight",
-                f"the adaptive weight is at its clamp of {MAX_ADAPTIVE_WEIGHT:g}: the discriminator gives the "
-                "generator next to no gradient. Try a later loss.adversarial_start_step, or a lower "
+                f"the adaptive weight is at its clamp of {MAX_ADAPTIVE_WEIGHT:g}: the generator gets almost no "
+                "gradient from the discriminator. Try a later loss.adversarial_start_step, or a lower "
                 "discriminator.learning_rate",
             )
 
-    def _tell(self, subject: str, message: str) -> None:
-        if subject not in self._told and self.accelerator.is_main_process:
+    def _warn_once(self, subject: str, message: str) -> None:
+        if subject not in self._warned and self.accelerator.is_main_process:
             logger.warning("%s", message)
-        self._told.add(subject)
-
-    def _advice(self) -> str:
-        saved = (
-            f"the last good checkpoint is {self.last_checkpoint}"
-            if self.last_checkpoint
-            else "no checkpoint was saved yet"
-        )
-        return f"{saved}. Try a lower learning_rate, more warmup_steps, max_grad_norm 1, or bf16 false"
+        self._warned.add(subject)
 
 
 def _first_step(steps: Steps, never: int) -> Tensor:
+    """The first step whose scalar is not finite, or `never`."""
     values = torch.stack([value.detach().float() for _, value in steps])
     numbers = torch.tensor([step for step, _ in steps], device=values.device)
     return torch.where(values.isfinite(), torch.full_like(numbers, never), numbers).amin()

@@ -1,4 +1,4 @@
-"""The terms of the VQGAN objective, and the weight that balances them.
+"""The terms of the VQGAN objective, and the adaptive weight of the adversarial term.
 
 Shape letters: B batch, C channels, H W image size.
 """
@@ -6,8 +6,8 @@ Shape letters: B batch, C channels, H W image size.
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
 from urllib.parse import urlparse
 
 import torch
@@ -20,9 +20,9 @@ Backbone = Literal["vgg", "alex", "squeeze"]
 # Smallest image side that passes every pooling layer of the LPIPS backbone.
 LPIPS_MIN_SIZE = {"vgg": 16, "alex": 32, "squeeze": 32}
 
-# Backbones of LPIPS that bfloat16 does not suit. Of photos with noise from 0.03 to 0.3 the cosine between its gradients
-# in bfloat16 and in float32 is 0.991 to 0.995 with vgg and 0.987 to 0.994 with alex, but 0.947 to 0.968 with squeeze,
-# which is cheap anyway (random weights of the backbone).
+# LPIPS backbones that always compute in float32. The cosine between gradients in bfloat16 and in float32 is 0.991 to
+# 0.995 with vgg and 0.987 to 0.994 with alex, but only 0.947 to 0.968 with squeeze, which is cheap anyway (measured on
+# photos with noise from 0.03 to 0.3, with random backbone weights).
 FLOAT32_BACKBONES = {"squeeze"}
 
 MAX_ADAPTIVE_WEIGHT = 1e4
@@ -32,18 +32,23 @@ MAX_ADAPTIVE_WEIGHT = 1e4
 PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
-class PerceptualLoss(nn.Module):
-    """LPIPS distance, frozen.
+def weighted_sum(terms: Mapping[str, Tensor], weights: Any) -> Tensor:
+    """Σ weight · term over scalar terms, 0 without terms. The weight of the term `x` is the attribute `x_weight`."""
+    return cast(Tensor, sum(getattr(weights, f"{name}_weight") * term for name, term in terms.items()))
 
-    Under autocast the backbones "vgg" and "alex" have the precision of that; features are compared in float32.
+
+class PerceptualLoss(nn.Module):
+    """LPIPS distance, with frozen weights.
+
+    Under autocast the backbones "vgg" and "alex" compute in its precision. The features are compared in float32.
 
     Args:
         backbone: "vgg", "alex" or "squeeze".
         weights: "pretrained" (torchvision's ImageNet weights, downloaded once), the path of torchvision's weight file,
-            or "random" (for tests: no meaning as a distance).
+            or "random" (for tests; it is no useful distance).
 
     Raises:
-        FileNotFoundError: the weights cannot be had; the message names the file and where to put it.
+        FileNotFoundError: the weights are neither here nor can be downloaded; the message names the file to provide.
         ValueError: the file does not hold the weights of this backbone.
 
     Source: Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric".
@@ -63,11 +68,11 @@ class PerceptualLoss(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
-        """Stays in evaluation mode: the linear layers have dropout."""
+        """Stays in evaluation mode, because the linear layers have dropout."""
         return super().train(False)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Mean distance of two batches `(B, C, H, W)` in [-1, 1], a scalar; gray is repeated to three channels."""
+        """Mean distance of two batches `(B, C, H, W)` in [-1, 1], a scalar. Gray images get three equal channels."""
         with torch.autocast(images.device.type, enabled=False) if self.in_float32 else contextlib.nullcontext():
             pair = zip(self._features(reconstruction), self._features(images), strict=True)
             distances = [
@@ -77,7 +82,7 @@ class PerceptualLoss(nn.Module):
         return torch.stack(distances).sum()
 
     def _features(self, images: Tensor) -> Iterator[Tensor]:
-        """What the backbone makes of images, at its depths that are compared."""
+        """Activations of the backbone at the depths that LPIPS compares."""
         x = self.lpips.scaling_layer(images.expand(-1, 3, -1, -1))
         for depth in range(1, self.lpips.net.N_slices + 1):
             x = self.lpips.net.get_submodule(f"slice{depth}")(x)
@@ -85,7 +90,7 @@ class PerceptualLoss(nn.Module):
 
 
 def _units(features: Tensor) -> Tensor:
-    """The features of every place, made a vector of unit length, in float32."""
+    """The feature vectors of all positions, scaled to unit length, in float32."""
     features = features.float()
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
@@ -116,7 +121,7 @@ def discriminator_wasserstein_loss(logits_real: Tensor, logits_fake: Tensor) -> 
 
 
 class AdversarialLoss(NamedTuple):
-    """The two sides of a game: the generator's loss of D(x̂), and the discriminator's of D(x) and D(x̂)."""
+    """The generator's loss, a function of D(x̂), and the discriminator's loss, a function of D(x) and D(x̂)."""
 
     generator: Callable[[Tensor], Tensor]
     discriminator: Callable[[Tensor, Tensor], Tensor]
@@ -125,8 +130,8 @@ class AdversarialLoss(NamedTuple):
 AdversarialType = Literal["hinge", "vanilla", "non_saturating", "wasserstein"]
 
 # Sources: hinge, Lim and Ye 2017, "Geometric GAN"; vanilla and non-saturating, Goodfellow et al. 2014, "Generative
-# adversarial nets"; Wasserstein, Arjovsky et al. 2017, "Wasserstein GAN". As in the original VQGAN, "vanilla" differs
-# from "non_saturating" in the generator's side alone, and all but Wasserstein halve the discriminator's.
+# adversarial nets"; Wasserstein, Arjovsky et al. 2017, "Wasserstein GAN". As in the original VQGAN, "vanilla" and
+# "non_saturating" differ in the generator's loss only, and all but Wasserstein halve the discriminator's loss.
 ADVERSARIAL_LOSSES: dict[AdversarialType, AdversarialLoss] = {
     "hinge": AdversarialLoss(generator_linear_loss, discriminator_hinge_loss),
     "vanilla": AdversarialLoss(generator_linear_loss, discriminator_logistic_loss),
@@ -136,19 +141,19 @@ ADVERSARIAL_LOSSES: dict[AdversarialType, AdversarialLoss] = {
 
 
 def last_layer_gradients(features: Tensor, last_layer: nn.Conv2d, output_gradients: Sequence[Tensor]) -> Tensor:
-    """∂L/∂W of the last convolution from ∂L/∂x̂ of several losses L, without a pass through anything else.
+    """∂L/∂W of the last convolution, computed from ∂L/∂x̂ of several losses L, without any other layer.
 
     Args:
-        features: `(B, base_channels × channel_multiplier[0], H, W)`, input of the last convolution. The precision is
-            theirs; sums are taken in float32.
+        features: `(B, base_channels × channel_multiplier[0], H, W)`, input of the last convolution. Their precision is
+            that of the computation; sums are in float32.
         last_layer: the decoder's last convolution.
-        output_gradients: n times `(B, C, H, W)`, ∂L/∂x̂.
+        output_gradients: ∂L/∂x̂ of n losses, each `(B, C, H, W)`.
 
     Returns:
         float32 `(n, *last_layer.weight.shape)`.
     """
     channels, *kernel = last_layer.weight.shape
-    together = torch.cat(list(output_gradients), 1).to(features.dtype)  # so that the features are read once
+    together = torch.cat(list(output_gradients), 1).to(features.dtype)  # one convolution reads the features once
     shape = torch.Size((len(output_gradients) * channels, *kernel))
     gradients = conv2d_weight(features.detach(), shape, together, padding=last_layer.padding)
     return gradients.float().view(len(output_gradients), channels, *kernel)
@@ -157,13 +162,13 @@ def last_layer_gradients(features: Tensor, last_layer: nn.Conv2d, output_gradien
 def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
     """λ = ‖∂L_rec/∂W‖ / (‖∂L_adv/∂W‖ + 1e-4), at most 1e4, a scalar.
 
-    Source: Esser et al. 2021, equation 7, with δ and the clamp of the original's code.
+    Source: Esser et al. 2021, equation 7, with the δ and the clamp of the original code.
     """
     return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0.0, MAX_ADAPTIVE_WEIGHT)
 
 
 def _backbone_weights(backbone: Backbone, weights: str) -> dict[str, Tensor]:
-    """The backbone's state dict, by torchvision's names."""
+    """The backbone's state dict, with torchvision's names."""
     from torchvision import models
 
     url = {
@@ -174,12 +179,12 @@ def _backbone_weights(backbone: Backbone, weights: str) -> dict[str, Tensor]:
     name = os.path.basename(urlparse(url).path)
     if weights != "pretrained":
         if not os.path.isfile(weights):
-            raise FileNotFoundError(f"loss.lpips_weights: there is no file {weights!r}; expected torchvision's {name}")
+            raise FileNotFoundError(f"loss.lpips_weights: no file {weights!r}; provide torchvision's {name}")
         return torch.load(weights, map_location="cpu", weights_only=True)
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except OSError as error:  # URLError is one
+    except OSError as error:  # URLError is an OSError
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
         raise FileNotFoundError(

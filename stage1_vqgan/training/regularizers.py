@@ -1,41 +1,52 @@
-"""Terms that hold a discriminator back, and what they need to know.
+"""Penalties that regularise the discriminator.
 
-The discriminator gives a logit for every patch; the adversarial losses take their mean. So wherever a paper has D(x) of
-an image, here it is the mean of the image's logits.
+The papers have a discriminator with one output D(x) per image. Here it has a logit per patch, and D(x) is their mean.
 
 Shape letters: B batch, C channels, H W image size, h w logit grid.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from configs.randomness import seed_from
+from stage1_vqgan.data.transfer import to_device
+
 LECAM_DECAY = 0.99
 
 
-def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, share: Tensor) -> Tensor:
+def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, shares: Tensor) -> Tensor:
     """mean (‖∇D(x̃)‖ - 1)² at x̃ = share · x + (1 - share) · x̂, a scalar.
 
     Args:
         discriminator: images → logits.
         real, fake: images x and their reconstructions x̂, `(B, C, H, W)`, without a graph.
-        share: float32 `(B,)` in [0, 1), one draw for each image.
+        shares: float32 `(B,)` in [0, 1), see `interpolation_shares`.
 
     Source: Gulrajani et al. 2017, "Improved training of Wasserstein GANs", section 4.
     """
-    share = share.view(-1, 1, 1, 1)
-    mixed = (share * real + (1 - share) * fake).requires_grad_()
+    shares = shares.view(-1, 1, 1, 1)
+    mixed = (shares * real + (1 - shares) * fake).requires_grad_()
     norms = _image_gradients(discriminator(mixed), mixed).flatten(1).norm(dim=1)
     return (norms - 1).square().mean()
+
+
+def interpolation_shares(image_seeds: Iterable[int], device: torch.device) -> Tensor:
+    """A random number in [0, 1) for each image, float32 `(B,)`, from a seed for each image.
+
+    The quantizer draws from the same seeds; these numbers are independent of its numbers.
+    """
+    generators = [torch.Generator().manual_seed(seed_from(seed, 1)) for seed in image_seeds]
+    return to_device(torch.cat([torch.rand(1, generator=generator) for generator in generators]), device)
 
 
 def r1_penalty(logits_real: Tensor, real: Tensor) -> Tensor:
     """½ mean ‖∇D(x)‖² at real images, a scalar; its weight is the γ of the paper.
 
     Args:
-        logits_real: `(B, 1, h, w)`, D(x) with its graph.
-        real: x, `(B, C, H, W)`, which requires a gradient.
+        logits_real: logits of x, `(B, 1, h, w)`, with their graph.
+        real: images x, `(B, C, H, W)`, which require a gradient.
 
     Source: Mescheder et al. 2018, "Which training methods for GANs do actually converge?", section 4.1.
     """
@@ -43,10 +54,13 @@ def r1_penalty(logits_real: Tensor, real: Tensor) -> Tensor:
 
 
 class LecamAnchors(nn.Module):
-    """Moving averages of the logits, of real images and of reconstructions, and the penalty on straying from them.
+    """Moving averages of the logits of images and of reconstructions, and LeCam's penalty on the distance from them.
 
-    They are buffers, so that a checkpoint holds them. The first updates are a running mean, until one counts as much as
-    `LECAM_DECAY` lets it.
+    The first updates compute a running mean, until the weight of a new batch has fallen to 1 - `LECAM_DECAY`.
+
+    Attributes:
+        means: float32 `(2,)`, of images and of reconstructions. A buffer, so that a checkpoint holds it.
+        updates: int64 scalar, number of updates.
 
     Source: Tseng et al. 2021, "Regularizing generative adversarial networks under limited data", section 3.2.
     """
@@ -61,7 +75,7 @@ class LecamAnchors(nn.Module):
 
     @torch.no_grad()
     def update(self, logits_real: Tensor, logits_fake: Tensor, average: Callable[[Tensor], Tensor]) -> None:
-        """Moves both averages towards the logits of a batch; `average` is the mean over processes."""
+        """Moves both averages towards the mean logits of a batch; `average` takes the mean over processes."""
         means = average(torch.stack([logits_real.mean(), logits_fake.mean()]))
         self.updates += 1
         self.means.lerp_(means, (1 / self.updates).clamp(min=1 - LECAM_DECAY))
@@ -73,6 +87,6 @@ class LecamAnchors(nn.Module):
 
 
 def _image_gradients(logits: Tensor, images: Tensor) -> Tensor:
-    """∇D at each image, `(B, C, H, W)`, with a graph: images do not see each other, so one pass has all of them."""
+    """∇D at each image, `(B, C, H, W)`, with a graph. The images are independent, so one pass computes them all."""
     (gradients,) = torch.autograd.grad(logits.mean((1, 2, 3)).sum(), images, create_graph=True)
     return gradients

@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar, scalars in the trackers and in metrics.jsonl, grids of images."""
+"""What a run reports: a progress bar, scalars in the trackers and in metrics.jsonl, and grids of images."""
 
 import time
 from collections import defaultdict
@@ -16,50 +16,60 @@ from tqdm.auto import tqdm
 from configs.run_folder import RunFolder
 
 
-class Window:
-    """The numbers of all forwards since the last log; nothing waits for the device before the means are asked for.
+class LogInterval:
+    """The scalars of all micro steps since the last log. The host waits for the device only when it computes means.
 
     Args:
-        accelerator: for the means over processes.
+        accelerator: averages over processes.
+
+    Attributes:
+        collected: by name, `(optimizer steps done before, scalar)` of every micro step.
+        images: number of images, over all processes.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.collected: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
         self.images = 0
-        self._clock = time.perf_counter()
+        self._started = time.perf_counter()
 
     def add(self, step: int, images: int, metrics: dict[str, Tensor]) -> None:
-        """Adds one forward: optimizer steps done before it, images of this process, scalars."""
+        """Adds a micro step.
+
+        Args:
+            step: optimizer steps done before it.
+            images: number of images of this process.
+            metrics: scalars by name.
+        """
         for name, value in metrics.items():
             self.collected[name].append((step, value))
         self.images += images * self.accelerator.num_processes
 
     def means(self) -> dict[str, float]:
-        """Means over the forwards and the processes."""
+        """Means over the micro steps and the processes."""
         means = {name: torch.stack([v for _, v in steps]).float().mean() for name, steps in self.collected.items()}
         return {name: self.accelerator.reduce(means[name], "mean").item() for name in sorted(means)}
 
     @property
     def images_per_second(self) -> float:
-        """Of all processes, without the time in `paused`."""
-        return self.images / (time.perf_counter() - self._clock)
+        """Training speed of all processes together, without the time inside `paused`."""
+        return self.images / (time.perf_counter() - self._started)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock."""
+        """Excludes the time inside from `images_per_second`."""
         since = time.perf_counter()
         yield
-        self._clock += time.perf_counter() - since
+        self._started += time.perf_counter() - since
 
 
 class Reporter:
-    """Scalars and images of a run; does nothing on other processes than the main one.
+    """Reports the scalars and images of a run, from the main process only.
 
     Args:
-        accelerator: made with `log_with`; its trackers are started here.
-        run: its folder gets `metrics.jsonl`, and the images in a folder of their own.
-        start: step the run goes on from.
+        accelerator: created with `log_with`; its trackers start here.
+        run: the folder gets `metrics.jsonl`, and a folder for each kind of image.
+        start: optimizer steps done before this session.
     """
 
     def __init__(self, accelerator: Accelerator, run: RunFolder, start: int):
@@ -75,18 +85,18 @@ class Reporter:
         accelerator.init_trackers("tessella-stage1")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Logs scalars under names like `loss/l1`."""
+        """Logs scalars by names like `loss/l1`."""
         if not self.accelerator.is_main_process:
             return
         self.accelerator.log(values, step=step)
         self.run.log(step, values)
 
     def show(self, values: dict[str, float]) -> None:
-        """Puts values beside the progress bar."""
+        """Shows values beside the progress bar."""
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        """Saves an image as `name/step_00001000.png` and logs it."""
+        """Saves an image as `name/step_00001000.png`, and logs it."""
         if not self.accelerator.is_main_process:
             return
         self.run.save_image(name, image, step)
@@ -102,7 +112,7 @@ class Reporter:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Ends the bar and the trackers; `Accelerator.end_training` would end the process group as well."""
+        """Closes the bar and the trackers. Not `Accelerator.end_training`, which also ends the process group."""
         self.bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()

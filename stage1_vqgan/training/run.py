@@ -1,143 +1,151 @@
-"""A run of stage 1: set-up, loop, finish."""
+"""A training run of stage 1, from its configuration to the saved tokenizer."""
 
 import copy
 import logging
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from configs import check
-from configs.hub import push_run
+from configs.compat_accelerate import reset_accelerate_state
 from configs.interruption import StopRequest
 from configs.randomness import seed_from
 from configs.run_folder import RunFolder
-from stage1_vqgan.data.dataset import ImageDataset
+from stage1_vqgan.data.dataset import ImageBatch, ImageDataset
 from stage1_vqgan.data.loading import evaluation_loader, training_loader
 from stage1_vqgan.data.samplers import some_images, training_sampler
 from stage1_vqgan.data.skipped import SkippedImages
 from stage1_vqgan.data.sources import load_images
-from stage1_vqgan.evaluate import evaluate_reconstruction
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid
 from stage1_vqgan.modeling_vqgan import VQGANModel
+from stage1_vqgan.reconstruction import evaluate_reconstruction
 from stage1_vqgan.training import checkpointing
+from stage1_vqgan.training.codebook import initialise_codebook
+from stage1_vqgan.training.components import memory_format
 from stage1_vqgan.training.config import Stage1Config
 from stage1_vqgan.training.health import Health
-from stage1_vqgan.training.reporting import Reporter, Window
+from stage1_vqgan.training.reporting import LogInterval, Reporter
 from stage1_vqgan.training.step import VQGANTrainer
 
 logger = logging.getLogger(__name__)
 
-# Terms beside the progress bar.
+# Loss terms that the progress bar shows.
 SHOWN_TERMS = ("l1", "l2", "perceptual", "codebook", "adversarial", "discriminator")
 
 
 def train(config: Stage1Config) -> VQGANModel:
-    """Trains a tokenizer, or goes on with a run that was interrupted, and saves it in `config.output_dir`.
+    """Trains a tokenizer, or resumes an interrupted run, and saves the tokenizer in `config.output_dir`.
 
     Returns:
         The trained tokenizer (the moving average of the weights), on the CPU.
 
     Raises:
-        ConfigError: the configuration cannot work, or the folder holds a run with other settings, or is in use; or too
-            many images cannot be used.
-        Diverged: a loss or a weight is not finite any more.
+        ConfigError: the configuration cannot work; the folder is in use, or holds a run with other settings; or too
+            many images cannot be decoded.
+        Diverged: a loss or a weight is not finite.
         Stopped: SIGTERM or Ctrl-C; a checkpoint was saved.
     """
     config = check(config)
-    loss = config.loss
-    if loss.adversarial_weight and loss.adversarial_start_step >= config.max_steps:
-        logger.warning("loss.adversarial_start_step is beyond max_steps: this run trains without the adversarial loss")
-    # a session may train with one precision after another, and the compiler makes no more than some variants of a part
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
+    accelerator = build_accelerator(config)
+    with RunFolder(config, accelerator.is_main_process) as run, StopRequest() as request:
+        if run.report_if_finished():
+            return VQGANModel.from_pretrained(config.output_dir)
+        training = Training(run, request, accelerator)
+        training.resume()
+        training.steps()
+        return training.finish()
+
+
+def build_accelerator(config: Stage1Config) -> Accelerator:
+    """The accelerator of a run; a process may train several times, each time with other settings."""
+    reset_accelerate_state()
     if config.torch_compile:
-        torch.compiler.reset()
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,  # the saved config says what was used, not the launcher
+        torch.compiler.reset()  # torch.compile recompiles a limited number of times per process
+    return Accelerator(
+        mixed_precision=config.mixed_precision,  # from the config, not from the launcher: the saved config is true
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to or None,
         project_dir=config.output_dir,
     )
-    with RunFolder(config, accelerator.is_main_process) as run, StopRequest() as request:
-        if run.finished is not None:
-            accelerator.print(f"{run.path} holds the finished run ({run.finished['global_step']} steps); nothing to do")
-            if config.push_to_hub and accelerator.is_main_process:
-                print(push_run(config))
-            return VQGANModel.from_pretrained(config.output_dir)
-        accelerator.wait_for_everyone()
-
-        training = Training(run, request, accelerator)
-        start = training.resume()
-        with Reporter(accelerator, run, start) as reporter:
-            metrics = training.steps(start, reporter)
-        model = finish(config, accelerator, training.trainer)
-        if accelerator.is_main_process:
-            run.finish({"global_step": config.max_steps, "train_runtime": round(run.seconds, 1), **metrics})
-            if config.push_to_hub:
-                print(push_run(config))
-        accelerator.wait_for_everyone()
-    return model
 
 
 class Training:
-    """The loop over the steps: data, logs, evaluations and checkpoints around `VQGANTrainer.step`.
+    """A run of stage 1: data, logs, evaluations and checkpoints around `VQGANTrainer.step`.
 
     Args:
-        run: the run's folder.
-        request: asked after every step whether to stop.
-        accelerator: decides devices, processes, precision and accumulation.
+        run: the folder of the run.
+        request: says after every step whether a signal asks to stop.
+        accelerator: decides devices, processes, precision and gradient accumulation.
+
+    Attributes:
+        step: optimizer steps done.
+        metrics: of the last evaluation.
     """
 
     def __init__(self, run: RunFolder, request: StopRequest, accelerator: Accelerator):
         self.run, self.request, self.accelerator = run, request, accelerator
         config: Stage1Config = run.config
         self.config = config
-        train_source, validation_source = load_images(config.data)
+        loss, data = config.loss, config.data
+        if loss.adversarial_weight and loss.adversarial_start_step >= config.max_steps:
+            logger.warning("loss.adversarial_start_step is not below max_steps: no adversarial loss in this run")
+        train_source, validation_source = load_images(data)
         self.trainer = VQGANTrainer(config, accelerator)
-        size, channels = self.trainer.average.config.image_size, self.trainer.average.config.in_channels
+        model = self.trainer.average.config
         self.train_set = ImageDataset(
             train_source,
-            size,
-            channels,
-            config.data.augmentation,
+            model.image_size,
+            model.in_channels,
+            data.augmentation,
             config.seed,
-            aspect_ratio=config.data.aspect_ratio,
+            aspect_ratio=data.aspect_ratio,
             keep_batch_size=True,
         )
-        self.validation_set = ImageDataset(validation_source, size, channels, aspect_ratio=config.data.aspect_ratio)
+        self.validation_set = ImageDataset(
+            validation_source, model.image_size, model.in_channels, aspect_ratio=data.aspect_ratio
+        )
         self.skipped = SkippedImages(
-            config.data.max_skipped_fraction,
+            data.max_skipped_fraction,
             {"train": train_source.num_images, "validation": validation_source.num_images},
             run.path,
             accelerator.is_main_process,
         )
-        self.health = Health(accelerator, config.loss.adversarial_type)
+        self.health = Health(run, accelerator, loss.adversarial_type)
+        self.step = 0
+        self.metrics: dict[str, float] = {}
 
-    def resume(self) -> int:
-        """Loads the checkpoint to go on from, if there is one; returns the optimizer steps done."""
+    def resume(self) -> None:
+        """Loads the checkpoint to resume from, if the run has one."""
+        self.accelerator.wait_for_everyone()  # all have read the folder before the main process changes it
         checkpoint = self.run.begin(self.accelerator.num_processes)
-        if checkpoint is None:
-            return 0
-        checkpointing.load(checkpoint.path, self.accelerator, self.trainer)
-        self.health.last_checkpoint = str(checkpoint.path)
-        self.accelerator.print(f"going on from {checkpoint.path}")
-        return checkpoint.step
+        if checkpoint is not None:
+            checkpointing.load(checkpoint.path, self.accelerator, self.trainer)
+            self.step = checkpoint.step
 
-    def steps(self, start: int, reporter: Reporter) -> dict[str, float]:
-        """Takes the steps from `start` to the last; returns the last evaluation.
+    def steps(self) -> None:
+        """Takes the steps that are left.
 
         Raises:
             ConfigError, Diverged, Stopped: see `train`.
         """
+        with Reporter(self.accelerator, self.run, self.step) as reporter:
+            batches = self._training_batches()
+            if self.step == self.config.max_steps:  # the last session was stopped between its last save and its end
+                self.evaluate(reporter)
+            else:
+                self._loop(batches, reporter)
+
+    def _training_batches(self) -> Iterator[ImageBatch]:
+        """The batches of the steps that are left; a new run first initialises its codebook from the first ones."""
         config, accelerator, trainer = self.config, self.accelerator, self.trainer
         accumulation = config.gradient_accumulation_steps
         sampler = training_sampler(
             self.train_set.source,
             config.device_batch_size(accelerator.num_processes),
-            start * accumulation,
+            self.step * accumulation,
             config.max_steps * accumulation,
             config.seed,
             accelerator.process_index,
@@ -145,56 +153,55 @@ class Training:
         )
         pin_memory = accelerator.device.type == "cuda"
         loader = training_loader(self.train_set, sampler, config.dataloader_num_workers, pin_memory)
-        is_new = start == 0 and config.model_name_or_path is None
-        if is_new and config.codebook.kmeans_init_batches and trainer.moves_codes:
-            first = self.skipped.watch("train", islice(loader, config.codebook.kmeans_init_batches))
-            trainer.initialise_codebook(batch.images(accelerator.device) for batch in first)
-        if start == config.max_steps:
-            return self.evaluate(start, reporter)
+        count = config.codebook.kmeans_init_batches
+        is_new = self.step == 0 and config.model_name_or_path is None
+        if is_new and count and trainer.codebook_is_trained:
+            first = self.skipped.watch("train", islice(loader, count))
+            images = (batch.images(accelerator.device) for batch in first)
+            initialise_codebook(trainer.model, trainer.average, images, accelerator, config.seed)
+        return iter(self.skipped.watch("train", loader))
 
-        metrics: dict[str, float] = {}
-        window = Window(accelerator)
-        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        for number, batch in enumerate(self.skipped.watch("train", loader), start * accumulation):
-            step = number // accumulation
-            # dropout: keyed, so that resuming is exact
-            torch.manual_seed(seed_from(config.seed, number, accelerator.process_index))
-            learning_rate = trainer.set_learning_rate(step)
-            images = batch.images(accelerator.device).contiguous(memory_format=memory_format)
-            window.add(step, len(images), trainer.step(images, number))
-            if (number + 1) % accumulation:
+    def _loop(self, batches: Iterator[ImageBatch], reporter: Reporter) -> None:
+        config, trainer, accumulation = self.config, self.trainer, self.config.gradient_accumulation_steps
+        interval = LogInterval(self.accelerator)
+        for micro_step, batch in enumerate(batches, self.step * accumulation):
+            # Seed dropout by the micro step: so a resumed run draws the same numbers.
+            torch.manual_seed(seed_from(config.seed, micro_step, self.accelerator.process_index))
+            learning_rate = trainer.set_learning_rate(self.step)
+            images = batch.images(self.accelerator.device).contiguous(memory_format=memory_format(config))
+            interval.add(self.step, len(images), trainer.step(images, micro_step))
+            if (micro_step + 1) % accumulation:
                 continue
 
-            step += 1
-            signal_number = self.request.agreed()
-            is_last = step == config.max_steps
+            self.step += 1
+            signal_number = self.request.agreed_signal()
+            is_last = self.step == config.max_steps
             reporter.bar.update()
-            if step % config.logging_steps == 0 or is_last:
-                self.log(step, window, learning_rate, reporter)
-                window = Window(accelerator)
-            if step % config.eval_steps == 0 or is_last:
-                with window.paused():
-                    metrics = self.evaluate(step, reporter)
-            if step % config.save_steps == 0 or is_last or signal_number:
-                with window.paused():
-                    self.save(step, window)
+            if self.step % config.logging_steps == 0 or is_last:
+                self.log(interval, learning_rate, reporter)
+                interval = LogInterval(self.accelerator)
+            with interval.paused():
+                if self.step % config.eval_steps == 0 or is_last:
+                    self.evaluate(reporter)
+                if self.step % config.save_steps == 0 or is_last or signal_number:
+                    self.save(interval)
             if signal_number and not is_last:
-                raise self.run.stopped(step, signal_number)
-        return metrics
+                raise self.run.stopped(self.step, signal_number)
 
-    def log(self, step: int, window: Window, learning_rate: float, reporter: Reporter) -> None:
-        """Checks and reports the numbers since the last log."""
+    def log(self, interval: LogInterval, learning_rate: float, reporter: Reporter) -> None:
+        """Checks and reports the scalars since the last log."""
         self.skipped.exchange()
-        self.health.require_finite_losses(window.collected)
-        scalars = window.means() | self.trainer.statistics()
-        scalars |= {"learning_rate": learning_rate, "images_per_second": window.images_per_second}
-        codes_seen = window.images * self.trainer.codes_per_image
-        self.health.look(scalars, window.collected, codes_seen, self.trainer.num_codes)
+        self.health.require_finite_losses(interval.collected)
+        scalars = interval.means() | self.trainer.codebook_statistics()
+        scalars |= {"learning_rate": learning_rate, "images_per_second": interval.images_per_second}
+        model = self.trainer.average.config
+        num_codes_used = interval.images * model.grid_size**2
+        self.health.warn_of_problems(scalars, interval.collected, num_codes_used, model.num_embeddings)
         reporter.show({name: scalars[f"loss/{name}"] for name in SHOWN_TERMS if f"loss/{name}" in scalars})
-        reporter.scalars(scalars, step)
+        reporter.scalars(scalars, self.step)
 
-    def evaluate(self, step: int, reporter: Reporter) -> dict[str, float]:
-        """Reconstruction metrics over the validation split, each image once, and a grid of some."""
+    def evaluate(self, reporter: Reporter) -> None:
+        """Computes the reconstruction metrics of the whole validation split, and draws a grid of some images."""
         config, accelerator, dataset, model = self.config, self.accelerator, self.validation_set, self.trainer.average
         loader = evaluation_loader(
             dataset,
@@ -204,38 +211,36 @@ class Training:
             world_size=accelerator.num_processes,
         )
         batches = self.skipped.watch("validation", loader)
-        metrics = evaluate_reconstruction(model, batches, lambda total: accelerator.reduce(total, "sum"))
+        self.metrics = evaluate_reconstruction(model, batches, lambda total: accelerator.reduce(total, "sum"))
         self.skipped.exchange()
-        reporter.scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
+        reporter.scalars({f"eval/{name}": value for name, value in self.metrics.items()}, self.step)
         if not accelerator.is_main_process:
-            return metrics
+            return
         shown = dataset.__getitems__(some_images(dataset.source, config.num_sample_images))
         if len(shown.indices):
             originals = shown.images(model.device)
             with torch.no_grad():
-                pair = torch.cat([originals, model(originals).reconstruction])
+                pairs = torch.cat([originals, model(originals).reconstruction])
             processor = VQGANImageProcessor(dataset.image_size, dataset.num_channels)
-            reporter.image(
-                "reconstructions", image_grid(processor.postprocess(pair), len(originals), min_tile=64), step
-            )
-        return metrics
+            grid = image_grid(processor.postprocess(pairs), len(originals), min_tile=64)
+            reporter.image("reconstructions", grid, self.step)
 
-    def save(self, step: int, window: Window) -> None:
-        """Saves a checkpoint, unless a number in it is not finite."""
-        self.health.require_finite_losses(window.collected)
-        self.health.require_finite_state(self.trainer.state(), step)
-        checkpointing.save(self.run, self.accelerator, self.trainer, step)
-        self.health.last_checkpoint = f"{self.run.path}/checkpoint-{step}"
+    def save(self, interval: LogInterval) -> None:
+        """Saves a checkpoint, if all losses and weights are finite."""
+        self.health.require_finite_losses(interval.collected)
+        self.health.require_finite_state(checkpointing.state_to_check(self.trainer), self.step)
+        checkpointing.save(self.run, self.accelerator, self.trainer, self.step)
 
-
-def finish(config: Stage1Config, accelerator: Accelerator, trainer: VQGANTrainer) -> VQGANModel:
-    """Saves the averaged weights with their fingerprint in the run's folder."""
-    model = copy.deepcopy(trainer.average).cpu().eval()
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]
-    if accelerator.is_main_process:
-        size, channels = model.config.image_size, model.config.in_channels
-        processor = VQGANImageProcessor(size, channels, aspect_ratio=config.data.aspect_ratio)
-        model.save_pretrained(config.output_dir)
-        processor.save_pretrained(config.output_dir)
-        print(f"tokenizer saved in {Path(config.output_dir).resolve()} (fingerprint {model.config.fingerprint})")
-    return model
+    def finish(self) -> VQGANModel:
+        """Saves the tokenizer (the averaged weights, with a fingerprint) and the results; returns the tokenizer."""
+        model = copy.deepcopy(self.trainer.average).cpu().eval()
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]
+        if self.accelerator.is_main_process:
+            size, channels = model.config.image_size, model.config.in_channels
+            processor = VQGANImageProcessor(size, channels, aspect_ratio=self.config.data.aspect_ratio)
+            model.save_pretrained(self.run.path)
+            processor.save_pretrained(self.run.path)
+            print(f"tokenizer saved in {Path(self.run.path).resolve()} (fingerprint {model.config.fingerprint})")
+            self.run.finish(self.step, self.metrics)
+        self.accelerator.wait_for_everyone()
+        return model

@@ -1,6 +1,6 @@
-"""The moving average of a prior's weights: saved with checkpoints, and taken in their place to evaluate and ship."""
+"""The moving average of a prior's weights, which is evaluated and, at the end, saved as the prior."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
+
+from stage2_prior.training.sharding import local_part
 
 FILE_NAME = "average.safetensors"
 
 
 class WeightAverage(TrainerCallback):
-    """Averages the trained weights over the steps; of weights that FSDP 2 has sharded, every process averages its part.
+    """Averages the trained weights over the optimizer steps. With FSDP 2, each process averages its shards.
 
     Args:
-        decay_at: of the average, at the update after so many steps; see `TrainingConfig.average_decay`.
-        is_on: False keeps no average: the weights are evaluated and saved as they are.
+        decay_at: decay of the update after a number of steps; see `TrainingConfig.average_decay`.
+        is_on: False keeps no average: the weights themselves are evaluated and saved.
+
+    Attributes:
+        checkpoint: the checkpoint to load the average from; None starts a new one.
     """
 
     def __init__(self, decay_at: Callable[[int], float], is_on: bool = True):
@@ -31,7 +37,7 @@ class WeightAverage(TrainerCallback):
         self._averages: dict[str, Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """The average begins as the weights, which by now are sharded and loaded; or it is that of the checkpoint."""
+        """Loads the average of the checkpoint, or starts with the weights. By now they are loaded and sharded."""
         if not self.is_on:
             return
         self._model = model
@@ -40,33 +46,33 @@ class WeightAverage(TrainerCallback):
         if self.checkpoint is not None and (self.checkpoint / FILE_NAME).is_file():
             self._load(self.checkpoint / FILE_NAME)
 
-    @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """average ← decay · average + (1 - decay) · weights."""
         if self.is_on:
-            decay = self.decay_at(state.global_step - 1)
-            torch._foreach_lerp_(_local(self._averages), _local(self._weights), 1 - decay)
+            update = get_ema_multi_avg_fn(self.decay_at(state.global_step - 1))
+            update(_local_parts(self._averages), _local_parts(self._weights), state.global_step)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averaged weights inside, and its own again afterwards; all processes must enter.
+        """Inside, the model has the averaged weights; afterwards its own again. All processes must enter.
 
-        Values are copied: optimizer, wrappers and compiled graphs hold on to the tensors themselves. There is room for
-        a second copy, for between two steps there are no gradients.
+        The values are copied, because optimizer, wrappers and compiled graphs refer to the parameters themselves. The
+        second copy fits into memory: between two steps there are no gradients.
         """
         if not self._averages:
             yield
             return
         self._reshard()
-        weights = [weight.detach().clone() for weight in _local(self._weights)]
+        weights = [weight.clone() for weight in _local_parts(self._weights)]
         try:
-            self._fill(_local(self._averages))
+            self._set_weights(_local_parts(self._averages))
             yield
         finally:
             self._reshard()
-            self._fill(weights)
+            self._set_weights(weights)
 
     def save(self, checkpoint: Path, is_main_process: bool) -> None:
-        """Adds the average to a checkpoint; all processes must call this."""
+        """Adds the average to a checkpoint. All processes must call this."""
         whole = {}
         for name, average in self._averages.items():
             tensor = average.full_tensor() if isinstance(average, DTensor) else average
@@ -79,23 +85,22 @@ class WeightAverage(TrainerCallback):
     def _load(self, path: Path) -> None:
         saved = load_file(path)
         for name, average in self._averages.items():
-            if isinstance(average, DTensor):  # each process takes its part of what it has read
-                part = distribute_tensor(saved[name], average.device_mesh, average.placements, src_data_rank=None)
-                average.to_local().copy_(part.to_local())
+            if isinstance(average, DTensor):  # every process has read the whole tensor, and takes its shard
+                shard = distribute_tensor(saved[name], average.device_mesh, average.placements, src_data_rank=None)
+                average.to_local().copy_(shard.to_local())
             else:
                 average.copy_(saved[name])
 
-    @torch.no_grad()
-    def _fill(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(_local(self._weights), values)
+    def _set_weights(self, values: Iterable[Tensor]) -> None:
+        for weight, value in zip(_local_parts(self._weights), values, strict=True):
+            weight.copy_(value)
 
     def _reshard(self) -> None:
-        """Drops whole weights that FSDP still holds from the last forward: it would compute with those again."""
+        """Frees the gathered weights that FSDP keeps after a forward: it would compute with those again."""
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
 
-def _local(tensors: dict[str, Tensor]) -> list[Tensor]:
-    """What this process holds of tensors that may be sharded."""
-    return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors.values()]
+def _local_parts(tensors: dict[str, Tensor]) -> list[Tensor]:
+    return [local_part(tensor) for tensor in tensors.values()]

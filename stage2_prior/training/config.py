@@ -1,4 +1,4 @@
-"""Settings of stage 2: making the codes, and training the prior over them."""
+"""Settings of stage 2: tokenizing images into codes, and training the prior over the codes."""
 
 import re
 import textwrap
@@ -15,8 +15,7 @@ from configs.sections import Fraction, NonNegative, Positive
 from configs.values import read_value
 from stage1_vqgan import AugmentationConfig, DataConfig
 
-# Arguments of Trainer that would undo what a run promises (complete checkpoints, an exact resume, keyed batches), or
-# that would have no effect on it.
+# Arguments of Trainer that would break complete checkpoints, bit-identical resume or keyed batches, or have no effect.
 REFUSED_ARGUMENTS = {
     "auto_find_batch_size",
     "data_seed",
@@ -38,10 +37,10 @@ REFUSED_ARGUMENTS = {
     "train_sampling_strategy",
 }
 
-# Decided by the code store, not by the user.
+# Fields of a model that the code store decides.
 DERIVED_KEYS = {"vocab_size", "max_position_embeddings", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id"}
 
-# Of a language model; architectures that call one otherwise say so in their `attribute_map`.
+# Sizes of a language model, by transformers' common names. The `attribute_map` of an architecture has its own names.
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -57,12 +56,12 @@ NO_PEFT = "peft is not installed: pip install 'tessella[lora]'"
 
 @dataclass(kw_only=True)
 class LoraConfig(Section):
-    """Fine-tuning of a low-rank adapter, which is all that is saved, instead of all weights.
+    """Fine-tuning of a low-rank adapter instead of all weights. Only the adapter is saved.
 
-    r: rank of the adapters, 8 is usual; 0 trains all weights
-    alpha: their scale, times 1 / r
-    dropout: before the adapters
-    target_modules: "all-linear", names of modules, or a regular expression of them, as in peft
+    r: rank of the adapter, 8 is usual; 0 trains all weights
+    alpha: the output of the adapter is scaled by alpha / r
+    dropout: dropout of the adapter's input
+    target_modules: "all-linear", names of modules, or a regular expression of names, as in peft
     """
 
     r: NonNegative = 0
@@ -79,22 +78,22 @@ class LoraConfig(Section):
 
 @dataclass(kw_only=True)
 class Stage2Config(TrainingConfig):
-    """Stage 2: makes codes and trains a prior over them.
+    """Stage 2: tokenizes images into codes and trains a prior over them.
 
     tokenizer: folder or Hub id of a trained tokenizer
     code_store: folder of the codes
-    num_views: versions of every training image in the store: the image itself, the others augmented; or the ten of
+    num_views: versions of every training image in the store: the image itself and augmented ones; or the ten crops of
         data.augmentation.ten_crop
     tokenize_batch_size: images on one device in one forward of the tokenizer
-    model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; classes that
-        it does not know by name are learnt anew
+    model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; embeddings of
+        classes that it does not know by name start anew
     model: `model_type` of a causal language model in transformers, and fields of its configuration
-    lora: of the prior in model_name_or_path an adapter is trained, see lora.r
+    lora: trains an adapter of the prior in model_name_or_path, see lora.r
     condition_dropout: share of training sequences with the null token in place of the class, for guidance
-    keep_best: the weights of the evaluation with the lowest loss are the result; false takes the last ones
-    early_stopping_patience: evaluations without a lower loss that end the run; 0 goes on to max_steps
+    keep_best: saves the weights of the evaluation with the lowest loss; false saves the last weights
+    early_stopping_patience: number of evaluations without a lower loss that ends the run; 0 never ends it early
     num_sample_images: images in the grid sampled at every evaluation; 0 samples none, and needs no tokenizer
-    training_arguments: any other field of transformers.TrainingArguments
+    training_arguments: other fields of transformers.TrainingArguments
 
     stage2_prior.tokenize reads the first four, `data`, `seed` and `dataloader_num_workers`.
     """
@@ -115,7 +114,7 @@ class Stage2Config(TrainingConfig):
 
     @property
     def mixed_precision(self) -> str:
-        """As `accelerate launch --mixed_precision` calls it."""
+        """Value of `accelerate launch --mixed_precision`."""
         return "fp16" if self.training_arguments.get("fp16") is True else super().mixed_precision
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
@@ -137,9 +136,9 @@ class Stage2Config(TrainingConfig):
         for name, value in self.training_arguments.items():
             key = f"training_arguments.{name}"
             if name in own:
-                yield key, value, f"it is a key of its own; write {name} at the top level"
+                yield key, value, f"it is a top-level key; write {name} at the top level"
             elif name in REFUSED_ARGUMENTS:
-                yield key, value, "it would undo what a run saves or goes on from, or has no effect; leave it out"
+                yield key, value, "it would break saving or resuming, or has no effect; leave it out"
             elif name not in types:
                 yield key, None, unknown_key(name, types)
             else:
@@ -151,7 +150,7 @@ class Stage2Config(TrainingConfig):
         from huggingface_hub.errors import StrictDataclassFieldValidationError
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-        if self.model_name_or_path is not None:  # the prior has an architecture, and is asked for it
+        if self.model_name_or_path is not None:  # `adapt_prior` checks against its architecture
             return
         known = sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
         model_type = self.model.get("model_type")
@@ -189,7 +188,7 @@ class Stage2Config(TrainingConfig):
 
     @staticmethod
     def _shape_problems(config_class: type, settings: dict[str, tuple[str, Any]]) -> Iterable[tuple[str, Any, str]]:
-        """Sizes that no architecture can have; `settings` is `{field: (key it was given by, value)}`."""
+        """Problems of sizes that no architecture allows; `settings` is `{field: (key in the configuration, value)}`."""
         from transformers.activations import ACT2FN
 
         names = {name: config_class.attribute_map.get(name, name) for name in SIZES}  # type: ignore[attr-defined]
@@ -214,11 +213,11 @@ class Stage2Config(TrainingConfig):
 
 
 def wrong_value(key: str, hint: Any, value: Any) -> Iterable[tuple[str, Any, str]]:
-    """The problem of a value that does not fit a type of another library; types that cannot be told fit everything."""
+    """The problem of a value that does not fit a type hint of another library; a hint that cannot be read fits all."""
     from pydantic import PydanticUserError
 
     enums = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
-    if enums:  # beside them stands `str`, but only their values are meant
+    if enums:  # transformers writes `Enum | str` and means the values of the enum
         hint = Literal[tuple(member.value for kind in enums for member in kind)]
     try:
         read_value(hint, value, strict=not isinstance(value, str))

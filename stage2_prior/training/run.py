@@ -1,4 +1,4 @@
-"""The run around stage 2's training: settings of the trainer, checks, set-up, finish."""
+"""A training run of stage 2, from its configuration to the saved prior."""
 
 import json
 import os
@@ -9,15 +9,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from configs import ConfigError, Problem, TrainingConfig, check
-from configs.hub import push_run
 from configs.interruption import StopRequest
 from configs.run_folder import RunFolder, holds_work
 from stage2_prior.adapters import attach_adapter
@@ -27,12 +21,12 @@ from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
 from stage2_prior.training.averaging import WeightAverage
 from stage2_prior.training.config import Stage2Config
 from stage2_prior.training.sample_grids import SampleGrids
-from stage2_prior.training.selection import BestWeights, Selection, evaluations, has_stopped, is_exhausted
+from stage2_prior.training.selection import BestWeights, Selection, evaluations, has_stopped_early, is_exhausted
 from stage2_prior.training.sharding import check_sharding
 from stage2_prior.training.trainer import PriorTrainer, bits_per_pixel
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
 
-# Keys of ours that Trainer must not act on: the run resumes, removes old checkpoints and uploads in its own way.
+# Our keys that Trainer does not get: this project resumes, removes old checkpoints and uploads without Trainer.
 OWN_KEYS = {
     "global_batch_size",
     "resume_from_checkpoint",
@@ -46,27 +40,29 @@ OWN_KEYS = {
 
 
 class RunCallback(TrainerCallback):
-    """Ties Trainer to the run's folder: metrics.jsonl, and the end on request."""
+    """Writes Trainer's logs to metrics.jsonl, and stops Trainer when a signal asks for it."""
 
     def __init__(self, run: RunFolder, request: StopRequest):
         self.run, self.request = run, request
         self.signal_number: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.compute_steps(args, state.max_steps)  # those of a checkpoint may have been changed since
+        # The state of a checkpoint has the intervals of its session: take the present ones.
+        state.compute_steps(args, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs and "train_runtime" not in logs:  # which is of one session
+        is_summary = logs is not None and "train_runtime" in logs  # Trainer's last log summarises one session
+        if state.is_world_process_zero and logs and not is_summary:
             self.run.log(state.global_step, logs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.signal_number = self.request.agreed()
+        self.signal_number = self.request.agreed_signal()
         if self.signal_number:
             control.should_save = control.should_training_stop = True
 
 
 def training_arguments(config: Stage2Config) -> TrainingArguments:
-    """TrainingArguments from the keys both share, and those of the `training_arguments` section.
+    """TrainingArguments from our keys of the same names, and from the `training_arguments` section.
 
     Raises:
         ConfigError: transformers refuses a setting.
@@ -78,7 +74,7 @@ def training_arguments(config: Stage2Config) -> TrainingArguments:
         "prediction_loss_only": True,
         "save_strategy": "steps",
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
-        # Trainer looks for a GPU by itself, also where accelerate was told to stay on the CPU
+        # Trainer would take a GPU even if accelerate was launched with --cpu
         "use_cpu": parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
     }
     defaults["per_device_train_batch_size"] = config.device_batch_size(int(os.environ.get("WORLD_SIZE", "1")))
@@ -90,105 +86,143 @@ def training_arguments(config: Stage2Config) -> TrainingArguments:
 
 
 def train(config: Stage2Config) -> PreTrainedModel:
-    """Trains a prior, or goes on with a run that was interrupted, and saves it in `config.output_dir`.
+    """Trains a prior, or resumes an interrupted run, and saves the prior in `config.output_dir`.
 
     Returns:
         The trained prior.
 
     Raises:
-        ConfigError: the configuration cannot work, there are no codes, or the folder holds a run with other settings,
-            or is in use.
-        Diverged: a loss or a weight is not finite any more.
+        ConfigError: the configuration cannot work; the code store is missing or has other codes; or the folder is in
+            use, or holds a run with other settings.
+        Diverged: a loss or a weight is not finite.
         Stopped: SIGTERM or Ctrl-C; a checkpoint was saved.
     """
     config = check(config)
-    store = CodeStore(config.code_store)
-    check_codes(config, store)
-    layout = replace(store.layout, has_null=not store.layout.num_classes or config.condition_dropout > 0)
+    store, layout = open_codes(config)
     arguments = training_arguments(config)
-    is_main_process = arguments.process_index == 0
-    with RunFolder(config, is_main_process) as run, StopRequest() as request:
+    with RunFolder(config, arguments.process_index == 0) as run, StopRequest() as request:
         check_run(config, layout)
-        if run.finished is not None:
-            if is_main_process:
-                print(
-                    f"{config.output_dir} holds the finished run ({run.finished['global_step']} steps); nothing to do"
-                )
-            if config.push_to_hub and is_main_process:
-                print(push_run(config))
+        if run.report_if_finished():
             return load_prior(config.output_dir)
+        training = Training(run, request, arguments, store, layout)
+        training.resume()
+        training.steps()
+        return training.finish()
+
+
+class Training:
+    """A run of stage 2: the prior, its Trainer, and the callbacks that select, average and sample.
+
+    Args:
+        run: the folder of the run.
+        request: says after every step whether a signal asks to stop.
+        arguments: of the Trainer.
+        store: the codes.
+        layout: the token space.
+    """
+
+    def __init__(
+        self, run: RunFolder, request: StopRequest, arguments: TrainingArguments, store: CodeStore, layout: TokenLayout
+    ):
+        config: Stage2Config = run.config
+        self.config, self.run, self.layout = config, run, layout
         set_seed(config.seed)
-        callback = RunCallback(run, request)
-        average, best = WeightAverage(config.average_decay, config.ema_decay > 0), BestWeights(run.path)
-        trainer = PriorTrainer(
+        self.callback = RunCallback(run, request)
+        self.average, self.best = WeightAverage(config.average_decay, config.ema_decay > 0), BestWeights(run.path)
+        self.trainer = PriorTrainer(
             model=initial_prior(config, layout),
             args=arguments,
             train_dataset=CodeDataset(store.split("train"), layout, config.condition_dropout, config.seed),
             eval_dataset=CodeDataset(store.split("validation"), layout),
-            callbacks=[callback],
+            callbacks=[self.callback],
             layout=layout,
             run=run,
-            average=average,
-            best=best,
+            average=self.average,
+            best=self.best,
         )
-        check_sharding(trainer, config.ema_decay)
-        patience = config.early_stopping_patience
-        trainer.add_callback(Selection(trainer, best if config.keep_best else None, patience))
+        check_sharding(self.trainer, config.ema_decay)
+        best = self.best if config.keep_best else None
+        self.trainer.add_callback(Selection(self.trainer, best, config.early_stopping_patience))
         if config.num_sample_images:
             number, seed = config.num_sample_images, config.seed
-            trainer.add_callback(SampleGrids(trainer, run, layout, config.tokenizer, number, seed))
-        checkpoint = run.begin(trainer.accelerator.num_processes)
+            self.trainer.add_callback(SampleGrids(self.trainer, run, layout, config.tokenizer, number, seed))
+        self.checkpoint: Path | None = None
+
+    def resume(self) -> None:
+        """Finds the checkpoint to resume from, if the run has one; Trainer loads it at the start of `steps`."""
+        config, trainer = self.config, self.trainer
+        checkpoint = self.run.begin(trainer.accelerator.num_processes)
         if checkpoint is not None:
-            average.checkpoint = checkpoint.path
-            if has_stopped(checkpoint.path, patience):
-                arguments.max_steps = checkpoint.step
-        if is_main_process:
-            best.restore(checkpoint.path if checkpoint is not None and config.keep_best else None)
-            layout.save_pretrained(config.output_dir)
-        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint is not None else None)
-        if callback.signal_number and trainer.state.global_step < config.max_steps:
-            raise run.stopped(trainer.state.global_step, callback.signal_number)
-        state = trainer.state
-        if not any(logs["step"] == state.global_step for logs in evaluations(state.log_history)):
+            self.checkpoint = self.average.checkpoint = checkpoint.path
+            if has_stopped_early(checkpoint.path, config.early_stopping_patience):
+                trainer.args.max_steps = checkpoint.step  # no step is left
+        if trainer.is_world_process_zero():
+            self.best.restore(self.checkpoint if config.keep_best else None)
+            self.layout.save_pretrained(config.output_dir)
+
+    def steps(self) -> None:
+        """Takes the steps that are left, and evaluates after the last one.
+
+        Raises:
+            Diverged, Stopped: see `train`.
+        """
+        trainer = self.trainer
+        trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint is not None else None)
+        step, signal_number = trainer.state.global_step, self.callback.signal_number
+        if signal_number and step < self.config.max_steps:
+            raise self.run.stopped(step, signal_number)
+        if not any(logs["step"] == step for logs in evaluations(trainer.state.log_history)):
             trainer.evaluate()
+
+    def finish(self) -> PreTrainedModel:
+        """Saves the best or the last weights and the results; returns the prior."""
+        config, trainer = self.config, self.trainer
+        history, patience = trainer.state.log_history, config.early_stopping_patience
         if not config.keep_best:
-            with average.applied():
-                trainer.save_model(config.output_dir)  # on all processes: a sharded model is gathered
-        if is_main_process:
-            shipped = best.ship() if config.keep_best else evaluations(state.log_history)[-1]
-            results = {
-                "global_step": state.global_step,
-                "train_runtime": round(run.seconds, 1),
-                "model_step": shipped["step"],
-                "eval_loss": shipped["eval_loss"],
-                "bits_per_pixel": bits_per_pixel(shipped["eval_loss"], layout),
-            }
-            if is_exhausted(state.log_history, patience):
+            with self.average.applied():
+                trainer.save_model(config.output_dir)  # on all processes, because a sharded model is gathered
+        if trainer.is_world_process_zero():
+            evaluation = self.best.move_to_run_folder() if config.keep_best else evaluations(history)[-1]
+            step, loss = evaluation["step"], evaluation["eval_loss"]
+            results = {"model_step": step, "eval_loss": loss, "bits_per_pixel": bits_per_pixel(loss, self.layout)}
+            if is_exhausted(history, patience):
                 results["early_stopping_patience"] = patience
-                print(f"stopped at step {state.global_step}: no better in the last {patience} evaluations")
-            run.finish(results)
-            print(f"prior of step {shipped['step']} saved in {Path(config.output_dir).resolve()}")
-            if config.push_to_hub:
-                print(push_run(config))
+                print(f"stopped at step {trainer.state.global_step}: no better in the last {patience} evaluations")
+            print(f"prior of step {step} saved in {Path(config.output_dir).resolve()}")
+            self.run.finish(trainer.state.global_step, results)
         trainer.accelerator.wait_for_everyone()
-    return load_prior(config.output_dir)
+        return load_prior(config.output_dir)
+
+
+def open_codes(config: Stage2Config) -> tuple[CodeStore, TokenLayout]:
+    """The code store, and the token space of a prior over its codes.
+
+    The space has a null token if the prior learns one: without classes, or with condition dropout.
+
+    Raises:
+        ConfigError: the store is missing, or its codes are not those that the configuration describes.
+    """
+    store = CodeStore(config.code_store)
+    check_codes(config, store)
+    has_null = not store.layout.num_classes or config.condition_dropout > 0
+    return store, replace(store.layout, has_null=has_null)
 
 
 def initial_prior(config: Stage2Config, layout: TokenLayout) -> PreTrainedModel:
-    """The prior before its first step: a new one, or the one to fine-tune, if so with an adapter."""
+    """The prior before its first step: a new one, or the one in `model_name_or_path`, if asked with an adapter."""
     base = config.model_name_or_path
     if base is None:
         return build_prior(config.model, layout)
     prior = adapt_prior(base, config.model, layout)
     if not config.lora.r:
         return prior
-    # with other conditions the base has other rows for them, or none: then the adapter brings them all
+    # If the conditions differ from those of the base, the adapter trains the embedding rows of all of them.
     conditions = range(layout.num_codes, layout.vocab_size) if layout_of(base) != layout else []
     return attach_adapter(prior, base, config.lora, list(conditions))
 
 
 def check_codes(config: Stage2Config, store: CodeStore) -> None:
-    """Refuses a store whose codes are not those the configuration describes.
+    """Refuses a code store that was made from other settings than the configuration has.
 
     Raises:
         ConfigError: naming what differs.
@@ -212,14 +246,14 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
 
 
 def check_run(config: Stage2Config, layout: TokenLayout) -> None:
-    """Refuses to go on with a run that was started on the codes of another tokenizer.
+    """Refuses to resume a run that was started on the codes of another tokenizer.
 
     Raises:
-        ConfigError: the run's folder holds work on other codes.
+        ConfigError: the folder holds such a run.
     """
     folder = Path(config.output_dir)
     if not (holds_work(folder) and (folder / LAYOUT_NAME).is_file()):
         return
     if TokenLayout.from_pretrained(folder).tokenizer_fingerprint != layout.tokenizer_fingerprint:
-        message = f"{folder} holds a run on the codes of another tokenizer; choose another folder, or remove it"
+        message = f"{folder} holds a run on the codes of another tokenizer; choose another folder, or remove this one"
         raise ConfigError([Problem("output_dir", message)], "codes")

@@ -1,4 +1,4 @@
-"""Grids of images sampled at every evaluation: the same labels and seeds each time, so that progress can be seen."""
+"""Grids of images, sampled at every evaluation with the same labels and seeds, to see the progress."""
 
 from typing import Any
 
@@ -20,26 +20,27 @@ from stage2_prior.vocabulary import TokenLayout
 COLUMNS = 10
 GUIDANCE_SCALE = 1.5  # as in the model card's example
 
-# Decoded at once: a decoder's activations are larger than a prior's.
+# Number of images decoded at once: the activations of a decoder are larger than those of a prior.
 DECODE_BATCH_SIZE = 8
 
 
 class SampleGrids(TrainerCallback):
-    """Samples from the weights that were evaluated, and shows the images in the run's folder and in its trackers.
+    """Samples from the evaluated weights, and saves the images in the folder of the run and in the trackers.
 
-    A column is a class, of up to ten that are spread evenly over all. Classes are guided if the prior has learnt the
-    null token. All processes sample the same, for parts of a sharded prior work only together; the main one decodes.
+    A column shows one class, out of up to ten that are spread evenly over all classes. Classes are guided if the prior
+    learns the null token. All processes sample the same images, because the shards of a prior compute only together;
+    the main process decodes them.
 
     Args:
         trainer: of the prior; its TensorBoard and Weights & Biases callbacks get the images.
-        run: its folder gets `samples/step_00001000.png`.
+        run: the folder gets `samples/step_00001000.png`.
         layout: the token space.
         tokenizer: folder or Hub id.
-        num_images: in a grid.
+        num_images: images in a grid.
         seed: the images are those of `pipe.generate(generator=torch.Generator().manual_seed(seed), …)`.
 
     Raises:
-        ConfigError: there is no tokenizer any more, or another one.
+        ConfigError: the tokenizer is missing, or is not the one of the codes.
     """
 
     def __init__(self, trainer: Any, run: RunFolder, layout: TokenLayout, tokenizer: str, num_images: int, seed: int):
@@ -63,7 +64,7 @@ class SampleGrids(TrainerCallback):
 
     @torch.no_grad()
     def draw(self, codes: Tensor) -> Image.Image:
-        """The grid of int64 codes `(N, L)`."""
+        """Decodes int64 codes `(N, L)` into a grid of images."""
         tokenizer: Any = self.tokenizer
         tokenizer.to(codes.device)
         batches = codes.unflatten(1, self.layout.grid).split(DECODE_BATCH_SIZE)
@@ -73,7 +74,7 @@ class SampleGrids(TrainerCallback):
 
 
 def grid_prompts(layout: TokenLayout, num_images: int, columns: int) -> Tensor:
-    """int64 `(N, 1)` conditions of a grid's images, row by row."""
+    """Condition tokens of the images of a grid, row by row: int64 `(N, 1)`."""
     if not layout.num_classes:
         return torch.full((num_images, 1), layout.null_token)
     classes = torch.arange(columns) * layout.num_classes // columns
@@ -81,12 +82,12 @@ def grid_prompts(layout: TokenLayout, num_images: int, columns: int) -> Tensor:
 
 
 def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImageProcessor]:
-    """The tokenizer whose codes a prior learns, and what makes images of its pixels.
+    """The tokenizer of the codes that a prior learns, and its image processor.
 
     Raises:
-        ConfigError: there is none in this place, or another one.
+        ConfigError: the tokenizer is missing, or is not the one of the codes.
     """
-    advice = "sample grids need it: say where it is, or set num_sample_images 0"
+    advice = "sample grids need it: give its folder or Hub id, or set num_sample_images 0"
     try:
         tokenizer, processor = load_tokenizer(name), VQGANImageProcessor.from_pretrained(name)
     except ConfigError as error:
@@ -94,7 +95,7 @@ def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImage
             [Problem(problem.key, f"{problem.message}; {advice}") for problem in error.problems]
         ) from error
     except (OSError, ValueError) as error:
-        message = f"received {name!r}; there is no preprocessor_config.json in it that can be read; {advice}"
+        message = f"received {name!r}; it has no preprocessor_config.json that can be read; {advice}"
         raise ConfigError([Problem("tokenizer", message)]) from error
     fingerprint = tokenizer.config.fingerprint or tokenizer.compute_fingerprint()
     if fingerprint != layout.tokenizer_fingerprint:
@@ -106,7 +107,7 @@ def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImage
 
 
 def track_image(callbacks: list[TrainerCallback], name: str, image: Image.Image, step: int) -> None:
-    """Logs an image to the trackers of Trainer that are on and take images."""
+    """Logs an image to the trackers among Trainer's callbacks that accept images."""
     pixels = np.asarray(image.convert("RGB"))
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:

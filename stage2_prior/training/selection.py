@@ -1,7 +1,10 @@
-"""Which of the evaluated weights a run ships, and when it stops looking for better ones.
+"""Selection of the best evaluated weights, and early stopping.
 
-output_dir/best/          the best weights so far, a folder as `save_pretrained` leaves it; every checkpoint has a copy
+output_dir/best/          the best weights so far, saved by `save_pretrained`; every checkpoint has a copy
   evaluation.json         their step and eval_loss
+
+Not transformers' EarlyStoppingCallback: it counts evaluations in memory, so its patience does not survive a resume.
+Here patience is a function of the log history, which every checkpoint has.
 """
 
 import json
@@ -25,44 +28,44 @@ def evaluations(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def is_exhausted(history: list[dict[str, float]], patience: int) -> bool:
-    """Whether the last `patience` evaluations have all been no better than one before; never with patience 0."""
+    """Whether none of the last `patience` evaluations had a lower loss than all before; never with patience 0."""
     losses = [logs["eval_loss"] for logs in evaluations(history)]
     return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
-def has_stopped(checkpoint: Path, patience: int) -> bool:
-    """Whether a run had stopped early when it saved this checkpoint."""
+def has_stopped_early(checkpoint: Path, patience: int) -> bool:
+    """Whether early stopping had ended the run when it saved this checkpoint."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return is_exhausted(state["log_history"], patience)
 
 
 class BestWeights:
-    """The best evaluated weights of a run, in its folder."""
+    """The folder of the best evaluated weights of a run."""
 
     def __init__(self, output_dir: Path):
         self.path = output_dir / FOLDER
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
-        """`step` and `eval_loss` of the weights; None as long as there are none."""
+        """`step` and `eval_loss` of the weights; None before the first evaluation."""
         file = self.path / EVALUATION_NAME
         return json.loads(file.read_text()) if file.is_file() else None
 
     def restore(self, checkpoint: Path | None) -> None:
-        """Makes the folder what it was at a checkpoint; None for a new run."""
+        """Restores the folder from the copy in a checkpoint; None empties it, for a new run."""
         shutil.rmtree(self.path, ignore_errors=True)
         if checkpoint is not None and (checkpoint / FOLDER).is_dir():
             shutil.copytree(checkpoint / FOLDER, self.path)
 
     def copy_to(self, checkpoint: Path) -> None:
-        """Adds the folder to a checkpoint."""
+        """Copies the folder into a checkpoint."""
         if self.path.is_dir():
             shutil.copytree(self.path, checkpoint / FOLDER)
 
-    def ship(self) -> dict[str, Any]:
-        """Makes the weights those of the run's own folder; returns their evaluation."""
+    def move_to_run_folder(self) -> dict[str, Any]:
+        """Moves the weights into the folder of the run, as its result; returns their evaluation."""
         evaluation = self.evaluation
-        assert evaluation is not None, "a run has evaluated its weights when it ends"
+        assert evaluation is not None, "a run evaluates at its last step"
         (self.path / EVALUATION_NAME).unlink()
         for file in self.path.iterdir():
             os.replace(file, self.path.parent / file.name)
@@ -71,12 +74,12 @@ class BestWeights:
 
 
 class Selection(TrainerCallback):
-    """After every evaluation: keeps the weights if they are the best, ends the run if it gets no better.
+    """After every evaluation: saves the weights if they are the best so far, and ends the run if patience is exhausted.
 
     Args:
         trainer: saves the weights.
-        best: where they are kept; None keeps none.
-        patience: evaluations without improvement that end the run; 0 for any number.
+        best: the folder to save them in; None saves none.
+        patience: number of evaluations without a lower loss that ends the run; 0 never ends it.
     """
 
     def __init__(self, trainer: Any, best: BestWeights | None, patience: int):
@@ -89,16 +92,16 @@ class Selection(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.best is not None:
-            self._keep(self.best, evaluations(state.log_history)[-1])
+            self._save_if_better(self.best, evaluations(state.log_history)[-1])
         if is_exhausted(state.log_history, self.patience):
             control.should_save = control.should_training_stop = True
 
-    def _keep(self, best: BestWeights, evaluation: dict[str, float]) -> None:
+    def _save_if_better(self, best: BestWeights, evaluation: dict[str, float]) -> None:
         if evaluation["eval_loss"] >= self._lowest:
             return
         self._lowest = evaluation["eval_loss"]
         if self.trainer.is_world_process_zero():
             best.restore(None)
-        self.trainer.save_model(str(best.path))  # on all processes: a sharded model is gathered
+        self.trainer.save_model(str(best.path))  # on all processes, because a sharded model is gathered
         if self.trainer.is_world_process_zero():
             write_json(best.path / EVALUATION_NAME, {name: evaluation[name] for name in ("step", "eval_loss")})

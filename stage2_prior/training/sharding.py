@@ -1,18 +1,27 @@
-"""Launches that shard a prior, and what they cannot do."""
+"""Training of a prior whose weights are sharded over processes: this process's part, and launches that cannot work."""
 
 from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from configs import ConfigError, Problem
 from configs.sections import LAUNCHED_WITH
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor, or the tensor itself; without a graph, in the same memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def check_sharding(trainer: Any, ema_decay: float) -> None:
-    """Refuses a launch that would not shard as it was told to, would save no model, or has shards without an average.
+    """Refuses a launch that would not shard although it asks for it, would save no model, or cannot average the shards.
 
     Args:
         trainer: transformers' Trainer, before it trains.
-        ema_decay: of the averaged weights; 0 without.
+        ema_decay: decay of the averaged weights; 0 without an average.
 
     Raises:
         ConfigError: naming what to change.
@@ -22,10 +31,10 @@ def check_sharding(trainer: Any, ema_decay: float) -> None:
 
 
 def sharding_problems(trainer: Any, ema_decay: float) -> Iterable[Problem]:
-    """What `check_sharding` refuses."""
+    """The problems for which `check_sharding` refuses a launch."""
     if LAUNCHED_WITH["USE_FSDP"] == "true" and not trainer.is_fsdp_enabled:
-        # accelerate would train whole copies and say nothing
-        yield Problem("FSDP", "accelerate shards on GPUs and their like only; here, launch with --multi_gpu")
+        # accelerate would silently train whole copies
+        yield Problem("FSDP", "accelerate shards on GPUs and similar devices only; launch with --multi_gpu here")
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         received = str(plugin.state_dict_type).rpartition(".")[2]
@@ -33,7 +42,7 @@ def sharding_problems(trainer: Any, ema_decay: float) -> Iterable[Problem]:
         yield Problem("fsdp_state_dict_type", message)
     reason = None
     if trainer.is_deepspeed_enabled:
-        reason = "DeepSpeed keeps the weights out of reach; shard with FSDP 2 (configs/accelerate/fsdp.yaml)"
+        reason = "DeepSpeed gives no access to the weights; shard with FSDP 2 (configs/accelerate/fsdp.yaml)"
     elif plugin is not None and plugin.fsdp_version == 1:
         reason = "FSDP 1 flattens the weights; set fsdp_version 2 in accelerate's configuration"
     if ema_decay and reason:

@@ -1,4 +1,4 @@
-"""How fast a prior trains: tokens per second, and what share of the machine's matrix products that is."""
+"""Training speed of a prior: tokens per second, and the share of the machine's FLOP/s that the model uses (MFU)."""
 
 import copy
 import time
@@ -12,16 +12,17 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-# The measured product grows from the first side until it takes long enough to be timed, or reaches the last.
+# Sides of the square matrices whose product is timed: from the first one doubled, until a product takes this many
+# seconds, or to the last one.
 SIDES = (512, 8192)
 LONG_ENOUGH = 0.005
 
 
 class Throughput:
-    """Counts tokens, and the time of training alone.
+    """Counts the tokens and the time of training, without the time for logs, evaluations and checkpoints.
 
     Args:
-        device: waited for when the clock is stopped.
+        device: the clock stops when the device has finished its work.
     """
 
     def __init__(self, device: torch.device):
@@ -30,40 +31,40 @@ class Throughput:
         self._since: float | None = None
 
     def count(self, tokens: int) -> None:
-        """Adds the tokens of a forward that begins now; the first one starts the clock."""
+        """Adds the tokens of a forward that begins now; the first call starts the clock."""
         self.tokens += tokens
         if self._since is None:
             self._since = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock, for what is not training."""
+        """Stops the clock inside."""
         if self._since is not None:
             synchronize(self.device)
             self.seconds += time.perf_counter() - self._since
         yield
         self._since = time.perf_counter()
 
-    def rate(self) -> float:
-        """Tokens per second since the last call; to be called while the clock is stopped."""
-        rate = self.tokens / self.seconds
+    def tokens_per_second(self) -> float:
+        """Tokens per second since the last call. Call it inside `paused`."""
+        speed = self.tokens / self.seconds
         self.tokens, self.seconds = 0, 0.0
-        return rate
+        return speed
 
 
-def training_operations(config: PreTrainedConfig, length: int) -> float:
-    """Floating-point operations of matrix products that training on one token needs.
+def training_flops(config: PreTrainedConfig, length: int) -> float:
+    """Floating-point operations of the matrix products in training, per token.
 
-    Those of a forward are counted as the model runs without data; the backward has twice as many. Attention is counted
-    in full, as if it were not causal, and what gradient checkpointing computes again is not counted. For a Llama these
-    are 6 N + 12 · layers · width of all heads · length, N the weights in matrices, embeddings left out.
+    A forward without data counts its operations, and the backward has twice as many. Attention counts in full, as if it
+    were not causal. Gradient checkpointing adds nothing. For a Llama the result is
+    6 N + 12 · layers · width of all heads · length, where N is the number of weights in matrices, without embeddings.
 
     Args:
         config: of a causal language model.
         length: tokens of a sequence.
 
     Raises:
-        NotImplementedError, RuntimeError: a model whose operations depend on its data.
+        NotImplementedError, RuntimeError: the operations of the model depend on its data.
 
     Source: Chowdhery et al. 2022, "PaLM: scaling language modeling with pathways", appendix B.
     """
@@ -81,15 +82,15 @@ def training_operations(config: PreTrainedConfig, length: int) -> float:
 
 
 @cache
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of square matrix products: the best of a few, within 0.3 s.
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of square matrix products: the best of a few, measured within 0.3 s.
 
-    Measured rather than looked up: it holds for any machine, threads and precision as they are set.
+    It is measured, not looked up, so that it holds for this machine with its number of threads and its precision.
     """
     side, last = SIDES
-    own = torch.Generator(device).manual_seed(0)  # training has its own numbers
+    own = torch.Generator(device).manual_seed(0)  # leaves the global generator of training alone
     while True:
-        # random: a GPU multiplies equal numbers faster
+        # random numbers, because a GPU multiplies equal numbers faster
         a, b = (torch.empty(side, side, device=device, dtype=dtype).normal_(generator=own) for _ in range(2))
         seconds = min(_seconds(a, b) for _ in range(4))
         if seconds >= LONG_ENOUGH or side == last:
@@ -106,6 +107,6 @@ def _seconds(a: Any, b: Any) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given; a CPU has."""
+    """Waits until the device has finished its work; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

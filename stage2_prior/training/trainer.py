@@ -1,4 +1,7 @@
-"""`transformers.Trainer` for sequences of codes: keyed batches, checked checkpoints, losses in the field's units."""
+"""`transformers.Trainer` for sequences of codes.
+
+Its batches are keyed by the seed, its checkpoints are checked and complete, and it logs losses in bits per pixel too.
+"""
 
 import logging
 import math
@@ -12,21 +15,30 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from configs.checkpoints import complete_checkpoints, unfinished_path
+from configs.checkpoints import unfinished_path
 from configs.index_sampler import IndexSampler
 from configs.interruption import Diverged, leave_signals_to_main
 from configs.run_folder import RunFolder
 from stage2_prior.data import IGNORED, CodeDataset, collate
 from stage2_prior.training.averaging import WeightAverage
 from stage2_prior.training.selection import BestWeights
-from stage2_prior.training.throughput import Throughput, matmul_rate, training_operations
+from stage2_prior.training.sharding import local_part
+from stage2_prior.training.throughput import Throughput, matmul_flops_per_second, training_flops
 from stage2_prior.vocabulary import TokenLayout
 
 logger = logging.getLogger(__name__)
 
 
 class PriorTrainer(Trainer):
-    """Trainer with keyed batches, and losses in the units of the field; it evaluates the averaged weights."""
+    """Trainer for a prior.
+
+    Args:
+        layout: the token space.
+        run: the folder of the run.
+        average: the moving average of the weights, which is evaluated.
+        best: the folder of the best weights, of which every checkpoint gets a copy.
+        args, kwargs: of `transformers.Trainer`.
+    """
 
     def __init__(
         self,
@@ -41,11 +53,11 @@ class PriorTrainer(Trainer):
         self.layout, self.run, self.average, self.best = layout, run, average, best
         self.add_callback(average)
         self._losses: list[tuple[int, Tensor]] = []
-        self._evaluated = torch.zeros(2, dtype=torch.float64)  # nats and codes
+        self._nats_and_codes = torch.zeros(2, dtype=torch.float64)  # of the evaluation so far
         self.throughput = Throughput(self.args.device)
 
     def get_train_dataloader(self) -> DataLoader:
-        """All batches of the run in one pass; a pure function of the seed, cut for this process already."""
+        """The batches of this process for the whole run, as one epoch of Trainer; a pure function of the seed."""
         args = self.args
         batches = args.max_steps * args.gradient_accumulation_steps
         sampler = IndexSampler(
@@ -60,32 +72,32 @@ class PriorTrainer(Trainer):
         return self._loader(self.train_dataset, batch_sampler=sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The validation rows of this process; all processes get as many batches, filled up with rows below 0."""
+        """The validation rows of this process. Rows below 0 fill up, so that all processes have as many batches."""
         dataset = cast(CodeDataset, eval_dataset or self.eval_dataset)
         rows = list(range(self.args.process_index, len(dataset), self.args.world_size))
         rows += [-1] * (-(-len(dataset) // self.args.world_size) - len(rows))
         return self._loader(dataset, sampler=rows, batch_size=self.args.eval_batch_size)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer's, callbacks included, with the averaged weights."""
+        """Evaluates the averaged weights, and calls the callbacks with them."""
         self.require_finite()
         with self.average.applied():
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, adding up the nats of all codes that count."""
+        """Adds up the nats of all codes, except those of rows that fill up a batch."""
         output: Any = super().prediction_step(model, inputs, *args, **kwargs)
         loss = output[0]
         codes = (inputs["labels"] != IGNORED).sum().to(loss.device)
-        nats = torch.where(codes > 0, loss.double() * codes, 0.0)  # filled up rows alone have no mean
-        self._evaluated += torch.stack([nats, codes.double()]).cpu()
+        nats = torch.where(codes > 0, loss.double() * codes, 0.0)  # the mean of no codes is NaN
+        self._nats_and_codes += torch.stack([nats, codes.double()]).cpu()
         return output
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with the mean over the codes of all processes, each once, as the loss."""
-        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        """The loss is the mean over the codes of all processes, each counted once."""
+        self._nats_and_codes = torch.zeros(2, dtype=torch.float64)
         output: Any = super().evaluation_loop(*args, **kwargs)
-        nats, codes = self.accelerator.reduce(self._evaluated.float().to(self.args.device)).tolist()
+        nats, codes = self.accelerator.reduce(self._nats_and_codes.float().to(self.args.device)).tolist()
         output.metrics["eval_loss"] = nats / codes
         if not math.isfinite(nats):
             raise self._diverged("the validation loss is not finite")
@@ -104,21 +116,20 @@ class PriorTrainer(Trainer):
         )
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward; its loss is kept to be looked at before the next log or checkpoint."""
+        """Forward and backward; keeps the loss, which `require_finite` checks before the next log or checkpoint."""
         self.throughput.count(inputs["input_ids"].numel())
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._losses.append((self.state.global_step, loss.detach()))
         return loss
 
     def require_finite(self) -> None:
-        """Ends the run if a loss since the last call, or a weight, is not finite; all processes must call this.
+        """Ends the run if a loss since the last call, or a weight, is not finite. All processes must call this.
 
         Raises:
             Diverged: naming the step.
         """
         model = self.accelerator.unwrap_model(self.model)
-        parameters = (getattr(tensor, "_local_tensor", tensor) for tensor in model.parameters())  # of sharded ones
-        finite = [tensor.isfinite().all() for tensor in parameters]
+        finite = [local_part(parameter).isfinite().all() for parameter in model.parameters()]
         losses = torch.stack([loss.float() for _, loss in self._losses]).isfinite() if self._losses else torch.ones(1)
         bad = torch.stack([~losses.all().to(finite[0].device), ~torch.stack(finite).all()])
         found = self.accelerator.gather(bad[None]).any(0).tolist()
@@ -127,14 +138,11 @@ class PriorTrainer(Trainer):
             raise self._diverged(f"the loss was not finite at step {steps[0]}" if steps else "a weight is not finite")
         self._losses.clear()
 
-    def _diverged(self, what: str) -> Diverged:
-        existing = complete_checkpoints(self.run.path)
-        saved = f"the last good checkpoint is {existing[-1].path}" if existing else "no checkpoint was saved yet"
-        advice = "Try a lower learning_rate, more warmup_steps, max_grad_norm 1, or bf16 false"
-        return Diverged(f"{what} (now at step {self.state.global_step}); {saved}. {advice}")
+    def _diverged(self, reason: str) -> Diverged:
+        return self.run.diverged(f"{reason} (now at step {self.state.global_step})")
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's checkpoint, written beside and then published, see configs/checkpoints.py."""
+        """Completes Trainer's checkpoint with the average and the best weights, see configs/checkpoints.py."""
         self.require_finite()
         super()._save_checkpoint(*args, **kwargs)
         unfinished = unfinished_path(self.run.path, self.state.global_step)
@@ -146,45 +154,46 @@ class PriorTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Trainer's; but of an adapter it would take the best one, which lies in the checkpoint, for one more."""
+        """Loads an adapter here: Trainer would take the best one, inside the checkpoint, for a second adapter."""
         if (Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME).is_file() and not self.is_fsdp_enabled:
             cast(Any, self.model).load_adapter(resume_from_checkpoint, "default", is_trainable=True)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
-        """Where Trainer puts its checkpoints."""
+        """The folder in which Trainer writes its checkpoints."""
         return str(unfinished_path(self.run.path, self.state.global_step).parent)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's; what it does is not training, so the clock stands still."""
+        """Stops the clock of the throughput during logs, evaluations and saves."""
         control = self.control
         if control.should_log or control.should_evaluate or control.should_save:
             with self.throughput.paused():
                 super()._maybe_log_save_evaluate(*args, **kwargs)
 
     @cached_property
-    def _ideal_rate(self) -> float | None:
-        """Tokens per second if all processes did nothing but the model's matrix products."""
+    def _ideal_tokens_per_second(self) -> float | None:
+        """Tokens per second if all processes computed nothing but the model's matrix products, at full speed."""
         args = self.args
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        rate = torch.tensor(matmul_rate(args.device, dtype), device=args.device)
-        rate = self.accelerator.reduce(rate, "sum").item()
+        flops_per_second = torch.tensor(matmul_flops_per_second(args.device, dtype), device=args.device)
+        total = self.accelerator.reduce(flops_per_second, "sum").item()
         try:
-            return rate / training_operations(self.accelerator.unwrap_model(self.model).config, self.layout.length)
+            return total / training_flops(self.accelerator.unwrap_model(self.model).config, self.layout.length)
         except (NotImplementedError, RuntimeError) as error:
             logger.warning("mfu is not logged: the operations of this prior cannot be counted (%s)", error)
             return None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds bits per pixel and perplexity to a loss in nats per code, and how fast it was trained."""
+        """Adds bits per pixel and perplexity to a loss in nats per code, and the training speed."""
         if "loss" in logs:
             self.require_finite()
-            logs["tokens_per_second"] = self.throughput.rate() * self.args.world_size
-            if self._ideal_rate is not None:
-                logs["mfu"] = logs["tokens_per_second"] / self._ideal_rate
+            logs["tokens_per_second"] = self.throughput.tokens_per_second() * self.args.world_size
+            if self._ideal_tokens_per_second is not None:
+                logs["mfu"] = logs["tokens_per_second"] / self._ideal_tokens_per_second
         rows = self.args.world_size * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        self.state.epoch = self.state.global_step * rows / len(cast(CodeDataset, self.train_dataset))  # not of one pass
+        # Trainer takes the whole run for one epoch: count the epochs of the code store instead.
+        self.state.epoch = self.state.global_step * rows / len(cast(CodeDataset, self.train_dataset))
         for name in ("loss", "eval_loss"):
             if name in logs:
                 prefix = name.removesuffix("loss")

@@ -51,7 +51,7 @@ def test_a_path_in_the_folder_must_be_the_newest(tmp_path):
 
 
 def test_a_run_that_began_elsewhere_goes_on_from_its_own(tmp_path):
-    """The same command goes on, although it names where the run began."""
+    """The same command resumes from the newest checkpoint, although it names the first one."""
     save(tmp_path / "first", 9)
     began = str(tmp_path / "first" / "checkpoint-9")
     assert find_checkpoint(tmp_path / "second", began, 20).path == tmp_path / "first" / "checkpoint-9"

@@ -1,4 +1,4 @@
-"""A run's folder: same settings go on, other settings are refused, finished means finished."""
+"""The folder of a run: the same settings resume, other settings are refused, a finished run stays finished."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from configs import ConfigError, Section, load_config
+from configs import ConfigError, Section, load_config, run_folder
 from configs.checkpoints import unfinished_path
 from configs.run_folder import CONFIG_NAME, FREE_KEYS, LOG_NAME, RunFolder
 
@@ -35,6 +35,8 @@ class Run(Section):
     resume_from_checkpoint: str = "latest"
     allow_config_changes: bool = False
     report_to: list[str] = field(default_factory=list)
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
     part: Part = field(default_factory=Part)
     data: Data = field(default_factory=Data)
     model: dict[str, Any] = field(default_factory=dict)
@@ -48,9 +50,9 @@ def config(tmp_path):
 def opened(config, **kwargs):
     """What a run finds finished when it opens its folder."""
     with RunFolder(config, **kwargs) as run:
-        if run.finished is None:
+        if run.results is None:
             run.begin(1)
-        return run.finished
+        return run.results
 
 
 def checkpoint(run, step, num_processes=1):
@@ -87,10 +89,43 @@ def test_a_folder_without_work_starts_anew(config):
 def test_going_on_and_finishing(config):
     opened(config)
     assert opened(config) is None
-    results = {"global_step": 20, "psnr": 20.5}
     with RunFolder(config) as run:
-        run.finish(results)
-    assert opened(config) == results == opened(config, is_main_process=False)
+        run.finish(20, {"psnr": 20.5})
+    results = opened(config)
+    assert results == {"global_step": 20, "train_runtime": results["train_runtime"], "psnr": 20.5}
+    assert opened(config, is_main_process=False) == results
+
+
+def test_the_main_process_reports_a_finished_run_and_uploads_it(config, monkeypatch, capsys):
+    uploads = []
+    monkeypatch.setattr(run_folder, "push_run", lambda config: uploads.append(config.hub_model_id) or "hub/me/run")
+    pushed = replace(config, push_to_hub=True, hub_model_id="me/run")
+    with RunFolder(config) as run:
+        assert not run.report_if_finished()
+        run.begin(1)
+        run.finish(20, {})
+    assert capsys.readouterr().out == "" and not uploads
+    for is_main_process in (True, False):
+        with RunFolder(pushed, is_main_process) as run:
+            assert run.report_if_finished()
+    expected = [f"{config.output_dir} holds the finished run (20 steps); nothing to do", "uploaded to hub/me/run"]
+    assert capsys.readouterr().out.splitlines() == expected and uploads == ["me/run"]
+    with RunFolder(pushed) as run:
+        run.finish(20, {})
+    assert uploads == ["me/run"] * 2
+
+
+def test_a_run_that_diverged_names_its_last_good_checkpoint(config, tmp_path):
+    with RunFolder(config) as run:
+        assert "the loss was nan; no checkpoint was saved yet. Try a lower" in str(run.diverged("the loss was nan"))
+    start(config)
+    first = f"{config.output_dir}/checkpoint-10"
+    branch = replace(config, output_dir=str(tmp_path / "branch"), resume_from_checkpoint=first)
+    with RunFolder(branch) as run:
+        run.begin(1)
+        assert f"the last good checkpoint is {first}." in str(run.diverged(""))
+        checkpoint(run, 15)
+        assert f"the last good checkpoint is {branch.output_dir}/checkpoint-15." in str(run.diverged(""))
 
 
 def test_what_has_no_influence_may_change(config):
@@ -116,7 +151,7 @@ def test_other_settings_are_refused_with_each_key(config, finished):
     if finished:
         shutil.rmtree(Path(config.output_dir) / "checkpoint-10")
         with RunFolder(config) as run:
-            run.finish({"global_step": 20})
+            run.finish(20, {})
     changed = replace(
         config, learning_rate=0.1, part=Part(rotate=2.0, save_steps=9), model={"widths": [1, 3], "new": 1}
     )
@@ -153,7 +188,7 @@ def test_a_finished_run_can_be_lengthened(config):
     with RunFolder(config) as run:
         run.begin(1)
         checkpoint(run, 20)
-        run.finish({"global_step": 20})
+        run.finish(20, {})
     longer = replace(config, max_steps=30)
     with pytest.raises(
         ConfigError, match=r"allow_config_changes[^$]*max_steps: the run was started with 20, now it is 30"
@@ -161,7 +196,7 @@ def test_a_finished_run_can_be_lengthened(config):
         opened(longer)
     assert opened(config) is not None
     with RunFolder(replace(longer, allow_config_changes=True)) as run:
-        assert run.finished is None
+        assert run.results is None
         assert run.begin(1).step == 20
 
 
@@ -210,7 +245,7 @@ def test_a_start_that_is_refused_changes_nothing(config):
     start(config)
     with RunFolder(config) as run:
         run.begin(1)
-        run.finish({"global_step": 20})
+        run.finish(20, {})
     files = {path.name: path.read_bytes() for path in Path(config.output_dir).iterdir() if path.is_file()}
     with pytest.raises(ZeroDivisionError), RunFolder(replace(config, max_steps=30, allow_config_changes=True)):
         raise ZeroDivisionError  # the data or the model of the new settings

@@ -1,4 +1,4 @@
-"""Numbers that go wrong end a run before they are saved; a game that goes wrong is told once."""
+"""A run ends before it saves numbers that are not finite, and warns once of a codebook or discriminator that fails."""
 
 import logging
 import math
@@ -7,8 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from configs.checkpoints import complete_checkpoints
+from configs.checkpoints import complete_checkpoints, unfinished_path
 from configs.interruption import Diverged
+from configs.run_folder import RunFolder
 from stage1_vqgan.training.health import Health
 from stage1_vqgan.training.losses import MAX_ADAPTIVE_WEIGHT
 from stage1_vqgan.training.run import train
@@ -21,22 +22,28 @@ K = 64
 
 
 @pytest.fixture
-def health():
-    return Health(Accelerator(), "hinge")
+def run(tmp_path):
+    return RunFolder(stage1_config(tmp_path))
+
+
+@pytest.fixture
+def health(run):
+    return Health(run, Accelerator(), "hinge")
 
 
 def steps(*values, first=10):
     return [(first + n, torch.tensor(float(value), device=DEVICE)) for n, value in enumerate(values)]
 
 
-def test_the_first_loss_that_is_not_finite_is_named(health):
-    health.last_checkpoint = "runs/checkpoint-8"
+def test_the_first_loss_that_is_not_finite_is_named(run, health):
+    unfinished_path(run.path, 8).mkdir(parents=True)
+    run.publish(8, num_processes=1)
     collected = {
         "loss/l1": steps(1, 2, math.inf),
         "loss/codebook": steps(1, math.nan, 1),
         "logits/real": steps(math.nan, 1, 1),
     }
-    with pytest.raises(Diverged, match=r"loss/codebook was not finite at step 12; .* runs/checkpoint-8\. Try"):
+    with pytest.raises(Diverged, match=r"loss/codebook was not finite at step 12; .*/checkpoint-8\. Try"):
         health.require_finite_losses(collected)
     health.require_finite_losses({"loss/l1": steps(1, 2), "logits/real": steps(math.nan)})
     health.require_finite_losses({})
@@ -60,13 +67,13 @@ LOST = {**FINE, "loss/discriminator": 0.01}
         ([{**FINE, "codebook/usage": 0.01}] * 9, "the codebook has collapsed: 1.0% of 64 codes"),
         ([LOST] * 9, "the discriminator has won"),
         ([LOST, LOST, FINE] * 3, None),  # not for long
-        ([{"codebook/usage": 0.5, "loss/discriminator": 0.01}] * 9, None),  # the game has not begun
+        ([{"codebook/usage": 0.5, "loss/discriminator": 0.01}] * 9, None),  # no adversarial loss yet
     ],
 )
 def test_warnings_come_once(health, caplog, logs, word):
     with caplog.at_level(logging.WARNING):
         for scalars in logs:
-            health.look(scalars, {}, CODES, K)
+            health.warn_of_problems(scalars, {}, CODES, K)
     assert len(caplog.records) == (word is not None)
     assert word is None or word in caplog.text
 
@@ -82,15 +89,15 @@ def test_warnings_come_once(health, caplog, logs, word):
         ("wasserstein", -50.0, False),
     ],
 )
-def test_a_victory_is_measured_by_the_game(caplog, kind, loss, told):
-    health = Health(Accelerator(), kind)
+def test_a_victory_is_measured_by_the_game(run, caplog, kind, loss, told):
+    health = Health(run, Accelerator(), kind)
     for _ in range(5):
-        health.look({**FINE, "loss/discriminator": loss}, {}, CODES, K)
+        health.warn_of_problems({**FINE, "loss/discriminator": loss}, {}, CODES, K)
     assert len(caplog.records) == told
 
 
 def test_few_codes_say_nothing_about_a_codebook(health, caplog):
-    health.look({"codebook/usage": 0.01}, {}, 9 * K, K)
+    health.warn_of_problems({"codebook/usage": 0.01}, {}, 9 * K, K)
     assert not caplog.records
 
 
@@ -98,7 +105,7 @@ def test_few_codes_say_nothing_about_a_codebook(health, caplog):
 def test_adaptive_weight_at_its_clamp(health, caplog, share, told):
     weights = [MAX_ADAPTIVE_WEIGHT] * int(10 * share) + [3.0] * (10 - int(10 * share))
     for _ in range(2):
-        health.look(FINE, {"adversarial/adaptive_weight": steps(*weights)}, CODES, K)
+        health.warn_of_problems(FINE, {"adversarial/adaptive_weight": steps(*weights)}, CODES, K)
     assert len(caplog.records) == told
 
 

@@ -1,4 +1,4 @@
-"""A run that was interrupted ends exactly as one that was not; finished runs and other settings are told apart."""
+"""An interrupted run ends bit-identical to an undisturbed one; finished runs and other settings are recognised."""
 
 import shutil
 
@@ -53,7 +53,7 @@ def make_config(folder, **changes):
 
 
 def contents(folder):
-    """Everything that decides how a run goes on, of a checkpoint, and of the model that was saved."""
+    """Every tensor of the last checkpoint and of the saved model."""
     found = {"model": load_file(folder / "model.safetensors")}
     for path in sorted((folder / "checkpoint-6").iterdir()):
         if path.suffix == ".safetensors":

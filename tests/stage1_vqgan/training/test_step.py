@@ -13,8 +13,10 @@ from transformers import get_scheduler
 from configs import load_config
 from configs.randomness import seed_from
 from stage1_vqgan import Stage1Config
-from stage1_vqgan.training.losses import ADVERSARIAL_LOSSES
-from stage1_vqgan.training.step import VQGANTrainer, schedule, uniform
+from stage1_vqgan.training.codebook import initialise_codebook
+from stage1_vqgan.training.losses import ADVERSARIAL_LOSSES, weighted_sum
+from stage1_vqgan.training.regularizers import interpolation_shares
+from stage1_vqgan.training.step import VQGANTrainer
 from tests.devices import DEVICE
 
 
@@ -211,7 +213,7 @@ def test_every_game_and_every_penalty_are_the_textbooks(kind, norm_type, weights
 
 def test_every_image_of_every_forward_has_a_draw_of_its_own():
     trainer = VQGANTrainer(make_config(), Accelerator())
-    draws = [uniform(trainer.image_seeds(number, 400)) for number in (0, 1, 0)]
+    draws = [interpolation_shares(trainer.image_seeds(number, 400), DEVICE) for number in (0, 1, 0)]
     assert torch.equal(draws[0], draws[2]) and len(torch.cat(draws[:2]).unique()) > 795
     assert torch.stack(draws).mean().item() == pytest.approx(0.5, abs=0.05)
     assert torch.stack(draws).std().item() == pytest.approx(12**-0.5, abs=0.02)
@@ -300,9 +302,9 @@ def test_schedule_is_transformers_after_a_warm_up_that_starts_above_zero(kind, w
     reference = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=50)
     for step in range(50):
         if step < warmup:
-            assert schedule(config, step) == (step + 1) / warmup
+            assert config.learning_rate_factor(step) == (step + 1) / warmup
         else:
-            assert schedule(config, step) == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+            assert config.learning_rate_factor(step) == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         reference.step()
 
@@ -339,7 +341,7 @@ def test_kmeans_initialises_both_codebooks():
     batches = [make_images(seed, batch=4) for seed in range(2)]
     images = torch.cat(batches)
     error = trainer.model.encode(images).codebook_loss.item()
-    trainer.initialise_codebook(batches)
+    initialise_codebook(trainer.model, trainer.average, batches, trainer.accelerator, seed=0)
     out = trainer.model.encode(images)
     assert out.codebook_loss.item() < 0.5 * error and len(out.codes.unique()) >= 15
     assert torch.equal(trainer.average.quantize.embedding.weight, trainer.model.quantize.embedding.weight)
@@ -355,9 +357,9 @@ def test_dead_codes_restart_at_the_interval():
     assert weight[1:].min() > 99
     metrics = trainer.step(images, 1)
     assert metrics["codebook/restarted"].item() == 15 and weight.abs().max() < 50
-    assert trainer.statistics()["codebook/usage"] == 1 / 16
+    assert trainer.codebook_statistics()["codebook/usage"] == 1 / 16
     trainer.step(images, 2)
-    assert trainer.statistics()["codebook/usage"] > 4 / 16
+    assert trainer.codebook_statistics()["codebook/usage"] > 4 / 16
 
 
 def test_terms_of_weight_0_are_not_built():
@@ -373,7 +375,7 @@ def test_terms_of_weight_0_are_not_built():
 
 def test_a_term_without_a_weight_is_an_error():
     with pytest.raises(AttributeError, match="l3_weight"):
-        make_config().loss.weighted({"l1": torch.ones(()), "l3": torch.ones(())})
+        weighted_sum({"l1": torch.ones(()), "l3": torch.ones(())}, make_config().loss)
 
 
 def test_training_reconstructs_better():

@@ -1,4 +1,4 @@
-"""The best evaluated weights are shipped, and a run that gets no better ends; an interruption changes neither."""
+"""A run saves its best evaluated weights and stops early without improvement, also after an interruption."""
 
 import json
 import math

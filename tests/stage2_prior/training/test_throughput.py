@@ -15,7 +15,7 @@ from configs import load_config
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.training import throughput, trainer
 from stage2_prior.training.run import train
-from stage2_prior.training.throughput import Throughput, matmul_rate, training_operations
+from stage2_prior.training.throughput import Throughput, matmul_flops_per_second, training_flops
 from stage2_prior.training.trainer import PriorTrainer
 from tests.devices import DEVICE
 
@@ -30,7 +30,7 @@ PER_LAYER = {
 @pytest.mark.parametrize("model_type", PER_LAYER)
 def test_operations_are_those_of_the_formula_and_of_a_real_step(random_prior, layout, model_type):
     prior = random_prior(model_type, layout)
-    operations = training_operations(prior.config, layout.length)
+    operations = training_flops(prior.config, layout.length)
     matrices = 2 * PER_LAYER[model_type] + 32 * layout.vocab_size
     # the angles of rotary positions are a product as well, of a few numbers, in older versions of transformers
     assert operations == pytest.approx(6 * matrices + 12 * 2 * 32 * layout.length, rel=1e-3)
@@ -44,7 +44,7 @@ def test_operations_are_those_of_the_formula_and_of_a_real_step(random_prior, la
 def test_counting_touches_neither_the_model_nor_the_random_numbers(random_prior, layout):
     config, state = random_prior("llama", layout).config, torch.get_rng_state()
     before = config.to_dict()
-    training_operations(config, layout.length)
+    training_flops(config, layout.length)
     assert config.to_dict() == before and config._attn_implementation == "sdpa"
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -52,7 +52,7 @@ def test_counting_touches_neither_the_model_nor_the_random_numbers(random_prior,
 def test_operations_that_depend_on_data_are_refused():
     experts = AutoConfig.for_model("mixtral", hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=64)
     with pytest.raises(RuntimeError):
-        training_operations(experts, 16)
+        training_flops(experts, 16)
 
 
 def test_the_clock_runs_from_the_first_token_and_stands_still_in_pauses(monkeypatch):
@@ -68,13 +68,13 @@ def test_the_clock_runs_from_the_first_token_and_stands_still_in_pauses(monkeypa
     clock.count(60)
     now += 5
     with clock.paused():
-        assert clock.rate() == 100 / 10
+        assert clock.tokens_per_second() == 100 / 10
         now += 50
     now += 1  # reading data
     clock.count(8)
     now += 3
     with clock.paused():
-        assert clock.rate() == 8 / 4
+        assert clock.tokens_per_second() == 8 / 4
 
 
 def metrics(folder: str | Path) -> list[dict[str, float]]:
@@ -87,14 +87,14 @@ def test_a_run_counts_its_own_tokens_and_the_time_of_training(tiny_runs, stage2_
     changes = {"eval_steps": 1, "save_steps": 3, "gradient_accumulation_steps": 2}
     config = load_config(Stage2Config, overrides={**values, **changes})
     counted, away, products = [], 0.0, []
-    rate, evaluate, save = Throughput.rate, PriorTrainer.evaluate, PriorTrainer._save_checkpoint
+    rate, evaluate, save = Throughput.tokens_per_second, PriorTrainer.evaluate, PriorTrainer._save_checkpoint
 
     def counting(self: Throughput) -> float:
         counted.append(self.tokens)
         return rate(self)
 
     def measured(*args) -> float:
-        products.append(matmul_rate(*args))
+        products.append(matmul_flops_per_second(*args))
         return products[-1]
 
     def long(method):
@@ -106,8 +106,8 @@ def test_a_run_counts_its_own_tokens_and_the_time_of_training(tiny_runs, stage2_
         return after_an_hour
 
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + away))
-    monkeypatch.setattr(Throughput, "rate", counting)
-    monkeypatch.setattr(trainer, "matmul_rate", measured)
+    monkeypatch.setattr(Throughput, "tokens_per_second", counting)
+    monkeypatch.setattr(trainer, "matmul_flops_per_second", measured)
     monkeypatch.setattr(PriorTrainer, "evaluate", long(evaluate))
     monkeypatch.setattr(PriorTrainer, "_save_checkpoint", long(save))
     train(config)
@@ -117,7 +117,7 @@ def test_a_run_counts_its_own_tokens_and_the_time_of_training(tiny_runs, stage2_
         assert logs["tokens_per_second"] > 2 * of_a_step / 60
         layout = TokenLayout.from_pretrained(config.output_dir)
         prior = AutoConfig.from_pretrained(config.output_dir)
-        ideal = products[0] / training_operations(prior, layout.length)
+        ideal = products[0] / training_flops(prior, layout.length)
         assert logs["mfu"] == pytest.approx(logs["tokens_per_second"] / ideal)
 
     (tmp_path / "prior" / "train_results.json").unlink()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from configs import ConfigError, load_config
 from configs.checkpoints import complete_checkpoints
@@ -276,3 +276,11 @@ def test_the_log_counts_epochs_of_the_data(make_config):
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     epochs = [json.loads(line)["epoch"] for line in lines if '"loss"' in line]
     assert epochs == pytest.approx([25 * 64 / 2874, 50 * 64 / 2874])
+
+
+def test_the_private_methods_of_trainer_that_are_overridden_exist():
+    """Trainer would silently never call an override of a method that a new version has renamed."""
+    own = {"_loader", "_diverged", "_ideal_tokens_per_second"}
+    overridden = {name for name in vars(PriorTrainer) if name.startswith("_") and not name.startswith("__")} - own
+    assert {"_get_output_dir", "_load_from_checkpoint", "_maybe_log_save_evaluate", "_save_checkpoint"} <= overridden
+    assert [name for name in overridden if not callable(getattr(Trainer, name, None))] == []

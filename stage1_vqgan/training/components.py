@@ -1,0 +1,103 @@
+"""Builds the components of a run: tokenizer, LPIPS, discriminator, and their optimizers."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import AdamW
+
+from configs import ConfigError, Problem
+from stage1_vqgan.modeling_vqgan import VQGANModel
+from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
+from stage1_vqgan.training.config import Stage1Config
+from stage1_vqgan.training.discriminator import PatchDiscriminator
+from stage1_vqgan.training.losses import PerceptualLoss
+
+
+def memory_format(config: Stage1Config) -> torch.memory_format:
+    """Memory format of models and images."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def build_tokenizer(config: Stage1Config) -> VQGANModel:
+    """The tokenizer before its first step: a new one, or the one in `model_name_or_path` to fine-tune.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded, or its image size suits neither the losses nor the discriminator.
+    """
+    if config.model_name_or_path is None:
+        return VQGANModel(config.vqgan_config())
+    model = load_tokenizer(config.model_name_or_path, "model_name_or_path", **config.model).train()
+    problems = [
+        Problem(field, f"received {value!r}; {allowed}")
+        for field, value, allowed in config.size_problems(model.config.image_size)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    if config.codes_are_frozen:
+        for part in (model.encoder, model.quant_conv, model.quantize):
+            part.requires_grad_(False).eval()
+    else:
+        model.config.fingerprint = None  # training changes the codes: save_pretrained computes a new fingerprint
+    return model
+
+
+def prepare_generator(model: VQGANModel, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
+    """The tokenizer, compiled if asked and wrapped for its device and processes, and its optimizer."""
+    if config.torch_compile:
+        model.compile(fullgraph=True, dynamic=False)
+    generator, optimizer = accelerator.prepare(model, _optimizer(model, config))
+    # accelerate converts everything that a model returns to float32, which copies the largest features: undo that.
+    accelerator.unwrap_model(generator, keep_fp32_wrapper=False)
+    return generator, optimizer
+
+
+def build_perceptual(config: Stage1Config, device: torch.device) -> PerceptualLoss | None:
+    """LPIPS; None if its weight is 0.
+
+    Raises:
+        ConfigError: its weights are missing or damaged.
+    """
+    loss = config.loss
+    if not loss.perceptual_weight:
+        return None
+    try:
+        perceptual = PerceptualLoss(loss.lpips_backbone, loss.lpips_weights)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError([Problem("loss", str(error))]) from error
+    perceptual.to(device, memory_format=memory_format(config))  # type: ignore[call-overload]
+    if config.torch_compile:
+        perceptual.compile(fullgraph=True, dynamic=False)
+    return perceptual
+
+
+def prepare_discriminator(in_channels: int, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
+    """The discriminator, compiled if possible and wrapped, and its optimizer; None if the adversarial weight is 0.
+
+    When a tokenizer is fine-tuned, the discriminator starts from the one beside it, if that one fits.
+    """
+    if not config.loss.adversarial_weight:
+        return None, None
+    settings = config.discriminator
+    discriminator: nn.Module = PatchDiscriminator(
+        in_channels, settings.base_channels, settings.num_layers, settings.norm_type
+    )
+    if config.model_name_or_path is not None:
+        message = start_discriminator(discriminator, config.model_name_or_path)
+        if message is not None:
+            accelerator.print(message)
+    if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
+        discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+    if config.compiles_discriminator:
+        discriminator.compile(dynamic=False)  # not fullgraph: SyncBatchNorm may break the graph
+    return accelerator.prepare(discriminator, _optimizer(discriminator, config))
+
+
+def _optimizer(model: nn.Module, config: Stage1Config) -> AdamW:
+    return AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
