@@ -27,7 +27,7 @@ from pipelines.metrics import area_features, frechet_distances, nearest_distance
 from pipelines.pipeline_vqgan import VQGANPipeline
 from pipelines.real_images import RealImages, read_real_images
 from stage1_vqgan import DataConfig, image_grid, load_images
-from stage1_vqgan.evaluate import evaluate_reconstruction
+from stage1_vqgan.reconstruction import evaluate_reconstruction
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from configs.sections import LAUNCHED_WITH
 from pipelines.build import BuildConfig, build
 from pipelines.evaluate import EvaluationConfig as PipelineEvaluation, evaluate as evaluate_pipeline
 from stage1_vqgan import Stage1Config, VQGANConfig
-from stage1_vqgan.evaluate import EvaluationConfig as TokenizerEvaluation, evaluate as evaluate_tokenizer
+from stage1_vqgan.evaluate import ReconstructionConfig, evaluate as evaluate_tokenizer
 from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
@@ -34,7 +34,7 @@ COMMANDS = {
     ),
     "build": (BuildConfig, build, "--tokenizer $vqgan --prior $prior --output_dir out"),
     "evaluate": (PipelineEvaluation, evaluate_pipeline, "--pipeline $pipeline --data.dataset digits --output_dir out"),
-    "evaluate1": (TokenizerEvaluation, evaluate_tokenizer, "--model $vqgan --data.dataset digits"),
+    "evaluate1": (ReconstructionConfig, evaluate_tokenizer, "--model $vqgan --data.dataset digits"),
 }
 
 # command, arguments, {key: words of its message}; the arguments follow the good ones, or replace them if the first is

@@ -13,17 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_vqgan.quantizers import VectorQuantizer, nearest_code
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the codes used, a scalar in [1, K], from counts `(K,)`."""
-    p = counts.float() / counts.sum().clamp(min=1)
-    return torch.exp(-(p * p.clamp(min=1e-10).log()).sum())
-
-
-def usage(counts: Tensor) -> Tensor:
-    """Share of codes used at least once, a scalar in [0, 1], from counts `(K,)`."""
-    return (counts > 0).float().mean()
+from stage1_vqgan.reconstruction import codebook_perplexity, codebook_usage
 
 
 @torch.no_grad()
@@ -81,7 +71,7 @@ class CodebookMonitor(nn.Module):
         """Usage and perplexity since the last call; `reduce` sums over processes."""
         counts = reduce(self.logged)
         self.logged = torch.zeros_like(self.logged)  # not in place: `reduce` may have returned the tensor itself
-        return {"codebook/usage": usage(counts), "codebook/perplexity": perplexity(counts)}
+        return {"codebook/usage": codebook_usage(counts), "codebook/perplexity": codebook_perplexity(counts)}
 
     @torch.no_grad()
     def restart(

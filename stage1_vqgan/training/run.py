@@ -19,9 +19,9 @@ from stage1_vqgan.data.loading import evaluation_loader, training_loader
 from stage1_vqgan.data.samplers import some_images, training_sampler
 from stage1_vqgan.data.skipped import SkippedImages
 from stage1_vqgan.data.sources import load_images
-from stage1_vqgan.evaluate import evaluate_reconstruction
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid
 from stage1_vqgan.modeling_vqgan import VQGANModel
+from stage1_vqgan.reconstruction import evaluate_reconstruction
 from stage1_vqgan.training import checkpointing
 from stage1_vqgan.training.config import Stage1Config
 from stage1_vqgan.training.health import Health

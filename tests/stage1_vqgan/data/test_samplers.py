@@ -20,7 +20,7 @@ from stage1_vqgan.data.samplers import (
     some_images,
     training_sampler,
 )
-from stage1_vqgan.evaluate import evaluate_reconstruction
+from stage1_vqgan.reconstruction import evaluate_reconstruction
 from tests.image_files import picture, value_of, values, write_folder, write_parquet, write_tar
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")

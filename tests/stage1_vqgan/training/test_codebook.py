@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 
 from stage1_vqgan.quantizers import build_quantizer
-from stage1_vqgan.training.codebook import CodebookMonitor, kmeans, perplexity, usage
+from stage1_vqgan.training.codebook import CodebookMonitor, kmeans
 from tests.devices import DEVICE, on_device
 
 pytestmark = on_device
@@ -65,20 +65,6 @@ def test_kmeans_depends_on_its_seed_alone():
     torch.manual_seed(6)
     assert torch.equal(kmeans(latents, 4, False, seed=1), first)
     assert not torch.equal(kmeans(latents, 4, False, seed=2), first)
-
-
-@pytest.mark.parametrize(
-    "counts, used, expected",
-    [
-        ([5, 5, 5, 5], 1.0, 4.0),
-        ([9, 0, 0, 0], 0.25, 1.0),
-        ([3, 3, 0, 0], 0.5, 2.0),
-        ([3, 1, 0, 0], 0.5, 4 / 3**0.75),  # exp(¾ ln 4/3 + ¼ ln 4)
-    ],
-)
-def test_usage_and_perplexity(counts, used, expected):
-    assert usage(torch.tensor(counts)).item() == used
-    assert perplexity(torch.tensor(counts)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def same(x):
@@ -164,7 +150,7 @@ def test_restart_is_the_same_on_every_process():
     assert torch.equal(weights[0][[0, 1, 6]], Case().weight.detach()[[0, 1, 6]])
 
 
-def test_the_two_windows_are_separate():
+def test_the_two_counters_are_separate():
     case = Case()
     case.monitor.update(torch.tensor([[[0, 1, 2, 3]]]))
     statistics = case.monitor.statistics(torch.clone)
@@ -172,7 +158,7 @@ def test_the_two_windows_are_separate():
     assert statistics["codebook/perplexity"].item() == pytest.approx(4, rel=1e-5)
     assert case.monitor.statistics(torch.clone)["codebook/usage"].item() == 0  # since the last call
     case.monitor.update(torch.tensor([[[4]]]))
-    assert case.restart(torch.randn(20, D)) == 3  # logging did not empty this window
+    assert case.restart(torch.randn(20, D)) == 3  # logging did not clear this counter
     assert case.monitor.statistics(torch.clone)["codebook/usage"].item() == 1 / 8  # nor restarting the other
     assert case.restart(torch.randn(20, D)) == K  # since the last restart nothing was used
 

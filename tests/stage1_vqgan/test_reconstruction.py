@@ -7,7 +7,12 @@ import torch
 
 from stage1_vqgan import DataConfig, ImageDataset, VQGANConfig, VQGANModel, load_images
 from stage1_vqgan.data.loading import evaluation_loader
-from stage1_vqgan.evaluate import evaluate_reconstruction, structural_similarity
+from stage1_vqgan.reconstruction import (
+    codebook_perplexity,
+    codebook_usage,
+    evaluate_reconstruction,
+    structural_similarity,
+)
 from tests.devices import DEVICE
 from tests.image_files import write_folder
 from tests.tiny import VQGAN
@@ -88,3 +93,17 @@ def test_every_image_counts_once_over_processes(model, folder):
 def test_images_smaller_than_the_window_have_no_ssim(model, folder):
     metrics = evaluate_reconstruction(model, batches(folder, 8))
     assert "ssim" not in metrics and math.isfinite(metrics["psnr"])
+
+
+@pytest.mark.parametrize(
+    "counts, used, expected",
+    [
+        ([5, 5, 5, 5], 1.0, 4.0),
+        ([9, 0, 0, 0], 0.25, 1.0),
+        ([3, 3, 0, 0], 0.5, 2.0),
+        ([3, 1, 0, 0], 0.5, 4 / 3**0.75),  # exp(¾ ln 4/3 + ¼ ln 4)
+    ],
+)
+def test_usage_and_perplexity(counts, used, expected):
+    assert codebook_usage(torch.tensor(counts)).item() == used
+    assert codebook_perplexity(torch.tensor(counts)).item() == pytest.approx(expected, rel=1e-5)
