@@ -87,11 +87,8 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
         problems = [problem for problem in problems if problem.message != NOT_GIVEN]
     else:
         wrong = {problem.key for problem in problems} - {""}
-        problems += [
-            Problem(key, message if value is None else f"received {shown(value)}; {message}")
-            for key, value, message in _cross_field_problems(config)
-            if not _concerns(key, message, wrong)
-        ]
+        rules = [problem for problem in _broken_rules(config, "problems") if not _concerns(problem, wrong)]
+        problems = problems + rules or _broken_rules(config, "library_problems")
     if problems:
         raise ConfigError(problems, source)
     return config
@@ -188,22 +185,25 @@ def _foreign_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
     return unknown if many and 2 * len(far) >= len(unknown) else []
 
 
-def _concerns(key: str, message: str, wrong: Iterable[str]) -> bool:
-    """Whether a problem across keys is about, or names, one of the wrong keys."""
+def _concerns(problem: Problem, wrong: Iterable[str]) -> bool:
+    """Whether a broken rule is about, or names, one of the wrong keys."""
     return any(
-        f"{key}.".startswith(f"{other}.") or re.search(rf"\b{re.escape(other.rpartition('.')[2])}\b", message)
+        f"{problem.key}.".startswith(f"{other}.")
+        or re.search(rf"\b{re.escape(other.rpartition('.')[2])}\b", problem.message)
         for other in wrong
     )
 
 
-def _cross_field_problems(config: Any, prefix: str = "") -> Iterable[tuple[str, Any, str]]:
-    if hasattr(config, "problems"):
-        for key, value, message in config.problems():
-            yield f"{prefix}{key}", value, message
+def _broken_rules(config: Any, kind: str, prefix: str = "") -> list[Problem]:
+    """What the method `kind` of a section and of all sections in it finds; see `Section`."""
+    found = [
+        Problem(f"{prefix}{key}", message if value is None else f"received {shown(value)}; {message}")
+        for key, value, message in getattr(config, kind, tuple)()
+    ]
     for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from _cross_field_problems(value, f"{prefix}{key_of(field)}.")
+        if is_dataclass(section := getattr(config, field.name)):
+            found += _broken_rules(section, kind, f"{prefix}{key_of(field)}.")
+    return found
 
 
 def _plain(value: Any) -> Any:

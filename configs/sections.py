@@ -24,17 +24,27 @@ LAUNCHED_WITH = {
 
 @dataclass(kw_only=True)
 class Section:
-    """A group of settings. Unknown keys are errors; `problems` may add checks across fields.
+    """A group of settings. Unknown keys are errors; subclasses add rules across fields.
 
-    `refused`: keys that one may expect here, and why there are none.
+    Attributes:
+        refused: keys that a user may expect here, and why they do not exist.
     """
 
     refused: ClassVar[dict[str, str]] = {}
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
-        """Cross-field problems as `(key, value received, what is allowed and what to do)`.
+        """Broken rules across fields, as `(key, value received, what is allowed and what to do)`.
 
-        The text names every other key the problem depends on: if that key is wrong itself, this one is left out.
+        The text names every other key of the rule. If one of these keys is wrong itself, the loader leaves this problem
+        out.
+        """
+        return ()
+
+    def library_problems(self) -> Iterable[tuple[str, Any, str]]:
+        """Broken rules that need torch or transformers, which take seconds to import.
+
+        The loader calls this only when `problems` and the types of all fields are in order, so that a mistake in them
+        is reported at once.
         """
         return ()
 
@@ -131,10 +141,9 @@ class TrainingConfig(Section):
                 f"accelerate launch, or its config file, says mixed_precision {launched}; leave it out there{here}"
             )
             yield "bf16", self.bf16, allowed
-        yield from self._unknown_trackers()
 
-    def _unknown_trackers(self) -> Iterable[tuple[str, Any, str]]:
-        if not set(self.report_to) - {"tensorboard"}:  # which is always there
+    def library_problems(self) -> Iterable[tuple[str, Any, str]]:
+        if set(self.report_to) <= {"tensorboard"}:  # a dependency of this package: always installed
             return
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 

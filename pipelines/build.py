@@ -4,15 +4,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, Problem, Section, run
 from configs.sections import upload_problems
-from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import VQGANImageProcessor, load_tokenizer
-from stage2_prior import TokenLayout, load_prior
+
+if TYPE_CHECKING:
+    from pipelines.pipeline_vqgan import VQGANPipeline
 
 
 @dataclass(kw_only=True)
@@ -36,12 +34,19 @@ class BuildConfig(Section):
         yield from upload_problems(self)
 
 
-def build(config: BuildConfig) -> VQGANPipeline:
+def build(config: BuildConfig) -> "VQGANPipeline":
     """Builds, saves and, if asked to, uploads the pipeline.
 
     Raises:
         ConfigError: the prior's folder holds no trained prior, or the two do not belong together.
     """
+    # Slow imports: not before the arguments have been checked.
+    from safetensors import SafetensorError
+
+    from pipelines.pipeline_vqgan import VQGANPipeline
+    from stage1_vqgan import VQGANImageProcessor, load_tokenizer
+    from stage2_prior import TokenLayout, load_prior
+
     if not (Path(config.prior) / "token_layout.json").is_file():
         message = f"received {config.prior!r}; there is no trained prior in it (run stage2_prior.train first)"
         raise ConfigError([Problem("prior", message)])

@@ -7,18 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from tqdm.auto import tqdm
-
 from configs import Section, run
 from configs.sections import NonNegative, Positive
 from stage1_vqgan.data.config import DataConfig
-from stage1_vqgan.data.dataset import ImageDataset
-from stage1_vqgan.data.loading import evaluation_loader
-from stage1_vqgan.data.skipped import SkippedImages
-from stage1_vqgan.data.sources import load_images
-from stage1_vqgan.pretrained import load_tokenizer
-from stage1_vqgan.reconstruction import evaluate_reconstruction
 
 
 @dataclass(kw_only=True)
@@ -38,6 +29,17 @@ class ReconstructionConfig(Section):
 
 def evaluate(config: ReconstructionConfig) -> dict[str, float]:
     """Measures a tokenizer on every image of a split, and prints the metrics as JSON."""
+    # Slow imports: not before the arguments have been checked.
+    import torch
+    from tqdm.auto import tqdm
+
+    from stage1_vqgan.data.dataset import ImageDataset
+    from stage1_vqgan.data.loading import evaluation_loader
+    from stage1_vqgan.data.skipped import SkippedImages
+    from stage1_vqgan.data.sources import load_images
+    from stage1_vqgan.pretrained import load_tokenizer
+    from stage1_vqgan.reconstruction import evaluate_reconstruction
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_tokenizer(config.model, "model")
     model.to(device)  # type: ignore[arg-type]

@@ -1,26 +1,36 @@
-"""Settings of a stage 1 run."""
+"""Settings of stage 1, the training of a tokenizer."""
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, ClassVar, Literal, cast
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from annotated_types import Ge, Le
-from torch import Tensor
 
 from configs import Section, TrainingConfig, unknown_key
 from configs.sections import LAUNCHED_WITH, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from configs.values import read_value
-from stage1_vqgan.configuration_vqgan import VQGANConfig
+from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.data.config import DataConfig
-from stage1_vqgan.quantizers import QUANTIZERS
-from stage1_vqgan.training.discriminator import NormType, logit_grid_size
-from stage1_vqgan.training.losses import LPIPS_MIN_SIZE, AdversarialType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stage1_vqgan.configuration_vqgan import VQGANConfig
+
+Backbone = Literal["vgg", "alex", "squeeze"]
+AdversarialType = Literal["hinge", "vanilla", "non_saturating", "wasserstein"]
+NormType = Literal["batch", "group", "actnorm"]
+
+# Smallest image side that passes every pooling layer of the LPIPS backbone.
+LPIPS_MIN_SIZE: dict[Backbone, int] = {"vgg": 16, "alex": 32, "squeeze": 32}
 
 
 @dataclass(kw_only=True)
 class LossConfig(Section):
-    """Terms of the objective and their weights. What only a term of weight 0 would need is not built.
+    """Terms of the objective and their weights. A term of weight 0 is not computed, and its models are not built.
 
     l1_weight, l2_weight: mean absolute and mean squared error of the pixels
     perceptual_weight: LPIPS
@@ -28,17 +38,17 @@ class LossConfig(Section):
     codebook_weight: codebook and commitment terms
     adversarial_weight: multiplies the adaptive weight λ; 0 trains a VQ-VAE, without a discriminator
     adversarial_type: "hinge", "vanilla", "non_saturating" or "wasserstein"
-    discriminator_start_step: step from which the discriminator is trained
-    adversarial_start_step: step from which it acts on the generator
-    gradient_penalty_weight: of the discriminator, WGAN-GP's penalty on gradients between images and reconstructions
-    r1_weight: of the discriminator, γ of the penalty on gradients at images
-    lecam_weight: of the discriminator, LeCam's penalty on logits far from where they were
+    discriminator_start_step: first step that trains the discriminator
+    adversarial_start_step: first step in which the generator has an adversarial term
+    gradient_penalty_weight: WGAN-GP's penalty on the discriminator's gradients between images and reconstructions
+    r1_weight: γ of the penalty on the discriminator's gradients at images
+    lecam_weight: LeCam's penalty on the distance of the discriminator's logits from their moving averages
     """
 
     l1_weight: NonNegativeFloat = 1.0
     l2_weight: NonNegativeFloat = 0.0
     perceptual_weight: NonNegativeFloat = 1.0
-    lpips_backbone: Literal["vgg", "alex", "squeeze"] = "vgg"
+    lpips_backbone: Backbone = "vgg"
     lpips_weights: str = "pretrained"
     codebook_weight: PositiveFloat = 1.0
     adversarial_weight: NonNegativeFloat = 0.5
@@ -49,17 +59,17 @@ class LossConfig(Section):
     r1_weight: NonNegativeFloat = 0.0
     lecam_weight: NonNegativeFloat = 0.0
 
-    def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Σ weight · term over scalar terms, 0 without any; the weight of the term `x` is the field `x_weight`."""
-        return cast(Tensor, sum(getattr(self, f"{name}_weight") * term for name, term in terms.items()))
+    def weighted(self, terms: "Mapping[str, Tensor]") -> "Tensor":
+        """Σ weight · term over scalar terms, 0 without terms. The weight of the term `x` is the field `x_weight`."""
+        return cast("Tensor", sum(getattr(self, f"{name}_weight") * term for name, term in terms.items()))
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if not self.l1_weight and not self.l2_weight and not self.perceptual_weight:
             yield "l1_weight", self.l1_weight, "l1_weight, l2_weight and perceptual_weight must not all be 0"
-        if self.adversarial_weight and self.adversarial_type == "wasserstein" and not self._restrains_discriminator:
+        if self.adversarial_weight and self.adversarial_type == "wasserstein" and not self._has_penalty:
             allowed = (
-                "a Wasserstein discriminator's loss has no lower bound: set gradient_penalty_weight (10 in its paper), "
-                "r1_weight or lecam_weight above 0"
+                "the loss of a Wasserstein discriminator has no lower bound: set gradient_penalty_weight (10 in the "
+                "paper), r1_weight or lecam_weight above 0"
             )
             yield "adversarial_type", self.adversarial_type, allowed
         if self.adversarial_weight and self.adversarial_start_step < self.discriminator_start_step:
@@ -67,7 +77,7 @@ class LossConfig(Section):
             yield "adversarial_start_step", self.adversarial_start_step, allowed
 
     @property
-    def _restrains_discriminator(self) -> bool:
+    def _has_penalty(self) -> bool:
         return any((self.gradient_penalty_weight, self.r1_weight, self.lecam_weight))
 
 
@@ -75,9 +85,10 @@ class LossConfig(Section):
 class DiscriminatorConfig(Section):
     """The PatchGAN discriminator.
 
-    base_channels, num_layers: width, and number of convolutions with stride 2 (the size of a patch)
+    base_channels: width after the first convolution
+    num_layers: number of convolutions with stride 2; it decides the size of a patch
     norm_type: "batch" (synchronised over GPUs), "group" or "actnorm"
-    learning_rate: by default the generator's
+    learning_rate: peak learning rate; by default the generator's
     """
 
     base_channels: Annotated[int, Ge(4)] = 64
@@ -88,10 +99,10 @@ class DiscriminatorConfig(Section):
 
 @dataclass(kw_only=True)
 class CodebookConfig(Section):
-    """Care of the codebook of the quantizers that have one, vq and ema.
+    """Upkeep of the codebook, for the quantizers that have one: vq and ema.
 
     kmeans_init_batches: batches whose latents initialise the codebook by k-means; 0 keeps the uniform initialisation
-    restart_interval: every so many steps, codes not used since the last time move onto random latents; 0 never
+    restart_interval: steps between restarts, which move unused codes onto random latents; 0 never restarts
     """
 
     kmeans_init_batches: NonNegative = 8
@@ -102,16 +113,16 @@ class CodebookConfig(Section):
 class Stage1Config(TrainingConfig):
     """Stage 1: trains a VQGAN tokenizer.
 
-    channels_last: keep images channels-last in memory, which convolutions prefer
-    torch_compile: lets torch.compile make encoder, decoder, LPIPS and discriminator: faster steps after some minutes at
-        the start; the discriminator not with "actnorm", loss.gradient_penalty_weight or loss.r1_weight
-    num_sample_images: images in the reconstruction grid made at every evaluation
+    channels_last: channels-last memory format, with which convolutions are faster
+    torch_compile: compiles encoder, decoder, LPIPS and discriminator: faster steps after some minutes at the start; the
+        discriminator is not compiled with "actnorm", loss.gradient_penalty_weight or loss.r1_weight
+    num_sample_images: images in the reconstruction grid of every evaluation
     model: fields of VQGANConfig: image_size, in_channels, base_channels, channel_multiplier, num_res_blocks,
         attn_resolutions, norm_num_groups, dropout, latent_channels, embed_dim, num_embeddings, quantizer ("vq", "ema",
         "gumbel", "fsq", "lfq"), quantizer_options
     model_name_or_path: fine-tunes the tokenizer in this folder or Hub repository, without k-means; `model` may then
-        change what leaves the shapes of the weights as they are, for instance image_size
-    trainable: "all", or "decoder", which leaves encoder and codebook, and with them all codes, as they are
+        change fields that do not change the shapes of the weights, for instance image_size
+    trainable: "all", or "decoder", which freezes encoder and codebook, and with them all codes
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -125,14 +136,36 @@ class Stage1Config(TrainingConfig):
     torch_compile: bool = False
     num_sample_images: Positive = 8
 
-    def vqgan_config(self) -> VQGANConfig:
+    def vqgan_config(self) -> "VQGANConfig":
         """The configuration of the model to train."""
+        from stage1_vqgan.configuration_vqgan import VQGANConfig
+
         return VQGANConfig(**self.model)
 
     @property
+    def codes_are_frozen(self) -> bool:
+        """Whether encoder and codebook keep their weights."""
+        return self.trainable == "decoder"
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Learning rate at a step (from 0), as a fraction of its peak: linear warm-up, then `lr_scheduler_type`.
+
+        After the warm-up it is constant, or falls to 0 at `max_steps`, linearly or as a cosine.
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
+        if self.lr_scheduler_type == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return 1 - progress if self.lr_scheduler_type == "linear" else 1.0
+
+    @property
     def compiles_discriminator(self) -> bool:
-        """Whether torch.compile makes the discriminator. What it makes cannot be differentiated twice, as gradients at
-        images that are part of a loss must be, and knows no first batch, which ActNorm needs."""
+        """Whether the discriminator is compiled.
+
+        A compiled module cannot be differentiated twice, which penalties on gradients need. Nor can it initialise
+        ActNorm in the first batch.
+        """
         differentiated_twice = self.loss.gradient_penalty_weight or self.loss.r1_weight
         return self.torch_compile and self.discriminator.norm_type != "actnorm" and not differentiated_twice
 
@@ -144,7 +177,7 @@ class Stage1Config(TrainingConfig):
         yield from super().problems()
         for name in ("FSDP", "DEEPSPEED"):
             if LAUNCHED_WITH[f"USE_{name}"] == "true":
-                reason = "two models and a moving average (ema_decay) cannot be sharded"
+                reason = "it trains two models and a moving average (ema_decay), which cannot be sharded"
                 yield "", None, f"stage 1 was launched with {name}, but {reason}; use accelerate launch --multi_gpu"
         loss, norm_type = self.loss, self.discriminator.norm_type
         if loss.adversarial_weight and norm_type == "batch" and (loss.gradient_penalty_weight or loss.r1_weight):
@@ -154,16 +187,16 @@ class Stage1Config(TrainingConfig):
             )
             yield "discriminator.norm_type", norm_type, allowed
         if self.data.augmentation.ten_crop:
-            allowed = "it makes the views of a code store (stage 2); for training images use random_crop"
+            allowed = "it is for the views of a code store (stage 2); for training images use random_crop"
             yield "data.augmentation.ten_crop", True, allowed
         if self.trainable == "decoder" and self.model_name_or_path is None:
-            yield "trainable", self.trainable, "needs model_name_or_path: a tokenizer whose codes are kept"
+            yield "trainable", self.trainable, "needs model_name_or_path: the tokenizer whose codes are frozen"
         model, wrong = self._model_fields()
         yield from wrong
-        if self.model_name_or_path is not None:  # the rest is known when the tokenizer has been loaded
+        if self.model_name_or_path is not None:  # `components.build_tokenizer` checks the rest
             return
         if model.in_channels not in (1, 3):
-            yield "model.in_channels", model.in_channels, "images are read as 1 channel (gray) or 3 (RGB)"
+            yield "model.in_channels", model.in_channels, "images have 1 channel (gray) or 3 (RGB)"
         names = {key.removeprefix("model.") for key, _, _ in wrong}
         for name, value, allowed in model.architecture_problems():
             if not any(re.search(rf"\b{other}\b", f"{name} {allowed}") for other in names):
@@ -178,8 +211,18 @@ class Stage1Config(TrainingConfig):
             yield "model.attn_resolutions", self.model["attn_resolutions"], allowed
         yield from self.size_problems(model.image_size)
 
+    def library_problems(self) -> Iterable[tuple[str, Any, str]]:
+        yield from super().library_problems()
+        if self.model_name_or_path is None:
+            from stage1_vqgan.quantizers import option_problems
+
+            model = self._model_fields()[0]
+            options = option_problems(model.quantizer, model.quantizer_options, model.num_embeddings, model.embed_dim)
+            for name, value, allowed in options:
+                yield f"model.{name}", value, allowed
+
     def size_problems(self, size: int) -> Iterable[tuple[str, Any, str]]:
-        """Problems of losses and discriminator with images of `size` pixels, as `problems` has them."""
+        """Problems of losses and discriminator with images of `size` pixels, in the form of `problems`."""
         loss = self.loss
         smallest = LPIPS_MIN_SIZE[loss.lpips_backbone]
         if loss.perceptual_weight and size < smallest:
@@ -190,20 +233,32 @@ class Stage1Config(TrainingConfig):
             allowed = f"images of {size} pixels (model.image_size) allow at most {most}"
             yield "discriminator.num_layers", self.discriminator.num_layers, allowed
 
-    def _model_fields(self) -> tuple[VQGANConfig, list[tuple[str, Any, str]]]:
-        """The model's configuration with those fields that have the right type, and what is wrong with the others."""
-        types = {
-            name: VQGANConfig.__annotations__[name] for name in VQGANConfig.__annotations__ if name != "fingerprint"
-        }
-        model, wrong = VQGANConfig(), []
+    def _model_fields(self) -> tuple[VQGANArchitecture, list[tuple[str, Any, str]]]:
+        """The model's fields of the right type, with defaults for the others, and the problems of the others."""
+        types = {field.name: field.type for field in fields(VQGANArchitecture)}
+        model, wrong = VQGANArchitecture(), []
         for name, value in self.model.items():
             if name not in types:
-                options = {option.name for kind in QUANTIZERS.values() for option in fields(kind.Options)}
-                meant = f"unknown key; did you mean model.quantizer_options.{name}?"
-                wrong.append((f"model.{name}", None, meant if name in options else unknown_key(name, types)))
+                wrong.append((f"model.{name}", None, _unknown_field(name, types)))
                 continue
             try:
                 setattr(model, name, read_value(types[name], value, strict=True))
             except ValueError as error:
                 wrong.append((f"model.{name}", None, str(error)))
         return model, wrong
+
+
+def _unknown_field(name: str, fields_of_model: Collection[str]) -> str:
+    if not get_close_matches(str(name), fields_of_model, n=1):
+        from stage1_vqgan.quantizers import QUANTIZERS  # slow to import, so only for a name that resembles no field
+
+        if any(name == option.name for kind in QUANTIZERS.values() for option in fields(kind.Options)):
+            return f"unknown key; did you mean model.quantizer_options.{name}?"
+    return unknown_key(name, fields_of_model)
+
+
+def logit_grid_size(image_size: int, num_layers: int) -> int:
+    """Side of the discriminator's logit grid for a square image. Below 1, the image is too small for it."""
+    for _ in range(num_layers):
+        image_size //= 2
+    return image_size - 2

@@ -126,8 +126,14 @@ class Stage2Config(TrainingConfig):
             yield "num_views", self.num_views, "data.augmentation.ten_crop makes 10 views; set it to 10"
         if self.lora.r and self.model_name_or_path is None:
             yield "lora.r", self.lora.r, "needs model_name_or_path: the trained prior that the adapter changes"
+        if self.bf16 and self.training_arguments.get("fp16") is True:
+            yield "training_arguments.fp16", True, "but bf16 is true as well; turn one of them off"
+
+    def library_problems(self) -> Iterable[tuple[str, Any, str]]:
+        yield from super().library_problems()
         yield from self._model_problems()
-        yield from self._argument_problems()
+        if self.training_arguments:
+            yield from self._argument_problems()
 
     def _argument_problems(self) -> Iterable[tuple[str, Any, str]]:
         from transformers import TrainingArguments
@@ -144,8 +150,6 @@ class Stage2Config(TrainingConfig):
                 yield key, None, unknown_key(name, types)
             else:
                 yield from wrong_value(key, types[name], value)
-        if self.bf16 and self.training_arguments.get("fp16") is True:
-            yield "training_arguments.fp16", True, "but bf16 is true as well; turn one of them off"
 
     def _model_problems(self) -> Iterable[tuple[str, Any, str]]:
         from huggingface_hub.errors import StrictDataclassFieldValidationError
