@@ -137,7 +137,7 @@ CASES = {
         "--model.norm_num_groups 7",
         {"model.norm_num_groups": "it does not divide 32"},
     ),
-    "channels": ("stage1", "--model.in_channels 2", {"model.in_channels": "1 channel (gray) or 3 (RGB)"}),
+    "channels": ("stage1", "--model.in_channels 2", {"model.in_channels": "images have 1 channel (gray) or 3 (RGB)"}),
     "levels": ("stage1", "--model.channel_multiplier [1,0]", {"model.channel_multiplier": "positive numbers"}),
     "no levels": ("stage1", "--model.channel_multiplier []", {"model.channel_multiplier": "positive numbers"}),
     "half a channel": ("stage1", "--model.channel_multiplier [1,1.3]", {"model.channel_multiplier": "must be whole"}),
@@ -228,7 +228,7 @@ CASES = {
     "unbounded game": (
         "stage1",
         "--loss.adversarial_type wasserstein",
-        {"loss.adversarial_type": "has no lower bound: set gradient_penalty_weight (10 in its paper)"},
+        {"loss.adversarial_type": "has no lower bound: set gradient_penalty_weight (10 in the paper)"},
     ),
     "norm": ("stage1", "--discriminator.norm_type instance", {"discriminator.norm_type": "'group' or 'actnorm'"}),
     "gradient penalty": (
@@ -442,7 +442,7 @@ LAUNCHES = {
     ),
     "float16 of the launcher": ({"MIXED_PRECISION": "fp16"}, "stage1", "--bf16 true", {"bf16": "precision fp16"}),
     "float8 of the launcher": ({"MIXED_PRECISION": "fp8"}, "stage2", "--bf16 true", {"bf16": "precision fp8"}),
-    "FSDP": ({"USE_FSDP": "true"}, "stage1", "", {"": "a moving average (ema_decay) cannot be sharded"}),
+    "FSDP": ({"USE_FSDP": "true"}, "stage1", "", {"": "a moving average (ema_decay), which cannot be sharded"}),
     "DeepSpeed": ({"USE_DEEPSPEED": "true"}, "stage1", "", {"": "launched with DEEPSPEED"}),
     "processes": (
         {"WORLD_SIZE": "3"},
