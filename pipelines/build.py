@@ -1,5 +1,7 @@
-"""Puts a trained tokenizer and a trained prior together: `python -m pipelines.build --tokenizer DIR --prior DIR
---output_dir DIR`."""
+"""Joins a trained tokenizer and a trained prior into a pipeline.
+
+Usage: `python -m pipelines.build --tokenizer DIR --prior DIR --output_dir DIR`.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,9 +20,11 @@ class BuildConfig(Section):
     """Joins the results of both stages into a pipeline folder.
 
     tokenizer: folder or Hub id of the tokenizer
-    prior: output_dir of stage 2; an adapter is merged into the prior it was trained on
+    prior: output_dir of stage 2; an adapter is merged into its base prior
     output_dir: folder of the pipeline
-    push_to_hub, hub_model_id, hub_private_repo: upload it
+    push_to_hub: upload the pipeline
+    hub_model_id: repository of the upload, as "user/name"
+    hub_private_repo: make a new repository private; null leaves this to the Hub
     """
 
     tokenizer: str
@@ -35,7 +39,7 @@ class BuildConfig(Section):
 
 
 def build(config: BuildConfig) -> "VQGANPipeline":
-    """Builds, saves and, if asked to, uploads the pipeline.
+    """Builds and saves the pipeline, and uploads it if `push_to_hub`.
 
     Raises:
         ConfigError: the prior's folder holds no trained prior, or the two do not belong together.

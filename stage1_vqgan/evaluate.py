@@ -14,10 +14,12 @@ from stage1_vqgan.data.config import DataConfig
 
 @dataclass(kw_only=True)
 class ReconstructionConfig(Section):
-    """Settings of the reconstruction metrics of a tokenizer, over every image of a split.
+    """Measures how well a tokenizer reconstructs the images of a split.
 
     model: folder or Hub id of a trained tokenizer
     split: "train" or "validation"
+    per_device_eval_batch_size: images in one forward pass
+    dataloader_num_workers: processes that decode images; 0 decodes in the main process
     """
 
     model: str

@@ -9,16 +9,18 @@ from configs import Section
 
 @dataclass(kw_only=True)
 class ConvertConfig(Section):
-    """Converts a tokenizer of another code base, or a tokenizer for another one.
+    """Converts a tokenizer from or to another code base.
 
-    from: where the checkpoint is from: "taming" (CompVis/taming-transformers, also latent-diffusion's VQ models),
+    from: code base of the checkpoint: "taming" (CompVis/taming-transformers, also the VQ models of latent-diffusion),
         "llamagen" or "diffusers"
-    to: for what the checkpoint, a trained tokenizer, is converted: "diffusers"
-    checkpoint: file of weights; for diffusers the folder of a VQModel; with `to`, folder or Hub id of a tokenizer
-    config: the original's YAML or JSON; what it does not say is read from the weights
-    output: folder to make
-    verify: safetensors with inputs, codes and reconstructions of the original (io.input, io.indices, io.recon) to
-        compare with; diffusers itself is run instead, on these inputs or on random ones
+    to: code base to convert a trained tokenizer to: "diffusers"
+    checkpoint: with `from`, the weights file, or the folder of a diffusers VQModel; with `to`, the folder or Hub id of
+        the trained tokenizer
+    config: YAML or JSON configuration of the checkpoint; fields that it lacks are read from the weights
+    output: folder to create
+    verify: safetensors file with inputs, codes and reconstructions of the original (io.input, io.indices, io.recon) to
+        compare with; for diffusers only the inputs are read, because the comparison runs diffusers itself, by default
+        on random inputs
     """
 
     source: Literal["taming", "llamagen", "diffusers"] | None = field(default=None, metadata={"key": "from"})
@@ -30,6 +32,6 @@ class ConvertConfig(Section):
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if (self.source is None) == (self.target is None):
-            yield "", None, "give either --from, where the checkpoint is from, or --to, for what it is converted"
+            yield "", None, "give either --from, the code base of the checkpoint, or --to, the code base to convert to"
         elif self.config is not None and "diffusers" in (self.source, self.target):
-            yield "config", self.config, "the checkpoint is a folder with its own config.json; leave this out"
+            yield "config", self.config, "the checkpoint is a folder with a config.json; leave this out"
