@@ -17,7 +17,7 @@ A key sets one value and overrides CONFIG. Dots lead into a section: --section.k
 Values are written as in YAML: --key 1e-4, --key true, --key null, --key '[a, b]'.
 """
 CONFIG = """
-CONFIG is a YAML file, or one of these presets: {presets}
+CONFIG is a YAML file{presets}.
 """
 
 
@@ -25,7 +25,7 @@ def help_text(cls: type, command: str) -> str:
     """The whole text for a command that reads a `cls`."""
     keys = {key_of(field) for field in fields(cls)}  # type: ignore[arg-type]
     presets = [name for name in preset_names() if read_yaml(name)[0].keys() <= keys]
-    config = CONFIG.format(presets=", ".join(presets) or "(none for this command)")
+    config = CONFIG.format(presets=", or one of these presets: " * bool(presets) + ", ".join(presets))
     usage = USAGE.format(command=command, arguments="[CONFIG] [--key value ...]", config=config)
     return "\n".join([usage, *describe(cls)])
 
@@ -41,11 +41,11 @@ def describe(cls: type, prefix: str = "") -> list[str]:
             names, _, meaning = block.partition(":")
             keys = names.split(", ")
             if not set(keys) <= known.keys():
-                lines += [*block.splitlines(), ""]
+                lines += [*[""] * bool(lines and lines[-1]), *block.splitlines(), ""]
             elif not set(keys) <= sections.keys():
                 lines.append("  " + "   ".join(f"--{prefix}{key} {_default(known[key])}" for key in keys))
                 lines += [f"        {line.strip()}" for line in meaning.splitlines()]
-        lines.append("")
+        lines += [""] * bool(lines[-1])
     for key, section in sections.items():
         lines += [f"[{prefix}{key}]", *describe(section, f"{prefix}{key}.")]
     return lines

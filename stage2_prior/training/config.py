@@ -96,8 +96,7 @@ class Stage2Config(TrainingConfig):
     num_sample_images: images in the grid of samples of every evaluation; 0 samples none, and needs no tokenizer
     training_arguments: any other field of transformers.TrainingArguments
 
-    stage2_prior.tokenize reads tokenizer, code_store, num_views, tokenize_batch_size, data, seed and
-    dataloader_num_workers.
+    stage2_prior.tokenize reads the first four of these keys, data, seed and dataloader_num_workers.
     """
 
     tokenizer: str

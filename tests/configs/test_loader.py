@@ -270,7 +270,8 @@ def test_help_names_the_presets_of_the_command(capsys):
     for kind in ("stage1", "stage2", "evaluate"):
         run(dataclass_of(kind), pytest.fail, "command", ["--help"])
         line = next(line for line in capsys.readouterr().out.splitlines() if "presets: " in line)
-        assert line.partition("presets: ")[2].split(", ") == [name for name in SHORT_NAMES if f"/{kind}" in name]
+        expected = [name for name in SHORT_NAMES if f"/{kind}" in name]
+        assert line.partition("presets: ")[2].rstrip(".").split(", ") == expected
 
 
 def keys_of(cls, prefix=""):
