@@ -35,17 +35,20 @@ def describe(cls: type, prefix: str = "") -> list[str]:
     hints = get_type_hints(cls)
     known = {key_of(field): field for field in fields(cls)}  # type: ignore[arg-type]
     sections = {key: hints[field.name] for key, field in known.items() if is_dataclass(hints[field.name])}
-    lines = []
+    lines: list[str] = []
     for part in (cls, *(base for base in cls.__mro__[1:] if is_dataclass(base) and base is not Section)):
         for block in re.split(r"\n+(?! )", inspect.cleandoc(part.__doc__ or "")):  # a line and its indented followers
             names, _, meaning = block.partition(":")
             keys = names.split(", ")
             if not set(keys) <= known.keys():
-                lines += [*[""] * bool(lines and lines[-1]), *block.splitlines(), ""]
+                if lines and lines[-1]:
+                    lines.append("")
+                lines += [*block.splitlines(), ""]
             elif not set(keys) <= sections.keys():
                 lines.append("  " + "   ".join(f"--{prefix}{key} {_default(known[key])}" for key in keys))
                 lines += [f"        {line.strip()}" for line in meaning.splitlines()]
-        lines += [""] * bool(lines[-1])
+        if lines[-1]:
+            lines.append("")
     for key, section in sections.items():
         lines += [f"[{prefix}{key}]", *describe(section, f"{prefix}{key}.")]
     return lines
