@@ -1,4 +1,12 @@
-"""YAML presets and the typed loader that turns them into the dataclasses of each stage."""
+"""What both stages share: presets and their typed loader, and the tools of a run.
+
+- settings: YAML presets, the loader that turns them into dataclasses, the command line
+- runs: the folder of a run, complete checkpoints, one job at a time in a folder, stopping on a signal
+- randomness: random numbers from counters, the order of training images
+- the Hugging Face Hub: names of repositories, uploads
+
+This package imports no other package of the project.
+"""
 
 from configs.command_line import parse_arguments, run
 from configs.loader import check, load_config, save_config, to_dict

@@ -10,18 +10,22 @@ from configs.problems import ConfigError, Problem
 
 
 class IndexSampler(Sampler[Any]):
-    """Batches for one process, a pure function of (seed, step): nothing to save for an exact resume.
+    """Batches of image numbers for one process.
 
-    A batch is int64 `(B, 2)`: (epoch, number of the image) in each row. Every epoch is a permutation; one batch of
-    every process together is a slice of it, so no image comes twice in an epoch and at most one global batch is dropped
-    at its end.
+    A batch is a function of the seed and of its number alone, so an exact resume needs no saved state. It is int64
+    `(B, 2)` with rows (epoch, number of the image). Every epoch is a permutation of the images. The batches of all
+    processes for one step are a slice of it, so no image repeats within an epoch. The end of an epoch drops less than
+    one global batch.
 
     Args:
         num_images: images in the split.
         batch_size: images in a batch of one process.
-        start, stop: range of batches to yield.
-        seed: of the permutations.
-        rank, world_size: this process and how many there are.
+        start, stop: range of batch numbers to yield.
+        seed: seed of the permutations.
+        rank, world_size: index of this process, and number of processes.
+
+    Raises:
+        ConfigError: the split has fewer images than one global batch.
     """
 
     def __init__(
@@ -44,11 +48,12 @@ class IndexSampler(Sampler[Any]):
             if epoch != current:
                 current, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
             first = position * global_batch + self.rank * self.batch_size
-            keys = np.full((self.batch_size, 2), epoch)
-            keys[:, 1] = order[first : first + self.batch_size]
-            yield keys
+            rows = np.full((self.batch_size, 2), epoch)
+            rows[:, 1] = order[first : first + self.batch_size]
+            yield rows
 
 
 def too_few(batch_size: int, images: str) -> ConfigError:
-    message = f"received {batch_size}, but there are only {images}; use a smaller batch"
+    """The error to raise when `images`, in words, are fewer than one global batch."""
+    message = f"received {batch_size}, but the data has only {images}; use a smaller batch"
     return ConfigError([Problem("per_device_train_batch_size", message)])

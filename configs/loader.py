@@ -1,4 +1,4 @@
-"""YAML and overrides → the dataclass it is handed. All problems are reported at once, the nearest valid key named."""
+"""YAML and overrides → a dataclass. Reports all problems together, and the nearest valid key for each unknown one."""
 
 import difflib
 import re
@@ -29,10 +29,10 @@ def load_config(
     """Loads a configuration from a YAML file or preset, with dotted overrides.
 
     Args:
-        cls: the dataclass to make.
-        name: path of a YAML file or short name of a preset; None starts from nothing.
+        cls: dataclass of the configuration.
+        name: path of a YAML file or short name of a preset; None starts with the defaults.
         overrides: `{dotted key: value}`.
-        found: problems found before, reported with the others.
+        found: earlier problems, to report with the others.
 
     Raises:
         ConfigError: with every problem found.
@@ -50,7 +50,10 @@ def load_config(
 
 
 def check(config: T, source: str = "configuration") -> T:
-    """Validates a configuration object, types and cross-field rules, and returns a clean copy.
+    """Checks types and rules of a configuration that was made in Python.
+
+    Returns:
+        A copy whose values have the types of their fields.
 
     Raises:
         ConfigError: with every problem found.
@@ -59,16 +62,16 @@ def check(config: T, source: str = "configuration") -> T:
 
 
 def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration", found: Sequence[Problem] = ()) -> T:
-    """Makes a `cls` of nested plain values.
+    """Makes a `cls` from nested plain values.
 
-    Rules across keys are checked even if some keys are wrong: those have their defaults meanwhile, and a problem that
-    concerns one of them is left out.
+    Also checks the rules across keys when some keys are wrong. The wrong keys then have their defaults, and a broken
+    rule about one of them is not reported. Rules that need a slow import are checked last, if all else is in order.
 
     Args:
-        cls: the dataclass to make.
+        cls: dataclass of the configuration.
         values: nested plain values.
-        source: where they come from, for the message.
-        found: problems found before, reported with the others.
+        source: where the values come from, for the message.
+        found: earlier problems, to report with the others.
 
     Raises:
         ConfigError: with every problem found.
@@ -83,22 +86,23 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
         )
         values = {key: value for key, value in values.items() if key not in foreign}
     config = _read_section(cls, values, "", problems)
-    if foreign:  # what else is missing or does not fit follows from it
+    if foreign:  # Missing keys and broken rules follow from the wrong file.
         problems = [problem for problem in problems if problem.message != NOT_GIVEN]
     else:
         wrong = {problem.key for problem in problems} - {""}
-        problems += [
-            Problem(key, message if value is None else f"received {shown(value)}; {message}")
-            for key, value, message in _cross_field_problems(config)
-            if not _concerns(key, message, wrong)
-        ]
+        rules = [problem for problem in _broken_rules(config, "problems") if not _concerns(problem, wrong)]
+        problems = problems + rules or _broken_rules(config, "library_problems")
     if problems:
         raise ConfigError(problems, source)
     return config
 
 
 def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> list[Problem]:
-    """Puts dotted `overrides` into nested `values` (changed in place); returns what was in the way."""
+    """Writes dotted `overrides` into nested `values`, in place.
+
+    Returns:
+        A problem for each override that leads into a single value instead of a section.
+    """
     problems = []
     for dotted, value in overrides.items():
         *parents, last = str(dotted).split(".")
@@ -115,22 +119,22 @@ def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> list[Problem]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as nested plain values, as written to YAML: tuples become lists."""
+    """The configuration as nested plain values, ready for YAML: tuples become lists."""
     return {key_of(field): _plain(getattr(config, field.name)) for field in fields(config)}
 
 
 def key_of(field: Field) -> str:
-    """The key that sets a field: its name, or `metadata["key"]` for a word that Python keeps for itself."""
+    """The key that sets a field: its name, or `metadata["key"]` where the key is a keyword of Python."""
     return field.metadata.get("key", field.name)
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Writes the resolved configuration as YAML."""
+    """Writes all settings as YAML."""
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems: list[Problem]) -> T:
-    """Makes a section; what is wrong or missing goes to `problems` and has its default, or a stand-in, meanwhile."""
+    """Makes a section and appends its problems. A wrong or missing value is replaced by the default or a stand-in."""
     hints = get_type_hints(cls, include_extras=True)
     known = {key_of(field): field for field in fields(cls)}  # type: ignore[arg-type]
     reported = {problem.key for problem in problems}
@@ -168,6 +172,7 @@ def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems
 
 
 def _stand_in(hint: Any) -> Any:
+    """Any value of a type, so that the rules across keys can run."""
     candidates: list[Any] = [1, 0.5, "-", True, [], {}]
     for value in candidates:
         try:
@@ -178,8 +183,11 @@ def _stand_in(hint: Any) -> Any:
 
 
 def _foreign_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
-    """Keys of a configuration that seems to be for another command: several, or sections, that resemble none of this
-    one."""
+    """The unknown keys of a configuration that is probably for another command; empty if it is for this one.
+
+    It is for another one if it has three unknown keys or two unknown sections, and most of them resemble no key of
+    `cls`.
+    """
     known = [key_of(field) for field in fields(cls)]  # type: ignore[arg-type]
     unknown = [str(key) for key in values if key not in known]
     far = [key for key in unknown if not difflib.get_close_matches(key, known, n=1)]
@@ -188,22 +196,25 @@ def _foreign_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
     return unknown if many and 2 * len(far) >= len(unknown) else []
 
 
-def _concerns(key: str, message: str, wrong: Iterable[str]) -> bool:
-    """Whether a problem across keys is about, or names, one of the wrong keys."""
+def _concerns(problem: Problem, wrong: Iterable[str]) -> bool:
+    """Whether a broken rule is about, or names, one of the wrong keys."""
     return any(
-        f"{key}.".startswith(f"{other}.") or re.search(rf"\b{re.escape(other.rpartition('.')[2])}\b", message)
+        f"{problem.key}.".startswith(f"{other}.")
+        or re.search(rf"\b{re.escape(other.rpartition('.')[2])}\b", problem.message)
         for other in wrong
     )
 
 
-def _cross_field_problems(config: Any, prefix: str = "") -> Iterable[tuple[str, Any, str]]:
-    if hasattr(config, "problems"):
-        for key, value, message in config.problems():
-            yield f"{prefix}{key}", value, message
+def _broken_rules(config: Any, kind: str, prefix: str = "") -> list[Problem]:
+    """The problems that the method `kind` of a section, and of all sections in it, yields; see `Section`."""
+    found = [
+        Problem(f"{prefix}{key}", message if value is None else f"received {shown(value)}; {message}")
+        for key, value, message in getattr(config, kind, tuple)()
+    ]
     for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from _cross_field_problems(value, f"{prefix}{key_of(field)}.")
+        if is_dataclass(section := getattr(config, field.name)):
+            found += _broken_rules(section, kind, f"{prefix}{key_of(field)}.")
+    return found
 
 
 def _plain(value: Any) -> Any:

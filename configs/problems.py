@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words."""
+"""The problems of a configuration, in words."""
 
 import difflib
 import textwrap
@@ -6,13 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Problems that a message lists; with their wrapped lines they fill one screen.
+# A message lists at most so many problems. With wrapped lines, they fill one screen.
 SHOWN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a configuration: where, what was received, and what is allowed."""
+    """One problem of a configuration.
+
+    Attributes:
+        key: dotted key; empty if the problem concerns no single key.
+        message: what was received, what is allowed, what to do.
+    """
 
     key: str
     message: str
@@ -22,7 +27,7 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """Every problem of one configuration; the text is cut where it would fill more than a screen."""
+    """All problems of one configuration. The text lists as many as fit on a screen."""
 
     def __init__(self, problems: Sequence[Problem], source: str = "configuration"):
         self.problems = list(problems)
@@ -34,15 +39,13 @@ class ConfigError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """A value as it is written in YAML, shortened for a message."""
-    text = (
-        {True: "true", False: "false"}[value] if isinstance(value, bool) else "null" if value is None else repr(value)
-    )
+    """A value for a message: true, false and null as in YAML, and at most 60 characters."""
+    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def unknown_key(key: str, allowed: Iterable[str]) -> str:
-    """The message for a key that does not exist, with the nearest one that does."""
+    """The message for an unknown key: the nearest known key, or all of them."""
     allowed = sorted(allowed)
     nearest = difflib.get_close_matches(str(key), allowed, n=1)
     if nearest:

@@ -1,7 +1,7 @@
-"""Counter-based random numbers: a number depends only on its key, not on what was drawn before or beside it.
+"""Counter-based random numbers: each is a hash of its counters (seed, position, …), so earlier draws do not change it.
 
-All randomness of both stages comes from here: draws of images and codes from `uniform`, `exponential` and
-`uniform_rows`; seeds for the generators of torch from `seed_from` and `draw_seeds`.
+Both stages take all random numbers from here: `uniform`, `exponential` and `uniform_rows` for images and codes,
+`seed_from` and `draw_seeds` for seeds of torch's generators.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", for the idea; the mixing function is
 SplitMix64's (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Small arrays of a data loader are numpy's: its operations on a few numbers take a third of the time of torch's.
+# The small arrays of a data loader are numpy arrays: on a few numbers, numpy takes a third of the time of torch.
 Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 
-# 64-bit constants as the signed integers torch has; products wrap around as unsigned ones would.
+# Unsigned 64-bit constants, written as the signed integers of torch. Products wrap around in the same way.
 _STEP = -7046029254386353131  # 0x9E3779B97F4A7C15
 _FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _SECOND = -7723592293110705685  # 0x94D049BB133111EB
@@ -33,48 +33,52 @@ def mix(x: Numbers) -> Numbers:
     return x
 
 
-def uniform(*keys: Numbers) -> Numbers:
-    """float64 in (0, 1), with 52 random bits, for every combination of int64 keys, which broadcast against each other.
+def uniform(*counters: Numbers) -> Numbers:
+    """Uniform random numbers in (0, 1), one for each combination of counters.
 
-    float32 with 23 bits on devices that have no float64.
+    Args:
+        counters: int64 tensors or arrays, which are broadcast against each other.
+
+    Returns:
+        float64 with 52 random bits; float32 with 23 bits on devices without float64.
     """
-    state = mix(keys[0])
-    for part in keys[1:]:
-        state = mix(state ^ mix(part))
-    # half a step is added: every value is exact and neither 0 nor 1
+    state = mix(counters[0])
+    for counter in counters[1:]:
+        state = mix(state ^ mix(counter))
+    # Half a step is added, so that no value is 0 or 1. All values are exact.
     if isinstance(state, np.ndarray):
         return (_shift_right(state, 12) + 0.5) * 2.0**-52
     dtype, bits = (torch.float32, 23) if state.device.type == "mps" else (torch.float64, 52)
     return (_shift_right(state, 64 - bits).to(dtype) + 0.5) * 2.0**-bits
 
 
-def uniform_rows(seed: int, keys: np.ndarray, count: int) -> np.ndarray:
-    """Random numbers for images: each row is a hash of the seed and of its key alone.
+def uniform_rows(seed: int, counters: np.ndarray, count: int) -> np.ndarray:
+    """Rows of random numbers, one row for each image. A row is a hash of the seed and of its counters.
 
-    A numpy generator for each key would take a tenth of the time that a JPEG of 384×288 pixels takes to decode.
+    A numpy generator for each row would be slower: a tenth of the time to decode a JPEG of 384×288 pixels.
 
     Args:
-        seed: any integer from 0 up.
-        keys: int64 `(n, k)`, not negative.
+        seed: integer, at least 0.
+        counters: int64 `(n, k)`, at least 0.
         count: numbers in a row.
 
     Returns:
         float64 `(n, count)`, uniform in [0, 1).
     """
-    state = mix(np.full(len(keys), seed, dtype=np.int64))
-    for part in keys.astype(np.int64).T:
-        state = mix(state ^ part)
+    state = mix(np.full(len(counters), seed, dtype=np.int64))
+    for counter in counters.astype(np.int64).T:
+        state = mix(state ^ counter)
     draws = mix(state[:, None] ^ np.arange(count))
     return _shift_right(draws, 11) * 2.0**-53
 
 
-def exponential(*keys: Tensor) -> Tensor:
-    """Exponentially distributed float32 (rate 1), above 0, for every combination of int64 keys."""
-    return -uniform(*keys).log().float()
+def exponential(*counters: Tensor) -> Tensor:
+    """Exponentially distributed float32 (mean 1), above 0, one for each combination of int64 counters."""
+    return -uniform(*counters).log().float()
 
 
 def seed_from(*numbers: int) -> int:
-    """One 63-bit seed that depends on all of several numbers and on their order."""
+    """Combines numbers into one 63-bit seed, which depends on all of them and on their order."""
     mixed = 0
     for number in numbers:
         mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
@@ -82,14 +86,17 @@ def seed_from(*numbers: int) -> int:
 
 
 def draw_seeds(count: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-    """One int64 seed for each image, `(count,)`.
+    """Draws one seed for each image.
 
     Args:
         count: number of images.
-        generator: one generator, which draws them all, a list with one for each image, or None for torch's global one.
+        generator: one generator for all seeds, a list with one for each image, or None for torch's global generator.
+
+    Returns:
+        int64 `(count,)`, on the CPU.
 
     Raises:
-        ValueError: the list has another length, or this is no generator.
+        ValueError: `generator` is no generator, or a list of another length.
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != count:

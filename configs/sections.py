@@ -1,4 +1,4 @@
-"""What every typed configuration shares: strict keys, and the training keys that mean the same in both stages."""
+"""The base class of all configurations, and the training settings that both stages share."""
 
 import os
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 Momentum = Annotated[float, Ge(0), Lt(1)]
 
-# What `accelerate launch` was told. Taken when this is imported, for Trainer sets the same variables later on.
+# The options of `accelerate launch`. They are read at import, because Trainer sets the same variables later.
 LAUNCHED_WITH = {
     name: os.environ.get(f"ACCELERATE_{name}") for name in ("MIXED_PRECISION", "USE_FSDP", "USE_DEEPSPEED")
 }
@@ -24,49 +24,64 @@ LAUNCHED_WITH = {
 
 @dataclass(kw_only=True)
 class Section:
-    """A group of settings. Unknown keys are errors; `problems` may add checks across fields.
+    """A group of settings. Unknown keys are errors; subclasses add rules across fields.
 
-    `refused`: keys that one may expect here, and why there are none.
+    Attributes:
+        refused: keys that a user may expect here, and why they do not exist.
     """
 
     refused: ClassVar[dict[str, str]] = {}
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
-        """Cross-field problems as `(key, value received, what is allowed and what to do)`.
+        """Broken rules across fields, as `(key, value received, what is allowed and what to do)`.
 
-        The text names every other key the problem depends on: if that key is wrong itself, this one is left out.
+        The text names every other key of the rule. If one of these keys is wrong itself, the loader leaves this problem
+        out.
+        """
+        return ()
+
+    def library_problems(self) -> Iterable[tuple[str, Any, str]]:
+        """Broken rules that need torch or transformers, which take seconds to import.
+
+        The loader calls this only when `problems` and the types of all fields are in order, so that a mistake in them
+        is reported at once.
         """
         return ()
 
 
 def upload_problems(config: Any) -> Iterable[tuple[str, Any, str]]:
-    """Problems of `push_to_hub` and `hub_model_id`, as `Section.problems` has them."""
+    """Problems of `push_to_hub` and `hub_model_id`, in the form of `Section.problems`."""
     if config.push_to_hub and not config.hub_model_id:
         yield "hub_model_id", config.hub_model_id, "push_to_hub needs the repository to push to, as 'user/name'"
 
 
 @dataclass(kw_only=True)
 class TrainingConfig(Section):
-    """Settings of a training run that both stages share, named as in `transformers.TrainingArguments`.
+    """Settings that both stages share, with the names of `transformers.TrainingArguments`.
 
-    output_dir: folder of the run: checkpoints, logs, and at the end the trained model itself
+    output_dir: folder of the run: checkpoints, logs, and at the end the trained model
     max_steps: optimizer steps of the whole run
-    per_device_train_batch_size, per_device_eval_batch_size: images on one device in one forward
-    gradient_accumulation_steps: forwards that make one optimizer step
-    global_batch_size: images in one optimizer step over all processes; sets per_device_train_batch_size
-    learning_rate, lr_scheduler_type, warmup_steps: peak rate, its shape over the run, steps of linear warm-up
-    adam_beta1, adam_beta2, weight_decay: AdamW
-    max_grad_norm: gradients above this norm are scaled down to it; 0 turns clipping off
-    ema_decay: of the averaged weights, which are evaluated and saved; 0 turns averaging off
-    bf16: bfloat16 autocast (parameters stay float32)
-    seed: with the step, the only source of randomness
-    logging_steps, eval_steps, save_steps: how often, in optimizer steps
-    save_total_limit: checkpoints kept; older ones are removed after a newer one is complete
-    resume_from_checkpoint: "latest", "none", or a path
-    allow_config_changes: go on in a folder whose run was started with other settings, or on other processes
-    dataloader_num_workers: processes that decode images; 0 decodes in the training process
-    report_to: accelerate trackers, for instance ["tensorboard", "wandb"]; scalars always go to metrics.jsonl too
-    push_to_hub, hub_model_id, hub_private_repo: upload the trained model when done
+    per_device_train_batch_size, per_device_eval_batch_size: images on one device in one forward pass
+    gradient_accumulation_steps: forward and backward passes in one optimizer step
+    global_batch_size: images in one optimizer step over all processes; replaces per_device_train_batch_size
+    learning_rate: peak learning rate
+    lr_scheduler_type: learning rate after the warm-up: "constant_with_warmup", "linear" or "cosine" (both fall to 0)
+    warmup_steps: optimizer steps in which the learning rate grows linearly to its peak
+    adam_beta1, adam_beta2, weight_decay: parameters of AdamW
+    max_grad_norm: gradients with a larger norm are scaled down to this norm; 0 turns clipping off
+    ema_decay: decay of the moving average of the weights, which is evaluated and saved; 0 turns averaging off
+    bf16: bfloat16 autocast; parameters stay float32
+    seed: seed of all random numbers of the run
+    logging_steps, eval_steps, save_steps: optimizer steps between two log lines, evaluations, checkpoints
+    save_total_limit: number of checkpoints to keep; a complete new one replaces the oldest
+    resume_from_checkpoint: "latest" continues from the newest checkpoint if there is one, "none" starts
+        anew and refuses a folder with checkpoints, a path continues from that checkpoint
+    allow_config_changes: continue a run with other settings or another number of processes
+    dataloader_num_workers: processes that load data; 0 loads in the training process
+    report_to: trackers of accelerate, such as [tensorboard, wandb]; metrics.jsonl is always written
+    push_to_hub: upload the trained model at the end
+    hub_model_id: repository of the upload, as "user/name"
+    hub_private_repo: make a new repository private; null leaves this to the Hub
     """
 
     output_dir: str
@@ -102,17 +117,17 @@ class TrainingConfig(Section):
 
     @property
     def mixed_precision(self) -> str:
-        """As `accelerate launch --mixed_precision` calls it."""
+        """The value for `accelerate launch --mixed_precision`."""
         return "bf16" if self.bf16 else "no"
 
     def device_batch_size(self, num_processes: int) -> int:
-        """Images on one device in one forward: `per_device_train_batch_size`, or what `global_batch_size` makes it."""
+        """Images on one device in one forward pass, from `global_batch_size` if it is given."""
         if self.global_batch_size is None:
             return self.per_device_train_batch_size
         return self.global_batch_size // (num_processes * self.gradient_accumulation_steps)
 
     def average_decay(self, step: int) -> float:
-        """Decay of the averaged weights after a step (from 0): a young average follows quickly, (1 + n) / (10 + n)."""
+        """Decay of the weight average after step n (from 0): (1 + n) / (10 + n), until that exceeds `ema_decay`."""
         return min(self.ema_decay, (1 + step) / (10 + step))
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
@@ -124,17 +139,16 @@ class TrainingConfig(Section):
         if self.global_batch_size is not None and self.global_batch_size % parts:
             factors = f"{processes} (processes) × {self.gradient_accumulation_steps} (gradient_accumulation_steps)"
             yield "global_batch_size", self.global_batch_size, f"must be a multiple of {factors} = {parts}"
-        launched = LAUNCHED_WITH["MIXED_PRECISION"] or "no"  # which is also what the launcher says if told nothing
+        launched = LAUNCHED_WITH["MIXED_PRECISION"] or "no"  # The launcher sets "no" by default.
         if launched not in ("no", self.mixed_precision):
             here = ", or set bf16: true here" if launched == "bf16" else ""
             allowed = (
                 f"accelerate launch, or its config file, says mixed_precision {launched}; leave it out there{here}"
             )
             yield "bf16", self.bf16, allowed
-        yield from self._unknown_trackers()
 
-    def _unknown_trackers(self) -> Iterable[tuple[str, Any, str]]:
-        if not set(self.report_to) - {"tensorboard"}:  # which is always there
+    def library_problems(self) -> Iterable[tuple[str, Any, str]]:
+        if set(self.report_to) <= {"tensorboard"}:  # a dependency of this package: always installed
             return
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 

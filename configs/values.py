@@ -1,4 +1,4 @@
-"""One value against the type of its field."""
+"""Checks one value against the type of its field."""
 
 import difflib
 import math
@@ -13,20 +13,20 @@ from configs.problems import shown
 
 
 def read_value(hint: Any, value: Any, strict: bool = False) -> Any:
-    """A value as a type has it.
+    """Converts a plain value to the type of a field.
 
     Args:
-        hint: of a field; may be annotated with bounds.
+        hint: type of the field, which may be annotated with bounds.
         value: a plain value.
-        strict: a whole number must be one, not 2.0 or "2".
+        strict: refuse 2.0 and "2" for a whole number.
 
     Raises:
-        ValueError: it is another kind of value; the message says what was received and what is allowed.
+        ValueError: the value does not fit; the message says what was received and what is allowed.
     """
     from pydantic import ValidationError
 
     try:
-        # true is not the number 1
+        # A lax check would take true for the number 1.
         result = _adapter(hint).validate_python(value, strict=strict or isinstance(value, bool))
         if not isinstance(value, str) or (value.strip() and value.isprintable()) or hint is Any:
             return result
@@ -39,7 +39,7 @@ def read_value(hint: Any, value: Any, strict: bool = False) -> Any:
 
 
 def allowed_values(hint: Any, value: Any = None) -> str:
-    """What a field takes, in words; `value` is the one that does not fit."""
+    """What a field accepts, in words; `value` is the one that does not fit."""
     origin, arguments = get_origin(hint), get_args(hint)
     if choices := [repr(choice) for choice in _choices(hint)]:
         return _either(choices) if len(choices) < 10 else textwrap.shorten(", ".join(choices), 100, placeholder=" …")
@@ -71,7 +71,7 @@ def _either(parts: Sequence[str]) -> str:
 
 
 def _choices(hint: Any) -> list[Any]:
-    """The values of a Literal or an Enum, alone or in a union."""
+    """The allowed values of a Literal or an Enum, alone or in a union."""
     if get_origin(hint) is Literal:
         return list(get_args(hint))
     if isinstance(hint, type) and issubclass(hint, Enum):

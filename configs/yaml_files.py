@@ -11,21 +11,21 @@ import yaml
 
 from configs.problems import ConfigError, Problem, shown
 
-# What the parser says, and what it means.
+# Messages of the YAML parser, and their cause in plain words.
 PLAIN_REASONS = {
     "'\\t'": "a tab; YAML is indented by spaces",
     "<stream end>": "it ends before a bracket or quote is closed",
     "end of stream": "it ends before a bracket or quote is closed",
-    "could not determine a constructor": "a tag (a word after '!'), which has no meaning here",
+    "could not determine a constructor": "a tag (a word after '!'); tags are not allowed",
     "mapping values are not allowed": "a second ':' in a line, or a key at the wrong depth; quote text that holds ': '",
     "could not find expected ':'": "a line without ': ', or one at the wrong depth",
 }
 
 
 class YamlReader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-4` is a number, `no` and dates are text, only true and false are booleans.
+    """YAML in which `1e-4` is a number, `no` and dates are text, and only true and false are booleans.
 
-    A key that is given twice is noted in `repeated`.
+    `repeated` collects a problem for each key that is given twice.
     """
 
     def __init__(self, text: str):
@@ -60,17 +60,20 @@ def preset_names() -> list[str]:
     return sorted(
         f"{folder.name}/{Path(entry.name).stem}"
         for folder in root.iterdir()
-        if folder.is_dir() and folder.name != "accelerate"  # which says how to launch, not what
+        if folder.is_dir() and folder.name != "accelerate"  # It holds settings of accelerate.
         for entry in folder.iterdir()
         if entry.name.endswith(".yaml")
     )
 
 
 def parse_yaml(text: str) -> tuple[Any, list[Problem]]:
-    """The value of a YAML text, and the keys it gives twice.
+    """Reads a YAML text.
+
+    Returns:
+        The value, and a problem for each key that is given twice.
 
     Raises:
-        ValueError: it is not valid YAML; the message says where.
+        ValueError: the text is not valid YAML; the message says where.
     """
     try:
         reader = YamlReader(text)
@@ -94,7 +97,7 @@ def read_yaml(name: str) -> tuple[dict[str, Any], list[Problem]]:
     """Reads a YAML file, or a preset by its short name or by its path in the repository.
 
     Returns:
-        The values, and the keys that are given twice.
+        The values, and a problem for each key that is given twice.
 
     Raises:
         ConfigError: neither a file nor a preset has this name, or the file is not a YAML mapping.

@@ -1,19 +1,19 @@
-"""Puts a trained tokenizer and a trained prior together: `python -m pipelines.build --tokenizer DIR --prior DIR
---output_dir DIR`."""
+"""Joins a trained tokenizer and a trained prior into a pipeline.
+
+Usage: `python -m pipelines.build --tokenizer DIR --prior DIR --output_dir DIR`.
+"""
 
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, Problem, Section, run
 from configs.sections import upload_problems
-from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import VQGANImageProcessor, load_tokenizer
-from stage2_prior import TokenLayout, load_prior
+
+if TYPE_CHECKING:
+    from pipelines.pipeline_vqgan import VQGANPipeline
 
 
 @dataclass(kw_only=True)
@@ -21,9 +21,11 @@ class BuildConfig(Section):
     """Joins the results of both stages into a pipeline folder.
 
     tokenizer: folder or Hub id of the tokenizer
-    prior: output_dir of stage 2; an adapter is merged into the prior that it was trained on
+    prior: output_dir of stage 2; an adapter is merged into its base prior
     output_dir: folder of the pipeline
-    push_to_hub, hub_model_id, hub_private_repo: upload the folder
+    push_to_hub: upload the pipeline
+    hub_model_id: repository of the upload, as "user/name"
+    hub_private_repo: make a new repository private; null leaves this to the Hub
     """
 
     tokenizer: str
@@ -37,12 +39,19 @@ class BuildConfig(Section):
         yield from upload_problems(self)
 
 
-def build(config: BuildConfig) -> VQGANPipeline:
-    """Builds, saves and, if asked to, uploads the pipeline.
+def build(config: BuildConfig) -> "VQGANPipeline":
+    """Builds and saves the pipeline, and uploads it if `push_to_hub`.
 
     Raises:
         ConfigError: the folder holds no trained prior, or the prior was trained on codes of another tokenizer.
     """
+    # Slow imports: not before the arguments have been checked.
+    from safetensors import SafetensorError
+
+    from pipelines.pipeline_vqgan import VQGANPipeline
+    from stage1_vqgan import VQGANImageProcessor, load_tokenizer
+    from stage2_prior import TokenLayout, load_prior
+
     if not (Path(config.prior) / "token_layout.json").is_file():
         message = f"received {config.prior!r}; there is no trained prior in it (run stage2_prior.train first)"
         raise ConfigError([Problem("prior", message)])

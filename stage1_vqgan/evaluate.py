@@ -7,26 +7,19 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from tqdm.auto import tqdm
-
 from configs import Section, run
 from configs.sections import NonNegative, Positive
 from stage1_vqgan.data.config import DataConfig
-from stage1_vqgan.data.dataset import ImageDataset
-from stage1_vqgan.data.loading import evaluation_loader
-from stage1_vqgan.data.skipped import SkippedImages
-from stage1_vqgan.data.sources import load_images
-from stage1_vqgan.pretrained import load_tokenizer
-from stage1_vqgan.reconstruction import evaluate_reconstruction
 
 
 @dataclass(kw_only=True)
 class ReconstructionConfig(Section):
-    """Settings of the reconstruction metrics of a tokenizer, over every image of a split.
+    """Measures how well a tokenizer reconstructs the images of a split.
 
     model: folder or Hub id of a trained tokenizer
     split: "train" or "validation"
+    per_device_eval_batch_size: images in one forward pass
+    dataloader_num_workers: processes that decode images; 0 decodes in the main process
     """
 
     model: str
@@ -38,6 +31,17 @@ class ReconstructionConfig(Section):
 
 def evaluate(config: ReconstructionConfig) -> dict[str, float]:
     """Measures a tokenizer on every image of a split, and prints the metrics as JSON."""
+    # Slow imports: not before the arguments have been checked.
+    import torch
+    from tqdm.auto import tqdm
+
+    from stage1_vqgan.data.dataset import ImageDataset
+    from stage1_vqgan.data.loading import evaluation_loader
+    from stage1_vqgan.data.skipped import SkippedImages
+    from stage1_vqgan.data.sources import load_images
+    from stage1_vqgan.pretrained import load_tokenizer
+    from stage1_vqgan.reconstruction import evaluate_reconstruction
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_tokenizer(config.model, "model")
     model.to(device)  # type: ignore[arg-type]

@@ -2,7 +2,14 @@
 
 from configs import run
 from stage1_vqgan.training.config import Stage1Config
-from stage1_vqgan.training.run import train
+
+
+def main(config: Stage1Config) -> object:
+    """Imports torch only now, after the arguments have been checked."""
+    from stage1_vqgan.training.run import train
+
+    return train(config)
+
 
 if __name__ == "__main__":
-    run(Stage1Config, train, "accelerate launch -m stage1_vqgan.train")
+    run(Stage1Config, main, "accelerate launch -m stage1_vqgan.train")

@@ -2,7 +2,14 @@
 
 from configs import run
 from stage2_prior.training.config import Stage2Config
-from stage2_prior.training.run import train
+
+
+def main(config: Stage2Config) -> object:
+    """Imports torch only now, after the arguments have been checked."""
+    from stage2_prior.training.run import train
+
+    return train(config)
+
 
 if __name__ == "__main__":
-    run(Stage2Config, train, "accelerate launch -m stage2_prior.train")
+    run(Stage2Config, main, "accelerate launch -m stage2_prior.train")

@@ -1,4 +1,4 @@
-"""The command line: a real launch from someone's own folder, and mistakes that end in a message."""
+"""The command line: a real launch from a user's own folder, mistakes that end in a message, and fast start-up."""
 
 import subprocess
 import sys
@@ -59,6 +59,50 @@ def test_a_misspelt_key_is_a_message(tmp_path):
     assert "loss.perceptual_wight: unknown key; did you mean 'perceptual_weight'?" in done.stderr
     assert "max_step: unknown key; did you mean 'max_steps'?" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+# Each takes from half a second to seconds to import.
+HEAVY = ["torch", "numpy", "transformers", "accelerate", "datasets", "huggingface_hub", "lpips", "torchvision", "PIL"]
+QUICK_ANSWERS = """
+import runpy, sys
+module, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+except SystemExit as exited:
+    print("exit code", exited.code)
+print("heavy modules", [name for name in {heavy} if name in sys.modules])
+""".replace("{heavy}", str(HEAVY))
+
+# module, arguments of a mistake, its message
+MISTAKES = {
+    "tokenizer": ("stage1_vqgan.train", "digits/stage1 --max_stpes 3", "did you mean 'max_steps'?"),
+    "model section": ("stage1_vqgan.train", "digits/stage1 --model.base_chanels 3", "did you mean 'base_channels'?"),
+    "model shape": (
+        "stage1_vqgan.train",
+        "digits/stage1 --model.image_size 18",
+        "divisible by the downsampling factor",
+    ),
+    "weight of a loss": ("stage1_vqgan.train", "digits/stage1 --loss.l2_weight x", "must be a number from 0 up"),
+    "reconstruction": ("stage1_vqgan.evaluate", "--modle x", "did you mean 'model'?"),
+    "conversion": ("stage1_vqgan.convert", "--form taming", "did you mean 'from'?"),
+    "codes": ("stage2_prior.tokenize", "digits/stage2 --num_veiws 3", "did you mean 'num_views'?"),
+    "prior": ("stage2_prior.train", "digits/stage2 --condition_dropuot 3", "did you mean 'condition_dropout'?"),
+    "pipeline": ("pipelines.build", "--tokeniser x", "did you mean 'tokenizer'?"),
+    "evaluation": ("pipelines.evaluate", "digits/evaluate --guidance 3", "did you mean 'guidance_scale'?"),
+}
+
+
+@pytest.mark.parametrize("module", sorted({module for module, _, _ in MISTAKES.values()}))
+def test_help_imports_nothing_heavy(module, tmp_path):
+    done = python(["-c", QUICK_ANSWERS, module, "--help"], tmp_path)
+    assert f"-m {module} [CONFIG]" in done.stdout and done.stdout.endswith("heavy modules []\n"), done.stderr
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_named_before_anything_heavy_is_imported(case, tmp_path):
+    module, arguments, message = MISTAKES[case]
+    done = python(["-c", QUICK_ANSWERS, module, *arguments.split()], tmp_path)
+    assert message in done.stderr and done.stdout == "exit code 2\nheavy modules []\n"
 
 
 STAGES = {

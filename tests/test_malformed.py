@@ -137,7 +137,7 @@ CASES = {
         "--model.norm_num_groups 7",
         {"model.norm_num_groups": "it does not divide 32"},
     ),
-    "channels": ("stage1", "--model.in_channels 2", {"model.in_channels": "1 channel (gray) or 3 (RGB)"}),
+    "channels": ("stage1", "--model.in_channels 2", {"model.in_channels": "images have 1 channel (gray) or 3 (RGB)"}),
     "levels": ("stage1", "--model.channel_multiplier [1,0]", {"model.channel_multiplier": "positive numbers"}),
     "no levels": ("stage1", "--model.channel_multiplier []", {"model.channel_multiplier": "positive numbers"}),
     "half a channel": ("stage1", "--model.channel_multiplier [1,1.3]", {"model.channel_multiplier": "must be whole"}),
@@ -228,7 +228,7 @@ CASES = {
     "unbounded game": (
         "stage1",
         "--loss.adversarial_type wasserstein",
-        {"loss.adversarial_type": "has no lower bound: set gradient_penalty_weight (10 in its paper)"},
+        {"loss.adversarial_type": "has no lower bound: set gradient_penalty_weight (10 in the paper)"},
     ),
     "norm": ("stage1", "--discriminator.norm_type instance", {"discriminator.norm_type": "'group' or 'actnorm'"}),
     "gradient penalty": (
@@ -291,7 +291,7 @@ CASES = {
         "--model.hidden_size wide --model.vocab_size 3 --model.num_hidden_layers 2.5 --model.layers 3",
         {
             "model.hidden_size": "received 'wide'; must be a whole number",
-            "model.vocab_size": "decided by the code store",
+            "model.vocab_size": "the code store decides it",
             "model.num_hidden_layers": "received 2.5; must be a whole number",
             "model.layers": "unknown key",
         },
@@ -355,14 +355,22 @@ CASES = {
     "broken tokenizer": ("tokenize", "--tokenizer $folder/broken", {"tokenizer": "its weights file is damaged"}),
     "prior without weights": ("build", "--prior $folder/unfinished", {"prior": "the prior in it is not complete"}),
     "unknown split": ("evaluate1", "--split test", {"split": "'train' or 'validation'"}),
-    "place that refuses": ("stage1", "--output_dir /proc/nope", {"output_dir": "cannot be made or used (No such file"}),
-    "codes in a place that refuses": ("tokenize", "--code_store /proc/nope", {"code_store": "cannot be made or used"}),
-    "prior in a place that refuses": ("stage2", "--output_dir /proc/nope", {"output_dir": "cannot be made"}),
-    "pipeline in a place that refuses": ("build", "--output_dir /proc/nope", {"output_dir": "cannot be made"}),
+    "place that refuses": (
+        "stage1",
+        "--output_dir /proc/nope",
+        {"output_dir": "created or used (No such file"},
+    ),
+    "codes in a place that refuses": (
+        "tokenize",
+        "--code_store /proc/nope",
+        {"code_store": "cannot be created"},
+    ),
+    "prior in a place that refuses": ("stage2", "--output_dir /proc/nope", {"output_dir": "cannot be created"}),
+    "pipeline in a place that refuses": ("build", "--output_dir /proc/nope", {"output_dir": "cannot be created"}),
     "metrics in a place that refuses": (
         "evaluate",
         "--output_dir /proc/nope",
-        {"output_dir": "cannot be made or used"},
+        {"output_dir": "cannot be created or used"},
     ),
     "file for a folder": ("stage1", "--output_dir $folder/list.yaml", {"output_dir": "there is a file of this name"}),
     "folder in a file": ("evaluate", "--output_dir $folder/list.yaml/out", {"output_dir": "Not a directory"}),
@@ -442,7 +450,7 @@ LAUNCHES = {
     ),
     "float16 of the launcher": ({"MIXED_PRECISION": "fp16"}, "stage1", "--bf16 true", {"bf16": "precision fp16"}),
     "float8 of the launcher": ({"MIXED_PRECISION": "fp8"}, "stage2", "--bf16 true", {"bf16": "precision fp8"}),
-    "FSDP": ({"USE_FSDP": "true"}, "stage1", "", {"": "a moving average (ema_decay) cannot be sharded"}),
+    "FSDP": ({"USE_FSDP": "true"}, "stage1", "", {"": "a moving average (ema_decay), which cannot be sharded"}),
     "DeepSpeed": ({"USE_DEEPSPEED": "true"}, "stage1", "", {"": "launched with DEEPSPEED"}),
     "processes": (
         {"WORLD_SIZE": "3"},

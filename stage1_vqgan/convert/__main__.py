@@ -1,7 +1,15 @@
 """Entry point: `python -m stage1_vqgan.convert --from KIND --checkpoint FILE --output DIR`."""
 
 from configs import run
-from stage1_vqgan.convert.command import ConvertConfig, convert
+from stage1_vqgan.convert.config import ConvertConfig
+
+
+def main(config: ConvertConfig) -> None:
+    """Imports torch only now, after the arguments have been checked."""
+    from stage1_vqgan.convert.command import convert
+
+    convert(config)
+
 
 if __name__ == "__main__":
-    run(ConvertConfig, convert, "python -m stage1_vqgan.convert")
+    run(ConvertConfig, main, "python -m stage1_vqgan.convert")

@@ -3,16 +3,15 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
 
 from safetensors.torch import save_file
 
-from configs import ConfigError, Problem, Section
+from configs import ConfigError, Problem
 from stage1_vqgan.convert import diffusers, llamagen, taming
+from stage1_vqgan.convert.config import ConvertConfig
 from stage1_vqgan.convert.files import refuse
 from stage1_vqgan.convert.original import Original, build_model
 from stage1_vqgan.convert.verify import diffusers_cases, stored_cases, verify
@@ -23,34 +22,6 @@ from stage1_vqgan.pretrained import DISCRIMINATOR_NAME, load_tokenizer
 READERS = {"taming": taming.read, "llamagen": llamagen.read, "diffusers": diffusers.read}
 IMAGE_CHANNELS = (1, 3)  # gray, and RGB
 NO_DIFFUSERS = "diffusers is not installed: pip install 'tessella[convert]'"
-
-
-@dataclass(kw_only=True)
-class ConvertConfig(Section):
-    """Converts a tokenizer of another code base, or a tokenizer for another one.
-
-    from: where the checkpoint is from: "taming" (CompVis/taming-transformers, also latent-diffusion's VQ models),
-        "llamagen" or "diffusers"
-    to: for what the checkpoint, a trained tokenizer, is converted: "diffusers"
-    checkpoint: file of weights; for diffusers the folder of a VQModel; with `to`, folder or Hub id of a tokenizer
-    config: the original's YAML or JSON; what it does not say is read from the weights
-    output: folder to make
-    verify: safetensors with inputs, codes and reconstructions of the original (io.input, io.indices, io.recon) to
-        compare with; diffusers itself is run instead, on these inputs or on random ones
-    """
-
-    source: Literal["taming", "llamagen", "diffusers"] | None = field(default=None, metadata={"key": "from"})
-    target: Literal["diffusers"] | None = field(default=None, metadata={"key": "to"})
-    checkpoint: str
-    config: str | None = None
-    output: str
-    verify: str | None = None
-
-    def problems(self) -> Iterable[tuple[str, Any, str]]:
-        if (self.source is None) == (self.target is None):
-            yield "", None, "give either --from, where the checkpoint is from, or --to, for what it is converted"
-        elif self.config is not None and "diffusers" in (self.source, self.target):
-            yield "config", self.config, "the checkpoint is a folder with its own config.json; leave this out"
 
 
 def convert(config: ConvertConfig) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from configs import ConfigError, Problem, unknown_key
 from configs.problems import shown
 from configs.values import read_value
+from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.convert.files import listed
 from stage1_vqgan.convert.names import count
@@ -140,7 +141,7 @@ def read_claims(
     Raises:
         ConfigError: a value is of the wrong kind, or something a VQGANModel cannot express.
     """
-    hints = VQGANConfig.__annotations__
+    hints = VQGANArchitecture.__annotations__
     claims, problems = [], []
     for name, value in values.items():
         key = f"{prefix}{name}"

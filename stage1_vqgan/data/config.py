@@ -1,4 +1,4 @@
-"""Settings of the image data: where it comes from, and how training images are changed."""
+"""Settings of the image data: its source, and the augmentation of training images."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -9,22 +9,22 @@ from annotated_types import Ge, Interval
 from configs import ConfigError, Problem, Section
 from configs.sections import Fraction, Positive
 
-# How images are brought along, and when a run stops: no influence on the images themselves.
+# These settings do not change the images, so a code store may be continued with other values of them.
 FREE_KEYS = {"shuffle_buffer_size", "max_skipped_fraction"}
 
 
 @dataclass(kw_only=True)
 class AugmentationConfig(Section):
-    """Random changes to training images.
+    """Augmentation: random changes to training images.
 
-    max_zoom: the shorter side is resized to between 1 and max_zoom times the image size before the crop
-    random_crop: crop anywhere; false crops the centre
-    horizontal_flip: mirror half of the images
+    max_zoom: before the crop, the shorter side is resized to the image size times a random factor from 1 to max_zoom
+    random_crop: crop at a random position; false crops the centre
+    horizontal_flip: mirror an image with probability 1/2
     rotate: largest rotation in degrees
     translate: largest shift as a fraction of the image's side
     scale: largest relative change of size, for instance 0.1 for 0.9 to 1.1
-    ten_crop: instead of random changes the ten views of a code store are the corners and the centre of the square
-        that max_zoom makes, and their mirror images
+    ten_crop: replaces random changes by ten fixed views for a code store: images are resized by max_zoom and cropped at
+        the four corners and the centre, and each crop is mirrored as well
     """
 
     max_zoom: Annotated[float, Ge(1)] = 1.0
@@ -41,33 +41,33 @@ class AugmentationConfig(Section):
         for other in fields(self):
             value = getattr(self, other.name)
             if other.name not in ("max_zoom", "ten_crop") and value != other.default:
-                yield other.name, value, "ten_crop leaves nothing to chance; leave it out, or set ten_crop to false"
+                yield other.name, value, "ten_crop makes no random changes; leave this out, or set ten_crop to false"
         if self.max_zoom == 1:
-            yield "max_zoom", self.max_zoom, "ten_crop needs more than 1, else all its crops are the same; 1.1 is usual"
+            yield "max_zoom", self.max_zoom, "ten_crop needs more than 1, or all crops are the same; 1.1 is usual"
 
 
 @dataclass(kw_only=True)
 class DataConfig(Section):
-    """Where the images come from.
+    """Image data.
 
     dataset: "digits" (1,797 handwritten 8×8 digits that ship with scikit-learn), a folder of images (sub-folders are
         classes), a folder of .parquet or webdataset-style .tar files, one such file, a pattern ("data/*.tar"), or the
         id of a dataset on the Hugging Face Hub
-    dataset_config_name: configuration of a Hub dataset
-    train_split, validation_split: names of the splits; of a folder of images they are sub-folders, of parquet and tar
-        files words in their names. Without a validation split every n-th training image is held out,
-        n = 1 / validation_fraction; of a stream, whose length must then be known, the first images are
-    validation_fraction: see above
-    image_column, label_column: column names; by default the only image column, and the class label column if any
-        (of a tar "cls")
-    use_labels: false ignores the labels: an unconditional model
-    streaming: read parquet, tars or a Hub dataset from front to back, without a copy on the disk. Files of a folder of
-        images are read when they are wanted in any case
-    shuffle_buffer_size: encoded images of a stream in memory, from which the next is drawn
-    aspect_ratio: "crop" resizes the shorter side and crops a square; "pad" resizes the longer side and fills up with
-        white
-    max_skipped_fraction: images that cannot be used are left out; when they are more than this share of their split,
-        the run stops
+    dataset_config_name: name of a configuration of a Hub dataset
+    train_split, validation_split: names of the splits: sub-folders of a folder of images, words in the names of parquet
+        and tar files, or splits of a Hub dataset; with validation_split null, validation images are held out from
+        the training split
+    validation_fraction: fraction of the training images to hold out: every n-th image, n = 1 / validation_fraction; of
+        a stream the first images, which needs a stream of known length
+    image_column, label_column: names of columns; by default the only image column, and the class label column if there
+        is one (in a tar file "cls")
+    use_labels: false ignores the labels and gives an unconditional model
+    streaming: read parquet files, tar files or a Hub dataset from front to back, without a copy on disk; has no effect
+        on a folder of images, whose files are always read on demand
+    shuffle_buffer_size: number of encoded images of a stream in memory, from which the next image is drawn
+    aspect_ratio: "crop" resizes the shorter side and crops a square; "pad" resizes the longer side and pads with white
+    max_skipped_fraction: images that cannot be decoded are skipped; the run stops when they exceed this fraction of
+        their split
     """
 
     dataset: str
@@ -85,10 +85,10 @@ class DataConfig(Section):
     max_skipped_fraction: Fraction = 0.01
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide which images there are, and what is made of them."""
+        """The settings that decide which images the data set has, and how they are prepared."""
         return {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}
 
 
 def data_problem(key: str, message: str) -> ConfigError:
-    """What to raise when images cannot be had as one key of a `DataConfig` says."""
+    """The error to raise when a key of a `DataConfig` does not fit the data."""
     return ConfigError([Problem(f"data.{key}", message)])

@@ -2,20 +2,28 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, ClassVar, Literal
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
 from configs import Section, TrainingConfig, unknown_key
 from configs.sections import LAUNCHED_WITH, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from configs.values import read_value
-from stage1_vqgan.configuration_vqgan import VQGANConfig
+from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.data.config import DataConfig
-from stage1_vqgan.quantizers import QUANTIZERS
-from stage1_vqgan.training.discriminator import NormType, logit_grid_size
-from stage1_vqgan.training.losses import LPIPS_MIN_SIZE, AdversarialType
+
+if TYPE_CHECKING:
+    from stage1_vqgan.configuration_vqgan import VQGANConfig
+
+Backbone = Literal["vgg", "alex", "squeeze"]
+AdversarialType = Literal["hinge", "vanilla", "non_saturating", "wasserstein"]
+NormType = Literal["batch", "group", "actnorm"]
+
+# Smallest image side that passes every pooling layer of the LPIPS backbone.
+LPIPS_MIN_SIZE: dict[Backbone, int] = {"vgg": 16, "alex": 32, "squeeze": 32}
 
 
 @dataclass(kw_only=True)
@@ -38,7 +46,7 @@ class LossConfig(Section):
     l1_weight: NonNegativeFloat = 1.0
     l2_weight: NonNegativeFloat = 0.0
     perceptual_weight: NonNegativeFloat = 1.0
-    lpips_backbone: Literal["vgg", "alex", "squeeze"] = "vgg"
+    lpips_backbone: Backbone = "vgg"
     lpips_weights: str = "pretrained"
     codebook_weight: PositiveFloat = 1.0
     adversarial_weight: NonNegativeFloat = 0.5
@@ -54,7 +62,7 @@ class LossConfig(Section):
             yield "l1_weight", self.l1_weight, "l1_weight, l2_weight and perceptual_weight must not all be 0"
         if self.adversarial_weight and self.adversarial_type == "wasserstein" and not self._has_penalty:
             allowed = (
-                "the loss of a Wasserstein discriminator has no lower bound: set gradient_penalty_weight (10 in its "
+                "the loss of a Wasserstein discriminator has no lower bound: set gradient_penalty_weight (10 in the "
                 "paper), r1_weight or lecam_weight above 0"
             )
             yield "adversarial_type", self.adversarial_type, allowed
@@ -122,8 +130,10 @@ class Stage1Config(TrainingConfig):
     torch_compile: bool = False
     num_sample_images: Positive = 8
 
-    def vqgan_config(self) -> VQGANConfig:
+    def vqgan_config(self) -> "VQGANConfig":
         """The configuration of the model to train."""
+        from stage1_vqgan.configuration_vqgan import VQGANConfig
+
         return VQGANConfig(**self.model)
 
     @property
@@ -161,7 +171,7 @@ class Stage1Config(TrainingConfig):
         yield from super().problems()
         for name in ("FSDP", "DEEPSPEED"):
             if LAUNCHED_WITH[f"USE_{name}"] == "true":
-                reason = "two models and a moving average (ema_decay) cannot be sharded"
+                reason = "it trains two models and a moving average (ema_decay), which cannot be sharded"
                 yield "", None, f"stage 1 was launched with {name}, but {reason}; use accelerate launch --multi_gpu"
         loss, norm_type = self.loss, self.discriminator.norm_type
         if loss.adversarial_weight and norm_type == "batch" and (loss.gradient_penalty_weight or loss.r1_weight):
@@ -180,7 +190,7 @@ class Stage1Config(TrainingConfig):
         if self.model_name_or_path is not None:  # `components.build_tokenizer` checks the rest
             return
         if model.in_channels not in (1, 3):
-            yield "model.in_channels", model.in_channels, "images are read as 1 channel (gray) or 3 (RGB)"
+            yield "model.in_channels", model.in_channels, "images have 1 channel (gray) or 3 (RGB)"
         names = {key.removeprefix("model.") for key, _, _ in wrong}
         for name, value, allowed in model.architecture_problems():
             if not any(re.search(rf"\b{other}\b", f"{name} {allowed}") for other in names):
@@ -195,6 +205,16 @@ class Stage1Config(TrainingConfig):
             yield "model.attn_resolutions", self.model["attn_resolutions"], allowed
         yield from self.size_problems(model.image_size)
 
+    def library_problems(self) -> Iterable[tuple[str, Any, str]]:
+        yield from super().library_problems()
+        if self.model_name_or_path is None:
+            from stage1_vqgan.quantizers import option_problems
+
+            model = self._model_fields()[0]
+            options = option_problems(model.quantizer, model.quantizer_options, model.num_embeddings, model.embed_dim)
+            for name, value, allowed in options:
+                yield f"model.{name}", value, allowed
+
     def size_problems(self, size: int) -> Iterable[tuple[str, Any, str]]:
         """Problems of losses and discriminator with images of `size` pixels, in the form of `problems`."""
         loss = self.loss
@@ -207,20 +227,32 @@ class Stage1Config(TrainingConfig):
             allowed = f"images of {size} pixels (model.image_size) allow at most {most}"
             yield "discriminator.num_layers", self.discriminator.num_layers, allowed
 
-    def _model_fields(self) -> tuple[VQGANConfig, list[tuple[str, Any, str]]]:
-        """The model's configuration with the fields of the right type, and the problems of the other fields."""
-        types = {
-            name: VQGANConfig.__annotations__[name] for name in VQGANConfig.__annotations__ if name != "fingerprint"
-        }
-        model, wrong = VQGANConfig(), []
+    def _model_fields(self) -> tuple[VQGANArchitecture, list[tuple[str, Any, str]]]:
+        """The model's fields of the right type, with defaults for the others, and the problems of the others."""
+        types = {field.name: field.type for field in fields(VQGANArchitecture)}
+        model, wrong = VQGANArchitecture(), []
         for name, value in self.model.items():
             if name not in types:
-                options = {option.name for kind in QUANTIZERS.values() for option in fields(kind.Options)}
-                meant = f"unknown key; did you mean model.quantizer_options.{name}?"
-                wrong.append((f"model.{name}", None, meant if name in options else unknown_key(name, types)))
+                wrong.append((f"model.{name}", None, _unknown_field(name, types)))
                 continue
             try:
                 setattr(model, name, read_value(types[name], value, strict=True))
             except ValueError as error:
                 wrong.append((f"model.{name}", None, str(error)))
         return model, wrong
+
+
+def _unknown_field(name: str, fields_of_model: Collection[str]) -> str:
+    if not get_close_matches(str(name), fields_of_model, n=1):
+        from stage1_vqgan.quantizers import QUANTIZERS  # slow to import, so only for a name that resembles no field
+
+        if any(name == option.name for kind in QUANTIZERS.values() for option in fields(kind.Options)):
+            return f"unknown key; did you mean model.quantizer_options.{name}?"
+    return unknown_key(name, fields_of_model)
+
+
+def logit_grid_size(image_size: int, num_layers: int) -> int:
+    """Side of the discriminator's logit grid for a square image. Below 1, the image is too small for it."""
+    for _ in range(num_layers):
+        image_size //= 2
+    return image_size - 2

@@ -5,13 +5,13 @@ Shape letters: B batch, C channels, H W image size, h w logit grid.
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-NormType = Literal["batch", "group", "actnorm"]
+from stage1_vqgan.training.config import NormType
 
 
 class PatchDiscriminator(nn.Module):
@@ -92,13 +92,6 @@ class ActNorm(nn.Module):
         self.loc.copy_(-mean)
         self.scale.copy_(1 / (variance.sqrt() + 1e-6))
         self.initialized.fill_(1)
-
-
-def logit_grid_size(image_size: int, num_layers: int) -> int:
-    """Side of the logit grid of a square image. Below 1, the image is too small for the discriminator."""
-    for _ in range(num_layers):
-        image_size //= 2
-    return image_size - 2
 
 
 def _forget_initialization(module: ActNorm, keys: object) -> None:

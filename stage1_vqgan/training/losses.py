@@ -7,7 +7,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlparse
 
 import torch
@@ -15,10 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-Backbone = Literal["vgg", "alex", "squeeze"]
-
-# Smallest image side that passes every pooling layer of the LPIPS backbone.
-LPIPS_MIN_SIZE = {"vgg": 16, "alex": 32, "squeeze": 32}
+from stage1_vqgan.training.config import AdversarialType, Backbone
 
 # LPIPS backbones that always compute in float32. The cosine between gradients in bfloat16 and in float32 is 0.991 to
 # 0.995 with vgg and 0.987 to 0.994 with alex, but only 0.947 to 0.968 with squeeze, which is cheap anyway (measured on
@@ -126,8 +123,6 @@ class AdversarialLoss(NamedTuple):
     generator: Callable[[Tensor], Tensor]
     discriminator: Callable[[Tensor, Tensor], Tensor]
 
-
-AdversarialType = Literal["hinge", "vanilla", "non_saturating", "wasserstein"]
 
 # Sources: hinge, Lim and Ye 2017, "Geometric GAN"; vanilla and non-saturating, Goodfellow et al. 2014, "Generative
 # adversarial nets"; Wasserstein, Arjovsky et al. 2017, "Wasserstein GAN". As in the original VQGAN, "vanilla" and

@@ -1,4 +1,4 @@
-"""Settings of stage 2: tokenizing images into codes, and training the prior over the codes."""
+"""Settings of stage 2: writing the codes, and training the prior on them."""
 
 import re
 import textwrap
@@ -15,7 +15,8 @@ from configs.sections import Fraction, NonNegative, Positive
 from configs.values import read_value
 from stage1_vqgan import AugmentationConfig, DataConfig
 
-# Arguments of Trainer that would break complete checkpoints, bit-identical resume or keyed batches, or have no effect.
+# Arguments of Trainer that would break complete checkpoints, exact resume or reproducible batches, or that have no
+# effect here.
 REFUSED_ARGUMENTS = {
     "auto_find_batch_size",
     "data_seed",
@@ -37,10 +38,10 @@ REFUSED_ARGUMENTS = {
     "train_sampling_strategy",
 }
 
-# Fields of a model that the code store decides.
+# Fields that the code store decides.
 DERIVED_KEYS = {"vocab_size", "max_position_embeddings", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id"}
 
-# Sizes of a language model, by transformers' common names. The `attribute_map` of an architecture has its own names.
+# Sizes of a language model. An architecture with other names for them lists these names in its `attribute_map`.
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -56,12 +57,12 @@ NO_PEFT = "peft is not installed: pip install 'tessella[lora]'"
 
 @dataclass(kw_only=True)
 class LoraConfig(Section):
-    """Fine-tuning of a low-rank adapter instead of all weights. Only the adapter is saved.
+    """LoRA: trains and saves a low-rank adapter instead of all weights.
 
     r: rank of the adapter, 8 is usual; 0 trains all weights
-    alpha: the output of the adapter is scaled by alpha / r
-    dropout: dropout of the adapter's input
-    target_modules: "all-linear", names of modules, or a regular expression of names, as in peft
+    alpha: scale of the adapter's output, which is alpha / r
+    dropout: dropout probability of the adapter's input
+    target_modules: modules with an adapter: "all-linear", a list of names, or a regular expression, as in peft
     """
 
     r: NonNegative = 0
@@ -78,24 +79,24 @@ class LoraConfig(Section):
 
 @dataclass(kw_only=True)
 class Stage2Config(TrainingConfig):
-    """Stage 2: tokenizes images into codes and trains a prior over them.
+    """Stage 2: writes the codes of all images, and trains a prior on them.
 
     tokenizer: folder or Hub id of a trained tokenizer
     code_store: folder of the codes
-    num_views: versions of every training image in the store: the image itself and augmented ones; or the ten crops of
+    num_views: versions of each training image in the code store: the image itself and augmented ones, or the ten of
         data.augmentation.ten_crop
-    tokenize_batch_size: images on one device in one forward of the tokenizer
-    model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; embeddings of
-        classes that it does not know by name start anew
+    tokenize_batch_size: images on one device in one forward pass of the tokenizer
+    model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; classes with
+        new names get new embeddings
     model: `model_type` of a causal language model in transformers, and fields of its configuration
-    lora: trains an adapter of the prior in model_name_or_path, see lora.r
-    condition_dropout: share of training sequences with the null token in place of the class, for guidance
-    keep_best: saves the weights of the evaluation with the lowest loss; false saves the last weights
-    early_stopping_patience: number of evaluations without a lower loss that ends the run; 0 never ends it early
-    num_sample_images: images in the grid sampled at every evaluation; 0 samples none, and needs no tokenizer
-    training_arguments: other fields of transformers.TrainingArguments
+    lora: trains an adapter of the prior in model_name_or_path; see lora.r
+    condition_dropout: fraction of training sequences whose class is replaced by the null token, for guidance
+    keep_best: save the weights of the evaluation with the lowest loss; false saves the last weights
+    early_stopping_patience: evaluations in a row without a lower loss after which training ends; 0 never ends it early
+    num_sample_images: images in the grid of samples of every evaluation; 0 samples none, and needs no tokenizer
+    training_arguments: any other field of transformers.TrainingArguments
 
-    stage2_prior.tokenize reads the first four, `data`, `seed` and `dataloader_num_workers`.
+    stage2_prior.tokenize reads the first four of these keys, data, seed and dataloader_num_workers.
     """
 
     tokenizer: str
@@ -114,7 +115,7 @@ class Stage2Config(TrainingConfig):
 
     @property
     def mixed_precision(self) -> str:
-        """Value of `accelerate launch --mixed_precision`."""
+        """The value for `accelerate launch --mixed_precision`."""
         return "fp16" if self.training_arguments.get("fp16") is True else super().mixed_precision
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
@@ -124,9 +125,15 @@ class Stage2Config(TrainingConfig):
         if self.data.augmentation.ten_crop and self.num_views != 10:
             yield "num_views", self.num_views, "data.augmentation.ten_crop makes 10 views; set it to 10"
         if self.lora.r and self.model_name_or_path is None:
-            yield "lora.r", self.lora.r, "needs model_name_or_path: the trained prior that the adapter changes"
+            yield "lora.r", self.lora.r, "needs model_name_or_path: the trained prior to adapt"
+        if self.bf16 and self.training_arguments.get("fp16") is True:
+            yield "training_arguments.fp16", True, "but bf16 is true as well; turn one of them off"
+
+    def library_problems(self) -> Iterable[tuple[str, Any, str]]:
+        yield from super().library_problems()
         yield from self._model_problems()
-        yield from self._argument_problems()
+        if self.training_arguments:
+            yield from self._argument_problems()
 
     def _argument_problems(self) -> Iterable[tuple[str, Any, str]]:
         from transformers import TrainingArguments
@@ -136,21 +143,19 @@ class Stage2Config(TrainingConfig):
         for name, value in self.training_arguments.items():
             key = f"training_arguments.{name}"
             if name in own:
-                yield key, value, f"it is a top-level key; write {name} at the top level"
+                yield key, value, f"it is not part of training_arguments; write {name} at the top level"
             elif name in REFUSED_ARGUMENTS:
                 yield key, value, "it would break saving or resuming, or has no effect; leave it out"
             elif name not in types:
                 yield key, None, unknown_key(name, types)
             else:
                 yield from wrong_value(key, types[name], value)
-        if self.bf16 and self.training_arguments.get("fp16") is True:
-            yield "training_arguments.fp16", True, "but bf16 is true as well; turn one of them off"
 
     def _model_problems(self) -> Iterable[tuple[str, Any, str]]:
         from huggingface_hub.errors import StrictDataclassFieldValidationError
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-        if self.model_name_or_path is not None:  # `adapt_prior` checks against its architecture
+        if self.model_name_or_path is not None:  # The saved prior has its own architecture.
             return
         known = sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
         model_type = self.model.get("model_type")
@@ -167,7 +172,7 @@ class Stage2Config(TrainingConfig):
             name = aliases.get(key, key)
             settings[name] = key, value
             if key in DERIVED_KEYS:
-                problems.append((f"model.{key}", value, "it is decided by the code store; leave it out"))
+                problems.append((f"model.{key}", value, "the code store decides it; leave it out"))
             elif name in types:
                 problems += wrong_value(f"model.{key}", types[name], value)
             elif key != "model_type":
@@ -181,14 +186,14 @@ class Stage2Config(TrainingConfig):
                 name = re.sub(r".*for field '(\w+)'.*", r"\1", str(error), flags=re.DOTALL)
                 key, value = settings.get(name, (name, None))
                 problems.append((f"model.{key}", value, f"not a value that {model_type} takes here"))
-            except Exception as error:  # each configuration class checks in its own way
+            except Exception as error:  # Each configuration class raises its own kind of error.
                 reason = textwrap.shorten(str(error.__cause__ or error), 180, placeholder=" …")
                 problems.append(("model", None, f"{model_type} cannot have these settings: {reason}"))
         yield from problems
 
     @staticmethod
     def _shape_problems(config_class: type, settings: dict[str, tuple[str, Any]]) -> Iterable[tuple[str, Any, str]]:
-        """Problems of sizes that no architecture allows; `settings` is `{field: (key in the configuration, value)}`."""
+        """Problems of sizes in any architecture; `settings` is `{field: (key in the configuration, value)}`."""
         from transformers.activations import ACT2FN
 
         names = {name: config_class.attribute_map.get(name, name) for name in SIZES}  # type: ignore[attr-defined]
@@ -213,11 +218,11 @@ class Stage2Config(TrainingConfig):
 
 
 def wrong_value(key: str, hint: Any, value: Any) -> Iterable[tuple[str, Any, str]]:
-    """The problem of a value that does not fit a type hint of another library; a hint that cannot be read fits all."""
+    """The problem of a value that does not fit a type of transformers. A type that pydantic cannot check fits all."""
     from pydantic import PydanticUserError
 
     enums = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
-    if enums:  # transformers writes `Enum | str` and means the values of the enum
+    if enums:  # Their hints also allow `str`, but only the values of the Enum work.
         hint = Literal[tuple(member.value for kind in enums for member in kind)]
     try:
         read_value(hint, value, strict=not isinstance(value, str))

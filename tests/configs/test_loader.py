@@ -1,9 +1,11 @@
 """The typed loader: overrides, errors a user can act on, and every shipped YAML."""
 
+import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ SHORT_NAMES = [f"{path.parent.name}/{path.stem}" for path in SHIPPED]
 class Inner(Section):
     """A nested section.
 
-    width: of it
+    width: width of the section
+    names: some names
     """
 
     width: Positive = 4
@@ -30,7 +33,13 @@ class Inner(Section):
 
 @dataclass(kw_only=True)
 class Toy(Section):
-    """A small configuration."""
+    """A small configuration.
+
+    steps: number of steps
+    rate, flag: a rate,
+        and a flag
+    label: some text
+    """
 
     steps: Positive
     rate: PositiveFloat = 0.5
@@ -147,7 +156,7 @@ STAGE1 = {
         ({"model.fingerprint": "abc"}, "model.fingerprint", "unknown"),
         ({"model.image_size": 15}, "model.image_size", "received 15; must be divisible by the downsampling factor 2"),
         ({"model.norm_num_groups": 3}, "model.norm_num_groups", "received 3; must divide"),
-        ({"model.in_channels": 2}, "model.in_channels", "received 2; images are read as 1"),
+        ({"model.in_channels": 2}, "model.in_channels", "received 2; images have 1 channel"),
         ({"model.num_embeddings": "many"}, "model.num_embeddings", "a whole number"),
         ({"data.augmentation.rotate": 200}, "data.augmentation.rotate", "180"),
         ({"data.augmentation.rotat": 20}, "data.augmentation.rotat", "did you mean 'rotate'"),
@@ -251,9 +260,34 @@ def test_run_exits_with_2_and_the_problems_on_stderr(capsys):
 def test_help(capsys, flag):
     run(Toy, pytest.fail, "toy command", [flag])
     shown = capsys.readouterr().out
-    assert "usage: toy command" in shown and "A small configuration." in shown
-    for words in ("--steps", "(required)", "--inner.width", "[inner]", *SHORT_NAMES):
-        assert words in shown
+    assert "usage: toy command [CONFIG]" in shown and "A small configuration." in shown
+    assert "  --steps (required)\n        number of steps\n" in shown
+    assert "  --rate 0.5   --flag false\n        a rate,\n        and a flag\n  --label x\n" in shown
+    assert "[inner]\nA nested section.\n\n  --inner.width 4\n        width of the section\n" in shown
+
+
+def test_help_names_the_presets_of_the_command(capsys):
+    for kind in ("stage1", "stage2", "evaluate"):
+        run(dataclass_of(kind), pytest.fail, "command", ["--help"])
+        line = next(line for line in capsys.readouterr().out.splitlines() if "presets: " in line)
+        expected = [name for name in SHORT_NAMES if f"/{kind}" in name]
+        assert line.partition("presets: ")[2].rstrip(".").split(", ") == expected
+
+
+def keys_of(cls, prefix=""):
+    for each in fields(cls):
+        kind = get_type_hints(cls)[each.name]
+        key = f"{prefix}{each.metadata.get('key', each.name)}"
+        yield from keys_of(kind, f"{key}.") if is_dataclass(kind) else [key]
+
+
+@pytest.mark.parametrize("kind", ["stage1", "stage2", "evaluate", "reconstruct", "convert", "build"])
+def test_help_explains_every_key(capsys, kind):
+    cls = dataclass_of(kind)
+    run(cls, pytest.fail, "command", ["--help"])
+    shown = capsys.readouterr().out.splitlines()
+    explained = [key for line in shown if line.startswith("  --") for key in re.findall(r"--(\S+)", line)]
+    assert sorted(explained) == sorted(keys_of(cls))
 
 
 def test_command_line_in_a_folder_with_configs_of_its_own(tmp_path):
@@ -265,11 +299,21 @@ def test_command_line_in_a_folder_with_configs_of_its_own(tmp_path):
 
 
 def dataclass_of(kind):
+    from pipelines.build import BuildConfig
     from pipelines.evaluate import EvaluationConfig
     from stage1_vqgan import Stage1Config
+    from stage1_vqgan.convert.config import ConvertConfig
+    from stage1_vqgan.evaluate import ReconstructionConfig
     from stage2_prior import Stage2Config
 
-    return {"stage1": Stage1Config, "stage2": Stage2Config, "evaluate": EvaluationConfig}[kind.partition("_")[0]]
+    return {
+        "stage1": Stage1Config,
+        "stage2": Stage2Config,
+        "evaluate": EvaluationConfig,
+        "reconstruct": ReconstructionConfig,
+        "convert": ConvertConfig,
+        "build": BuildConfig,
+    }[kind.partition("_")[0]]
 
 
 @pytest.mark.parametrize("name", SHORT_NAMES)
@@ -284,7 +328,8 @@ def test_shipped_configurations_load_and_survive_saving(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in SHORT_NAMES if "/stage1" in name])
 def test_shipped_stage1_builds(name):
     from stage1_vqgan import VQGANModel
-    from stage1_vqgan.training.discriminator import PatchDiscriminator, logit_grid_size
+    from stage1_vqgan.training.config import logit_grid_size
+    from stage1_vqgan.training.discriminator import PatchDiscriminator
 
     config = load_config(dataclass_of("stage1"), name)
     model_config, patch = config.vqgan_config(), config.discriminator

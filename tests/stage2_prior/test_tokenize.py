@@ -13,11 +13,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import stage2_prior.code_store
-import stage2_prior.tokenize
+import stage2_prior.tokenization
 from configs import ConfigError
 from stage1_vqgan import DataConfig, VQGANImageProcessor, VQGANModel, decode, load_images
 from stage2_prior import CodeStore
-from stage2_prior.tokenize import _tokenize_split, tokenize
+from stage2_prior.tokenization import _tokenize_split, tokenize
 from tests.devices import DEVICE, assert_same_codes
 from tests.image_files import picture, write_parquet
 
@@ -232,7 +232,7 @@ def test_one_store_whoever_makes_it(packed, streaming):
 
 def test_a_store_is_finished_after_an_interruption_anywhere(packed, monkeypatch):
     straight = contents(tokenize(packed("straight", streaming=True)).folder)
-    write = stage2_prior.tokenize.write_shard
+    write = stage2_prior.tokenization.write_shard
     for stop in range(len(straight)):
         config, written = packed(f"cut{stop}", streaming=True), []
 
@@ -243,10 +243,10 @@ def test_a_store_is_finished_after_an_interruption_anywhere(packed, monkeypatch)
             written.append(path)
             write(path, *args)
 
-        monkeypatch.setattr(stage2_prior.tokenize, "write_shard", cut)
+        monkeypatch.setattr(stage2_prior.tokenization, "write_shard", cut)
         with pytest.raises(KeyboardInterrupt):
             tokenize(config)
-        monkeypatch.setattr(stage2_prior.tokenize, "write_shard", write)
+        monkeypatch.setattr(stage2_prior.tokenization, "write_shard", write)
         kept = {path: path.stat().st_mtime_ns for path in written}
         assert contents(tokenize(config).folder) == straight
         assert {path: path.stat().st_mtime_ns for path in written} == kept

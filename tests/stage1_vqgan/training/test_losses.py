@@ -9,11 +9,10 @@ import torch
 import torchvision
 from torch import nn
 
+from stage1_vqgan.training.config import LPIPS_MIN_SIZE, AdversarialType
 from stage1_vqgan.training.losses import (
     ADVERSARIAL_LOSSES,
-    LPIPS_MIN_SIZE,
     PIXEL_LOSSES,
-    AdversarialType,
     PerceptualLoss,
     adaptive_weight,
     last_layer_gradients,

@@ -1,41 +1,39 @@
-"""Classifiers that judge generated images by their class, and what they say; nothing is downloaded."""
+"""Classifiers of images, and class metrics of generated images. Nothing is downloaded."""
 
 from collections.abc import Callable
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.metrics import area_features
+from pipelines.evaluation.metrics import area_features
 
-ClassifierType = Literal["svc", "resnet"]
-
-# Pixels float32 `(N, C, H, W)` in [-1, 1], and labels int64 `(N,)`.
+# Pixels float32 `(N, C, H, W)` in [-1, 1] on the CPU, and labels int64 `(N,)`.
 Labelled: TypeAlias = tuple[Tensor, np.ndarray]
 
 BATCH_SIZE = 256
 
 
 class Classifier(Protocol):
-    """Images on the CPU → labels, as in `Labelled`."""
+    """Predicts the labels of images; both have the form of `Labelled`."""
 
     def fit(self, pixels: Tensor, labels: np.ndarray) -> "Classifier":
-        """Trains it from the start."""
+        """Trains from new initial weights."""
         ...
 
     def predict(self, pixels: Tensor) -> np.ndarray:
-        """The likeliest labels."""
+        """The most probable label of each image, int64 `(N,)`."""
         ...
 
 
 class SupportVectorClassifier:
-    """A support vector classifier of images averaged over areas: enough for digits.
+    """A support vector classifier of images averaged over areas. It suffices for digits.
 
     Args:
-        feature_size: side of the averaged images.
-        gamma, c: of scikit-learn's `SVC`.
+        feature_size: side of the averaged images in pixels.
+        gamma, c: parameters of scikit-learn's `SVC`.
     """
 
     def __init__(self, feature_size: int, gamma: float, c: float):
@@ -52,15 +50,15 @@ class SupportVectorClassifier:
 
 
 class ResNetClassifier:
-    """torchvision's ResNet-18 with a first convolution of 3×3 and stride 1 and no pooling after it, for small images.
+    """torchvision's ResNet-18 for small images: its first convolution is 3×3 with stride 1, and no pooling follows it.
 
-    Training images are shifted by up to an eighth of their side.
+    Random shifts by up to an eighth of the side augment the training images.
 
     Args:
         epochs: passes over the training images.
-        flips: whether training images are mirrored at random.
-        seed: of the weights, the order and the shifts.
-        device: where it is trained; on CUDA in bfloat16.
+        flips: mirror training images at random.
+        seed: seed of initial weights, order of images, shifts and flips.
+        device: device of the training; CUDA computes in bfloat16.
 
     Source: He et al. 2016, "Deep residual learning for image recognition", with the first layer of its section 4.2.
     """
@@ -107,7 +105,7 @@ class ResNetClassifier:
         return model.to(self.device, memory_format=torch.channels_last)
 
     def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Each image shifted, its border repeated, and perhaps mirrored."""
+        """Shifts each image at random, repeating its border, and mirrors it at random if `flips`."""
         count, _, height, width = images.shape
 
         def places(size: int) -> Tensor:
@@ -125,23 +123,25 @@ class ResNetClassifier:
 
 
 def accuracy(classifier: Classifier, pixels: Tensor, labels: np.ndarray) -> float:
-    """Share of images to which a classifier gives their label."""
+    """Fraction of images whose label the classifier predicts."""
     return float((classifier.predict(pixels) == labels).mean())
 
 
 def class_metrics(
     classifier: Callable[[], Classifier], train: Labelled, validation: Labelled, generated: Labelled
 ) -> dict[str, float]:
-    """How well generated images show their class, and how well they stand in for real ones.
+    """How recognisable the classes of generated images are, and how well these images replace real training images.
 
     Args:
-        classifier: makes an untrained one.
+        classifier: returns a new, untrained classifier.
         train, validation, generated: images with their labels.
 
     Returns:
-        `class_accuracy`: share of generated images to which a classifier trained on real ones gives their label;
-        `classification_accuracy_score`: share of validation images to which one trained on generated ones does.
-        With `_real` the same of validation images, and of a classifier trained on as many real images, if there are.
+        `class_accuracy`: accuracy on the generated images of a classifier trained on the training images;
+        `class_accuracy_real`: its accuracy on the validation images, for comparison;
+        `classification_accuracy_score`: accuracy on the validation images of a classifier trained on generated images;
+        `classification_accuracy_score_real`: accuracy on the validation images of a classifier trained on an equal
+        number of training images, or on all of them if they are fewer.
 
     Source: Ravuri and Vinyals 2019, "Classification accuracy score for conditional generative models".
     """

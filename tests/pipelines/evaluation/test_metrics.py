@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from pipelines.metrics import area_features, frechet_distances, nearest_distance
+from pipelines.evaluation.metrics import area_features, frechet_distances, nearest_distance
 
 
 def gaussian(seed: int, rows: int = 300, width: int = 6) -> np.ndarray:

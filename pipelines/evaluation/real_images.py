@@ -1,4 +1,4 @@
-"""The real images that generated ones are compared with."""
+"""The real images with which generated images are compared."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,17 +26,20 @@ BATCH_SIZE = 256
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images of a split, as the tokenizer is shown them.
+    """Real images of a split, prepared for the tokenizer.
 
     Attributes:
-        batches: the images, as a loader yields them.
-        labels: int64 `(N,)`, or None.
-        skipped: how many more could not be decoded.
+        batches: batches of the data loader, without empty ones.
+        labels: int64 `(N,)`, or None if the data set has no labels.
+        skipped: number of images that could not be decoded.
     """
 
     batches: list[ImageBatch]
     labels: np.ndarray | None
     skipped: int
+
+    def __len__(self) -> int:
+        return sum(len(batch.indices) for batch in self.batches)
 
     def pixels(self) -> Tensor:
         """float32 `(N, C, H, W)` in [-1, 1]."""
@@ -46,17 +49,17 @@ class RealImages:
 def read_real_images(
     source: Images, processor: VQGANImageProcessor, count: int, max_skipped_fraction: float, num_workers: int = 0
 ) -> RealImages:
-    """At most `count` images of a split: evenly spread over it, of a stream the first ones.
+    """Reads at most `count` images, spread evenly over a split; of a stream, the first ones.
 
     Args:
         source: the split.
-        processor: of the pipeline; decides size, channels and aspect ratio.
-        count: see above.
-        max_skipped_fraction: share of them that may be undecodable.
-        num_workers: processes that decode.
+        processor: image processor of the pipeline; it decides size, channels and aspect ratio.
+        count: largest number of images.
+        max_skipped_fraction: largest fraction of them, in [0, 1], that may fail to decode.
+        num_workers: processes that decode; 0 decodes in the calling process.
 
     Raises:
-        ConfigError: too many of them cannot be decoded, or all.
+        ConfigError: more than the allowed fraction of the images, or all of them, cannot be decoded.
     """
     labels: dict[int, int | None] = {}
 
@@ -80,7 +83,7 @@ def read_real_images(
 
 
 def _some_of(source: Images, count: int) -> Iterator[tuple[ImageKey, int | None]]:
-    """At most `count` images with their labels."""
+    """Keys and labels of the images to read; see `read_real_images`."""
     if isinstance(source, ImageStream):
         for number, (encoded, label) in enumerate(islice(source.read(), count)):
             yield ImageKey(0, number, encoded=encoded), label

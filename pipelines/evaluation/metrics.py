@@ -1,4 +1,4 @@
-"""Distances between sets of images, by features that need no downloaded network."""
+"""Distances between sets of images. Their features are averaged pixels, which need no downloaded network."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,34 @@ from torch import Tensor
 
 
 def area_features(pixels: Tensor, size: int) -> np.ndarray:
-    """float64 `(N, C · size · size)`: images averaged over areas."""
+    """Averages images over areas.
+
+    Args:
+        pixels: float `(N, C, H, W)` on the CPU.
+        size: side of the averaged images in pixels.
+
+    Returns:
+        float64 `(N, C · size · size)`.
+    """
     return F.interpolate(pixels, size=(size, size), mode="area").flatten(1).double().numpy()
 
 
 def frechet_distances(
     fitted_on: np.ndarray, reference: np.ndarray, candidates: Sequence[np.ndarray], num_components: int
 ) -> list[float]:
-    """Frechet distance of Gaussians fitted to principal components: ‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½)."""
+    """Frechet distances of Gaussians fitted to principal components: ‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½).
+
+    Args:
+        fitted_on: features that the principal components are fitted to, `(N, F)`.
+        reference: features `(N, F)` of one Gaussian.
+        candidates: features `(N, F)` of the others, each of which is compared with the reference.
+        num_components: principal components, at most the smaller side of `fitted_on`.
+
+    Returns:
+        One distance for each candidate, at least 0 up to rounding.
+
+    Source: Dowson and Landau 1982, "The Fréchet distance between multivariate normal distributions".
+    """
     from sklearn.decomposition import PCA
 
     pca = PCA(num_components, svd_solver="full").fit(fitted_on)
@@ -29,7 +49,8 @@ def frechet_distances(
     distances = []
     for candidate in candidates:
         other_mean, other_covariance = moments(candidate)
-        # the trace of the root is the sum of the roots of the eigenvalues, which are real and not negative
+        # The trace of a matrix root is the sum of the roots of its eigenvalues. Those of Σ₁Σ₂ are real and at least 0;
+        # rounding may add small imaginary or negative parts.
         roots = np.sqrt(np.clip(np.linalg.eigvals(covariance @ other_covariance).real, 0, None))
         trace = np.trace(covariance) + np.trace(other_covariance) - 2 * roots.sum()
         distances.append(float(((mean - other_mean) ** 2).sum() + trace))
@@ -37,8 +58,8 @@ def frechet_distances(
 
 
 def nearest_distance(features: np.ndarray, reference: np.ndarray) -> float:
-    """Mean Euclidean distance to the nearest row of the reference; near 0 means copies."""
+    """Mean Euclidean distance of rows to their nearest row of the reference. Near 0, the rows are copies."""
     rows = torch.from_numpy(reference)
-    # in parts: of ten thousand rows and sixty thousand all distances at once would take 5 GB
+    # In parts: the distances of ten thousand rows to sixty thousand take 5 GB.
     nearest = [torch.cdist(part, rows).amin(1) for part in torch.from_numpy(features).split(1000)]
     return float(torch.cat(nearest).mean())

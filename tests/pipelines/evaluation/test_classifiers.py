@@ -1,11 +1,11 @@
-"""Classifiers of images, and what is told by them."""
+"""Classifiers of images, and the class metrics that they give."""
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from pipelines.classifiers import ResNetClassifier, SupportVectorClassifier, accuracy, class_metrics
+from pipelines.evaluation.classifiers import ResNetClassifier, SupportVectorClassifier, accuracy, class_metrics
 
 
 def corners(seed: int, count: int) -> tuple[torch.Tensor, np.ndarray]:

@@ -1,0 +1,50 @@
+"""Settings of an evaluation."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from configs import Section
+from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from stage1_vqgan import DataConfig
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig(Section):
+    """Compares the images that a pipeline generates with real images.
+
+    pipeline: folder or Hub id of the pipeline
+    data: the real images; the training split trains the classifier and fits the principal components, the validation
+        split is what generated images are compared with
+    output_dir: folder for metrics.json, samples.png and reconstructions.png
+    samples_per_class: images to generate of each class; of an unconditional pipeline, the number of all images
+    guidance_scale: guidance of the generated images; 1 turns it off
+    seed: seed of the generated images and of "resnet"
+    feature_size: images are averaged over areas to this side (pixels) before the metrics compare them
+    num_components: principal components in the Frechet distance
+    classifier: "svc", a support vector classifier of the averaged images, or "resnet", which colour photos need
+    classifier_gamma, classifier_c: parameters of "svc", as in scikit-learn
+    classifier_epochs: training epochs of "resnet", which sees mirrored images if data.augmentation.horizontal_flip
+    max_real_images: upper limit of the real images of each split
+    grid_columns: images of each class in samples.png
+    dataloader_num_workers: processes that decode the real images; 0 decodes in the main process
+    tokenizer_run, code_store, prior_run: folders of the earlier steps; their recorded durations join the metrics
+    """
+
+    pipeline: str
+    data: DataConfig
+    output_dir: str
+    samples_per_class: Positive = 50
+    guidance_scale: NonNegativeFloat = 1.5
+    seed: NonNegative = 0
+    feature_size: Positive = 8
+    num_components: Positive = 24
+    classifier: Literal["svc", "resnet"] = "svc"
+    classifier_gamma: PositiveFloat = 0.02
+    classifier_c: PositiveFloat = 10.0
+    classifier_epochs: Positive = 15
+    max_real_images: Positive = 5000
+    grid_columns: Positive = 10
+    dataloader_num_workers: NonNegative = 0
+    tokenizer_run: str | None = None
+    code_store: str | None = None
+    prior_run: str | None = None

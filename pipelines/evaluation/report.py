@@ -1,0 +1,82 @@
+"""The files of an evaluation: metrics.json with what it was computed from, and the two pictures."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs import ConfigError, Problem
+from pipelines.evaluation.config import EvaluationConfig
+from pipelines.pipeline_vqgan import VQGANPipeline
+from stage1_vqgan import image_grid
+
+METRICS_NAME = "metrics.json"
+SAMPLES_NAME = "samples.png"
+RECONSTRUCTIONS_NAME = "reconstructions.png"
+
+# Limits of the pictures: rows of samples.png, and originals in reconstructions.png.
+MAX_CLASSES, MAX_ORIGINALS = 20, 16
+
+
+def saved_metrics(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics in a folder, if they were computed from the same inputs and the pictures are there as well."""
+    if not all((folder / name).is_file() for name in (METRICS_NAME, SAMPLES_NAME, RECONSTRUCTIONS_NAME)):
+        return None
+    metrics = json.loads((folder / METRICS_NAME).read_text())
+    return metrics if metrics["inputs"] == inputs else None
+
+
+def save_pictures(config: EvaluationConfig, pipeline: VQGANPipeline, samples: Tensor, validation: Tensor) -> None:
+    """Writes samples.png, a row for each class, and reconstructions.png, originals above their reconstructions.
+
+    Args:
+        config: settings of the evaluation.
+        pipeline: the evaluated pipeline.
+        samples: generated images, float32 `(N, C, H, W)` in [-1, 1], sorted by class.
+        validation: real images, in the same form.
+    """
+    folder, to_images = Path(config.output_dir), pipeline.image_processor.postprocess
+    columns = min(config.grid_columns, config.samples_per_class)
+    by_class = samples.view(-1, config.samples_per_class, *samples.shape[1:])
+    rows = by_class[:MAX_CLASSES, :columns].flatten(0, 1)
+    image_grid(to_images(rows), columns, min_tile=48).save(folder / SAMPLES_NAME)
+    originals = validation[:: max(1, len(validation) // MAX_ORIGINALS)][:MAX_ORIGINALS]
+    with torch.no_grad():
+        reconstructions = pipeline.vqgan(originals.to(pipeline.device)).reconstruction.cpu()
+    grid = image_grid(to_images(torch.cat([originals, reconstructions])), len(originals), min_tile=48)
+    grid.save(folder / RECONSTRUCTIONS_NAME)
+
+
+def weights_hash(pipeline: VQGANPipeline) -> str:
+    """Identifies the weights of both models."""
+    digest = hashlib.sha256()
+    for model in (pipeline.vqgan, pipeline.prior):
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def recorded_seconds(config: EvaluationConfig) -> dict[str, float]:
+    """The durations that the earlier steps have recorded in their folders.
+
+    Raises:
+        ConfigError: a step has not recorded its duration.
+    """
+    places = {
+        "stage1": (config.tokenizer_run, "train_results.json", "train_runtime"),
+        "tokenize": (config.code_store, "manifest.json", "seconds"),
+        "stage2": (config.prior_run, "train_results.json", "train_runtime"),
+    }
+    named = {step: (Path(folder) / file, name) for step, (folder, file, name) in places.items() if folder is not None}
+    missing = [
+        Problem("", f"{path} is not there: that step has not finished")
+        for path, _ in named.values()
+        if not path.is_file()
+    ]
+    if missing:
+        raise ConfigError(missing, "recorded durations")
+    return {step: json.loads(path.read_text())[name] for step, (path, name) in named.items()}

@@ -1,0 +1,160 @@
+"""The evaluation of a pipeline: load, sample, measure, report.
+
+Real and generated images take the same path to the metrics: the pixels of the image processor in [-1, 1], averaged over
+areas to `feature_size × feature_size`.
+"""
+
+import json
+import textwrap
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from configs import ConfigError, Problem
+from configs.files import write_json
+from pipelines.evaluation.classifiers import Classifier, ResNetClassifier, SupportVectorClassifier, class_metrics
+from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.metrics import area_features, frechet_distances, nearest_distance
+from pipelines.evaluation.real_images import RealImages, read_real_images
+from pipelines.evaluation.report import METRICS_NAME, recorded_seconds, save_pictures, saved_metrics, weights_hash
+from pipelines.pipeline_vqgan import VQGANPipeline
+from stage1_vqgan import load_images
+from stage1_vqgan.reconstruction import evaluate_reconstruction
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, Any]:
+    """Evaluates a pipeline, writes metrics and pictures, and prints the metrics.
+
+    If the folder already holds the metrics of the same weights and settings, it only prints them.
+
+    Raises:
+        ConfigError: the pipeline, the images or a recorded duration cannot be read, or num_components is too large.
+    """
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline = load_pipeline(config.pipeline)
+    seconds = recorded_seconds(config)
+    inputs = {"weights": weights_hash(pipeline), **asdict(config)}
+    metrics = saved_metrics(folder, inputs)
+    if metrics is None:
+        started = time.perf_counter()
+        train, validation = read_splits(config, pipeline)
+        samples, labels = generate_samples(config, pipeline)
+        metrics = measure(config, pipeline, train, validation, samples, labels)
+        metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
+        metrics["inputs"] = inputs
+        save_pictures(config, pipeline, samples, validation.pixels())
+        write_json(folder / METRICS_NAME, metrics)
+    print(json.dumps({name: value for name, value in metrics.items() if name != "inputs"}, indent=2))
+    return metrics
+
+
+def load_pipeline(name: str) -> VQGANPipeline:
+    """Loads the pipeline, onto the GPU if there is one."""
+    try:
+        return VQGANPipeline.from_pretrained(name, device="cuda" if torch.cuda.is_available() else "cpu")
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = textwrap.shorten(str(error).strip().partition("\n")[0], 180, placeholder=" …")
+        raise ConfigError([Problem("pipeline", f"received {name!r}; {reason}")]) from error
+
+
+def read_splits(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple[RealImages, RealImages]:
+    """The real images of the training and of the validation split."""
+    train, validation = (
+        read_real_images(
+            source,
+            pipeline.image_processor,
+            config.max_real_images,
+            config.data.max_skipped_fraction,
+            config.dataloader_num_workers,
+        )
+        for source in load_images(config.data)
+    )
+    most = min(len(train), pipeline.image_processor.num_channels * config.feature_size**2)
+    if config.num_components > most:
+        allowed = f"at most {most} with these images and this feature_size"
+        raise ConfigError([Problem("num_components", f"received {config.num_components}; {allowed}")])
+    return train, validation
+
+
+def generate_samples(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple[Tensor, np.ndarray | None]:
+    """Generates the images to evaluate.
+
+    Returns:
+        Pixels float32 `(N, C, H, W)` in [-1, 1], and the class of each, int64 `(N,)`, or None if unconditional.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    classes = range(len(pipeline.class_names))
+    if not classes:
+        out = pipeline.generate(num_images=config.samples_per_class, generator=generator, output_type="pt")
+        return out.images.cpu() * 2 - 1, None
+    out = pipeline.generate(
+        class_labels=list(classes),
+        num_images_per_label=config.samples_per_class,
+        guidance_scale=config.guidance_scale,
+        generator=generator,
+        output_type="pt",
+    )
+    return out.images.cpu() * 2 - 1, np.repeat(classes, config.samples_per_class)
+
+
+def measure(
+    config: EvaluationConfig,
+    pipeline: VQGANPipeline,
+    train: RealImages,
+    validation: RealImages,
+    samples: Tensor,
+    labels: np.ndarray | None,
+) -> dict[str, Any]:
+    """All metrics of generated images and of the tokenizer; class metrics only if all images have labels."""
+    train_pixels, validation_pixels = train.pixels(), validation.pixels()
+    metrics = dict[str, Any]()
+    if labels is not None and train.labels is not None and validation.labels is not None:
+        metrics |= class_metrics(
+            lambda: new_classifier(config, pipeline.device),
+            (train_pixels, train.labels),
+            (validation_pixels, validation.labels),
+            (samples, labels),
+        )
+    real_train, real_validation, generated = (
+        area_features(pixels, config.feature_size) for pixels in (train_pixels, validation_pixels, samples)
+    )
+    metrics["frechet_distance"], metrics["frechet_distance_real"] = frechet_distances(
+        real_train, real_validation, [generated, real_train], config.num_components
+    )
+    metrics["nearest_neighbour_ratio"] = nearest_distance(generated, real_train) / nearest_distance(
+        real_validation, real_train
+    )
+    metrics |= reconstruction_metrics(pipeline, train, validation)
+    metrics["num_samples"] = len(samples)
+    if train.skipped + validation.skipped:
+        metrics["skipped"] = train.skipped + validation.skipped
+    return metrics
+
+
+def new_classifier(config: EvaluationConfig, device: torch.device) -> Classifier:
+    """An untrained classifier of the configured kind."""
+    if config.classifier == "svc":
+        return SupportVectorClassifier(config.feature_size, config.classifier_gamma, config.classifier_c)
+    flips = config.data.augmentation.horizontal_flip
+    return ResNetClassifier(config.classifier_epochs, flips, config.seed, device)
+
+
+@torch.no_grad()
+def reconstruction_metrics(pipeline: VQGANPipeline, train: RealImages, validation: RealImages) -> dict[str, float]:
+    """Codebook usage over the training images, and reconstruction errors of the validation images."""
+    used = torch.zeros(pipeline.layout.num_codes, dtype=torch.bool)
+    for batch in tqdm(train.batches, desc="encoding", unit="batch"):
+        used[pipeline.vqgan.encode(batch.images(pipeline.device)).codes.flatten().cpu()] = True
+    errors = evaluate_reconstruction(pipeline.vqgan, validation.batches)
+    return {
+        "codebook_usage": used.float().mean().item(),
+        **{name: errors[name] for name in ("reconstruction_l1", "psnr", "ssim") if name in errors},
+    }
