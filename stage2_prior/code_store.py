@@ -124,7 +124,15 @@ class CodeStore:
 
 
 class CodeSplit:
-    """The rows of one split; its shards are mapped when the first are read, so that it can be sent to workers."""
+    """The rows of one split.
+
+    The shards are memory-mapped at the first read. Pickling leaves the maps out, so a split can be sent to workers.
+
+    Args:
+        folder: folder of the store.
+        name: "train" or "validation".
+        shard_rows: number of rows of each shard.
+    """
 
     def __init__(self, folder: Path, name: str, shard_rows: Sequence[int]):
         self.folder, self.name = folder, name
@@ -135,52 +143,39 @@ class CodeSplit:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_columns"}
+        return {name: value for name, value in self.__dict__.items() if name != "_shards"}
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Codes `(n, L)` and labels `(n,)` (or None) of int64 row numbers `(n,)`, without a loop over them."""
+        """Reads rows in any order, across shards.
+
+        Args:
+            rows: int64 `(n,)`, row numbers of the split.
+
+        Returns:
+            Codes, uint16 or uint32 `(n, L)`, and labels, int64 `(n,)`, or None for a store without labels.
+        """
         shards = np.searchsorted(self.ends, rows, side="right")
         offsets = rows - self.starts[shards]
-        codes, labels = self._columns
-        return codes.take(shards, offsets), labels.take(shards, offsets)[:, 0] if labels is not None else None
+        first_codes, first_labels = self._shards[0]
+        codes = np.empty((len(rows), first_codes.shape[1]), first_codes.dtype)
+        labels = None if first_labels is None else np.empty(len(rows), first_labels.dtype)
+        for shard in np.unique(shards):
+            shard_codes, shard_labels = self._shards[shard]
+            places = np.flatnonzero(shards == shard)
+            codes[places] = shard_codes[offsets[places]]
+            if labels is not None and shard_labels is not None:
+                labels[places] = shard_labels[offsets[places]]
+        return codes, labels
 
     @cached_property
-    def _columns(self) -> tuple["MappedRows", "MappedRows | None"]:
-        """Codes, and labels if there are any, of all shards."""
-        batches = []
+    def _shards(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Codes `(rows, L)` and labels `(rows,)` of every shard, as views of its memory map."""
+        shards = []
         for shard in range(len(self.ends)):
             with pa.memory_map(str(shard_path(self.folder, self.name, shard))) as source:  # the map outlives the file
-                batches.append(pa.ipc.open_stream(source).read_next_batch())
-        width = batches[0].column("codes").type.list_size
-        codes = MappedRows([batch.column("codes").flatten() for batch in batches], width)
-        has_labels = "label" in batches[0].schema.names
-        return codes, MappedRows([batch.column("label") for batch in batches], 1) if has_labels else None
-
-
-class MappedRows:
-    """Rows of several memory maps, taken all at once: one array strides over all the memory from the first map to the
-    last, in which every row has an index. What lies between the maps is in no row and never touched.
-
-    Args:
-        shards: integers without nulls, the rows of a shard one after another.
-        width: of a row.
-    """
-
-    def __init__(self, shards: Sequence[pa.Array], width: int):
-        self.shards = [shard.to_numpy(zero_copy_only=True) for shard in shards]  # keeps the maps
-        self.width = width
-        filled = [shard for shard in self.shards if len(shard)]
-        first = min(filled, key=_address)
-        size = first.itemsize
-        end = max(_address(shard) + shard.nbytes for shard in filled)
-        shape = ((end - _address(first)) // size - width + 1, width)
-        self.view = np.lib.stride_tricks.as_strided(first, shape, (size, size), writeable=False)
-        self.starts = np.array([(_address(shard) - _address(first)) // size for shard in self.shards])
-
-    def take(self, shards: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """A copy `(n, width)` of the rows with these numbers, int64 `(n,)`, in these shards, int64 `(n,)`."""
-        return self.view[self.starts[shards] + offsets * self.width]
-
-
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]
+                batch = pa.ipc.open_stream(source).read_next_batch()
+            codes = batch.column("codes")
+            rows = codes.flatten().to_numpy(zero_copy_only=True).reshape(-1, codes.type.list_size)
+            labels = batch.column("label").to_numpy(zero_copy_only=True) if "label" in batch.schema.names else None
+            shards.append((rows, labels))
+        return shards
