@@ -146,14 +146,14 @@ def to_square(
     if aspect_ratio == "pad":
         scale = zoomed / max(height, width)
         pixels = resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
-        return window(pad(pixels, zoomed), size, position)
+        return crop_square(pad(pixels, zoomed), size, position)
     # What is cut off is never resized. The square is cut on the finer grid: that of the source if it has more pixels
     # than the result, else that of the result.
     side = round(min(height, width) / zoom)
     if side >= size:
-        square = window(pixels, side, position)
+        square = crop_square(pixels, side, position)
         return square if side <= max_side else resize(square, size, size)
-    return window(resize(window(pixels, min(height, width), position), zoomed, zoomed), size, position)
+    return crop_square(resize(crop_square(pixels, min(height, width), position), zoomed, zoomed), size, position)
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -184,7 +184,7 @@ def resize_in_floats(images: Tensor, height: int, width: int) -> Tensor:
     return resized.to(torch.uint8)
 
 
-def window(pixels: Tensor, side: int, position: tuple[float, float]) -> Tensor:
+def crop_square(pixels: Tensor, side: int, position: tuple[float, float]) -> Tensor:
     """The `side × side` square that lies at a position, see `to_square`; a view."""
     height, width = pixels.shape[:2]
     left, top = round(position[0] * (width - side)), round(position[1] * (height - side))
@@ -195,8 +195,8 @@ def pad(pixels: Tensor, side: int) -> Tensor:
     """Fills up to a `side × side` square with the background; the image is in the middle."""
     height, width, channels = pixels.shape
     square = torch.full((side, side, channels), BACKGROUND_LEVEL, dtype=torch.uint8)
-    window_of_image = square[(side - height) // 2 :, (side - width) // 2 :][:height, :width]
-    window_of_image.copy_(pixels)
+    interior = square[(side - height) // 2 :, (side - width) // 2 :][:height, :width]
+    interior.copy_(pixels)
     return square
 
 

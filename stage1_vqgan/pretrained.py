@@ -25,12 +25,12 @@ CHANGEABLE = {"image_size", "dropout", "quantizer_options"}
 DISCRIMINATOR_NAME = "discriminator.safetensors"
 
 
-def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANModel:
+def load_tokenizer(name: str, field: str = "tokenizer", **changes: Any) -> VQGANModel:
     """The tokenizer in a folder or Hub repository, in evaluation mode on the CPU.
 
     Args:
         name: folder or Hub id.
-        key: of the configuration that named it, for the message.
+        field: configuration field that holds `name`; the error names it.
         changes: fields of its configuration to change.
 
     Raises:
@@ -54,7 +54,7 @@ def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANMo
             raise
         except (OSError, ValueError, StrictDataclassError) as error:
             reason = f"no tokenizer can be loaded from it: {textwrap.shorten(str(error), 160, placeholder=' …')}"
-    raise ConfigError([Problem(key, f"received {name!r}; {reason}")])
+    raise ConfigError([Problem(field, f"received {name!r}; {reason}")])
 
 
 def _checked(name: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def start_discriminator(discriminator: nn.Module, name: str) -> str | None:
     except SafetensorError:
         message = f"received {name!r}; its {DISCRIMINATOR_NAME} is damaged; remove it, or download it again"
         raise ConfigError([Problem("model_name_or_path", message)]) from None
-    if {key: value.shape for key, value in weights.items()} != {key: value.shape for key, value in own.items()}:
+    if {entry: value.shape for entry, value in weights.items()} != {entry: value.shape for entry, value in own.items()}:
         return f"the discriminator starts anew: that of {name} is of another shape than the one configured"
     discriminator.load_state_dict(weights)
     return f"the discriminator starts from that of {name}"

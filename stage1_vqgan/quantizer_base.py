@@ -117,12 +117,12 @@ def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
     """
     latents, codebook = latents.float(), codebook.float()
     queries = F.pad(latents, (0, 1), value=1.0)
-    keys = torch.cat([codebook, -0.5 * codebook.square().sum(1, keepdim=True)], dim=1)
-    held = CPU_SCORES if latents.device.type == "cpu" else DEVICE_SCORES
-    chunks = queries.split(max(1, held // len(codebook)))
+    entries = torch.cat([codebook, -0.5 * codebook.square().sum(1, keepdim=True)], dim=1)
+    num_scores = CPU_SCORES if latents.device.type == "cpu" else DEVICE_SCORES
+    chunks = queries.split(max(1, num_scores // len(codebook)))
     scores = queries.new_empty(len(chunks[0]), len(codebook))
     # on a CPU max finds the index in half the time of argmax
-    return torch.cat([torch.mm(chunk, keys.T, out=scores[: len(chunk)]).max(1).indices for chunk in chunks])
+    return torch.cat([torch.mm(chunk, entries.T, out=scores[: len(chunk)]).max(1).indices for chunk in chunks])
 
 
 def straight_through(z: Tensor, quantized: Tensor) -> Tensor:

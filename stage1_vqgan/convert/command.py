@@ -75,7 +75,7 @@ def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
     if original.discriminator:
         save_file(original.discriminator, folder / DISCRIMINATOR_NAME)
     compared = compare(config, VQGANModel.from_pretrained(folder).eval(), checkpoint)
-    return [*describe(model), *told(original, model), *compared]
+    return [*describe(model), *reading_notes(original, model), *compared]
 
 
 def export(config: ConvertConfig, folder: Path) -> list[str]:
@@ -110,7 +110,7 @@ def describe(model: VQGANModel) -> list[str]:
     ]
 
 
-def told(original: Original, model: VQGANModel) -> list[str]:
+def reading_notes(original: Original, model: VQGANModel) -> list[str]:
     """What a user should know of how the original was read."""
     notes = list(original.notes)
     if original.discriminator:

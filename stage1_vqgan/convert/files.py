@@ -53,12 +53,12 @@ STAND_INS = [
 ]
 
 
-def refuse(key: str, path: Path, reason: str) -> ConfigError:
+def refuse(field: str, path: Path, reason: str) -> ConfigError:
     """The error for a file that cannot be used; `key` is the command's key that named it."""
-    return ConfigError([Problem(key, f"received {shown(str(path))}; {reason}")])
+    return ConfigError([Problem(field, f"received {shown(str(path))}; {reason}")])
 
 
-def read_tensors(path: Path, entries: Sequence[str] = (), key: str = "checkpoint") -> dict[str, Tensor]:
+def read_tensors(path: Path, entries: Sequence[str] = (), field: str = "checkpoint") -> dict[str, Tensor]:
     """The tensors of a checkpoint, on the CPU in the dtypes they are stored in.
 
     Args:
@@ -71,19 +71,19 @@ def read_tensors(path: Path, entries: Sequence[str] = (), key: str = "checkpoint
     """
     if not path.is_file():
         reason = "it is a folder; give the file of the weights in it" if path.is_dir() else "there is no such file"
-        raise refuse(key, path, reason)
-    content = _read_safetensors(path, key) if path.suffix == ".safetensors" else _read_pickle(path, key)
+        raise refuse(field, path, reason)
+    content = _read_safetensors(path, field) if path.suffix == ".safetensors" else _read_pickle(path, field)
     holder = next((name for name in entries if isinstance(content.get(name), Mapping)), None)
     weights = content if holder is None else content[holder]
     foreign = [str(name) for name, value in weights.items() if not isinstance(value, Tensor)]
     if foreign or not weights:
         found = f"{listed(foreign)} {'are' if len(foreign) > 1 else 'is'} no tensor" if foreign else "it is empty"
         wanted = "a state dict" + (f", alone or under {' or '.join(map(repr, entries))}" if entries else "")
-        raise refuse(key, path, f"{found}; needed is {wanted}")
+        raise refuse(field, path, f"{found}; needed is {wanted}")
     return {str(name): value for name, value in weights.items()}
 
 
-def as_float32(weights: Mapping[str, Tensor], path: Path, key: str = "checkpoint") -> dict[str, Tensor]:
+def as_float32(weights: Mapping[str, Tensor], path: Path, field: str = "checkpoint") -> dict[str, Tensor]:
     """The same weights as contiguous float32.
 
     Raises:
@@ -97,7 +97,7 @@ def as_float32(weights: Mapping[str, Tensor], path: Path, key: str = "checkpoint
     wrong = [f"{name} ({value.dtype})" for name, value in weights.items() if value.dtype not in FLOATS]
     hollow = [name for name, stored in plain.items() if not stored]
     problems = [
-        Problem(key, f"{listed(names)}: {reason}")
+        Problem(field, f"{listed(names)}: {reason}")
         for names, reason in (
             (wrong, "weights must be float16, bfloat16, float32 or float64"),
             (hollow, "the file stores fewer numbers than these tensors have"),
@@ -109,11 +109,11 @@ def as_float32(weights: Mapping[str, Tensor], path: Path, key: str = "checkpoint
     converted = {name: value.to(torch.float32).contiguous() for name, value in weights.items()}
     infinite = [name for name, value in converted.items() if not value.isfinite().all()]
     if infinite:
-        raise ConfigError([Problem(key, f"{listed(infinite)}: not every number is finite in float32")], str(path))
+        raise ConfigError([Problem(field, f"{listed(infinite)}: not every number is finite in float32")], str(path))
     return converted
 
 
-def read_mapping(path: Path, key: str = "config") -> dict[str, Any]:
+def read_mapping(path: Path, field: str = "config") -> dict[str, Any]:
     """The keys and values of a YAML or JSON file.
 
     Raises:
@@ -121,25 +121,25 @@ def read_mapping(path: Path, key: str = "config") -> dict[str, Any]:
     """
     if not path.is_file():
         reason = "it is a folder; give a YAML or JSON file" if path.is_dir() else "there is no such file"
-        raise refuse(key, path, reason)
+        raise refuse(field, path, reason)
     if path.stat().st_size > LARGEST_CONFIG:
-        raise refuse(key, path, f"it has {path.stat().st_size:,} bytes; this is no configuration")
+        raise refuse(field, path, f"it has {path.stat().st_size:,} bytes; this is no configuration")
     try:
         text = path.read_text(encoding="utf-8")
         values, repeated = (json.loads(text), []) if path.suffix == ".json" else parse_yaml(text)
     except UnicodeDecodeError:
-        raise refuse(key, path, "it is not a text file; a YAML or JSON file is needed") from None
+        raise refuse(field, path, "it is not a text file; a YAML or JSON file is needed") from None
     except RecursionError:
-        raise refuse(key, path, "it is nested too deeply") from None
+        raise refuse(field, path, "it is nested too deeply") from None
     except ValueError as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise refuse(key, path, f"it is not valid {kind}: {error}") from None
+        raise refuse(field, path, f"it is not valid {kind}: {error}") from None
     if repeated:
         raise ConfigError(repeated, str(path))
     if not isinstance(values, dict):
-        raise refuse(key, path, f"it holds {type(values).__name__}; needed are keys and values")
+        raise refuse(field, path, f"it holds {type(values).__name__}; needed are keys and values")
     if not _is_small(values):
-        raise refuse(key, path, f"it holds more than {MOST_VALUES:,} values; this is no configuration")
+        raise refuse(field, path, f"it holds more than {MOST_VALUES:,} values; this is no configuration")
     return values
 
 
@@ -157,17 +157,17 @@ def _is_small(values: Any) -> bool:
     return not waiting
 
 
-def _read_safetensors(path: Path, key: str) -> dict[str, Any]:
+def _read_safetensors(path: Path, field: str) -> dict[str, Any]:
     try:
         return dict(load_file(path))
     except SafetensorError as error:
-        raise refuse(key, path, f"it is not a complete safetensors file ({error}); download it again") from None
+        raise refuse(field, path, f"it is not a complete safetensors file ({error}); download it again") from None
 
 
-def _read_pickle(path: Path, key: str) -> dict[str, Any]:
+def _read_pickle(path: Path, field: str) -> dict[str, Any]:
     is_zip = zipfile.is_zipfile(path)
-    if is_zip and any(entry.compress_type for entry in _entries(path, key)):
-        raise refuse(key, path, "parts of it are compressed, which torch.save never does; this is no checkpoint")
+    if is_zip and any(entry.compress_type for entry in _entries(path, field)):
+        raise refuse(field, path, "parts of it are compressed, which torch.save never does; this is no checkpoint")
     try:
         with safe_globals([(StandIn, name) for name in STAND_INS]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -175,23 +175,23 @@ def _read_pickle(path: Path, key: str) -> dict[str, Any]:
         unwanted = re.search(r"\bGLOBAL ([\w.]+)", str(error))
         if unwanted is None:
             reason = "it is not a complete checkpoint of torch.save; download it again"
-            raise refuse(key, path, f"{reason} ({_reason(error)})") from None
+            raise refuse(field, path, f"{reason} ({_reason(error)})") from None
         reason = (
             f"it asks for {unwanted[1]}, which is code, not weights; nothing was run. If you trust it, save its "
             "weights alone where it was made: torch.save({'state_dict': model.state_dict()}, 'weights.ckpt')"
         )
-        raise refuse(key, path, reason) from None
+        raise refuse(field, path, reason) from None
     if not isinstance(content, Mapping):
-        raise refuse(key, path, f"it holds {type(content).__name__}; needed is a state dict")
+        raise refuse(field, path, f"it holds {type(content).__name__}; needed is a state dict")
     return dict(content)
 
 
-def _entries(path: Path, key: str) -> list[zipfile.ZipInfo]:
+def _entries(path: Path, field: str) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise refuse(key, path, f"it is damaged; download it again ({_reason(error)})") from None
+        raise refuse(field, path, f"it is damaged; download it again ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:

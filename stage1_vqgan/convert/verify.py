@@ -44,7 +44,7 @@ def stored_cases(path: Path, model: VQGANModel) -> list[Case]:
     Raises:
         ConfigError: it holds none, or none for this tokenizer.
     """
-    tensors = read_tensors(path, key="verify")
+    tensors = read_tensors(path, field="verify")
     cases = []
     for name, pixels in stored_inputs(tensors, path, model).items():
         factor = model.config.downsampling_factor
@@ -89,7 +89,7 @@ def diffusers_cases(folder: Path, path: Path | None, model: VQGANModel) -> list[
     """
     from diffusers import VQModel
 
-    inputs = random_inputs(model) if path is None else stored_inputs(read_tensors(path, key="verify"), path, model)
+    inputs = random_inputs(model) if path is None else stored_inputs(read_tensors(path, field="verify"), path, model)
     theirs: Any = VQModel.from_pretrained(folder, low_cpu_mem_usage=False, local_files_only=True).float().eval()
     cases = []
     with torch.no_grad():

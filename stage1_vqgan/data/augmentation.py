@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from stage1_vqgan.data.config import AugmentationConfig
-from stage1_vqgan.image_processing_vqgan import AspectRatio, to_pil, to_pixels, to_square, window
+from stage1_vqgan.image_processing_vqgan import AspectRatio, crop_square, to_pil, to_pixels, to_square
 
 # Random numbers that `augment` takes.
 NUM_DRAWS = 8
@@ -68,8 +68,8 @@ def ten_crop(square: Tensor, size: int, view: int) -> Tensor:
     Source: Krizhevsky et al. 2012, "ImageNet classification with deep convolutional neural networks", section 4.1; for
     the codes of a prior with a square 1.1 times the size, Sun et al. 2024, "Autoregressive model beats diffusion".
     """
-    mirrored, crop = divmod(view, len(FIVE_CROPS))
-    return window(square.flip(1) if mirrored else square, size, FIVE_CROPS[crop])
+    mirrored, place = divmod(view, len(FIVE_CROPS))
+    return crop_square(square.flip(1) if mirrored else square, size, FIVE_CROPS[place])
 
 
 def affine(image: Image.Image, angle: float, scale: float, shift: tuple[float, float]) -> Image.Image:

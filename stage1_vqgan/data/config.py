@@ -10,7 +10,7 @@ from configs import ConfigError, Problem, Section
 from configs.sections import Fraction, Positive
 
 # How images are brought along, and when a run stops: no influence on the images themselves.
-FREE_KEYS = {"shuffle_buffer_size", "max_skipped_fraction"}
+LOADING_FIELDS = {"shuffle_buffer_size", "max_skipped_fraction"}
 
 
 @dataclass(kw_only=True)
@@ -86,9 +86,9 @@ class DataConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide which images there are, and what is made of them."""
-        return {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}
+        return {name: value for name, value in asdict(self).items() if name not in LOADING_FIELDS}
 
 
-def data_problem(key: str, message: str) -> ConfigError:
+def data_problem(field: str, message: str) -> ConfigError:
     """What to raise when images cannot be had as one key of a `DataConfig` says."""
-    return ConfigError([Problem(f"data.{key}", message)])
+    return ConfigError([Problem(f"data.{field}", message)])

@@ -102,10 +102,10 @@ def _stated_size(stream: Any, name: str) -> int | None:
 
 
 def _check_splits(config: DataConfig, splits: Collection[str]) -> None:
-    for key in ("train_split", "validation_split"):
-        name = getattr(config, key)
+    for field in ("train_split", "validation_split"):
+        name = getattr(config, field)
         if name is not None and name not in splits:
-            raise data_problem(key, f"received {name!r}; the dataset has {sorted(splits)}")
+            raise data_problem(field, f"received {name!r}; the dataset has {sorted(splits)}")
 
 
 def _reason(error: Exception) -> str:
