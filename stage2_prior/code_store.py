@@ -1,14 +1,15 @@
-"""The code store: every image's codes as Arrow files, with a manifest that says what they are.
+"""The code store: the codes of all images as Arrow files, and a manifest that describes them.
 
     code_store/
-      manifest.json                     token layout, splits, how the codes were made; written last
+      origin.json                       everything that decides the codes; written first
+      manifest.json                     token layout, splits, origin; written last
       train-00000.arrow …               shards of at most SHARD_ROWS rows, one record batch each
       validation-00000.arrow …
 
-Columns: `codes`, a fixed-size list of uint16 (uint32 above 65,536 codes), and `label`, int64, unless there are no
-labels. Shard s holds images s·B to (s + 1)·B - 1 of the split, B = `images_per_shard`: first view 0 of all of them,
-then view 1, and so on. Images that could not be decoded have no rows; the shard's schema carries which those are.
-`datasets.Dataset.from_file` opens a shard as well.
+Columns: `codes`, a fixed-size list of uint16 (uint32 above 65,536 codes), and, for labeled images, `label`, int64.
+Shard s holds images s·B to (s + 1)·B - 1 of the split, B = `images_per_shard`: view 0 of all of them, then view 1 of
+all of them, and so on. Images that could not be decoded have no rows; the metadata of the shard's schema lists them.
+`datasets.Dataset.from_file` also opens a shard.
 """
 
 import json
@@ -23,11 +24,13 @@ import numpy as np
 import pyarrow as pa
 
 from configs import ConfigError, Problem
+from configs.files import write_json
 from stage1_vqgan import SkippedImage
 from stage2_prior.vocabulary import TokenLayout
 
 SHARD_ROWS = 65536
-MANIFEST_NAME = "manifest.json"
+ORIGIN_NAME, MANIFEST_NAME = "origin.json", "manifest.json"
+# Entry of a shard's schema metadata that holds its notes.
 NOTES_KEY = b"tessella"
 
 
@@ -36,10 +39,10 @@ class ShardNotes:
     """What a shard was made from.
 
     Attributes:
-        images: in its range of the split.
-        skipped: those among them that could not be decoded; their numbers are of the split.
-        num_classes: one more than its highest label; 0 without labels.
-        rows: see above.
+        images: number of images in its range of the split.
+        skipped: the images among them that could not be decoded; they are numbered as in the split.
+        num_classes: highest label plus one; 0 without labels.
+        rows: number of rows.
     """
 
     images: int
@@ -49,30 +52,31 @@ class ShardNotes:
 
 
 def images_per_shard(num_views: int) -> int:
-    """Images whose views make one shard."""
+    """Number of images whose views fill one shard, at least 1."""
     return max(1, SHARD_ROWS // num_views)
 
 
 def code_dtype(num_codes: int) -> np.dtype:
-    """The smallest unsigned integer a store keeps codes in."""
+    """The smallest dtype for codes in [0, num_codes): uint16 or uint32."""
     return np.dtype(np.uint16 if num_codes <= 2**16 else np.uint32)
 
 
 def shard_path(folder: str | Path, split: str, shard: int) -> Path:
-    """Where a shard lies."""
+    """Path of a shard."""
     return Path(folder) / f"{split}-{shard:05d}.arrow"
 
 
 def write_shard(
     path: Path, codes: np.ndarray, labels: np.ndarray | None, images: int, skipped: Sequence[SkippedImage] = ()
 ) -> None:
-    """Writes one shard beside, syncs and renames it, so that what has a shard's name is complete.
+    """Writes one shard to a temporary file, syncs it and renames it: a file with a shard's name is complete.
 
     Args:
         path: see `shard_path`.
         codes: uint16 or uint32 `(rows, L)`.
         labels: int64 `(rows,)`, or None.
-        images, skipped: see `ShardNotes`.
+        images: number of images in the shard's range of the split.
+        skipped: the images among them that could not be decoded.
     """
     columns = {"codes": pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), codes.shape[1])}
     if labels is not None:
@@ -90,27 +94,90 @@ def write_shard(
 
 
 def read_notes(path: Path) -> ShardNotes:
-    """What a shard was made from; its rows are not read."""
+    """Reads what a shard was made from, without its rows."""
     with pa.OSFile(str(path)) as file:
         notes = json.loads(pa.ipc.open_stream(file).schema.metadata[NOTES_KEY])
     return ShardNotes(**{**notes, "skipped": [SkippedImage(*image) for image in notes["skipped"]]})
+
+
+def claim_folder(folder: Path, origin: dict[str, Any]) -> int:
+    """Records in a folder how its codes are made, before the first shard is written.
+
+    Args:
+        folder: folder of the store; it is made if it does not exist.
+        origin: everything that decides the codes, as JSON values.
+
+    Returns:
+        Number of rows of the shards that an interrupted run left there.
+
+    Raises:
+        ConfigError: the folder holds codes of another origin.
+    """
+    path = folder / ORIGIN_NAME
+    shards = sorted(folder.glob("*.arrow"))
+    if not shards and not (folder / MANIFEST_NAME).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, origin)
+        return 0
+    if not path.is_file():
+        raise ConfigError([Problem("code_store", f"{folder} holds codes of unknown origin; choose another folder")])
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(origin))
+    problems = [
+        Problem("code_store", f"{folder} holds codes made with {name} {before.get(name)!r}, now it is {value!r}")
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if problems:
+        problems.append(Problem("code_store", "choose another folder, or remove this one to make its codes again"))
+        raise ConfigError(problems, "code store")
+    return sum(read_notes(shard).rows for shard in shards)
+
+
+def write_manifest(
+    folder: Path, layout: TokenLayout, splits: dict[str, list[ShardNotes]], origin: dict[str, Any], seconds: float
+) -> None:
+    """Writes the manifest, which marks a store as finished.
+
+    Args:
+        folder: folder of the store.
+        layout: token space of its codes.
+        splits: notes of the shards of every split.
+        origin: see `claim_folder`.
+        seconds: time that this run spent on the codes.
+    """
+    summaries = {
+        name: {
+            "images": sum(shard.images for shard in shards),
+            "rows": sum(shard.rows for shard in shards),
+            "shard_rows": [shard.rows for shard in shards],
+            "skipped": [image._asdict() for shard in shards for image in shard.skipped],
+        }
+        for name, shards in splits.items()
+    }
+    manifest = {
+        "token_layout": layout.to_dict(),
+        "splits": summaries,
+        "origin": origin,
+        "seconds": round(seconds, 1),
+    }
+    write_json(folder / MANIFEST_NAME, manifest)
 
 
 class CodeStore:
     """A finished store, read through memory maps.
 
     Args:
-        folder: of the store.
+        folder: folder of the store.
 
     Raises:
-        ConfigError: there is no finished store in the folder.
+        ConfigError: the folder holds no finished store, or one of an earlier version.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         manifest = self.folder / MANIFEST_NAME
         if not manifest.is_file():
-            message = f"received {str(folder)!r}; there is no finished code store (run stage2_prior.tokenize first)"
+            message = f"received {str(folder)!r}; it holds no finished code store (run stage2_prior.tokenize first)"
             raise ConfigError([Problem("code_store", message)])
         self.manifest: dict[str, Any] = json.loads(manifest.read_text())
         if any("shard_rows" not in split for split in self.manifest["splits"].values()):
@@ -119,7 +186,7 @@ class CodeStore:
         self.layout = TokenLayout.from_dict(self.manifest["token_layout"])
 
     def split(self, name: str) -> "CodeSplit":
-        """Opens "train" or "validation"."""
+        """The rows of a split, "train" or "validation"."""
         return CodeSplit(self.folder, name, self.manifest["splits"][name]["shard_rows"])
 
 
