@@ -1,4 +1,4 @@
-"""Settings of the image data: where it comes from, and how training images are changed."""
+"""Configuration of the image data: the source, and the augmentation of training images."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -9,7 +9,7 @@ from annotated_types import Ge, Interval
 from configs import ConfigError, Problem, Section
 from configs.sections import Fraction, Positive
 
-# How images are brought along, and when a run stops: no influence on the images themselves.
+# Fields that change how images are loaded, or when a run stops, but not the images.
 LOADING_FIELDS = {"shuffle_buffer_size", "max_skipped_fraction"}
 
 
@@ -17,14 +17,14 @@ LOADING_FIELDS = {"shuffle_buffer_size", "max_skipped_fraction"}
 class AugmentationConfig(Section):
     """Random changes to training images.
 
-    max_zoom: the shorter side is resized to between 1 and max_zoom times the image size before the crop
-    random_crop: crop anywhere; false crops the centre
-    horizontal_flip: mirror half of the images
+    max_zoom: before the crop, the shorter side is resized to between 1 and max_zoom times the image size
+    random_crop: crop at a random position; false crops the centre
+    horizontal_flip: mirror each image with probability one half
     rotate: largest rotation in degrees
-    translate: largest shift as a fraction of the image's side
-    scale: largest relative change of size, for instance 0.1 for 0.9 to 1.1
-    ten_crop: instead of random changes the ten views of a code store are the corners and the centre of the square
-        that max_zoom makes, and their mirror images
+    translate: largest shift, as a fraction of the image's side
+    scale: largest relative change of size; 0.1 scales by 0.9 to 1.1
+    ten_crop: no random changes; the ten views of a code store are crops of a square max_zoom times the image size: the
+        four corners, the centre, and the mirror images of these five
     """
 
     max_zoom: Annotated[float, Ge(1)] = 1.0
@@ -41,9 +41,9 @@ class AugmentationConfig(Section):
         for other in fields(self):
             value = getattr(self, other.name)
             if other.name not in ("max_zoom", "ten_crop") and value != other.default:
-                yield other.name, value, "ten_crop leaves nothing to chance; leave it out, or set ten_crop to false"
+                yield other.name, value, "ten_crop allows no random changes; leave it out, or set ten_crop to false"
         if self.max_zoom == 1:
-            yield "max_zoom", self.max_zoom, "ten_crop needs more than 1, else all its crops are the same; 1.1 is usual"
+            yield "max_zoom", self.max_zoom, "ten_crop needs more than 1, else all crops are the same; 1.1 is usual"
 
 
 @dataclass(kw_only=True)
@@ -54,20 +54,20 @@ class DataConfig(Section):
         classes), a folder of .parquet or webdataset-style .tar files, one such file, a pattern ("data/*.tar"), or the
         id of a dataset on the Hugging Face Hub
     dataset_config_name: configuration of a Hub dataset
-    train_split, validation_split: names of the splits; of a folder of images they are sub-folders, of parquet and tar
-        files words in their names. Without a validation split every n-th training image is held out,
-        n = 1 / validation_fraction; of a stream, whose length must then be known, the first images are
-    validation_fraction: see above
-    image_column, label_column: column names; by default the only image column, and the class label column if any
-        (of a tar "cls")
-    use_labels: false ignores the labels: an unconditional model
-    streaming: read parquet, tars or a Hub dataset from front to back, without a copy on the disk. Files of a folder of
-        images are read when they are wanted in any case
-    shuffle_buffer_size: encoded images of a stream in memory, from which the next is drawn
-    aspect_ratio: "crop" resizes the shorter side and crops a square; "pad" resizes the longer side and fills up with
-        white
-    max_skipped_fraction: images that cannot be used are left out; when they are more than this share of their split,
-        the run stops
+    train_split, validation_split: names of the splits. A folder of images has a sub-folder for each split; parquet and
+        tar files have the split in their names. Without a validation split, every n-th training image is held out, with
+        n = 1 / validation_fraction; a stream must then state its length, and its first images are held out
+    validation_fraction: fraction of the training images to hold out if there is no validation split
+    image_column, label_column: column names; by default the only image column, and the only column of class labels if
+        there is one (in a tar, "cls")
+    use_labels: false ignores the labels and trains an unconditional model
+    streaming: read parquet, tar or Hub data in order, without a copy on the disk. Images of a folder are always read
+        one by one from their files
+    shuffle_buffer_size: number of encoded images of a stream to keep in memory; the next image is drawn from them
+    aspect_ratio: "crop" resizes the shorter side and crops a square; "pad" resizes the longer side and fills the square
+        with white
+    max_skipped_fraction: images that cannot be decoded are skipped; the run stops when more than this fraction of a
+        split is skipped
     """
 
     dataset: str
@@ -85,10 +85,10 @@ class DataConfig(Section):
     max_skipped_fraction: Fraction = 0.01
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide which images there are, and what is made of them."""
+        """The fields that decide which images are read and which pixels they become."""
         return {name: value for name, value in asdict(self).items() if name not in LOADING_FIELDS}
 
 
 def data_problem(field: str, message: str) -> ConfigError:
-    """What to raise when images cannot be had as one key of a `DataConfig` says."""
+    """The error for images that cannot be read as a field of `DataConfig` asks."""
     return ConfigError([Problem(f"data.{field}", message)])

@@ -207,7 +207,7 @@ class TestPacked:
             assert key == "data.dataset" and "cannot be loaded (a tar holds files such as" in message
         assert problem(dataset=str(tmp_path / "words.tar"), streaming=streaming) == (
             "data.image_column",
-            "there is no column of images; the columns are txt, __key__, __url__",
+            "no column holds images; the columns are txt, __key__, __url__",
         )
 
     def test_columns(self, tmp_path, streaming):
@@ -218,7 +218,7 @@ class TestPacked:
         config = {"dataset": path, "streaming": streaming}
         assert problem(**config) == (
             "data.image_column",
-            "there are several columns of images; name one: picture, mask",
+            "several columns hold images; name one: picture, mask",
         )
         key, message = problem(**config, image_column="img")
         assert key == "data.image_column" and "'img'" in message and "picture, mask, number, ratio" in message
