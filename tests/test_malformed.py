@@ -317,7 +317,7 @@ CASES = {
     "folder without images": (
         "stage1",
         "--data.dataset $folder/nothing",
-        {"data.dataset": "there are no images in this folder"},
+        {"data.dataset": "this folder holds no images"},
     ),
     "missing tokenizer": (
         "tokenize",

@@ -13,7 +13,7 @@ from PIL import Image
 from stage1_vqgan import EncodedImage, ImageDataset, ImageKey, ImageSource
 from stage1_vqgan.data.decoding import UndecodableImage, decode_pixels
 
-FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data" / "odd_images"
+FOLDER = Path(__file__).resolve().parents[4] / "shared" / "data" / "odd_images"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="../shared/data/odd_images is not there")
 
 SKIPPED = {
