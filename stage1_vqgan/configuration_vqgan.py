@@ -17,24 +17,24 @@ class VQGANConfig(PreTrainedConfig):
     The defaults are the f16 layout of the original with 1,024 codes.
 
     Args:
-        image_size: side in pixels of the square images the tokenizer is trained on. The model is fully
-            convolutional: other sizes work as long as the downsampling factor divides them.
-        in_channels: image channels; training and the image processor know 1 (gray) and 3 (RGB).
-        base_channels: width of the first level.
+        image_size: side in pixels of the square images that the tokenizer is trained on. The model is fully
+            convolutional: it accepts every size that the downsampling factor divides.
+        in_channels: image channels; training and the image processor support 1 (gray) and 3 (RGB).
+        base_channels: width of the first convolution; see `channel_multiplier`.
         channel_multiplier: width of each level as a multiple of `base_channels`; every level but the first halves
             the resolution, so the downsampling factor is `2 ** (len(channel_multiplier) - 1)`.
         num_res_blocks: residual blocks in each level of the encoder (the decoder has one more).
         attn_resolutions: resolutions (`image_size` halved per level) whose residual blocks are followed by
-            self-attention. The middle of encoder and decoder always attends.
-        norm_num_groups: groups of every GroupNorm; must divide every width.
+            self-attention. The middle of encoder and decoder always has self-attention.
+        norm_num_groups: number of groups of every GroupNorm; must divide every width.
         dropout: dropout probability inside the residual blocks.
-        latent_channels: channels between encoder or decoder and the 1×1 convolutions around the codebook.
+        latent_channels: output channels of the encoder and input channels of the decoder; 1×1 convolutions map them
+            to `embed_dim` and back.
         embed_dim: D, width of a codebook entry.
         num_embeddings: K, number of codebook entries.
-        quantizer: "vq", "ema", "gumbel", "fsq" or "lfq", see quantizers.py.
-        quantizer_options: what this kind can be told, see its `Options`; for "vq" among others `l2_normalize` and
-            `commitment_cost`.
-        fingerprint: identifies the codes this tokenizer makes; set when a trained tokenizer is saved.
+        quantizer: kind of quantizer, a name in `QUANTIZERS` (quantizers.py): "vq", "ema", "gumbel", "fsq" or "lfq".
+        quantizer_options: options of this kind, the fields of its `Options` class; for instance `commitment_cost`.
+        fingerprint: hash that identifies the codes of this tokenizer; set when a trained tokenizer is saved.
 
     Source: Esser et al. 2021, "Taming transformers for high-resolution image synthesis", section 3.1 and appendix A.
     """
@@ -59,7 +59,7 @@ class VQGANConfig(PreTrainedConfig):
 
     @property
     def downsampling_factor(self) -> int:
-        """f, pixels of the image's side per code."""
+        """f, side in pixels of the image patch of one code."""
         return 2 ** (len(self.channel_multiplier) - 1)
 
     @property
@@ -68,17 +68,17 @@ class VQGANConfig(PreTrainedConfig):
         return self.image_size // self.downsampling_factor
 
     def validate_architecture(self) -> None:
-        """Checks what single field types cannot; called by the constructor.
+        """Checks the fields beyond their types; the constructor calls it.
 
         Raises:
-            ValueError: naming every field that is wrong, the value received and what is allowed.
+            ValueError: names every invalid field, the value received and what is allowed.
         """
         problems = [f"{name}: received {value!r}; {allowed}" for name, value, allowed in self.architecture_problems()]
         if problems:
             raise ValueError("\n".join(problems))
 
     def architecture_problems(self) -> Iterator[tuple[str, Any, str]]:
-        """What cannot be built, as `(field, value received, what is allowed)`."""
+        """Every invalid field, as `(field, value received, what is allowed)`."""
         for name in (
             "image_size",
             "in_channels",
