@@ -346,7 +346,7 @@ CASES = {
     "prior for a tokenizer": (
         "tokenize",
         "--tokenizer $prior",
-        {"tokenizer": "no tokenizer but a model of type"},
+        {"tokenizer": "not a tokenizer but a model of type"},
     ),
     "folder without a tokenizer": ("build", "--tokenizer $folder", {"tokenizer": "holds no trained tokenizer"}),
     "tokenizer for a prior": ("build", "--prior $vqgan", {"prior": "no trained prior in it"}),
