@@ -1,9 +1,9 @@
-"""Time of a batch of codes, 256 rows of 256, against `datasets.Dataset` in torch format with transformers'
-`default_data_collator`: `python -m benchmarks.code_reading [--shards 1 8 128] [--rounds 51]`.
+"""Time to read a batch of 256 rows of 256 codes, compared with `datasets.Dataset` in torch format and the
+`default_data_collator` of transformers: `python -m benchmarks.code_reading [--shards 1 8 128] [--rounds 51]`.
 
-Both read the same Arrow files through a DataLoader without workers, in random order over all shards. "tessella" makes
-the training batch, condition dropout included; "alone" is the same without the DataLoader; "datasets" only reads and
-stacks codes and labels. Before anything is timed the batches are compared.
+All lanes read the same Arrow files, in random order over all shards, without worker processes. "tessella" makes the
+training batch, with condition dropout, through a DataLoader; "alone" makes it without the DataLoader; "datasets" only
+reads and stacks codes and labels, through a DataLoader. The batches are compared before the measurement.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from stage2_prior.data import CodeDataset, collate
 
 ROWS, BATCH_SIZE = 2**17, 256
 LAYOUT = TokenLayout(16384, tuple(map(str, range(1000))), (16, 16), 16, "")
-# Batches in one measurement: the first finds the caches filled by the other lane.
+# Number of batches in one measurement. The first one reads with the CPU caches that the previous lane filled.
 BATCHES = 5
 LANES = ("tessella", "alone", "datasets")
 
 
 def write_split(folder: Path, num_shards: int) -> list[int]:
-    """Random codes and labels; returns the rows of every shard."""
+    """Writes random codes and labels; returns the number of rows of every shard."""
     rng = np.random.default_rng(0)
     rows = ROWS // num_shards
     for shard in range(num_shards):
@@ -46,7 +46,7 @@ def write_split(folder: Path, num_shards: int) -> list[int]:
 
 
 def batches(name: str, folder: Path, shard_rows: list[int]) -> Iterator[dict[str, Any]]:
-    """Batches of a lane without end, in the same order in all of them."""
+    """Endless batches of a lane; the order is the same in all lanes."""
     sampler = IndexSampler(ROWS, BATCH_SIZE, 0, 10**9, seed=0)
     ours = CodeDataset(CodeSplit(folder, "train", shard_rows), LAYOUT, condition_dropout=0.1)
     if name == "alone":
@@ -60,7 +60,7 @@ def batches(name: str, folder: Path, shard_rows: list[int]) -> Iterator[dict[str
 
 
 def measure(num_shards: int, rounds: int) -> dict[str, Any]:
-    """All lanes on a store of so many shards."""
+    """Measures all lanes on a store with this number of shards."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shard_rows = write_split(folder, num_shards)
@@ -76,13 +76,13 @@ def measure(num_shards: int, rounds: int) -> dict[str, Any]:
 
 
 def read_some(reader: Iterator[Any]) -> None:
-    """The next batches."""
+    """Reads the batches of one measurement."""
     for _ in range(BATCHES):
         next(reader)
 
 
 def rows(num_shards: int, lanes: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lines of the table."""
+    """Rows of the table."""
     return [
         {
             "shards": num_shards,

@@ -1,13 +1,14 @@
-"""Images per second of the training loader, against Pillow decoding alone on as many processes:
+"""Speed of the training loader, compared with Pillow, which only decodes, in as many processes:
 `python -m benchmarks.image_loading PARQUET_OR_FOLDER [--image_size 256] [--workers 1 2]`.
 
-The loader ("loader") does all that its workers do in training: reads, decodes, crops, flips, resizes what is much too
-large, and hands over uint8 batches. What is a little too large is resized on the device, by `ImageBatch.images`;
-"loader_and_images" is the rate with that done on the CPU, in the process that takes the batches.
-Pillow decodes the same files from memory in as many processes, to its own image ("load") or on to an RGB array
-("array"). They take turns, so that what else the machine does meets all of them; medians over the rounds are compared.
-`_cpu_ms` is the CPU time of the decoding processes per image in milliseconds: unlike the rates, it is hardly changed by
-others who use the machine.
+"loader" is the loader of a training run. Its workers read, decode, crop and flip images, resize large squares, and
+send uint8 batches. `ImageBatch.images` resizes the other squares on the model's device; "loader_and_images" includes
+it, on the CPU, in the process that receives the batches. Pillow decodes the same files from memory, into its own image
+("load") or into an RGB array ("array").
+
+The lanes take turns, so that other load on the machine affects all of them, and medians over the rounds are compared.
+`_cpu_ms` is the CPU time of the decoding processes in milliseconds per image. Other load changes it much less than the
+rates.
 """
 
 import argparse
@@ -30,17 +31,17 @@ from stage1_vqgan.data.loading import training_loader
 
 
 def load(content: bytes) -> None:
-    """Pillow's own image."""
+    """Decodes into Pillow's own image."""
     Image.open(io.BytesIO(content)).load()
 
 
 def array(content: bytes) -> None:
-    """An RGB array."""
+    """Decodes into an RGB array."""
     np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 class Speed(NamedTuple):
-    """Images per second of all processes together, and their CPU time per image in milliseconds."""
+    """Images per second of all processes together, and CPU time in milliseconds per image."""
 
     per_second: float
     cpu_ms: float
@@ -49,7 +50,7 @@ class Speed(NamedTuple):
 def decoding_speed(
     decoder: Callable[[bytes], None], contents: Sequence[bytes], processes: int, seconds: float
 ) -> Speed:
-    """Of processes that decode, each for some seconds after a warm-up."""
+    """Speed of processes that each decode for some seconds after a warm-up."""
     with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as pool:
         results = [pool.apply_async(_decode_for, (decoder, contents, seconds)) for _ in range(processes)]
         speeds = [result.get() for result in results]
@@ -67,10 +68,10 @@ def _decode_for(decoder: Callable[[bytes], None], contents: Sequence[bytes], sec
 
 
 def loading_speed(dataset: ImageDataset, batch_size: int, workers: int, seconds: float, images: bool) -> Speed:
-    """Of the training loader from a warm start; `images` makes the model's input of every batch, on the CPU."""
+    """Speed of the training loader after a warm-up; with `images`, including the model's input, on the CPU."""
     sampler = TrainingSampler(dataset.source.num_images or 0, batch_size, 0, 10**6, seed=0)
     batches = iter(training_loader(dataset, sampler, workers, pin_memory=False))
-    for _ in range(4 * workers):  # until the workers have started and what they had prepared meanwhile is used up
+    for _ in range(4 * workers):  # wait for the workers to start, and use up the batches that they prepared meanwhile
         next(batches)
     count, started, cpu = 0, time.perf_counter(), _cpu_of_children()
     while time.perf_counter() - started < seconds:
@@ -87,7 +88,7 @@ def _cpu_of_children() -> float:
 
 
 def measure(source: Images, args: argparse.Namespace, workers: int) -> dict[str, float]:
-    """Medians of the speeds, and the loader's share of each of Pillow's."""
+    """Medians of the speeds, and the ratio of the loader's speed to each of Pillow's."""
     augmentation = AugmentationConfig(max_zoom=args.max_zoom, random_crop=True, horizontal_flip=True)
     dataset = ImageDataset(source, args.image_size, 3, augmentation, keep_batch_size=True)
     assert isinstance(source, ImageSource)
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_zoom", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of each measurement")
     args = parser.parse_args()
     source, _ = load_images(DataConfig(dataset=args.dataset, use_labels=False))
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Pixels in, pixels out: images of any kind → what the tokenizer reads, and its output → images.
+"""Images of any kind → the input of the tokenizer, and its output → images.
 
 Shape letters: B batch, C channels, H W image size.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-# What shows through transparent pixels, and fills up the sides of a padded image.
+# Colour behind transparent pixels, and at the sides of a padded image.
 BACKGROUND, BACKGROUND_LEVEL = "white", 255
 
 AspectRatio = Literal["crop", "pad"]
 
-# EXIF orientation → what sets the image upright.
+# EXIF orientation → the transposition that turns the image upright.
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,14 +32,14 @@ TRANSPOSITIONS = {
 
 
 def to_pil(image: Any) -> Image.Image:
-    """One image as PIL.
+    """Converts one image to PIL.
 
     Args:
         image: PIL image; array `(H, W)` or `(H, W, C)`; or tensor `(H, W)` or `(C, H, W)`. Arrays and tensors hold
             uint8 in [0, 255] or floats in [0, 1], which are rounded to 8 bits.
 
     Raises:
-        ValueError: another type, shape, dtype or range.
+        ValueError: the image has another type, shape, dtype or range.
     """
     if isinstance(image, Image.Image):
         return image
@@ -61,22 +61,22 @@ def to_pil(image: Any) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 (upright) if there is none, or none that can be read."""
+    """EXIF orientation, 1 to 8; 1 (upright) if it is missing or unreadable."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # broken EXIF raises many kinds; the pixels are none the worse
+    except Exception:  # broken EXIF raises exceptions of many types, and the pixels may still be intact
         return 1
     return value if value in TRANSPOSITIONS else 1
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """Gray with more than 8 bits → 8-bit gray.
+    """Converts gray with more than 8 bits to 8-bit gray.
 
-    Integers are 16-bit numbers: 65535 is white. Floats are taken by their range: within [0, 1], 1 is white; else within
-    [0, 255], 255 is; else within [0, 65535], 65535 is.
+    White is 65535 for integers. For floats, it depends on the range: 1 if all values are within [0, 1], else 255 if
+    they are within [0, 255], else 65535.
 
     Raises:
-        ValueError: a value that is negative, above 65535 or not a number.
+        ValueError: a value is negative, above 65535 or not a number.
     """
     values = np.asarray(image)
     low, high = values.min(), values.max()
@@ -90,14 +90,20 @@ def to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def convert_mode(image: Image.Image, num_channels: int) -> Image.Image:
-    """8-bit gray or RGB: EXIF orientation applied, more than 8 bits scaled down, transparency composited on white.
+    """Converts an image to 8-bit gray or RGB.
+
+    Applies the EXIF orientation, scales more than 8 bits down, and composites transparency on white.
+
+    Args:
+        image: image in any mode of Pillow.
+        num_channels: 1 (gray) or 3 (RGB).
 
     Raises:
-        ValueError: no pixels, or values out of range, see `to_8_bit`.
+        ValueError: the image has no pixels, or values out of range, see `to_8_bit`.
     """
     if not all(image.size):
         raise ValueError(f"image: received {image.width}×{image.height} pixels; needs at least one")
-    image.load()  # some formats keep EXIF behind the pixels, and TIFF applies it while loading
+    image.load()  # some formats store EXIF after the pixels, and TIFF applies it while loading
     if (value := orientation(image)) != 1:
         image = image.transpose(TRANSPOSITIONS[value])
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -106,12 +112,12 @@ def convert_mode(image: Image.Image, num_channels: int) -> Image.Image:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
     if num_channels == 1 and image.mode not in ("1", "L"):
-        image = image.convert("RGB")  # LAB knows no direct way to gray
+        image = image.convert("RGB")  # Pillow cannot convert LAB to gray directly
     return image.convert("L" if num_channels == 1 else "RGB")
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """8-bit image as uint8 `(H, W, C)`."""
+    """Copies an 8-bit image into a tensor, uint8 `(H, W, C)`."""
     pixels = torch.from_numpy(np.array(image))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
@@ -124,19 +130,19 @@ def to_square(
     position: tuple[float, float] = (0.5, 0.5),
     max_side: int = 0,
 ) -> Tensor:
-    """Makes a `size × size` square of an image (bicubic, antialiased).
+    """Resizes and crops an image to a `size × size` square (bicubic, antialiased).
 
-    "crop" resizes the shorter side to `zoom × size` and cuts a square out. "pad" resizes the longer side to
-    `zoom × size`, fills the square up with the background on both sides, and cuts out of that.
+    "crop" resizes the shorter side to `zoom × size` and crops a square. "pad" resizes the longer side to
+    `zoom × size`, pads the shorter side with the background, and crops a square.
 
     Args:
         pixels: uint8 `(H, W, C)`.
         size: side of the result in pixels.
-        aspect_ratio: what becomes of an image that is no square.
-        zoom: at least 1.
-        position: where the square lies, from left to right and from top to bottom in [0, 1]; (0.5, 0.5) is the centre.
-        max_side: a square that only has to be made smaller, and is not larger than this, is left to the caller to
-            `resize`.
+        aspect_ratio: "crop" or "pad".
+        zoom: size of the image as a multiple of the crop, at least 1.
+        position: position of the crop from left to right and from top to bottom, in [0, 1]; (0.5, 0.5) is the centre.
+        max_side: a crop that must only be reduced, and whose side is at most this, is returned without resizing. The
+            caller then calls `resize`.
 
     Returns:
         uint8 `(size, size, C)`; or `(side, side, C)`, `size` < side ≤ `max_side`.
@@ -146,24 +152,24 @@ def to_square(
     if aspect_ratio == "pad":
         scale = zoomed / max(height, width)
         pixels = resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
-        return window(pad(pixels, zoomed), size, position)
-    # What is cut off is never resized. The square is cut on the finer grid: that of the source if it has more pixels
-    # than the result, else that of the result.
+        return crop_square(pad(pixels, zoomed), size, position)
+    # Crop on the finer grid: before resizing if the image is reduced, after it if the image is enlarged. So pixels
+    # outside the crop have no influence.
     side = round(min(height, width) / zoom)
     if side >= size:
-        square = window(pixels, side, position)
+        square = crop_square(pixels, side, position)
         return square if side <= max_side else resize(square, size, size)
-    return window(resize(window(pixels, min(height, width), position), zoomed, zoomed), size, position)
+    return crop_square(resize(crop_square(pixels, min(height, width), position), zoomed, zoomed), size, position)
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic, antialiased: uint8 `(..., H, W, C)` → uint8 `(..., height, width, C)`, on whatever device they are.
+    """Resizes images (bicubic, antialiased), on any device: uint8 `(..., H, W, C)` → uint8 `(..., height, width, C)`.
 
-    An image does not depend on those beside it.
+    The result for an image does not depend on the other images of the batch.
     """
     if pixels.shape[-3:-1] == (height, width):
         return pixels
-    # channels-last in memory: the layout torch resizes uint8 in without unpacking it
+    # torch resizes uint8 images without a copy if they are channels-last in memory
     images = pixels.contiguous().view(-1, *pixels.shape[-3:]).permute(0, 3, 1, 2)
     if images.device.type == "cpu":
         images = F.interpolate(images, size=(height, width), mode="bicubic", antialias=True)
@@ -173,10 +179,10 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_in_floats(images: Tensor, height: int, width: int) -> Tensor:
-    """What a GPU does for `resize`: uint8 `(B, C, H, W)` → uint8 `(B, C, height, width)`.
+    """`resize` on a GPU, which has no uint8 kernel: uint8 `(B, C, H, W)` → uint8 `(B, C, height, width)`.
 
-    One pixel of a photo in 150 differs from the CPU's integers, by 1 level and rarely by 2: the CPU, too, rounds to
-    8 bits after each of the two passes.
+    It rounds to 8 bits after each of the two passes, as the CPU kernel does. One pixel in 150 of a photo differs from
+    the CPU's result by 1 level, and rarely one by 2.
     """
     resized = images.float()
     for size in ((images.shape[2], width), (height, width)):
@@ -184,41 +190,41 @@ def resize_in_floats(images: Tensor, height: int, width: int) -> Tensor:
     return resized.to(torch.uint8)
 
 
-def window(pixels: Tensor, side: int, position: tuple[float, float]) -> Tensor:
-    """The `side × side` square that lies at a position, see `to_square`; a view."""
+def crop_square(pixels: Tensor, side: int, position: tuple[float, float]) -> Tensor:
+    """Crops a `side × side` square at a position, see `to_square`; returns a view."""
     height, width = pixels.shape[:2]
     left, top = round(position[0] * (width - side)), round(position[1] * (height - side))
     return pixels[top : top + side, left : left + side]
 
 
 def pad(pixels: Tensor, side: int) -> Tensor:
-    """Fills up to a `side × side` square with the background; the image is in the middle."""
+    """Pads an image, uint8 `(H, W, C)`, with the background to a `side × side` square; the image is in its centre."""
     height, width, channels = pixels.shape
     square = torch.full((side, side, channels), BACKGROUND_LEVEL, dtype=torch.uint8)
-    window_of_image = square[(side - height) // 2 :, (side - width) // 2 :][:height, :width]
-    window_of_image.copy_(pixels)
+    interior = square[(side - height) // 2 :, (side - width) // 2 :][:height, :width]
+    interior.copy_(pixels)
     return square
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """uint8 in [0, 255] → float32 in [-1, 1], on whatever device the pixels are."""
+    """uint8 in [0, 255] → float32 in [-1, 1], on the same device."""
     return pixels.float().div_(127.5).sub_(1.0)
 
 
 class VQGANImageProcessor(BaseImageProcessor):
-    r"""Prepares images for a [`VQGANModel`] and turns its output back into images.
+    r"""Prepares images for a [`VQGANModel`] and converts its output back into images.
 
-    Orientation applied, transparency composited on white, made a square of `image_size` (bicubic, antialiased), scaled
-    to [-1, 1].
+    It applies the EXIF orientation, composites transparency on white, resizes and crops to a square (bicubic,
+    antialiased), and scales values to [-1, 1].
 
     Args:
         image_size: side of the square in pixels.
         num_channels: 1 (gray) or 3 (RGB).
         aspect_ratio: "crop" resizes the shorter side to `image_size` and crops the centre; "pad" resizes the longer
-            side to it and fills up with white.
+            side to it and fills the square with white.
 
     Raises:
-        ValueError: another aspect_ratio.
+        ValueError: `aspect_ratio` has another value.
     """
 
     model_input_names = ["pixel_values"]
@@ -236,13 +242,13 @@ class VQGANImageProcessor(BaseImageProcessor):
         """Prepares one image or a list of them.
 
         Args:
-            images: PIL images, arrays or tensors, see `to_pil`; a single one, a list, or a batched array or tensor.
+            images: one PIL image, array or tensor (see `to_pil`), a list of them, or a batched array or tensor.
 
         Returns:
             `pixel_values`: float32 `(B, C, image_size, image_size)` in [-1, 1].
 
         Raises:
-            ValueError: an image of another type, shape or range, an empty list, or an unknown option.
+            ValueError: an image has another type, shape or range, the list is empty, or an option is unknown.
         """
         if kwargs:
             raise ValueError(f"unknown options {sorted(kwargs)}; they are fields of the processor")
@@ -257,7 +263,7 @@ class VQGANImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def postprocess(self, images: Tensor, output_type: str = "pil") -> Any:
-        """Turns model output into images.
+        """Converts model output into images.
 
         Args:
             images: `(B, C, H, W)`; clamped to [-1, 1].
@@ -265,7 +271,7 @@ class VQGANImageProcessor(BaseImageProcessor):
                 `(B, C, H, W)` in [0, 1]).
 
         Raises:
-            ValueError: another output type.
+            ValueError: `output_type` has another value.
         """
         images = (images.detach().float().clamp(-1, 1) + 1) / 2
         if output_type == "pt":
@@ -279,7 +285,14 @@ class VQGANImageProcessor(BaseImageProcessor):
 
 
 def image_grid(images: Iterable[Image.Image], columns: int, min_tile: int = 0, gap: int = 2) -> Image.Image:
-    """Puts images of one size in rows, enlarged by a whole number to at least `min_tile` pixels."""
+    """Arranges images of one size in a grid.
+
+    Args:
+        images: at least one image; all have the same size.
+        columns: number of images in a row.
+        min_tile: minimum width of an image in the grid, in pixels; smaller images are enlarged by a whole number.
+        gap: distance between images, in pixels.
+    """
     images = list(images)
     width, height = images[0].size
     factor = max(1, -(-min_tile // width))

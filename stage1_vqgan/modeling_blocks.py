@@ -2,8 +2,8 @@
 
 Shape letters: B batch, C channels, h w resolution.
 
-Source: Esser et al. 2021, "Taming transformers for high-resolution image synthesis", appendix A. Module names are the
-original's, so its published weights fit.
+Source: Esser et al. 2021, "Taming transformers for high-resolution image synthesis", appendix A. Modules have the names
+of the original, so its published weights can be loaded.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from .configuration_vqgan import VQGANConfig
 
 
 def group_norm(config: VQGANConfig, channels: int) -> nn.GroupNorm:
-    """The normalisation used throughout."""
+    """The normalization of all layers."""
     return nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
 
 
 class NormSiLUConv(torch.autograd.Function):
-    """norm → SiLU → 3×3 convolution, of which only the input is kept for the backward.
+    """norm → SiLU → 3×3 convolution, which saves only its input for the backward.
 
-    The inputs of SiLU and of the convolution, two thirds of what autograd would keep of a residual block, are made
-    again in the backward, which takes little time.
+    The backward recomputes the inputs of SiLU and of the convolution, which takes little time. These are two thirds of
+    the memory that autograd would save for a residual block.
     """
 
     @staticmethod
@@ -57,8 +57,8 @@ class NormSiLUConv(torch.autograd.Function):
 
 
 def _current_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """The autocast of this moment, for the backward."""
-    if not torch.amp.is_autocast_available(device_type):  # nor is it for shapes alone, the device "meta"
+    """A context with the current autocast settings, for the backward."""
+    if not torch.amp.is_autocast_available(device_type):  # for instance on the device "meta"
         return contextlib.nullcontext()
     return torch.autocast(device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
 
@@ -68,9 +68,10 @@ def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: fl
 
 
 def norm_silu_conv(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
-    """conv(SiLU(norm(x))) with little memory for the backward; a compiler finds that by itself.
+    """conv(SiLU(norm(x))), which saves little memory for the backward.
 
-    Modules that were put in the place of the layers, such as adapters, are called as they are.
+    It calls the modules themselves under torch.compile, which decides by itself what to recompute, and if a layer has
+    been replaced, for instance by an adapter.
     """
     replaced = type(norm) is not nn.GroupNorm or type(conv) is not nn.Conv2d
     if replaced or torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -81,7 +82,7 @@ def norm_silu_conv(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """norm → SiLU → conv, twice, plus the input (through a 1×1 convolution where the widths differ)."""
+    """norm → SiLU → conv, twice, plus the input (through a 1×1 convolution if the widths differ)."""
 
     def __init__(self, config: VQGANConfig, in_channels: int, out_channels: int):
         super().__init__()
@@ -142,7 +143,10 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the encoder or decoder: residual blocks, attention after each of them or none, a resampler."""
+    """One resolution of the encoder or decoder: residual blocks, each followed by attention or none, and a resampler.
+
+    The encoder or decoder sets `downsample` or `upsample`, except at its last level.
+    """
 
     def __init__(self, config: VQGANConfig, in_channels: int, out_channels: int, num_blocks: int, attends: bool):
         super().__init__()

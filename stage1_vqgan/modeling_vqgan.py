@@ -2,8 +2,8 @@
 
 Shape letters: B batch, C image channels, H W image size, D code width, h w code grid, K codebook size.
 
-Source: Esser et al. 2021, "Taming transformers for high-resolution image synthesis", section 3.1. Module names are the
-original's, so its published weights fit.
+Source: Esser et al. 2021, "Taming transformers for high-resolution image synthesis", section 3.1. Modules have the
+names of the original, so its published weights can be loaded.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from .configuration_vqgan import VQGANConfig
 from .modeling_blocks import Downsample, Level, Middle, Upsample, group_norm
 from .quantizers import build_quantizer
 
-# Fields that decide which codes an image gets; together with the weights they make the fingerprint.
+# Fields that decide the codes of an image; the fingerprint is a hash of them and the weights.
 FINGERPRINT_FIELDS = (
     "in_channels",
     "base_channels",
@@ -46,7 +46,7 @@ class VQGANEncoderOutput(ModelOutput):
     Attributes:
         codes: int64 `(B, h, w)`, indices of codebook entries.
         latents: `(B, D, h, w)` before quantization.
-        quantized: float32 `(B, D, h, w)`, the codebook entries, gradients straight through.
+        quantized: float32 `(B, D, h, w)`, codebook entries; the quantizer passes their gradient on to the latents.
         codebook_loss: float32 scalar.
     """
 
@@ -58,10 +58,10 @@ class VQGANEncoderOutput(ModelOutput):
 
 @dataclass
 class VQGANOutput(VQGANEncoderOutput):
-    """Output of [`VQGANModel.forward`]: that of `encode`, and
+    """Output of [`VQGANModel.forward`]: the output of `encode` and of the decoder.
 
     Attributes:
-        reconstruction: `(B, C, H, W)`, about [-1, 1], not clamped.
+        reconstruction: `(B, C, H, W)`, roughly in [-1, 1], not clamped.
         decoder_features: `(B, base_channels × channel_multiplier[0], H, W)`, input of the decoder's last convolution.
     """
 
@@ -116,18 +116,18 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
     def trunk(self, features: Tensor) -> Tensor:
-        """All but the last convolution: `(B, base_channels × channel_multiplier[0], H, W)`."""
+        """All layers but the last convolution: `(B, base_channels × channel_multiplier[0], H, W)`."""
         x = self.mid(self.conv_in(features))
         for level in reversed(self.up):
             x = level(x)
-        # CUDA's autocast makes float32 of a norm, which is no more than x was
+        # under autocast, CUDA returns float32 from a norm: more bits than x had
         return F.silu(self.norm_out(x)).to(x.dtype)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.conv_out(self.trunk(features))
 
     def compile(self, **options: Any) -> None:
-        """As of any module, but of the trunk: training takes the last convolution by itself."""
+        """Compiles the trunk, because training calls the last convolution separately."""
         self.trunk = MethodType(torch.compile(Decoder.trunk, **options), self)  # type: ignore[method-assign]
 
 
@@ -142,7 +142,7 @@ class VQGANModel(PreTrainedModel):
     base_model_prefix = "vqgan"
     main_input_name = "pixel_values"
     input_modalities = ["image"]
-    # saved models carry these files, so that AutoModel loads them with trust_remote_code where this package is not
+    # save_pretrained copies the model files, so that AutoModel loads them with trust_remote_code without this package
     _auto_class = "AutoModel"
 
     def __init__(self, config: VQGANConfig):
@@ -158,7 +158,7 @@ class VQGANModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own defaults for convolutions and norms, as in the original; a quantizer knows its own."""
+        """Initializes a module as PyTorch does, like the original; a codebook initializes itself."""
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             bound = 1 / math.sqrt(module.weight[0].numel())
@@ -173,7 +173,7 @@ class VQGANModel(PreTrainedModel):
         """Encodes images.
 
         Args:
-            pixel_values: `(B, C, H, W)` in [-1, 1]; H and W divisible by the downsampling factor.
+            pixel_values: `(B, C, H, W)` in [-1, 1]; the downsampling factor must divide H and W.
 
         Raises:
             ValueError: the shape does not fit the configuration.
@@ -184,15 +184,15 @@ class VQGANModel(PreTrainedModel):
         return VQGANEncoderOutput(codes=out.codes, latents=latents, quantized=out.quantized, codebook_loss=out.loss)
 
     def decode_codes(self, codes: Tensor) -> Tensor:
-        """Decodes int64 codes `(B, h, w)` into images `(B, C, H, W)`, about [-1, 1], not clamped.
+        """Decodes int64 codes `(B, h, w)` into images `(B, C, H, W)`, roughly in [-1, 1], not clamped.
 
         Raises:
-            ValueError: the codes are not a batch of grids, or one is outside `[0, K)`.
+            ValueError: the codes have another shape or dtype, or a code is outside `[0, K)`.
         """
         if codes.ndim != 3 or codes.dtype != torch.int64:
             raise ValueError(f"codes: received {codes.dtype} {tuple(codes.shape)}; needs int64 (B, h, w)")
         if codes.numel():
-            least, most = torch.stack(codes.aminmax()).tolist()  # the host waits for a GPU once
+            least, most = torch.stack(codes.aminmax()).tolist()  # one GPU synchronization instead of two
             if least < 0 or most >= self.config.num_embeddings:
                 raise ValueError(
                     f"codes: received values from {least} to {most}; allowed are 0 to {self.config.num_embeddings - 1}"
@@ -200,7 +200,7 @@ class VQGANModel(PreTrainedModel):
         return self.decode(self.quantize.lookup(codes))
 
     def decode(self, quantized: Tensor) -> Tensor:
-        """Decodes latents as a quantizer gives them, `(B, D, h, w)`, into images; nothing waits for a GPU here."""
+        """Decodes quantized latents `(B, D, h, w)` into images `(B, C, H, W)`, without a GPU synchronization."""
         return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
 
     def forward(self, pixel_values: Tensor) -> VQGANOutput:
@@ -211,41 +211,43 @@ class VQGANModel(PreTrainedModel):
         return VQGANOutput(**encoded, reconstruction=self.decoder.conv_out(features), decoder_features=features)
 
     def compile(self, **options: Any) -> None:
-        """Lets `torch.compile`, which takes the options, make the encoder and the trunk of the decoder. What is between
-        them, the search among it, stays as it is."""
+        """Compiles the encoder and the trunk of the decoder, not the quantizer; `options` are those of
+        `torch.compile`."""
         self.encoder.compile(**options)
         self.decoder.compile(**options)
 
     def compute_fingerprint(self) -> str:
-        """Hash of what decides the codes of an image: encoder and quantizer weights as float32, the fields of
-        `FINGERPRINT_FIELDS`, and the quantizer's options that decide codes."""
+        """Hash of everything that decides the codes of an image: the weights of encoder and quantizer as float32, the
+        fields in `FINGERPRINT_FIELDS`, and the quantizer's options in `DECIDE_CODES`."""
         facts = {name: getattr(self.config, name) for name in FINGERPRINT_FIELDS}
         options = self.quantize.options
         facts |= {name: getattr(options, name) for name in sorted(options.DECIDE_CODES)}
         digest = hashlib.sha256(json.dumps(facts).encode())
-        for name, tensor in sorted(self.named_parameters()):  # a quantizer's buffers serve its training
+        for name, tensor in sorted(self.named_parameters()):  # buffers of a quantizer only matter in training
             if name.startswith(("encoder.", "quant_conv.", "quantize.")):
                 digest.update(name.encode())
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a tokenizer without a fingerprint gets one. Set `config.fingerprint = None` after
-        changing weights, so that a new one is made; a cast to another dtype keeps it."""
+        """Saves the tokenizer as in transformers, and computes its fingerprint if `config.fingerprint` is None.
+
+        Set `config.fingerprint = None` after changing weights. A cast to another dtype keeps the fingerprint.
+        """
         if self.config.fingerprint is None:
             self.config.fingerprint = self.compute_fingerprint()
         return super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but weights that are missing, unexpected or of another shape are an error.
+        """Loads a tokenizer as in transformers, but raises an error for missing, unexpected or misshapen weights.
 
         Raises:
             ValueError: the weights do not fit the configuration.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
-        kwargs.setdefault("ignore_mismatched_sizes", True)  # reported below by name, with the other kinds
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # the error below names them, together with the others
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model, info = loaded
         wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}

@@ -1,4 +1,4 @@
-"""A trained tokenizer by its name, for the commands that need one."""
+"""Loads a trained tokenizer for the commands, with errors that name the configuration field."""
 
 import textwrap
 from pathlib import Path
@@ -18,30 +18,29 @@ from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.quantizers import QUANTIZERS, option_problems
 
-# What may change when a trained tokenizer is loaded: everything else decides the weights, or what they mean.
+# Fields that may change when a trained tokenizer is loaded. All others decide the shapes or the meaning of weights.
 CHANGEABLE = {"image_size", "dropout", "quantizer_options"}
 
-
-# Beside a tokenizer's weights, where there is one: the discriminator it was trained against.
+# File in a tokenizer's folder with the weights of the discriminator it was trained with, if they were saved.
 DISCRIMINATOR_NAME = "discriminator.safetensors"
 
 
-def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANModel:
-    """The tokenizer in a folder or Hub repository, in evaluation mode on the CPU.
+def load_tokenizer(name: str, field: str = "tokenizer", **changes: Any) -> VQGANModel:
+    """Loads the tokenizer of a folder or Hub repository, in evaluation mode on the CPU.
 
     Args:
         name: folder or Hub id.
-        key: of the configuration that named it, for the message.
-        changes: fields of its configuration to change.
+        field: configuration field that holds `name`; the error names it.
+        changes: fields of the tokenizer's configuration to change.
 
     Raises:
-        ConfigError: there is none, or its weights do not fit.
+        ConfigError: the folder or repository holds no tokenizer, its weights do not fit, or a field cannot change.
     """
-    folder, makes, reason = Path(name), "stage1_vqgan.train makes one", ""
+    folder, advice, reason = Path(name), "stage1_vqgan.train makes one", ""
     if not folder.is_dir() and not is_repo_id(name):
-        reason = f"there is no such folder ({makes})"
+        reason = f"there is no such folder ({advice})"
     elif folder.is_dir() and not (folder / "config.json").is_file():
-        reason = f"this folder holds no trained tokenizer ({makes})"
+        reason = f"this folder holds no trained tokenizer ({advice})"
     else:
         try:
             folder = local_folder(name)
@@ -50,18 +49,18 @@ def load_tokenizer(name: str, key: str = "tokenizer", **changes: Any) -> VQGANMo
             if kind == VQGANConfig.model_type:
                 changes = _checked(name, folder, changes)
                 return VQGANModel.from_pretrained(folder, use_safetensors=True, **changes).eval()
-            reason = f"this is no tokenizer but a model of type {kind!r} ({makes})"
+            reason = f"this is not a tokenizer but a model of type {kind!r} ({advice})"
         except SafetensorError:
             reason = "its weights file is damaged; save or download it again"
         except ConfigError:
             raise
         except (OSError, ValueError, StrictDataclassError) as error:
             reason = f"no tokenizer can be loaded from it: {textwrap.shorten(str(error), 160, placeholder=' …')}"
-    raise ConfigError([Problem(key, f"received {name!r}; {reason}")])
+    raise ConfigError([Problem(field, f"received {name!r}; {reason}")])
 
 
 def _checked(name: str, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """The changes that may be made to a tokenizer; options of its quantizer that are not given stay."""
+    """Checks changes of a tokenizer's configuration, and adds the options of its quantizer that are not changed."""
     config = VQGANConfig.from_pretrained(folder)
     kind = QUANTIZERS[config.quantizer].Options
     options = config.quantizer_options | changes.get("quantizer_options", {})
@@ -84,7 +83,7 @@ def _checked(name: str, folder: Path, changes: dict[str, Any]) -> dict[str, Any]
     if "quantizer_options" in changes:
         changes = changes | {"quantizer_options": options}
     if changes.get("image_size", config.image_size) != config.image_size:
-        changes = changes | {"fingerprint": None}  # codes on another grid are other codes
+        changes = changes | {"fingerprint": None}  # another size has other codes
     return changes
 
 
@@ -93,17 +92,17 @@ def _plain(value: Any) -> Any:
 
 
 def start_discriminator(discriminator: nn.Module, name: str) -> str | None:
-    """Gives a new discriminator the weights of the one beside a tokenizer, if there is one and it fits.
+    """Loads the weights that were saved with a tokenizer into a new discriminator, if they exist and fit.
 
     Args:
         discriminator: changed in place.
         name: folder or Hub id of the tokenizer.
 
     Returns:
-        What was done, in a line; None if there is no discriminator.
+        A sentence for the log; None if the tokenizer has no discriminator.
 
     Raises:
-        ConfigError: its file is damaged.
+        ConfigError: the file of the discriminator is damaged.
     """
     path = Path(name) / DISCRIMINATOR_NAME
     if not Path(name).is_dir():
@@ -118,7 +117,7 @@ def start_discriminator(discriminator: nn.Module, name: str) -> str | None:
     except SafetensorError:
         message = f"received {name!r}; its {DISCRIMINATOR_NAME} is damaged; remove it, or download it again"
         raise ConfigError([Problem("model_name_or_path", message)]) from None
-    if {key: value.shape for key, value in weights.items()} != {key: value.shape for key, value in own.items()}:
-        return f"the discriminator starts anew: that of {name} is of another shape than the one configured"
+    if {entry: value.shape for entry, value in weights.items()} != {entry: value.shape for entry, value in own.items()}:
+        return f"the discriminator starts from random weights: that of {name} has another shape than the configured one"
     discriminator.load_state_dict(weights)
-    return f"the discriminator starts from that of {name}"
+    return f"the discriminator starts from the weights of {name}"

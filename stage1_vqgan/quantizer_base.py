@@ -1,4 +1,4 @@
-"""What all vector quantizers share: continuous latents in, codes and quantized latents out.
+"""The base class of all quantizers: continuous latents → codes and quantized latents. quantizers.py lists the kinds.
 
 Shape letters: B batch, D code width, h w code grid, K codebook size, N = B·h·w latents.
 """
@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, distributed, nn
 
-# Scores of latents against entries that the search holds at a time: few enough for the cache of a CPU core, enough to
-# fill another device.
+# Number of scores (latents × entries) that the search computes at once. On a CPU they fit in the cache of a core; other
+# devices need more to be busy.
 CPU_SCORES, DEVICE_SCORES = 2**20, 2**27
 
 
 @dataclass
 class QuantizerOutput:
-    """What a quantizer returns.
+    """Output of a quantizer.
 
     Attributes:
-        quantized: float32 `(B, D, h, w)`; its gradient reaches the latents.
+        quantized: float32 `(B, D, h, w)`; its gradient is passed on to the latents.
         codes: int64 `(B, h, w)` in `[0, K)`.
-        loss: float32 scalar, everything the quantizer asks of latents and codebook.
+        loss: float32 scalar, the weighted sum of the quantizer's loss terms.
     """
 
     quantized: Tensor
@@ -34,30 +34,34 @@ class QuantizerOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerOptions:
-    """The options of one kind of quantizer."""
+    """Options of a kind of quantizer: the fields of a subclass, which `VQGANConfig.quantizer_options` sets."""
 
-    # Options that decide which code a latent gets, or what a code means: part of a tokenizer's fingerprint.
+    # Options that decide which code a latent gets or what a code stands for. They are part of the fingerprint.
     DECIDE_CODES: ClassVar[frozenset[str]] = frozenset()
 
     def problems(self, num_embeddings: int, embed_dim: int) -> Iterator[tuple[str, Any, str]]:
-        """What cannot be built, as `(option, "num_embeddings" or "embed_dim", value received, what is allowed)`."""
+        """Every invalid value, as `(name, value received, what is allowed)`.
+
+        The name is an option, "num_embeddings" or "embed_dim".
+        """
         yield from ()
 
 
 class Quantizer(nn.Module):
-    """Maps each latent to one of K codes. A kind of quantizer is a subclass, its options, and a name in `QUANTIZERS`.
+    """Maps each latent to one of K codes.
 
-    Subclasses say how rows of latents are quantized (`quantize`) and what a code stands for (`entries`). All of it is
-    computed in float32, also under autocast.
+    A subclass implements `quantize` (latents → codes) and `entries` (codes → latents), and declares its `Options`. One
+    that learns outside of gradients also overrides `prepare`, `observe` or `update`. All methods compute in float32,
+    even under autocast.
 
     Args:
         num_embeddings: K.
         embed_dim: D.
-        options: of this kind.
+        options: an instance of `Options`.
     """
 
     Options: type[QuantizerOptions] = QuantizerOptions
-    # Whether codes stand for points among the latents, which k-means may place and a restart may move.
+    # Whether the entries are points in latent space that k-means may initialize and a restart may move (move_entries).
     has_codebook = False
 
     def __init__(self, num_embeddings: int, embed_dim: int, options: Any):
@@ -65,11 +69,11 @@ class Quantizer(nn.Module):
         self.num_embeddings, self.embed_dim, self.options = num_embeddings, embed_dim, options
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """float32 latents `(N, D)` → quantized `(N, D)`, int64 codes `(N,)`, loss."""
+        """Quantizes float32 latents `(N, D)`; returns quantized `(N, D)`, int64 codes `(N,)` and the loss, a scalar."""
         raise NotImplementedError
 
     def entries(self, codes: Tensor) -> Tensor:
-        """What int64 codes of any shape stand for, float32 with D as one more axis at the end."""
+        """The quantized latents that int64 codes `(…)` stand for, float32 `(…, D)`."""
         raise NotImplementedError
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
@@ -78,55 +82,59 @@ class Quantizer(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             quantized, codes, loss = self.quantize(rearrange(latents.float(), "B D h w -> (B h w) D"))
         quantized = rearrange(quantized, "(B h w) D -> B D h w", h=height, w=width)
-        if latents.is_contiguous():  # else they are channels-last, as this is
+        if latents.is_contiguous():  # otherwise they are channels-last, like `quantized`
             quantized = quantized.contiguous()
         return QuantizerOutput(quantized, codes.view(batch, height, width), loss)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """What int64 codes `(B, h, w)` stand for, float32 `(B, D, h, w)`."""
+        """The quantized latents that int64 codes `(B, h, w)` stand for, float32 `(B, D, h, w)`."""
         return rearrange(self.entries(codes), "B h w D -> B D h w")
 
     def prepare(self, progress: float, image_seeds: Sequence[int]) -> None:
-        """Told before every forward in training.
+        """Called before every forward in training.
 
         Args:
-            progress: share of the training done, in [0, 1).
-            image_seeds: one for each image of the batch, the same however the batch is spread over processes.
+            progress: fraction of the training that is done, in [0, 1).
+            image_seeds: a seed for each image of the batch; it does not depend on the number of processes.
         """
 
     def observe(self, latents: Tensor, codes: Tensor) -> None:
-        """Told the outcome of every forward in training: latents `(B, D, h, w)`, codes `(B, h, w)`."""
+        """Called after every forward in training, with latents `(B, D, h, w)` and their codes `(B, h, w)`."""
 
     def update(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Called after every optimizer step; `reduce` sums over processes."""
+        """Called after every optimizer step; `reduce` sums a tensor over processes."""
 
 
 @torch.no_grad()
 def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
     """Index of the codebook entry nearest to each latent in squared distance.
 
-    ‖z - e‖² is smallest where z·e - ½‖e‖² = [z, 1]·[e, -½‖e‖²] is largest: one matrix product per chunk of latents,
-    into the same memory every time, and no N × K distance matrix. Computed in float32: lower precision flips near ties.
+    ‖z - e‖² is smallest where z·e - ½‖e‖² = [z, 1]·[e, -½‖e‖²] is largest. So the search is one matrix product for each
+    chunk of latents, written to the same memory, without an N × K distance matrix. It is computed in float32, because
+    a lower precision changes codes whose distances are nearly equal.
 
     Args:
         latents: `(N, D)`.
         codebook: `(K, D)`.
 
     Returns:
-        int64 `(N,)`; of entries that are equally near, the first.
+        int64 `(N,)`; if several entries are equally near, the first of them.
     """
     latents, codebook = latents.float(), codebook.float()
     queries = F.pad(latents, (0, 1), value=1.0)
-    keys = torch.cat([codebook, -0.5 * codebook.square().sum(1, keepdim=True)], dim=1)
-    held = CPU_SCORES if latents.device.type == "cpu" else DEVICE_SCORES
-    chunks = queries.split(max(1, held // len(codebook)))
+    entries = torch.cat([codebook, -0.5 * codebook.square().sum(1, keepdim=True)], dim=1)
+    num_scores = CPU_SCORES if latents.device.type == "cpu" else DEVICE_SCORES
+    chunks = queries.split(max(1, num_scores // len(codebook)))
     scores = queries.new_empty(len(chunks[0]), len(codebook))
-    # on a CPU max finds the index in half the time of argmax
-    return torch.cat([torch.mm(chunk, keys.T, out=scores[: len(chunk)]).max(1).indices for chunk in chunks])
+    # on a CPU, max is twice as fast as argmax
+    return torch.cat([torch.mm(chunk, entries.T, out=scores[: len(chunk)]).max(1).indices for chunk in chunks])
 
 
 def straight_through(z: Tensor, quantized: Tensor) -> Tensor:
-    """The value of `quantized` with the gradient of `z` (Bengio et al. 2013)."""
+    """Returns `quantized`, whose gradient is passed on to `z` unchanged.
+
+    Source: Bengio et al. 2013, "Estimating or propagating gradients through stochastic neurons".
+    """
     return z + (quantized - z).detach()
 
 
@@ -136,10 +144,10 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """Mean of a tensor over the processes of a job, for use in a loss.
+    """Mean of a tensor over all processes, for use in a loss.
 
-    Its gradient is that of this process's own value: averaged over processes, as data-parallel training does with
-    gradients, it is the gradient of the mean.
+    Its gradient is that of this process's value alone. Data-parallel training averages gradients over processes, which
+    results in the gradient of the mean.
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return value
@@ -149,5 +157,5 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def unit_length(rows: Tensor) -> Tensor:
-    """Rows `(…, D)` put on the unit sphere."""
+    """Divides rows `(…, D)` by their Euclidean norm."""
     return F.normalize(rows, dim=-1)

@@ -1,4 +1,4 @@
-"""Nearest entry of a codebook that follows the latents by moving averages."""
+"""Vector quantization by moving averages ("ema"): each entry is the average of the latents that chose it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class EMAQuantizerOptions(QuantizerOptions):
     """Options of [`EMAQuantizer`].
 
     Args:
-        commitment_cost: β, weight of the commitment term, the only one.
-        decay: γ of the moving averages, per optimizer step.
-        epsilon: of the Laplace smoothing of cluster sizes.
+        commitment_cost: β, weight of the commitment term, the only term of the loss.
+        decay: γ, decay of the moving averages per optimizer step.
+        epsilon: ε, constant of the Laplace smoothing of cluster sizes.
         l2_normalize: as in [`VectorQuantizerOptions`].
     """
 
@@ -43,9 +43,9 @@ class EMAQuantizerOptions(QuantizerOptions):
 class EMAQuantizer(VectorQuantizer):
     """A codebook without gradients: every entry is the moving average of the latents that chose it.
 
-    After an optimizer step, with n the counts and s the sums of latents by code over all processes,
-    N ← γN + (1-γ)n, m ← γm + (1-γ)s, e ← m / Ñ, where Ñ = (N + ε) / (ΣN + Kε) · ΣN.
-    m is not stored, it is e·Ñ. N starts at 1, so that an entry nobody chooses stays where it is.
+    Let n be the number of latents of each code and s their sum, over all processes. After an optimizer step,
+    N ← γN + (1-γ)n, m ← γm + (1-γ)s, e ← m / Ñ, with Ñ = (N + ε) / (ΣN + Kε) · ΣN.
+    m is not stored: it equals e·Ñ. N starts at 1, so that an entry that no latent chooses does not move.
 
     Source: van den Oord et al. 2017, "Neural discrete representation learning", appendix A.1; smoothing as in
     Razavi et al. 2019, "Generating diverse high-fidelity images with VQ-VAE-2".
@@ -75,7 +75,7 @@ class EMAQuantizer(VectorQuantizer):
         z = rearrange(latents.float(), "B D h w -> (B h w) D")
         if self.l2_normalize:
             z = unit_length(z)
-        one_hot_sums = F.pad(z, (1, 0), value=1.0)  # one more column: sums of ones are counts
+        one_hot_sums = F.pad(z, (1, 0), value=1.0)  # the sums of a column of ones are the counts
         seen = z.new_zeros(self.num_embeddings, self.embed_dim + 1).index_add_(0, codes.flatten(), one_hot_sums)
         self._counts_and_sums = seen if self._counts_and_sums is None else self._counts_and_sums + seen
 

@@ -1,4 +1,4 @@
-"""Finite scalar quantization: every channel of a latent rounded to a few levels."""
+"""Finite scalar quantization ("fsq"): every channel of a latent is rounded to one of a few levels."""
 
 import math
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .quantizer_base import Quantizer, QuantizerOptions, straight_through
 
-# The tanh reaches beyond the outermost levels by this share of the range, so that they can be met exactly.
+# The range of the tanh is larger than that of the levels by this fraction, so that latents reach the outermost levels.
 MARGIN = 1e-3
 
 
@@ -19,8 +19,8 @@ class FSQuantizerOptions(QuantizerOptions):
     """Options of [`FSQuantizer`].
 
     Args:
-        levels: of each channel, for instance [8, 5, 5, 5]; `embed_dim` is how many there are, `num_embeddings` their
-            product.
+        levels: number of levels of each channel, for instance [8, 5, 5, 5]; `embed_dim` must be the number of
+            channels, `num_embeddings` the product of the levels.
     """
 
     DECIDE_CODES: ClassVar[frozenset[str]] = frozenset({"levels"})
@@ -39,8 +39,10 @@ class FSQuantizerOptions(QuantizerOptions):
 
 
 class FSQuantizer(Quantizer):
-    """Channel i, bounded by a tanh, is rounded to one of L_i levels in [-1, 1]; a code is their number in mixed radix,
-    the first channel counting least. There is no codebook and nothing to collapse.
+    """Bounds channel i by a tanh and rounds it to one of L_i levels in [-1, 1].
+
+    A code is the number that the levels form in mixed radix; the first channel is the least significant digit. FSQ has
+    no codebook, so no codebook can collapse.
 
     Source: Mentzer et al. 2023, "Finite scalar quantization: VQ-VAE made simple", section 3 and appendix A.1.
     """
@@ -54,7 +56,7 @@ class FSQuantizer(Quantizer):
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         levels = _vector(self.levels, z.device)
         half_range = (levels - 1) * (1 + MARGIN) / 2
-        offset = 0.5 * (levels % 2 == 0)  # an even number of levels lies around -½
+        offset = 0.5 * (levels % 2 == 0)  # the centre of an even number of levels is -½
         bounded = torch.tanh(z + torch.atanh(offset / half_range)) * half_range - offset
         rounded = straight_through(bounded, bounded.round())
         middle = levels // 2
@@ -72,5 +74,5 @@ class FSQuantizer(Quantizer):
 
 
 def _vector(values: list[int], device: torch.device) -> Tensor:
-    """int64 `(D,)`, filled on the device: a copy from the host would have the host wait for it."""
+    """int64 `(D,)`, filled on the device: a copy from the CPU would synchronize with a GPU."""
     return torch.stack([torch.full((), value, device=device) for value in values])

@@ -1,4 +1,4 @@
-"""Codes drawn with Gumbel noise in training, the likeliest ones afterwards."""
+"""Gumbel-softmax quantization ("gumbel"): codes are drawn in training, and are the most likely ones in evaluation."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,10 +17,10 @@ class GumbelQuantizerOptions(QuantizerOptions):
     """Options of [`GumbelQuantizer`].
 
     Args:
-        kl_weight: weight of the divergence of the code distribution from the uniform one.
-        temperature_start, temperature_end: τ, falls from one to the other over the training along half a cosine.
-        straight_through: in training, decode the drawn entry itself, with the gradient of the soft mixture; otherwise
-            the mixture.
+        kl_weight: weight of the KL divergence of the code distribution from the uniform distribution.
+        temperature_start, temperature_end: τ at the start and the end of the training; it follows half a cosine.
+        straight_through: in training, decode the drawn entry, with the gradient of the soft mixture of entries; false
+            decodes the mixture.
     """
 
     kl_weight: float | int = 5e-4
@@ -39,8 +39,8 @@ class GumbelQuantizerOptions(QuantizerOptions):
 class GumbelQuantizer(Quantizer):
     """A categorical distribution over codes for each latent, relaxed by Gumbel-softmax.
 
-    In training the codes are drawn; in evaluation they are the likeliest ones, so that an image always has the same.
-    An image's noise depends on its seed alone (see `prepare`).
+    Codes are drawn in training. In evaluation they are the most likely ones, so an image always has the same codes. The
+    noise of an image depends on its seed alone (see `prepare`).
 
     Source: Jang et al. 2017, "Categorical reparameterization with Gumbel-softmax"; Ramesh et al. 2021, "Zero-shot
     text-to-image generation", section 2.1; the divergence term Σ q ln(K·q) as in Esser et al. 2021's code.
@@ -79,12 +79,12 @@ class GumbelQuantizer(Quantizer):
         return F.embedding(codes, self.embed.weight.float())
 
     def _gumbel_noise(self, logits: Tensor) -> Tensor:
-        """Standard Gumbel noise, -ln of exponential noise; of every image from a generator of its own."""
+        """Standard Gumbel noise, -ln of exponential noise, from a generator for each image."""
         noise = torch.empty_like(logits)
         if self._image_seeds:
             generator = torch.Generator(logits.device)
             for rows, seed in zip(noise.chunk(len(self._image_seeds)), self._image_seeds, strict=True):
                 rows.exponential_(generator=generator.manual_seed(seed))
-        else:  # outside of a training run
+        else:  # `prepare` was not called: this is not a training run
             noise.exponential_()
         return -noise.log()

@@ -1,4 +1,4 @@
-"""Lookup-free quantization: a code is the signs of a latent's channels."""
+"""Lookup-free quantization ("lfq"): a code is the signs of a latent's channels."""
 
 import math
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ class LFQuantizerOptions(QuantizerOptions):
 
     Args:
         commitment_cost: β, weight of the squared distance of a latent from its code.
-        entropy_weight: weight of the entropy term of the loss in training; without it few codes come into use.
-        diversity_weight: within that term, weight of the entropy of the mean (all codes used alike) against the mean
-            entropy (every latent sure of its code).
-        entropy_temperature: of the softmax over negative squared distances in that term.
+        entropy_weight: weight of the entropy term of the loss in training; without it, few codes are used.
+        diversity_weight: weight, within the entropy term, of the entropy of the mean distribution over codes. The term
+            raises it, so that all codes are used, and lowers the mean entropy of each latent's distribution.
+        entropy_temperature: temperature of the softmax over negative squared distances in the entropy term.
     """
 
     commitment_cost: float | int = 0.25
@@ -42,7 +42,7 @@ class LFQuantizerOptions(QuantizerOptions):
 
 
 class LFQuantizer(Quantizer):
-    """Every channel becomes -1 or 1; a code is these bits, the first channel counting most.
+    """Maps every channel to -1 or 1; these bits form the code. The first channel is the most significant bit.
 
     Source: Yu et al. 2024, "Language model beats diffusion: tokenizer is key to visual generation", section 3.
     """
@@ -62,11 +62,12 @@ class LFQuantizer(Quantizer):
         return 2.0 * (codes[..., None] // self._place_values(codes.device) % 2) - 1
 
     def entropy_loss(self, z: Tensor) -> Tensor:
-        """Mean entropy of the latents' softmax over all 2^D codes minus the weighted entropy of its mean over the batch
-        of all processes, a scalar.
+        """Mean over latents of the entropy of their softmax over all 2^D codes, minus the weighted entropy of the mean
+        softmax of the batch of all processes; a scalar.
 
-        The softmax over squared distances is a product over bits: an entropy is the sum of those of the bits, and the
-        mean over N latents is one product of two matrices, each for half of the bits; nothing of size N × K is made.
+        The softmax over negative squared distances factorizes over bits. So its entropy is the sum of the entropies of
+        the bits, and the mean over N latents is the product of two matrices, one for each half of the bits. This needs
+        no tensor of size N × K.
         """
         on = torch.sigmoid(4 * z / self.options.entropy_temperature)  # ‖z + 1‖² - ‖z - 1‖² = 4z
         bits = torch.stack([1 - on, on], -1)
@@ -80,7 +81,10 @@ class LFQuantizer(Quantizer):
 
 
 def _joint(bits: Tensor) -> Tensor:
-    """Probabilities of independent bits `(N, d, 2)` → of all their combinations `(N, 2^d)`; the first counts most."""
+    """Probabilities of independent bits, `(N, d, 2)` → probabilities of all their combinations, `(N, 2^d)`.
+
+    The first bit is the most significant one.
+    """
     joint = bits.new_ones(len(bits), 1)
     for bit in bits.unbind(1):
         joint = (joint[:, :, None] * bit[:, None]).flatten(1)

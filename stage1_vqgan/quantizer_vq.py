@@ -1,4 +1,4 @@
-"""Nearest entry of a learned codebook."""
+"""Vector quantization ("vq"): the nearest entry of a codebook that is trained by gradients."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .quantizer_base import (
     unit_length,
 )
 
-# Latents whose distances to all entries are kept at once for the entropy term.
+# Number of latents whose distances to all entries are in memory at once for the entropy term.
 ENTROPY_CHUNK = 1024
 
 
@@ -30,14 +30,14 @@ class VectorQuantizerOptions(QuantizerOptions):
 
     Args:
         commitment_cost: β, weight of the commitment term.
-        legacy_codebook_loss: put β on the codebook term instead, as the original's released models did.
-        l2_normalize: put latents and entries on the unit sphere, for the search and in the output (Yu et al. 2022,
-            "Vector-quantized image modeling with improved VQGAN", section 3.2); pairs well with a small `embed_dim`.
-        entropy_weight: weight of the entropy term of the loss in training: latents should be sure of their code (low
-            entropy each), and all codes used alike (high entropy of the mean).
-        entropy_temperature: of the softmax over negative squared distances in that term.
-        rotation_trick: the gradient reaches the latent rotated and scaled as latent and entry lie to each other,
-            instead of straight through (Fifty et al. 2024, "Restructuring vector quantization with the rotation
+        legacy_codebook_loss: apply β to the codebook term instead, as the released models of the original do.
+        l2_normalize: normalize latents and entries to unit length, for the search and in the output (Yu et al. 2022,
+            "Vector-quantized image modeling with improved VQGAN", section 3.2); works best with a small `embed_dim`.
+        entropy_weight: weight of the entropy term of the loss in training. The term lowers the entropy of the code
+            distribution of each latent, and raises the entropy of their mean, so that all codes are used.
+        entropy_temperature: temperature of the softmax over negative squared distances in the entropy term.
+        rotation_trick: pass the gradient to the latent through the rotation and scaling that map the latent onto its
+            entry, instead of straight through (Fifty et al. 2024, "Restructuring vector quantization with the rotation
             trick").
     """
 
@@ -59,7 +59,7 @@ class VectorQuantizerOptions(QuantizerOptions):
 
 
 class Codebook(nn.Embedding):
-    """Entries `(K, D)` that start uniform in (-1/K, 1/K)."""
+    """Entries `(K, D)`, initialized uniformly in (-1/K, 1/K)."""
 
     def reset_parameters(self) -> None:
         init.uniform_(self.weight, -1 / self.num_embeddings, 1 / self.num_embeddings)
@@ -83,7 +83,7 @@ class VectorQuantizer(Quantizer):
 
     @property
     def codebook(self) -> Tensor:
-        """The entries as they are used: float32 `(K, D)`, of unit length with `l2_normalize`."""
+        """The entries that the search compares with: float32 `(K, D)`, of unit length with `l2_normalize`."""
         weight = self.embedding.weight.float()
         return unit_length(weight) if self.l2_normalize else weight
 
@@ -104,12 +104,12 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def move_entries(self, codes: Tensor, rows: Tensor) -> None:
-        """Puts the entries of int64 codes `(M,)` at `rows` `(M, D)`."""
+        """Overwrites the entries of int64 codes `(M,)` with `rows` `(M, D)`."""
         self.embedding.weight[codes] = rows.to(self.embedding.weight.dtype)
 
     def entropy_loss(self, z: Tensor, codebook: Tensor) -> Tensor:
-        """Mean entropy of the latents' softmax over codes minus the entropy of its mean over the batch of all
-        processes, a scalar in [-ln K, ln K].
+        """Mean over latents of the entropy of their softmax over codes, minus the entropy of the mean softmax of the
+        batch of all processes; a scalar in [-ln K, ln K].
 
         Source: Jansen et al. 2019, "Coincidence, categorization, and consolidation"; Yu et al. 2024, "Language model
         beats diffusion", equation 5.
@@ -125,22 +125,22 @@ class VectorQuantizer(Quantizer):
             )
             for rows in z.split(ENTROPY_CHUNK)
         ]
-        of_latents, probabilities = (sum(parts) / len(z) for parts in zip(*chunks, strict=True))
-        return of_latents - entropy(mean_over_processes(probabilities))
+        mean_entropy, mean_softmax = (sum(parts) / len(z) for parts in zip(*chunks, strict=True))
+        return mean_entropy - entropy(mean_over_processes(mean_softmax))
 
 
 def _entropy_sums(rows: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sums over rows `(n, D)` of the entropies of their softmax over codes, a scalar, and of the softmax, `(K,)`."""
-    logits = (2 * rows @ codebook.T - codebook.square().sum(1)) / temperature  # ‖z‖² is the same for all codes
+    """Sums over latents `(n, D)`: of the entropy of their softmax over codes, a scalar, and of the softmax, `(K,)`."""
+    logits = (2 * rows @ codebook.T - codebook.square().sum(1)) / temperature  # ‖z‖² cancels in the softmax
     probabilities = logits.softmax(1)
     return entropy(probabilities).sum(), probabilities.sum(0)
 
 
 def rotate(z: Tensor, zq: Tensor) -> Tensor:
-    """zq, written as the latent rotated and scaled onto it; the gradient takes the same way back.
+    """Returns zq, written as a rotation and scaling of z, through which the gradient is passed back to z.
 
-    With unit vectors u of z and v of zq, and the reflections that map u to u + v and that to v,
-    zq = ‖zq‖/‖z‖ · (z - 2 r rᵀz + 2 v uᵀz), r = (u + v) / ‖u + v‖, all but z held constant.
+    With the unit vectors u of z and v of zq, and r = (u + v) / ‖u + v‖,
+    zq = ‖zq‖/‖z‖ · (z - 2 r rᵀz + 2 v uᵀz), where everything but z is a constant.
 
     Source: Fifty et al. 2024, "Restructuring vector quantization with the rotation trick", section 4.2.
     """
@@ -150,4 +150,4 @@ def rotate(z: Tensor, zq: Tensor) -> Tensor:
         scale = zq.norm(dim=-1, keepdim=True) / z.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     along = 2 * (z * r).sum(-1, keepdim=True) * r
     rotated = scale * (z - along + 2 * (z * u).sum(-1, keepdim=True) * v)
-    return rotated + (zq - rotated).detach()  # what decoder and code store see is the entry itself, to the bit
+    return rotated + (zq - rotated).detach()  # the value is exactly the entry, without the rounding of the rotation

@@ -1,4 +1,9 @@
-"""The kinds of quantizers by name."""
+"""All kinds of quantizers, by their names in a configuration.
+
+To add a quantizer: write a subclass of `Quantizer` with its options in a file quantizer_NAME.py, and add one line to
+`QUANTIZERS`. Configuration, training, tokenization and saving then support it. quantizer_fsq.py is the shortest
+example; quantizer_base.py documents the methods.
+"""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -14,6 +19,7 @@ from .quantizer_gumbel import GumbelQuantizer
 from .quantizer_lfq import LFQuantizer
 from .quantizer_vq import VectorQuantizer
 
+# `VQGANConfig.quantizer` → class.
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "vq": VectorQuantizer,
     "ema": EMAQuantizer,
@@ -26,7 +32,14 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 def option_problems(
     name: str, values: dict[str, Any], num_embeddings: int, embed_dim: int
 ) -> Iterator[tuple[str, Any, str]]:
-    """What cannot be built, as `(field of the model's configuration, value received, what is allowed)`."""
+    """Every invalid field of a quantizer's configuration, as `(field of VQGANConfig, value received, what is allowed)`.
+
+    Args:
+        name: `VQGANConfig.quantizer`.
+        values: `VQGANConfig.quantizer_options`.
+        num_embeddings: K.
+        embed_dim: D.
+    """
     if name not in QUANTIZERS:
         yield "quantizer", name, f"must be one of {', '.join(QUANTIZERS)}"
         return
@@ -49,13 +62,13 @@ def option_problems(
 
 
 def build_quantizer(name: str, num_embeddings: int, embed_dim: int, options: dict[str, Any]) -> Quantizer:
-    """A new quantizer; see [`VQGANConfig`]."""
+    """Builds a quantizer; the arguments are the fields of [`VQGANConfig`]."""
     kind = QUANTIZERS[name]
     return kind(num_embeddings, embed_dim, kind.Options(**options))
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(value, bool) and hint is not bool:  # true is not the number 1
+    if isinstance(value, bool) and hint is not bool:  # Python counts True as the number 1
         return False
     try:
         type_validator("", value, hint)

@@ -1,14 +1,15 @@
-"""The code store: every image's codes as Arrow files, with a manifest that says what they are.
+"""The code store: the codes of all images as Arrow files, and a manifest that describes them.
 
     code_store/
-      manifest.json                     token layout, splits, how the codes were made; written last
+      origin.json                       everything that decides the codes; written first
+      manifest.json                     token layout, splits, origin; written last
       train-00000.arrow …               shards of at most SHARD_ROWS rows, one record batch each
       validation-00000.arrow …
 
-Columns: `codes`, a fixed-size list of uint16 (uint32 above 65,536 codes), and `label`, int64, unless there are no
-labels. Shard s holds images s·B to (s + 1)·B - 1 of the split, B = `images_per_shard`: first view 0 of all of them,
-then view 1, and so on. Images that could not be decoded have no rows; the shard's schema carries which those are.
-`datasets.Dataset.from_file` opens a shard as well.
+Columns: `codes`, a fixed-size list of uint16 (uint32 above 65,536 codes), and, for labeled images, `label`, int64.
+Shard s holds images s·B to (s + 1)·B - 1 of the split, B = `images_per_shard`: view 0 of all of them, then view 1 of
+all of them, and so on. Images that could not be decoded have no rows; the metadata of the shard's schema lists them.
+`datasets.Dataset.from_file` also opens a shard.
 """
 
 import json
@@ -23,11 +24,13 @@ import numpy as np
 import pyarrow as pa
 
 from configs import ConfigError, Problem
+from configs.files import write_json
 from stage1_vqgan import SkippedImage
 from stage2_prior.vocabulary import TokenLayout
 
 SHARD_ROWS = 65536
-MANIFEST_NAME = "manifest.json"
+ORIGIN_NAME, MANIFEST_NAME = "origin.json", "manifest.json"
+# Entry of a shard's schema metadata that holds its notes.
 NOTES_KEY = b"tessella"
 
 
@@ -36,10 +39,10 @@ class ShardNotes:
     """What a shard was made from.
 
     Attributes:
-        images: in its range of the split.
-        skipped: those among them that could not be decoded; their numbers are of the split.
-        num_classes: one more than its highest label; 0 without labels.
-        rows: see above.
+        images: number of images in its range of the split.
+        skipped: the images among them that could not be decoded; they are numbered as in the split.
+        num_classes: highest label plus one; 0 without labels.
+        rows: number of rows.
     """
 
     images: int
@@ -49,30 +52,31 @@ class ShardNotes:
 
 
 def images_per_shard(num_views: int) -> int:
-    """Images whose views make one shard."""
+    """Number of images whose views fill one shard, at least 1."""
     return max(1, SHARD_ROWS // num_views)
 
 
 def code_dtype(num_codes: int) -> np.dtype:
-    """The smallest unsigned integer a store keeps codes in."""
+    """The smallest dtype for codes in [0, num_codes): uint16 or uint32."""
     return np.dtype(np.uint16 if num_codes <= 2**16 else np.uint32)
 
 
 def shard_path(folder: str | Path, split: str, shard: int) -> Path:
-    """Where a shard lies."""
+    """Path of a shard."""
     return Path(folder) / f"{split}-{shard:05d}.arrow"
 
 
 def write_shard(
     path: Path, codes: np.ndarray, labels: np.ndarray | None, images: int, skipped: Sequence[SkippedImage] = ()
 ) -> None:
-    """Writes one shard beside, syncs and renames it, so that what has a shard's name is complete.
+    """Writes one shard to a temporary file, syncs it and renames it: a file with a shard's name is complete.
 
     Args:
         path: see `shard_path`.
         codes: uint16 or uint32 `(rows, L)`.
         labels: int64 `(rows,)`, or None.
-        images, skipped: see `ShardNotes`.
+        images: number of images in the shard's range of the split.
+        skipped: the images among them that could not be decoded.
     """
     columns = {"codes": pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), codes.shape[1])}
     if labels is not None:
@@ -90,27 +94,90 @@ def write_shard(
 
 
 def read_notes(path: Path) -> ShardNotes:
-    """What a shard was made from; its rows are not read."""
+    """Reads what a shard was made from, without its rows."""
     with pa.OSFile(str(path)) as file:
         notes = json.loads(pa.ipc.open_stream(file).schema.metadata[NOTES_KEY])
     return ShardNotes(**{**notes, "skipped": [SkippedImage(*image) for image in notes["skipped"]]})
+
+
+def claim_folder(folder: Path, origin: dict[str, Any]) -> int:
+    """Records in a folder how its codes are made, before the first shard is written.
+
+    Args:
+        folder: folder of the store; it is made if it does not exist.
+        origin: everything that decides the codes, as JSON values.
+
+    Returns:
+        Number of rows of the shards that an interrupted run left there.
+
+    Raises:
+        ConfigError: the folder holds codes of another origin.
+    """
+    path = folder / ORIGIN_NAME
+    shards = sorted(folder.glob("*.arrow"))
+    if not shards and not (folder / MANIFEST_NAME).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, origin)
+        return 0
+    if not path.is_file():
+        raise ConfigError([Problem("code_store", f"{folder} holds codes of unknown origin; choose another folder")])
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(origin))
+    problems = [
+        Problem("code_store", f"{folder} holds codes made with {name} {before.get(name)!r}, now it is {value!r}")
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if problems:
+        problems.append(Problem("code_store", "choose another folder, or remove this one to make its codes again"))
+        raise ConfigError(problems, "code store")
+    return sum(read_notes(shard).rows for shard in shards)
+
+
+def write_manifest(
+    folder: Path, layout: TokenLayout, splits: dict[str, list[ShardNotes]], origin: dict[str, Any], seconds: float
+) -> None:
+    """Writes the manifest, which marks a store as finished.
+
+    Args:
+        folder: folder of the store.
+        layout: token space of its codes.
+        splits: notes of the shards of every split.
+        origin: see `claim_folder`.
+        seconds: time that this run spent on the codes.
+    """
+    summaries = {
+        name: {
+            "images": sum(shard.images for shard in shards),
+            "rows": sum(shard.rows for shard in shards),
+            "shard_rows": [shard.rows for shard in shards],
+            "skipped": [image._asdict() for shard in shards for image in shard.skipped],
+        }
+        for name, shards in splits.items()
+    }
+    manifest = {
+        "token_layout": layout.to_dict(),
+        "splits": summaries,
+        "origin": origin,
+        "seconds": round(seconds, 1),
+    }
+    write_json(folder / MANIFEST_NAME, manifest)
 
 
 class CodeStore:
     """A finished store, read through memory maps.
 
     Args:
-        folder: of the store.
+        folder: folder of the store.
 
     Raises:
-        ConfigError: there is no finished store in the folder.
+        ConfigError: the folder holds no finished store, or one of an earlier version.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         manifest = self.folder / MANIFEST_NAME
         if not manifest.is_file():
-            message = f"received {str(folder)!r}; there is no finished code store (run stage2_prior.tokenize first)"
+            message = f"received {str(folder)!r}; it holds no finished code store (run stage2_prior.tokenize first)"
             raise ConfigError([Problem("code_store", message)])
         self.manifest: dict[str, Any] = json.loads(manifest.read_text())
         if any("shard_rows" not in split for split in self.manifest["splits"].values()):
@@ -119,12 +186,20 @@ class CodeStore:
         self.layout = TokenLayout.from_dict(self.manifest["token_layout"])
 
     def split(self, name: str) -> "CodeSplit":
-        """Opens "train" or "validation"."""
+        """The rows of a split, "train" or "validation"."""
         return CodeSplit(self.folder, name, self.manifest["splits"][name]["shard_rows"])
 
 
 class CodeSplit:
-    """The rows of one split; its shards are mapped when the first are read, so that it can be sent to workers."""
+    """The rows of one split.
+
+    The shards are memory-mapped at the first read. Pickling leaves the maps out, so a split can be sent to workers.
+
+    Args:
+        folder: folder of the store.
+        name: "train" or "validation".
+        shard_rows: number of rows of each shard.
+    """
 
     def __init__(self, folder: Path, name: str, shard_rows: Sequence[int]):
         self.folder, self.name = folder, name
@@ -135,52 +210,39 @@ class CodeSplit:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_columns"}
+        return {name: value for name, value in self.__dict__.items() if name != "_shards"}
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Codes `(n, L)` and labels `(n,)` (or None) of int64 row numbers `(n,)`, without a loop over them."""
+        """Reads rows in any order, across shards.
+
+        Args:
+            rows: int64 `(n,)`, row numbers of the split.
+
+        Returns:
+            Codes, uint16 or uint32 `(n, L)`, and labels, int64 `(n,)`, or None for a store without labels.
+        """
         shards = np.searchsorted(self.ends, rows, side="right")
         offsets = rows - self.starts[shards]
-        codes, labels = self._columns
-        return codes.take(shards, offsets), labels.take(shards, offsets)[:, 0] if labels is not None else None
+        first_codes, first_labels = self._shards[0]
+        codes = np.empty((len(rows), first_codes.shape[1]), first_codes.dtype)
+        labels = None if first_labels is None else np.empty(len(rows), first_labels.dtype)
+        for shard in np.unique(shards):
+            shard_codes, shard_labels = self._shards[shard]
+            places = np.flatnonzero(shards == shard)
+            codes[places] = shard_codes[offsets[places]]
+            if labels is not None and shard_labels is not None:
+                labels[places] = shard_labels[offsets[places]]
+        return codes, labels
 
     @cached_property
-    def _columns(self) -> tuple["MappedRows", "MappedRows | None"]:
-        """Codes, and labels if there are any, of all shards."""
-        batches = []
+    def _shards(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Codes `(rows, L)` and labels `(rows,)` of every shard, as views of its memory map."""
+        shards = []
         for shard in range(len(self.ends)):
             with pa.memory_map(str(shard_path(self.folder, self.name, shard))) as source:  # the map outlives the file
-                batches.append(pa.ipc.open_stream(source).read_next_batch())
-        width = batches[0].column("codes").type.list_size
-        codes = MappedRows([batch.column("codes").flatten() for batch in batches], width)
-        has_labels = "label" in batches[0].schema.names
-        return codes, MappedRows([batch.column("label") for batch in batches], 1) if has_labels else None
-
-
-class MappedRows:
-    """Rows of several memory maps, taken all at once: one array strides over all the memory from the first map to the
-    last, in which every row has an index. What lies between the maps is in no row and never touched.
-
-    Args:
-        shards: integers without nulls, the rows of a shard one after another.
-        width: of a row.
-    """
-
-    def __init__(self, shards: Sequence[pa.Array], width: int):
-        self.shards = [shard.to_numpy(zero_copy_only=True) for shard in shards]  # keeps the maps
-        self.width = width
-        filled = [shard for shard in self.shards if len(shard)]
-        first = min(filled, key=_address)
-        size = first.itemsize
-        end = max(_address(shard) + shard.nbytes for shard in filled)
-        shape = ((end - _address(first)) // size - width + 1, width)
-        self.view = np.lib.stride_tricks.as_strided(first, shape, (size, size), writeable=False)
-        self.starts = np.array([(_address(shard) - _address(first)) // size for shard in self.shards])
-
-    def take(self, shards: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """A copy `(n, width)` of the rows with these numbers, int64 `(n,)`, in these shards, int64 `(n,)`."""
-        return self.view[self.starts[shards] + offsets * self.width]
-
-
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]
+                batch = pa.ipc.open_stream(source).read_next_batch()
+            codes = batch.column("codes")
+            rows = codes.flatten().to_numpy(zero_copy_only=True).reshape(-1, codes.type.list_size)
+            labels = batch.column("label").to_numpy(zero_copy_only=True) if "label" in batch.schema.names else None
+            shards.append((rows, labels))
+        return shards

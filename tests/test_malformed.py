@@ -317,7 +317,7 @@ CASES = {
     "folder without images": (
         "stage1",
         "--data.dataset $folder/nothing",
-        {"data.dataset": "there are no images in this folder"},
+        {"data.dataset": "this folder holds no images"},
     ),
     "missing tokenizer": (
         "tokenize",
@@ -346,7 +346,7 @@ CASES = {
     "prior for a tokenizer": (
         "tokenize",
         "--tokenizer $prior",
-        {"tokenizer": "no tokenizer but a model of type"},
+        {"tokenizer": "not a tokenizer but a model of type"},
     ),
     "folder without a tokenizer": ("build", "--tokenizer $folder", {"tokenizer": "holds no trained tokenizer"}),
     "tokenizer for a prior": ("build", "--prior $vqgan", {"prior": "no trained prior in it"}),

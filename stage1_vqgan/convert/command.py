@@ -1,5 +1,7 @@
-"""Tokenizers of other code bases, to and fro: run as `python -m stage1_vqgan.convert --from taming --checkpoint FILE
---output DIR`."""
+"""The command that converts tokenizers from and to other code bases.
+
+Run it as `python -m stage1_vqgan.convert --from taming --checkpoint FILE --output DIR`.
+"""
 
 import contextlib
 import tempfile
@@ -25,10 +27,10 @@ NO_DIFFUSERS = "diffusers is not installed: pip install 'tessella[convert]'"
 
 
 def convert(config: ConvertConfig) -> None:
-    """Converts a tokenizer; a folder that is there at the end is whole and was compared as asked for.
+    """Converts a tokenizer. The output folder appears only after the conversion and the comparison have succeeded.
 
     Raises:
-        ConfigError: a file cannot be used, says two things, or the result is not the original.
+        ConfigError: a file cannot be read, files contradict each other, or the result differs from the original.
     """
     with written_beside(Path(config.output)) as folder:
         report = export(config, folder) if config.source is None else bring_in(config, folder)
@@ -36,7 +38,7 @@ def convert(config: ConvertConfig) -> None:
 
 
 def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
-    """Writes a tokenizer of another code base as one of ours; returns what to tell."""
+    """Converts a tokenizer of another code base to a `VQGANModel`; returns lines for the user."""
     checkpoint = Path(config.checkpoint)
     original = READERS[str(config.source)](checkpoint, Path(config.config) if config.config else None)
     model = build_model(original)
@@ -46,18 +48,24 @@ def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
     if original.discriminator:
         save_file(original.discriminator, folder / DISCRIMINATOR_NAME)
     compared = compare(config, VQGANModel.from_pretrained(folder).eval(), checkpoint)
-    return [*describe(model), *told(original, model), *compared]
+    return [*describe(model), *reading_notes(original, model), *compared]
 
 
 def export(config: ConvertConfig, folder: Path) -> list[str]:
-    """Writes a tokenizer for another code base; returns what to tell."""
+    """Converts a `VQGANModel` to another code base; returns lines for the user."""
     model = load_tokenizer(config.checkpoint, "checkpoint")
     notes = diffusers.write(model, folder)
     return [*describe(model), *notes, *compare(config, model, folder)]
 
 
 def compare(config: ConvertConfig, model: VQGANModel, other: Path) -> list[str]:
-    """The figures of the comparison with the original; `other` is the folder of diffusers, if that is the one."""
+    """Compares a tokenizer with the original, if possible; returns lines for the user.
+
+    Args:
+        config: names the code base and the file to compare with.
+        model: the tokenizer.
+        other: for diffusers, the folder of its VQModel; unused otherwise.
+    """
     path = Path(config.verify) if config.verify else None
     if "diffusers" not in (config.source, config.target):
         return ["not compared: no --verify FILE"] if path is None else verify(model, stored_cases(path, model))
@@ -69,7 +77,7 @@ def compare(config: ConvertConfig, model: VQGANModel, other: Path) -> list[str]:
 
 
 def describe(model: VQGANModel) -> list[str]:
-    """A tokenizer in two lines."""
+    """Describes a tokenizer in two lines."""
     config = model.config
     widths, sizes = ", ".join(map(str, config.widths)), ", ".join(map(str, config.attn_resolutions)) or "no"
     return [
@@ -81,28 +89,28 @@ def describe(model: VQGANModel) -> list[str]:
     ]
 
 
-def told(original: Original, model: VQGANModel) -> list[str]:
-    """What a user should know of how the original was read."""
+def reading_notes(original: Original, model: VQGANModel) -> list[str]:
+    """What the user should know about how the original was read, as lines."""
     notes = list(original.notes)
     if original.discriminator:
         notes.append(f"the discriminator is in {DISCRIMINATOR_NAME}: fine-tuning starts from it where it fits")
     if "image_size" not in {claim.field for claim in original.claims}:
-        notes.append(f"no configuration tells image_size, which the weights do not: it is {model.config.image_size}")
+        notes.append(f"neither a configuration nor the weights state image_size: it is {model.config.image_size}")
     if model.config.in_channels not in IMAGE_CHANNELS:
-        notes.append(f"images of {model.config.in_channels} channels have no image processor: give the model tensors")
+        notes.append(f"no image processor supports {model.config.in_channels} channels: pass tensors to the model")
     return notes
 
 
 @contextlib.contextmanager
 def written_beside(output: Path) -> Iterator[Path]:
-    """An empty folder that becomes `output` at the end, or vanishes.
+    """A new temporary folder, which is renamed to `output` on success and removed on an error.
 
     Raises:
-        ConfigError: there is something at `output` already.
+        ConfigError: `output` is a file or a folder that is not empty.
     """
     output = output.resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise refuse("output", output, "there is something already; choose another folder, or remove it")
+        raise refuse("output", output, "it exists already; choose another folder, or remove it")
     above = next(path for path in output.parents if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=above) as beside:
         folder = Path(beside) / "folder"

@@ -1,6 +1,6 @@
-"""The tokenizers of diffusers, `VQModel`, from and to its folders: VQGAN's blocks under other names.
+"""Reads and writes the tokenizers of diffusers (`VQModel`), which have the blocks of VQGAN under other names.
 
-A folder holds config.json and diffusion_pytorch_model.safetensors, in older ones diffusion_pytorch_model.bin.
+A folder holds config.json and diffusion_pytorch_model.safetensors, or diffusion_pytorch_model.bin in old versions.
 """
 
 import json
@@ -41,7 +41,7 @@ RULES: Rules = (
     ("to_v", "v"),
     ("to_out.0", "proj_out"),
 )
-# Names of attention's parts before diffusers 0.15.
+# Names of the layers of attention before diffusers 0.15.
 OLD_NAMES: Rules = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 
 FIELDS = {
@@ -66,10 +66,10 @@ IGNORED = ["_diffusers_version", "_name_or_path", "scaling_factor", "force_upcas
 
 
 def read(checkpoint: Path, config: Path | None = None) -> Original:
-    """Reads a tokenizer from its folder, which has its own configuration.
+    """Reads a tokenizer from its folder, which includes its configuration; `config` must be None.
 
     Raises:
-        ConfigError: a file cannot be used, or is of something else, or has what a VQGANModel cannot express.
+        ConfigError: a file cannot be read, is not of a tokenizer, or describes what a VQGANModel does not support.
     """
     if not checkpoint.is_dir():
         raise refuse("checkpoint", checkpoint, "give the folder that holds config.json and the weights")
@@ -81,7 +81,7 @@ def read(checkpoint: Path, config: Path | None = None) -> Original:
     claims = [*read_claims(values, "", FIELDS, FIXED, IGNORED), *_level_claims(values)]
     files = [path for suffix in ("safetensors", "bin") if (path := checkpoint / f"{WEIGHTS}.{suffix}").is_file()]
     if not files:
-        raise refuse("checkpoint", checkpoint, f"there is no {WEIGHTS}.safetensors and no {WEIGHTS}.bin in it")
+        raise refuse("checkpoint", checkpoint, f"it holds neither {WEIGHTS}.safetensors nor {WEIGHTS}.bin")
     weights = as_float32(read_tensors(files[0]), files[0])
     num_levels = count(weights, r"encoder\.down_blocks\.(\d{1,4})\.")
     weights = renamed(weights, lambda name: to_ours(to_ours(name, OLD_NAMES, 0), RULES, num_levels))
@@ -96,13 +96,13 @@ def read(checkpoint: Path, config: Path | None = None) -> Original:
 
 
 def write(model: VQGANModel, folder: Path) -> list[str]:
-    """Writes a tokenizer as a folder that `VQModel.from_pretrained` reads.
+    """Writes a tokenizer to a folder that `VQModel.from_pretrained` reads.
 
     Returns:
-        What was left out, in words.
+        Lines for the user: what was left out.
 
     Raises:
-        ConfigError: the tokenizer has something that a VQModel cannot express.
+        ConfigError: the tokenizer has a feature that a VQModel lacks.
     """
     config = model.config
     if problems := list(_inexpressible(config)):
@@ -139,7 +139,7 @@ def write(model: VQGANModel, folder: Path) -> list[str]:
 
 
 def _level_claims(values: dict[str, Any]) -> list[Claim]:
-    """What the lists with an entry for each level say."""
+    """The claims of the lists that have an entry for each level."""
     claims: list[Claim] = []
     problems = []
     for key, hint in (("block_out_channels", list[Positive]), *((key, list[str]) for key in BLOCKS)):
@@ -151,7 +151,7 @@ def _level_claims(values: dict[str, Any]) -> list[Claim]:
         block = BLOCKS.get(key)
         strange = [entry for entry in entries if block and entry not in (block, f"Attn{block}")]
         if strange:
-            message = f"received {shown(strange[0])}; a tokenizer here only has {block} and Attn{block}"
+            message = f"received {shown(strange[0])}; supported are only {block} and Attn{block}"
             problems.append(Problem(f"config: {key}", message))
         elif block and entries:
             highest_first = entries if key == "down_block_types" else entries[::-1]
@@ -168,11 +168,11 @@ def _level_claims(values: dict[str, Any]) -> list[Claim]:
 
 def _inexpressible(config: VQGANConfig) -> Iterator[Problem]:
     if config.quantizer != "vq":
-        yield Problem("checkpoint", f"its quantizer is {config.quantizer!r}; a VQModel only has 'vq'")
+        yield Problem("checkpoint", f"its quantizer is {config.quantizer!r}; a VQModel only supports 'vq'")
     elif (config.quantizer_options or {}).get("l2_normalize"):
-        yield Problem("checkpoint", "its quantizer_options.l2_normalize is true, which a VQModel does not have")
+        yield Problem("checkpoint", "its quantizer_options.l2_normalize is true, which a VQModel does not support")
     if config.widths[0] != config.base_channels:
-        message = f"its channel_multiplier begins with {config.channel_multiplier[0]}; in a VQModel it can only be 1"
+        message = f"its channel_multiplier begins with {config.channel_multiplier[0]}; a VQModel only supports 1"
         yield Problem("checkpoint", message)
 
 
@@ -181,5 +181,5 @@ def _is_attention(name: str) -> bool:
 
 
 def _is_linear(name: str, value: Tensor) -> bool:
-    """Whether a weight of attention belongs to a linear layer, where there is a 1×1 convolution here."""
+    """Whether a weight belongs to a linear layer of attention, which is a 1×1 convolution in a VQGANModel."""
     return _is_attention(name) and value.ndim == 2

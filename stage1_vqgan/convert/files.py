@@ -1,4 +1,4 @@
-"""Files of strangers → tensors and plain values. Nothing in them is run, nothing they name is imported."""
+"""Untrusted files → tensors and plain values. No code in these files is run, and nothing they name is imported."""
 
 import json
 import re
@@ -17,13 +17,13 @@ from configs import ConfigError, Problem
 from configs.problems import shown
 from configs.yaml_files import parse_yaml
 
-# Bytes of a configuration, and values in it: YAML may say thrice what it holds once, and so on.
+# Largest size of a configuration in bytes, and its largest number of values: aliases of YAML can multiply them.
 LARGEST_CONFIG, MOST_VALUES = 2**20, 10_000
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class StandIn:
-    """Takes the place of an object that training scripts save beside the weights; it has no behaviour."""
+    """Replaces an object that a training script saved with the weights. It does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -32,7 +32,7 @@ class StandIn:
         pass
 
 
-# What checkpoints of the original code bases hold beside tensors and plain containers.
+# Classes and functions that checkpoints of the original code bases contain besides tensors and plain containers.
 STAND_INS = [
     *(
         f"{package}.callbacks.{name}"
@@ -53,43 +53,43 @@ STAND_INS = [
 ]
 
 
-def refuse(key: str, path: Path, reason: str) -> ConfigError:
-    """The error for a file that cannot be used; `key` is the command's key that named it."""
-    return ConfigError([Problem(key, f"received {shown(str(path))}; {reason}")])
+def refuse(field: str, path: Path, reason: str) -> ConfigError:
+    """The error for a file that cannot be used; `field` is the configuration field that names the file."""
+    return ConfigError([Problem(field, f"received {shown(str(path))}; {reason}")])
 
 
-def read_tensors(path: Path, entries: Sequence[str] = (), key: str = "checkpoint") -> dict[str, Tensor]:
-    """The tensors of a checkpoint, on the CPU in the dtypes they are stored in.
+def read_tensors(path: Path, entries: Sequence[str] = (), field: str = "checkpoint") -> dict[str, Tensor]:
+    """Reads the tensors of a checkpoint, on the CPU, in their stored dtypes.
 
     Args:
-        path: safetensors, or a pickle of `torch.save`, which is only read with `weights_only=True`.
-        entries: where the weights may lie in a pickle that holds more than them; the first that is there counts.
-        key: of the command, for the message.
+        path: safetensors file, or pickle of `torch.save`, which is only read with `weights_only=True`.
+        entries: entries of a pickle that may hold the weights; the first one that exists is used.
+        field: configuration field for the error.
 
     Raises:
-        ConfigError: it is no such file, is damaged, or asks for more than tensors and plain containers.
+        ConfigError: the file does not exist, is damaged, or contains more than tensors and plain containers.
     """
     if not path.is_file():
         reason = "it is a folder; give the file of the weights in it" if path.is_dir() else "there is no such file"
-        raise refuse(key, path, reason)
-    content = _read_safetensors(path, key) if path.suffix == ".safetensors" else _read_pickle(path, key)
+        raise refuse(field, path, reason)
+    content = _read_safetensors(path, field) if path.suffix == ".safetensors" else _read_pickle(path, field)
     holder = next((name for name in entries if isinstance(content.get(name), Mapping)), None)
     weights = content if holder is None else content[holder]
     foreign = [str(name) for name, value in weights.items() if not isinstance(value, Tensor)]
     if foreign or not weights:
-        found = f"{listed(foreign)} {'are' if len(foreign) > 1 else 'is'} no tensor" if foreign else "it is empty"
+        found = f"not a tensor: {listed(foreign)}" if foreign else "it is empty"
         wanted = "a state dict" + (f", alone or under {' or '.join(map(repr, entries))}" if entries else "")
-        raise refuse(key, path, f"{found}; needed is {wanted}")
+        raise refuse(field, path, f"{found}; the file must hold {wanted}")
     return {str(name): value for name, value in weights.items()}
 
 
-def as_float32(weights: Mapping[str, Tensor], path: Path, key: str = "checkpoint") -> dict[str, Tensor]:
-    """The same weights as contiguous float32.
+def as_float32(weights: Mapping[str, Tensor], path: Path, field: str = "checkpoint") -> dict[str, Tensor]:
+    """Converts weights to contiguous float32.
 
     Raises:
-        ConfigError: one is no floating-point tensor, not finite, or larger than what the file stores of it.
+        ConfigError: a weight is not a floating-point tensor, not finite, or larger than its stored data.
     """
-    # sparse and expanded tensors can have any size
+    # the size of sparse and expanded tensors is not limited by the size of the file
     plain = {
         name: value.layout == torch.strided and value.nbytes <= value.untyped_storage().nbytes()
         for name, value in weights.items()
@@ -97,7 +97,7 @@ def as_float32(weights: Mapping[str, Tensor], path: Path, key: str = "checkpoint
     wrong = [f"{name} ({value.dtype})" for name, value in weights.items() if value.dtype not in FLOATS]
     hollow = [name for name, stored in plain.items() if not stored]
     problems = [
-        Problem(key, f"{listed(names)}: {reason}")
+        Problem(field, f"{listed(names)}: {reason}")
         for names, reason in (
             (wrong, "weights must be float16, bfloat16, float32 or float64"),
             (hollow, "the file stores fewer numbers than these tensors have"),
@@ -109,42 +109,44 @@ def as_float32(weights: Mapping[str, Tensor], path: Path, key: str = "checkpoint
     converted = {name: value.to(torch.float32).contiguous() for name, value in weights.items()}
     infinite = [name for name, value in converted.items() if not value.isfinite().all()]
     if infinite:
-        raise ConfigError([Problem(key, f"{listed(infinite)}: not every number is finite in float32")], str(path))
+        raise ConfigError([Problem(field, f"{listed(infinite)}: not every number is finite in float32")], str(path))
     return converted
 
 
-def read_mapping(path: Path, key: str = "config") -> dict[str, Any]:
-    """The keys and values of a YAML or JSON file.
+def read_mapping(path: Path, field: str = "config") -> dict[str, Any]:
+    """Reads the keys and values of a YAML or JSON file.
 
     Raises:
-        ConfigError: it is no such file.
+        ConfigError: the file does not exist, is not valid, or is too large.
     """
     if not path.is_file():
         reason = "it is a folder; give a YAML or JSON file" if path.is_dir() else "there is no such file"
-        raise refuse(key, path, reason)
+        raise refuse(field, path, reason)
     if path.stat().st_size > LARGEST_CONFIG:
-        raise refuse(key, path, f"it has {path.stat().st_size:,} bytes; this is no configuration")
+        raise refuse(
+            field, path, f"it has {path.stat().st_size:,} bytes; a configuration has at most {LARGEST_CONFIG:,}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         values, repeated = (json.loads(text), []) if path.suffix == ".json" else parse_yaml(text)
     except UnicodeDecodeError:
-        raise refuse(key, path, "it is not a text file; a YAML or JSON file is needed") from None
+        raise refuse(field, path, "it is not a text file; give a YAML or JSON file") from None
     except RecursionError:
-        raise refuse(key, path, "it is nested too deeply") from None
+        raise refuse(field, path, "it is nested too deeply") from None
     except ValueError as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise refuse(key, path, f"it is not valid {kind}: {error}") from None
+        raise refuse(field, path, f"it is not valid {kind}: {error}") from None
     if repeated:
         raise ConfigError(repeated, str(path))
     if not isinstance(values, dict):
-        raise refuse(key, path, f"it holds {type(values).__name__}; needed are keys and values")
+        raise refuse(field, path, f"it holds {type(values).__name__}; it must hold keys and values")
     if not _is_small(values):
-        raise refuse(key, path, f"it holds more than {MOST_VALUES:,} values; this is no configuration")
+        raise refuse(field, path, f"it holds more than {MOST_VALUES:,} values, too many for a configuration")
     return values
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:
-    """Names for a message, the first of them when there are many."""
+    """Names for a message, at most the first `most` of them."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -157,43 +159,43 @@ def _is_small(values: Any) -> bool:
     return not waiting
 
 
-def _read_safetensors(path: Path, key: str) -> dict[str, Any]:
+def _read_safetensors(path: Path, field: str) -> dict[str, Any]:
     try:
         return dict(load_file(path))
     except SafetensorError as error:
-        raise refuse(key, path, f"it is not a complete safetensors file ({error}); download it again") from None
+        raise refuse(field, path, f"it is not a complete safetensors file ({error}); download it again") from None
 
 
-def _read_pickle(path: Path, key: str) -> dict[str, Any]:
+def _read_pickle(path: Path, field: str) -> dict[str, Any]:
     is_zip = zipfile.is_zipfile(path)
-    if is_zip and any(entry.compress_type for entry in _entries(path, key)):
-        raise refuse(key, path, "parts of it are compressed, which torch.save never does; this is no checkpoint")
+    if is_zip and any(entry.compress_type for entry in _entries(path, field)):
+        raise refuse(field, path, "parts of it are compressed, which torch.save never does; it is not a checkpoint")
     try:
         with safe_globals([(StandIn, name) for name in STAND_INS]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # a broken pickle raises errors of many kinds
+    except Exception as error:  # a broken pickle raises exceptions of many types
         unwanted = re.search(r"\bGLOBAL ([\w.]+)", str(error))
         if unwanted is None:
             reason = "it is not a complete checkpoint of torch.save; download it again"
-            raise refuse(key, path, f"{reason} ({_reason(error)})") from None
+            raise refuse(field, path, f"{reason} ({_reason(error)})") from None
         reason = (
-            f"it asks for {unwanted[1]}, which is code, not weights; nothing was run. If you trust it, save its "
-            "weights alone where it was made: torch.save({'state_dict': model.state_dict()}, 'weights.ckpt')"
+            f"it asks for {unwanted[1]}, which is code, not weights; nothing was run. If you trust it, save only its "
+            "weights where it was made: torch.save({'state_dict': model.state_dict()}, 'weights.ckpt')"
         )
-        raise refuse(key, path, reason) from None
+        raise refuse(field, path, reason) from None
     if not isinstance(content, Mapping):
-        raise refuse(key, path, f"it holds {type(content).__name__}; needed is a state dict")
+        raise refuse(field, path, f"it holds {type(content).__name__}; it must hold a state dict")
     return dict(content)
 
 
-def _entries(path: Path, key: str) -> list[zipfile.ZipInfo]:
+def _entries(path: Path, field: str) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise refuse(key, path, f"it is damaged; download it again ({_reason(error)})") from None
+        raise refuse(field, path, f"it is damaged; download it again ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # what goes before is advice to torch's callers
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # the part before it is advice to programmers
     return (text or type(error).__name__).splitlines()[0][:120]

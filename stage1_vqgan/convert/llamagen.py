@@ -1,4 +1,5 @@
-"""The tokenizers of LlamaGen: VQGAN's blocks under other names, attention at the last level, entries of unit length.
+"""Reads the tokenizers of LlamaGen: the blocks of VQGAN under other names, attention at the last level, and codebook
+entries of unit length.
 
 Source: Sun et al. 2024, "Autoregressive model beats diffusion: Llama for scalable image generation", section 2.1.
 """
@@ -39,26 +40,27 @@ FIELDS = {
     "image_size": "image_size",
 }
 FIXED: dict[str, list[Any]] = {"norm_type": ["group"], "resamp_with_conv": [True]}
-# Keys that become options of the quantizer; the one that says how often codes were used is for training's logs.
+# Keys of the configuration that are options of the quantizer.
 OPTIONS = {
     "codebook_l2_norm": "l2_normalize",
     "commit_loss_beta": "commitment_cost",
     "entropy_loss_ratio": "entropy_weight",
 }
+# Keys that only matter for the logs of its training.
 IGNORED = ["codebook_show_usage"]
 
 
 def read(checkpoint: Path, config: Path | None) -> Original:
-    """Reads a tokenizer: its checkpoint, and its configuration if there is one.
+    """Reads a tokenizer from its checkpoint and, if given, its configuration.
 
     Raises:
-        ConfigError: a file cannot be used, or is of something else.
+        ConfigError: a file cannot be read, or is not of such a tokenizer.
     """
     stored = read_tensors(checkpoint, ["ema", "model", "state_dict"])
     tensors, notes = leave_out(stored, LEFT_OUT)
     num_levels = count(tensors, r"encoder\.conv_blocks\.(\d{1,4})\.")
-    if not num_levels:  # the blocks are VQGAN's: without this its weights would pass, and give other codes
-        raise refuse("checkpoint", checkpoint, "it has no encoder.conv_blocks.*, LlamaGen's name for the levels")
+    if not num_levels:  # the weights of a taming tokenizer would be accepted here, but give other codes
+        raise refuse("checkpoint", checkpoint, "it has no encoder.conv_blocks.*, the name of LlamaGen for the levels")
     claims, options = _read_config(config) if config else ([], {})
     return Original(
         weights=renamed(as_float32(tensors, checkpoint), partial(to_ours, rules=RULES, num_levels=num_levels)),

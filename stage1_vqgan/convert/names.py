@@ -1,15 +1,15 @@
-"""Names of the same tensors in two code bases."""
+"""Translates names of tensors between two code bases."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-# (parts of a name elsewhere, the same parts here). A star is a number, a tilde the number of a level counted from the
-# other end.
+# Pairs (part of a name in the other code base, the same part here). A star stands for a number. A tilde stands for the
+# number of a level, which the other code base counts from the other end.
 Rules = Sequence[tuple[str, str]]
 
 
 def to_ours(name: str, rules: Rules, num_levels: int) -> str:
-    """A name of another code base as it is here; what no rule names stays as it is."""
+    """Translates a name of another code base into ours; parts that no rule matches stay unchanged."""
     for theirs, ours in rules:
         name = _replace(name, theirs, ours, num_levels)
     return name
@@ -23,7 +23,12 @@ def to_theirs(name: str, rules: Rules, num_levels: int) -> str:
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """How many numbers, from 0 up without a gap, the group of a regular expression meets at the start of names."""
+    """Counts how many of the numbers 0, 1, 2, … a pattern finds without a gap.
+
+    Args:
+        names: names of tensors.
+        pattern: regular expression for the start of a name; its group matches the number.
+    """
     found = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     return next(number for number in range(len(found) + 1) if number not in found)
 

@@ -1,4 +1,4 @@
-"""A tokenizer of another code base, read: its weights by this one's names, and what its configuration says."""
+"""A tokenizer that was read from another code base → a `VQGANModel`. Its weights and its configuration must agree."""
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,10 +18,10 @@ from stage1_vqgan.convert.files import listed
 from stage1_vqgan.convert.names import count
 from stage1_vqgan.modeling_vqgan import VQGANModel
 
-# Size of images where no configuration tells it: weights cannot.
+# Size of images if no configuration states it; the weights do not contain it.
 IMAGE_SIZE = 256
 
-# Fields of VQGANConfig that are the size of an axis: {field: (tensors, the axis)}.
+# Fields of VQGANConfig that equal the size of an axis: {field: (names of tensors, the axis)}.
 AXES = {
     "in_channels": (("encoder.conv_in.weight",), 1),
     "base_channels": (("encoder.conv_in.weight",), 0),
@@ -33,12 +33,12 @@ AXES = {
 
 @dataclass(frozen=True)
 class Claim:
-    """What the original's configuration says of a field of VQGANConfig.
+    """The value that the configuration of the original implies for a field of VQGANConfig.
 
     Attributes:
-        key: of the original's configuration.
-        field: of VQGANConfig.
-        value: of the field.
+        key: key in the configuration of the original.
+        field: field of VQGANConfig.
+        value: value of the field.
     """
 
     key: str
@@ -51,12 +51,12 @@ class Original:
     """A tokenizer of another code base.
 
     Attributes:
-        weights: float32, by the names of VQGANModel.
-        name_in_file: a name of VQGANModel as the file has it.
-        claims: what its configuration says.
+        weights: float32 tensors, by their names in VQGANModel.
+        name_in_file: translates a name in VQGANModel to the name in the file.
+        claims: claims of its configuration.
         settings: fields of VQGANConfig that follow from the code base or the kind of quantizer.
-        discriminator: what came with it, by the names of PatchDiscriminator.
-        notes: what was left out or decided, in words.
+        discriminator: weights of its discriminator, by their names in PatchDiscriminator; may be empty.
+        notes: lines for the user: what was left out or decided.
     """
 
     weights: dict[str, Tensor]
@@ -68,14 +68,14 @@ class Original:
 
 
 def leave_out(tensors: Mapping[str, Tensor], groups: Mapping[str, str]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors without those that are known to be no weights of the tokenizer.
+    """Removes tensors that are not weights of the tokenizer.
 
     Args:
-        tensors: of a file.
-        groups: {regular expression at the start of a name: what such tensors are}.
+        tensors: all tensors of a file.
+        groups: {regular expression for the start of a name: description of these tensors}.
 
     Returns:
-        The others, and for each group that was met what was left out, in words.
+        The other tensors, and a line for the user for each group that was removed.
     """
     kept, notes = dict(tensors), []
     for pattern, words in groups.items():
@@ -88,10 +88,10 @@ def leave_out(tensors: Mapping[str, Tensor], groups: Mapping[str, str]) -> tuple
 
 
 def renamed(weights: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """The same tensors by other names.
+    """Renames tensors.
 
     Raises:
-        ConfigError: two of them get the same name.
+        ConfigError: two tensors get the same name.
     """
     names: dict[str, str] = {}
     for name in weights:
@@ -103,15 +103,15 @@ def renamed(weights: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict
 
 
 def multiplier(width: int, base: int) -> int | float:
-    """A level's width as a multiple of another."""
+    """The width of a level as a multiple of the base width; an integer if possible."""
     return width // base if width % base == 0 else width / base
 
 
 def section(values: Any, *keys: str) -> dict[str, Any]:
-    """A section of a configuration, by the keys that lead to it.
+    """The section of a configuration at a path of keys.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: the section does not exist.
     """
     for depth, key in enumerate(keys, 1):
         if not isinstance(values, dict) or not isinstance(values.get(key), dict):
@@ -129,17 +129,17 @@ def read_claims(
     fixed: Mapping[str, Collection[Any]],
     ignored: Collection[str] = (),
 ) -> list[Claim]:
-    """What a section of a configuration says of fields of VQGANConfig.
+    """The claims of a section of a configuration.
 
     Args:
-        values: of the section.
-        prefix: the keys that lead there, each with its dot.
+        values: keys and values of the section.
+        prefix: path of the section for messages, each key followed by a dot.
         fields: {key: field of VQGANConfig}.
-        fixed: {key: the only values that a VQGANModel can express}.
-        ignored: keys that change nothing about codes and images.
+        fixed: {key: the only values that a VQGANModel supports}.
+        ignored: keys without influence on codes and images.
 
     Raises:
-        ConfigError: a value is of the wrong kind, or something a VQGANModel cannot express.
+        ConfigError: a key is unknown, or a value has the wrong type or is not supported by VQGANModel.
     """
     hints = VQGANArchitecture.__annotations__
     claims, problems = [], []
@@ -154,7 +154,7 @@ def read_claims(
             if not any(value == allowed and type(value) is type(allowed) for allowed in fixed[name]):
                 received = shown(value) if isinstance(value, str | int | float | None) else type(value).__name__
                 allowed = " or ".join(map(shown, fixed[name]))
-                problems.append(Problem(f"config: {key}", f"received {received}; a tokenizer here only has {allowed}"))
+                problems.append(Problem(f"config: {key}", f"received {received}; supported is only {allowed}"))
         elif name not in ignored:
             known = [*fields, *fixed, *ignored]
             problems.append(
@@ -166,7 +166,7 @@ def read_claims(
 
 
 def contradictions(claims: list[Claim], found: Mapping[str, tuple[Any, str]]) -> list[Problem]:
-    """Claims that are not what was found in the weights, `{field: (value, where it is seen)}`."""
+    """The problems of claims that differ from the weights; `found` is `{field: (value, evidence in the weights)}`."""
     return [
         Problem(
             f"config: {claim.key}", f"is {_plain(claim.value)}, but the weights have {found[claim.field][0]} ({where})"
@@ -177,10 +177,10 @@ def contradictions(claims: list[Claim], found: Mapping[str, tuple[Any, str]]) ->
 
 
 def build_model(original: Original) -> VQGANModel:
-    """The tokenizer, in evaluation mode.
+    """Builds the tokenizer, in evaluation mode.
 
     Raises:
-        ConfigError: the weights contradict the configuration, or do not make a whole VQGANModel.
+        ConfigError: the weights contradict the configuration, or are not exactly those of a VQGANModel.
     """
     config = _config(original)
     with torch.device("meta"):
@@ -204,13 +204,13 @@ def build_model(original: Original) -> VQGANModel:
         if names
     ]
     if problems:
-        raise ConfigError(problems, "the weights do not make a whole tokenizer")
+        raise ConfigError(problems, "these are not the weights of a complete tokenizer")
     model.load_state_dict(original.weights, assign=True)
     return model.eval()
 
 
 def levels_with_attention(weights: Collection[str], num_levels: int) -> list[int]:
-    """Levels whose residual blocks are followed by attention, in the encoder or the decoder."""
+    """Numbers of the levels with attention in the encoder or the decoder."""
     return [
         level
         for level in range(num_levels)
@@ -243,7 +243,7 @@ def _config(original: Original) -> VQGANConfig:
     unknown = [name for name in (*AXES, "channel_multiplier", "num_res_blocks") if name not in fields]
     if unknown:
         message = (
-            f"neither the weights nor a configuration tell {listed(unknown)}; are these the weights of a tokenizer?"
+            f"neither the weights nor a configuration state {listed(unknown)}; are these the weights of a tokenizer?"
         )
         problems.append(Problem("checkpoint", message))
     if problems:
@@ -274,7 +274,7 @@ def _found(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[Any, str]
 
 
 def _width(weights: Mapping[str, Tensor], level: int) -> int:
-    """Channels of a level: what most of its convolutions put out, so that one wrong tensor is seen as such."""
+    """Channels of a level: the most frequent output size of its convolutions, so that a wrong tensor is noticed."""
     widths = [
         len(value)
         for name, value in weights.items()

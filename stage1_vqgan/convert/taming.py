@@ -1,4 +1,4 @@
-"""The tokenizers of CompVis/taming-transformers, whose names of tensors are this code base's own.
+"""Reads the tokenizers of CompVis/taming-transformers, whose tensors have the same names as ours.
 
 Source: Esser et al. 2021, "Taming transformers for high-resolution image synthesis".
 """
@@ -17,15 +17,15 @@ from stage1_vqgan.convert.original import Claim, Original, leave_out, read_claim
 
 LEFT_OUT = {
     r"loss\.perceptual_loss\.": "LPIPS",
-    r"model_ema\.": "a moving average of the weights; the weights themselves are taken, as the original does",
+    r"model_ema\.": "a moving average of the weights; the weights themselves are used, as in the original",
     r"colorize$": "the colours of segmentation maps",
     r"(io\d*|grad\w*)\.": "stored inputs, outputs and gradients",
 }
 DISCRIMINATOR = "loss.discriminator."
-# Checkpoints of the transformer hold the tokenizer of its images; several tokenizers were published only so.
+# Prefix of the tokenizer in the checkpoint of a transformer. Several tokenizers were only published in this form.
 FIRST_STAGE = "first_stage_model."
 
-# Classes by the last part of their path, which is never imported, and the quantizer each has.
+# Class name (the last part of `target`, which is never imported) → kind of quantizer.
 TARGETS = {
     "VQModel": "vq",
     "VQModelInterface": "vq",
@@ -55,16 +55,16 @@ FIXED: dict[str, list[Any]] = {
 
 
 def read(checkpoint: Path, config: Path | None) -> Original:
-    """Reads a tokenizer: its checkpoint, and its configuration if there is one.
+    """Reads a tokenizer from its checkpoint and, if given, its configuration.
 
     Raises:
-        ConfigError: a file cannot be used, or is of something else.
+        ConfigError: a file cannot be read, or is not of such a tokenizer.
     """
     tensors = read_tensors(checkpoint, ["state_dict"])
     inside = {name.removeprefix(FIRST_STAGE): value for name, value in tensors.items() if name.startswith(FIRST_STAGE)}
     tensors, notes = leave_out(inside or tensors, LEFT_OUT)
     if inside:
-        notes.append("this is the checkpoint of a transformer: the tokenizer of its images is taken, the rest left out")
+        notes.append("this is the checkpoint of a transformer: only the tokenizer of its images is converted")
     discriminator = {
         name.removeprefix(DISCRIMINATOR): tensors.pop(name) for name in list(tensors) if name.startswith(DISCRIMINATOR)
     }
@@ -74,10 +74,10 @@ def read(checkpoint: Path, config: Path | None) -> Original:
     claims, options = _read_config(config, kind, used is not None) if config else ([], {})
     if used is not None:
         claims = _keep_used(weights, used, claims, checkpoint)
-        notes.append(f"remapped: the {len(used)} used entries of the codebook are kept, code i is its remapped index i")
+        notes.append(f"remapped: the {len(used)} used entries of the codebook are kept; code i is the remapped index i")
         if kind == "vq":
             notes.append(
-                "a latent nearest to another entry takes the nearest kept one; the original draws one at random"
+                "a latent nearest to a removed entry gets the nearest kept entry; the original draws one at random"
             )
     if kind == "vq":
         options = {"legacy_codebook_loss": True, **options}
@@ -91,7 +91,7 @@ def read(checkpoint: Path, config: Path | None) -> Original:
 
 
 def _read_config(path: Path, kind: str, remapped: bool) -> tuple[list[Claim], dict[str, Any]]:
-    """What a YAML of the original, or a JSON with its `config`, says: claims, and options of the quantizer."""
+    """Reads the YAML of the original, or a JSON with its `config`: claims, and options of the quantizer."""
     values = read_mapping(path)
     keys = ["model"] if "model" in values else ["config"]
     if keys == ["model"]:
@@ -117,9 +117,7 @@ def _check_target(target: Any, kind: str, key: str) -> None:
     if target is None or has == kind:
         return
     if has is None:
-        message = (
-            f"received {shown(str(target))}; a tokenizer is one of {', '.join(TARGETS)} (this is read, not imported)"
-        )
+        message = f"received {shown(str(target))}; supported are {', '.join(TARGETS)} (this is read, not imported)"
     else:
         found = "quantize.proj and quantize.embed" if kind == "gumbel" else "quantize.embedding"
         message = f"received {shown(str(target))}, but the weights have {found}"
@@ -127,7 +125,7 @@ def _check_target(target: Any, kind: str, key: str) -> None:
 
 
 def _keep_used(weights: dict[str, Tensor], used: Tensor, claims: Collection[Claim], path: Path) -> list[Claim]:
-    """Keeps the used entries of a codebook, in their order; returns the claims with their number."""
+    """Reduces the codebook in `weights` to its used entries, in their order; returns the claims that still hold."""
     names = [name for name in weights if name.startswith(("quantize.embedding.", "quantize.embed.", "quantize.proj."))]
     sizes = {len(weights[name]) for name in names}
     whole = used.ndim == 1 and not used.is_complex() and torch.equal(used, used.long())
@@ -148,7 +146,7 @@ def _keep_used(weights: dict[str, Tensor], used: Tensor, claims: Collection[Clai
 
 
 def _checked(discriminator: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """A discriminator's tensors as they are to be saved: float32, counters as they are."""
+    """The tensors of a discriminator, ready to save: weights as float32, counters unchanged."""
     counters = {name: value for name, value in discriminator.items() if not value.is_floating_point()}
     floats = {name: value for name, value in discriminator.items() if name not in counters}
     return as_float32(floats, path) | {name: value.clone() for name, value in counters.items()}

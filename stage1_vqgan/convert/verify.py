@@ -1,4 +1,4 @@
-"""Whether a converted tokenizer computes what the original does."""
+"""Compares a converted tokenizer with the original."""
 
 import copy
 import re
@@ -14,21 +14,21 @@ from configs import ConfigError, Problem
 from stage1_vqgan.convert.files import read_tensors, refuse
 from stage1_vqgan.modeling_vqgan import VQGANModel
 
-# Largest difference of reconstructions, relative to the largest value of the original's if that is above 1.
+# Largest allowed difference of reconstructions, relative to the largest value of the original if that exceeds 1.
 TOLERANCE = 1e-5
-# Deep decoders amplify rounding beyond that: so many times what float32 rounds in this one is allowed as well.
+# Deep decoders amplify rounding further. So this many times the decoder's own float32 rounding error is allowed too.
 ROUNDINGS = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the original makes of some images.
+    """Images, and their codes and reconstructions by the original.
 
     Attributes:
-        name: for the message.
+        name: name for messages.
         pixels: float32 `(B, C, H, W)`.
         codes: int64 `(B, h, w)`.
-        reconstruction: float32 `(B, C, H, W)`, or None if it is not known.
+        reconstruction: float32 `(B, C, H, W)`, or None if it is unknown.
     """
 
     name: str
@@ -38,27 +38,26 @@ class Case:
 
 
 def stored_cases(path: Path, model: VQGANModel) -> list[Case]:
-    """The cases of a safetensors file: `io.input`, `io.indices` and, where known, `io.recon`; further ones are `io2.*`
-    and so on.
+    """Reads the cases of a safetensors file: `io.input`, `io.indices` and optionally `io.recon`; then `io2.*`, ….
 
     Raises:
-        ConfigError: it holds none, or none for this tokenizer.
+        ConfigError: the file holds no cases, or they do not fit the tokenizer.
     """
-    tensors = read_tensors(path, key="verify")
+    tensors = read_tensors(path, field="verify")
     cases = []
     for name, pixels in stored_inputs(tensors, path, model).items():
         factor = model.config.downsampling_factor
         grid = (len(pixels), pixels.shape[2] // factor, pixels.shape[3] // factor)
         codes, reconstruction = tensors.get(f"{name}.indices"), tensors.get(f"{name}.recon")
         if codes is None or codes.is_floating_point() or codes.numel() != grid[0] * grid[1] * grid[2]:
-            found = "not there" if codes is None else f"{codes.dtype} {tuple(codes.shape)}"
-            raise refuse("verify", path, f"{name}.indices is {found}; needed are whole numbers of shape {grid}")
+            found = "missing" if codes is None else f"{codes.dtype} {tuple(codes.shape)}"
+            raise refuse("verify", path, f"{name}.indices is {found}; it must be integers of shape {grid}")
         if codes.min() < 0 or codes.max() >= model.config.num_embeddings:
             found, entries = f"from {int(codes.min())} to {int(codes.max())}", model.config.num_embeddings
             raise refuse("verify", path, f"{name}.indices has values {found}; this codebook has {entries} entries")
         if reconstruction is not None and reconstruction.shape != pixels.shape:
             shape = tuple(reconstruction.shape)
-            raise refuse("verify", path, f"{name}.recon is of shape {shape}; needed is that of {name}.input")
+            raise refuse("verify", path, f"{name}.recon has shape {shape}; it must have the shape of {name}.input")
         cases.append(
             Case(name, pixels, codes.long().view(grid), None if reconstruction is None else reconstruction.float())
         )
@@ -66,30 +65,30 @@ def stored_cases(path: Path, model: VQGANModel) -> list[Case]:
 
 
 def stored_inputs(tensors: dict[str, Tensor], path: Path, model: VQGANModel) -> dict[str, Tensor]:
-    """The images of a file, by the name of their case."""
+    """The images of a file, by the names of their cases."""
     inputs = {
         match[1]: value.float() for name, value in tensors.items() if (match := re.fullmatch(r"(io\d*)\.input", name))
     }
     if not inputs:
-        raise refuse("verify", path, "there is no io.input in it")
+        raise refuse("verify", path, "it holds no io.input")
     factor, channels = model.config.downsampling_factor, model.config.in_channels
     for name, pixels in inputs.items():
         shape = tuple(pixels.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] % factor or shape[3] % factor or not pixels.numel():
             needed = f"(B, {channels}, H, W) with H and W divisible by {factor}"
-            raise refuse("verify", path, f"{name}.input is of shape {shape}; needed is {needed}")
+            raise refuse("verify", path, f"{name}.input has shape {shape}; it must be {needed}")
     return inputs
 
 
 def diffusers_cases(folder: Path, path: Path | None, model: VQGANModel) -> list[Case]:
-    """What diffusers itself makes of the images of a file, or of random ones.
+    """Codes and reconstructions that diffusers computes, for the images of a file or for random images.
 
     Raises:
-        ConfigError: the file has no images for this tokenizer.
+        ConfigError: the file holds no images for this tokenizer.
     """
     from diffusers import VQModel
 
-    inputs = random_inputs(model) if path is None else stored_inputs(read_tensors(path, key="verify"), path, model)
+    inputs = random_inputs(model) if path is None else stored_inputs(read_tensors(path, field="verify"), path, model)
     theirs: Any = VQModel.from_pretrained(folder, low_cpu_mem_usage=False, local_files_only=True).float().eval()
     cases = []
     with torch.no_grad():
@@ -101,7 +100,7 @@ def diffusers_cases(folder: Path, path: Path | None, model: VQGANModel) -> list[
 
 
 def random_inputs(model: VQGANModel) -> dict[str, Tensor]:
-    """Uniform noise: two square images and one that is wider than high."""
+    """Uniform noise as images: two square ones, and one that is wider than high."""
     generator, factor = torch.Generator().manual_seed(0), model.config.downsampling_factor
     shapes = {"random images": (2, 4, 4), "a wide random image": (1, 4, 6)}
     return {
@@ -112,20 +111,20 @@ def random_inputs(model: VQGANModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def verify(model: VQGANModel, cases: Sequence[Case], allow_ties: bool = False) -> list[str]:
-    """Compares codes, which must be equal, and reconstructions, which must be within `TOLERANCE` or a few
-    roundings of float32.
+    """Compares codes, which must be equal, and reconstructions, which may differ by `TOLERANCE` or a few rounding
+    errors of float32.
 
     Args:
-        model: converted, or to be converted.
-        cases: of the other code base.
-        allow_ties: whether a code may differ if its entry is as near to the latent, up to rounding: diffusers computes
-            distances with larger errors.
+        model: the tokenizer, after or before its conversion.
+        cases: codes and reconstructions of the other code base.
+        allow_ties: whether a code may differ if its entry is equally near to the latent up to rounding. Needed for
+            diffusers, which computes distances with larger rounding errors.
 
     Returns:
-        The figures, in words, a line a case.
+        A line with the differences for each case.
 
     Raises:
-        ConfigError: with the figures, if one is too large.
+        ConfigError: a difference is too large; the message states all differences.
     """
     lines, failed = [], False
     for case in cases:
@@ -135,10 +134,10 @@ def verify(model: VQGANModel, cases: Sequence[Case], allow_ties: bool = False) -
         ties = different & _is_tie(model, latents, codes, case.codes) if allow_ties else torch.zeros_like(different)
         wrong = int((different & ~ties).sum())
         line = f"{case.name}: {wrong} of {different.numel()} codes differ"
-        line += f" ({int(ties.sum())} more are as near up to rounding)" if ties.any() else ""
+        line += f" ({int(ties.sum())} more are equally near up to rounding)" if ties.any() else ""
         failed |= wrong > 0
         if case.reconstruction is not None:
-            # the sum z + (e - z) that both decode differs from the entry e by a rounding, which the decoder amplifies
+            # both decode z + (e - z), which differs from the entry e by rounding, and the decoder amplifies that
             image = model.decode_codes(case.codes) if different.any() else cast(Tensor, out.reconstruction)
             error = (image - case.reconstruction).abs().max().item()
             bound = TOLERANCE * max(1.0, case.reconstruction.abs().max().item())
@@ -148,12 +147,14 @@ def verify(model: VQGANModel, cases: Sequence[Case], allow_ties: bool = False) -
             line += f", reconstructions differ by at most {error:.1e} (allowed {bound:.1e})"
         lines.append(line)
     if failed:
-        raise ConfigError([Problem("verify", line) for line in lines], "the converted tokenizer is not the original")
+        raise ConfigError(
+            [Problem("verify", line) for line in lines], "the converted tokenizer differs from the original"
+        )
     return lines
 
 
 def _rounding(model: VQGANModel, codes: Tensor) -> float:
-    """Largest difference between images decoded in float32 and in float64."""
+    """Largest difference between images that are decoded in float32 and in float64."""
     exact = copy.deepcopy(model).double().decode_codes(codes)
     return (exact - model.decode_codes(codes)).abs().max().item()
 

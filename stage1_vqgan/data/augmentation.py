@@ -1,4 +1,4 @@
-"""Changes to training images; every random choice comes from numbers that are handed in."""
+"""Augmentation of training images. The caller passes all random numbers, so nothing here draws any."""
 
 import math
 
@@ -7,12 +7,12 @@ from PIL import Image
 from torch import Tensor
 
 from stage1_vqgan.data.config import AugmentationConfig
-from stage1_vqgan.image_processing_vqgan import AspectRatio, to_pil, to_pixels, to_square, window
+from stage1_vqgan.image_processing_vqgan import AspectRatio, crop_square, to_pil, to_pixels, to_square
 
-# Random numbers that `augment` takes.
+# Number of random numbers that `augment` uses.
 NUM_DRAWS = 8
 
-# Corners and centre, in the order of torchvision's TenCrop, as `to_square` has positions.
+# Positions (see `to_square`) of the corners and the centre, in the order of torchvision's TenCrop.
 FIVE_CROPS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5))
 
 
@@ -24,18 +24,19 @@ def augment(
     aspect_ratio: AspectRatio = "crop",
     max_side: int = 0,
 ) -> tuple[Tensor, bool]:
-    """Random resize, crop, flip and affine change of an image.
+    """Resizes, crops, flips and transforms an image at random.
 
     Args:
         pixels: uint8 `(H, W, C)`.
         size: side of the result in pixels.
-        config: what may be changed, and how far.
+        config: kinds and ranges of the changes.
         draws: float `(NUM_DRAWS,)`, uniform in [0, 1).
-        aspect_ratio, max_side: see `to_square`; before an affine change every square is resized.
+        aspect_ratio: see `to_square`.
+        max_side: see `to_square`; ignored if the image is rotated, shifted or scaled, which needs the final size.
 
     Returns:
-        uint8 `(size, size, C)`, or `(side, side, C)`, `size` < side ≤ `max_side`, which is yet to be resized;
-        and whether it is yet to be mirrored.
+        A square, and whether the caller must still mirror it. The square is uint8 `(size, size, C)`, or
+        `(side, side, C)` with `size` < side ≤ `max_side`, which the caller must still resize.
     """
     zoom, left, top, flip = draws[:4].tolist()
     zoom = 1 + zoom * (config.max_zoom - 1)
@@ -60,29 +61,30 @@ def ten_crop(square: Tensor, size: int, view: int) -> Tensor:
     Args:
         square: uint8 `(side, side, C)`, the image.
         size: side of the crop in pixels.
-        view: which, 0 to 9.
+        view: number of the crop, 0 to 9.
 
     Returns:
         uint8 `(size, size, C)`.
 
-    Source: Krizhevsky et al. 2012, "ImageNet classification with deep convolutional neural networks", section 4.1; for
-    the codes of a prior with a square 1.1 times the size, Sun et al. 2024, "Autoregressive model beats diffusion".
+    Source: Krizhevsky et al. 2012, "ImageNet classification with deep convolutional neural networks", section 4.1. Sun
+    et al. 2024, "Autoregressive model beats diffusion", train a prior on the codes of these crops of a square 1.1 times
+    the image size.
     """
-    mirrored, crop = divmod(view, len(FIVE_CROPS))
-    return window(square.flip(1) if mirrored else square, size, FIVE_CROPS[crop])
+    mirrored, place = divmod(view, len(FIVE_CROPS))
+    return crop_square(square.flip(1) if mirrored else square, size, FIVE_CROPS[place])
 
 
 def affine(image: Image.Image, angle: float, scale: float, shift: tuple[float, float]) -> Image.Image:
-    """Rotates by `angle` (radians) and scales about the centre, then shifts (pixels); the border is repeated."""
+    """Rotates by `angle` (radians) and scales about the centre, then shifts (pixels). Border pixels fill the gaps."""
     size = image.size[0]
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     centre = size / 2
-    # how far outside the image its corners are looked up, and two pixels more for the interpolation
+    # the distance at which the corners of the result are looked up, plus two pixels for the interpolation
     reach = centre * (abs(cos) + abs(sin)) + math.hypot(*shift) / scale
     margin = max(0, math.ceil(reach - centre)) + 2
     pixels = np.asarray(image)
     padded = Image.fromarray(np.pad(pixels, [(margin, margin)] * 2 + [(0, 0)] * (pixels.ndim - 2), mode="edge"))
-    # PIL wants the map from result to source: undo the shift, rotate back about the centre, then the margin
+    # PIL expects the map from result to source: undo the shift, rotate back about the centre, add the margin
     x, y = -centre - shift[0], -centre - shift[1]
     matrix = (
         cos, sin, cos * x + sin * y + centre + margin,

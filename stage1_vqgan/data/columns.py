@@ -1,4 +1,4 @@
-"""The columns of a split that hold its images and their labels."""
+"""Finds the columns of a split that hold images and labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,32 +11,31 @@ NO_LABELS = "set data.use_labels to false to train without labels"
 
 
 def find_columns(config: DataConfig, features: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Names of the image column, and of the label column if there is one to use.
+    """Names of the image column and of the label column (None without labels).
 
     Args:
-        config: may name them.
-        features: of all columns, by name.
+        config: names the columns, or leaves them to be found by type.
+        features: the `datasets` feature of every column, by name.
 
     Raises:
-        ConfigError: a column that is named does not exist or holds no images, or there is none or more than one to
-            choose.
+        ConfigError: a named column does not exist or holds no images, or the type fits no column or several.
     """
     return _image_column(config, features), _label_column(config, features) if config.use_labels else None
 
 
 def undecoded() -> Any:
-    """The type of an image column whose files are left as they are."""
+    """The `datasets` feature that reads an image column as bytes, without decoding."""
     from datasets import Image as ImageFeature
 
     return ImageFeature(decode=False)
 
 
 def encoded(item: dict[str, Any] | None, number: int) -> EncodedImage:
-    """An image of an undecoded column; its number names it if it has no path."""
+    """An entry of an undecoded image column. Messages name it by its path, else by its number."""
     if item is None:
         return EncodedImage(f"image {number}", b"")
     path, content = item["path"], item["bytes"]
-    if content is None and "://" in path:  # a stream of single files on the Hub
+    if content is None and "://" in path:  # the Hub dataset consists of single files
         from datasets.utils.file_utils import xopen
 
         with xopen(path, "rb") as file:
@@ -45,8 +44,10 @@ def encoded(item: dict[str, Any] | None, number: int) -> EncodedImage:
 
 
 def allowed_labels(names: list[str] | None) -> str:
-    """What a column of labels may hold, in words; `names` are those of a `ClassLabel`."""
-    numbers = "class numbers from 0 up or class names" if names is None else f"class numbers from 0 to {len(names) - 1}"
+    """The allowed values of a label column, in words; `names` are the class names of a `ClassLabel`."""
+    numbers = "class numbers from 0 up, or class names"
+    if names is not None:
+        numbers = f"class numbers from 0 to {len(names) - 1}"
     return f"its values must be {numbers}, none missing ({NO_LABELS})"
 
 
@@ -56,16 +57,16 @@ def _image_column(config: DataConfig, features: Mapping[str, Any]) -> str:
     names = list(features)
     found = [name for name in names if isinstance(features[name], ImageFeature)]
     if config.image_column is None and len(found) > 1:
-        raise data_problem("image_column", f"there are several columns of images; name one: {', '.join(found)}")
+        raise data_problem("image_column", f"several columns hold images; name one: {', '.join(found)}")
     column = config.image_column or next(iter(found), "image" if "image" in names else None)
     if column is None:
-        raise data_problem("image_column", f"there is no column of images; the columns are {', '.join(names)}")
+        raise data_problem("image_column", f"no column holds images; the columns are {', '.join(names)}")
     if column not in names:
         raise data_problem("image_column", f"received {column!r}; the columns are {', '.join(names)}")
     try:
         empty = Dataset.from_dict({column: []}, features=Features({column: features[column]}))
         empty.cast_column(column, undecoded())
-    except Exception as error:  # Arrow's own kinds, one for each type that is not an image
+    except Exception as error:  # Arrow raises another exception for each type that is not an image
         message = f"received {column!r}; its values are not images but {features[column]}"
         raise data_problem("image_column", message) from error
     return column
@@ -77,7 +78,7 @@ def _label_column(config: DataConfig, features: Mapping[str, Any]) -> str | None
     names = list(features)
     found = [name for name in names if isinstance(features[name], ClassLabel)]
     if config.label_column is None and len(found) > 1:
-        raise data_problem("label_column", f"there are several columns of class labels; name one: {', '.join(found)}")
+        raise data_problem("label_column", f"several columns hold class labels; name one: {', '.join(found)}")
     column = config.label_column or next(iter(found), WEBDATASET_LABEL if WEBDATASET_LABEL in names else None)
     if column is not None and column not in names:
         raise data_problem("label_column", f"received {column!r}; the columns are {', '.join(names)}")

@@ -1,7 +1,7 @@
 """Images of a source → batches of uint8 squares.
 
-Every random choice is keyed by (seed, epoch, index, view), never drawn from a global generator, so a batch does not
-depend on workers, processes or interruptions.
+Random numbers are functions of (seed, epoch, image, view), never drawn from a global generator. So a batch does not
+depend on the number of workers and processes, or on interruptions.
 """
 
 from bisect import bisect
@@ -24,17 +24,19 @@ from stage1_vqgan.data.sources import Images
 from stage1_vqgan.data.transfer import to_device
 from stage1_vqgan.image_processing_vqgan import AspectRatio, normalize, resize, to_square
 
-# A square of up to this many times the wanted side is handed over as it is, and resized where the model runs: at 256
-# pixels that holds for photos of 500×375. Larger ones would cost more memory than the resizing of them costs time.
+# A square with a side of up to this many times the image size is resized on the model's device. For images of 256
+# pixels that includes photos of 500×375. Larger squares would need too much memory, so the workers resize them.
 MAX_REDUCTION = 1.5
 
 
 class ImageKey(NamedTuple):
-    """Address of a training image: what decides its augmentation, and where it lies.
+    """The address of a training image. Its numbers and the seed decide the augmentation.
 
     Attributes:
-        epoch, image, view: with the seed, the key of every random choice.
-        encoded: the image itself, where the source is a stream; else it is read from the source by its number.
+        epoch: number of the pass over the source.
+        image: number of the image in the source.
+        view: number of the augmented view of the image.
+        encoded: the image, if the source is a stream; None if the source reads it by number.
     """
 
     epoch: int
@@ -44,15 +46,16 @@ class ImageKey(NamedTuple):
 
 
 class ImageBatch(NamedTuple):
-    """What a loader yields.
+    """A batch of a loader: squares of different sides, which `images` resizes and mirrors on the model's device.
 
     Attributes:
-        rows: uint8 `(B, n)`, in each row the pixels of one square, `(side, side, C)`, and whatever else.
-        sides: of the squares in pixels, `image_size` or more; larger ones are yet to be resized.
-        flips: whether a square is yet to be mirrored.
-        image_size, num_channels: as of the dataset.
-        indices: int64 `(B,)`, the numbers in the source of the images that are there.
-        skipped: images that could not be used.
+        rows: uint8 `(B, n)`; the first side·side·C values of a row are the pixels of a square `(side, side, C)`, the
+            rest is undefined.
+        sides: side of each square in pixels, at least `image_size`.
+        flips: whether `images` must mirror a square.
+        image_size, num_channels: as in the dataset.
+        indices: int64 `(B,)`, number of each image in the source.
+        skipped: images that could not be decoded.
     """
 
     rows: Tensor
@@ -64,7 +67,7 @@ class ImageBatch(NamedTuple):
     skipped: list[SkippedImage]
 
     def images(self, device: torch.device | str = "cpu") -> Tensor:
-        """What the model reads: float32 `(B, C, image_size, image_size)` in [-1, 1], channels-last in memory."""
+        """The model's input: float32 `(B, C, image_size, image_size)` in [-1, 1], channels-last in memory."""
         rows = to_device(self.rows, device)
         shape = (len(rows), self.image_size, self.image_size, self.num_channels)
         pixels = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -80,17 +83,18 @@ class ImageBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageDataset(Dataset):
-    """Images of one split as uint8 squares, augmented by key.
+    """Images of one split as uint8 squares. The key of an image decides its augmentation.
 
     Attributes:
-        source: where the images are.
-        image_size, num_channels: side of the squares in pixels; 1 (gray) or 3 (RGB).
-        augmentation: None leaves the images as they are; then only their numbers matter.
-        seed: of the augmentation.
-        first_view_plain: view 0 is the image itself, except with ten_crop.
+        source: the images.
+        image_size: side of the squares in pixels.
+        num_channels: 1 (gray) or 3 (RGB).
+        augmentation: None does not augment; then only the `image` of a key matters.
+        seed: seed of the augmentation.
+        first_view_plain: do not augment view 0; without effect with ten_crop.
         aspect_ratio: see `to_square`.
-        keep_batch_size: the place of an image that cannot be used goes to the next one of the batch that can, in
-            another view; otherwise it is left out, and the batch may even be empty.
+        keep_batch_size: replace an image that cannot be decoded by another view of the next image of the batch.
+            Otherwise it is left out, and the batch may be empty.
     """
 
     source: Images
@@ -104,23 +108,23 @@ class ImageDataset(Dataset):
 
     @property
     def max_side(self) -> int:
-        """Largest side of a square in a batch."""
+        """Largest side of a square in a batch, in pixels."""
         return int(MAX_REDUCTION * self.image_size)
 
     @property
     def row_size(self) -> int:
-        """Bytes of the largest square in a batch."""
+        """Number of bytes of the largest square in a batch."""
         return self.max_side**2 * self.num_channels
 
     def __getitems__(self, keys: Sequence[ImageKey], rows: Tensor | None = None) -> ImageBatch:
-        """The batch of some keys, in order; it depends on nothing else.
+        """The batch of some keys, in their order; a pure function of the keys.
 
         Args:
-            keys: of the images.
-            rows: uint8 `(len(keys) or more, row_size)`, memory for the batch; by default its own.
+            keys: keys of the images.
+            rows: uint8 `(len(keys) or more, row_size)`, memory to write the batch to; by default it is allocated.
 
         Raises:
-            UndecodableImage: `keep_batch_size`, and none of the images can be used.
+            UndecodableImage: with `keep_batch_size`, none of the images can be decoded.
         """
         encoded = self._encoded(keys)
         rows = torch.empty((len(keys), self.row_size), dtype=torch.uint8) if rows is None else rows[: len(keys)]
@@ -128,7 +132,7 @@ class ImageDataset(Dataset):
         images, sides, flips = [key.image for key in keys], [0] * len(keys), [False] * len(keys)
         skipped = {}
         for place, key, draws in zip(range(len(keys)), keys, self._draws(keys), strict=True):
-            if place == 0 or keys[place - 1].image != key.image:  # views of an image in a row: it is decoded once
+            if place == 0 or keys[place - 1].image != key.image:  # decode once for neighbouring views of an image
                 image = self._decode(encoded[place])
             if isinstance(image, UndecodableImage):
                 skipped[place] = SkippedImage(key.image, encoded[place].name, str(image))
@@ -149,7 +153,7 @@ class ImageDataset(Dataset):
         return ImageBatch(rows, sides, flips, self.image_size, self.num_channels, indices, list(skipped.values()))
 
     def _encoded(self, keys: Sequence[ImageKey]) -> list[EncodedImage]:
-        """The images themselves: from the keys of a stream, else from the source in one go."""
+        """The encoded images: from the keys of a stream, else read from the source in one call."""
         numbers = [key.image for key in keys if key.encoded is None]
         read = iter(self.source.encoded(numbers) if isinstance(self.source, ImageSource) and numbers else ())
         return [next(read) if key.encoded is None else key.encoded for key in keys]
@@ -163,30 +167,30 @@ class ImageDataset(Dataset):
             pixels = decode_pixels(encoded, self.num_channels)
         except UndecodableImage as error:
             return error
-        if self.augmentation is not None and self.augmentation.ten_crop:  # once for all views of the image
+        if self.augmentation is not None and self.augmentation.ten_crop:  # all views are crops of this square
             return to_square(pixels, round(self.augmentation.max_zoom * self.image_size), self.aspect_ratio)
         return pixels
 
     def _put(self, row: np.ndarray, pixels: Tensor, key: ImageKey, draws: np.ndarray) -> tuple[int, bool]:
-        """Leaves the square of an image, uint8 `(H, W, C)`, in a row; returns its side, and whether to mirror it."""
+        """Writes the square of an image, uint8 `(H, W, C)`, to a row; returns its side and whether to mirror it."""
         if self.augmentation is not None and self.augmentation.ten_crop:
             square, flip = ten_crop(pixels, self.image_size, key.view), False
         elif self.augmentation is None or (self.first_view_plain and key.view == 0):
             square, flip = to_square(pixels, self.image_size, self.aspect_ratio, max_side=self.max_side), False
         else:
             square, flip = augment(pixels, self.image_size, self.augmentation, draws, self.aspect_ratio, self.max_side)
-        made = square.numpy()  # copies with less ado than torch
-        row[: made.size].reshape(made.shape)[:] = made
-        return len(made), flip
+        array = square.numpy()  # numpy copies a small array faster than torch
+        row[: array.size].reshape(array.shape)[:] = array
+        return len(array), flip
 
 
 def _stand_ins(
     keys: Sequence[ImageKey], used: Sequence[int], skipped: Mapping[int, SkippedImage]
 ) -> Iterator[tuple[int, int, ImageKey]]:
-    """For each place that is free: the place of the next image that can be used, and the key of a new view of it."""
+    """For each place of a skipped image: the place of the next decodable image, and the key of another view of it."""
     if not used:
         listed = "\n".join(f"  {image.name}: {image.reason}" for image in skipped.values())
-        raise UndecodableImage(f"none of the {len(keys)} images of a batch can be used:\n{listed}")
+        raise UndecodableImage(f"none of the {len(keys)} images of a batch can be decoded:\n{listed}")
     times = Counter[int]()
     for place in skipped:
         stand_in = used[bisect(used, place) % len(used)]

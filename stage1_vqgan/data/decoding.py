@@ -1,4 +1,4 @@
-"""Encoded images → pixels; what cannot be decoded is told by one exception, with the reason."""
+"""Encoded images → pixels. Every failure becomes an `UndecodableImage` that states the reason."""
 
 import io
 import math
@@ -16,18 +16,18 @@ from torchvision.io import decode_jpeg
 
 from stage1_vqgan.image_processing_vqgan import convert_mode, orientation, to_pixels
 
-# Markers of a JPEG: of a frame (sequential, progressive), of its pixels, and of what else a bare header may hold (JFIF,
-# comments, tables, restart interval), each with its least length.
+# Markers of a JPEG: start of a frame (sequential, progressive) and of its pixels.
 START_OF_FRAME, START_OF_SCAN = (0xC0, 0xC2), 0xDA
+# The other segments of a bare header (JFIF, comment, tables, restart interval), each with its minimum length in bytes.
 BARE_SEGMENTS = {0xE0: 16, 0xFE: 2, 0xDB: 67, 0xC4: 19, 0xDD: 4}
 
 
 class EncodedImage(NamedTuple):
-    """An image as its source holds it.
+    """An image as its source stores it.
 
     Attributes:
-        name: for messages: a path, or where it lies in the source.
-        content: the bytes of a file, the path of one, or an image that is decoded already.
+        name: name for messages: its path, or its number in the source.
+        content: the bytes of a file, the path of a file, or a decoded image.
     """
 
     name: str
@@ -35,7 +35,7 @@ class EncodedImage(NamedTuple):
 
 
 class SkippedImage(NamedTuple):
-    """An image that was left out of a batch: its number in the source, its name, and why."""
+    """An image that was left out of a batch: its number in the source, its name, and the reason."""
 
     image: int
     name: str
@@ -43,14 +43,14 @@ class SkippedImage(NamedTuple):
 
 
 class UndecodableImage(ValueError):
-    """An image that cannot be used; the message is the reason, in one line."""
+    """An image cannot be decoded; the message is the reason, in one line."""
 
 
 def decode(encoded: EncodedImage) -> Image.Image:
-    """The decoded image; of an animation or a file of several pages, the first.
+    """Decodes an image; of an animation or a file of several pages, the first one.
 
     Raises:
-        UndecodableImage: it cannot be decoded, or declares more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        UndecodableImage: the file cannot be decoded, or declares more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     if isinstance(encoded.content, Image.Image):
         return encoded.content
@@ -61,21 +61,21 @@ def decode(encoded: EncodedImage) -> Image.Image:
 
 
 def decode_pixels(encoded: EncodedImage, num_channels: int) -> Tensor:
-    """8-bit pixels of an image, upright, as `convert_mode` makes them.
+    """Decodes an image into upright 8-bit pixels, see `convert_mode`.
 
-    Plain JPEGs are decoded by torchvision, which is faster than Pillow and agrees with it bit by bit; what torchvision
-    refuses, and everything else, is Pillow's to decode or to refuse.
+    torchvision decodes plain JPEGs, because it is faster than Pillow and returns the same pixels. Pillow decodes all
+    other files, and the JPEGs that torchvision refuses.
 
     Args:
-        encoded: the image.
+        encoded: image to decode.
         num_channels: 1 (gray) or 3 (RGB).
 
     Returns:
         uint8 `(H, W, C)`.
 
     Raises:
-        UndecodableImage: it cannot be decoded, declares more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or its values
-            are out of range.
+        UndecodableImage: the file cannot be decoded, declares more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or has
+            values out of range.
     """
     with _undecodable():
         if isinstance(encoded.content, Image.Image):
@@ -86,16 +86,17 @@ def decode_pixels(encoded: EncodedImage, num_channels: int) -> Tensor:
             try:
                 pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)).permute(1, 2, 0)
             except RuntimeError:
-                pass  # Pillow says whether it is broken, and why
+                pass  # Pillow decodes the file, or states why it cannot
             else:
                 return pixels if pixels.shape[2] == num_channels else pixels.expand(-1, -1, num_channels)
         return to_pixels(convert_mode(image or _open(content), num_channels))
 
 
 def _is_bare_jpeg(content: bytes, num_channels: int) -> bool:
-    """Whether a file is surely a plain JPEG: its header has nothing but what decoding takes.
+    """Whether a file is certainly a plain JPEG: its header holds only what decoding needs.
 
-    Pillow takes a twentieth of the decoding time to read a header; it is asked about all others.
+    False means that Pillow must read the header. Doing that for every JPEG raises the CPU time of loading by 8 to 12 %
+    (256-pixel crops; median of interleaved batches).
     """
     if not content.startswith(b"\xff\xd8"):
         return False
@@ -114,14 +115,14 @@ def _is_bare_jpeg(content: bytes, num_channels: int) -> bool:
 
 
 def _is_plain_jpeg(image: Image.Image, num_channels: int) -> bool:
-    """Whether a JPEG's own pixels are those wanted: right colours, upright."""
+    """Whether the stored pixels of a JPEG need no conversion: they have the wanted channels and are upright."""
     if image.format != "JPEG" or not (image.mode == "L" or (image.mode == "RGB" and num_channels == 3)):
         return False
     return image.info.keys().isdisjoint(("exif", "xmp")) or orientation(image) == 1
 
 
 def read(content: bytes | str) -> bytes:
-    """The bytes of a file."""
+    """The bytes of a file, given as bytes or as its path."""
     return Path(content).read_bytes() if isinstance(content, str) else content
 
 
@@ -133,22 +134,24 @@ def _open(content: bytes) -> Image.Image:
 
 @contextmanager
 def _undecodable() -> Iterator[None]:
-    """Whatever is raised inside becomes an `UndecodableImage`."""
+    """Turns every exception inside into an `UndecodableImage`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd files that it can read
+            warnings.simplefilter("ignore")  # Pillow warns about unusual files that it can read
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except UndecodableImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"{Image.MAX_IMAGE_PIXELS:,} (PIL.Image.MAX_IMAGE_PIXELS)"
-        raise UndecodableImage(f"decompression bomb: it declares more pixels than the limit of {limit}") from error
+        raise UndecodableImage(
+            f"decompression bomb: the file declares more pixels than the limit of {limit}"
+        ) from error
     except UnidentifiedImageError as error:
-        raise UndecodableImage("it is in no image format that Pillow knows") from error
+        raise UndecodableImage("the file is in no image format that Pillow knows") from error
     except ValueError as error:
         raise UndecodableImage(_one_line(error)) from error
-    except Exception as error:  # decoders raise many kinds
+    except Exception as error:  # decoders raise exceptions of many types
         raise UndecodableImage(f"{type(error).__name__}: {_one_line(error)}") from error
 
 

@@ -1,6 +1,6 @@
-"""The files of a local source: what kind they are, and which split each belongs to.
+"""Finds the files of a local source, their kind, and the split of each.
 
-Only names below the given folder count: a folder that lies in `/data/test/` is no test split.
+Only names below the given folder name a split: a folder given as `/data/test/` is not a test split.
 """
 
 import glob
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """Files by split, in order of their names.
+    """The files of a source, by split.
 
     Attributes:
-        kind: what they hold.
-        splits: their paths.
-        roots: of every split of images, the folder whose sub-folders are classes.
+        kind: kind of all files.
+        splits: paths of the files of every split, sorted.
+        roots: for images, the folder of every split whose sub-folders are classes.
     """
 
     kind: Literal["parquet", "tar", "images"]
@@ -43,10 +43,10 @@ class SourceFiles:
 
 
 def find_files(config: DataConfig) -> SourceFiles | None:
-    """Files of `config.dataset` if it is a file, a folder or a pattern, else None.
+    """The files of `config.dataset` if it is a file, a folder or a pattern; None if it may be a Hub id.
 
     Raises:
-        ConfigError: there is no such file or folder, or nothing in it that can be used.
+        ConfigError: the file or folder does not exist, or holds no usable files.
     """
     name = config.dataset
     path = Path(name).expanduser()
@@ -69,10 +69,10 @@ def find_files(config: DataConfig) -> SourceFiles | None:
 
 
 def class_folders(files: Sequence[Path], root: Path) -> list[str] | None:
-    """The class of every file: the first folder below the root; None if all lie in the root itself.
+    """The class of every file: the first folder below the root. None if all files lie in the root itself.
 
     Raises:
-        ConfigError: some files lie in class folders, others beside them.
+        ConfigError: some files lie in class folders, others beside these folders.
     """
     parts = [file.relative_to(root).parts for file in files]
     flat = [file for file, names in zip(files, parts, strict=True) if len(names) == 1]
@@ -99,17 +99,19 @@ def _folder(root: Path, config: DataConfig) -> SourceFiles:
     match [(kind, files) for kind, files in kinds.items() if files]:
         case []:
             found = f"; {_count(others, 'other file')}" if others else ""
-            raise _problem(f"received {config.dataset!r}; there are no images in this folder{found} ({ALLOWED})")
+            raise _problem(f"received {config.dataset!r}; this folder holds no images{found} ({ALLOWED})")
         case [("images", files)]:
             if others:
-                logger.warning("%s: no images by their names, left out: %s", root, _count(others, "file"))
+                others_listed = _count(others, "file")
+                logger.warning("%s: left out, because their extensions are not of images: %s", root, others_listed)
             return _image_folder(root, files, config)
         case [(kind, files)]:
             return SourceFiles(kind, _splits_of_names(files, root, config), {})  # type: ignore[arg-type]
         case several:
             found = "; ".join(f"{kind}: {_count(files, 'file')}" for kind, files in several)
             raise _problem(
-                f"received {config.dataset!r}; it holds several kinds ({found}); give a pattern or a sub-folder"
+                f"received {config.dataset!r}; it holds files of several kinds ({found}); "
+                "give a pattern or a sub-folder"
             )
 
 
@@ -128,7 +130,8 @@ def _image_folder(root: Path, images: Sequence[Path], config: DataConfig) -> Sou
 
 
 def _splits_of_names(files: Sequence[Path], root: Path, config: DataConfig) -> dict[str, list[Path]]:
-    """Splits by the words of the files' names below the root: `train-00000.parquet`, `data/imagenet_val_003.tar`."""
+    """Groups files by the split that their paths below the root name, as in `train-00000.parquet` or
+    `data/imagenet_val_003.tar`."""
     known = SPLIT_NAMES | {config.train_split, config.validation_split}
     splits: dict[str, list[Path]] = {}
     for file in files:
@@ -139,16 +142,16 @@ def _splits_of_names(files: Sequence[Path], root: Path, config: DataConfig) -> d
         return {config.train_split: splits[""]}
     if "" in splits:
         raise _problem(
-            f"{_count(splits[''], 'file')} of {config.dataset!r} name no split, others are of "
-            f"{sorted(splits.keys() - {''})}; name the files after their splits, or give a pattern such as '*.parquet'"
+            f"{_count(splits[''], 'file')} of {config.dataset!r} name no split, others name "
+            f"{sorted(splits.keys() - {''})}; name all files after their splits, or give a pattern such as '*.parquet'"
         )
     return splits
 
 
 def _files_below(folder: Path) -> Iterable[Path]:
-    """Every file, sorted by path, without hidden ones (`.DS_Store`, `._0001.jpg`) and without hidden folders.
+    """All files below a folder, sorted by path, without hidden files (`.DS_Store`, `._0001.jpg`) and hidden folders.
 
-    Links to folders are followed, unless they lead back to a folder they lie in.
+    Follows links to folders, except links to a folder that contains the link.
     """
     for path, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not _leads_back(Path(path, name)))

@@ -1,4 +1,4 @@
-"""Images that are read by number: of a folder, of a data set that lies on the disk, or in memory."""
+"""Images that are read by number: from a folder, from a dataset on the disk, or from memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +13,12 @@ from stage1_vqgan.data.decoding import EncodedImage
 
 @dataclass(frozen=True)
 class ImageSource:
-    """One split: encoded or decoded images by index, with their labels.
+    """The images of one split, read by number, and their labels.
 
     Attributes:
-        images: PIL images, or a `datasets.Dataset` of one undecoded image column.
-        labels: int64 `(n,)`, or None.
-        class_names: names of the labels 0 … C-1, or None.
+        images: a list of PIL images, or a `datasets.Dataset` with one undecoded image column.
+        labels: int64 `(n,)`, or None without labels.
+        class_names: names of the classes 0 … C-1, or None without labels.
     """
 
     images: Any
@@ -27,7 +27,7 @@ class ImageSource:
 
     @property
     def num_images(self) -> int:
-        """As of a stream."""
+        """Number of images; `ImageStream` has the same property."""
         return len(self)
 
     def __len__(self) -> int:
@@ -38,7 +38,7 @@ class ImageSource:
         return self.labels is not None
 
     def encoded(self, indices: Sequence[int]) -> list[EncodedImage]:
-        """Images as they are stored, by index."""
+        """Reads images by their numbers, without decoding them."""
         if isinstance(self.images, list):
             return [EncodedImage(f"image {index}", self.images[index]) for index in indices]
         (column,) = self.images.column_names
@@ -46,32 +46,38 @@ class ImageSource:
         return [encoded(item, index) for item, index in zip(items, indices, strict=True)]
 
     def select(self, rows: np.ndarray) -> "ImageSource":
-        """The images of some rows, int64 `(m,)`, of a data set."""
+        """The source of some of the images, by their numbers, int64 `(m,)`."""
         return replace(self, images=self.images.select(rows), labels=None if self.labels is None else self.labels[rows])
 
 
 def image_sources(config: DataConfig, train: Any, validation: Any | None) -> tuple[ImageSource, ImageSource]:
-    """Training and validation images of one or two splits, each a `datasets.Dataset`.
+    """Training and validation images of `datasets.Dataset`s.
+
+    Args:
+        config: names the columns, and the fraction to hold out.
+        train: the training split.
+        validation: the validation split; None holds out training images.
 
     Raises:
-        ConfigError: a split is empty or has no such columns, or its labels are no classes of the training split.
+        ConfigError: a split is empty, a column does not exist, or a label is not a class of the training split.
     """
     source = _to_source(config, train)
     if validation is None:
         held_out = np.arange(len(source)) % round(1 / config.validation_fraction) == 0
         if held_out.all():
-            raise data_problem("dataset", f"{config.dataset!r} holds a single image: none is left to train with")
+            raise data_problem("dataset", f"{config.dataset!r} holds a single image; training needs at least two")
         return source.select(np.flatnonzero(~held_out)), source.select(np.flatnonzero(held_out))
     if not source.has_labels:
         return source, _to_source(replace(config, use_labels=False), validation)
     other = _to_source(config, validation, source.class_names)
     if not other.has_labels:
-        raise data_problem("validation_split", f"{config.validation_split!r} has no labels, {config.train_split!r} has")
+        message = f"{config.validation_split!r} has no labels, but {config.train_split!r} has"
+        raise data_problem("validation_split", f"{message}; {NO_LABELS}")
     return source, other
 
 
 def _to_source(config: DataConfig, split: Any, names: list[str] | None = None) -> ImageSource:
-    """The images of one split; names of the classes may be given by the training split."""
+    """The images of one split; `names` are the class names of the training split, if this is the validation split."""
     if not len(split):
         raise data_problem("dataset", f"{config.dataset!r} has a split without images")
     image_column, label_column = find_columns(config, split.features)
@@ -82,7 +88,7 @@ def _to_source(config: DataConfig, split: Any, names: list[str] | None = None) -
 
 
 def _labels(split: Any, column: str, names: list[str] | None) -> tuple[np.ndarray, list[str]]:
-    """int64 `(n,)` and the names of the classes; those of the training split if they are given."""
+    """Labels, int64 `(n,)`, and class names. If `names` are given, the labels are renumbered to match them."""
     from datasets import ClassLabel
 
     feature = split.features[column]
@@ -107,7 +113,7 @@ def _labels(split: Any, column: str, names: list[str] | None) -> tuple[np.ndarra
         used = {own_names[number] for number in np.unique(values)}
         unknown = sorted(used - set(names))
         if unknown:
-            message = f"the validation split has classes the training split has not: {_few(unknown)}"
+            message = f"the validation split has classes that the training split lacks: {_few(unknown)}"
             raise data_problem("label_column", message)
         values = np.array([names.index(name) if name in used else -1 for name in own_names])[values]
     elif values.max() >= len(names):

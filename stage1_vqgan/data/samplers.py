@@ -1,7 +1,7 @@
-"""Keys of the images of a source, in batches for training and one by one for evaluation, whatever kind the source is.
+"""The order of images: keys in batches for training, one by one for evaluation, from indexed and streamed sources.
 
-A stream is read by the process that trains, a little ahead in a thread; its workers only decode. So neither the number
-of workers nor their timing has an influence on what a batch holds.
+The training process reads a stream, in a thread that is a few batches ahead; the workers only decode. So the images of
+a batch do not depend on the number of workers or on their timing.
 """
 
 import logging
@@ -26,29 +26,31 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingSampler(IndexSampler):
-    """The batches of an `IndexSampler` as keys of images."""
+    """The batches of an `IndexSampler`, as lists of `ImageKey`s."""
 
     def __iter__(self) -> Iterator[list[ImageKey]]:
         return ([ImageKey(*key) for key in keys.tolist()] for keys in super().__iter__())
 
 
 class StreamSampler(Sampler[list[ImageKey]]):
-    """Batches of keys with their images for one process, a pure function of (seed, step), as `TrainingSampler`'s.
+    """Batches of one process from a stream: keys that hold their images. A pure function of (seed, step).
 
-    Every process goes through epochs of its own; within one no image comes twice over all processes, and less than a
-    batch is dropped at the end. Going on at a later step reads the current epoch again up to there, without decoding.
-    Where the length of an epoch is not known beforehand (an unknown number of images, or files of different sizes on
-    several processes), the first epoch is read to its end before that, once, to count it.
+    Every process counts its own epochs. Within an epoch no image is read twice over all processes, and the images after
+    the last full batch are dropped. To start at a later step, the sampler reads the current epoch up to there, without
+    decoding. If the length of an epoch is unknown (an unknown number of images, or several processes with files of
+    different sizes), it first reads one epoch to count it.
 
     Args:
-        stream: images.
-        batch_size: images in a batch of one process.
+        stream: the images.
+        batch_size: number of images in a batch of one process.
         start, stop: range of batches to yield.
-        seed: of the orders.
-        rank, world_size: this process and how many there are.
+        seed: seed of the orders.
+        rank: number of this process.
+        world_size: number of processes.
 
     Raises:
-        ConfigError: an epoch has no full batch, or another number of images than the source says.
+        ConfigError: an epoch is shorter than a batch, or its number of images differs from the one that the source
+            states.
     """
 
     def __init__(
@@ -68,20 +70,20 @@ class StreamSampler(Sampler[list[ImageKey]]):
 
     def _batches(self) -> Iterator[list[ImageKey]]:
         length = self.stream.length(self.rank, self.world_size)
-        epoch, position = 0, self.start  # of the next batch to yield
+        epoch, position = 0, self.start  # where the next batch to yield is: its epoch, and the batches before it there
         remaining = len(self)
         while remaining:
             if length is not None:
                 later, position = divmod(position, length // self.batch_size)
                 epoch += later
             elif position:
-                logger.info("reading the stream up to batch %d of process %d, to go on there", position, self.rank)
+                logger.info("process %d reads the stream up to batch %d, to continue there", self.rank, position)
             batch: list[ImageKey] = []
             read = 0
             for read, (encoded, _) in enumerate(
                 self.stream.read(self.rank, self.world_size, shuffle=(self.seed, epoch)), 1
             ):
-                # numbers of processes do not meet: they decide the augmentation
+                # the number decides the augmentation, so processes must not share one
                 batch.append(ImageKey(epoch, (read - 1) * self.world_size + self.rank, 0, encoded))
                 if len(batch) < self.batch_size:
                     continue
@@ -107,18 +109,19 @@ class StreamSampler(Sampler[list[ImageKey]]):
 def training_sampler(
     source: Images, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> TrainingSampler | StreamSampler:
-    """Batches of keys for training from either kind of source; arguments as of the samplers."""
+    """The training sampler for a source; the arguments are those of `StreamSampler`."""
     if isinstance(source, ImageStream):
         return StreamSampler(source, batch_size, start, stop, seed, rank, world_size)
     return TrainingSampler(len(source), batch_size, start, stop, seed, rank, world_size)
 
 
 class EveryImage(Sampler[ImageKey]):
-    """Keys of the images of one process, plain and in order; those of all processes together are each image once.
+    """Keys of this process's images, in order; all processes together yield every image once.
 
     Args:
-        source: images.
-        rank, world_size: this process and how many there are.
+        source: the images.
+        rank: number of this process.
+        world_size: number of processes.
     """
 
     def __init__(self, source: Images, rank: int = 0, world_size: int = 1):
@@ -127,7 +130,7 @@ class EveryImage(Sampler[ImageKey]):
     def __len__(self) -> int:
         length = self._length()
         if length is None:
-            raise TypeError("a stream whose number of images is not known has no len()")
+            raise TypeError("a stream with an unknown number of images has no len()")
         return length
 
     def __iter__(self) -> Iterator[ImageKey]:
@@ -145,7 +148,7 @@ class EveryImage(Sampler[ImageKey]):
 
 
 def some_images(source: Images, count: int) -> list[ImageKey]:
-    """Keys of at most `count` images: evenly spread over a source, the first ones of a stream."""
+    """Keys of at most `count` images: spread evenly over an indexed source, the first ones of a stream."""
     if isinstance(source, ImageSource):
         chosen = range(0, len(source), max(1, len(source) // count))[:count]
         return [ImageKey(0, number) for number in chosen]
@@ -154,9 +157,9 @@ def some_images(source: Images, count: int) -> list[ImageKey]:
 
 
 def read_ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """The same items, up to `depth` of them read beforehand in a thread, which ends with the iterator.
+    """Yields the same items, which a thread reads up to `depth` ahead. The thread ends with the iterator.
 
-    An exception of the reader is raised here, after the items before it.
+    An exception of the thread is raised here, after the items that were read before it.
     """
     queue: Queue[tuple[Any, BaseException | None]] = Queue(depth)
     stopped = threading.Event()

@@ -1,4 +1,4 @@
-"""What became of images that cannot be used: each is named, recorded, and too many of them stop the run."""
+"""Skipped images, which cannot be decoded: each is logged and recorded, and too many of them stop the run."""
 
 import json
 import logging
@@ -16,24 +16,24 @@ from stage1_vqgan.data.decoding import SkippedImage
 FILE_NAME = "skipped_images.jsonl"
 MAX_WARNINGS = 20
 MAX_LISTED = 20
-# A share of a stream means something only after so many of its images.
+# Number of images of a stream before its fraction of skipped images is checked.
 MIN_SEEN = 100
 
 logger = logging.getLogger(__name__)
 
 
 class SkippedImages:
-    """Takes the skipped images of batches: a warning for each (not more than `MAX_WARNINGS`), a line in
-    `skipped_images.jsonl` for each, and an error when there are too many.
+    """Collects the skipped images of batches. For each it logs a warning (up to `MAX_WARNINGS`) and writes a line to
+    `skipped_images.jsonl`. It raises an error if there are too many.
 
-    Each image of a split counts once, however often it comes. What earlier runs in the folder recorded is not recorded
-    again, and does not count: files may have been repaired since.
+    Each image of a split counts once, even if it is read again. An image that an earlier run in the folder recorded is
+    not recorded again. It counts only if this run skips it too, because its file may have been repaired.
 
     Args:
-        max_fraction: of the images of a split that may be skipped.
-        num_images: images of each split by its name; None for a stream, whose images are counted as they come.
-        folder: of the run; None keeps no record.
-        is_main_process: whether this process writes it.
+        max_fraction: largest allowed fraction of skipped images of a split, in [0, 1].
+        num_images: number of images of each split, by its name; None counts the images while they are read.
+        folder: folder of the run; None writes no record.
+        is_main_process: whether this process writes the record.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class SkippedImages:
         self.max_fraction, self.num_images = max_fraction, num_images
         self.path = Path(folder) / FILE_NAME if folder is not None and is_main_process else None
         self.found: dict[tuple[str, int], SkippedImage] = {}
-        self._known: set[tuple[str, int]] = set()  # to this process, found by any
-        self._new: list[tuple[str, SkippedImage]] = []  # since the last exchange
-        self._seen: Counter[str] = Counter()  # by all processes up to the last exchange
-        self._new_seen: Counter[str] = Counter()
+        self._known: set[tuple[str, int]] = set()  # skipped by any process, as far as this one knows
+        self._new: list[tuple[str, SkippedImage]] = []  # skipped by this process since the last exchange
+        self._seen: Counter[str] = Counter()  # images read by all processes up to the last exchange
+        self._new_seen: Counter[str] = Counter()  # images read by this process since then
         self._recorded = set() if self.path is None else _read(self.path)
 
     def add(self, split: str, batch: ImageBatch) -> None:
-        """Takes note of a batch in this process, and warns."""
+        """Collects the skipped images of a batch in this process, and logs warnings."""
         self._new_seen[split] += len(batch.indices) + len(batch.skipped)
         for image in batch.skipped:
             if (split, image.image) in self._known:
@@ -64,19 +64,19 @@ class SkippedImages:
                 logger.warning("skipped %s of the %s images: %s", image.name, split, image.reason)
             elif len(self._known) == MAX_WARNINGS + 1:
                 where = f"in {self.path}" if self.path else "not shown"
-                logger.warning("more images are skipped; further ones are %s", where)
+                logger.warning("more images are skipped; the others are %s", where)
 
     def watch(self, split: str, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-        """The batches, each taken note of before it is used."""
+        """Yields the batches, after adding each."""
         for batch in batches:
             self.add(split, batch)
             yield batch
 
     def exchange(self) -> None:
-        """Brings what all processes found together, and records it. Every process calls it, at the same step.
+        """Gathers the skipped images of all processes and records them. All processes must call it at the same step.
 
         Raises:
-            ConfigError: too many images were skipped (in all processes alike).
+            ConfigError: too many images were skipped; raised in every process.
         """
         for new, seen in gather_object([(self._new, self._new_seen)]):
             self._seen.update(seen)
@@ -122,14 +122,14 @@ def too_many_skipped(
     what: str,
     advice: str = "repair or remove them, or allow more",
 ) -> Problem | None:
-    """The problem of more skipped images than are allowed, with the first of them; None if there are not so many.
+    """The problem that lists the skipped images, if there are more than allowed; else None.
 
     Args:
-        skipped: the images.
-        num_images: of which they are.
-        max_fraction: of them that may be skipped.
-        what: they are, for the message.
-        advice: what to do, for the message.
+        skipped: skipped images.
+        num_images: number of all images.
+        max_fraction: largest allowed fraction of skipped images, in [0, 1].
+        what: name of the images in the message.
+        advice: what the user can do, for the message.
     """
     if len(skipped) <= max_fraction * num_images:
         return None
@@ -141,7 +141,7 @@ def too_many_skipped(
 
 
 def _read(path: Path) -> set[str]:
-    """The lines of a record; one that was cut short when its process was killed is cut off."""
+    """The lines of a record. A last line that is incomplete, because its process was killed, is removed."""
     text = path.read_text() if path.is_file() else ""
     complete = text[: text.rfind("\n") + 1]
     if complete != text:

@@ -1,4 +1,11 @@
-"""Where images come from: the built-in digits, folders, parquet, tars or the Hub, as splits of encoded images."""
+"""The sources of images: `load_images` opens the built-in digits, a folder, parquet or tar files, or a Hub dataset.
+
+To add a source, return a training and a validation split from `load_images`, each of one of two kinds:
+- `ImageSource` (indexed.py) reads an image by its number. The digits are an example: PIL images in memory.
+- `ImageStream` (streamed.py) reads images in order. It wraps a `datasets.IterableDataset`.
+A source that `datasets` can open needs only another branch in splits.py: columns, labels and validation images are
+then found by the existing code.
+"""
 
 import logging
 from typing import TypeAlias
@@ -20,13 +27,13 @@ Images: TypeAlias = ImageSource | ImageStream
 
 
 def load_images(config: DataConfig) -> tuple[Images, Images]:
-    """Opens the training and the validation split, both of one kind.
+    """Opens the training and the validation split.
 
-    Parquet, tars and Hub datasets are streams if `config.streaming` is set; the files of a folder are always read one
-    by one when they are wanted.
+    With `config.streaming`, parquet, tar and Hub sources are `ImageStream`s. Everything else is an `ImageSource`; the
+    files of a folder are read only when they are needed.
 
     Raises:
-        ConfigError: the source, a split or a column does not exist, or labels are no classes of the training split.
+        ConfigError: the source, a split or a column does not exist, or a label is not a class of the training split.
     """
     if config.dataset == DIGITS:
         return _load_digits(config)
@@ -34,7 +41,7 @@ def load_images(config: DataConfig) -> tuple[Images, Images]:
     splits = open_hub(config) if files is None else open_files(config, files)
     pair = _read_splits(config, splits)
     if config.use_labels and not pair[0].has_labels:
-        logger.warning("no class labels in %s: the model will be unconditional", config.dataset)
+        logger.warning("%s has no class labels: the model will be unconditional", config.dataset)
     return pair
 
 

@@ -1,4 +1,4 @@
-"""The splits of a source, as `datasets` opens them."""
+"""Opens the splits of a source with `datasets`."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -11,20 +11,20 @@ from stage1_vqgan.data.files import ALLOWED, SourceFiles, class_folders
 
 
 class Split(NamedTuple):
-    """A split as `datasets` opens it, and the number of its images if that is known."""
+    """A split that `datasets` opened, and the number of its images, or None if it is unknown."""
 
     dataset: Any
     num_images: int | None
 
 
 def open_files(config: DataConfig, files: SourceFiles) -> dict[str, Split]:
-    """The splits that are asked for, of local files.
+    """Opens the configured splits of local files.
 
-    Each is opened by itself from a list of files: datasets would read meaning into words of their paths. Images are
-    listed rather than left to datasets' "imagefolder", which knows fewer extensions and guesses splits and classes.
+    Each split is opened from its list of files, because `datasets` would infer splits from words in their paths. Images
+    are listed here too: the "imagefolder" of `datasets` knows fewer extensions and guesses splits and classes.
 
     Raises:
-        ConfigError: there is no such split, or its files cannot be used.
+        ConfigError: a split does not exist, or its files cannot be read.
     """
     _check_splits(config, files.splits)
     wanted = [name for name in (config.train_split, config.validation_split) if name is not None]
@@ -34,16 +34,16 @@ def open_files(config: DataConfig, files: SourceFiles) -> dict[str, Split]:
 
 
 def open_hub(config: DataConfig) -> dict[str, Split]:
-    """All splits of a data set on the Hub.
+    """Opens all splits of a dataset on the Hub.
 
     Raises:
-        ConfigError: it cannot be loaded, or there is no such split.
+        ConfigError: the dataset cannot be loaded, or a configured split does not exist.
     """
     import datasets
 
     try:
         splits = datasets.load_dataset(config.dataset, name=config.dataset_config_name, streaming=config.streaming)
-    except Exception as error:  # datasets raises many kinds; each means that this source cannot be used
+    except Exception as error:  # datasets raises exceptions of many types for a source that it cannot load
         raise data_problem("dataset", f"{config.dataset!r} cannot be loaded: {_reason(error)} ({ALLOWED})") from error
     _check_splits(config, splits)
     sizes = {name: len(split) if not config.streaming else _stated_size(split, name) for name, split in splits.items()}
@@ -60,7 +60,7 @@ def _open_images(config: DataConfig, files: SourceFiles, wanted: Sequence[str]) 
         features: dict[str, Any] = {"image": ImageFeature(decode=False)}
         classes = class_folders(files.splits[name], files.roots[name]) if with_labels else None
         if name == config.train_split:
-            with_labels = classes is not None and len(set(classes)) > 1  # a single folder tells nothing apart
+            with_labels = classes is not None and len(set(classes)) > 1  # a single folder is not a class label
         if with_labels and classes is not None:
             names, labels = np.unique(classes, return_inverse=True)
             columns["label"], features["label"] = labels.tolist(), ClassLabel(names=names.tolist())
@@ -76,8 +76,8 @@ def _open_packed(config: DataConfig, kind: str, files: Sequence[Path]) -> Split:
     names = {"train": [str(file) for file in files]}
     try:
         dataset = datasets.load_dataset(builder, data_files=names, split="train", streaming=config.streaming)
-    except Exception as error:  # datasets raises many kinds; each means that these files cannot be used
-        form = "" if kind == "parquet" else " (a tar holds files such as 0001.jpg and 0001.cls, alike for every image)"
+    except Exception as error:  # datasets raises exceptions of many types for files that it cannot load
+        form = "" if kind == "parquet" else " (for every image, a tar holds the same files, such as 0001.jpg, 0001.cls)"
         raise data_problem("dataset", f"{config.dataset!r} cannot be loaded{form}: {_reason(error)}") from error
     return Split(dataset, rows)
 
@@ -90,7 +90,7 @@ def _parquet_rows(config: DataConfig, files: Sequence[Path]) -> int:
         try:
             rows += pyarrow.parquet.read_metadata(file).num_rows
         except Exception as error:
-            raise data_problem("dataset", f"{file} is no parquet file: {error}") from error
+            raise data_problem("dataset", f"{file} is not a parquet file: {error}") from error
     if not rows:
         raise data_problem("dataset", f"{config.dataset!r} has a split without images")
     return rows
@@ -102,10 +102,10 @@ def _stated_size(stream: Any, name: str) -> int | None:
 
 
 def _check_splits(config: DataConfig, splits: Collection[str]) -> None:
-    for key in ("train_split", "validation_split"):
-        name = getattr(config, key)
+    for field in ("train_split", "validation_split"):
+        name = getattr(config, field)
         if name is not None and name not in splits:
-            raise data_problem(key, f"received {name!r}; the dataset has {sorted(splits)}")
+            raise data_problem(field, f"received {name!r}; the dataset has {sorted(splits)}")
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Images that are read from front to back: of parquet files, tars or the Hub, without a copy on the disk."""
+"""Images that are read in order: from parquet files, tars or the Hub, without a copy on the disk."""
 
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,16 +17,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ImageStream:
-    """One split that is read from front to back, never by number; of no length, which may be unknown.
+    """The images of one split, read in order.
 
     Attributes:
-        images: a `datasets.IterableDataset` of an undecoded image column, and a column of labels if there are any.
-        image_column, label_column: their names; without labels the latter is None.
-        class_names: names of the labels 0 … C-1, or None where labels are plain numbers or there are none.
-        num_images: if it is known.
-        shuffle_buffer_size: images from which the next one is drawn in a shuffled pass.
-        is_part: the images are a range of a stream, which has to be counted from its beginning: its files cannot be
-            shared out.
+        images: a `datasets.IterableDataset` with an undecoded image column and, for labeled images, a label column.
+        image_column: name of the image column.
+        label_column: name of the label column, or None without labels.
+        class_names: names of the classes 0 … C-1, or None without labels or if labels are plain numbers.
+        num_images: number of images, or None if it is unknown.
+        shuffle_buffer_size: number of images in memory from which a shuffled pass draws the next one.
+        is_part: the images are a range of a longer stream. The range is found by counting from the beginning, so its
+            files cannot be distributed over processes.
     """
 
     images: Any
@@ -44,17 +45,19 @@ class ImageStream:
     def read(
         self, rank: int = 0, world_size: int = 1, shuffle: tuple[int, int] | None = None
     ) -> Generator[tuple[EncodedImage, int | None], None, None]:
-        """Images with their labels; those of all processes together are every image once.
+        """Reads this process's images and labels; all processes together read every image once.
 
-        A process reads files of its own where their number is a multiple of the processes, the same in every pass, so
-        that a pass of one process always has the same length. Otherwise it reads everything and keeps its share.
+        If the number of files is a multiple of the number of processes, each process reads its own files, the same in
+        every pass. Otherwise each process reads everything and keeps every `world_size`-th image.
 
         Args:
-            rank, world_size: this process and how many there are.
-            shuffle: (seed, epoch): the order of files, and of images within the buffer, is a function of it.
+            rank: number of this process.
+            world_size: number of processes.
+            shuffle: (seed, epoch), which decides the order of files, and of images within the buffer. None keeps the
+                order.
 
         Raises:
-            ConfigError: a label is no class number.
+            ConfigError: a label is not a class number.
         """
         images, own_files = self.images, self._has_own_files(world_size)
         if own_files:
@@ -70,11 +73,11 @@ class ImageStream:
         yield from items if own_files else islice(items, rank, None, world_size)
 
     def length(self, rank: int, world_size: int) -> int | None:
-        """Images in a pass of one process, if it is known before reading."""
+        """Number of images that a process reads in a pass; None if it is unknown before reading."""
         if self.num_images is None:
             return None
         if world_size > 1 and self._has_own_files(world_size):
-            return None  # the files of a process may be larger or smaller than those of another
+            return None  # files differ in size
         return len(range(rank, self.num_images, world_size))
 
     def _has_own_files(self, world_size: int) -> bool:
@@ -96,10 +99,10 @@ class ImageStream:
 
 
 def _shuffled(items: Iterable[T], buffer_size: int, rng: np.random.Generator) -> Iterator[T]:
-    """Each item is one drawn from a buffer, whose place the next one takes; a function of the generator's state.
+    """Draws each item from a buffer and puts the next one in its place; a function of the generator's state.
 
-    `datasets` shuffles alike, in a way that changes between its releases, and waits 5 seconds after each pass over
-    parquet files.
+    `datasets` has such a buffer too. But its order changes between releases, and it waits 5 seconds after each pass
+    over parquet files.
     """
     buffer: list[T] = []
     for item in items:
@@ -113,11 +116,16 @@ def _shuffled(items: Iterable[T], buffer_size: int, rng: np.random.Generator) ->
 
 
 def image_streams(config: DataConfig, train: Split, validation: Split | None) -> tuple[ImageStream, ImageStream]:
-    """Training and validation images of one or two splits, each a `datasets.IterableDataset`.
+    """Training and validation images of `datasets.IterableDataset`s.
+
+    Args:
+        config: names the columns, and the fraction to hold out.
+        train: the training split.
+        validation: the validation split; None holds out the first training images.
 
     Raises:
-        ConfigError: a split has no such columns, or its labels are no class numbers; or there is only one split, whose
-            length is not known.
+        ConfigError: a column does not exist, its labels are not class numbers, or images must be held out of a stream
+            of unknown length.
     """
     stream = _to_stream(config, train)
     if validation is not None:
@@ -125,18 +133,18 @@ def image_streams(config: DataConfig, train: Split, validation: Split | None) ->
         if stream.label_column is None:
             return stream, replace(other, label_column=None, class_names=None)
         if other.label_column is None or other.class_names != stream.class_names:
-            message = f"the classes of {config.validation_split!r} are not those of {config.train_split!r}"
+            message = f"{config.validation_split!r} and {config.train_split!r} have different classes"
             raise data_problem("validation_split", f"{message}; set data.streaming to false to match them by name")
         return stream, other
     if stream.num_images is None:
         raise data_problem(
             "validation_split",
-            "a stream of unknown length cannot be split by rule; name a split, or set data.streaming to false",
+            "images cannot be held out of a stream of unknown length; name a split, or set data.streaming to false",
         )
     held_out = max(1, round(config.validation_fraction * stream.num_images))
     kept = stream.num_images - held_out
     if kept < 1:
-        raise data_problem("dataset", f"{config.dataset!r} holds a single image: none is left to train with")
+        raise data_problem("dataset", f"{config.dataset!r} holds a single image; training needs at least two")
     return (
         replace(stream, images=stream.images.skip(held_out), num_images=kept, is_part=True),
         replace(stream, images=stream.images.take(held_out), num_images=held_out, is_part=True),
@@ -159,7 +167,7 @@ def _to_stream(config: DataConfig, split: Split) -> ImageStream:
         if names is None and not (isinstance(feature, Value) and "int" in feature.dtype):
             raise data_problem(
                 "label_column",
-                f"received {label_column!r}, which holds {feature}; the labels of a stream must be class numbers, as "
-                "the classes are not known before it is read (set data.streaming or data.use_labels to false)",
+                f"received {label_column!r}, which holds {feature}; the labels of a stream must be class numbers, "
+                "because a stream is not searched for class names (set data.streaming or data.use_labels to false)",
             )
     return ImageStream(images, image_column, label_column, names, split.num_images, config.shuffle_buffer_size)

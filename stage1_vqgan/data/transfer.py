@@ -1,13 +1,13 @@
-"""Tensors from the host to a device."""
+"""Copies of tensors from the CPU to a device."""
 
 import torch
 from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the host on a device; neither waits for the other.
+    """Copies a CPU tensor to a device asynchronously.
 
-    A GPU copies without the host only out of memory that is pinned.
+    A copy to a GPU is asynchronous only from pinned memory.
     """
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()

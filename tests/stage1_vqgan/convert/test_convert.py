@@ -268,7 +268,7 @@ def test_the_output_is_a_tokenizer_like_any_other(tmp_path):
     assert torch.equal(carried.encode(images(1, 3, 16, 16)).codes, ours.encode(images(1, 3, 16, 16)).codes)
 
 
-@pytest.mark.parametrize("num_layers, words", [(2, "starts from that of"), (1, "starts anew")])
+@pytest.mark.parametrize("num_layers, words", [(2, "starts from the weights of"), (1, "starts from random weights")])
 def test_fine_tuning_starts_from_the_discriminator(tmp_path, capsys, num_layers, words):
     model, theirs = reference(channels=1), PatchDiscriminator(1, 8, 2)
     weights = {f"loss.discriminator.{name}": value for name, value in theirs.state_dict().items()}
@@ -293,7 +293,7 @@ def test_fine_tuning_starts_from_the_discriminator(tmp_path, capsys, num_layers,
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"quantizer": "gumbel"}, "its quantizer is 'gumbel'; a VQModel only has 'vq'"),
+        ({"quantizer": "gumbel"}, "its quantizer is 'gumbel'; a VQModel only supports 'vq'"),
         ({"quantizer_options": {"l2_normalize": True}}, "quantizer_options.l2_normalize is true"),
         ({"channel_multiplier": [2, 2]}, "channel_multiplier begins with 2"),
     ],
@@ -310,10 +310,10 @@ def test_what_diffusers_cannot_express(tmp_path, capsys, changes, words):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"norm_type": "spatial"}, "norm_type: received 'spatial'; a tokenizer here only has 'group'"),
+        ({"norm_type": "spatial"}, "norm_type: received 'spatial'; supported is only 'group'"),
         ({"lookup_from_codebook": True}, "lookup_from_codebook: received true"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention: received false"),
-        ({"act_fn": "gelu"}, "act_fn: received 'gelu'; a tokenizer here only has 'silu' or 'swish'"),
+        ({"act_fn": "gelu"}, "act_fn: received 'gelu'; supported is only 'silu' or 'swish'"),
         ({"out_channels": 4}, "out_channels: is 4, but the weights have 3 (encoder.conv_in.weight"),
         ({"down_block_types": ["DownEncoderBlock2D"] * 2}, "down_block_types: is [], but the weights have [8]"),
         ({"block_out_channels": [32, 32]}, "block_out_channels: is [1, 1], but the weights have [1, 2]"),

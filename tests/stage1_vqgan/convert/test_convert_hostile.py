@@ -168,10 +168,10 @@ CHECKPOINTS = {
     "nothing": (lambda weights: None, "there is no such file"),
     "compressed": (compressed, "parts of it are compressed"),
     "expanded": (expanded, "quantize.embedding.weight: the file stores fewer numbers"),
-    "a list": (a_list, "it holds list; needed is a state dict"),
-    "no weights": (no_weights, "epoch, optimizer are no tensor"),
-    "a number for a tensor": (numbers_for_tensors, "encoder.conv_in.bias is no tensor"),
-    "another model": (something_else, "neither the weights nor a configuration tell in_channels"),
+    "a list": (a_list, "it holds list; it must hold a state dict"),
+    "no weights": (no_weights, "not a tensor: epoch, optimizer"),
+    "a number for a tensor": (numbers_for_tensors, "not a tensor: encoder.conv_in.bias"),
+    "another model": (something_else, "neither the weights nor a configuration state in_channels"),
     "a missing key": (changed(**{"quant_conv.bias": None}), "1 missing: quant_conv.bias"),
     "a key too many": (changed(**{"encoder.extra": torch.ones(2)}), "1 unexpected: encoder.extra"),
     "a wrong shape": (changed(**{CONV: torch.ones(32, 16, 3, 3)}), f"{CONV} (32, 16, 3, 3), needed (32, 32, 3, 3)"),
@@ -226,7 +226,7 @@ def test_safetensors(attempt, weights, write, key):
 # ---------- configurations
 
 CONFIGS = {
-    "another class": ({"target": "os.system"}, "target: received 'os.system'; a tokenizer is one of VQModel"),
+    "another class": ({"target": "os.system"}, "target: received 'os.system'; supported are VQModel"),
     "a class of another quantizer": ({"target": "x.GumbelVQ"}, "'x.GumbelVQ', but the weights have quantize.embedding"),
     "codes": ({"n_embed": 1024}, "n_embed: is 1024, but the weights have 16 (quantize.embedding.weight is (16, 4))"),
     "width": ({"ddconfig": DDCONFIG | {"ch": 64}}, "ch: is 64, but the weights have 32 (encoder.conv_in.weight is"),
@@ -234,7 +234,7 @@ CONFIGS = {
     "blocks": ({"ddconfig": DDCONFIG | {"num_res_blocks": 3}}, "num_res_blocks: is 3, but the weights have 1"),
     "attention": ({"ddconfig": DDCONFIG | {"attn_resolutions": [16]}}, "attn_resolutions: is [16], but the weights"),
     "channels out": ({"ddconfig": DDCONFIG | {"out_ch": 1}}, "out_ch: is 1, but the weights have 3"),
-    "a Gaussian": ({"ddconfig": DDCONFIG | {"double_z": True}}, "double_z: received true; a tokenizer here only has f"),
+    "a Gaussian": ({"ddconfig": DDCONFIG | {"double_z": True}}, "double_z: received true; supported is only f"),
     "another attention": ({"ddconfig": DDCONFIG | {"attn_type": "linear"}}, "attn_type: received 'linear'"),
     "unheard of": ({"ddconfig": DDCONFIG | {"num_heads": 4}}, "ddconfig.num_heads: unknown key"),
     "text for a number": ({"ddconfig": DDCONFIG | {"ch": "wide"}}, "ddconfig.ch: received 'wide'; must be a whole"),
@@ -265,13 +265,13 @@ def laughs(depth):
 
 YAMLS = {
     "a tag": ("!!python/object/apply:os.mkdir [executed]", "a tag (a word after '!')"),
-    "a list": ("- 1\n- 2\n", "it holds list; needed are keys and values"),
+    "a list": ("- 1\n- 2\n", "it holds list; it must hold keys and values"),
     "nothing": ("", "it holds NoneType"),
     "broken": ("model: [1,", "not valid YAML"),
     "another layout": ("data: 3\n", "config: config: is missing"),
     "laughs": (laughs(25), "more than 10,000 values"),
     "deep": ("[" * 5000, "nested too deeply"),
-    "endless": ("# " + "x" * 2**20, "this is no configuration"),
+    "endless": ("# " + "x" * 2**20, "a configuration has at most 1,048,576"),
 }
 
 
@@ -291,7 +291,7 @@ ARGUMENTS = {
     "neither": ("--checkpoint a --output out", "give either --from"),
     "both": ("--from taming --to diffusers --checkpoint a --output out", "give either --from"),
     "an unknown code base": ("--from timing --checkpoint a --output out", "from: received 'timing'; must be 'taming'"),
-    "a configuration of a folder": ("--from diffusers --checkpoint a --config b --output out", "leave this out"),
+    "a configuration of a folder": ("--from diffusers --checkpoint a --config b --output out", "leave config out"),
     "a file for a folder": ("--from diffusers --checkpoint last.ckpt --output out", "give the folder that holds"),
     "an empty folder": ("--from diffusers --checkpoint full --output out", "checkpoint: received 'full/config.json'"),
     "no tokenizer": ("--to diffusers --checkpoint full --output out", "this folder holds no trained tokenizer"),
@@ -325,9 +325,9 @@ def test_a_comparison_that_fails(attempt, weights):
         ({"io.indices": other.flatten()}, "io: 1 of 128 codes differ"),
         ({"io.indices": codes, "io.recon": image + 1e-3}, "reconstructions differ by at most 1.0e-03"),
         ({"io.indices": codes, "io.recon": image * torch.nan}, "reconstructions differ by at most nan"),
-        ({"io.indices": codes[:, :4].contiguous()}, "io.indices is torch.int64 (2, 4, 8); needed"),
+        ({"io.indices": codes[:, :4].contiguous()}, "io.indices is torch.int64 (2, 4, 8); it must be"),
         ({"io.indices": codes + 16}, "; this codebook has 16 entries"),
-        ({}, "io.indices is not there"),
+        ({}, "io.indices is missing"),
     ):
         save_file({"io.input": pixels, **facts}, "facts.safetensors")
         code, told = attempt(arguments)

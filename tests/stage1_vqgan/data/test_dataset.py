@@ -202,14 +202,14 @@ def test_flip_mirrors_half_of_the_images():
     assert 110 < sum(flipped) < 190
 
 
-def test_random_crop_is_a_window_of_the_image():
+def test_random_crop_is_a_part_of_the_image():
     (image,) = noise_images(1, (13, 8))
     plain = np.asarray(image)
-    windows = [plain[:, left : left + 8] for left in range(6)]
+    crops = [plain[:, left : left + 8] for left in range(6)]
     seen = set()
     for n in range(100):
         crop = augmented(image, AugmentationConfig(random_crop=True), n)
-        seen.add(next(left for left, window in enumerate(windows) if np.array_equal(window, crop)))
+        seen.add(next(left for left, other in enumerate(crops) if np.array_equal(other, crop)))
     assert seen == set(range(6))
 
 

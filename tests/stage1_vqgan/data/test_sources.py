@@ -112,7 +112,7 @@ class TestFolder:
         assert read(validation) == [(5, 2)] and validation.class_names == ["a", "b", "c"]
         write_folder(tmp_path / "x", {"val/d/6.png": 6})
         key, message = problem(dataset=folder, validation_split="val")
-        assert key == "data.label_column" and message.endswith("has not: d")
+        assert key == "data.label_column" and message.endswith("lacks: d")
 
     @pytest.mark.parametrize(
         ("layout", "message"),
@@ -132,7 +132,7 @@ class TestFolder:
     def test_without_images(self, tmp_path):
         (tmp_path / "empty").mkdir()
         key, message = problem(dataset=str(tmp_path / "empty"))
-        assert key == "data.dataset" and "there are no images in this folder (give" in message
+        assert key == "data.dataset" and "this folder holds no images (give" in message
         (tmp_path / "empty" / "notes.txt").write_text("")
         assert "1 other file (notes.txt)" in problem(dataset=str(tmp_path / "empty"))[1]
 
@@ -204,10 +204,10 @@ class TestPacked:
         (tmp_path / "text.tar").write_text("no tar")
         for name in ("empty", "text"):
             key, message = problem(dataset=str(tmp_path / f"{name}.tar"), streaming=streaming)
-            assert key == "data.dataset" and "cannot be loaded (a tar holds files such as" in message
+            assert key == "data.dataset" and "cannot be loaded (for every image, a tar holds" in message
         assert problem(dataset=str(tmp_path / "words.tar"), streaming=streaming) == (
             "data.image_column",
-            "there is no column of images; the columns are txt, __key__, __url__",
+            "no column holds images; the columns are txt, __key__, __url__",
         )
 
     def test_columns(self, tmp_path, streaming):
@@ -218,7 +218,7 @@ class TestPacked:
         config = {"dataset": path, "streaming": streaming}
         assert problem(**config) == (
             "data.image_column",
-            "there are several columns of images; name one: picture, mask",
+            "several columns hold images; name one: picture, mask",
         )
         key, message = problem(**config, image_column="img")
         assert key == "data.image_column" and "'img'" in message and "picture, mask, number, ratio" in message
@@ -241,7 +241,7 @@ class TestPacked:
     def test_broken_and_empty_files(self, tmp_path, streaming):
         (tmp_path / "a.parquet").write_text("no parquet")
         key, message = problem(dataset=str(tmp_path / "a.parquet"), streaming=streaming)
-        assert key == "data.dataset" and "a.parquet is no parquet file" in message
+        assert key == "data.dataset" and "a.parquet is not a parquet file" in message
         path = write_parquet(tmp_path / "b.parquet", {"picture": []})
         assert "a split without images" in problem(dataset=path, streaming=streaming)[1]
 
@@ -350,7 +350,9 @@ class TestLabels:
     def test_validation_without_labels(self, tmp_path):
         config = self.write(tmp_path, [0, 1], None, AB) | {"label_column": None}
         write_parquet(tmp_path / "val.parquet", {"picture": [picture(1)]})
-        assert problem(**config, validation_split="val")[1] == "'val' has no labels, 'train' has"
+        assert problem(**config, validation_split="val")[1] == (
+            "'val' has no labels, but 'train' has; set data.use_labels to false to train without labels"
+        )
         assert problem(**config, validation_split="val", streaming=True)[0] == "data.validation_split"
         train, validation = load_images(DataConfig(**config, validation_split="val", use_labels=False))
         assert train.labels is validation.labels is None

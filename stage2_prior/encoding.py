@@ -1,0 +1,109 @@
+"""Images of a split → the rows of a code store's shards."""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stage1_vqgan import (
+    EncodedImage,
+    ImageDataset,
+    ImageKey,
+    Images,
+    ImageSource,
+    SkippedImage,
+    VQGANModel,
+    keyed_loader,
+)
+from stage2_prior.code_store import code_dtype
+
+
+class LabeledImage(NamedTuple):
+    """One image of a split.
+
+    Attributes:
+        number: its number in the split.
+        encoded: the image, if the source is a stream; None if the source reads it by number.
+        label: its class, -1 without labels.
+    """
+
+    number: int
+    encoded: EncodedImage | None
+    label: int
+
+
+class EncodedShard(NamedTuple):
+    """The rows of one shard, in the order `code_store` describes.
+
+    Attributes:
+        codes: uint16 or uint32 `(rows, L)`.
+        labels: int64 `(rows,)`, -1 without labels.
+        images: number of images in the shard's range of the split.
+        skipped: the images among them that could not be decoded.
+    """
+
+    codes: np.ndarray
+    labels: np.ndarray
+    images: int
+    skipped: list[SkippedImage]
+
+
+def split_into_shards(source: Images, size: int) -> Iterator[tuple[int, Iterable[LabeledImage]]]:
+    """Number and images of every shard of `size` images; the caller may skip a shard without reading its images."""
+    if isinstance(source, ImageSource):
+        labels = source.labels if source.labels is not None else np.full(len(source), -1)
+        images = (LabeledImage(number, None, int(label)) for number, label in enumerate(labels))
+    else:
+        items = enumerate(source.read())
+        images = (LabeledImage(number, encoded, -1 if label is None else label) for number, (encoded, label) in items)
+    return groupby(images, key=lambda image: image.number // size)
+
+
+@torch.inference_mode()
+def encode_shard(
+    model: VQGANModel,
+    dataset: ImageDataset,
+    images: Iterable[LabeledImage],
+    num_views: int,
+    batch_size: int,
+    num_workers: int,
+    progress: tqdm,
+) -> EncodedShard:
+    """Encodes all views of the images of one shard on the model's device.
+
+    Args:
+        model: the tokenizer, in evaluation mode.
+        dataset: decodes and augments the images.
+        images: images of the shard.
+        num_views: views of each image.
+        batch_size: views that are encoded at once.
+        num_workers: processes that decode.
+        progress: advanced by one for every encoded view.
+    """
+    labels: dict[int, int] = {}
+
+    def keys() -> Iterator[ImageKey]:
+        for number, encoded, label in images:  # the views of an image are neighbours, so that it is decoded once
+            labels[number] = label
+            yield from (ImageKey(0, number, view, encoded) for view in range(num_views))
+
+    loader = keyed_loader(dataset, keys(), batch_size, num_workers, pin_memory=model.device.type == "cuda")
+    codes = [torch.empty(0, model.config.grid_size**2, dtype=torch.int64, device=model.device)]
+    numbers, skipped = [], dict[int, SkippedImage]()
+    for batch in loader:
+        numbers.append(batch.indices)
+        skipped |= {image.image: image for image in batch.skipped}
+        if len(batch.indices):
+            out = model.encode(batch.images(model.device))
+            codes.append(cast(Tensor, out.codes).flatten(1))
+        progress.update(len(batch.indices))
+    rows = torch.cat(codes).cpu().numpy().astype(code_dtype(model.config.num_embeddings))
+    rows = rows[~np.isin(torch.cat(numbers).numpy(), list(skipped))]  # keep all views of an image or none
+    rows = rearrange(rows, "(image view) code -> (view image) code", view=num_views)
+    kept = np.array([label for number, label in labels.items() if number not in skipped], dtype=np.int64)
+    return EncodedShard(rows, np.tile(kept, num_views), len(labels), list(skipped.values()))
