@@ -7,8 +7,11 @@ of one process. Imported, on the one there is.
 import copy
 import itertools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -42,6 +45,10 @@ WHOLE: dict[str, dict[str, Any]] = {
     "gumbel": {"quantizer": "gumbel", "quantizer_options": {"kl_weight": 0.01}},
     "lfq": {"quantizer": "lfq", "embed_dim": 6, "num_embeddings": 64},
 }
+# Adam divides a gradient by its running size plus ε. With the usual ε of 1e-8, a gradient that is only a rounding error
+# moves its weight by a whole learning rate, in a direction that depends on the order of sums. With an ε as large as a
+# usual gradient of these runs, an error δ of a gradient moves the weight by at most 2 · learning rate · δ / ε.
+ADAM_EPSILON = 1e-3
 
 
 def stage1_config(folder: Path, **changes: Any) -> Stage1Config:
@@ -87,6 +94,7 @@ def stage2_config(folder: Path, **changes: Any) -> Stage2Config:
         "condition_dropout": 0.2,
         "model": dict(tiny.LLAMA),
         "report_to": [],
+        "training_arguments": {"adam_epsilon": ADAM_EPSILON},
     }
     return load_config(Stage2Config, overrides={**values, **changes})
 
@@ -94,6 +102,21 @@ def stage2_config(folder: Path, **changes: Any) -> Stage2Config:
 def leave(folder: Path, name: str, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state, folder / f"{name}-{PartialState().process_index}.pt")
+
+
+@contextmanager
+def large_epsilon() -> Iterator[None]:
+    """Trainers of stage 1 that are built inside use ADAM_EPSILON."""
+    build = VQGANTrainer._optimizer
+
+    def build_with_epsilon(trainer: VQGANTrainer, model: torch.nn.Module) -> torch.optim.Optimizer:
+        optimizer = build(trainer, model)
+        for group in optimizer.param_groups:
+            group["eps"] = ADAM_EPSILON
+        return optimizer
+
+    with patch.object(VQGANTrainer, "_optimizer", build_with_epsilon):
+        yield
 
 
 def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass: bool = False) -> None:
@@ -116,7 +139,8 @@ def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass:
 
     training.finish, VQGANTrainer._care_for_codebook = finish_and_leave, care_and_count
     try:
-        training.train(config)
+        with large_epsilon():
+            training.train(config)
     finally:
         training.finish, VQGANTrainer._care_for_codebook = finish, care
 
@@ -195,7 +219,8 @@ def run_games(folder: Path) -> None:
         if penalty:
             setattr(config.loss, f"{penalty}_weight", 0.5)
         config.discriminator.norm_type = norm_type  # type: ignore[assignment]
-        trainer = VQGANTrainer(config, accelerator)
+        with large_epsilon():
+            trainer = VQGANTrainer(config, accelerator)
         with torch.no_grad():
             accelerator.unwrap_model(trainer.discriminator).main[-1].weight.mul_(30)  # so that every gradient is felt
         for number, global_batch in enumerate(images):
@@ -214,7 +239,8 @@ def run_all(folder: Path) -> None:
         run_quantizer(folder / "states", *quantizer)
     for name, settings in WHOLE.items():
         model = {**tiny.VQGAN, **settings}
-        changes = {"max_steps": 5, "model": model, "output_dir": str(folder / name)}
+        # not clipped: the scale of the gradients is compared too
+        changes = {"max_steps": 5, "max_grad_norm": 0, "model": model, "output_dir": str(folder / name)}
         run_stage1(stage1_config(folder, **changes), folder / "states", name)
     config = stage2_config(folder)
     tokenize(config)

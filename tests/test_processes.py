@@ -19,8 +19,16 @@ from tests.tiny import tensors
 pytestmark = cpu_only
 
 ROOT = Path(__file__).resolve().parents[1]
-# Attention does not depend on the bias of its keys: its gradient is rounding, which Adam makes as large as any.
-UNFELT = "attn_1.k.bias"
+# How far apart float32 may drive the weights of one process and of two, which add the same numbers in another order.
+# Gradients here are at most 4, so such a sum is off by δ = 4 · 2^-22, about 1e-6. A step then moves a weight otherwise by
+# 2 · learning rate · δ / ε at most (see process_runs.ADAM_EPSILON), and the learning rates of a run add up to 1e-3:
+# 2e-6, and as much again as a margin. (In stage 2 they add up to 1e-2, but gradients are at most 0.2.) Measured: 2.4e-7.
+# The faults that this is for leave 1e-4 and more: gradients that are not averaged, or added up, or of other images, noise
+# with the seeds of another process. An adaptive weight that is not averaged leaves 3e-4 in "stage1".
+ROUNDING = 4e-6
+# 50 steps of SGD: learning rate 0.1, with momentum 0.9 ten times that, and gradients up to 0.7, off by 2^-23 of it each:
+# 50 · 1 · 8e-8, and as much again as a margin. A restart or a gradient of one process alone leaves 0.03 and more.
+ROUNDING_OF_CODEBOOKS = 1e-5
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
 
 
@@ -78,7 +86,7 @@ def test_codebooks_are_those_of_one_process(one, two, name, options):
     assert single.keys() == first.keys() == second.keys()
     for part, value in single.items():
         assert part == "restarted" or torch.equal(first[part], second[part])
-        torch.testing.assert_close(first[part], value, atol=1e-6, rtol=0)
+        torch.testing.assert_close(first[part], value, atol=ROUNDING_OF_CODEBOOKS, rtol=0)
     assert name == "gumbel" or single["restarted"] > 0
 
 
@@ -87,9 +95,7 @@ def test_two_processes_are_one_with_twice_the_batch(one, two, name):
     single, double = (tensors(state(folder, name, 0)) for folder in (one, two))
     assert single.keys() == double.keys()
     differences = {path: difference(single[path], double[path]) for path in single}
-    assert max(differences.values()) <= 1e-5, worst(differences)
-    felt = {path: value for path, value in differences.items() if not path.endswith(UNFELT)}
-    assert max(felt.values()) <= 2e-6, worst(felt)
+    assert max(differences.values()) <= ROUNDING, worst(differences)
     if name == "stage1":
         assert single["/restarted"] > 0  # codes did restart
 
@@ -157,8 +163,8 @@ def test_every_game_is_the_same_on_two_processes(tmp_path):
             tensors(state(tmp_path / folder, name, process)) for folder, process in (("one", 0), ("two", 0), ("two", 1))
         )
         assert all(torch.equal(double[path], other[path]) for path in double), name
-        felt = {path: difference(single[path], double[path]) for path in single if not path.endswith(UNFELT)}
-        assert max(felt.values()) <= 1e-5, (name, worst(felt))
+        differences = {path: difference(single[path], double[path]) for path in single}
+        assert max(differences.values()) <= 1e-5, (name, worst(differences))
 
 
 DYING = """
