@@ -1,12 +1,7 @@
-"""Runs of both stages that leave what each process holds at the end; for tests/test_processes.py.
-
-As a script, on several processes: `accelerate launch … -m tests.process_runs FOLDER OTHER`, where OTHER holds the runs
-of one process. Imported, on the one there is.
-"""
+"""Runs of both stages that leave what each process holds at the end; for tests/test_processes.py."""
 
 import copy
 import itertools
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -233,7 +228,9 @@ def run_games(folder: Path) -> None:
         accelerator.free_memory()
 
 
-def run_all(folder: Path) -> None:
+def run_all(folder: Path, other: Path) -> None:
+    """All runs. Stage 2 uses the tokenizer in `other`: where two codes are almost equally near, one that was trained on
+    another number of processes may choose the other code, and stage 2 would train on other data."""
     run_stage1(stage1_config(folder), folder / "states")
     for quantizer in QUANTIZERS:
         run_quantizer(folder / "states", *quantizer)
@@ -242,14 +239,12 @@ def run_all(folder: Path) -> None:
         # not clipped: the scale of the gradients is compared too
         changes = {"max_steps": 5, "max_grad_norm": 0, "model": model, "output_dir": str(folder / name)}
         run_stage1(stage1_config(folder, **changes), folder / "states", name)
-    config = stage2_config(folder)
+    config = stage2_config(folder, tokenizer=str(other / "vqgan"))
     tokenize(config)
     run_stage2(config, folder / "states")
 
 
-if __name__ == "__main__":
-    root, other = map(Path, sys.argv[1:])
-    run_all(root)
-    tokenize(stage2_config(other, code_store=str(root / "codes_of_other")))
-    bypassed = stage1_config(root / "bypassed", max_steps=4)
-    run_stage1(bypassed, root / "states", "bypassed", bypass=True)
+def run_all_on_two(folder: Path, other: Path) -> None:
+    """All runs, and four steps of a version of the code that does not average the generator's gradients."""
+    run_all(folder, other)
+    run_stage1(stage1_config(folder / "bypassed", max_steps=4), folder / "states", "bypassed", bypass=True)

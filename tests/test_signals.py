@@ -10,7 +10,7 @@ import pytest
 
 from configs.checkpoints import complete_checkpoints
 from configs.interruption import Stopped, StopRequest, leave_signals_to_main, sigterm_raises
-from tests import kill_runs
+from tests import forks, kill_runs
 
 POINTS = {"stage1": ("step", 9), "stage2": ("step", 7), "tokenize": ("shard", 3)}
 
@@ -70,7 +70,7 @@ def killed_run(folder):
 
 def test_a_worker_does_not_outlive_a_run_that_was_killed_while_it_started(tmp_path):
     """torch's own watch for the parent begins only after `worker_init_fn`."""
-    run = kill_runs.CONTEXT.Process(target=killed_run, args=(tmp_path,))
+    run = forks.CONTEXT.Process(target=killed_run, args=(tmp_path,))
     run.start()
     run.join(60)  # of the worker too, which holds the other end of the pipe
     assert run.exitcode == -signal.SIGKILL
