@@ -20,14 +20,15 @@ pytestmark = cpu_only
 
 ROOT = Path(__file__).resolve().parents[1]
 # One process and two add the same numbers in another order. This bounds how far their weights may differ in float32.
-# Gradients are at most 4 here, so such a sum is wrong by at most δ = 4 · 2^-22, about 1e-6. The error moves a weight by at
-# most 2 · learning rate · δ / ε in each step (see process_runs.ADAM_EPSILON). The learning rates of a run add up to 1e-3:
-# 2e-6 in all, doubled as a margin. (In stage 2 they add up to 1e-2, but gradients are at most 0.2.) Measured: 2.7e-7.
-# The faults that the tests look for leave 1e-4 or more: gradients that are summed or not averaged, other images, noise from
-# the seeds of another process; an adaptive weight that is not averaged leaves 3e-4 in "stage1".
+# Gradients are at most 4 here, so such a sum is wrong by at most δ = 4 · 2^-22, about 1e-6. The error moves a weight by
+# at most 2 · learning rate · δ / ε in each step (see process_runs.ADAM_EPSILON). The learning rates of a run add up to
+# 1e-3: 2e-6 in all, doubled as a margin. (In stage 2 they add up to 1e-2, but gradients are at most 0.2.) Measured:
+# 2.7e-7. The faults that the tests look for leave 1e-4 or more: gradients that are summed or not averaged, other
+# images, noise from the seeds of another process; an adaptive weight that is not averaged leaves 3e-4 in "stage1".
 ROUNDING = 4e-6
-# 50 steps of SGD. Momentum 0.9 raises the learning rate of 0.1 to 1. Gradients are at most 0.7, wrong by at most 8e-8. That
-# is 4e-6 in all, doubled as a margin. Measured: 6e-7. A restart or a gradient of one process alone leaves 0.03 or more.
+# 50 steps of SGD. Momentum 0.9 raises the learning rate of 0.1 to 1. Gradients are at most 0.7, wrong by at most 8e-8.
+# That is 4e-6 in all, doubled as a margin. Measured: 6e-7. A restart or a gradient of one process alone leaves 0.03 or
+# more.
 ROUNDING_OF_CODEBOOKS = 8e-6
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
 
