@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-# Processors add in different orders. Allow each layer four units in the last place of its largest output, 2^-22, and let
-# the errors of all layers point the same way.
+# Processors add in different orders. Allow each layer four units in the last place of its largest output, 2^-22. The
+# errors of all layers may point the same way.
 ROUNDING_OF_A_LAYER = 2.0**-22
 # Losses, and the discriminator: its 5 convolutions and 4 normalisations make 2e-6, times 5 as a margin. Twice the ε of
 # BatchNorm leaves 1.1e-5 or more; a slope of 0.201 instead of 0.2 leaves 1e-3.

@@ -14,8 +14,8 @@ from tests.devices import DEVICE
 from tests.golden import GOLDEN, GRADIENTS, ROUNDING_OF_A_LAYER, Found, elementwise, relative, state
 
 ORIGINALS = {"tiny": "taming", "f16_narrow": "taming", "llamagen_tiny": "llamagen"}
-# Encoder and decoder have about 40 layers together: 1e-5, doubled as a margin. Measured on three kinds of processor: 6e-6
-# at most. Ten times the ε of GroupNorm leaves 6e-5 or more.
+# Encoder and decoder have about 40 layers together: 1e-5, doubled as a margin. Measured on three kinds of processor:
+# at most 6e-6. Ten times the ε of GroupNorm leaves 6e-5 or more.
 OUTPUTS = 2 * 40 * ROUNDING_OF_A_LAYER
 # The originals decode z + (e - z), which differs from e in its last bits: their decoder starts from a rounded input.
 LOOKED_UP = 1.5 * OUTPUTS
