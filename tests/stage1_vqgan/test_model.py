@@ -57,7 +57,8 @@ def test_shapes_and_types(channels, height, width, l2_normalize):
     for name in ("codes", "latents", "quantized", "codebook_loss"):
         assert torch.equal(out[name], encoded[name])
     assert len(out.codes.unique()) > 3
-    torch.testing.assert_close(model.decode_codes(out.codes), out.reconstruction, atol=1e-5, rtol=1e-5)
+    # the reconstruction decodes z + (e - z): 25 layers, each wrong by 2^-22 (tests/golden.py), three times as a margin
+    torch.testing.assert_close(model.decode_codes(out.codes), out.reconstruction, atol=2e-5, rtol=0)
     torch.testing.assert_close(model.decoder.conv_out(out.decoder_features), out.reconstruction)
 
 
@@ -65,7 +66,7 @@ def test_images_of_a_batch_do_not_mix():
     model, pixels = spread_codebook(make()), images(3, 3, 16, 16)
     whole, single = model(pixels), model(pixels[1:2])
     assert torch.equal(whole.codes[1:2], single.codes)
-    torch.testing.assert_close(whole.reconstruction[1:2], single.reconstruction, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole.reconstruction[1:2], single.reconstruction, atol=2e-5, rtol=0)  # as above
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 1, 16, 16), (2, 3, 18, 16), (2, 3, 16, 15)])
