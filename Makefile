@@ -5,7 +5,7 @@ VENV := .venv
 RUNS := runs/digits
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# `accelerate launch` gives a process one CPU thread unless told otherwise; waiting threads must not spin.
+# Without this setting, `accelerate launch` gives a process one CPU thread. Waiting threads must not spin.
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -30,7 +30,7 @@ demo: $(RUNS)/pipeline/model_index.json
 		'    pipe = VQGANPipeline.from_pretrained("$(CURDIR)/$(RUNS)/pipeline")' \
 		'    pipe.generate(class_labels=[3, 7], guidance_scale=1.5).images[0].show()'
 
-# Each step of the demo leaves a file when it has finished; one that was interrupted goes on where it stopped.
+# Each step of the demo writes a file when it has finished. An interrupted step continues where it stopped.
 $(RUNS)/vqgan/train_results.json: configs/digits/stage1.yaml | install
 	$(LAUNCH) -m stage1_vqgan.train configs/digits/stage1.yaml
 	@touch $@
@@ -46,9 +46,11 @@ $(RUNS)/prior/train_results.json: configs/digits/stage2.yaml $(RUNS)/codes/manif
 $(RUNS)/pipeline/model_index.json: $(RUNS)/vqgan/train_results.json $(RUNS)/prior/train_results.json | install
 	python -m pipelines.build --tokenizer $(RUNS)/vqgan --prior $(RUNS)/prior --output_dir $(RUNS)/pipeline
 
+# Two workers share the test files; a second CPU thread in each would only slow the other.
+test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
 test: install
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile
 
 test-slow: export HF_HUB_OFFLINE = 1
 test-slow: install

@@ -1,13 +1,21 @@
-"""The device that tests compute on, settled before anything imports torch; the fixtures are in tests/fixtures.py."""
+"""Decides, before anything imports torch, on which device tests compute, and how two workers share the tests.
+
+The fixtures are in tests/fixtures.py.
+"""
 
 import os
+from typing import Any
 
 import pytest
 
-# tests need no network, and tiny tensors no second thread
+# Tests need no network, and tiny tensors need no second thread.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Files that start processes. One worker of pytest-xdist runs them all, so it sets up their common runs once; it starts
+# with them because they take longest.
+STARTING_PROCESSES = ("test_processes.py", "test_sharded.py", "test_kills.py", "test_signals.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,10 +24,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["TEST_DEVICE"] = device = config.getoption("device")
-    if device == "cpu":  # nor do trainers and other processes, which look for themselves, find a GPU
+    if device == "cpu":  # trainers and other processes look for a GPU themselves: hide it
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products of matrices in the same order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products add in a fixed order
     import torch
 
     try:
@@ -28,3 +36,24 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--device: received {device!r}; {str(error).splitlines()[0]}") from error
     for name in ("tests.devices", "tests.fixtures"):
         config.pluginmanager.import_plugin(name)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # in a worker of pytest-xdist
+        items.sort(key=lambda item: item.path.name not in STARTING_PROCESSES)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, a worker gets whole files, and the files of STARTING_PROCESSES together."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "processes" if file.endswith(STARTING_PROCESSES) else file
+
+    config.option.loadscopereorder = False  # else the files with most tests would go first
+    return Scheduling(config, log)

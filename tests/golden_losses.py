@@ -1,6 +1,6 @@
-"""Losses and discriminator beside numbers that the original made.
+"""Compares losses and discriminator with stored numbers of the original code.
 
-The trainer's own step is what is compared: its generator is replaced by the stored features and the last layer.
+The numbers come from the trainer's own step. Its generator is replaced by the stored features and the last layer.
 """
 
 import json
@@ -21,7 +21,7 @@ from stage1_vqgan.training.discriminator import PatchDiscriminator
 from stage1_vqgan.training.losses import ADVERSARIAL_LOSSES
 from stage1_vqgan.training.step import VQGANTrainer
 from tests.devices import DEVICE
-from tests.golden import GOLDEN, GRADIENTS, OUTPUTS, Found, absolute, relative, state
+from tests.golden import GOLDEN, GRADIENTS, OUTPUTS, Found, elementwise, relative, state
 
 
 class StoredGenerator(nn.Module):
@@ -48,7 +48,7 @@ class StoredGenerator(nn.Module):
 
 
 class StoredTrainer(VQGANTrainer):
-    """Trains the stored generator, and keeps the gradients of an update in place of doing it."""
+    """Trains the stored generator, and keeps the gradients of an update instead of applying them."""
 
     def __init__(self, golden: dict[str, Tensor], config: Stage1Config):
         self.gradients: dict[str, Tensor] = {}
@@ -119,14 +119,14 @@ def compare_step(
         yield Found("the discriminator's first gradient", name, error, GRADIENTS)
         after = trainer.discriminator.state_dict()
         for key, value in state(golden, "after_gd.").items():
-            yield Found("BatchNorm's statistics", key, absolute(after[key], value), OUTPUTS)
+            yield Found("BatchNorm's statistics", key, elementwise(after[key], value), OUTPUTS)
 
 
 def compare_logits(golden: dict[str, Tensor]) -> Iterator[Found]:
     for mode in ("eval", "train"):
         discriminator = patch_discriminator(golden, "disc.", base_channels=32, num_layers=3).train(mode == "train")
         for side, images in (("real", "io.input"), ("fake", "io.recon")):
-            error = absolute(discriminator(golden[images]), golden[f"disc_{mode}.{side}"])
+            error = elementwise(discriminator(golden[images]), golden[f"disc_{mode}.{side}"])
             yield Found(f"PatchGAN logits in {mode} mode", side, error, OUTPUTS)
 
 
@@ -135,12 +135,12 @@ def compare_actnorm(golden: dict[str, Tensor]) -> Iterator[Found]:
         golden, "actnorm_init.", base_channels=32, num_layers=2, norm_type="actnorm"
     ).train()
     for call, images in (("first", "io.input"), ("second", "io.recon")):
-        error = absolute(discriminator(golden[images]), golden[f"actnorm.out_{call}_train"])
+        error = elementwise(discriminator(golden[images]), golden[f"actnorm.out_{call}_train"])
         yield Found("ActNorm logits", call, error, OUTPUTS)
     after = discriminator.state_dict()
     for key, value in state(golden, "actnorm_after.").items():
         assert after[key].dtype == value.dtype
-        yield Found("ActNorm parameters after", key, absolute(after[key], value), OUTPUTS)
+        yield Found("ActNorm parameters after", key, elementwise(after[key], value), OUTPUTS)
 
 
 def step_config(kind: str, kwargs: dict[str, float]) -> Stage1Config:

@@ -1,7 +1,6 @@
 """Runs of every stage that can be killed or interrupted at a chosen point, and what they leave; for tests/test_kills.py
 and tests/test_signals.py."""
 
-import faulthandler
 import json
 import multiprocessing
 import os
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sklearn.datasets  # noqa: F401  in the process that all are forked from: it takes longer than a run
 import torch
 from safetensors.torch import load_file
 
@@ -22,20 +20,14 @@ from configs import Section, checkpoints, command_line
 from configs.checkpoints import complete_checkpoints
 from stage1_vqgan.training import run as stage1
 from stage1_vqgan.training.step import VQGANTrainer
-from stage2_prior import code_store, tokenize
+from stage2_prior import code_store, tokenization
 from stage2_prior.training import run as stage2
-from tests import process_runs
-from tests.devices import ON_CPU
+from tests import forks, process_runs
 from tests.tiny import tensors
-
-# A process of its own for each run, forked from one in which everything is imported already.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
 
 COMMON = {"dataloader_num_workers": 2, "logging_steps": 7, "save_steps": 4, "save_total_limit": 2}
 SHARD_ROWS = 400
-LONGEST = 120  # seconds of a run, many times what one takes
-STDERR, REACHED = 2, "\n<the point is reached>\n"
+REACHED = "\n<the point is reached>\n"
 
 
 def run_stage1(folder: Path) -> None:
@@ -57,7 +49,7 @@ def run_stage2(folder: Path) -> None:
 
 def run_tokenize(folder: Path) -> None:
     """A store of several shards."""
-    tokenize.tokenize(process_runs.stage2_config(folder, **COMMON, tokenize_batch_size=64))
+    tokenization.tokenize(process_runs.stage2_config(folder, **COMMON, tokenize_batch_size=64))
 
 
 RUNS = {"stage1": run_stage1, "stage2": run_stage2, "tokenize": run_tokenize}
@@ -68,7 +60,7 @@ POINTS = {
     "step": [(VQGANTrainer, "_update"), (stage2.PriorTrainer, "training_step")],  # an optimizer has or has not stepped
     "write": [(checkpoints.os, "fsync"), (checkpoints.Path, "rename")],  # a checkpoint is partly on the disk
     "save": [(torch, "save")],  # optimizer states are partly written
-    "shard": [(tokenize, "write_shard"), (code_store.Path, "replace")],
+    "shard": [(tokenization, "write_shard"), (code_store.Path, "replace")],
 }
 
 
@@ -78,18 +70,10 @@ class Nothing(Section):
 
 
 def _child(name: str, folder: Path, point: str | None, count: float, pause: float) -> None:
-    os.environ.update(ON_CPU)
-    torch.set_num_threads(1)
-    os.setpgrp()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
     multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers
-    for module in (code_store, tokenize):
+    for module in (code_store, tokenization):
         module.SHARD_ROWS = SHARD_ROWS  # type: ignore[attr-defined]
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    faulthandler.register(signal.SIGUSR1, STDERR)
     if point == "seconds":
         threading.Timer(count, os.kill, (os.getpid(), signal.SIGKILL)).start()
     elif point is not None:
@@ -112,7 +96,7 @@ def _counting(function: Callable, left: list[float], pause: float) -> Callable:
         if left[0] == 0 and not pause:
             os.kill(os.getpid(), signal.SIGKILL)
         elif left[0] == 0:
-            os.write(STDERR, REACHED.encode())
+            os.write(forks.STDERR, REACHED.encode())
             time.sleep(pause)
         return function(*args, **kwargs)
 
@@ -170,19 +154,8 @@ def contents(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _start(name: str, folder: Path, point: str | None, count: float, pause: float) -> Any:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.txt").touch()
-    process = CONTEXT.Process(target=_child, args=(name, folder, point, count, pause))
-    process.start()
-    return process
+    return forks.start(_child, (name, folder, point, count, pause), folder / "log.txt")
 
 
 def _end(process: Any, folder: Path) -> int | None:
-    """Waits for a run and for every process forked from it; where one of them hangs, tells what it was doing."""
-    process.join(LONGEST)
-    if process.is_alive():
-        for number in (signal.SIGUSR1, signal.SIGKILL):
-            os.killpg(process.pid, number)
-            time.sleep(1)
-        raise AssertionError(f"still there after {LONGEST} seconds:\n{(folder / 'log.txt').read_text()}")
-    return process.exitcode
+    return forks.end(process, folder / "log.txt")

@@ -1,14 +1,12 @@
-"""Runs of both stages that leave what each process holds at the end; for tests/test_processes.py.
-
-As a script, on several processes: `accelerate launch … -m tests.process_runs FOLDER OTHER`, where OTHER holds the runs
-of one process. Imported, on the one there is.
-"""
+"""Runs of both stages that leave what each process holds at the end; for tests/test_processes.py."""
 
 import copy
 import itertools
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -16,7 +14,7 @@ from accelerate import Accelerator, PartialState
 from configs import load_config
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.quantizers import VectorQuantizer, build_quantizer
-from stage1_vqgan.training import run as stage1
+from stage1_vqgan.training import components, run as stage1
 from stage1_vqgan.training.codebook import CodebookMonitor, kmeans, latent_rows
 from stage1_vqgan.training.config import LossConfig
 from stage1_vqgan.training.run import Training
@@ -43,6 +41,10 @@ WHOLE: dict[str, dict[str, Any]] = {
     "gumbel": {"quantizer": "gumbel", "quantizer_options": {"kl_weight": 0.01}},
     "lfq": {"quantizer": "lfq", "embed_dim": 6, "num_embeddings": 64},
 }
+# Adam divides a gradient by its running size plus ε. With the usual ε of 1e-8, a gradient that is only a rounding error
+# moves its weight by a whole learning rate, in a direction that depends on the order of sums. With an ε as large as a
+# usual gradient of these runs, an error δ of a gradient moves the weight by at most 2 · learning rate · δ / ε.
+ADAM_EPSILON = 1e-3
 
 
 def stage1_config(folder: Path, **changes: Any) -> Stage1Config:
@@ -88,6 +90,7 @@ def stage2_config(folder: Path, **changes: Any) -> Stage2Config:
         "condition_dropout": 0.2,
         "model": dict(tiny.LLAMA),
         "report_to": [],
+        "training_arguments": {"adam_epsilon": ADAM_EPSILON},
     }
     return load_config(Stage2Config, overrides={**values, **changes})
 
@@ -95,6 +98,21 @@ def stage2_config(folder: Path, **changes: Any) -> Stage2Config:
 def leave(folder: Path, name: str, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state, folder / f"{name}-{PartialState().process_index}.pt")
+
+
+@contextmanager
+def large_epsilon() -> Iterator[None]:
+    """Trainers of stage 1 that are built inside use ADAM_EPSILON."""
+    build = components._optimizer
+
+    def build_with_epsilon(model: torch.nn.Module, config: Stage1Config) -> torch.optim.Optimizer:
+        optimizer = build(model, config)
+        for group in optimizer.param_groups:
+            group["eps"] = ADAM_EPSILON
+        return optimizer
+
+    with patch.object(components, "_optimizer", build_with_epsilon):
+        yield
 
 
 def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass: bool = False) -> None:
@@ -119,7 +137,8 @@ def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass:
     patched: Any = VQGANTrainer
     Training.finish, patched._restart_dead_codes = finish_and_leave, restart_and_count  # type: ignore[method-assign]
     try:
-        stage1.train(config)
+        with large_epsilon():
+            stage1.train(config)
     finally:
         Training.finish, patched._restart_dead_codes = finish, restart  # type: ignore[method-assign]
 
@@ -198,7 +217,8 @@ def run_games(folder: Path) -> None:
         if penalty:
             setattr(config.loss, f"{penalty}_weight", 0.5)
         config.discriminator.norm_type = norm_type  # type: ignore[assignment]
-        trainer = VQGANTrainer(config, accelerator)
+        with large_epsilon():
+            trainer = VQGANTrainer(config, accelerator)
         with torch.no_grad():
             accelerator.unwrap_model(trainer.discriminator).main[-1].weight.mul_(30)  # so that every gradient is felt
         for number, global_batch in enumerate(images):
@@ -211,22 +231,23 @@ def run_games(folder: Path) -> None:
         accelerator.free_memory()
 
 
-def run_all(folder: Path) -> None:
+def run_all(folder: Path, other: Path) -> None:
+    """All runs. Stage 2 uses the tokenizer in `other`: where two codes are almost equally near, one that was trained on
+    another number of processes may choose the other code, and stage 2 would train on other data."""
     run_stage1(stage1_config(folder), folder / "states")
     for quantizer in QUANTIZERS:
         run_quantizer(folder / "states", *quantizer)
     for name, settings in WHOLE.items():
         model = {**tiny.VQGAN, **settings}
-        changes = {"max_steps": 5, "model": model, "output_dir": str(folder / name)}
+        # not clipped: the scale of the gradients is compared too
+        changes = {"max_steps": 5, "max_grad_norm": 0, "model": model, "output_dir": str(folder / name)}
         run_stage1(stage1_config(folder, **changes), folder / "states", name)
-    config = stage2_config(folder)
+    config = stage2_config(folder, tokenizer=str(other / "vqgan"))
     tokenize(config)
     run_stage2(config, folder / "states")
 
 
-if __name__ == "__main__":
-    root, other = map(Path, sys.argv[1:])
-    run_all(root)
-    tokenize(stage2_config(other, code_store=str(root / "codes_of_other")))
-    bypassed = stage1_config(root / "bypassed", max_steps=4)
-    run_stage1(bypassed, root / "states", "bypassed", bypass=True)
+def run_all_on_two(folder: Path, other: Path) -> None:
+    """All runs, and four steps of a version of the code that does not average the generator's gradients."""
+    run_all(folder, other)
+    run_stage1(stage1_config(folder / "bypassed", max_steps=4), folder / "states", "bypassed", bypass=True)

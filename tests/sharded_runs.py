@@ -1,25 +1,22 @@
 """Stage 2 with its weights spread over two processes (FSDP 2), for tests/stage2_prior/training/test_sharded.py.
 
-accelerate leaves models whole on a CPU, though PyTorch shards there as it does on GPUs; here it is talked into it.
+accelerate shards models on GPUs only. PyTorch shards on a CPU in the same way, so accelerate is patched to ask for it.
 """
 
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-from accelerate import PartialState, debug_launcher
+from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 
 from stage2_prior import Stage2Config
 from stage2_prior.training.run import RunCallback, train
-from tests import process_runs
+from tests import forks, process_runs
 
 CONFIG_FILE = Path(__file__).parents[1] / "configs" / "accelerate" / "fsdp.yaml"
 
@@ -34,13 +31,11 @@ def run_on_two_processes(folder: Path) -> None:
     """A run to its end, and the same from where another had been interrupted; `folder` holds tokenizer and codes."""
     command = ["--config_file", str(CONFIG_FILE), "--num_processes", "2", "-m", "stage2_prior.train"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
-    with patch.dict(os.environ, prepare_multi_gpu_env(arguments)):
-        debug_launcher(_run, (folder,), num_processes=2)
+    environment = prepare_multi_gpu_env(arguments)
+    forks.run_on_two_processes(_run, folder, log=folder / "log.txt", environment=environment)
 
 
 def _run(folder: Path) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process this was forked from
-    GradientState._reset_state()
     _shard_on_cpus()
     RunCallback.on_step_begin = _check_shards  # type: ignore[method-assign]
     train(config(folder, "sharded"))
@@ -68,7 +63,3 @@ def _shard_on_cpus() -> None:
 def _check_shards(callback: Any, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
     for name, weight in model.named_parameters():
         assert isinstance(weight, DTensor) and 2 * weight.to_local().numel() == weight.numel(), name
-
-
-if __name__ == "__main__":
-    run_on_two_processes(Path(sys.argv[1]))

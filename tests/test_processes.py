@@ -12,15 +12,24 @@ import torch
 from accelerate.state import GradientState
 
 from stage2_prior import CodeStore
-from tests import process_runs
+from tests import forks, process_runs
 from tests.devices import ON_CPU, cpu_only
 from tests.tiny import tensors
 
 pytestmark = cpu_only
 
 ROOT = Path(__file__).resolve().parents[1]
-# Attention does not depend on the bias of its keys: its gradient is rounding, which Adam makes as large as any.
-UNFELT = "attn_1.k.bias"
+# One process and two add the same numbers in another order. This bounds how far their weights may differ in float32.
+# Gradients are at most 4 here, so such a sum is wrong by at most δ = 4 · 2^-22, about 1e-6. The error moves a weight by
+# at most 2 · learning rate · δ / ε in each step (see process_runs.ADAM_EPSILON). The learning rates of a run add up to
+# 1e-3: 2e-6 in all, doubled as a margin. (In stage 2 they add up to 1e-2, but gradients are at most 0.2.) Measured:
+# 2.7e-7. The faults that the tests look for leave 1e-4 or more: gradients that are summed or not averaged, other
+# images, noise from the seeds of another process; an adaptive weight that is not averaged leaves 3e-4 in "stage1".
+ROUNDING = 4e-6
+# 50 steps of SGD. Momentum 0.9 raises the learning rate of 0.1 to 1. Gradients are at most 0.7, wrong by at most 8e-8.
+# That is 4e-6 in all, doubled as a margin. Measured: 6e-7. A restart or a gradient of one process alone leaves 0.03 or
+# more.
+ROUNDING_OF_CODEBOOKS = 8e-6
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
 
 
@@ -42,15 +51,14 @@ def launch(module: str, *arguments: object, path: Path = ROOT) -> subprocess.Com
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    process_runs.run_all(folder)
+    process_runs.run_all(folder, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def two(one, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    done = launch("tests.process_runs", folder, one)
-    assert done.returncode == 0, done.stderr[-4000:]
+    forks.run_on_two_processes(process_runs.run_all_on_two, folder, one, log=folder / "log.txt")
     return folder
 
 
@@ -78,7 +86,7 @@ def test_codebooks_are_those_of_one_process(one, two, name, options):
     assert single.keys() == first.keys() == second.keys()
     for part, value in single.items():
         assert part == "restarted" or torch.equal(first[part], second[part])
-        torch.testing.assert_close(first[part], value, atol=1e-6, rtol=0)
+        torch.testing.assert_close(first[part], value, atol=ROUNDING_OF_CODEBOOKS, rtol=0)
     assert name == "gumbel" or single["restarted"] > 0
 
 
@@ -87,9 +95,7 @@ def test_two_processes_are_one_with_twice_the_batch(one, two, name):
     single, double = (tensors(state(folder, name, 0)) for folder in (one, two))
     assert single.keys() == double.keys()
     differences = {path: difference(single[path], double[path]) for path in single}
-    assert max(differences.values()) <= 1e-5, worst(differences)
-    felt = {path: value for path, value in differences.items() if not path.endswith(UNFELT)}
-    assert max(felt.values()) <= 2e-6, worst(felt)
+    assert max(differences.values()) <= ROUNDING, worst(differences)
     if name == "stage1":
         assert single["/restarted"] > 0  # codes did restart
 
@@ -104,8 +110,8 @@ def worst(differences):
 
 
 def test_the_codes_are_the_same_files(one, two):
-    """Of the same tokenizer: two processes share the work out and write what one would."""
-    stores = one / "codes", two / "codes_of_other"
+    """Of the same tokenizer: two processes share the work and write what one would."""
+    stores = one / "codes", two / "codes"
     names = [sorted(path.name for path in store.glob("*.arrow")) for store in stores]
     assert names[0] == names[1] == ["train-00000.arrow", "validation-00000.arrow"]
     for name in names[0]:
@@ -157,8 +163,8 @@ def test_every_game_is_the_same_on_two_processes(tmp_path):
             tensors(state(tmp_path / folder, name, process)) for folder, process in (("one", 0), ("two", 0), ("two", 1))
         )
         assert all(torch.equal(double[path], other[path]) for path in double), name
-        felt = {path: difference(single[path], double[path]) for path in single if not path.endswith(UNFELT)}
-        assert max(felt.values()) <= 1e-5, (name, worst(felt))
+        differences = {path: difference(single[path], double[path]) for path in single}
+        assert max(differences.values()) <= 1e-5, (name, worst(differences))
 
 
 DYING = """

@@ -23,8 +23,8 @@ from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig
 from pipelines.evaluate import EvaluationConfig
 from stage1_vqgan import Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANModel
-from stage1_vqgan.convert.command import ConvertConfig
-from stage1_vqgan.evaluate import EvaluationConfig as ReconstructionConfig
+from stage1_vqgan.convert.config import ConvertConfig
+from stage1_vqgan.evaluate import ReconstructionConfig
 from stage1_vqgan.quantizers import QUANTIZERS
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.prior import build_prior

@@ -298,6 +298,7 @@ with torch.no_grad():
 ours = {"configs", "stage1_vqgan", "stage2_prior", "pipelines"} & set(sys.modules)
 assert not ours, ours
 assert (processor.image_size, processor.num_channels) == (16, 1)
+assert (type(model).__name__, type(processor).__name__) == ("VQGANModel", "VQGANImageProcessor")
 """
 
 

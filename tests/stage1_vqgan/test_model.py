@@ -1,15 +1,13 @@
 """The tokenizer: contracts, exact saving, fingerprint, initialisation, and the original's stored numbers."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
+from stage1_vqgan import VQGANConfig, VQGANModel
 from tests import golden_models
 from tests.devices import on_device
 from tests.golden import GOLDEN
@@ -59,7 +57,8 @@ def test_shapes_and_types(channels, height, width, l2_normalize):
     for name in ("codes", "latents", "quantized", "codebook_loss"):
         assert torch.equal(out[name], encoded[name])
     assert len(out.codes.unique()) > 3
-    torch.testing.assert_close(model.decode_codes(out.codes), out.reconstruction, atol=1e-5, rtol=1e-5)
+    # the reconstruction decodes z + (e - z): 25 layers, each wrong by 2^-22 (tests/golden.py), three times as a margin
+    torch.testing.assert_close(model.decode_codes(out.codes), out.reconstruction, atol=2e-5, rtol=0)
     torch.testing.assert_close(model.decoder.conv_out(out.decoder_features), out.reconstruction)
 
 
@@ -67,7 +66,7 @@ def test_images_of_a_batch_do_not_mix():
     model, pixels = spread_codebook(make()), images(3, 3, 16, 16)
     whole, single = model(pixels), model(pixels[1:2])
     assert torch.equal(whole.codes[1:2], single.codes)
-    torch.testing.assert_close(whole.reconstruction[1:2], single.reconstruction, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole.reconstruction[1:2], single.reconstruction, atol=2e-5, rtol=0)  # as above
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 1, 16, 16), (2, 3, 18, 16), (2, 3, 16, 15)])
@@ -169,38 +168,6 @@ def test_fresh_weights():
     for module in model.modules():
         if isinstance(module, nn.GroupNorm):
             assert module.eps == 1e-6 and module.weight.eq(1).all() and module.bias.eq(0).all()
-
-
-ELSEWHERE = """
-import sys
-from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel
-folder = sys.argv[1]
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-stored = load_file(folder + "/../expected.safetensors")
-out = model(stored["pixels"])
-assert (out.codes == stored["codes"]).all()
-assert (out.reconstruction - stored["reconstruction"]).abs().max() < 1e-5
-assert (processor.image_size, processor.num_channels) == (16, 3)
-assert not {"stage1_vqgan", "configs"} & set(sys.modules), sys.modules.keys()
-print(type(model).__name__, type(processor).__name__)
-"""
-
-
-def test_loading_without_this_package(tmp_path, monkeypatch):
-    model, pixels = spread_codebook(make()), images(2, 3, 16, 16)
-    model.save_pretrained(tmp_path / "model")
-    VQGANImageProcessor(16, 3).save_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        out = model(pixels)
-    expected = {"pixels": pixels, "codes": out.codes, "reconstruction": out.reconstruction}
-    save_file(expected, tmp_path / "expected.safetensors")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "model")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["VQGANModel", "VQGANImageProcessor"]
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"{GOLDEN} is not there")

@@ -105,7 +105,7 @@ def test_a_tokenizer_of_every_kind_is_saved_and_loaded(kind, tmp_path):
     before, after = model(images), loaded(images)
     assert torch.equal(before.codes, after.codes) and torch.equal(before.reconstruction, after.reconstruction)
     assert loaded.compute_fingerprint() == model.config.fingerprint
-    torch.testing.assert_close(loaded.decode_codes(after.codes), after.reconstruction, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded.decode_codes(after.codes), after.reconstruction, atol=2e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- vq

@@ -147,7 +147,8 @@ def perceptual_and_gradient(loss, mixed):
 
 def test_perceptual_loss_in_bf16_pulls_the_same_way(perceptual_by_alex):
     (value, gradient), (mixed, by_mixed) = (perceptual_and_gradient(perceptual_by_alex, on) for on in (False, True))
-    assert mixed != value and mixed == pytest.approx(value, rel=0.01)
+    # The images differ by a tenth. Rounding features by 2^-9 changes such differences by 2%, and their squares by 4%.
+    assert mixed != value and mixed == pytest.approx(value, rel=0.04)
     assert by_mixed.norm().item() == pytest.approx(gradient.norm().item(), rel=0.02)
     assert nn.functional.cosine_similarity(gradient, by_mixed, dim=0) > 0.98
 

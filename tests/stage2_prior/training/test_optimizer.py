@@ -3,11 +3,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from configs import load_config
 from stage2_prior import Stage2Config
 from stage2_prior.training.run import train, training_arguments
+
+# transformers 6 removes the older name.
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +58,10 @@ def plain(make_config):
     "arguments",
     [
         {"optim": "adamw_torch"},
-        {"gradient_checkpointing": True},
+        {CHECKPOINTING: True},
         pytest.param({"torch_compile": True}, marks=pytest.mark.slow),
     ],
-    ids=lambda arguments: next(iter(arguments)),
+    ids=["adamw_torch", "checkpointing", "compiled"],
 )
 def test_other_ways_to_the_same_weights(make_config, plain, arguments):
     config = make_config(next(iter(arguments)), training_arguments=arguments)

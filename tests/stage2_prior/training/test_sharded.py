@@ -1,11 +1,7 @@
 """Sharded training (FSDP 2, on two processes of a CPU) is training; launches that cannot work are refused."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,8 +19,6 @@ from tests.devices import cpu_only
 
 pytestmark = cpu_only
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def runs(tiny_runs, tmp_path_factory):
@@ -33,11 +27,7 @@ def runs(tiny_runs, tmp_path_factory):
     for part in (tiny_runs.vqgan, tiny_runs.codes):
         shutil.copytree(part, folder / part.name)
     train(sharded_runs.config(folder, "whole"))
-    # in a fresh process: forked from one whose OpenMP threads have run, the two would wait for those for ever
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.sharded_runs", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    sharded_runs.run_on_two_processes(folder)
     return folder
 
 

@@ -1,0 +1,76 @@
+"""Processes that start at once: each is forked from a process that has imported everything already."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState, GradientState
+
+from tests.devices import ON_CPU
+
+CONTEXT = multiprocessing.get_context("forkserver")
+# scikit-learn's data sets alone take longer to import than a run takes
+CONTEXT.set_forkserver_preload(["sklearn.datasets", "tests.kill_runs", "tests.sharded_runs"])
+LONGEST = 240  # seconds of a run, many times what one takes on a busy machine
+STDERR = 2
+
+
+def start(function: Callable[..., None], arguments: tuple, log: Path) -> Any:
+    """Starts a process that calls a function on the CPU and writes its output to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    process = CONTEXT.Process(target=_child, args=(function, arguments, log))
+    process.start()
+    return process
+
+
+def end(process: Any, log: Path) -> int | None:
+    """Waits for a process and for all that it has forked; returns its exit code (-9 if it was killed).
+
+    Raises:
+        AssertionError: the process hangs; the message shows its output and where each thread is.
+    """
+    process.join(LONGEST)
+    if process.is_alive():
+        for number in (signal.SIGUSR1, signal.SIGKILL):
+            os.killpg(process.pid, number)
+            time.sleep(1)
+        raise AssertionError(f"still there after {LONGEST} seconds:\n{log.read_text()}")
+    return process.exitcode
+
+
+def run_on_two_processes(
+    function: Callable[..., None], *arguments: Any, log: Path, environment: dict[str, str] | None = None
+) -> None:
+    """Calls a function in two processes of one job, with environment variables as `accelerate launch` sets them."""
+    process = start(_launch, (function, arguments, environment or {}), log)
+    assert end(process, log) == 0, log.read_text()[-4000:]
+
+
+def _child(function: Callable[..., None], arguments: tuple, log: Path) -> None:
+    os.environ.update(ON_CPU)
+    torch.set_num_threads(1)
+    os.setpgrp()
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, STDERR)
+    faulthandler.register(signal.SIGUSR1, STDERR)
+    function(*arguments)
+
+
+def _launch(function: Callable[..., None], arguments: tuple, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    debug_launcher(_rank, (function, arguments), num_processes=2)
+
+
+def _rank(function: Callable[..., None], arguments: tuple) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process this was forked from
+    GradientState._reset_state()
+    function(*arguments)
