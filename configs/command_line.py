@@ -90,7 +90,7 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
     except (Diverged, Stopped) as error:
         _exit(error, error.exit_code)
     except KeyboardInterrupt:
-        _exit("stopped at once; the same command continues from the last saved state", 128 + signal.SIGINT)
+        _exit("stopped at once; the same command resumes from what was saved", 128 + signal.SIGINT)
 
 
 def _exit(message: object, code: int) -> NoReturn:

@@ -74,8 +74,8 @@ class TrainingConfig(Section):
     seed: seed of all random numbers of the run
     logging_steps, eval_steps, save_steps: optimizer steps between two log lines, evaluations, checkpoints
     save_total_limit: number of checkpoints to keep; a complete new one replaces the oldest
-    resume_from_checkpoint: "latest" continues from the newest checkpoint if there is one, "none" starts
-        anew and refuses a folder with checkpoints, a path continues from that checkpoint
+    resume_from_checkpoint: "latest" resumes from the newest checkpoint if there is one, "none" starts
+        anew and refuses a folder with checkpoints, a path resumes from that checkpoint
     allow_config_changes: continue a run with other settings or another number of processes
     dataloader_num_workers: processes that load data; 0 loads in the training process
     report_to: trackers of accelerate, such as [tensorboard, wandb]; metrics.jsonl is always written

@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations import WandbCallback
 
 
 def cache_argument(prior: PreTrainedModel) -> str:
@@ -29,6 +31,24 @@ def _cache_argument(model_class: type[PreTrainedModel]) -> str:
 def uses_attention_interface(prior: PreTrainedModel) -> bool:
     """Whether the model looks its attention up in `transformers.AttentionInterface`."""
     return bool(prior._supports_attention_backend)
+
+
+def attention_of(prior: PreTrainedModel) -> str:
+    """The name of the attention that the model computes with, such as "sdpa"."""
+    return str(prior.config._attn_implementation)
+
+
+def without_data() -> AbstractContextManager[Any]:
+    """Inside, tensors have shapes but no memory, so a forward of a model only counts its operations."""
+    from torch._subclasses import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def log_to_wandb(callback: WandbCallback, name: str, pixels: np.ndarray, step: int) -> None:
+    """Logs a picture, uint8 `(H, W, 3)`, to the run of Weights & Biases that Trainer has opened, if it has."""
+    if callback._wandb is not None:
+        callback._wandb.log({name: callback._wandb.Image(pixels), "train/global_step": step})
 
 
 def trace(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:

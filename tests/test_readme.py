@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import sys
 import tomllib
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -136,6 +137,8 @@ def runs(tmp_path, monkeypatch) -> None:
     prior, processor = build_prior(stage2.model, layout), VQGANImageProcessor(vqgan.config.image_size, 1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # an earlier test may have imported them from another cache
     VQGANPipeline(vqgan, prior, processor, layout).save_pretrained("runs/digits/pipeline")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
 from configs.interruption import leave_signals_to_main
-from stage1_vqgan.data.compat import shared_memory
+from stage1_vqgan.compat import shared_memory
 from stage1_vqgan.data.dataset import ImageBatch, ImageDataset, ImageKey
 from stage1_vqgan.data.decoding import SkippedImage
 from stage1_vqgan.data.samplers import EveryImage

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from configs import check
-from configs.compat_accelerate import reset_accelerate_state
+from configs.compat import reset_accelerate_state
 from configs.interruption import StopRequest
 from configs.randomness import seed_from
 from configs.run_folder import RunFolder

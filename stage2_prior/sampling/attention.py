@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from stage2_prior.compat import uses_attention_interface
+from stage2_prior.compat import attention_of, uses_attention_interface
 from stage2_prior.sampling.cache import PreallocatedCache
 from stage2_prior.sampling.decoder import forward
 
@@ -72,7 +72,7 @@ def use_decode_attention(model: PreTrainedModel) -> bool:
         Whether the model has it now. Its forward then takes one token of each row, and the place of that token, int64
         `(1, 1, 1, 1)`, as `attention_mask`.
     """
-    before = model.config._attn_implementation
+    before = attention_of(model)
     cache = PreallocatedCache(model.config.num_hidden_layers, 1, 1, model.device)
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     try:

@@ -13,6 +13,7 @@ from configs import ConfigError, Problem
 from configs.randomness import draw_seeds
 from configs.run_folder import RunFolder
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, image_grid, load_tokenizer
+from stage2_prior.compat import log_to_wandb
 from stage2_prior.sampling.loop import sample_codes
 from stage2_prior.sampling.options import SamplingOptions
 from stage2_prior.vocabulary import TokenLayout
@@ -112,5 +113,5 @@ def track_image(callbacks: list[TrainerCallback], name: str, image: Image.Image,
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_image(name, pixels, step, dataformats="HWC")
-        elif isinstance(callback, WandbCallback) and callback._wandb is not None:
-            callback._wandb.log({name: callback._wandb.Image(pixels), "train/global_step": step})
+        elif isinstance(callback, WandbCallback):
+            log_to_wandb(callback, name, pixels, step)

@@ -8,9 +8,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from stage2_prior.compat import without_data
 
 # Sides of the square matrices whose product is timed: from the first one doubled, until a product takes this many
 # seconds, or to the last one.
@@ -70,7 +71,7 @@ def training_flops(config: PreTrainedConfig, length: int) -> float:
     """
     with (
         torch.random.fork_rng(devices=[]),
-        FakeTensorMode(),
+        without_data(),
         torch.no_grad(),
         FlopCounterMode(display=False) as counter,
     ):

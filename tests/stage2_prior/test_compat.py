@@ -2,11 +2,16 @@
 
 import gc
 import inspect
+import sys
 import weakref
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.integrations import WandbCallback
 
 from stage2_prior import compat
 
@@ -20,6 +25,31 @@ def test_the_cache_argument_is_one_that_forward_takes():
 
 def test_the_attention_interface_is_known():
     assert compat.uses_attention_interface(AutoModelForCausalLM.from_config(CONFIG)) is True
+
+
+def test_the_attention_of_a_model_is_the_one_it_was_given():
+    prior = AutoModelForCausalLM.from_config(CONFIG)
+    for name in ("eager", "sdpa"):
+        prior.set_attn_implementation(name)
+        assert compat.attention_of(prior) == name
+
+
+def test_operations_without_data_are_counted():
+    with compat.without_data(), FlopCounterMode(display=False) as counter:
+        torch.empty(2**20, 2**20) @ torch.empty(2**20, 2**20)  # needs terabytes with data
+    assert counter.get_total_flops() == 2 * 2**60
+
+
+def test_pictures_reach_the_run_that_trainer_has_opened(monkeypatch):
+    """The callback keeps the module wandb in `_wandb`, or None if logging is off."""
+    logged = []
+    fake = SimpleNamespace(Image=lambda pixels: pixels.shape, log=logged.append)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    callback = WandbCallback()
+    assert callback._wandb is fake
+    compat.log_to_wandb(callback, "samples", np.zeros((2, 3, 3), np.uint8), 7)
+    assert logged == [{"samples": (2, 3, 3), "train/global_step": 7}]
 
 
 def test_a_trace_repeats_operations_on_other_inputs_and_shapes():

@@ -103,7 +103,7 @@ def test_what_ten_crop_does_not_go_with(tiny_runs, stage2_values, tmp_path, augm
 
 def test_stage_1_has_no_views():
     values = {"output_dir": "run", "max_steps": 1, "data.dataset": "digits"}
-    with pytest.raises(ConfigError, match=r"ten_crop: received true; it makes the views of a code store"):
+    with pytest.raises(ConfigError, match=r"ten_crop: received true; it is for the views of a code store"):
         load_config(
             Stage1Config, overrides={**values, "data.augmentation.ten_crop": True, "data.augmentation.max_zoom": 1.1}
         )

@@ -291,7 +291,7 @@ ARGUMENTS = {
     "neither": ("--checkpoint a --output out", "give either --from"),
     "both": ("--from taming --to diffusers --checkpoint a --output out", "give either --from"),
     "an unknown code base": ("--from timing --checkpoint a --output out", "from: received 'timing'; must be 'taming'"),
-    "a configuration of a folder": ("--from diffusers --checkpoint a --config b --output out", "leave config out"),
+    "a configuration of a folder": ("--from diffusers --checkpoint a --config b --output out", "leave this out"),
     "a file for a folder": ("--from diffusers --checkpoint last.ckpt --output out", "give the folder that holds"),
     "an empty folder": ("--from diffusers --checkpoint full --output out", "checkpoint: received 'full/config.json'"),
     "no tokenizer": ("--to diffusers --checkpoint full --output out", "this folder holds no trained tokenizer"),

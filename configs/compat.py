@@ -1,4 +1,4 @@
-"""Calls of non-public functions of accelerate; tests/configs/test_compat_accelerate.py fails when they change."""
+"""Calls of non-public functions of accelerate; tests/configs/test_compat.py fails when they change."""
 
 from accelerate.state import AcceleratorState, GradientState
 

@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from stage1_vqgan.data.compat import shared_memory
+from stage1_vqgan.compat import shared_memory
 
 
 def write(storage, value):

@@ -3,7 +3,7 @@
 import pytest
 from accelerate import Accelerator
 
-from configs.compat_accelerate import reset_accelerate_state
+from configs.compat import reset_accelerate_state
 
 
 def test_a_process_may_have_one_precision_and_accumulation_after_another():

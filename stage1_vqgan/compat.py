@@ -1,6 +1,6 @@
 """All calls of non-public functions of libraries in this package.
 
-tests/stage1_vqgan/data/test_compat.py fails when such a function disappears or behaves differently.
+tests/stage1_vqgan/test_compat.py fails when such a function disappears or behaves differently.
 """
 
 import torch
