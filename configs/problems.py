@@ -25,6 +25,12 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.key}: {self.message}" if self.key else self.message
 
+    @classmethod
+    def of_error(cls, error: Exception) -> "Problem":
+        """The problem that an error of the form "key: message" states."""
+        key, _, message = str(error).partition(": ")
+        return cls(key, message)
+
 
 class ConfigError(ValueError):
     """All problems of one configuration. The text lists as many as fit on a screen."""

@@ -74,8 +74,7 @@ def build(config: BuildConfig) -> "VQGANPipeline":
     try:
         pipeline = VQGANPipeline(vqgan, prior, processor, layout)
     except ValueError as error:
-        key, _, message = str(error).partition(": ")
-        raise ConfigError([Problem(key, message)]) from error
+        raise ConfigError([Problem.of_error(error)]) from error
     pipeline.save_pretrained(config.output_dir)
     print(f"pipeline saved in {Path(config.output_dir).resolve()}")
     if config.push_to_hub:

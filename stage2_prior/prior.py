@@ -196,9 +196,12 @@ def _check_known(
     name: str, known: TokenLayout, trained: PreTrainedModel, model: dict[str, Any], layout: TokenLayout
 ) -> None:
     """Refuses a prior of another tokenizer's codes, or of another architecture than the configuration asks for."""
-    if known.tokenizer_fingerprint != layout.tokenizer_fingerprint:
-        codes = f"the codes of tokenizer {known.tokenizer_fingerprint}, these are of {layout.tokenizer_fingerprint}"
-        raise ConfigError([Problem(BASE_KEY, f"received {name!r}, which was trained on {codes}")])
+    try:
+        known.require_fingerprint(
+            layout.tokenizer_fingerprint, BASE_KEY, f"{name} was trained on those; choose another"
+        )
+    except ValueError as error:
+        raise ConfigError([Problem.of_error(error)]) from error
     has = {field: getattr(trained.config, field, None) for field in model}
     different = [
         Problem(

@@ -147,30 +147,38 @@ class TokenLayout:
         """
         return cls.from_dict(read_json(Path(folder) / FILE_NAME))
 
-    def require_fingerprint(self, fingerprint: str | None) -> None:
-        """Refuses another tokenizer than the one whose codes these tokens are.
+    def require_fingerprint(
+        self, fingerprint: str | None, field: str = "tokenizer", advice: str = "use that tokenizer"
+    ) -> None:
+        """Refuses codes of another tokenizer than the one whose codes these tokens are.
 
         Args:
             fingerprint: of the tokenizer at hand.
+            field: what named the tokenizer at hand, for the message.
+            advice: what to do, for the message.
 
         Raises:
             ValueError: the fingerprints differ.
         """
         if fingerprint != self.tokenizer_fingerprint:
             raise ValueError(
-                f"tokenizer: received the tokenizer {fingerprint}, but the prior was trained on codes of "
-                f"{self.tokenizer_fingerprint}; use that tokenizer, or train a prior on codes of this one"
+                f"{field}: received the tokenizer {fingerprint}, but the codes are of another tokenizer "
+                f"({self.tokenizer_fingerprint}); {advice}"
             )
 
-    def require_tokenizer(self, tokenizer: "VQGANModel") -> None:
+    def require_tokenizer(self, tokenizer: "VQGANModel", advice: str = "use that tokenizer") -> None:
         """Refuses a tokenizer whose codes this layout does not describe.
+
+        Args:
+            tokenizer: to compare.
+            advice: what to do, for the message.
 
         Raises:
             ValueError: it is another tokenizer; or the layout states another number of codes, grid or downsampling
                 factor than the tokenizer has.
         """
         config = tokenizer.config
-        self.require_fingerprint(config.fingerprint or tokenizer.compute_fingerprint())
+        self.require_fingerprint(config.fingerprint or tokenizer.compute_fingerprint(), advice=advice)
         has = {
             "num_codes": config.num_embeddings,
             "grid": (config.grid_size, config.grid_size),

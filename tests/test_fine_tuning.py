@@ -144,7 +144,7 @@ def test_priors_that_cannot_be_fine_tuned(tiny_runs, random_prior, tmp_path):
     layout = TokenLayout.from_pretrained(tiny_runs.prior)
     with pytest.raises(ConfigError, match=r"model_name_or_path: received 'nowhere/'; there is no trained prior"):
         adapt_prior("nowhere/", {}, layout)
-    with pytest.raises(ConfigError, match=r"trained on the codes of tokenizer"):
+    with pytest.raises(ConfigError, match=r"codes are of another tokenizer .* was trained on those"):
         adapt_prior(str(tiny_runs.prior), {}, replace(layout, tokenizer_fingerprint="another"))
     with pytest.raises(ConfigError, match=r"model\.hidden_size: received 64, but .* has 32"):
         adapt_prior(str(tiny_runs.prior), {"model_type": "llama", "hidden_size": 64}, layout)

@@ -325,7 +325,11 @@ CASES = {
         {"tokenizer": "there is no such folder"},
     ),
     "missing codes": ("stage2", "--code_store ./no", {"code_store": "run stage2_prior.tokenize first"}),
-    "codes of another tokenizer": ("stage2", "--tokenizer $folder/other", {"tokenizer": "codes of another tokenizer"}),
+    "codes of another tokenizer": (
+        "stage2",
+        "--tokenizer $folder/other",
+        {"tokenizer": "codes are of another tokenizer"},
+    ),
     "codes of other images": ("stage2", "--num_views 3", {"num_views": "was made with 2, the configuration says 3"}),
     "missing tokenizer of a pipeline": ("build", "--tokenizer ./no", {"tokenizer": "there is no such folder"}),
     "missing prior": ("build", "--prior ./no", {"prior": "no trained prior in it"}),

@@ -12,6 +12,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from configs import ConfigError, Problem, TrainingConfig, check
+from configs.files import read_json
 from configs.interruption import StopRequest
 from configs.run_folder import RunFolder, holds_work
 from stage2_prior.adapters import attach_adapter
@@ -227,7 +228,7 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    origin, fingerprint = store.manifest["origin"], store.layout.tokenizer_fingerprint
+    origin = store.manifest["origin"]
     wanted = {"num_views": config.num_views, "data": config.data.identity()}
     problems = [
         Problem(key, f"{config.code_store} was made with {origin[key]!r}, the configuration says {value!r}")
@@ -235,12 +236,12 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
         if origin[key] != value
     ]
     tokenizer = Path(config.tokenizer) / "config.json"
-    if tokenizer.is_file() and json.loads(tokenizer.read_text()).get("fingerprint") != fingerprint:
-        message = (
-            f"received {config.tokenizer!r}, but {config.code_store} holds codes of another tokenizer ({fingerprint}); "
-            "choose another code_store and run stage2_prior.tokenize"
-        )
-        problems.append(Problem("tokenizer", message))
+    advice = f"choose another code_store than {config.code_store} and run stage2_prior.tokenize"
+    try:
+        if tokenizer.is_file():
+            store.layout.require_fingerprint(read_json(tokenizer).get("fingerprint"), advice=advice)
+    except ValueError as error:
+        problems.append(Problem.of_error(error))
     if problems:
         raise ConfigError(problems, "codes")
 
@@ -254,6 +255,8 @@ def check_run(config: Stage2Config, layout: TokenLayout) -> None:
     folder = Path(config.output_dir)
     if not (holds_work(folder) and (folder / LAYOUT_NAME).is_file()):
         return
-    if TokenLayout.from_pretrained(folder).tokenizer_fingerprint != layout.tokenizer_fingerprint:
-        message = f"{folder} holds a run on the codes of another tokenizer; choose another folder, or remove this one"
-        raise ConfigError([Problem("output_dir", message)], "codes")
+    advice = f"{folder} holds a run on those; choose another folder, or remove this one"
+    try:
+        TokenLayout.from_pretrained(folder).require_fingerprint(layout.tokenizer_fingerprint, "output_dir", advice)
+    except ValueError as error:
+        raise ConfigError([Problem.of_error(error)], "codes") from error

@@ -98,12 +98,10 @@ def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImage
     except (OSError, ValueError) as error:
         message = f"received {name!r}; it has no preprocessor_config.json that can be read; {advice}"
         raise ConfigError([Problem("tokenizer", message)]) from error
-    fingerprint = tokenizer.config.fingerprint or tokenizer.compute_fingerprint()
-    if fingerprint != layout.tokenizer_fingerprint:
-        message = (
-            f"received {name!r}, but the codes are of another tokenizer ({layout.tokenizer_fingerprint}); {advice}"
-        )
-        raise ConfigError([Problem("tokenizer", message)])
+    try:
+        layout.require_tokenizer(tokenizer, advice)
+    except ValueError as error:
+        raise ConfigError([Problem.of_error(error)]) from error
     return tokenizer, processor
 
 

@@ -342,7 +342,7 @@ def test_parts_that_do_not_belong_together_are_refused(
     tiny_pipeline, tiny_runs, unrelated_layout, random_prior, tmp_path
 ):
     parts = tiny_pipeline.components
-    with pytest.raises(ValueError, match=r"tokenizer: received .* codes of another tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer: received .* codes are of another tokenizer"):
         VQGANPipeline(**{**parts, "layout": unrelated_layout})
     larger = TokenLayout(64, (), (4, 4), 4, parts["layout"].tokenizer_fingerprint)
     with pytest.raises(ValueError, match="prior: received a vocabulary of 128 tokens; the layout has 64"):
@@ -351,7 +351,7 @@ def test_parts_that_do_not_belong_together_are_refused(
     shutil.copytree(tiny_runs.prior, prior, ignore=shutil.ignore_patterns("checkpoint-*"))
     unrelated_layout.save_pretrained(prior)
     config = BuildConfig(tokenizer=str(tiny_runs.vqgan), prior=str(prior), output_dir=str(tmp_path / "pipeline"))
-    with pytest.raises(ConfigError, match="codes of another tokenizer"):
+    with pytest.raises(ConfigError, match="codes are of another tokenizer"):
         build(config)
     assert not (tmp_path / "pipeline").exists()
 
