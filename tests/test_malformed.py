@@ -328,7 +328,7 @@ CASES = {
     "codes of another tokenizer": (
         "stage2",
         "--tokenizer $folder/other",
-        {"tokenizer": "codes are of another tokenizer"},
+        {"tokenizer": "codes are of another"},
     ),
     "codes of other images": ("stage2", "--num_views 3", {"num_views": "was made with 2, the configuration says 3"}),
     "missing tokenizer of a pipeline": ("build", "--tokenizer ./no", {"tokenizer": "there is no such folder"}),

@@ -1,6 +1,5 @@
 """A training run of stage 2, from its configuration to the saved prior."""
 
-import json
 import os
 import textwrap
 from dataclasses import fields, replace
