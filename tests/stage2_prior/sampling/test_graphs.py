@@ -79,10 +79,10 @@ def test_a_step_compiles_once_for_all_places_of_a_window(random_prior, layout, m
     compile_with, counter = torch.compile, CompileCounter()
     monkeypatch.setattr(torch, "compile", lambda step, **how: compile_with(step, backend=counter, **how))
     prior, options = random_prior("llama", layout), {"guidance_scale": 2.0, "top_p": 0.9}
-    expected = draw(EagerDecoder(prior, 6, layout.length), layout, 3, options)
     with torch._dynamo.config.patch(recompile_limit=2):
-        for decoders in (1, 2):
-            decoder = GraphDecoder(prior, 6, layout.length, compiled=True)
-            assert torch.equal(draw(decoder, layout, 3, options), expected)
-            assert torch.equal(draw(decoder, layout, 3, options), expected)
+        for decoders, images in ((1, 3), (2, 4)):  # another number of rows needs other steps
+            expected = draw(EagerDecoder(prior, 2 * images, layout.length), layout, images, options)
+            decoder = GraphDecoder(prior, 2 * images, layout.length, compiled=True)
+            assert torch.equal(draw(decoder, layout, images, options), expected)
+            assert torch.equal(draw(decoder, layout, images, options), expected)
             assert counter.frame_count == 2 * decoders  # a window of 8, and of 16
