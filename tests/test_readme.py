@@ -231,6 +231,11 @@ def test_the_table_of_options_of_generate_is_complete():
     assert documented == list(signature(VQGANPipeline.generate).parameters)[1:]
 
 
+def test_the_table_of_options_of_from_pretrained_is_complete():
+    documented = [name for row in table("pipelines/README.md", "option") for name in row[0]]
+    assert sorted(documented) == sorted(list(signature(VQGANPipeline.from_pretrained).parameters)[1:])
+
+
 def test_the_table_of_presets_is_complete():
     documented = [name for row in table("configs/README.md", "preset") for name in row[0]]
     assert sorted(documented) == sorted(preset_names())
