@@ -332,7 +332,7 @@ CASES = {
     ),
     "codes of other images": ("stage2", "--num_views 3", {"num_views": "was made with 2, the configuration says 3"}),
     "missing tokenizer of a pipeline": ("build", "--tokenizer ./no", {"tokenizer": "there is no such folder"}),
-    "missing prior": ("build", "--prior ./no", {"prior": "no trained prior in it"}),
+    "missing prior": ("build", "--prior ./no", {"prior": "this folder holds no trained prior"}),
     "prior of another tokenizer": (
         "build",
         "--tokenizer $folder/other",
@@ -342,7 +342,7 @@ CASES = {
     "run that has not finished": (
         "evaluate",
         "--prior_run ./no",
-        {"": "no/train_results.json is not there: that step has not finished"},
+        {"": "no/train_results.json does not exist: that step has not finished"},
     ),
     "too many components": ("evaluate", "--num_components 999 --feature_size 2", {"num_components": "at most 4"}),
     "negative guidance": ("evaluate", "--guidance_scale -1", {"guidance_scale": "received -1"}),
@@ -353,11 +353,11 @@ CASES = {
         {"tokenizer": "not a tokenizer but a model of type"},
     ),
     "folder without a tokenizer": ("build", "--tokenizer $folder", {"tokenizer": "holds no trained tokenizer"}),
-    "tokenizer for a prior": ("build", "--prior $vqgan", {"prior": "no trained prior in it"}),
+    "tokenizer for a prior": ("build", "--prior $vqgan", {"prior": "this folder holds no trained prior"}),
     "prior for a pipeline": ("evaluate", "--pipeline $prior", {"pipeline": "holds no pipeline"}),
     "images for codes": ("stage2", "--code_store $folder", {"code_store": "no finished code store"}),
     "broken tokenizer": ("tokenize", "--tokenizer $folder/broken", {"tokenizer": "its weights file is damaged"}),
-    "prior without weights": ("build", "--prior $folder/unfinished", {"prior": "the prior in it is not complete"}),
+    "prior without weights": ("build", "--prior $folder/unfinished", {"prior": "its prior is incomplete"}),
     "unknown split": ("evaluate1", "--split test", {"split": "'train' or 'validation'"}),
     "place that refuses": (
         "stage1",

@@ -86,7 +86,7 @@ def test_an_automatic_device_map_is_the_accelerator(tiny_runs):
         ({"device_map": "balanced"}, "device_map: received 'balanced'; allowed are 'auto', a device"),
         ({"device_map": {"model": "cpu", "lm_head": "meta"}}, "device_map: received .* the same device"),
         ({"device_map": {}}, "device_map: received {}; allowed"),
-        ({"device_map": "cpu", "device": "cpu"}, "device_map: received 'cpu' beside device='cpu'; pass one"),
+        ({"device_map": "cpu", "device": "cpu"}, "device_map: received 'cpu' and device='cpu'; pass only one"),
         ({"subfolder": "../pipeline"}, "subfolder: received '../pipeline'; must be a path inside"),
         ({"subfolder": "/etc"}, "subfolder: received '/etc'"),
     ],
@@ -105,7 +105,7 @@ def test_a_pipeline_in_a_subfolder_of_a_repository(tiny_runs, tiny_pipeline, tmp
     options = {"cache_dir": tmp_path / "cache", "local_files_only": True, "revision": "v2"}
     pipeline = VQGANPipeline.from_pretrained("me/digits", subfolder="sub/folder", **options)
     assert torch.equal(greedy(pipeline), greedy(tiny_pipeline))
-    with pytest.raises(FileNotFoundError, match=r"there is no model_index\.json"):
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json is missing"):
         VQGANPipeline.from_pretrained("me/digits", **options)
     with pytest.raises(FileNotFoundError):
         VQGANPipeline.from_pretrained("me/digits", subfolder="sub/folder", **{**options, "revision": "main"})

@@ -242,7 +242,7 @@ def test_a_prior_without_condition_dropout_has_no_null_token(make_config, tiny_r
     )
     assert len(pipe.generate(class_labels=[3]).images) == 1
     for arguments in ({"class_labels": [3], "guidance_scale": 2.0}, {"num_images": 2}):
-        with pytest.raises(ValueError, match="no null token"):
+        with pytest.raises(ValueError, match="not learnt the null token"):
             pipe.generate(**arguments)
 
 
