@@ -142,7 +142,7 @@ def test_classes_are_matched_by_name(tiny_runs):
 
 def test_priors_that_cannot_be_fine_tuned(tiny_runs, random_prior, tmp_path):
     layout = TokenLayout.from_pretrained(tiny_runs.prior)
-    with pytest.raises(ConfigError, match=r"model_name_or_path: received 'nowhere/'; there is no trained prior"):
+    with pytest.raises(ConfigError, match=r"model_name_or_path: received 'nowhere/'; it holds no trained prior"):
         adapt_prior("nowhere/", {}, layout)
     with pytest.raises(ConfigError, match=r"codes are of another tokenizer .* was trained on those"):
         adapt_prior(str(tiny_runs.prior), {}, replace(layout, tokenizer_fingerprint="another"))
@@ -150,5 +150,5 @@ def test_priors_that_cannot_be_fine_tuned(tiny_runs, random_prior, tmp_path):
         adapt_prior(str(tiny_runs.prior), {"model_type": "llama", "hidden_size": 64}, layout)
     random_prior("gpt2", layout).save_pretrained(tmp_path)
     layout.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"learnt the positions of 16 codes; these images have 64"):
+    with pytest.raises(ConfigError, match=r"position embeddings are for 16 codes; these images have 64"):
         adapt_prior(str(tmp_path), {}, replace(layout, grid=(8, 8)))

@@ -291,7 +291,7 @@ CASES = {
         "--model.hidden_size wide --model.vocab_size 3 --model.num_hidden_layers 2.5 --model.layers 3",
         {
             "model.hidden_size": "received 'wide'; must be a whole number",
-            "model.vocab_size": "the code store decides it",
+            "model.vocab_size": "the code store determines it",
             "model.num_hidden_layers": "received 2.5; must be a whole number",
             "model.layers": "unknown key",
         },
@@ -330,7 +330,7 @@ CASES = {
         "--tokenizer $folder/other",
         {"tokenizer": "codes are of another"},
     ),
-    "codes of other images": ("stage2", "--num_views 3", {"num_views": "was made with 2, the configuration says 3"}),
+    "codes of other images": ("stage2", "--num_views 3", {"num_views": "was written with 2, but the configuration has 3"}),
     "missing tokenizer of a pipeline": ("build", "--tokenizer ./no", {"tokenizer": "there is no such folder"}),
     "missing prior": ("build", "--prior ./no", {"prior": "this folder holds no trained prior"}),
     "prior of another tokenizer": (

@@ -142,7 +142,7 @@ def test_other_settings_are_refused(tiny_runs, tmp_path, key, finished):
     store.mkdir()
     for name in ("origin.json", "validation-00000.arrow", *(["manifest.json"] if finished else [])):
         (store / name).write_bytes((tiny_runs.codes / name).read_bytes())
-    with pytest.raises(ConfigError, match=f"holds codes made with {key}"):
+    with pytest.raises(ConfigError, match=f"holds codes with {key}"):
         tokenize(replace(tiny_runs.stage2, code_store=str(store), **changes))
     assert list(contents(store)) == ["validation-00000.arrow"]
 

@@ -24,7 +24,7 @@ from stage2_prior.training.selection import is_exhausted
         ([3.0], 1, False),
         ([3.0, 2.0, 2.5], 1, True),
         ([3.0, 2.0, 2.5], 2, False),
-        ([3.0, 2.0, 2.0, 2.0], 2, True),  # as good is no better
+        ([3.0, 2.0, 2.0, 2.0], 2, True),  # an equal loss is not lower
         ([3.0, 2.0, 2.5, 1.9], 1, False),
         ([3.0, 4.0, 5.0, 6.0], 0, False),
     ],
@@ -123,7 +123,7 @@ def test_a_run_that_gets_no_better_ends(straight, make_config, capsys):
     assert evaluations(config) == {step: losses[step] for step in range(1, expected + 1)}
     found = results(config)
     assert (found["global_step"], found["early_stopping_patience"]) == (expected, 2)
-    assert f"stopped at step {expected}: no better in the last 2 evaluations" in capsys.readouterr().out
+    assert f"stopped at step {expected}: no lower loss in the last 2 evaluations" in capsys.readouterr().out
 
     before = {path: path.stat().st_mtime_ns for path in Path(config.output_dir).rglob("*")}
     train(config)

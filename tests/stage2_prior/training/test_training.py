@@ -118,8 +118,8 @@ def test_generation_config_lets_only_codes_through(tiny_runs):
         ({"model.num_hiden_layers": 3}, r"model\.num_hiden_layers: .*did you mean 'num_hidden_layers'\?"),
         ({"model.model_type": "lama"}, r"model\.model_type: received 'lama'; .*did you mean 'llama'\?"),
         ({"model": {"hidden_size": 8}}, r"model\.model_type: "),
-        ({"model.vocab_size": 99}, r"model\.vocab_size: .*the code store decides it"),
-        ({"model.max_position_embeddings": 99}, r"model\.max_position_embeddings: .*the code store decides it"),
+        ({"model.vocab_size": 99}, r"model\.vocab_size: .*the code store determines it"),
+        ({"model.max_position_embeddings": 99}, r"model\.max_position_embeddings: .*the code store determines it"),
         ({"training_arguments.lable_smoothing_factor": 0.1}, r"did you mean 'label_smoothing_factor'\?"),
         ({"training_arguments.learning_rate": 0.1}, r"training_arguments\.learning_rate: .*at the top level"),
         ({"condition_droput": 0.1}, r"condition_droput: .*did you mean 'condition_dropout'\?"),
@@ -209,7 +209,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(make_config, tmp_path, wanted):
 
 @pytest.mark.parametrize("changes", [{"num_views": 5}, {"data.use_labels": False}], ids=str)
 def test_codes_that_are_not_those_of_the_configuration_are_refused(make_config, changes):
-    with pytest.raises(ConfigError, match=next(iter(changes)).partition(".")[0] + r": .* was made with"):
+    with pytest.raises(ConfigError, match=next(iter(changes)).partition(".")[0] + r": .* was written with"):
         train(make_config(**changes))
 
 
