@@ -330,7 +330,7 @@ CASES = {
         "--tokenizer $folder/other",
         {"tokenizer": "codes are of another"},
     ),
-    "codes of other images": ("stage2", "--num_views 3", {"num_views": "was written with 2, but the configuration has 3"}),
+    "codes of other images": ("stage2", "--num_views 3", {"num_views": "written with 2, but the configuration has 3"}),
     "missing tokenizer of a pipeline": ("build", "--tokenizer ./no", {"tokenizer": "there is no such folder"}),
     "missing prior": ("build", "--prior ./no", {"prior": "this folder holds no trained prior"}),
     "prior of another tokenizer": (
