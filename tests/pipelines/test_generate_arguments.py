@@ -1,4 +1,4 @@
-"""Arguments that `generate` refuses: each ends in a line that names it, the value, and what is allowed."""
+"""Arguments that `generate` refuses. The message names the argument, the value and what is allowed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The pipeline: what it generates, what its folder holds, and what it refuses."""
+"""The pipeline: generation, the files of its folder, and arguments that it refuses."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_guidance(tiny_pipeline):
         for labels, options in [
             ([2] * 4, {"guidance_scale": 1.0}),
             ([2] * 4, {}),
-            ([2] * 4, {"guidance_scale": 0.0}),  # 0 leaves nothing of the class
+            ([2] * 4, {"guidance_scale": 0.0}),  # scale 0 ignores the class
             (None, {"num_images": 4}),
             ([2] * 4, {"guidance_scale": 8.0}),
         ]

@@ -1,4 +1,4 @@
-"""Grids of samples: what they show, where they go, that they change nothing, and what they need."""
+"""Grids of samples: their images, their files, that they do not change the training, and their requirements."""
 
 import shutil
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def grids(config: Stage2Config) -> dict[str, bytes]:
 
 
 def test_a_grid_shows_what_the_pipeline_generates(with_grids, tiny_runs, tmp_path):
-    """Two rows of ten classes; the last grid is of the weights that are saved as the prior."""
+    """Two rows of ten classes. The last grid shows samples of the weights that are saved as the prior."""
     pipeline = build(
         BuildConfig(tokenizer=str(tiny_runs.vqgan), prior=with_grids.output_dir, output_dir=str(tmp_path / "pipeline"))
     )
