@@ -208,7 +208,7 @@ GAMES = [
 
 
 def run_games(folder: Path) -> None:
-    """Four steps with every adversarial loss on eight images in two micro batches; saves both models."""
+    """Four steps with every adversarial loss on eight images in two micro-batches; saves both models."""
     accelerator = Accelerator(gradient_accumulation_steps=2)
     # The gradient of a penalty jumps where the input of a LeakyReLU changes its sign. With these images, rounding
     # changes no sign. (With seed 0, a change of the images by 1e-7 moves a weight by 4e-5, even on one process.)
