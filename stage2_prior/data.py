@@ -23,7 +23,7 @@ class CodeDataset(Dataset):
 
     Args:
         split: rows of a code store.
-        layout: the token space.
+        layout: the token layout.
         condition_dropout: fraction of the sequences in which the null token replaces the condition.
         seed: a hash of (seed, epoch, row) selects these sequences.
     """

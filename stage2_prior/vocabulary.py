@@ -1,4 +1,4 @@
-"""One token space for codes and conditions.
+"""The token layout: one vocabulary for codes and conditions.
 
     [0, K)        image codes
     [K, K + C)    classes

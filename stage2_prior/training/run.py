@@ -118,7 +118,7 @@ class Training:
         request: states after every step whether a signal asks to stop.
         arguments: arguments of Trainer.
         store: the code store.
-        layout: the token space.
+        layout: the token layout.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class Training:
 
 
 def open_codes(config: Stage2Config) -> tuple[CodeStore, TokenLayout]:
-    """The code store, and the token space of a prior over its codes.
+    """The code store, and the token layout of a prior over its codes.
 
     The prior learns the null token if it has no classes, or if training uses condition dropout.
 
