@@ -1,1 +1,1 @@
-"""Measurements of what the project claims to be fast at."""
+"""Benchmarks: the speed and memory of the project, compared with other libraries."""

@@ -1,4 +1,4 @@
-"""One line of a comparison: lanes that do the same work, what they are checked for first, and what limits them."""
+"""One case of a benchmark: lanes that do the same work. Their results are compared before they are timed."""
 
 import gc
 import math
@@ -13,10 +13,10 @@ import torch
 from benchmarks.machine import Ceilings
 from benchmarks.measuring import interleaved, peak_memory, ratio, repeats_for, seconds_of, summary
 
-# The product's lane, which all others are compared with.
+# Name of this project's lane. All other lanes are compared with it.
 OURS = "tessella"
 
-# Shortest time of a turn on a GPU, so that waiting for it does not count.
+# Shortest time of a turn on a GPU. In a long turn, the synchronization takes a negligible part.
 SHORTEST_TURN = 0.02
 
 Prepared = Callable[[], Any]
@@ -27,19 +27,19 @@ class Case:
     """Lanes that do the same work.
 
     Attributes:
-        row: its name for `--rows`.
-        setting: what distinguishes it from others of the row.
-        lanes: functions (of a module, with arguments: they also run in a process of their own) that make what is made
-            once, and return what is timed. The first one is the product's.
-        agree: compares what the lanes compute, before anything is timed; returns what was found. AssertionError where
-            they do not compute the same.
-        unit, count: what a call makes, and how many of them.
-        operations: of the ideal call, of matrix products and convolutions; or what tells them.
-        floor: least seconds of a call on a machine with such ceilings; by default that of `operations`.
-        dtype: whose ceilings limit it.
-        absent: peers that are not here, and why.
-        memory: whether a call's memory can be told.
-        longest: seconds that all rounds may take together.
+        row: name of the group of cases, for `--rows`.
+        setting: description of the case within its row.
+        lanes: functions that prepare a lane and return the function to time. They are functions of a module with bound
+            arguments, because they also run in a new process. The first lane is this project's.
+        agree: compares the results of the lanes before the measurement, and returns the differences found. It raises
+            AssertionError if the lanes do not compute the same.
+        unit, count: unit of the results of a call, and their number.
+        operations: operations of matrix products and convolutions in an ideal call, or a function that returns them.
+        floor: shortest possible seconds of a call, given the ceilings of the machine; by default from `operations`.
+        dtype: dtype of the ceilings that apply.
+        absent: peers that are not installed, and the reason.
+        memory: whether the memory of a call can be measured.
+        longest: limit of the seconds of all rounds together.
     """
 
     row: str
@@ -62,10 +62,12 @@ class Case:
 
 
 def measure(case: Case, device: torch.device, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
-    """Checks the lanes, then times them in turns; one that fails is told and left out, unless it is the product's.
+    """Compares the results of the lanes, then times the lanes in turns.
 
-    On a CPU the memory of a call is what the kernel counts in a fresh process beyond what was there before. On a GPU it
-    is what torch's allocator counts at the peak of a call, beyond what was there before the lane was prepared.
+    A peer's lane that fails is reported and skipped; a failure of this project's lane is an error.
+
+    On a CPU, the memory of a call is the growth of the resident memory of a new process, at its peak. On a GPU, it is
+    the growth of the memory of torch's allocator, from before the preparation of the lane to the peak of a call.
 
     Raises:
         AssertionError: the lanes do not compute the same.
@@ -81,7 +83,7 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, rounds: int) -
             seconds_of(call, device)
             first[name] = time.perf_counter() - since
             memory[name] = _memory(prepare, call, device, held) if case.memory else None
-        except Exception as error:  # a peer that fails does not hinder the others
+        except Exception as error:  # the other lanes are measured anyway
             if name == OURS:
                 raise
             failed[name] = f"{type(error).__name__}: {error}"
@@ -122,7 +124,7 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, rounds: int) -
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes that torch holds on a GPU."""
+    """Bytes that torch has allocated on a GPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
@@ -137,7 +139,7 @@ def _memory(prepare: Callable[[], Prepared], call: Prepared, device: torch.devic
 
 
 def forget(device: torch.device) -> None:
-    """Frees what a case has left: compiled code, graphs, memory."""
+    """Frees the compiled code, graphs and memory of a case."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -145,7 +147,7 @@ def forget(device: torch.device) -> None:
 
 
 def lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Lines of the table of a case."""
+    """The rows of the table for a case."""
     return [
         {
             "row": result["row"],
@@ -168,5 +170,5 @@ def lines(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def shown(value: float | None) -> str:
-    """A number, or a dash."""
+    """A number as text; a dash for None."""
     return "–" if value is None else f"{value:g}"

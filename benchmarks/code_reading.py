@@ -1,9 +1,9 @@
 """Time to read a batch of 256 rows of 256 codes, compared with `datasets.Dataset` in torch format and the
 `default_data_collator` of transformers: `python -m benchmarks.code_reading [--shards 1 8 128] [--rounds 51]`.
 
-All lanes read the same Arrow files, in random order over all shards, without worker processes. "tessella" makes the
-training batch, with condition dropout, through a DataLoader; "alone" makes it without the DataLoader; "datasets" only
-reads and stacks codes and labels, through a DataLoader. The batches are compared before the measurement.
+All lanes read the same Arrow files, in random order over all shards, without worker processes. "tessella" builds the
+training batch, with condition dropout, through a DataLoader. "alone" does the same without the DataLoader. "datasets"
+only reads and stacks codes and labels, through a DataLoader. The batches are compared before the measurement.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def write_split(folder: Path, num_shards: int) -> list[int]:
 
 
 def batches(name: str, folder: Path, shard_rows: list[int]) -> Iterator[dict[str, Any]]:
-    """Endless batches of a lane; the order is the same in all lanes."""
+    """Yields batches of a lane without end. The order is the same in all lanes."""
     sampler = IndexSampler(ROWS, BATCH_SIZE, 0, 10**9, seed=0)
     ours = CodeDataset(CodeSplit(folder, "train", shard_rows), LAYOUT, condition_dropout=0.1)
     if name == "alone":
@@ -68,7 +68,7 @@ def measure(num_shards: int, rounds: int) -> dict[str, Any]:
         ours, same, theirs = (next(reader) for reader in readers.values())
         assert all(torch.equal(ours[column], same[column]) for column in ours), "the DataLoader changes a batch"
         kept = ours["input_ids"][:, 0] != LAYOUT.null_token
-        assert torch.equal(ours["labels"], theirs["codes"]), "the lanes read other codes"
+        assert torch.equal(ours["labels"], theirs["codes"]), "the lanes read different codes"
         assert torch.equal(ours["input_ids"][kept, 0], LAYOUT.class_tokens(theirs["labels"])[kept]), "other labels"
         lanes: dict[str, Callable[[], Any]] = {lane: partial(read_some, reader) for lane, reader in readers.items()}
         times = interleaved(lanes, rounds)

@@ -1,12 +1,12 @@
-"""The search for the nearest code, against the formulas of others.
+"""The search for the nearest code, compared with the formulas of other libraries.
 
-Only the search of each peer is measured, without the graph, the one-hot codes and the losses that its module adds: the
-peer at its best. "original" is ‖z‖² + ‖e‖² - 2 z·e as in taming-transformers, "diffusers" torch.cdist as in its
-VQModel, "vector-quantize-pytorch" its Euclidean search.
+Only the search of each peer is measured, without the autograd graph, one-hot codes and losses of its module. "original"
+is ‖z‖² + ‖e‖² - 2 z·e as in taming-transformers, "diffusers" is torch.cdist as in its VQModel, and
+"vector-quantize-pytorch" is its Euclidean search.
 
-Before anything is timed every lane's codes are compared with the nearest in float64. Where float32 cannot tell two
-entries apart a lane may take the other one; such flips are counted, with the largest relative difference of the two
-squared distances. Any other difference is an error.
+Before the measurement, the codes of every lane are compared with the nearest entries in float64. If two entries are
+equally near up to rounding in float32, a lane may choose either. Such flips are counted, and the largest relative
+difference of the two squared distances is reported. Any other difference is an error.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,19 +30,19 @@ VQP = "vector-quantize-pytorch"
 
 
 def original(latents: Tensor, codebook: Tensor) -> Tensor:
-    """All squared distances from the binomial formula."""
+    """The search of taming-transformers: all squared distances by the binomial formula."""
     product = torch.einsum("nd,kd->nk", latents, codebook)
     distances = latents.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * product
     return distances.argmin(1)
 
 
 def diffusers(latents: Tensor, codebook: Tensor) -> Tensor:
-    """All distances from torch.cdist."""
+    """The search of diffusers: all distances by torch.cdist."""
     return torch.cdist(latents, codebook).argmin(1)
 
 
 def vqp(latents: Tensor, codebook: Tensor) -> Tensor:
-    """vector-quantize-pytorch's own distances."""
+    """The search of vector-quantize-pytorch, with its distance function."""
     from vector_quantize_pytorch.vector_quantize_pytorch import cdist
 
     return (-cdist(latents[None], codebook[None])).argmax(-1)[0]
@@ -57,7 +57,7 @@ LANES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def inputs(size: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Normal latents `(N, D)` and codebook `(K, D)`."""
+    """Normally distributed latents `(N, D)` and codebook `(K, D)`."""
     num_latents, num_codes, dim = size
     generator = torch.Generator().manual_seed(num_codes + dim)
     latents, codebook = (torch.randn(count, dim, generator=generator) for count in (num_latents, num_codes))
@@ -65,10 +65,10 @@ def inputs(size: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Te
 
 
 def near_tie_flips(codes: Tensor, latents: Tensor, codebook: Tensor) -> dict[str, float]:
-    """How many codes are not the nearest in float64, and by how much.
+    """Counts the codes that are not the nearest in float64, and measures how much farther they are.
 
     Raises:
-        AssertionError: by more than rounding in float32 explains.
+        AssertionError: a difference is larger than rounding in float32 explains.
     """
     z, e = latents.double(), codebook.double()
     best = torch.cat(
@@ -83,21 +83,21 @@ def near_tie_flips(codes: Tensor, latents: Tensor, codebook: Tensor) -> dict[str
 
 
 def prepared(name: str, size: tuple[int, int, int], device: torch.device) -> Prepared:
-    """A lane on its inputs, after a small call that sets up the libraries it needs."""
+    """The search of a lane on its inputs, after a small call that initialises the libraries."""
     latents, codebook = inputs(size, device)
     LANES[name](latents[:16], codebook[:16])
     return torch.no_grad()(partial(LANES[name], latents, codebook))
 
 
 def agree(names: list[str], size: tuple[int, int, int], device: torch.device) -> Mapping[str, Any]:
-    """Flips of each lane."""
+    """Counts the flips of each lane."""
     latents, codebook = inputs(size, device)
     with full_precision(), torch.no_grad():
         return {name: near_tie_flips(LANES[name](latents, codebook), latents, codebook) for name in names}
 
 
 def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
-    """One for each size, in float32, which the search always has."""
+    """One case for each size, in float32, the precision of every search."""
     missing = absent({VQP: "vector_quantize_pytorch"})
     names = [name for name in LANES if name not in missing]
     for size in SIZES[suite]:

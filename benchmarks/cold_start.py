@@ -1,8 +1,8 @@
-"""From the start of Python to the first image of a saved pipeline, each time in a process of its own.
+"""Time from the start of Python to the first image of a saved pipeline. Every call starts a new process.
 
-The peer loads the same folder with transformers alone, as one does without this package: the prior by
-`AutoModelForCausalLM`, the tokenizer by `AutoModel` with the files it carries, `generate`, `decode_codes`. Both take
-the most likely codes; before anything is timed their images are compared.
+The peer loads the same folder with transformers alone: the prior by `AutoModelForCausalLM`, the tokenizer by
+`AutoModel` with the model files in the folder. It calls `generate` and `decode_codes`. Both lanes choose the most
+likely codes, and their images are compared before the measurement.
 """
 
 import copy
@@ -55,7 +55,7 @@ Image.fromarray(array).save(sys.argv[2])
 
 
 class Saved:
-    """A pipeline with fresh weights in a folder that goes when this does."""
+    """A pipeline with random weights in a temporary folder, which is removed with this object."""
 
     def __init__(self, suite: str):
         self.folder = tempfile.TemporaryDirectory()
@@ -67,7 +67,7 @@ class Saved:
         VQGANPipeline(vqgan, prior, processor, layout).save_pretrained(self.path)
 
     def start(self, lane: str, device: torch.device) -> np.ndarray:
-        """Runs a lane's program; its image."""
+        """Runs the program of a lane and returns its image."""
         file = Path(self.folder.name) / "image.png"
         command = [sys.executable, "-c", PROGRAMS[lane], str(self.path), str(file), device.type]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -78,15 +78,15 @@ class Saved:
 
 
 def prepared(lane: str, suite: str, device: torch.device) -> Prepared:
-    """A start, again and again; the first one fills the caches of the disk."""
+    """The start of a lane's program. A first start fills the disk caches."""
     return partial(Saved(suite).start, lane, device)
 
 
 def agree(suite: str, device: torch.device) -> Mapping[str, Any]:
-    """Largest difference of a pixel's brightness, of 255.
+    """The largest difference of pixel values in [0, 255].
 
     Raises:
-        AssertionError: it is above 1.
+        AssertionError: the difference is above 1.
     """
     saved = Saved(suite)
     ours, theirs = (saved.start(lane, device).astype(int) for lane in PROGRAMS)

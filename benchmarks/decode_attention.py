@@ -1,8 +1,8 @@
-"""Attention of one token of each sequence, by the kernel that samples on a GPU, and by torch.
+"""Attention of one token of each sequence: the Triton kernel of the sampler compared with torch.
 
-"torch, exact" is torch's attention over exactly the positions that are there; "torch, window" over a window of 64 · n
-positions with a mask, which is what a recorded step has without the kernel. A call is eight layers, whose keys and
-values do not fit the cache of a GPU, in one CUDA graph, as a step of sampling has them; the floor is to read them once.
+"torch, exact" is torch's attention over the written places of the cache. "torch, window" reads 64 · n places with a
+mask, as a recorded step does without the kernel. A call computes eight layers in one CUDA graph, as in a sampling step;
+their keys and values exceed the cache of a GPU. The floor is the time to read keys and values once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +17,12 @@ from benchmarks.case import OURS, Case, Prepared
 from benchmarks.machine import Ceilings
 
 LAYERS, HEADS, WIDTH, LENGTH = 8, 12, 64, 256
-# Sequences, and positions that are there.
+# Number of sequences, and of written places.
 SETTINGS = [(rows, seen) for rows in (128, 512) for seen in (LENGTH // 2 + 1, LENGTH)]
 
 
 class Inputs(NamedTuple):
-    """Random queries `(rows, heads, 1, width)`, and keys and values of each layer; the last position that is there."""
+    """Random queries `(rows, heads, 1, width)`, keys and values of each layer, and the last written place."""
 
     query: Tensor
     layers: list[tuple[Tensor, Tensor]]
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
 
 def kernel(inputs: Inputs) -> list[Tensor]:
-    """As the sampler calls it."""
+    """The Triton kernel, called as in the sampler."""
     from stage2_prior.sampling.attention_kernel import attend
 
     found = [attend(inputs.query, key, value, inputs.last, WIDTH**-0.5) for key, value in inputs.layers]
@@ -50,13 +50,13 @@ def kernel(inputs: Inputs) -> list[Tensor]:
 
 
 def exact(inputs: Inputs) -> list[Tensor]:
-    """Of as many positions as there are, which a recorded step cannot know."""
+    """torch's attention over the written places. A recorded step cannot do this, because their number changes."""
     seen = inputs.seen
     return [scaled_dot_product_attention(inputs.query, k[:, :, :seen], v[:, :, :seen]) for k, v in inputs.layers]
 
 
 def window(inputs: Inputs) -> list[Tensor]:
-    """Of a window with a mask."""
+    """torch's attention over 64 · n places with a mask."""
     size = min(-(-inputs.seen // 64) * 64, LENGTH)
     mask = (torch.arange(size, device=inputs.last.device) <= inputs.last)[None, None, None]
     return [scaled_dot_product_attention(inputs.query, k[:, :, :size], v[:, :, :size], mask) for k, v in inputs.layers]
@@ -67,7 +67,7 @@ LANES: dict[str, Callable[[Inputs], list[Tensor]]] = {OURS: kernel, "torch, exac
 
 @torch.inference_mode()
 def prepared(lane: str, rows: int, seen: int, device: torch.device) -> Prepared:
-    """All layers of a lane as a CUDA graph."""
+    """Captures all layers of a lane in a CUDA graph."""
     inputs = Inputs.random(rows, seen, device)
     LANES[lane](inputs)
     torch.cuda.synchronize(device)
@@ -84,10 +84,10 @@ def prepared(lane: str, rows: int, seen: int, device: torch.device) -> Prepared:
 
 @torch.inference_mode()
 def agree(rows: int, seen: int, device: torch.device) -> Mapping[str, Any]:
-    """Largest difference from torch's attention in float32, over its deviation.
+    """The largest difference from torch's attention in float32, divided by the standard deviation.
 
     Raises:
-        AssertionError: it is above 5e-2.
+        AssertionError: the difference is above 5e-2.
     """
     inputs = Inputs.random(rows, seen, device)
     key, value = (states[:, :, :seen].float() for states in inputs.layers[0])
@@ -103,7 +103,7 @@ def read_once(traffic: int, ceilings: Ceilings) -> float:
 
 
 def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
-    """On a GPU alone."""
+    """One case for each size, on a GPU only."""
     for rows, seen in SETTINGS if suite == "gpu" else []:
         traffic = LAYERS * 2 * rows * HEADS * seen * WIDTH * torch.bfloat16.itemsize
         yield Case(

@@ -1,7 +1,7 @@
-"""Operations and bytes of the ideal way to do a piece of work: what is computed twice somewhere counts once here.
+"""Operations and bytes of an ideal implementation, which computes nothing twice.
 
-Operations are those of matrix products and convolutions, two for a multiplication and its addition, counted as the
-models run without data.
+Only matrix products and convolutions are counted, with two operations for a multiplication and its addition. The counts
+come from forwards of the models on the device "meta", without data.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,14 @@ META = torch.device("meta")
 
 
 def count(forward: Callable[..., Any], *shape: int) -> int:
-    """Of a forward on a tensor of that shape."""
+    """Operations of a forward on a tensor of a shape."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward(torch.empty(*shape, device=META))
     return counter.get_total_flops()
 
 
 def encode_operations(config: VQGANConfig) -> int:
-    """Of the codes of one image: encoder, projection, and a product with the codebook for each latent."""
+    """Operations to encode one image: encoder, projection, and a product with the codebook for each latent."""
     with META:
         model = VQGANModel(config)
     shape = 1, config.in_channels, config.image_size, config.image_size
@@ -38,7 +38,7 @@ def encode_operations(config: VQGANConfig) -> int:
 
 
 def decode_operations(config: VQGANConfig) -> int:
-    """Of one image from its codes."""
+    """Operations to decode one image from its codes."""
     with META:
         model = VQGANModel(config)
     shape = 1, config.embed_dim, config.grid_size, config.grid_size
@@ -46,11 +46,13 @@ def decode_operations(config: VQGANConfig) -> int:
 
 
 def training_step_operations(config: Stage1Config) -> int:
-    """Of one image in a full step of stage 1.
+    """Operations for one image in a full training step of stage 1.
 
-    A backward has twice the operations of its forward, half of that where weights are frozen. Tokenizer: a forward
-    and a backward. LPIPS: forwards of image and reconstruction, and a backward to the reconstruction. Discriminator:
-    for the generator a forward and a backward to the reconstruction; for itself forwards and backwards of both images.
+    A backward has twice the operations of its forward; with frozen weights it has as many as the forward.
+    - Tokenizer: a forward and a backward.
+    - LPIPS: forwards of image and reconstruction, and a backward to the reconstruction.
+    - Discriminator, in the generator's update: a forward and a backward to the reconstruction.
+    - Discriminator, in its own update: forwards and backwards of image and reconstruction.
     """
     model = config.vqgan_config()
     image = 1, model.in_channels, model.image_size, model.image_size
@@ -68,17 +70,17 @@ def training_step_operations(config: Stage1Config) -> int:
 def decode_floor(
     config: PreTrainedConfig, rows: int, length: int, num_codes: int, dtype: torch.dtype
 ) -> Callable[[Ceilings], float]:
-    """Least seconds to write the codes of a batch one after another.
+    """Shortest possible seconds to sample the codes of a batch one after another, as a function of the ceilings.
 
-    Each position reads all matrices once, of the output layer the rows of the codes, and the keys and values of exactly
-    the positions before it; or it multiplies, whichever takes longer.
+    Each position reads all matrices once (only the codes' rows of the output layer), and the keys and values of all
+    earlier positions. Its time is that of these reads or of the multiplications, whichever takes longer.
 
     Args:
-        config: of a causal language model.
-        rows: sequences, twice the images with guidance.
-        length: codes of an image, after a prompt of one token.
+        config: configuration of a causal language model.
+        rows: number of sequences; with guidance, twice the number of images.
+        length: number of codes of an image; the prompt is one token.
         num_codes: K.
-        dtype: of weights, keys and values.
+        dtype: dtype of weights, keys and values.
     """
     with META:
         model = AutoModelForCausalLM.from_config(config)

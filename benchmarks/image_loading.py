@@ -1,14 +1,14 @@
-"""Speed of the training loader, compared with Pillow, which only decodes, in as many processes:
+"""Speed of the training loader, compared with decoding alone by Pillow in equally many processes:
 `python -m benchmarks.image_loading PARQUET_OR_FOLDER [--image_size 256] [--workers 1 2]`.
 
 "loader" is the loader of a training run. Its workers read, decode, crop and flip images, resize large squares, and
-send uint8 batches. `ImageBatch.images` resizes the other squares on the model's device; "loader_and_images" includes
-it, on the CPU, in the process that receives the batches. Pillow decodes the same files from memory, into its own image
-("load") or into an RGB array ("array").
+send uint8 batches. `ImageBatch.images` resizes the other squares on the model's device. "loader_and_images" includes
+this call, on the CPU, in the process that receives the batches. Pillow decodes the same files from memory, into its own
+image ("load") or into an RGB array ("array").
 
 The lanes take turns, so that other load on the machine affects all of them, and medians over the rounds are compared.
 `_cpu_ms` is the CPU time of the decoding processes in milliseconds per image. Other load changes it much less than the
-rates.
+images per second.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from stage1_vqgan.data.loading import training_loader
 
 
 def load(content: bytes) -> None:
-    """Decodes into Pillow's own image."""
+    """Decodes into an image of Pillow."""
     Image.open(io.BytesIO(content)).load()
 
 
@@ -50,7 +50,7 @@ class Speed(NamedTuple):
 def decoding_speed(
     decoder: Callable[[bytes], None], contents: Sequence[bytes], processes: int, seconds: float
 ) -> Speed:
-    """Speed of processes that each decode for some seconds after a warm-up."""
+    """Speed of several processes. Each decodes for `seconds` after a warm-up."""
     with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as pool:
         results = [pool.apply_async(_decode_for, (decoder, contents, seconds)) for _ in range(processes)]
         speeds = [result.get() for result in results]
@@ -68,7 +68,7 @@ def _decode_for(decoder: Callable[[bytes], None], contents: Sequence[bytes], sec
 
 
 def loading_speed(dataset: ImageDataset, batch_size: int, workers: int, seconds: float, images: bool) -> Speed:
-    """Speed of the training loader after a warm-up; with `images`, including the model's input, on the CPU."""
+    """Speed of the training loader after a warm-up; with `images`, it includes `ImageBatch.images` on the CPU."""
     sampler = TrainingSampler(dataset.source.num_images or 0, batch_size, 0, 10**6, seed=0)
     batches = iter(training_loader(dataset, sampler, workers, pin_memory=False))
     for _ in range(4 * workers):  # wait for the workers to start, and use up the batches that they prepared meanwhile

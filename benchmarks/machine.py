@@ -1,4 +1,4 @@
-"""What was measured on: versions, commit, date and processor; and the best that the machine does, measured beside."""
+"""The machine of a measurement: versions, commit, date and processor, and its measured peak performance."""
 
 import datetime
 import os
@@ -31,12 +31,12 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best of a few runs on random numbers: no work on this machine is faster than these allow.
+    """Peak performance, the best of a few runs on random numbers. It limits the speed of all work on this machine.
 
     Attributes:
         matmul: floating-point operations per second of a large matrix product.
-        conv: the same of a 3×3 convolution of 128 channels, channels-last.
-        copy: bytes per second of a large copy, those read and those written.
+        conv: floating-point operations per second of a 3×3 convolution of 128 channels, channels-last.
+        copy: bytes per second of a large copy; bytes read and bytes written both count.
     """
 
     matmul: float
@@ -44,17 +44,17 @@ class Ceilings:
     copy: float
 
     def seconds(self, operations: float, traffic: float = 0.0) -> float:
-        """The least time for so many operations and bytes."""
+        """The shortest possible seconds for a number of operations and a number of bytes."""
         return max(operations / self.matmul, traffic / self.copy)
 
     def as_json(self) -> dict[str, float]:
-        """Rounded, in units of 10⁹."""
+        """The values in units of 10⁹, rounded."""
         return {f"{name}_g": round(value / 1e9, 1) for name, value in asdict(self).items()}
 
 
 @torch.no_grad()
 def ceilings(device: torch.device, dtype: torch.dtype, rounds: int = 7) -> Ceilings:
-    """Measures them, in about a second, with the threads that are set."""
+    """Measures the ceilings in about a second, with the current number of threads."""
     is_gpu = device.type != "cpu"
     side, batch, size = (8192, 64, 128) if is_gpu else (1024, 4, 32)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -79,7 +79,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, rounds: int = 7) -> Ceili
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 is float32 inside, not TF32, which is the default of convolutions on a GPU."""
+    """Inside this context, float32 computes without TF32, the default of convolutions on a GPU."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -89,7 +89,7 @@ def full_precision() -> Iterator[None]:
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """What is measured, on which machine, and how busy others keep it."""
+    """Versions, commit and machine of a measurement, and the load of the machine."""
     versions = {}
     for name in PACKAGES:
         try:

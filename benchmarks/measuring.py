@@ -1,4 +1,4 @@
-"""How it is measured: lanes that take turns, their times and ratios, and the memory of a call."""
+"""Methods of measurement: times of lanes that take turns, ratios of times, and the memory of a call."""
 
 import math
 import multiprocessing
@@ -14,17 +14,17 @@ import torch
 
 from stage2_prior.training.throughput import synchronize
 
-# A lane whose median is so much above its minimum met others who use the machine.
+# If the median of a lane exceeds its minimum by this factor, other load has disturbed it.
 CONTAMINATED = 1.3
 
 CPU = torch.device("cpu")
 
-# Modules that import what lanes need.
+# Modules to import once in the process from which new processes are forked.
 HEAVY = [f"benchmarks.{name}" for name in ("training_step", "tokenizer", "prior_training", "sampling")]
 
 
 class Times(NamedTuple):
-    """Seconds of every call of a lane: on the clock, and of CPU time of all threads."""
+    """Seconds of every call of a lane: wall-clock time, and CPU time of all threads."""
 
     wall: list[float]
     cpu: list[float]
@@ -37,14 +37,15 @@ def interleaved(
     device: torch.device = CPU,
     repeats: Mapping[str, int] | None = None,
 ) -> dict[str, Times]:
-    """Times of the lanes, which take turns, so that what else the machine does meets all of them.
+    """Times lanes that take turns, so that other load on the machine affects all of them.
 
     Args:
-        lanes: what is called.
-        rounds: turns of each lane that count.
-        warmup: turns before them.
-        device: that is waited for before the clock is read.
-        repeats: calls in one turn, whose mean is kept; waiting for the device costs less then. One by default.
+        lanes: the functions to call.
+        rounds: number of measured turns of each lane.
+        warmup: number of turns before the measurement.
+        device: the device to wait for before the clock is read.
+        repeats: number of calls in one turn, whose mean is recorded. More calls reduce the cost of waiting for the
+            device. By default 1.
     """
     times = {name: Times([], []) for name in lanes}
     for number in range(warmup + rounds):
@@ -62,7 +63,7 @@ def interleaved(
 
 
 def summary(times: Times) -> dict[str, float | bool]:
-    """Median, minimum and 90th percentile on the clock in milliseconds, and whether the lane was disturbed."""
+    """Median, minimum and 90th percentile of the wall-clock time in ms, and whether other load disturbed the lane."""
     median, least = statistics.median(times.wall), min(times.wall)
     return {
         "median_ms": round(1e3 * median, 3),
@@ -73,8 +74,10 @@ def summary(times: Times) -> dict[str, float | bool]:
 
 
 def ratio(numerator: Times, denominator: Times) -> dict[str, float]:
-    """Of two lanes, round by round: the median, the range that holds 80 % of the rounds, and the median by CPU time,
-    which others on the machine hardly change; and of the two minima."""
+    """Ratio of the times of two lanes, round by round: median, 10th and 90th percentile, and median of the CPU times.
+
+    Also the ratio of the minima. Other load hardly changes the CPU times.
+    """
     by_wall, by_cpu = ([a / b for a, b in zip(*pair, strict=True)] for pair in zip(numerator, denominator, strict=True))
     return {
         "median": round(statistics.median(by_wall), 2),
@@ -86,36 +89,36 @@ def ratio(numerator: Times, denominator: Times) -> dict[str, float]:
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Linear between the values."""
+    """The q-quantile of values, with linear interpolation."""
     return torch.tensor(values, dtype=torch.float64, device="cpu").quantile(q).item()
 
 
 def repeats_for(seconds: float, least: float) -> int:
-    """Calls of so many seconds each that take at least a certain time together."""
+    """Number of calls of `seconds` each that take at least `least` seconds together."""
     return max(1, math.ceil(least / max(seconds, 1e-6)))
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Of one call."""
+    """Wall-clock seconds of one call."""
     return interleaved({"": call}, 1, 0, device)[""].wall[0]
 
 
 def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> int:
-    """Bytes of resident memory that a call needs beyond what its process held before, at its peak, in a fresh process.
+    """Bytes by which a call raises the resident memory of a new process, at the peak.
 
-    The kernel counts, so memory of the math libraries is in it, which torch's allocator does not see. Blocks above
-    64 KB go back to the system when they are freed (`MALLOC_MMAP_THRESHOLD_`), so that what was used before does
-    not hide what is needed now. Linux only.
+    Resident memory includes the memory of the math libraries, which torch's allocator does not count. Freed blocks
+    above 64 KB return to the system (`MALLOC_MMAP_THRESHOLD_`). Otherwise the call could reuse memory that was freed
+    before, and the measurement would miss it. Linux only.
 
     Args:
-        prepare: a function of a module, called in the process with `arguments`; what it returns is measured.
+        prepare: a function of a module. The new process calls it with `arguments`, and measures a call of its result.
 
     Raises:
         OSError: the kernel's high-water mark cannot be reset here.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(HEAVY)  # imported once, not by every process
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # read by glibc when the server of processes starts
+    context.set_forkserver_preload(HEAVY)  # imported once, not in every process
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # glibc reads it when the fork server starts
     try:
         with ProcessPoolExecutor(1, context) as pool:
             return pool.submit(_peak, prepare, arguments).result()
@@ -127,12 +130,12 @@ def _peak(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...])
     torch.set_num_threads(1)
     call = prepare(*arguments)
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     call()
     return _status("VmHWM") - before
 
 
 def _status(field: str) -> int:
-    """Bytes, of a field of /proc/self/status."""
+    """A field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

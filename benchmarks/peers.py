@@ -1,19 +1,19 @@
-"""Which peers are here."""
+"""Finds the peers that are not installed."""
 
 from collections.abc import Mapping
 from importlib import import_module
 
 
 def absent(modules: Mapping[str, str]) -> dict[str, str]:
-    """Why those of the named peers that cannot be imported are left out.
+    """The peers that cannot be imported, and the reason for each.
 
     Args:
-        modules: of each peer the module that has to be importable.
+        modules: for each peer, the name of its module.
     """
     reasons = {}
     for peer, module in modules.items():
         try:
             import_module(module)
-        except Exception as error:  # some fail on the versions of what they need, each in its own way
+        except Exception as error:  # an incompatible version of a dependency can raise any exception
             reasons[peer] = f"{type(error).__name__}: {error}"
     return reasons

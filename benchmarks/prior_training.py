@@ -1,11 +1,11 @@
-"""A step of stage 2, against transformers' Trainer at its defaults on the same codes.
+"""A training step of stage 2, compared with transformers' Trainer with default settings on the same codes.
 
-The peer is what one would write without this package: `Trainer(model, TrainingArguments(...), train_dataset)`, whose
-data set is a `datasets.Dataset` of `input_ids` (a condition token, then the codes) and `labels` lists. Architecture,
-weights, batch size and precision are the same in all lanes, the optimizer is Trainer's default; averaging of weights,
-which the peer has not, is off. "compiled" lanes have `torch_compile` true; they are measured on a GPU.
+The peer is `Trainer(model, TrainingArguments(...), train_dataset)`, the usual code without this package. Its data set
+is a `datasets.Dataset` with lists `input_ids` (a condition token, then the codes) and `labels`. Architecture, weights,
+batch size and precision are the same in all lanes, and the optimizer is Trainer's default. The weight average is off,
+because the peer has none. "compiled" lanes set `torch_compile` true; they are measured on a GPU.
 
-Before anything is timed the losses of three steps on the same batches, at attention dropout 0, are compared.
+Before the measurement, the losses of three steps on the same batches are compared, with attention dropout 0.
 """
 
 import tempfile
@@ -36,7 +36,7 @@ from stage2_prior.training.trainer import PriorTrainer
 
 
 class Setting(NamedTuple):
-    """A preset, what is changed of it, its codebook, grid and classes."""
+    """A preset, changes of its settings, and the codebook size, grid and classes of the codes."""
 
     preset: str
     num_codes: int
@@ -46,7 +46,7 @@ class Setting(NamedTuple):
 
 
 def llama(layers: int, width: int, heads: int, batch: int) -> Setting:
-    """A prior of the ImageNet preset's kind, of LlamaGen's sizes."""
+    """The prior of the ImageNet preset in a size of LlamaGen."""
     inner = -(-width * 8 // 3 // 256) * 256
     sizes = {
         "num_hidden_layers": layers,
@@ -75,7 +75,7 @@ ALL_SETTINGS = {name: setting for settings in SETTINGS.values() for name, settin
 PLAIN = "plain Trainer"
 ROWS = 8192
 
-# So that the optimizer is that of TrainingArguments' defaults; nothing but steps.
+# The optimizer has the defaults of TrainingArguments. The run only takes steps: no logs, evaluations or checkpoints.
 COMMON = {
     "max_steps": 10**6,
     "eval_steps": 10**6,
@@ -93,7 +93,7 @@ COMMON = {
 
 
 def make(lane: str, setting: str, device: torch.device, folder: Path, **changes: Any) -> Trainer:
-    """The trainer of a lane, with the same weights and codes in all."""
+    """Builds the trainer of a lane. Weights and codes are the same in all lanes."""
     preset, num_codes, grid, classes, of_setting = ALL_SETTINGS[setting]
     values = {**COMMON, **of_setting, "output_dir": str(folder / "run"), **changes}
     values["training_arguments.torch_compile"] = lane.endswith("compiled")
@@ -124,7 +124,7 @@ def make(lane: str, setting: str, device: torch.device, folder: Path, **changes:
 def plain_trainer(
     model: PreTrainedModel, ours: TrainingArguments, data: CodeDataset, batch_size: int, device: torch.device
 ) -> Trainer:
-    """transformers' own at its defaults; its rows are in the order of ours, with the same conditions dropped."""
+    """transformers' Trainer with defaults. Its rows have the same order and the same dropped conditions as ours."""
     is_check = ours.max_steps < 10
     arguments = TrainingArguments(
         output_dir=str(ours.output_dir),
@@ -150,10 +150,10 @@ def plain_trainer(
 
 
 class Steps(TrainerCallback):
-    """Takes the steps of a lane's trainer, each when it is called; the trainer runs in a thread of its own."""
+    """Runs a lane's trainer in its own thread. Each call lets the trainer take one step."""
 
     def __init__(self, lane: str, setting: str, device: torch.device):
-        self.folder = tempfile.TemporaryDirectory()  # goes when this does
+        self.folder = tempfile.TemporaryDirectory()  # removed with this object
         self.ended = False
         self.error: BaseException | None = None
         trainer = make(lane, setting, device, Path(self.folder.name))
@@ -178,7 +178,7 @@ class Steps(TrainerCallback):
             raise RuntimeError("the training ended") from self.error
 
     def end(self) -> None:
-        """Ends the training, whose memory is free then."""
+        """Ends the training and frees its memory."""
         self.ended = True
         self.go.release()
         self.thread.join()
@@ -193,7 +193,7 @@ class Steps(TrainerCallback):
     def _wait(self) -> None:
         self.done.release()
         self.go.acquire()
-        torch.set_num_threads(self.threads)  # which every thread has of its own
+        torch.set_num_threads(self.threads)  # each thread has its own setting
 
     def __call__(self) -> None:
         self.threads = torch.get_num_threads()
@@ -202,7 +202,7 @@ class Steps(TrainerCallback):
 
 
 def losses(lane: str, setting: str, device: torch.device) -> list[float]:
-    """Of the first three steps."""
+    """The losses of the first three steps."""
     with tempfile.TemporaryDirectory() as folder:
         changes = {"max_steps": 3, "eval_steps": 10, "save_steps": 10, "logging_steps": 1}
         trainer = make(lane, setting, device, Path(folder), **changes, **{"model.attention_dropout": 0.0})
@@ -211,10 +211,10 @@ def losses(lane: str, setting: str, device: torch.device) -> list[float]:
 
 
 def agree(setting: str, bf16: bool, device: torch.device) -> Mapping[str, Any]:
-    """Largest relative difference of a loss from the plain Trainer's.
+    """The largest relative difference of a loss from the loss of the plain Trainer.
 
     Raises:
-        AssertionError: it is above 1e-5, in bfloat16 1e-3.
+        AssertionError: the difference is above 1e-5, or in bfloat16 above 1e-3.
     """
     expected, found = losses(PLAIN, setting, device), losses(OURS, setting, device)
     assert len(found) == len(expected) == 3, found
@@ -224,17 +224,17 @@ def agree(setting: str, bf16: bool, device: torch.device) -> Mapping[str, Any]:
 
 
 def prepared(lane: str, setting: str, device: torch.device) -> Prepared:
-    """A step of a lane, after two that made what is made once."""
+    """A step of a lane, after two steps for the set-up."""
     steps = Steps(lane, setting, device)
     for _ in range(2):
         steps()
-    call = partial(steps)  # all other references are the thread's
+    call = partial(steps)  # the thread holds all other references
     weakref.finalize(call, steps.end)
     return call
 
 
 def operations(setting: str) -> float:
-    """Of a step."""
+    """Operations of a step."""
     preset, num_codes, grid, classes, changes = ALL_SETTINGS[setting]
     config = load_config(Stage2Config, preset, {**COMMON, **changes})
     layout = TokenLayout(num_codes, tuple(map(str, range(classes))), grid, 4, "")
@@ -245,7 +245,7 @@ def operations(setting: str) -> float:
 
 
 def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
-    """One for each setting."""
+    """One case for each setting."""
     datasets.disable_progress_bars()
     compiled = [f"{OURS}, compiled"] if suite == "gpu" else []
     names = [OURS, *compiled, PLAIN, *([f"{PLAIN}, compiled"] if compiled else [])]

@@ -1,14 +1,13 @@
 """Every quantizer at equal steps and bits on Fashion-MNIST:
 `python -m benchmarks.quantizers --data FOLDER [--steps 100]`, FOLDER with the parquet files of both splits.
 
-Each trains the same VQ-VAE (no LPIPS, no discriminator: what differs is the quantizer) by `stage1_vqgan.training.train`
-with the same seed, to 8×8 codes of 10 bits an image. The metrics are those of the run's last evaluation, over the whole
-test split.
-A quantizer has the width it is commonly used with: 5 channels of 4 levels for FSQ, 10 bits for LFQ, 8 else; `vq-l2` is
-VQ on the unit sphere.
+`stage1_vqgan.training.train` trains the same VQ-VAE with each quantizer: without LPIPS and discriminator, with the same
+seed, and with 8×8 codes of 10 bits per image. The metrics come from the last evaluation of the run, over the whole test
+split. The width is the usual one of each quantizer: 5 channels of 4 levels for FSQ, 10 bits for LFQ, and 8 channels for
+the others. `vq-l2` is VQ on the unit sphere.
 
-A step's time is measured apart: the quantizers take turns, step by step, on one batch.
-Writes `quantizers.json` and for each quantizer a grid of test images above their reconstructions.
+The time of a step is measured separately: the quantizers take turns, step by step, on one batch.
+The results are `quantizers.json` and, for each quantizer, a grid of test images above their reconstructions.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from stage1_vqgan.data.samplers import some_images
 from stage1_vqgan.training.run import train
 from stage1_vqgan.training.step import VQGANTrainer
 
-# Fields of VQGANConfig, by the name in the table.
+# Fields of VQGANConfig, by the name of the quantizer in the table.
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "vq": {"quantizer": "vq", "embed_dim": 8},
     "vq-l2": {"quantizer": "vq", "embed_dim": 8, "quantizer_options": {"l2_normalize": True}},
@@ -55,7 +54,7 @@ NUM_SHOWN = 16
 
 
 def settings(name: str, data: str, steps: int, output_dir: str) -> Stage1Config:
-    """The run of one quantizer."""
+    """The settings of the run with one quantizer."""
     values: dict[str, Any] = {
         "output_dir": output_dir,
         "max_steps": steps,
@@ -82,14 +81,14 @@ def test_images(config: Stage1Config) -> ImageDataset:
 
 
 def trained(name: str, data: str, steps: int) -> tuple[VQGANModel, dict[str, Any]]:
-    """The tokenizer of a run, and its metrics on the test split."""
+    """Trains a tokenizer; returns it and its metrics on the test split."""
     with tempfile.TemporaryDirectory() as folder:
         model = train(settings(name, data, steps, folder))
         return model, json.loads((Path(folder) / "train_results.json").read_text())
 
 
 def save_grid(model: VQGANModel, dataset: ImageDataset, path: Path) -> None:
-    """Test images above their reconstructions."""
+    """Saves a grid of test images above their reconstructions."""
     originals = dataset.__getitems__(some_images(dataset.source, NUM_SHOWN)).images()
     with torch.no_grad():
         pair = torch.cat([originals, model(originals).reconstruction])
@@ -98,7 +97,7 @@ def save_grid(model: VQGANModel, dataset: ImageDataset, path: Path) -> None:
 
 
 def step_times(names: list[str], data: str, rounds: int) -> dict[str, dict[str, Any]]:
-    """Of every quantizer: time of a training step, and over that of VQ."""
+    """The time of a training step with each quantizer, and its ratio to the time with VQ."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     accelerator, lanes = Accelerator(cpu=True), {}
@@ -116,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantizers", description=__doc__)
     parser.add_argument("--data", required=True, help="folder with the parquet files")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=10, help="of the measurement of a step's time")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds in the measurement of the time of a step")
     parser.add_argument("--quantizers", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS))
     parser.add_argument("--output_dir", default="runs/benchmarks/quantizers")
     args = parser.parse_args()

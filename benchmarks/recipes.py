@@ -1,25 +1,28 @@
 """Both stages of a preset within some minutes, evaluated:
 `python -m benchmarks.recipes fashion_mnist --data FOLDER [--minutes 10] [--original]`.
 
-Every stage's speed is measured in a short run of its own, and the steps that fit its share of the minutes are taken:
-tokenizer, codes, prior, evaluation, by the public functions, with the preset's settings. Warm-up and the start of the
-adversarial game keep their share of the steps. The minutes are those of the four; measuring comes on top.
-The same command goes on where it was interrupted, with the steps that were decided before.
+The recipe runs tokenizer training, encoding, prior training and evaluation, by the public functions and with the
+settings of the preset. A short run measures the speed of each training, which determines the number of steps that fit
+into its share of the minutes. Warm-up and the start of the adversarial loss scale with the number of steps. The minutes
+do not include these measurements. After an interruption, the same command continues with the same numbers of steps.
 
-FOLDER has the parquet files of both splits. LPIPS is off (`--perceptual none`), or on features of a network that was
-never trained (`random`), unless torchvision's weights are there (`pretrained`).
+FOLDER holds the parquet files of both splits. `--perceptual none` trains without LPIPS, `random` with LPIPS on a random
+network, and `pretrained` with torchvision's weights.
 
-`--original` trains the original's recipe in the same minutes, by settings of the product (`ORIGINAL_STAGE1`,
-`ORIGINAL_STAGE2`; Esser et al. 2021 and the released code): its rule for the learning rates, constant; Adam's betas; no
-averaged weights, clipping, k-means or restarts; codes as wide as the latents, not normalised, with the codebook loss of
-the paper; the discriminator trained from where it acts on; a GPT-2 with learned positions, no dropout; no dropped
-conditions, so no guidance; no augmentation. Sizes of the models and of the batches, LPIPS and bfloat16 are the
-preset's, and the best evaluation of the prior is shipped, as there. What settings cannot say: its second forward of
-the generator for the discriminator's update (it would be slower), positions that begin at zero, and class tokens that
-share the rows of codes.
+`--original` trains the recipe of the original (Esser et al. 2021 and the released code) in the same minutes, by the
+settings `ORIGINAL_STAGE1` and `ORIGINAL_STAGE2`:
+- its rule for the learning rates, constant, and Adam's betas;
+- no weight average, gradient clipping, k-means or restarts;
+- codes as wide as the latents, not normalised, with the codebook loss of the paper;
+- a discriminator that trains only once the adversarial loss has started;
+- a GPT-2 with learnt positions and without dropout;
+- no condition dropout, so no guidance, and no augmentation.
+The sizes of models and batches, LPIPS and bfloat16 are those of the preset. As in the original, the prior of the best
+evaluation is saved. Three parts of the original cannot be set: the second forward of the generator in the update of the
+discriminator (it would be slower), positions that begin at zero, and class tokens that share the embeddings of codes.
 
-Leaves `results.json`, `samples.png` and `reconstructions.png` in the output folder, models and logs in `--runs`.
-TQDM_MININTERVAL=60 keeps the progress bars to a line a minute.
+The output folder gets `results.json`, `samples.png` and `reconstructions.png`, the folder `--runs` models and logs.
+TQDM_MININTERVAL=60 reduces the progress bars to one line per minute.
 """
 
 import argparse
@@ -53,14 +56,14 @@ from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
 from stage2_prior.training.run import train as train_prior
 
-# Of the minutes: the tokenizer gets this share, the evaluation keeps the other, the prior has what is left.
+# Fractions of the minutes for the tokenizer and for the evaluation. The prior gets the rest.
 TOKENIZER_SHARE = 0.5
 EVALUATION_SHARE = 0.1
 
-# Of a stage's time for its steps; checkpoints, and evaluations after the first, are not measured.
+# Fraction of the time of a training for its steps. The rest is for checkpoints and evaluations, which are not measured.
 MARGIN = 0.92
 
-# Evaluations of the prior, of which the best is shipped; the tokenizer ships the last weights and is evaluated once.
+# Number of evaluations: the prior of the best one is saved; the tokenizer is evaluated once, at the end.
 PRIOR_EVALUATIONS = 5
 CHECKPOINTS = 8
 
@@ -104,18 +107,18 @@ ORIGINAL_STAGE2: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Speed:
-    """How long a stage takes: seconds of a step, and of all that does not grow with the steps."""
+    """Speed of a training: seconds of a step, and fixed seconds that do not depend on the number of steps."""
 
     step: float
     fixed: float
 
     def steps_within(self, seconds: float) -> int:
-        """Optimizer steps, at least 10, that fit beside what is fixed."""
+        """Number of optimizer steps, at least 10, that fit into `seconds` with the fixed part."""
         return max(10, int(MARGIN * (seconds - self.fixed) / self.step))
 
 
 def stage1_config(args: argparse.Namespace, **changes: Any) -> Stage1Config:
-    """The tokenizer's settings; `changes` come last."""
+    """The settings of the tokenizer; `changes` override all others."""
     preset, values = f"{args.preset}/stage1", common(args, "vqgan") | PERCEPTUAL[args.perceptual] | args.stage1
     if args.original:
         config = load_config(Stage1Config, preset, values)
@@ -129,7 +132,7 @@ def stage1_config(args: argparse.Namespace, **changes: Any) -> Stage1Config:
 
 
 def stage2_config(args: argparse.Namespace, **changes: Any) -> Stage2Config:
-    """The settings of codes and prior; `changes` come last."""
+    """The settings of code store and prior; `changes` override all others."""
     folders = {"tokenizer": str(args.runs / "vqgan"), "code_store": str(args.runs / "codes")}
     preset, values = f"{args.preset}/stage2", common(args, "prior") | folders | args.stage2
     if args.original:
@@ -149,7 +152,7 @@ def evaluation_config(args: argparse.Namespace) -> EvaluationConfig:
 
 
 def common(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """What every step of a recipe is told."""
+    """The settings that all parts of a recipe share."""
     return {
         "output_dir": str(args.runs / folder),
         "data.dataset": args.data,
@@ -159,7 +162,7 @@ def common(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 
 def original_model(prior: Mapping[str, Any]) -> dict[str, Any]:
-    """The original's architecture in the size of a preset's."""
+    """The prior's architecture of the original, in the size of a preset."""
     return {
         "model_type": "gpt2",
         "n_embd": prior["hidden_size"],
@@ -174,7 +177,7 @@ def original_model(prior: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scaled(config: TrainingConfig, steps: int, evaluations: int) -> dict[str, Any]:
-    """What changes in a configuration when the run has so many steps."""
+    """The settings of a configuration that depend on the number of steps."""
     share = steps / config.max_steps
     changes: dict[str, Any] = {
         "max_steps": steps,
@@ -192,13 +195,13 @@ def scaled(config: TrainingConfig, steps: int, evaluations: int) -> dict[str, An
 def measured_speed(
     make: Callable[..., TrainingConfig], train: Callable[[Any], object], rate: str, steps: int, length: int = 1
 ) -> Speed:
-    """Of a stage, in a short run that is thrown away.
+    """Measures the speed of a stage in a short run, which is then removed.
 
     Args:
-        make: the stage's configuration with some changes.
-        train: the stage.
-        rate: in its log, of images, or of tokens of which an image has `length`.
-        steps: of the run; the last quarter is timed.
+        make: returns the configuration of the stage with some changes.
+        train: trains the stage.
+        rate: name of the logged speed, in images, or in tokens of which an image has `length`.
+        steps: number of steps of the run; the last quarter is timed.
     """
     with tempfile.TemporaryDirectory() as folder:
         starts = {} if "images" not in rate else {"loss.discriminator_start_step": 0, "loss.adversarial_start_step": 0}
@@ -214,14 +217,14 @@ def measured_speed(
 
 
 class Decisions:
-    """The steps of every stage and what measuring them took, kept in a file: a recipe that goes on keeps its steps."""
+    """The numbers of steps and the measured speeds, saved in a file, so that an interrupted recipe reuses them."""
 
     def __init__(self, path: Path):
         self.path = path
         self.known: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def steps(self, stage: str, seconds: float, measure: Callable[[], Speed]) -> int:
-        """Of a stage that may take so long; measured if they are not known."""
+        """Number of steps of a stage that may take `seconds`. Measures the speed if the file lacks it."""
         if stage not in self.known:
             started = time.perf_counter()
             speed = measure()
@@ -238,7 +241,7 @@ class Decisions:
 
 
 def run_recipe(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains and evaluates, or goes on with it; returns what is known in the end."""
+    """Runs a recipe, or continues an interrupted one; returns its results."""
     decisions, seconds = Decisions(args.runs / "steps.json"), 60 * args.minutes
     make_stage1, make_stage2 = partial(stage1_config, args), partial(stage2_config, args)
 
@@ -278,12 +281,12 @@ def run_recipe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(line: str) -> None:
-    """Prints at once, also into a pipe."""
+    """Prints a line without buffering."""
     print(line, flush=True)
 
 
 def overrides(items: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` of the command line as `{key: value}`."""
+    """Converts items `KEY=VALUE` of the command line to `{key: value}`."""
     return {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in items)}
 
 
@@ -291,15 +294,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("preset", help="fashion_mnist or cifar10, or any with stage1, stage2 and evaluate")
-    parser.add_argument("--data", required=True, help="folder with the parquet files, or whatever data.dataset takes")
+    parser.add_argument("preset", help="fashion_mnist, cifar10, or another folder with the three presets")
+    parser.add_argument("--data", required=True, help="folder of the parquet files, or another value of data.dataset")
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--original", action="store_true", help="the original's recipe")
+    parser.add_argument("--original", action="store_true", help="train the recipe of the original")
     parser.add_argument("--perceptual", choices=PERCEPTUAL, default="none")
     parser.add_argument("--num_workers", type=int, default=min(15, (os.cpu_count() or 1) - 1))
-    parser.add_argument("--probe_steps", type=int, default=80, help="of the runs that measure a stage")
+    parser.add_argument("--probe_steps", type=int, default=80, help="steps of the runs that measure the speed")
     for name in ("stage1", "stage2", "evaluate"):
-        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of it")
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of it")
     parser.add_argument("--runs", default="runs/recipes", help="folder of models and logs")
     parser.add_argument("--output_dir", default="runs/benchmarks/recipes", help="folder of results and pictures")
     args = parser.parse_args(arguments)

@@ -1,13 +1,13 @@
-"""Measures the product against its peers: `python -m benchmarks.run --suite cpu`, or `--suite gpu` on one GPU.
+"""Compares this project with other libraries: `python -m benchmarks.run --suite cpu`, or `--suite gpu` on one GPU.
 
-Lanes that do the same work are compared for equality, then timed in turns; what is told is the median of the ratios
-round by round. The machine's own best, measured in the same run, says how much of it each lane gets: "of floor" is the
-least time that this machine allows for the ideal work over the time taken, "MFU" the ideal operations of matrix
-products and convolutions over those of a large matrix product in the same time. Ideal means that what a lane computes
-twice counts once.
+A case has several lanes that do the same work. Their results are compared first. Then the lanes are timed in turns,
+and the median of the ratios of each round is reported. The same run measures the peak performance of the machine. "of
+floor" is the shortest time of the ideal work on this machine divided by the measured time. "MFU" is the number of ideal
+operations divided by the number of operations of a large matrix product in the same time. Ideal work computes nothing
+twice; only matrix products and convolutions count as operations.
 
-Peers come with `pip install 'tessella[bench]'`; one that is not there is told, and left out. Results are written after
-each case; one that fails does not hinder the next.
+`pip install 'tessella[bench]'` installs the other libraries. A library that is not installed is reported and skipped.
+Results are written after each case. A case that fails does not stop the next one.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from benchmarks.report import table, write
 
 RESULTS = Path(__file__).parent / "results"
 
-# In the order they are measured: functions of suite, device and `--data`.
+# In the order of measurement: functions of suite, device and `--data` that yield the cases of a row.
 ROWS: list[Callable[[str, torch.device, str | None], Iterator[Case]]] = [
     training_step.cases,
     tokenizer.encode_cases,
@@ -50,7 +50,7 @@ ROWS: list[Callable[[str, torch.device, str | None], Iterator[Case]]] = [
 
 
 def chosen(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    """The cases whose names contain all words of one of `--rows`, in that order; without it all of them."""
+    """The cases whose names contain all words of one of `--rows`, in the order of `--rows`; by default, all cases."""
     everything = [case for cases in ROWS for case in cases(args.suite, device, args.data)]
     if not args.rows:
         yield from everything
@@ -59,7 +59,7 @@ def chosen(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures all chosen cases; returns the number of those that failed."""
+    """Measures all chosen cases; returns the number of failed lanes and cases."""
     device = torch.device("cuda" if args.suite == "gpu" else "cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             rows += lines(measured)
             failed += [f"{case.name}, {lane}: {reason}" for lane, reason in measured["failed"].items()]
             print(f"\n{case.name}: {measured['agreement']}\n{table(lines(measured))}", flush=True)
-        except Exception as error:  # the others are measured all the same
+        except Exception as error:  # the other cases are measured anyway
             traceback.print_exc()
             failed.append(case.name)
             result["cases"].append({"row": case.row, "setting": case.setting, "error": repr(error)})
@@ -111,10 +111,10 @@ def main() -> None:
     parser.add_argument(
         "--rows", nargs="+", metavar="WORDS", help="cases whose names have all these words, by default all"
     )
-    parser.add_argument("--list", action="store_true", help="only name the cases")
+    parser.add_argument("--list", action="store_true", help="only list the names of the cases")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="of a CPU")
-    parser.add_argument("--minutes", type=float, help="no case is begun after so many")
+    parser.add_argument("--threads", type=int, help="number of CPU threads")
+    parser.add_argument("--minutes", type=float, help="start no case after this time")
     parser.add_argument("--data", help="folder or parquet file of JPEGs, for tokenization")
     parser.add_argument("--output", help="JSON file, by default benchmarks/results/SUITE-DATE.json")
     args = parser.parse_args()

@@ -1,17 +1,17 @@
-"""Sampling codes, against `transformers.generate` on the same prior; and images of classes, against it and MONAI.
+"""Sampling of codes, compared with `transformers.generate` on the same prior; and of images, also compared with MONAI.
 
-Priors are the presets' with fresh weights. `generate` has its dynamic cache (as shipped), or its static one, with which
-it compiles its forward by itself on a GPU; with guidance it gets the null token as negative prompt, without which it
-would guide by the class itself. The product's sampler is kept from call to call, as `VQGANPipeline` keeps it.
+The priors are those of the presets, with random weights. `generate` has its default dynamic cache, or its static cache,
+with which it compiles its forward on a GPU. With guidance, `generate` gets the null token as negative prompt; otherwise
+it would use the class itself. The decoder of this project is reused in every call, as in `VQGANPipeline`.
 
-Before anything is timed the lanes' greedy codes are compared in float32, with guidance or without: on a CPU all of
-them are the same; on a GPU, where rounding decides one of some ten thousand choices and all codes after it differ,
-nine images in ten. Then all of them sample at temperature 1, which is what an image needs.
+Before the measurement, the greedy codes of the lanes are compared in float32. On a CPU all images must have the same
+codes. On a GPU nine of ten images must, because rounding decides about one of ten thousand choices, and all later codes
+of that image differ. The measurement samples at temperature 1.
 
-The floor is `ideal.decode_floor`, for images with the operations of the decoder.
+The floor is `ideal.decode_floor`, plus the operations of the tokenizer's decoder for images.
 
-MONAI's `VQVAETransformerInferer` gets a transformer of as many layers and as wide as the prior and MONAI's `VQVAE` with
-the same grid of codes. They are other architectures, so there is nothing to compare but shapes.
+MONAI's `VQVAETransformerInferer` gets a transformer with the layers and width of the prior, and MONAI's `VQVAE` with
+the same grid of codes. These architectures differ from ours, so only the shapes of the images are compared.
 """
 
 import copy
@@ -39,7 +39,7 @@ from stage2_prior.sampling.options import SamplingOptions
 
 
 class Prior(NamedTuple):
-    """A preset, what is changed of it, its codebook and grid."""
+    """A preset, changes of its settings, and the codebook size and grid of its codes."""
 
     preset: str
     changes: dict[str, Any]
@@ -53,10 +53,10 @@ PRIORS = {
     "fashion_mnist": Prior("fashion_mnist/stage2", {}, 512, (8, 8)),
     "111M": Prior("imagenet256/stage2", {}, 16384, (16, 16)),
     "343M": Prior("imagenet256/stage2", LARGE, 16384, (16, 16)),
-    # for images of the narrow tokenizer that is measured on a CPU
+    # fits the narrow tokenizer of the CPU suite
     "narrow": Prior("fashion_mnist/stage2", {}, tokenizer.NARROW["num_embeddings"], (4, 4)),
 }
-# Prior, batch, guidance scale; and whether images are made of the codes.
+# Prior, batch, guidance scale, and whether the codes are decoded into images.
 Setting = tuple[str, int, float, bool]
 SETTINGS: dict[str, list[Setting]] = {
     "cpu": [
@@ -77,14 +77,14 @@ DYNAMIC, STATIC, MONAI = "generate, dynamic", "generate, static", "MONAI"
 
 
 def layout_of(name: str) -> TokenLayout:
-    """The token space of a prior."""
+    """The token layout of a prior."""
     prior = PRIORS[name]
     classes = tuple(map(str, range(1000 if prior.num_codes == 16384 else 10)))
     return TokenLayout(prior.num_codes, classes, prior.grid, 16, "benchmark")
 
 
 def make_prior(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A prior with fresh weights, spread so that its logits differ as those of a trained one."""
+    """Builds a prior with random weights, large enough that its logits vary like those of a trained prior."""
     preset, changes, *_ = PRIORS[name]
     values = {f"model.{key}": value for key, value in changes.items()}
     model = load_config(Stage2Config, preset, values).model
@@ -95,7 +95,7 @@ def make_prior(name: str, device: torch.device, dtype: torch.dtype) -> PreTraine
 
 
 def prompts_of(layout: TokenLayout, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Classes in turn, and the null token, `(B, 1)` each."""
+    """Prompts of the classes in turn, and prompts of the null token, `(B, 1)` each."""
     prompts = layout.class_tokens(torch.arange(batch) % layout.num_classes)[:, None].to(device)
     return prompts, torch.full_like(prompts, layout.null_token)
 
@@ -103,7 +103,7 @@ def prompts_of(layout: TokenLayout, batch: int, device: torch.device) -> tuple[T
 def sample(
     lane: str, prior: PreTrainedModel, layout: TokenLayout, batch: int, guidance: float, greedy: bool
 ) -> Callable[[], Tensor]:
-    """What returns int64 codes `(batch, L)`."""
+    """A function that samples int64 codes `(batch, L)`."""
     prompts, nulls = prompts_of(layout, batch, prior.device)
     if lane.startswith(OURS):
         options = SamplingOptions(guidance_scale=guidance, temperature=0.0 if greedy else 1.0)
@@ -124,7 +124,7 @@ def sample(
 
 
 def images(lane: str, prior: PreTrainedModel, suite: str, layout: TokenLayout, batch: int, guidance: float) -> Prepared:
-    """What makes pixels `(batch, 3, H, W)` in [0, 1]."""
+    """A function that generates images `(batch, 3, H, W)` in [0, 1]."""
     vqgan = copy.deepcopy(tokenizer.tokenizer(suite))
     processor = VQGANImageProcessor(vqgan.config.image_size, vqgan.config.in_channels)
     vqgan.config.fingerprint = layout.tokenizer_fingerprint
@@ -146,7 +146,7 @@ def images(lane: str, prior: PreTrainedModel, suite: str, layout: TokenLayout, b
 
 
 def monai(suite: str, name: str, batch: int, device: torch.device, dtype: torch.dtype) -> Prepared:
-    """MONAI's way from nothing to images of the same size."""
+    """A function that generates images of the same size with MONAI."""
     from monai.inferers import VQVAETransformerInferer
     from monai.networks.nets import VQVAE, DecoderOnlyTransformer
     from monai.utils import OrderingType
@@ -190,7 +190,7 @@ def monai(suite: str, name: str, batch: int, device: torch.device, dtype: torch.
 
 
 def prepared(lane: str, suite: str, setting: Setting, device: torch.device, dtype: torch.dtype) -> Prepared:
-    """A lane with a prior of its own."""
+    """Prepares a lane with a new prior."""
     name, batch, guidance, decodes = setting
     if lane == MONAI:
         return monai(suite, name, batch, device, dtype)
@@ -202,10 +202,10 @@ def prepared(lane: str, suite: str, setting: Setting, device: torch.device, dtyp
 
 @cache
 def agree(name: str, batch: int, guidance: float, device: torch.device) -> Mapping[str, Any]:
-    """Share of images whose greedy codes are all the product's, by lane.
+    """Fraction of images whose greedy codes all equal those of this project, by lane.
 
     Raises:
-        AssertionError: it is less than 1, on a GPU less than 0.9.
+        AssertionError: the fraction is below 1, or on a GPU below 0.9.
     """
     prior, layout = make_prior(name, device, torch.float32), layout_of(name)
     lanes = [OURS, DYNAMIC, *([STATIC] if device.type == "cpu" else [])]
@@ -218,7 +218,7 @@ def agree(name: str, batch: int, guidance: float, device: torch.device) -> Mappi
 
 
 def floor(suite: str, setting: Setting, dtype: torch.dtype, ceilings: Ceilings) -> float:
-    """Least seconds of a call."""
+    """Shortest possible seconds of a call."""
     name, batch, guidance, decodes = setting
     config = make_prior(name, torch.device("meta"), dtype).config
     layout = layout_of(name)
@@ -229,12 +229,12 @@ def floor(suite: str, setting: Setting, dtype: torch.dtype, ceilings: Ceilings) 
 
 
 def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
-    """One for each setting."""
+    """One case for each setting."""
     dtype = torch.bfloat16 if suite == "gpu" else torch.float32
     missing = absent({MONAI: "monai.inferers"})
     for setting in SETTINGS[suite]:
         name, batch, guidance, decodes = setting
-        # on a GPU the dynamic cache, slow and as shipped, at one batch; the static one is its best
+        # on a GPU, the slow default (dynamic) cache is measured at one batch only
         timed = [lane for lane in (OURS, DYNAMIC, STATIC) if lane != DYNAMIC or suite == "cpu" or batch == 64]
         if suite == "gpu":
             timed.insert(1, f"{OURS}, compiled")

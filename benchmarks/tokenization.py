@@ -1,8 +1,8 @@
-"""Codes of JPEGs, from files to a code store, against a plain loop over `datasets` and a DataLoader.
+"""Encoding of JPEG files into a code store, compared with a plain loop over `datasets` and a DataLoader.
 
-Without `--data` the images are tiles of scikit-learn's two photographs. The loop is what one would write with the same
-tokenizer and image processor: `Dataset.with_transform`, a DataLoader with as many processes, `encode`, `numpy.save`.
-Its codes are compared with those of the store, all of them, in float32.
+Without `--data`, the images are tiles of scikit-learn's two photographs. The loop uses the same tokenizer and image
+processor: `Dataset.with_transform`, a DataLoader with equally many processes, `encode`, `numpy.save`. All of its codes
+are compared with those of the store, in float32.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ HELD_OUT = 0.05  # every 20th image
 
 
 class Material:
-    """A saved tokenizer, and JPEGs as a parquet file, in a folder that goes when this does."""
+    """A saved tokenizer and a parquet file of JPEGs, in a temporary folder that is removed with this object."""
 
     def __init__(self, suite: str, data: str | None):
         self.folder = tempfile.TemporaryDirectory()
@@ -49,14 +49,14 @@ class Material:
         self.count = len(self.images())
 
     def images(self) -> datasets.Dataset:
-        """All of them, encoded."""
+        """All images, not decoded."""
         path = Path(self.data)
         files = [str(path)] if path.is_file() else sorted(map(str, path.glob("*.parquet")))
         return datasets.load_dataset("parquet", data_files=files, split="train").cast_column("image", datasets.Image())
 
 
 def write_tiles(folder: Path, count: int) -> Path:
-    """A parquet file of JPEGs."""
+    """Writes a parquet file of JPEGs; returns its path."""
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(array) for array in load_sample_images().images]
@@ -74,10 +74,10 @@ def write_tiles(folder: Path, count: int) -> Path:
 
 
 def store(material: Material) -> np.ndarray:
-    """The product's way; codes `(N, h · w)`, in the order of the images."""
+    """Encodes with this project; returns codes `(N, h · w)`, in the order of the images."""
     with tempfile.TemporaryDirectory(dir=material.folder.name) as folder, contextlib.redirect_stdout(io.StringIO()):
         values: dict[str, Any] = {
-            "max_steps": 1,  # of a prior, which is not trained here
+            "max_steps": 1,  # required, but no prior is trained
             "model": {"model_type": "llama"},
             "tokenizer": material.tokenizer,
             "code_store": f"{folder}/codes",
@@ -97,7 +97,7 @@ def store(material: Material) -> np.ndarray:
 
 
 class Transform:
-    """Images as the tokenizer takes them; a class, so that worker processes can have it."""
+    """Prepares images for the tokenizer. It is a class, because worker processes need to pickle it."""
 
     def __init__(self, processor: VQGANImageProcessor):
         self.processor = processor
@@ -107,7 +107,7 @@ class Transform:
 
 
 def plain_loop(material: Material, device: torch.device) -> np.ndarray:
-    """The peer's way; codes `(N, h · w)`."""
+    """Encodes with the plain loop; returns codes `(N, h · w)`."""
     model = VQGANModel.from_pretrained(material.tokenizer).to(device).eval()
     processor = VQGANImageProcessor.from_pretrained(material.tokenizer)
     rows: Any = material.images().with_transform(Transform(processor))
@@ -125,13 +125,13 @@ LANES = {OURS: lambda material, device: store(material), PLAIN: plain_loop}
 
 
 def prepared(lane: str, suite: str, data: str | None, device: torch.device) -> Prepared:
-    """A lane on files of its own."""
+    """Prepares a lane with its own files."""
     datasets.disable_progress_bars()
     return quiet(partial(LANES[lane], Material(suite, data), device))
 
 
 def quiet(call: Prepared) -> Prepared:
-    """The same without its progress bar."""
+    """The same call without its progress bar."""
 
     def without_bar() -> Any:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -141,10 +141,10 @@ def quiet(call: Prepared) -> Prepared:
 
 
 def agree(suite: str, data: str | None, device: torch.device) -> Mapping[str, Any]:
-    """Share of codes that differ.
+    """Fraction of the codes that differ.
 
     Raises:
-        AssertionError: they are more than one in a thousand.
+        AssertionError: more than one in a thousand differs.
     """
     material = Material(suite, data)
     with full_precision():
@@ -156,7 +156,7 @@ def agree(suite: str, data: str | None, device: torch.device) -> Mapping[str, An
 
 
 def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
-    """All images once, in float32."""
+    """One case: all images once, in float32."""
     count = Material(suite, data).count if data else NUM_TILES[suite]
     size = tokenizer.configuration(suite).image_size
     yield Case(

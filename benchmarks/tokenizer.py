@@ -1,9 +1,9 @@
-"""Codes from images, and images from codes, against the modules of taming-transformers and diffusers' `VQModel`.
+"""Encoding and decoding of images, compared with the modules of taming-transformers and diffusers' `VQModel`.
 
-All have the same weights. Before anything is timed codes and images are compared in float32: a code may differ where
-rounding decides between two entries, at most one in a thousand, and images by 1e-4 of their norm.
+All models have the same weights. Before the measurement, codes and images are compared in float32. One code in a
+thousand may differ, because rounding can decide between two entries. Images may differ by 1e-4 of their norm.
 
-"as shipped" is a peer as its module comes; "at its best" is channels-last and compiled. On a CPU nothing is compiled.
+"as shipped" is an unchanged module of a peer. "at its best" is channels-last and, on a GPU, compiled.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from benchmarks.peers import absent
 from configs import load_config
 from stage1_vqgan import Stage1Config, VQGANConfig, VQGANModel
 
-# The f16 layout of the original, on a CPU a quarter as wide and on images of 64 pixels.
+# The f16 layout of the original. On a CPU it has a quarter of the width, and images of 64 pixels.
 NARROW: dict[str, Any] = {
     "image_size": 64,
     "base_channels": 32,
@@ -37,7 +37,7 @@ Both = Callable[[Tensor], Tensor]
 
 
 def configuration(suite: str) -> VQGANConfig:
-    """Without the unit sphere, which the peers do not have."""
+    """The configuration of the suite, without l2_normalize, which the peers do not support."""
     narrow = {f"model.{name}": value for name, value in NARROW.items()} if suite == "cpu" else {}
     values = {**narrow, "model.quantizer_options": {"l2_normalize": False}}
     return load_config(Stage1Config, "imagenet256/stage1", values).vqgan_config()
@@ -45,7 +45,7 @@ def configuration(suite: str) -> VQGANConfig:
 
 @cache
 def tokenizer(suite: str) -> VQGANModel:
-    """float32 on the CPU; its entries are spread as its latents are."""
+    """A random float32 tokenizer on the CPU. Its entries have the distribution of its latents."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = VQGANModel(configuration(suite)).eval()
@@ -57,21 +57,21 @@ def tokenizer(suite: str) -> VQGANModel:
 
 
 def images(suite: str, batch: int) -> Tensor:
-    """Smooth random ones, `(B, 3, H, W)` in [-1, 1]."""
+    """Smooth random images, `(B, 3, H, W)` in [-1, 1]."""
     size = configuration(suite).image_size
     small = torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return nn.functional.interpolate(small, size, mode="bilinear")
 
 
 def codes(suite: str, batch: int) -> Tensor:
-    """Random ones, `(B, h, w)`."""
+    """Random codes, `(B, h, w)`."""
     config = configuration(suite)
     shape = batch, config.grid_size, config.grid_size
     return torch.randint(config.num_embeddings, shape, generator=torch.Generator().manual_seed(1))
 
 
 def ours(suite: str) -> tuple[Both, Both, list[nn.Module]]:
-    """Encode, decode, the whole model, the modules that hold their work, and the quantizer if it is to stay float32."""
+    """Functions that encode and decode; and the model, encoder, decoder and, if it stays float32, quantizer."""
     model = copy.deepcopy(tokenizer(suite))
 
     def encode(pixels: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def ours(suite: str) -> tuple[Both, Both, list[nn.Module]]:
 
 
 def taming(suite: str) -> tuple[Both, Both, list[nn.Module]]:
-    """The same from the modules of taming-transformers."""
+    """The result of `ours` for the modules of taming-transformers."""
     from taming.modules.diffusionmodules.model import Decoder, Encoder
     from taming.modules.vqvae.quantize import VectorQuantizer2
 
@@ -97,7 +97,7 @@ def taming(suite: str) -> tuple[Both, Both, list[nn.Module]]:
         "z_channels": config.latent_channels,
     }
     width, latent = config.embed_dim, config.latent_channels
-    with contextlib.redirect_stdout(io.StringIO()):  # which the decoder writes to
+    with contextlib.redirect_stdout(io.StringIO()):  # the decoder prints
         model = nn.ModuleDict(
             {
                 "encoder": Encoder(**sizes, double_z=False),
@@ -121,7 +121,7 @@ def taming(suite: str) -> tuple[Both, Both, list[nn.Module]]:
 
 
 def diffusers(suite: str) -> tuple[Both, Both, list[nn.Module]]:
-    """The same from diffusers' `VQModel`."""
+    """The result of `ours` for diffusers' `VQModel`."""
     import tempfile
     from pathlib import Path
 
@@ -149,14 +149,14 @@ MAKERS = {OURS: ours, "taming-transformers": taming, "diffusers": diffusers}
 
 
 def prepared(maker: str, direction: str, suite: str, device: torch.device, dtype: torch.dtype, best: bool) -> Prepared:
-    """A call of a lane on one batch; `best` compiles, and has peers channels-last as the product is."""
+    """A call of a lane on one batch. `best` compiles the modules and makes those of peers channels-last."""
     *pair, modules = MAKERS[maker](suite)
     index = 0 if direction == "encode" else 1
     call, whole, work = pair[index], modules[0], modules[1 + index]
     inputs = images(suite, BATCHES[suite]).to(dtype) if index == 0 else codes(suite, BATCHES[suite])
     inputs = inputs.to(device)
     whole.to(device, dtype)
-    for quantizer in modules[3:]:  # which searches in float32, as the product's does
+    for quantizer in modules[3:]:  # searches in float32, as ours does
         quantizer.float()
     if maker == OURS or best:
         whole.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -167,7 +167,7 @@ def prepared(maker: str, direction: str, suite: str, device: torch.device, dtype
 
 
 def agree(makers: list[str], direction: str, suite: str, device: torch.device) -> Mapping[str, Any]:
-    """Share of codes that differ from the product's, or the relative difference of its images, by peer."""
+    """Fraction of the codes that differ from ours, or relative difference of the images from ours, by peer."""
     found = {}
     with torch.inference_mode(), full_precision():
         made = {}
@@ -188,7 +188,7 @@ def agree(makers: list[str], direction: str, suite: str, device: torch.device) -
 
 
 def cases(direction: str, suite: str, device: torch.device) -> Iterator[Case]:
-    """One batch in one direction."""
+    """One case: one batch in one direction."""
     config, batch = configuration(suite), BATCHES[suite]
     dtype = torch.bfloat16 if suite == "gpu" else torch.float32
     missing = absent({"taming-transformers": "taming", "diffusers": "diffusers"})

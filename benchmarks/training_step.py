@@ -1,16 +1,17 @@
-"""A full step of stage 1, against the original's algorithm on the same modules.
+"""A full training step of stage 1, compared with the algorithm of the original on the same modules.
 
-The original (Esser et al. 2021, the released code) runs the generator once for its own update and again for the
-discriminator's, and differentiates the losses three times: twice with respect to the last layer for the adaptive
-weight, once for the update. `OriginalTrainer` is that, written out; models, optimizers, data and everything around the
-step are the product's. In both of its lanes the discriminator is frozen in the generator's update, and the second
-forward keeps no graph. "original, at its best" has everything else from the product, on a GPU the compiler too.
-"original, as released" computes LPIPS for the discriminator's update too, where nothing needs it, its tensors are
-contiguous, and its residual blocks leave to autograd what is kept for the backward.
+The original (Esser et al. 2021, the released code) runs the generator once for its own update and again for the update
+of the discriminator. It differentiates the losses three times: twice with respect to the last layer, for the adaptive
+weight, and once for the update. `OriginalTrainer` implements this algorithm; models, optimizers and data are those of
+this project. Both of its lanes freeze the discriminator in the update of the generator, and run the second forward
+without a graph.
 
-Before anything is timed the losses and gradients of a first step are compared in float32. In the original the
-discriminator meets the images of the updated generator: for the comparison the learning rate is 0, so that they are the
-same images.
+"original, at its best" has all other optimizations of this project, including torch.compile on a GPU.
+"original, as released" also computes an unused LPIPS in the update of the discriminator, has contiguous tensors, and
+lets autograd save the intermediate results of residual blocks.
+
+Before the measurement, losses and gradients of a first step are compared in float32. In the original, the discriminator
+learns from images of the updated generator. The comparison has the learning rate 0, so that the images are the same.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +37,7 @@ from stage1_vqgan.training.step import VQGANTrainer
 
 
 class Setting(NamedTuple):
-    """A preset, what is changed of it, and the images of a batch. LPIPS has random weights: its time is the same."""
+    """A preset, changes of its settings, and the batch size. LPIPS has random weights, which do not change its time."""
 
     preset: str
     changes: dict[str, Any]
@@ -74,12 +75,12 @@ RELEASED, BEST = "original, as released", "original, at its best"
 
 
 class OriginalTrainer(VQGANTrainer):
-    """The product's trainer with the original's step; `as_released` repeats LPIPS for the discriminator."""
+    """Our trainer with the training step of the original. `as_released` repeats LPIPS for the discriminator."""
 
     as_released = False
 
     def compile_modules(self) -> None:
-        """As the product compiles its own."""
+        """Compiles the same modules as this project."""
         decoder = self.model.decoder
         decoder.trunk = torch.compile(decoder.trunk, dynamic=False)  # type: ignore[method-assign]
         for module in (self.model.encoder, self.perceptual, self.discriminator):
@@ -87,7 +88,7 @@ class OriginalTrainer(VQGANTrainer):
                 module.compile(dynamic=False)
 
     def step(self, images: Tensor, number: int) -> dict[str, Tensor]:
-        """As [`VQGANTrainer.step`], the losses alone, without accumulation."""
+        """As [`VQGANTrainer.step`], but returns only the losses, and has no gradient accumulation."""
         weights, model, discriminator = self.config.loss, self.generator, self.discriminator
         assert discriminator is not None
         discriminator.requires_grad_(False)
@@ -122,14 +123,14 @@ class OriginalTrainer(VQGANTrainer):
 
 
 def layer_by_layer(block: ResidualBlock, x: Tensor) -> Tensor:
-    """A residual block as the released code has it."""
+    """The forward of a residual block as in the released code."""
     h = block.conv1(functional.silu(block.norm1(x)))
     h = block.conv2(block.dropout(functional.silu(block.norm2(h))))
     return block.nin_shortcut(x) + h
 
 
 def make(lane: str, setting: str, device: torch.device, **changes: Any) -> tuple[VQGANTrainer, Tensor]:
-    """The trainer of a lane, with the same weights in all, and a batch of smooth images."""
+    """Builds the trainer of a lane and a batch of smooth images. The weights are the same in all lanes."""
     preset, of_setting, batch = ALL_SETTINGS[setting]
     as_released, compiled = lane == RELEASED, lane == f"{OURS}, compiled"
     values = {**of_setting, **COMMON, "channels_last": not as_released, "torch_compile": compiled, **changes}
@@ -152,7 +153,7 @@ def make(lane: str, setting: str, device: torch.device, **changes: Any) -> tuple
 
 
 def release(trainer: OriginalTrainer) -> None:
-    """Makes the step and the residual blocks those of the released code."""
+    """Replaces the step and the residual blocks by those of the released code."""
     trainer.as_released = True
     for module in trainer.model.modules():
         if isinstance(module, ResidualBlock):
@@ -160,7 +161,7 @@ def release(trainer: OriginalTrainer) -> None:
 
 
 def first_step(lane: str, setting: str, device: torch.device) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Losses of a first step in float32 at learning rate 0, and the gradients that the optimizers got."""
+    """Losses of a first step in float32 with learning rate 0, and the gradients that the optimizers receive."""
     trainer, images = make(lane, setting, device, bf16=False)
     gradients = {}
 
@@ -183,14 +184,14 @@ def first_step(lane: str, setting: str, device: torch.device) -> tuple[dict[str,
 
 
 def agree(setting: str, device: torch.device) -> Mapping[str, Any]:
-    """Largest relative difference of a loss, and of the gradient of each model as a whole, from the original's.
+    """The largest relative differences from the original, of a loss and of the whole gradient of a model.
 
-    Both eager and with channels-last: another layout rounds differently, and a maximum or a ReLU of LPIPS or of the
-    discriminator that tips over changes a gradient by 1e-3, of the original as of the product.
+    Both lanes run uncompiled and channels-last, because another memory format rounds differently. Rounding can change
+    the choice of a maximum or a ReLU in LPIPS or the discriminator, which changes a gradient by 1e-3 in both lanes.
 
     Raises:
-        AssertionError: a loss differs by more than 1e-5, or a gradient by more than 1e-4; on a GPU, whose sums come in
-            any order, 1e-4 and 5e-3.
+        AssertionError: a loss differs by more than 1e-5, or a gradient by more than 1e-4. On a GPU, which sums in any
+            order, the bounds are 1e-4 and 5e-3.
     """
     with full_precision():
         losses, gradients = first_step(OURS, setting, device)
@@ -211,22 +212,22 @@ def agree(setting: str, device: torch.device) -> Mapping[str, Any]:
 
 
 def prepared(lane: str, setting: str, device: torch.device) -> Prepared:
-    """A step of a lane, after a first one that made the optimizers' state."""
+    """A step of a lane, after a first step that created the state of the optimizers."""
     trainer, images = make(lane, setting, device)
     trainer.set_learning_rate(0)
-    # what is differentiated several times must keep what it saved
+    # several backward passes through a compiled graph need its saved tensors
     with torch._functorch.config.patch(donated_buffer=lane != BEST):
         trainer.step(images, 0)
     return partial(trainer.step, images, 1)
 
 
 def operations(config: Stage1Config, batch: int) -> float:
-    """Of a step."""
+    """Operations of a step."""
     return batch * training_step_operations(config)
 
 
 def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
-    """One for each setting."""
+    """One case for each setting."""
     names = [OURS, *([f"{OURS}, compiled"] if suite == "gpu" else []), BEST, RELEASED]
     for setting, (preset, changes, batch) in SETTINGS[suite].items():
         config = load_config(Stage1Config, preset, {**changes, **COMMON})

@@ -1,4 +1,4 @@
-"""What both stages share: presets and their typed loader, and the tools of a run.
+"""Code that both stages share: presets, the typed loader of configurations, and the tools of a run.
 
 - settings: YAML presets, the loader that turns them into dataclasses, the command line
 - runs: the folder of a run, complete checkpoints, one job at a time in a folder, stopping on a signal

@@ -1,6 +1,6 @@
 """Checkpoints of a run, in both stages. A checkpoint is complete or absent, even after a crash.
 
-It is written in another folder, synced to disk with a marker file as the last one, and renamed.
+It is written to another folder and synced to disk, the marker file last. Then the folder is renamed.
 
 output_dir/
   checkpoint-1000/     a complete checkpoint: it gets this name only when all of its files are on disk
@@ -30,7 +30,7 @@ class Checkpoint:
         path: its folder.
         step: optimizer steps done.
         num_processes: number of processes that saved it.
-        seconds: training time until then, over all sessions of the run.
+        seconds: training time until this step, over all sessions of the run.
     """
 
     path: Path
@@ -74,7 +74,7 @@ def publish(output_dir: str | Path, step: int, num_processes: int, seconds: floa
     del marker["path"]
     (partial / MARKER_NAME).write_text(json.dumps(marker) + "\n")
     _sync(partial)
-    if final.exists():  # incomplete: from a complete one the run would have resumed
+    if final.exists():  # it is incomplete, because the run would have resumed from a complete one
         shutil.rmtree(final)
     partial.rename(final)
     _sync_folder(final.parent)
@@ -86,7 +86,7 @@ def publish(output_dir: str | Path, step: int, num_processes: int, seconds: floa
 
 
 def remove_unfinished(output_dir: str | Path) -> None:
-    """Removes what an interrupted save or removal has left."""
+    """Removes the remains of an interrupted save or removal."""
     shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
 
 
@@ -119,7 +119,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str, max_ste
             raise ConfigError([Problem(key, f"received {resume_from_checkpoint!r}; {allowed}")])
         is_inside = chosen.path.parent.resolve() == Path(output_dir).resolve()
         later = [str(other.path) for other in existing if other.step > chosen.step]
-        if existing and not is_inside:  # the run started from that path earlier, and has saved since
+        if existing and not is_inside:  # the run started from that path, and has saved checkpoints since then
             chosen = existing[-1]
         elif later:
             message = f"received {resume_from_checkpoint!r}, but the run would mix with later ones"

@@ -1,4 +1,4 @@
-"""What all commands share: reading `CONFIG --key value …`, help, messages and exit codes."""
+"""The parts that all commands share: parsing `CONFIG --key value …`, help, messages and exit codes."""
 
 import errno
 import os
@@ -60,8 +60,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any
 def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequence[str] | None = None) -> None:
     """The body of every entry point: arguments → configuration → `main(configuration)`.
 
-    A `main` that needs torch or transformers imports them inside: their import takes seconds, and a mistake in the
-    arguments is reported before. configs/interruption.py lists the exit codes.
+    A `main` that needs torch or transformers imports them inside the function. The import takes seconds, and mistakes
+    in the arguments are reported before it. configs/interruption.py lists the exit codes.
 
     Args:
         cls: dataclass of the configuration.

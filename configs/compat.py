@@ -4,9 +4,10 @@ from accelerate.state import AcceleratorState, GradientState
 
 
 def reset_accelerate_state() -> None:
-    """Lets the next `Accelerator` of this process have another precision, or other gradient accumulation steps.
+    """Allows the next `Accelerator` of this process to have other settings.
 
-    accelerate keeps the settings of the first `Accelerator` in the process, and refuses others.
+    accelerate stores precision and gradient accumulation steps of the first `Accelerator` in the process, and refuses
+    other values.
     """
     AcceleratorState._reset_state()
     GradientState._reset_state()

@@ -1,4 +1,4 @@
-"""A lock on a folder, so that only one job writes in it."""
+"""A lock on a folder, so that only one job writes to it."""
 
 import json
 import os
@@ -22,12 +22,12 @@ def locked_folder(folder: str | Path, config_key: str) -> Iterator[None]:
     """Creates a folder if needed, and locks it. The operating system releases the lock however the process ends.
 
     Args:
-        folder: to be written in.
+        folder: the folder to lock.
         config_key: the key that names the folder in the configuration, for the error message.
 
     Raises:
         ConfigError: another process has locked the folder.
-        OSError: the folder cannot be created or written in.
+        OSError: the folder cannot be created or written to.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

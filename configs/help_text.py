@@ -31,7 +31,7 @@ def help_text(cls: type, command: str) -> str:
 
 
 def describe(cls: type, prefix: str = "") -> list[str]:
-    """The lines about a section: what it is, its keys, then the sections in it."""
+    """The lines about a section: its description, its keys, then the sections in it."""
     hints = get_type_hints(cls)
     known = {key_of(field): field for field in fields(cls)}  # type: ignore[arg-type]
     sections = {key: hints[field.name] for key, field in known.items() if is_dataclass(hints[field.name])}

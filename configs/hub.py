@@ -7,7 +7,7 @@ NOT_UPLOADED = ["*/*", ".*", "*.jsonl", "*.bin"]
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name is valid for a repository on the Hub."""
+    """Whether a name is a valid Hub id."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:

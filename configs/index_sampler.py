@@ -12,10 +12,10 @@ from configs.problems import ConfigError, Problem
 class IndexSampler(Sampler[Any]):
     """Batches of image numbers for one process.
 
-    A batch is a function of the seed and of its number alone, so an exact resume needs no saved state. It is int64
-    `(B, 2)` with rows (epoch, number of the image). Every epoch is a permutation of the images. The batches of all
-    processes for one step are a slice of it, so no image repeats within an epoch. The end of an epoch drops less than
-    one global batch.
+    A batch is int64 `(B, 2)`, with rows (epoch, number of the image). It depends only on the seed and on the number of
+    the batch, so an exact resume needs no saved state. Every epoch is a permutation of the images. The batches of all
+    processes for one step are a slice of this permutation, so no image repeats within an epoch. The images at the end
+    of an epoch that do not fill a global batch are dropped.
 
     Args:
         num_images: images in the split.

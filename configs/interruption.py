@@ -79,7 +79,7 @@ class StopRequest:
         self._previous.clear()
 
     def agreed_signal(self) -> int | None:
-        """The signal that any process has received, the same on all of them; None if none has.
+        """The signal that any process has received, the same value on all processes; None without a signal.
 
         All processes must call this after the same steps.
         """
@@ -110,9 +110,9 @@ class StopRequest:
 def leave_signals_to_main(worker_id: int) -> None:
     """`worker_init_fn` of a data loader: its workers ignore signals that are sent to the whole job.
 
-    The main process still needs their batches for the current step. A SIGTERM to the worker itself still ends it: so
-    the data loader stops its workers. A worker whose parent died during the start ends here, because torch watches the
-    parent only later, and the worker would wait forever.
+    The main process still needs their batches for the current step. A SIGTERM to the worker itself still ends it,
+    because the data loader stops its workers in this way. A worker whose parent died during the start ends here:
+    torch watches the parent only later, so the worker would wait forever.
     """
     parent = multiprocessing.parent_process()
     is_forked = multiprocessing.get_start_method() == "fork"

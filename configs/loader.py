@@ -62,10 +62,10 @@ def check(config: T, source: str = "configuration") -> T:
 
 
 def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration", found: Sequence[Problem] = ()) -> T:
-    """Makes a `cls` from nested plain values.
+    """Builds a `cls` from nested plain values.
 
     Also checks the rules across keys when some keys are wrong. The wrong keys then have their defaults, and a broken
-    rule about one of them is not reported. Rules that need a slow import are checked last, if all else is in order.
+    rule about one of them is not reported. Rules that need a slow import are checked only if there is no other problem.
 
     Args:
         cls: dataclass of the configuration.
@@ -134,7 +134,7 @@ def save_config(config: Any, path: str | Path) -> None:
 
 
 def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems: list[Problem]) -> T:
-    """Makes a section and appends its problems. A wrong or missing value is replaced by the default or a stand-in."""
+    """Builds a section and appends its problems. A wrong or missing value is replaced by the default or a stand-in."""
     hints = get_type_hints(cls, include_extras=True)
     known = {key_of(field): field for field in fields(cls)}  # type: ignore[arg-type]
     reported = {problem.key for problem in problems}
@@ -185,8 +185,8 @@ def _stand_in(hint: Any) -> Any:
 def _foreign_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
     """The unknown keys of a configuration that is probably for another command; empty if it is for this one.
 
-    It is for another one if it has three unknown keys or two unknown sections, and most of them resemble no key of
-    `cls`.
+    A configuration is for another command if it has three unknown keys or two unknown sections, and most of these
+    resemble no key of `cls`.
     """
     known = [key_of(field) for field in fields(cls)]  # type: ignore[arg-type]
     unknown = [str(key) for key in values if key not in known]

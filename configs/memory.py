@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-# Share of the free memory that one batch may fill; the rest is for what this estimate leaves out.
+# Fraction of the free memory that one batch may fill. The rest is a reserve, because the estimates are not exact.
 USABLE = 0.6
 
 

@@ -1,7 +1,7 @@
-"""Checks a saved model's folder before transformers reads it: the folder may come from a stranger.
+"""Checks a saved model's folder before transformers reads it, because the folder may come from a stranger.
 
-transformers follows three kinds of names in such a folder: shards of the weights, the base of an adapter, and kernels
-to download and run. A folder of ours needs none of them outside itself.
+Files in such a folder can make transformers open other files, in three ways: they name shards of the weights, the base
+of an adapter, or kernels to download and run. A folder of this project needs no file outside itself.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from configs.files import read_json
 WEIGHTS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 
-# Any other name can stand for a kernel on the Hub; "flash_attention_2" does where flash-attn is not installed.
+# Any other name may refer to a kernel on the Hub, even "flash_attention_2" if flash-attn is not installed.
 LOCAL_IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"}
 
 
 def local_folder(name: str) -> Path:
-    """The folder of a model; downloads it if the name is of a Hub repository.
+    """The folder of a model; downloads it if the name is a Hub id.
 
     Raises:
         OSError, ValueError: neither exists.
@@ -42,7 +42,7 @@ def check_model_folder(folder: str | Path) -> None:
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         raise ValueError(f"{folder}: this folder holds an adapter of another model, not a model")
     if not any((folder / name).is_file() for name in WEIGHTS_NAMES):
-        raise FileNotFoundError(f"{folder}: there is no {WEIGHTS_NAMES[0]}; other formats are not read")
+        raise FileNotFoundError(f"{folder}: {WEIGHTS_NAMES[0]} is missing; other formats are not read")
     if (folder / WEIGHTS_NAMES[1]).is_file():
         _check_shards(folder / WEIGHTS_NAMES[1])
     if (folder / "config.json").is_file():

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# A message lists at most so many problems. With wrapped lines, they fill one screen.
+# A message lists at most this many problems, which fill one screen with wrapped lines.
 SHOWN_PROBLEMS = 20
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The small arrays of a data loader are numpy arrays: on a few numbers, numpy takes a third of the time of torch.
+# Data loaders use numpy arrays: for a few numbers, numpy takes a third of the time of torch.
 Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 
 # Unsigned 64-bit constants, written as the signed integers of torch. Products wrap around in the same way.

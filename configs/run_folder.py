@@ -100,7 +100,7 @@ class RunFolder:
 
     @property
     def seconds(self) -> float:
-        """Time spent on the run so far, over all its sessions."""
+        """Time spent on the run so far, over all of its sessions."""
         return time.perf_counter() - self._started
 
     def report_if_finished(self) -> bool:
@@ -116,8 +116,8 @@ class RunFolder:
     def begin(self, num_processes: int) -> Checkpoint | None:
         """Prepares the folder for training, and returns the complete checkpoint to resume from; None for a new run.
 
-        Call it last, when everything else is known to be valid: before it, the folder is unchanged. It saves the
-        settings, and removes what was logged after the checkpoint.
+        Call it after all other checks, because it is the first call that changes the folder. It saves the settings, and
+        removes the log lines of later steps than the checkpoint.
 
         Raises:
             ConfigError: see `find_checkpoint`; or the checkpoint was saved by another number of processes, or by a

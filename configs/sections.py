@@ -24,7 +24,7 @@ LAUNCHED_WITH = {
 
 @dataclass(kw_only=True)
 class Section:
-    """A group of settings. Unknown keys are errors; subclasses add rules across fields.
+    """A group of settings. Unknown keys are errors. Subclasses add rules across fields.
 
     Attributes:
         refused: keys that a user may expect here, and why they do not exist.
@@ -35,16 +35,15 @@ class Section:
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         """Broken rules across fields, as `(key, value received, what is allowed and what to do)`.
 
-        The text names every other key of the rule. If one of these keys is wrong itself, the loader leaves this problem
-        out.
+        The text names every other key of the rule. If the value of one of these keys is itself wrong, the loader does
+        not report the broken rule.
         """
         return ()
 
     def library_problems(self) -> Iterable[tuple[str, Any, str]]:
         """Broken rules that need torch or transformers, which take seconds to import.
 
-        The loader calls this only when `problems` and the types of all fields are in order, so that a mistake in them
-        is reported at once.
+        The loader calls this method only if it has found no other problem, so that the others are reported at once.
         """
         return ()
 

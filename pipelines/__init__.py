@@ -1,6 +1,6 @@
-"""The pipeline: prior and tokenizer together, images out."""
+"""The pipeline: the prior samples codes, the tokenizer decodes them into images."""
 
 import lazy_loader
 
-# The public names stand in __init__.pyi; each is imported on first use, so that importing the package stays fast.
+# __init__.pyi lists the public names. Python imports each one on first use, so `import` of this package stays fast.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

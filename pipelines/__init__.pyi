@@ -1,3 +1,3 @@
-"""The pipeline: prior and tokenizer together, images out."""
+"""The pipeline: the prior samples codes, the tokenizer decodes them into images."""
 
 from .pipeline_vqgan import VQGANPipeline as VQGANPipeline, VQGANPipelineOutput as VQGANPipelineOutput

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class BuildConfig(Section):
-    """Joins the results of both stages into a pipeline folder.
+    """Joins the trained tokenizer and the trained prior into one pipeline folder.
 
     tokenizer: folder or Hub id of the tokenizer
     prior: output_dir of stage 2; an adapter is merged into its base prior
@@ -45,7 +45,7 @@ def build(config: BuildConfig) -> "VQGANPipeline":
     Raises:
         ConfigError: the folder holds no trained prior, or the prior was trained on codes of another tokenizer.
     """
-    # Slow imports: not before the arguments have been checked.
+    # These imports are slow, so they come after the check of the arguments.
     from safetensors import SafetensorError
 
     from pipelines.pipeline_vqgan import VQGANPipeline
@@ -53,7 +53,7 @@ def build(config: BuildConfig) -> "VQGANPipeline":
     from stage2_prior import TokenLayout, load_prior
 
     if not (Path(config.prior) / "token_layout.json").is_file():
-        message = f"received {config.prior!r}; there is no trained prior in it (run stage2_prior.train first)"
+        message = f"received {config.prior!r}; this folder holds no trained prior (run stage2_prior.train first)"
         raise ConfigError([Problem("prior", message)])
     vqgan = load_tokenizer(config.tokenizer)
     try:
@@ -61,7 +61,7 @@ def build(config: BuildConfig) -> "VQGANPipeline":
     except ConfigError:
         raise
     except FileNotFoundError as error:
-        message = f"received {config.prior!r}; the prior in it is not complete (run stage2_prior.train to its end)"
+        message = f"received {config.prior!r}; its prior is incomplete (run stage2_prior.train to its end)"
         raise ConfigError([Problem("prior", message)]) from error
     except (OSError, ValueError, SafetensorError) as error:
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 300, placeholder=" …")

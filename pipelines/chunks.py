@@ -6,20 +6,21 @@ from stage1_vqgan import VQGANModel
 # Larger chunks are not faster.
 LARGEST_CHUNK = 2**22  # pixels
 
-# Feature maps of the widest level that the tokenizer holds at once: input and output of a residual block, what its
-# normalisation and convolution leave between them, and the memory that the convolution works in.
+# The tokenizer needs memory for about this many feature maps of its widest level at once: input and output of a
+# residual block, the outputs of the block's inner layers, and the workspace of the convolution.
 MAPS_AT_ONCE = 8
 
 
 def images_at_once(vqgan: VQGANModel, pixels: int) -> int:
-    """Images in one chunk, at least 1.
+    """The number of images in one chunk, at least 1.
 
     Args:
         vqgan: the tokenizer, on its device.
-        pixels: of one image, H·W.
+        pixels: number of pixels of one image, H·W.
     """
     widths = vqgan.config.widths
-    # at each level the decoder holds the channels of this level or of the one below, for a quarter of the pixels above
+    # Each level has a quarter of the pixels of the level above. The decoder enters it with the channels of the level
+    # below.
     pairs = zip(widths, [*widths[1:], widths[-1]], strict=True)
     channels_per_pixel = max(vqgan.config.base_channels, *(max(pair) / 4**level for level, pair in enumerate(pairs)))
     each = int(MAPS_AT_ONCE * channels_per_pixel * pixels * vqgan.dtype.itemsize)

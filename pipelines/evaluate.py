@@ -9,7 +9,7 @@ from pipelines.evaluation.config import EvaluationConfig
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """Evaluates a pipeline, see `pipelines.evaluation.run.evaluate`.
 
-    Imports torch only now, after the arguments have been checked.
+    torch is imported here, because its import is slow and the check of the arguments must not wait for it.
     """
     from pipelines.evaluation import run as evaluation
 

@@ -45,8 +45,8 @@ def save(
     Args:
         folder: created if it does not exist.
         vqgan, prior, image_processor, layout: components of the pipeline.
-        name: under which the model card loads the pipeline.
-        **options: of the models' `save_pretrained`, for instance `max_shard_size`.
+        name: folder or Hub id in the example of the model card.
+        **options: passed to the models' `save_pretrained`, for instance `max_shard_size`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,15 +76,15 @@ def push(repo_id: str, components: dict[str, Any], private: bool | None, commit_
 
 
 def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:
-    """The folder of a pipeline; downloads it if the name is of a Hub repository.
+    """The folder of a pipeline; downloads it if the name is a Hub id.
 
     Args:
         name: folder, or repository on the Hugging Face Hub.
-        subfolder: of the folder or repository.
+        subfolder: path of the pipeline inside the folder or repository.
         **download: revision, token, cache_dir and local_files_only, as in `huggingface_hub.snapshot_download`.
 
     Raises:
-        FileNotFoundError: no pipeline is there.
+        FileNotFoundError: the folder holds no pipeline.
         ValueError: the subfolder lies outside the folder.
     """
     inside = PurePosixPath(subfolder)
@@ -93,12 +93,12 @@ def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:
     folder = Path(name)
     if not folder.is_dir():
         if not is_repo_id(str(name)):
-            raise FileNotFoundError(f"there is no folder {str(name)!r}, and no repository can have such a name")
+            raise FileNotFoundError(f"there is no folder {str(name)!r}, and the name is not a valid Hub id")
         wanted = [str(inside / path) for path in (INDEX_NAME, "vqgan/*", "prior/*")]
         folder = Path(snapshot_download(str(name), allow_patterns=wanted, **download))
     folder /= inside
     if not (folder / INDEX_NAME).is_file():
-        raise FileNotFoundError(f"{folder} holds no pipeline: there is no {INDEX_NAME} in it")
+        raise FileNotFoundError(f"{folder} holds no pipeline: {INDEX_NAME} is missing")
     return folder
 
 
@@ -108,7 +108,7 @@ def load(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """The components of the pipeline in a folder, as the constructor takes them; see `VQGANPipeline.from_pretrained`.
+    """Loads the components of a pipeline, as arguments of its constructor; see `VQGANPipeline.from_pretrained`.
 
     Raises:
         OSError: a file is missing or damaged.
@@ -143,7 +143,7 @@ def load(
 def one_device(
     device: torch.device | str | None, device_map: str | int | torch.device | dict[str, Any] | None
 ) -> torch.device | None:
-    """The device that `device` or `device_map` name; None if neither is given.
+    """The device that `device` or `device_map` names; None if neither is given.
 
     Raises:
         ValueError: both are given, or the map spreads a model over several devices.
@@ -151,14 +151,14 @@ def one_device(
     if device_map is None:
         return None if device is None else torch.device(device)
     if device is not None:
-        raise ValueError(f"device_map: received {device_map!r} beside device={device!r}; pass one of them")
+        raise ValueError(f"device_map: received {device_map!r} and device={device!r}; pass only one of them")
     if device_map == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     named = device_map.values() if isinstance(device_map, dict) else [device_map]
     try:
         (only,) = {torch.device(name) for name in named}
     except (RuntimeError, TypeError, ValueError) as error:
-        allowed = "'auto', a device, or a dictionary with one device: both models are put on the same device"
+        allowed = "'auto', a device, or a dictionary with one device, because both models must be on the same device"
         raise ValueError(f"device_map: received {device_map!r}; allowed are {allowed}") from error
     return only
 

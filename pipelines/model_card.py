@@ -13,8 +13,8 @@ TEMPLATE = """---
 # {{ title }}
 
 Generates {{ size }}×{{ size }} {{ colour }} images in two stages: a VQGAN tokenizer turns an image into
-{{ length }} codes out of {{ num_codes }}, and a causal language model (`{{ model_type }}`) writes such codes. Made with
-tessella.
+{{ length }} codes out of {{ num_codes }}, and a causal language model (`{{ model_type }}`) samples such codes.
+Made with tessella.
 
 ## Use
 
@@ -25,7 +25,7 @@ pipe = VQGANPipeline.from_pretrained("{{ name }}")
 images = pipe.generate({{ example }}).images
 ```
 
-The prior alone is an ordinary causal language model. It needs no other code than transformers:
+The prior alone is an ordinary causal language model. transformers loads it without other code:
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -48,7 +48,7 @@ Classes: {{ class_names }}
 
 
 def model_card(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout, name: str) -> str:
-    """The card's text: facts about a pipeline, and how to load it under a name."""
+    """The text of the card: facts about a pipeline, and code that loads it by `name`."""
     config = vqgan.config
     classes = layout.num_classes
     shown = ", ".join(layout.class_names[:50]) + (", …" if classes > 50 else "")

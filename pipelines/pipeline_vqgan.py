@@ -44,8 +44,8 @@ class VQGANPipeline:
     Args:
         vqgan: the tokenizer.
         prior: causal language model over the tokenizer's codes.
-        image_processor: turns images into pixels and back.
-        layout: what the prior's tokens mean.
+        image_processor: converts images into pixel values and back.
+        layout: meaning of the prior's tokens.
 
     Raises:
         ValueError: the prior was trained on the codes of another tokenizer, or the layout does not fit the tokenizer or
@@ -69,7 +69,7 @@ class VQGANPipeline:
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parts by name, as the constructor takes them."""
+        """The models, image processor and layout, by the names of the constructor's arguments."""
         return {
             "vqgan": self.vqgan,
             "prior": self.prior,
@@ -79,12 +79,12 @@ class VQGANPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """The device of both models."""
         return self.prior.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the models' weights."""
+        """The dtype of the weights."""
         return self.prior.dtype
 
     @property
@@ -93,19 +93,19 @@ class VQGANPipeline:
         return list(self.layout.class_names)
 
     def to(self, *args: Any, **kwargs: Any) -> "VQGANPipeline":
-        """Moves or casts both models, as `torch.nn.Module.to`."""
+        """Moves or casts both models. The arguments are those of `torch.nn.Module.to`."""
         self.vqgan.to(*args, **kwargs)
         self.prior.to(*args, **kwargs)
         return self
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """Options of the progress bar, as tqdm takes them; `disable=True` hides it."""
+        """Sets options of tqdm for the progress bar; `disable=True` hides it."""
         self._progress_bar = kwargs
 
     def compile(self) -> None:
         """Compiles the forward of the prior and the tokenizer's decoder with torch.compile.
 
-        The first images after it take some minutes more. Later ones of the same batch size are faster.
+        The first batch then takes some minutes longer. Later batches of the same size are faster.
         """
         self._decoders.compiled = True
         self.vqgan.decoder.compile(dynamic=False)
@@ -134,29 +134,31 @@ class VQGANPipeline:
         """Generates images.
 
         Args:
-            class_labels: ids or names of classes. Without them images of no given class are made.
-            num_images: how many, without class labels (default 1).
-            num_images_per_label: how many for each class label; images of one label follow one another.
-            guidance_scale: how strongly the class is followed; 1.0 is off, 1.5 to 3 is usual.
-            guidance_schedule: "constant"; or "linear" or "cosine", from no guidance at the first code towards
-                guidance_scale at the last, which keeps images more varied.
-            guidance_power: of these; above 1 guidance sets in later.
-            guidance_interval: the part of an image's codes that is guided, (0.0, 1.0) is all; the rest costs half.
-            temperature: below 1.0 more typical, above more varied images; 0.0 always takes the most likely code.
-            top_k: sample among the k most likely codes; 0 is all.
-            top_p: sample among the most likely codes that together have this probability.
-            min_p: leave out codes less than min_p times as likely as the most likely one.
-            generator: one generator, which draws a seed for each image, or a list with one for each image. An image
-                depends only on its seed, its label and the options, not on the other images (in float32).
-            output_type: "pil", "np" (N, H, W, C), "pt" (N, C, H, W), both in [0, 1], or "codes" (nothing is decoded).
-            batch_size: images sampled at once; by default as many as fit the memory, at most 64 on a CPU, 256 on CUDA.
-            callback_on_step_end: called after each position with its index and the codes chosen there.
+            class_labels: ids or names of classes. Without labels, the images are unconditional.
+            num_images: number of images if class_labels is not given (default 1).
+            num_images_per_label: number of images for each class label; images of one label are adjacent in the output.
+            guidance_scale: strength of the classifier-free guidance; 1.0 is no guidance, 1.5 to 3 is usual.
+            guidance_schedule: "constant"; "linear" and "cosine" raise the guidance from 1.0 at the first code towards
+                guidance_scale at the last code, so that images vary more.
+            guidance_power: exponent of "linear" and "cosine"; above 1, guidance starts later.
+            guidance_interval: fractions of an image's codes between which guidance acts; (0.0, 1.0) guides all codes.
+                A code without guidance takes half the computation.
+            temperature: below 1.0 gives more typical images, above 1.0 more varied ones; 0.0 always takes the most
+                likely code.
+            top_k: sample from the k most likely codes; 0 samples from all.
+            top_p: sample from the most likely codes whose probabilities add up to top_p.
+            min_p: exclude codes less than min_p times as likely as the most likely one.
+            generator: one generator, which draws a seed for each image, or a list with one generator for each image.
+                In float32, an image depends only on its seed, its label and the options, not on the other images.
+            output_type: "pil", "np" (N, H, W, C), "pt" (N, C, H, W), both in [0, 1], or "codes" (not decoded).
+            batch_size: images sampled at once; by default as many as fit in memory, at most 64 on a CPU, 256 on CUDA.
+            callback_on_step_end: called after each step with the position and the codes `(n,)` sampled there.
 
         Returns:
             [`VQGANPipelineOutput`].
 
         Raises:
-            ValueError: naming the argument, the value received and what is allowed.
+            ValueError: an argument is out of range. The message names it, the value received and what is allowed.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: received {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}")
@@ -180,7 +182,8 @@ class VQGANPipeline:
             codes.append(batch)
             if output_type != "codes":
                 for part in batch.split(images_at_once(self.vqgan, self.layout.pixels)):
-                    decoded = self.vqgan.decode(self.vqgan.quantize.lookup(part))  # codes sampled here need no check
+                    # not decode_codes: its check of the codes would wait for the GPU
+                    decoded = self.vqgan.decode(self.vqgan.quantize.lookup(part))
                     images.append(self.image_processor.postprocess(decoded, output_type))
         return VQGANPipelineOutput(images=_join(images, output_type), codes=torch.cat(codes))
 
@@ -188,21 +191,21 @@ class VQGANPipeline:
 
     @torch.no_grad()
     def encode(self, images: Any) -> Tensor:
-        """Codes int64 `(N, h, w)` of images: PIL images, arrays or tensors, one or a list."""
+        """Encodes images into codes int64 `(N, h, w)`. Images are PIL images, arrays or tensors, one or a list."""
         pixel_values = self.image_processor(images)["pixel_values"]
         parts = pixel_values.split(images_at_once(self.vqgan, self.layout.pixels))
         return torch.cat([self.vqgan.encode(part.to(self.device, self.vqgan.dtype)).codes for part in parts])
 
     @torch.no_grad()
     def decode(self, codes: Tensor, output_type: str = "pil") -> Any:
-        """Images of int64 codes `(N, h, w)`; see `generate` for the output types ("codes" is not one here)."""
+        """Decodes int64 codes `(N, h, w)` into images. `output_type` is "pil", "np" or "pt"; see `generate`."""
         codes = torch.as_tensor(codes).to(self.device, torch.int64)
         parts = codes.split(images_at_once(self.vqgan, self.layout.pixels))
         images = [self.image_processor.postprocess(self.vqgan.decode_codes(part), output_type) for part in parts]
         return _join(images, output_type)
 
     def reconstruct(self, images: Any, output_type: str = "pil") -> Any:
-        """Images through the tokenizer and back: what the best possible prior could make of them."""
+        """Encodes and decodes images. No prior can generate images of higher fidelity than these reconstructions."""
         return self.decode(self.encode(images), output_type)
 
     # ------------------------------------------------------------------ saving and loading
@@ -210,13 +213,13 @@ class VQGANPipeline:
     def save_pretrained(
         self, save_directory: str | Path, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
     ) -> None:
-        """Saves the pipeline as a folder. `from_pretrained` loads it, and it can be uploaded to the Hub as it is.
+        """Saves the pipeline as a folder that `from_pretrained` loads and that the Hub accepts unchanged.
 
         Args:
             save_directory: created if it does not exist. Adapters of the prior are merged into the saved copy.
             push_to_hub: upload the pipeline too.
-            repo_id: where to; by default the name of the folder.
-            **kwargs: for the models' `save_pretrained`, for instance `max_shard_size`.
+            repo_id: repository of the upload; by default the name of the folder.
+            **kwargs: passed to the models' `save_pretrained`, for instance `max_shard_size`.
 
         Raises:
             ValueError: the prior has adapters that cannot be merged.
@@ -232,12 +235,12 @@ class VQGANPipeline:
 
         Args:
             repo_id: "user/name"; the repository is created if it does not exist.
-            private: whether a repository created here is private.
-            commit_message: of the upload.
+            private: whether to create the repository as private.
+            commit_message: message of the upload's commit.
             **kwargs: `token`, `revision` and other options of `huggingface_hub.HfApi.upload_folder`.
 
         Returns:
-            Address of the commit.
+            URL of the commit.
         """
         return hub.push(repo_id, self.components, private, commit_message, **kwargs)
 
@@ -261,11 +264,11 @@ class VQGANPipeline:
 
         Args:
             pretrained_model_name_or_path: folder, or repository on the Hugging Face Hub.
-            dtype: of the weights, for instance `torch.bfloat16`; by default float32.
-            device: both models are moved there; by default they stay on the CPU.
-            revision, token, cache_dir, local_files_only: of the download, as in `huggingface_hub`.
+            dtype: dtype of the weights, for instance `torch.bfloat16`; by default float32.
+            device: device of both models; by default the CPU.
+            revision, token, cache_dir, local_files_only: options of the download, as in `huggingface_hub`.
             device_map: another name of `device`, as in transformers: "auto", a device, or `{"": device}`.
-            attn_implementation: of the prior, as in transformers; by default transformers chooses.
+            attn_implementation: attention of the prior, as in transformers; by default transformers chooses.
             subfolder: path of the pipeline inside the folder or repository.
             trust_remote_code: run the Python files that the prior's config.json names. Inspect them first.
 
@@ -290,19 +293,19 @@ class VQGANPipeline:
         batch_size: int | None,
         callback_on_step_end: Callable[[int, Tensor], None] | None,
     ) -> Iterator[Tensor]:
-        """Codes int64 `(n, h, w)` of one batch of images after another, with a progress bar over all."""
+        """Yields codes int64 `(n, h, w)`, batch by batch. One progress bar covers all batches."""
         length = self.layout.length
         if batch_size is None:
             batch_size = batch_size_that_fits(self.prior, length, options.guided)
         batches = -(-len(prompts) // batch_size)
-        batch_size = -(-len(prompts) // batches)  # all as large as each other, but for an image
+        batch_size = -(-len(prompts) // batches)  # spread the images evenly over the batches
         with (
             self._decoders.borrow(self.prior, batch_size * (2 if options.guided else 1)) as decoder,
             tqdm(total=batches * length, **{"desc": "sampling", "unit": "code", **self._progress_bar}) as bar,
         ):
             for labels, some_seeds in zip(prompts.split(batch_size), seeds.split(batch_size), strict=True):
                 count = len(labels)
-                # every batch has the same size, so that one recorded step serves all of them
+                # fill up the last batch: with one batch size, one recorded step serves all batches
                 fill = torch.arange(batch_size, device=labels.device).clamp(max=count - 1)
 
                 def on_step(position: int, chosen: Tensor, count: int = count) -> None:
@@ -324,25 +327,25 @@ class VQGANPipeline:
                 yield codes[:count].view(-1, *self.layout.grid)
 
     def _check_conditions(self, options: SamplingOptions, has_labels: bool) -> None:
-        """Whether the prior can do what is asked: guidance and images of no class need the null token."""
+        """Checks that the prior has the null token if guidance or unconditional images need it."""
         if not self.layout.has_null and (options.guided or not has_labels):
             what = "guidance_scale" if has_labels else "class_labels"
             raise ValueError(
-                f"{what}: this prior was trained without condition dropout and knows no null token; "
+                f"{what}: this prior was trained without condition dropout, so it has not learnt the null token; "
                 "it needs class_labels and guidance_scale 1.0"
             )
         if options.guided and not has_labels:
             raise ValueError(
-                f"guidance_scale: received {options.guidance_scale}; without class_labels there is nothing to guide"
+                f"guidance_scale: received {options.guidance_scale}; guidance needs class_labels (or use 1.0)"
             )
 
     def _prompts(self, class_labels: Any, num_images: int | None, num_images_per_label: int) -> Tensor:
-        """int64 `(N, 1)`."""
+        """The condition tokens of the images, int64 `(N, 1)`."""
         if class_labels is None:
             if num_images_per_label != 1:
                 raise ValueError(
                     f"num_images_per_label: received {num_images_per_label}; needs class_labels (use num_images for "
-                    "images of no given class)"
+                    "unconditional images)"
                 )
             count = 1 if num_images is None else num_images
             _check_count("num_images", count)
@@ -368,7 +371,7 @@ def _check_count(name: str, count: Any) -> None:
 
 
 def _join(batches: list[Any], output_type: str) -> Any:
-    """One set of images from those of each batch."""
+    """Joins the images of all batches."""
     if output_type == "codes":
         return None
     if output_type == "pil":

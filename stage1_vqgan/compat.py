@@ -7,9 +7,9 @@ import torch
 
 
 def shared_memory(num_bytes: int) -> torch.UntypedStorage:
-    """Memory that worker processes share with their parent, zeros, without a file to clean up.
+    """Memory filled with zeros that worker processes share with their parent. It leaves no file behind.
 
-    The system provides a page when it is first written. The public `share_memory_` would write every page: memory for
-    images of the largest possible size, even if all images are smaller.
+    The operating system allocates a page when a process first writes to it. The public `share_memory_` writes to every
+    page, so it would allocate memory for images of the largest size even if all images are smaller.
     """
     return torch.UntypedStorage._new_shared(num_bytes)

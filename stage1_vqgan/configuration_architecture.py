@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(kw_only=True)
 class VQGANArchitecture:
-    """Fields that decide the shapes of encoder, decoder and codebook.
+    """Fields that determine the shapes of encoder, decoder and codebook.
 
     The defaults are the f16 layout of the original with 1,024 codes.
 

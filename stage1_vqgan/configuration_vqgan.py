@@ -38,7 +38,7 @@ class VQGANConfig(VQGANArchitecture, PreTrainedConfig):
             raise ValueError("\n".join(problems))
 
     def architecture_problems(self) -> Iterator[tuple[str, Any, str]]:
-        """What cannot be built, the quantizer included, as `(field, value received, what is allowed)`."""
+        """Problems of the network and of its quantizer, as `(field, value received, what is allowed)`."""
         yield from super().architecture_problems()
         yield from option_problems(self.quantizer, self.quantizer_options, self.num_embeddings, self.embed_dim)
 

@@ -31,7 +31,7 @@ class ReconstructionConfig(Section):
 
 def evaluate(config: ReconstructionConfig) -> dict[str, float]:
     """Measures a tokenizer on every image of a split, and prints the metrics as JSON."""
-    # Slow imports: not before the arguments have been checked.
+    # These imports are slow, so they come after the check of the arguments.
     import torch
     from tqdm.auto import tqdm
 

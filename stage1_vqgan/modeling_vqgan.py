@@ -23,7 +23,7 @@ from .configuration_vqgan import VQGANConfig
 from .modeling_blocks import Downsample, Level, Middle, Upsample, group_norm
 from .quantizers import build_quantizer
 
-# Fields that decide the codes of an image; the fingerprint is a hash of them and the weights.
+# Fields that determine the codes of an image; the fingerprint is a hash of these fields and the weights.
 FINGERPRINT_FIELDS = (
     "in_channels",
     "base_channels",
@@ -217,7 +217,7 @@ class VQGANModel(PreTrainedModel):
         self.decoder.compile(**options)
 
     def compute_fingerprint(self) -> str:
-        """Hash of everything that decides the codes of an image: the weights of encoder and quantizer as float32, the
+        """Hash of all data that determine the codes of an image: the weights of encoder and quantizer as float32, the
         fields in `FINGERPRINT_FIELDS`, and the quantizer's options in `DECIDE_CODES`."""
         facts = {name: getattr(self.config, name) for name in FINGERPRINT_FIELDS}
         options = self.quantize.options
@@ -247,7 +247,7 @@ class VQGANModel(PreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
-        kwargs.setdefault("ignore_mismatched_sizes", True)  # the error below names them, together with the others
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # the error below names the misshapen weights too
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model, info = loaded
         wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}

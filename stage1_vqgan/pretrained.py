@@ -18,7 +18,7 @@ from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.quantizers import QUANTIZERS, option_problems
 
-# Fields that may change when a trained tokenizer is loaded. All others decide the shapes or the meaning of weights.
+# Fields that may change when a trained tokenizer is loaded. All others determine the shapes or the meaning of weights.
 CHANGEABLE = {"image_size", "dropout", "quantizer_options"}
 
 # File in a tokenizer's folder with the weights of the discriminator it was trained with, if they were saved.
@@ -36,7 +36,7 @@ def load_tokenizer(name: str, field: str = "tokenizer", **changes: Any) -> VQGAN
     Raises:
         ConfigError: the folder or repository holds no tokenizer, its weights do not fit, or a field cannot change.
     """
-    folder, advice, reason = Path(name), "stage1_vqgan.train makes one", ""
+    folder, advice, reason = Path(name), "train one with stage1_vqgan.train", ""
     if not folder.is_dir() and not is_repo_id(name):
         reason = f"there is no such folder ({advice})"
     elif folder.is_dir() and not (folder / "config.json").is_file():
@@ -65,7 +65,7 @@ def _checked(name: str, folder: Path, changes: dict[str, Any]) -> dict[str, Any]
     kind = QUANTIZERS[config.quantizer].Options
     options = config.quantizer_options | changes.get("quantizer_options", {})
     problems = [
-        Problem(f"model.{field}", f"received {value!r}, but {name} has {has!r}; leave it out, its weights fit no other")
+        Problem(f"model.{field}", f"received {value!r}, but {name} has {has!r}; leave it out")
         for field, value in changes.items()
         if field not in CHANGEABLE and (has := _plain(getattr(config, field))) != _plain(value)
     ]
@@ -83,7 +83,7 @@ def _checked(name: str, folder: Path, changes: dict[str, Any]) -> dict[str, Any]
     if "quantizer_options" in changes:
         changes = changes | {"quantizer_options": options}
     if changes.get("image_size", config.image_size) != config.image_size:
-        changes = changes | {"fingerprint": None}  # another size has other codes
+        changes = changes | {"fingerprint": None}  # the codes depend on the image size
     return changes
 
 
@@ -118,6 +118,6 @@ def start_discriminator(discriminator: nn.Module, name: str) -> str | None:
         message = f"received {name!r}; its {DISCRIMINATOR_NAME} is damaged; remove it, or download it again"
         raise ConfigError([Problem("model_name_or_path", message)]) from None
     if {entry: value.shape for entry, value in weights.items()} != {entry: value.shape for entry, value in own.items()}:
-        return f"the discriminator starts from random weights: that of {name} has another shape than the configured one"
+        return f"the discriminator starts from random weights: the discriminator of {name} has another shape"
     discriminator.load_state_dict(weights)
     return f"the discriminator starts from the weights of {name}"

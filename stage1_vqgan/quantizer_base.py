@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, distributed, nn
 
 # Number of scores (latents × entries) that the search computes at once. On a CPU they fit in the cache of a core; other
-# devices need more to be busy.
+# devices need more parallel work.
 CPU_SCORES, DEVICE_SCORES = 2**20, 2**27
 
 
@@ -36,7 +36,7 @@ class QuantizerOutput:
 class QuantizerOptions:
     """Options of a kind of quantizer: the fields of a subclass, which `VQGANConfig.quantizer_options` sets."""
 
-    # Options that decide which code a latent gets or what a code stands for. They are part of the fingerprint.
+    # Options that determine which code a latent gets or what a code stands for. They are part of the fingerprint.
     DECIDE_CODES: ClassVar[frozenset[str]] = frozenset()
 
     def problems(self, num_embeddings: int, embed_dim: int) -> Iterator[tuple[str, Any, str]]:

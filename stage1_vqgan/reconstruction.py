@@ -14,7 +14,7 @@ from configs import ConfigError, Problem
 from stage1_vqgan.data.dataset import ImageBatch
 from stage1_vqgan.modeling_vqgan import VQGANModel
 
-# Side, in pixels, of the window whose statistics SSIM compares. Smaller images have no SSIM.
+# Side, in pixels, of the windows whose statistics SSIM compares. SSIM is not defined for smaller images.
 SSIM_WINDOW = 11
 
 
@@ -26,7 +26,7 @@ def evaluate_reconstruction(
 
     Args:
         model: the tokenizer. Its mode (training or evaluation) is restored afterwards.
-        batches: the images, as a loader yields them.
+        batches: the images, in the batches of a loader.
         reduce: sums a tensor over processes.
 
     Returns:
@@ -116,7 +116,7 @@ def codebook_perplexity(counts: Tensor) -> Tensor:
 
 
 def codebook_usage(counts: Tensor) -> Tensor:
-    """Share of the codes that were used at least once, a scalar in [0, 1].
+    """Fraction of the codes that were used at least once, a scalar in [0, 1].
 
     Args:
         counts: `(K,)`, how often each code was used.

@@ -5,7 +5,7 @@ from stage1_vqgan.training.config import Stage1Config
 
 
 def main(config: Stage1Config) -> object:
-    """Imports torch only now, after the arguments have been checked."""
+    """Imports torch here, because its import is slow and the check of the arguments must not wait for it."""
     from stage1_vqgan.training.run import train
 
     return train(config)

@@ -1,4 +1,4 @@
-"""Low-rank adapters of priors, with peft: attached for training, merged for everything else.
+"""Low-rank adapters of priors, with peft. Training attaches them; sampling and saving merge them into the weights.
 
 Source: Hu et al. 2021, "LoRA: low-rank adaptation of large language models".
 """
@@ -26,15 +26,15 @@ def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: 
     Args:
         prior: changed in place.
         base: folder or Hub id of the prior; the saved adapter names it.
-        lora: rank, scale and place of the adapters.
-        tokens: their rows in the embedding and in the output layer are trained as well.
+        lora: rank and scale of the adapters, and the modules that get one.
+        tokens: training also updates the rows of these tokens in the embedding and the output layer.
 
     Returns:
-        `peft.PeftModel`. Its `save_pretrained` saves the adapter and the rows of `tokens`, or both layers entirely if
-        `base` has another number of tokens.
+        `peft.PeftModel`. Its `save_pretrained` saves the adapter and the rows of `tokens`. It saves both layers
+        completely if `base` has another number of tokens.
 
     Raises:
-        ConfigError: the prior has no such modules.
+        ConfigError: peft finds no such modules in the prior.
     """
     import peft
 
@@ -57,10 +57,10 @@ def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: 
 
 
 def base_of_adapter(folder: Path, key: str) -> str | None:
-    """The prior, folder or Hub id, that the adapter in a folder changes; None if the folder holds no adapter.
+    """Folder or Hub id of the prior that an adapter was trained on; None if the folder holds no adapter.
 
     Args:
-        folder: as peft or transformers saves it.
+        folder: a folder that peft or transformers saved.
         key: field of the configuration that named the folder, for the message.
 
     Raises:
@@ -72,13 +72,13 @@ def base_of_adapter(folder: Path, key: str) -> str | None:
         raise ConfigError([Problem(key, f"received {str(folder)!r}, which holds an adapter; {NO_PEFT}")])
     base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        message = f"received {str(folder)!r}; base_model_name_or_path in its {ADAPTER_CONFIG_NAME} names no prior"
+        message = f"received {str(folder)!r}; its {ADAPTER_CONFIG_NAME} lacks base_model_name_or_path"
         raise ConfigError([Problem(key, message)])
     return base
 
 
 def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The prior that a base and the adapter in a folder form together.
+    """Merges the adapter in a folder into its base prior, and returns the result.
 
     Raises:
         ValueError: the folder lacks weights of the adapter, or holds them in another format than safetensors.
@@ -86,8 +86,8 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     import peft
 
     if not (folder / ADAPTER_WEIGHTS_NAME).is_file():
-        raise ValueError(f"{folder}: there is no {ADAPTER_WEIGHTS_NAME}; only safetensors are read")
-    with warnings.catch_warnings():  # peft only warns of missing weights and leaves them at random
+        raise ValueError(f"{folder}: {ADAPTER_WEIGHTS_NAME} is missing; other formats than safetensors are not read")
+    with warnings.catch_warnings():  # peft only warns about missing weights, and leaves random ones
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             adapted = peft.PeftModel.from_pretrained(base, str(folder))
@@ -121,7 +121,7 @@ def without_adapters(prior: Any) -> PreTrainedModel:
 
 
 def _merge_injected(prior: PreTrainedModel) -> PreTrainedModel:
-    """Merges what transformers' `load_adapter` put into the layers; peft merges the layers of a PeftModel only."""
+    """Merges adapters that transformers' `load_adapter` added; peft itself merges only those of a PeftModel."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -138,9 +138,9 @@ def _merge_injected(prior: PreTrainedModel) -> PreTrainedModel:
             plain = module.get_base_layer()
         prior.set_submodule(name, plain)
         replaced.append(f"{name}.")
-    with torch.random.fork_rng():  # the weights that are drawn here are overwritten
+    with torch.random.fork_rng():  # load_state_dict overwrites these random weights
         fresh: Any = type(prior)(copy.deepcopy(prior.config))
-    # a new object lacks what load_adapter noted on the old one, which would rename the weights when they are saved
+    # A new model, because load_adapter sets attributes on the old one that would rename the saved weights.
     fresh.to(prior.device, prior.dtype).load_state_dict(prior.state_dict())
     fresh.generation_config = prior.generation_config
     return fresh.eval()

@@ -1,7 +1,7 @@
 """The code store: the codes of all images as Arrow files, and a manifest that describes them.
 
     code_store/
-      origin.json                       everything that decides the codes; written first
+      origin.json                       settings and data that determine the codes; written first
       manifest.json                     token layout, splits, origin; written last
       train-00000.arrow …               shards of at most SHARD_ROWS rows, one record batch each
       validation-00000.arrow …
@@ -30,17 +30,17 @@ from stage2_prior.vocabulary import TokenLayout
 
 SHARD_ROWS = 65536
 ORIGIN_NAME, MANIFEST_NAME = "origin.json", "manifest.json"
-# Entry of a shard's schema metadata that holds its notes.
+# Key of the shard's notes in the metadata of its Arrow schema.
 NOTES_KEY = b"tessella"
 
 
 @dataclass(frozen=True)
 class ShardNotes:
-    """What a shard was made from.
+    """Facts about the images of a shard.
 
     Attributes:
-        images: number of images in its range of the split.
-        skipped: the images among them that could not be decoded; they are numbered as in the split.
+        images: number of images in the shard's range of the split.
+        skipped: the images in this range that could not be decoded, with their numbers in the split.
         num_classes: highest label plus one; 0 without labels.
         rows: number of rows.
     """
@@ -76,7 +76,7 @@ def write_shard(
         codes: uint16 or uint32 `(rows, L)`.
         labels: int64 `(rows,)`, or None.
         images: number of images in the shard's range of the split.
-        skipped: the images among them that could not be decoded.
+        skipped: the images in this range that could not be decoded.
     """
     columns = {"codes": pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), codes.shape[1])}
     if labels is not None:
@@ -94,21 +94,21 @@ def write_shard(
 
 
 def read_notes(path: Path) -> ShardNotes:
-    """Reads what a shard was made from, without its rows."""
+    """Reads the notes of a shard, without its rows."""
     with pa.OSFile(str(path)) as file:
         notes = json.loads(pa.ipc.open_stream(file).schema.metadata[NOTES_KEY])
     return ShardNotes(**{**notes, "skipped": [SkippedImage(*image) for image in notes["skipped"]]})
 
 
 def claim_folder(folder: Path, origin: dict[str, Any]) -> int:
-    """Records in a folder how its codes are made, before the first shard is written.
+    """Records in a folder the settings that determine its codes, before the first shard is written.
 
     Args:
-        folder: folder of the store; it is made if it does not exist.
-        origin: everything that decides the codes, as JSON values.
+        folder: folder of the store; it is created if it does not exist.
+        origin: settings and data that determine the codes, as JSON values.
 
     Returns:
-        Number of rows of the shards that an interrupted run left there.
+        Number of rows in the shards that an interrupted run has already written.
 
     Raises:
         ConfigError: the folder holds codes of another origin.
@@ -123,12 +123,12 @@ def claim_folder(folder: Path, origin: dict[str, Any]) -> int:
         raise ConfigError([Problem("code_store", f"{folder} holds codes of unknown origin; choose another folder")])
     before, now = json.loads(path.read_text()), json.loads(json.dumps(origin))
     problems = [
-        Problem("code_store", f"{folder} holds codes made with {name} {before.get(name)!r}, now it is {value!r}")
+        Problem("code_store", f"{folder} holds codes with {name} {before.get(name)!r}, but {name} is now {value!r}")
         for name, value in now.items()
         if before.get(name) != value
     ]
     if problems:
-        problems.append(Problem("code_store", "choose another folder, or remove this one to make its codes again"))
+        problems.append(Problem("code_store", "choose another folder, or remove this one to encode the images again"))
         raise ConfigError(problems, "code store")
     return sum(read_notes(shard).rows for shard in shards)
 
@@ -140,10 +140,10 @@ def write_manifest(
 
     Args:
         folder: folder of the store.
-        layout: token space of its codes.
+        layout: token layout of the codes.
         splits: notes of the shards of every split.
         origin: see `claim_folder`.
-        seconds: time that this run spent on the codes.
+        seconds: time in which this run encoded the images.
     """
     summaries = {
         name: {
@@ -164,13 +164,13 @@ def write_manifest(
 
 
 class CodeStore:
-    """A finished store, read through memory maps.
+    """A finished code store. It is read through memory maps.
 
     Args:
         folder: folder of the store.
 
     Raises:
-        ConfigError: the folder holds no finished store, or one of an earlier version.
+        ConfigError: the folder holds no finished store, or a store of an earlier version.
     """
 
     def __init__(self, folder: str | Path):
@@ -181,7 +181,7 @@ class CodeStore:
             raise ConfigError([Problem("code_store", message)])
         self.manifest: dict[str, Any] = json.loads(manifest.read_text())
         if any("shard_rows" not in split for split in self.manifest["splits"].values()):
-            message = f"{folder} was made by an earlier version; remove it and run stage2_prior.tokenize again"
+            message = f"{folder} was written by an earlier version; remove it and run stage2_prior.tokenize again"
             raise ConfigError([Problem("code_store", message)])
         self.layout = TokenLayout.from_dict(self.manifest["token_layout"])
 
@@ -193,7 +193,7 @@ class CodeStore:
 class CodeSplit:
     """The rows of one split.
 
-    The shards are memory-mapped at the first read. Pickling leaves the maps out, so a split can be sent to workers.
+    The first read maps the shards into memory. A pickle excludes the maps, so worker processes can receive a split.
 
     Args:
         folder: folder of the store.
@@ -239,7 +239,8 @@ class CodeSplit:
         """Codes `(rows, L)` and labels `(rows,)` of every shard, as views of its memory map."""
         shards = []
         for shard in range(len(self.ends)):
-            with pa.memory_map(str(shard_path(self.folder, self.name, shard))) as source:  # the map outlives the file
+            # The map stays valid after the file is closed.
+            with pa.memory_map(str(shard_path(self.folder, self.name, shard))) as source:
                 batch = pa.ipc.open_stream(source).read_next_batch()
             codes = batch.column("codes")
             rows = codes.flatten().to_numpy(zero_copy_only=True).reshape(-1, codes.type.list_size)

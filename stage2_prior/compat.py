@@ -1,4 +1,4 @@
-"""Every call of a non-public function of torch or transformers that this package needs.
+"""All calls of non-public functions of torch and transformers in this package.
 
 tests/stage2_prior/test_compat.py fails when one of them changes.
 """
@@ -17,9 +17,12 @@ from transformers.integrations import WandbCallback
 
 
 def cache_argument(prior: PreTrainedModel) -> str:
-    """The argument of `prior.forward` that takes the keys and values: `cache`, or `past_key_values` before
-    transformers 5.2x renamed it for this model. The old name is removed in 5.40."""
-    base: Any = prior.get_base_model() if hasattr(prior, "get_base_model") else prior  # type: ignore[operator]  # of peft
+    """The name of the argument of `prior.forward` that takes the cache of keys and values.
+
+    It is `past_key_values` until transformers renames it to `cache` for the model. transformers 5.40 removes the old
+    name.
+    """
+    base: Any = prior.get_base_model() if hasattr(prior, "get_base_model") else prior  # type: ignore[operator]
     return _cache_argument(type(base))  # type: ignore[arg-type]
 
 
@@ -34,32 +37,32 @@ def uses_attention_interface(prior: PreTrainedModel) -> bool:
 
 
 def attention_of(prior: PreTrainedModel) -> str:
-    """The name of the attention that the model computes with, such as "sdpa"."""
+    """The name of the attention implementation of the model, for instance "sdpa"."""
     return str(prior.config._attn_implementation)
 
 
 def without_data() -> AbstractContextManager[Any]:
-    """Inside, tensors have shapes but no memory, so a forward of a model only counts its operations."""
+    """Inside this context, tensors have shapes but no data, so a forward takes no memory and computes nothing."""
     from torch._subclasses import FakeTensorMode
 
     return FakeTensorMode()
 
 
 def log_to_wandb(callback: WandbCallback, name: str, pixels: np.ndarray, step: int) -> None:
-    """Logs a picture, uint8 `(H, W, 3)`, to the run of Weights & Biases that Trainer has opened, if it has."""
+    """Logs an image, uint8 `(H, W, 3)`, to the Weights & Biases run of Trainer, if Trainer has opened one."""
     if callback._wandb is not None:
         callback._wandb.log({name: callback._wandb.Image(pixels), "train/global_step": step})
 
 
 def trace(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-    """The operations of `function(*inputs)` as one TorchScript function.
+    """Records the operations of `function(*inputs)` as a TorchScript function.
 
-    `torch.jit.trace` does the same, but keeps the weights of every recording until the process ends.
+    Not `torch.jit.trace`: it holds the weights of every recording in memory until the process ends.
     """
     graph, _ = torch.jit._get_trace_graph(function, inputs)
     return torch._C._create_function_from_graph("recorded", graph)
 
 
 def allow_recompiles(limit: int) -> AbstractContextManager[Any]:
-    """Inside, torch.compile compiles up to `limit` versions of one function; its default is 8."""
+    """Inside this context, torch.compile compiles up to `limit` versions of one function; the default is 8."""
     return torch._dynamo.config.patch(recompile_limit=limit)

@@ -13,7 +13,7 @@ from configs.randomness import uniform
 from stage2_prior.code_store import CodeSplit
 from stage2_prior.vocabulary import TokenLayout
 
-# transformers ignores this target in a loss.
+# The losses of transformers ignore this target.
 IGNORED = -100
 
 
@@ -23,9 +23,9 @@ class CodeDataset(Dataset):
 
     Args:
         split: rows of a code store.
-        layout: the token space.
-        condition_dropout: share of sequences with the null token in place of the condition.
-        seed: decides, with (epoch, row), which sequences those are.
+        layout: the token layout.
+        condition_dropout: fraction of the sequences in which the null token replaces the condition.
+        seed: a hash of (seed, epoch, row) selects these sequences.
     """
 
     split: CodeSplit
@@ -40,7 +40,7 @@ class CodeDataset(Dataset):
         """One batch.
 
         Args:
-            indices: int64 `(B, 2)`, (epoch, row); or `(B,)`, rows of epoch 0. A row below 0 only fills up a batch: the
+            indices: int64 `(B, 2)`, (epoch, row); or `(B,)`, rows of epoch 0. A row below 0 pads the batch; the
                 loss ignores it.
 
         Returns:

@@ -28,7 +28,7 @@ class LabeledImage(NamedTuple):
 
     Attributes:
         number: its number in the split.
-        encoded: the image, if the source is a stream; None if the source reads it by number.
+        encoded: the encoded image of a stream; None for an indexed source, which reads it by number.
         label: its class, -1 without labels.
     """
 
@@ -44,7 +44,7 @@ class EncodedShard(NamedTuple):
         codes: uint16 or uint32 `(rows, L)`.
         labels: int64 `(rows,)`, -1 without labels.
         images: number of images in the shard's range of the split.
-        skipped: the images among them that could not be decoded.
+        skipped: the images in this range that could not be decoded.
     """
 
     codes: np.ndarray
@@ -54,7 +54,7 @@ class EncodedShard(NamedTuple):
 
 
 def split_into_shards(source: Images, size: int) -> Iterator[tuple[int, Iterable[LabeledImage]]]:
-    """Number and images of every shard of `size` images; the caller may skip a shard without reading its images."""
+    """Yields number and images of every shard of `size` images. The caller may skip the images of a shard."""
     if isinstance(source, ImageSource):
         labels = source.labels if source.labels is not None else np.full(len(source), -1)
         images = (LabeledImage(number, None, int(label)) for number, label in enumerate(labels))
@@ -81,14 +81,14 @@ def encode_shard(
         dataset: decodes and augments the images.
         images: images of the shard.
         num_views: views of each image.
-        batch_size: views that are encoded at once.
-        num_workers: processes that decode.
+        batch_size: number of views in one forward pass.
+        num_workers: processes that decode images.
         progress: advanced by one for every encoded view.
     """
     labels: dict[int, int] = {}
 
     def keys() -> Iterator[ImageKey]:
-        for number, encoded, label in images:  # the views of an image are neighbours, so that it is decoded once
+        for number, encoded, label in images:  # views of one image are adjacent, so it is decoded once
             labels[number] = label
             yield from (ImageKey(0, number, view, encoded) for view in range(num_views))
 
@@ -103,7 +103,7 @@ def encode_shard(
             codes.append(cast(Tensor, out.codes).flatten(1))
         progress.update(len(batch.indices))
     rows = torch.cat(codes).cpu().numpy().astype(code_dtype(model.config.num_embeddings))
-    rows = rows[~np.isin(torch.cat(numbers).numpy(), list(skipped))]  # keep all views of an image or none
+    rows = rows[~np.isin(torch.cat(numbers).numpy(), list(skipped))]  # an image keeps all of its views or none
     rows = rearrange(rows, "(image view) code -> (view image) code", view=num_views)
     kept = np.array([label for number, label in labels.items() if number not in skipped], dtype=np.int64)
     return EncodedShard(rows, np.tile(kept, num_views), len(labels), list(skipped.values()))

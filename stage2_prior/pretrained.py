@@ -1,4 +1,4 @@
-"""Loads trained priors from a folder or a Hub repository: whole models, and adapters of them."""
+"""Loads a trained prior from a folder or a Hub repository, and checks that the weights fit the configuration."""
 
 import textwrap
 from pathlib import Path
@@ -10,17 +10,17 @@ from configs.files import read_json
 from configs.model_folder import check_model_folder, local_folder
 from stage2_prior.vocabulary import TokenLayout
 
-# Kinds of keys by which transformers reports that weights do not fit a configuration.
+# transformers lists the weights that do not fit a configuration under these names.
 MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """A causal language model in evaluation mode. Every weight comes from the folder's safetensors.
+    """Loads a causal language model in evaluation mode. Every weight comes from the folder's safetensors.
 
     Args:
-        folder: as a model's `save_pretrained` writes it.
+        folder: a folder that a model's `save_pretrained` wrote.
         trust_remote_code: run Python files of the folder, if its config.json names such files.
-        **options: of `AutoModelForCausalLM.from_pretrained`, for instance `dtype`.
+        **options: passed to `AutoModelForCausalLM.from_pretrained`, for instance `dtype`.
 
     Raises:
         OSError: a file is missing or damaged.
@@ -32,7 +32,7 @@ def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **option
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below by name, with the other kinds
+        ignore_mismatched_sizes=True,  # the error below names them
         **options,
     )
     model, info = loaded
@@ -41,7 +41,8 @@ def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **option
         listed = textwrap.shorten(str(wrong), 400, placeholder=" …")
         raise ValueError(f"{folder}: the weights do not fit config.json: {listed}; save or download the folder again")
     saved = read_json(Path(folder) / "config.json").get("architectures") or [type(model).__name__]
-    if type(model).__name__ not in saved:  # some architectures share all names of weights, llama and gemma for instance
+    # The check above cannot tell llama from gemma, for instance: their weights have the same names.
+    if type(model).__name__ not in saved:
         raise ValueError(
             f"{folder}: config.json: model_type: received {model.config.model_type!r}, but the weights were saved from "
             f"{saved}; restore the model_type, or download the folder again"

@@ -1,6 +1,6 @@
-"""A prior is a stock causal language model over a token layout: a new one, or one that was trained before.
+"""Builds a prior, a stock causal language model over a token layout, or adapts a trained one to new classes.
 
-Functions that read a prior from disk or from the Hub are in pretrained.py.
+pretrained.py reads the files of a trained prior.
 """
 
 import copy
@@ -21,32 +21,32 @@ from stage2_prior.pretrained import layout_of, load_causal_lm
 from stage2_prior.sampling.decoder import EagerDecoder
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
 
-# Field of stage 2's configuration that names the prior to start from.
+# Configuration field that names the prior to fine-tune.
 BASE_KEY = "model_name_or_path"
 
 
 def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
-    """A freshly initialised stock causal language model for a token layout.
+    """Builds a stock causal language model with random weights for a token layout.
 
     Args:
         model: `model_type`, and fields of that model's configuration.
-        layout: decides vocabulary and positions.
+        layout: determines the size of the vocabulary and the number of positions.
 
     Raises:
-        ConfigError: the settings fit no model of this type, or a model of this type cannot be a prior.
+        ConfigError: a model of this type refuses the settings, or cannot be a prior.
     """
     settings = {name: value for name, value in model.items() if name != "model_type"}
     try:
         return _initialise(AutoConfig.for_model(model["model_type"], **settings, **decided_by(layout)), layout)
     except ConfigError:
         raise
-    except Exception as error:  # each architecture refuses its settings in its own way
+    except Exception as error:  # each architecture raises its own exceptions
         reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
-        raise ConfigError([Problem("model", f"no {model['model_type']} has these settings: {reason}")]) from error
+        raise ConfigError([Problem("model", f"{model['model_type']} refuses these settings: {reason}")]) from error
 
 
 def decided_by(layout: TokenLayout) -> dict[str, Any]:
-    """Fields of a model's configuration that follow from the token layout."""
+    """The fields of a model's configuration that the token layout determines."""
     return {
         "vocab_size": layout.vocab_size,
         "max_position_embeddings": layout.length,
@@ -59,10 +59,10 @@ def decided_by(layout: TokenLayout) -> dict[str, Any]:
 def _initialise(config: Any, layout: TokenLayout) -> PreTrainedModel:
     prior = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if has_experts(prior):
-        reason = "a mixture of experts adds its router's loss to the loss of the codes; choose a model without experts"
+        reason = "the router of its experts adds its own loss to the loss of the codes; choose a model without experts"
         raise ConfigError([Problem("model.model_type", f"received {config.model_type!r}; {reason}")])
     if not reads_like_a_sequence(prior, layout):
-        reason = "as a prior it must not look ahead, and must keep keys and values in a standard cache"
+        reason = "a prior must be causal, and must support the standard cache of keys and values; choose another model"
         raise ConfigError([Problem("model.model_type", f"received {config.model_type!r}; {reason}")])
     prior.generation_config = generation_config(layout)
     return prior
@@ -71,18 +71,19 @@ def _initialise(config: Any, layout: TokenLayout) -> PreTrainedModel:
 def has_experts(prior: PreTrainedModel) -> bool:
     """Whether a router sends each token to a few experts.
 
-    A router needs a loss of its own. With it the logged loss is not that of the codes; without it the router learns to
-    use few of the experts.
+    A router needs an auxiliary loss. With this loss, the logged loss is not that of the codes. Without it, the router
+    learns to use only a few experts.
     """
     return any(name.rpartition(".")[2] in ("experts", "router") for name, _ in prior.named_modules())
 
 
 @torch.no_grad()
 def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
-    """Whether the sampler's cache gives the logits of reading all tokens at once.
+    """Whether a forward with the sampler's cache gives the same logits as a forward of all tokens at once.
 
-    The first tokens are read one by one, then all but the last at once, then the last, where every window of attention
-    acts. The logits differ if a model sees later tokens. A model that keeps another kind of state cannot use the cache.
+    The cached forward reads the first tokens one by one, then all up to the last at once, then the last one, where
+    every attention window hides tokens. The comparison fails if the model is not causal, or if its state is not
+    made of keys and values.
     """
     prior.eval()
     tokens = torch.randint(layout.num_codes, (1, layout.length), generator=torch.Generator().manual_seed(0))
@@ -105,7 +106,7 @@ def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
 
 
 def generation_config(layout: TokenLayout) -> GenerationConfig:
-    """Makes a bare `prior.generate(condition)` yield an image's codes and nothing else."""
+    """Limits `prior.generate(condition)`, without further arguments, to the codes of one image."""
     return GenerationConfig(
         suppress_tokens=list(range(layout.num_codes, layout.vocab_size)),
         max_new_tokens=layout.length,
@@ -118,15 +119,15 @@ def generation_config(layout: TokenLayout) -> GenerationConfig:
 
 
 def load_prior(name: str, key: str = BASE_KEY) -> PreTrainedModel:
-    """The prior in a folder or Hub repository. An adapter is merged into the prior that it was trained on.
+    """Loads the prior in a folder or Hub repository. An adapter is merged into the prior that it was trained on.
 
     Args:
         name: folder or Hub id.
         key: field of the configuration that holds the name, for the message.
 
     Raises:
-        ConfigError: the name is of an adapter, and peft is not installed or the prior of the adapter cannot be loaded.
-        OSError, ValueError, SafetensorError: nothing can be loaded, or the weights do not fit the configuration.
+        ConfigError: the folder holds an adapter, and peft is not installed or the adapter's prior cannot be loaded.
+        OSError, ValueError, SafetensorError: a file is missing or damaged, or the weights do not fit config.json.
     """
     folder = local_folder(name)
     base = base_of_adapter(folder, key)
@@ -141,16 +142,16 @@ def load_prior(name: str, key: str = BASE_KEY) -> PreTrainedModel:
 
 
 def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
-    """A trained prior, changed to fit a token layout. It keeps the rows of codes and of classes with the same names.
+    """Loads a trained prior and fits it to a token layout. Codes and classes of the same names keep their embeddings.
 
     Args:
-        name: output folder of stage 2, or Hub id of a prior that was pushed from there.
-        model: fields of the architecture; each must equal that of the prior.
-        layout: of the codes to train on; of the same tokenizer.
+        name: output folder of stage 2, or Hub id of an uploaded prior.
+        model: fields of the architecture; each must equal the field of the trained prior.
+        layout: token layout of the codes to train on; their tokenizer must be the same.
 
     Raises:
         ConfigError: no prior can be loaded, it has another architecture, it was trained on another tokenizer's codes,
-            or it has learnt the positions of another number of codes.
+            or its learnt position embeddings are for another number of codes.
     """
     known, trained = _load_known(name)
     _check_known(name, known, trained, model, layout)
@@ -171,8 +172,8 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
                 parameter[new] = before[parameter_name][old]
             elif parameter.shape == before[parameter_name].shape:
                 parameter.copy_(before[parameter_name])
-            else:  # a table of positions, which cannot be stretched
-                learnt = f"which has learnt the positions of {known.length} codes; these images have {layout.length}"
+            else:  # a table of learnt position embeddings cannot be extended
+                learnt = f"whose position embeddings are for {known.length} codes; these images have {layout.length}"
                 raise ConfigError([Problem(BASE_KEY, f"received {name!r}, {learnt}; train a new prior")])
     return prior
 
@@ -180,7 +181,7 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
 def _load_known(name: str) -> tuple[TokenLayout, PreTrainedModel]:
     """The layout and the weights of a trained prior."""
     if not (Path(name) / LAYOUT_NAME).is_file() and (Path(name).is_dir() or not is_repo_id(name)):
-        message = f"received {name!r}; there is no trained prior in this place (train one with stage2_prior.train)"
+        message = f"received {name!r}; it holds no trained prior (train one with stage2_prior.train)"
         raise ConfigError([Problem(BASE_KEY, message)])
     try:
         return layout_of(name), load_prior(name)
@@ -188,14 +189,14 @@ def _load_known(name: str) -> tuple[TokenLayout, PreTrainedModel]:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        message = f"received {name!r}; no prior can be loaded from there (train one with stage2_prior.train): {reason}"
+        message = f"received {name!r}; its prior cannot be loaded (train one with stage2_prior.train): {reason}"
         raise ConfigError([Problem(BASE_KEY, message)]) from error
 
 
 def _check_known(
     name: str, known: TokenLayout, trained: PreTrainedModel, model: dict[str, Any], layout: TokenLayout
 ) -> None:
-    """Refuses a prior of another tokenizer's codes, or of another architecture than the configuration asks for."""
+    """Refuses a prior for the codes of another tokenizer, or with another architecture than the configuration."""
     try:
         known.require_fingerprint(
             layout.tokenizer_fingerprint, BASE_KEY, f"{name} was trained on those; choose another"
@@ -206,7 +207,7 @@ def _check_known(
     different = [
         Problem(
             f"model.{field}",
-            f"received {model[field]!r}, but {name} has {has[field]!r}; leave it out, the prior decides this",
+            f"received {model[field]!r}, but {name} has {has[field]!r}; remove it: the prior determines it",
         )
         for field in model
         if model[field] != has[field]
@@ -216,7 +217,7 @@ def _check_known(
 
 
 def shared_tokens(old: TokenLayout, new: TokenLayout) -> Tensor:
-    """int64 `(2, n)`: tokens of both layouts with the same meaning: codes, classes by name, the null token."""
+    """Pairs of tokens with the same meaning in both layouts, int64 `(2, n)`: codes, classes by name, the null token."""
     pairs = [(code, code) for code in range(new.num_codes)]
     for number, name in enumerate(new.class_names):
         if name in old.class_names:

@@ -42,14 +42,14 @@ from stage2_prior.vocabulary import TokenLayout
 
 
 def tokenize(config: Stage2Config) -> CodeStore:
-    """Makes the code store of a configuration, or completes one whose making was interrupted.
+    """Writes the code store of a configuration, or completes the store of an interrupted run.
 
-    Complete shards are kept. Process r of R makes the shards s with s mod R = r. A shard depends on the data alone,
-    not on which process makes it or when. Of a stream, every process reads all images and decodes those of its own
-    missing shards.
+    Complete shards are not written again. Process r of R writes the shards s with s mod R = r. A shard depends on the
+    data alone, not on the process that writes it. If the source is a stream, every process reads all of it, but decodes
+    only the images of its own missing shards.
 
     Raises:
-        ConfigError: the configuration is invalid; the folder is in use or holds codes made with other settings; too
+        ConfigError: the configuration is invalid; the folder is in use or holds codes with other settings; too
             many images cannot be used; or the validation split has labels that the training split lacks.
     """
     config = check(config)
@@ -94,9 +94,9 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
 
 
 def check_aspect_ratio(config: Stage2Config) -> None:
-    """Checks that the images are made square in the way the tokenizer was trained with.
+    """Checks that the images become square in the same way as in the training of the tokenizer.
 
-    A tokenizer that was saved without an image processor passes: it does not record the way.
+    The check needs the tokenizer's image processor. It passes if the tokenizer was saved without one.
 
     Raises:
         ConfigError: `data.aspect_ratio` differs from that of the tokenizer's image processor.
@@ -111,7 +111,7 @@ def check_aspect_ratio(config: Stage2Config) -> None:
 
 
 def _origin(config: Stage2Config, model: VQGANModel, train: Images, validation: Images) -> dict[str, Any]:
-    """Everything that decides the codes of a store."""
+    """The settings and data that determine the codes of a store."""
     return {
         "tokenizer_fingerprint": model.config.fingerprint,
         "data": config.data.identity(),
@@ -147,7 +147,7 @@ def _tokenize_split(
             batch_size, num_workers = config.tokenize_batch_size, config.dataloader_num_workers
             encoded = encode_shard(model, dataset, images, num_views, batch_size, num_workers, progress)
             skipped += encoded.skipped
-            # stop early; several processes must raise together, so they check after the split
+            # one process can stop early; several must raise together, so they check after the split
             if num_images is not None and processes.num_processes == 1:
                 _check_skipped(config, split, skipped, num_images)
             labels = encoded.labels if source.has_labels else None
@@ -156,10 +156,10 @@ def _tokenize_split(
 
 
 def _class_names(train: Images, notes: dict[str, list[ShardNotes]]) -> list[str]:
-    """Class names of the training split, or its class numbers if a stream has labels without names.
+    """Class names of the training split, or its class numbers if the labels of a stream have no names.
 
     Raises:
-        ConfigError: the validation split has a label beyond them.
+        ConfigError: the validation split has a label that exceeds the labels of the training split.
     """
     counts = {split: max((shard.num_classes for shard in shards), default=0) for split, shards in notes.items()}
     if counts["validation"] > len(train.class_names or range(counts["train"])):

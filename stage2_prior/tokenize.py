@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def tokenize(config: Stage2Config) -> "CodeStore":
     """Writes the code store of a configuration, see `stage2_prior.tokenization.tokenize`.
 
-    Imports torch only now, after the arguments have been checked.
+    torch is imported here, because its import is slow and the check of the arguments must not wait for it.
     """
     from stage2_prior import tokenization
 

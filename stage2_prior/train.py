@@ -5,7 +5,7 @@ from stage2_prior.training.config import Stage2Config
 
 
 def main(config: Stage2Config) -> object:
-    """Imports torch only now, after the arguments have been checked."""
+    """Imports torch here, because its import is slow and the check of the arguments must not wait for it."""
     from stage2_prior.training.run import train
 
     return train(config)

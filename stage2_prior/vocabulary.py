@@ -1,8 +1,8 @@
-"""One token space for codes and conditions.
+"""The token layout: one vocabulary for codes and conditions.
 
     [0, K)        image codes
     [K, K + C)    classes
-    K + C         null: the unconditional prompt, and what condition dropout puts in place of a class
+    K + C         the null token: the unconditional prompt; condition dropout replaces classes by it
     …             padding of the vocabulary, never used
 
 A sequence is `[condition] + codes in raster order`.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "token_layout.json"
 
-# The vocabulary is padded to a multiple of this: tensor cores multiply whole tiles.
+# The vocabulary is padded to a multiple of this number, because tensor cores multiply whole tiles.
 PAD_TO_MULTIPLE_OF = 64
 
 Count = Annotated[int, Ge(1)]
@@ -38,15 +38,15 @@ Count = Annotated[int, Ge(1)]
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """What the tokens of a prior mean. The code store, the prior and the pipeline each keep a copy.
+    """Meaning of the tokens of a prior. The code store, the prior and the pipeline each store a copy.
 
     Args:
         num_codes: K, entries of the tokenizer's codebook.
         class_names: names of the C classes in the order of their labels; empty for an unconditional prior.
         grid: h and w of an image's codes.
         downsampling_factor: pixels of the image's side per code.
-        tokenizer_fingerprint: of the tokenizer the codes come from.
-        has_null: whether the prior knows the null token: it is unconditional, or was trained with condition dropout.
+        tokenizer_fingerprint: fingerprint of the tokenizer that computed the codes.
+        has_null: whether training includes the null token: the prior is unconditional, or has condition dropout.
     """
 
     num_codes: Count
@@ -63,22 +63,22 @@ class TokenLayout:
 
     @property
     def null_token(self) -> int:
-        """The unconditional prompt."""
+        """The token of the unconditional prompt."""
         return self.num_codes + self.num_classes
 
     @property
     def vocab_size(self) -> int:
-        """Size of the token space, padding included."""
+        """Number of tokens, padding included."""
         return -(-(self.null_token + 1) // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
 
     @property
     def length(self) -> int:
-        """Codes of an image, h·w."""
+        """Number of codes of an image, h·w."""
         return self.grid[0] * self.grid[1]
 
     @property
     def pixels(self) -> int:
-        """Pixels of a decoded image, H·W."""
+        """Number of pixels of a decoded image, H·W."""
         return self.length * self.downsampling_factor**2
 
     def class_tokens(self, labels: Numbers) -> Numbers:
@@ -86,7 +86,7 @@ class TokenLayout:
         return labels + self.num_codes
 
     def class_ids(self, labels: Sequence[Any]) -> Tensor:
-        """int64 `(B,)` class ids of labels given as ids or as names.
+        """Class ids, int64 `(B,)`, of labels that are ids or names.
 
         Raises:
             ValueError: a label is not one of the classes.
@@ -107,7 +107,7 @@ class TokenLayout:
         return torch.tensor(ids, dtype=torch.int64)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON; `tokens` spells out the segments in order."""
+        """The fields as plain values for JSON. `tokens` lists the ranges of tokens in order."""
         padding = self.vocab_size - self.null_token - 1
         tokens = {"codes": self.num_codes, "classes": self.num_classes, "null": 1, "padding": padding}
         return {"tokens": tokens, **asdict(self)}
@@ -117,7 +117,7 @@ class TokenLayout:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError: naming every field that is missing, unknown or of another kind, and what is allowed.
+            ValueError: a field is missing, unknown or has a wrong type. The message names every such field.
         """
         from pydantic import ValidationError
 
@@ -142,20 +142,20 @@ class TokenLayout:
         """Reads `token_layout.json` from a folder.
 
         Raises:
-            FileNotFoundError: the folder has none.
-            ValueError: it is not JSON, or a field is wrong.
+            FileNotFoundError: the folder holds no such file.
+            ValueError: the file is not JSON, or a field is wrong.
         """
         return cls.from_dict(read_json(Path(folder) / FILE_NAME))
 
     def require_fingerprint(
         self, fingerprint: str | None, field: str = "tokenizer", advice: str = "use that tokenizer"
     ) -> None:
-        """Refuses codes of another tokenizer than the one whose codes these tokens are.
+        """Refuses a tokenizer with another fingerprint than `tokenizer_fingerprint`.
 
         Args:
-            fingerprint: of the tokenizer at hand.
-            field: what named the tokenizer at hand, for the message.
-            advice: what to do, for the message.
+            fingerprint: fingerprint of the tokenizer to check.
+            field: configuration field or argument that names this tokenizer, for the message.
+            advice: what the user can do, for the message.
 
         Raises:
             ValueError: the fingerprints differ.
@@ -170,12 +170,11 @@ class TokenLayout:
         """Refuses a tokenizer whose codes this layout does not describe.
 
         Args:
-            tokenizer: to compare.
-            advice: what to do, for the message.
+            tokenizer: tokenizer to check.
+            advice: what the user can do, for the message.
 
         Raises:
-            ValueError: it is another tokenizer; or the layout states another number of codes, grid or downsampling
-                factor than the tokenizer has.
+            ValueError: the fingerprints, numbers of codes, grids or downsampling factors differ.
         """
         config = tokenizer.config
         self.require_fingerprint(config.fingerprint or tokenizer.compute_fingerprint(), advice=advice)
@@ -194,7 +193,7 @@ class TokenLayout:
 
 @cache
 def _reader() -> "TypeAdapter[TokenLayout]":
-    """Checks the fields of a layout that comes from a file."""
+    """Converts and checks the fields of a layout that was read from a file."""
     from pydantic import ConfigDict, TypeAdapter, with_config
 
     return TypeAdapter(with_config(ConfigDict(extra="forbid", strict=True))(TokenLayout))

@@ -1,4 +1,4 @@
-"""Decides, before anything imports torch, on which device tests compute, and how two workers share the tests.
+"""Sets the device of the tests, before anything imports torch, and distributes the tests over two workers.
 
 The fixtures are in tests/fixtures.py.
 """
@@ -13,21 +13,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Files that start processes. One worker of pytest-xdist runs them all, so it sets up their common runs once; it starts
-# with them because they take longest.
+# Files that start processes. One worker of pytest-xdist runs all of them, so their shared runs are set up once. It runs
+# them first, because they take longest.
 STARTING_PROCESSES = ("test_processes.py", "test_sharded.py", "test_kills.py", "test_signals.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="what tests compute on: cpu (default), cuda, …")
+    parser.addoption("--device", default="cpu", help="device of the tests: cpu (default), cuda, …")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["TEST_DEVICE"] = device = config.getoption("device")
-    if device == "cpu":  # trainers and other processes look for a GPU themselves: hide it
+    if device == "cpu":  # hide the GPU, because trainers and other processes would use it
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products add in a fixed order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products then sum in a fixed order
     import torch
 
     try:
@@ -55,5 +55,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = super()._split_scope(nodeid)
             return "processes" if file.endswith(STARTING_PROCESSES) else file
 
-    config.option.loadscopereorder = False  # else the files with most tests would go first
+    config.option.loadscopereorder = False  # otherwise the files with most tests run first
     return Scheduling(config, log)

@@ -1,5 +1,8 @@
-"""CUDA graphs on a CPU: what is captured is recorded operation by operation and does not take place; a replay computes
-it again from the same tensors into the same tensors, with the numbers of the host as they were."""
+"""Simulates CUDA graphs on a CPU.
+
+A capture records the operations and does not leave their results. A replay runs them again, from the same tensors into
+the same tensors, with the Python numbers of the capture.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ from stage2_prior.sampling import graphs
 
 
 class Graph(TorchDispatchMode):
-    """Records the operations inside it. Reading a number on the host, which CUDA does not capture, is an error."""
+    """Records the operations inside the context. Reading a value on the host is an error, as in a CUDA capture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +28,7 @@ class Graph(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        assert function is not torch.ops.aten._local_scalar_dense.default, "the host waits for a number"
+        assert function is not torch.ops.aten._local_scalar_dense.default, "the host reads a value from the device"
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self.before.append((value, value.clone()))
@@ -65,7 +68,7 @@ def _stream(stream: _Stream) -> Iterator[None]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives `GraphDecoder` these graphs."""
+    """Makes `GraphDecoder` use the simulated graphs."""
     fakes = {
         "CUDAGraph": Graph,
         "graph": _graph,

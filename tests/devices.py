@@ -1,8 +1,8 @@
-"""What the tests compute on: `pytest --device cuda` says so, see tests/conftest.py.
+"""The device of the tests, which `pytest --device cuda` sets, see tests/conftest.py.
 
-What looks for a GPU by itself (trainers, tokenize, evaluate) finds it; tests put there what they make, by
-`.to(DEVICE)` or all of it by `on_device`. Runs of several processes, and those that are killed, stay on the CPU: two
-ranks of NCCL cannot share a GPU.
+Trainers, tokenize and evaluate find the GPU themselves. Tests move their tensors to it by `.to(DEVICE)`, or all of them
+by `everything_on_device`. Runs of several processes and killed runs stay on the CPU, because two ranks of NCCL cannot
+share a GPU.
 """
 
 import os
@@ -17,16 +17,16 @@ from torch.overrides import TorchFunctionMode
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
 
-# Settings of other processes that shall compute on the CPU, and why a test has nothing to tell on another device.
+# Environment of other processes that must compute on the CPU; and a mark for tests that only concern the CPU.
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="is about the CPU; see tests/devices.py")
+cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="only concerns the CPU; see tests/devices.py")
 
 if DEVICE.type == "cuda":
-    # float32 is what is compared; and runs that are resumed are compared bit for bit, so sums must keep their order
+    # Tests compare float32, so TF32 is off. Resumed runs are compared bit for bit, so sums must have a fixed order.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)
 
-# What `torch.testing.assert_close` shall allow where equality is promised on a CPU alone.
+# Tolerance of `torch.testing.assert_close` where results are equal only on a CPU.
 EXACT_ON_CPU: dict[str, float] = {"rtol": 0.0, "atol": 0.0} if DEVICE.type == "cpu" else {"rtol": 1e-5, "atol": 1e-6}
 
 on_device = pytest.mark.usefixtures("everything_on_device")
@@ -37,7 +37,7 @@ FILLED: set[Callable] = {Tensor.normal_, Tensor.uniform_, Tensor.exponential_, T
 
 
 class DrawnOnCPU(TorchFunctionMode):
-    """Random numbers come from generators of the CPU and are moved: they are the same on every device."""
+    """Draws random numbers on the CPU and moves them, so that they are the same on every device."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -55,7 +55,7 @@ class DrawnOnCPU(TorchFunctionMode):
 
 @pytest.fixture
 def everything_on_device() -> Iterator[None]:
-    """Whatever a test makes is on the device."""
+    """Creates all tensors of a test on the device."""
     if DEVICE.type == "cpu":
         yield
         return
@@ -64,8 +64,9 @@ def everything_on_device() -> Iterator[None]:
 
 
 def assert_same_codes(found: np.ndarray, expected: np.ndarray, resized: bool = False) -> None:
-    """Codes are equal; other than on a CPU one in a thousand may be that of an entry as near, up to rounding, and more
-    of images that were resized, which takes floats there."""
+    """Asserts that codes are equal. On a GPU, one code in a thousand may differ, because two entries can be equally
+    near up to rounding. More codes may differ if the images were resized, because a GPU resizes in floats.
+    """
     assert found.shape == expected.shape
     allowed = 0 if DEVICE.type == "cpu" else 0.05 if resized else 1e-3
     assert (found != expected).mean() <= allowed

@@ -24,7 +24,7 @@ from tests.devices import DEVICE
 
 @dataclass(frozen=True)
 class TinyRuns:
-    """A complete run on the digits; tests read its folders and change nothing in them."""
+    """The folders of a complete run on the digits. Tests only read them."""
 
     root: Path
     stage1: Stage1Config
@@ -38,14 +38,14 @@ class TinyRuns:
 
 @pytest.fixture
 def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data sets that a test writes are cached in its own folder."""
+    """Caches the data sets of a test in the folder of this test."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
 
 
 @pytest.fixture(scope="session")
 def stage2_values() -> Callable[..., dict]:
-    """Makes the settings of a tiny stage 2 run in a folder, from the tokenizer in another."""
+    """Returns a function that makes the settings of a tiny run of stage 2."""
 
     def make(root: Path, vqgan: Path, **changes: object) -> dict:
         return {
@@ -71,7 +71,7 @@ def stage2_values() -> Callable[..., dict]:
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory, stage2_values: Callable[..., dict]) -> TinyRuns:
-    """A tokenizer, its code store, a prior and the pipeline of both, trained for a few steps."""
+    """Trains a tokenizer and a prior for a few steps, and saves tokenizer, code store, prior and pipeline."""
     root = tmp_path_factory.mktemp("tiny_runs")
     stage1 = load_config(
         Stage1Config,
@@ -107,7 +107,7 @@ def tiny_pipeline(tiny_runs: TinyRuns) -> VQGANPipeline:
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Questions that were asked on the terminal. Each is answered with yes, for all that would follow."""
+    """The questions that the code asks on the terminal. Each is answered with yes."""
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
     return asked
@@ -115,7 +115,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of tests/kill_runs.py without interruption."""
+    """The results of the runs of tests/kill_runs.py without interruption."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for name in ("stage1", "tokenize", "stage2"):
         assert kill_runs.run(name, folder) == 0, (folder / "log.txt").read_text()[-3000:]
@@ -124,7 +124,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def layout() -> TokenLayout:
-    """A small token space: 40 codes on a 4×4 grid, 5 classes."""
+    """A small token layout: 40 codes, a 4×4 grid, 5 classes."""
     return TokenLayout(
         num_codes=40,
         class_names=("ant", "bee", "cat", "dog", "elk"),
@@ -136,7 +136,7 @@ def layout() -> TokenLayout:
 
 @pytest.fixture(scope="session")
 def random_prior() -> Callable[..., PreTrainedModel]:
-    """Makes a random prior of an architecture ("llama", "gpt2", "qwen3") for a token layout."""
+    """Returns a function that makes a random prior of an architecture ("llama", "gpt2", "qwen3")."""
 
     def make(model_type: str, layout: TokenLayout, seed: int = 0, **settings: object) -> PreTrainedModel:
         with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Processes that start at once: each is forked from a process that has imported everything already."""
+"""Starts processes quickly: each is forked from a process that has already imported all modules."""
 
 import faulthandler
 import multiprocessing
@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState, GradientState
 from tests.devices import ON_CPU
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# scikit-learn's data sets alone take longer to import than a run takes
+# the import of scikit-learn's data sets alone takes longer than a run
 CONTEXT.set_forkserver_preload(["sklearn.datasets", "tests.kill_runs", "tests.sharded_runs"])
-LONGEST = 240  # seconds of a run, many times what one takes on a busy machine
+LONGEST = 240  # seconds; a run on a busy machine takes a small part of this
 STDERR = 2
 
 
@@ -32,17 +32,17 @@ def start(function: Callable[..., None], arguments: tuple, log: Path) -> Any:
 
 
 def end(process: Any, log: Path) -> int | None:
-    """Waits for a process and for all that it has forked; returns its exit code (-9 if it was killed).
+    """Waits for a process and its child processes; returns its exit code (-9 if it was killed).
 
     Raises:
-        AssertionError: the process hangs; the message shows its output and where each thread is.
+        AssertionError: the process hangs. The message shows its output and the stack of each thread.
     """
     process.join(LONGEST)
     if process.is_alive():
         for number in (signal.SIGUSR1, signal.SIGKILL):
             os.killpg(process.pid, number)
             time.sleep(1)
-        raise AssertionError(f"still there after {LONGEST} seconds:\n{log.read_text()}")
+        raise AssertionError(f"still running after {LONGEST} seconds:\n{log.read_text()}")
     return process.exitcode
 
 
@@ -71,6 +71,6 @@ def _launch(function: Callable[..., None], arguments: tuple, environment: dict[s
 
 
 def _rank(function: Callable[..., None], arguments: tuple) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process this was forked from
+    AcceleratorState._reset_state(reset_partial_state=True)  # the fork copied the state of its parent
     GradientState._reset_state()
     function(*arguments)

@@ -1,6 +1,6 @@
-"""Compares losses and discriminator with stored numbers of the original code.
+"""Compares losses and discriminator with stored results of the original code.
 
-The numbers come from the trainer's own step. Its generator is replaced by the stored features and the last layer.
+Our results come from `VQGANTrainer.step`, whose generator is replaced by the stored features and the last layer.
 """
 
 import json
@@ -25,7 +25,7 @@ from tests.golden import GOLDEN, GRADIENTS, OUTPUTS, Found, elementwise, relativ
 
 
 class StoredGenerator(nn.Module):
-    """Stored features, the stored last layer, and the stored codebook loss as a parameter."""
+    """A generator of stored features, with the stored last layer and the stored codebook loss as a parameter."""
 
     def __init__(self, golden: dict[str, Tensor]):
         super().__init__()
@@ -48,7 +48,7 @@ class StoredGenerator(nn.Module):
 
 
 class StoredTrainer(VQGANTrainer):
-    """Trains the stored generator, and keeps the gradients of an update instead of applying them."""
+    """A trainer of the stored generator. It stores the gradients of an update instead of applying them."""
 
     def __init__(self, golden: dict[str, Tensor], config: Stage1Config):
         self.gradients: dict[str, Tensor] = {}
@@ -62,13 +62,13 @@ class StoredTrainer(VQGANTrainer):
 
 
 def compare() -> Iterator[Found]:
-    """Every stored quantity of losses and discriminator."""
+    """Compares every stored quantity of the losses and the discriminator."""
     golden = load_file(GOLDEN / "losses.safetensors", device=str(DEVICE))
     stored = json.loads((GOLDEN / "losses.json").read_text())
     for name, case in stored["cases"].items():
         if name.startswith("eval_nograd"):
             discriminator = patch_discriminator(golden, "disc.", base_channels=32, num_layers=3)
-            discriminator(golden["io.recon"])  # one training forward came before: its statistics are in use
+            discriminator(golden["io.recon"])  # one training forward has updated the statistics
             g_loss = ADVERSARIAL_LOSSES["hinge"].generator(discriminator.eval()(golden["io.recon"]))
             yield Found("g_loss in eval mode", name, abs(g_loss.item() - case["g_loss"]), OUTPUTS)
         else:
@@ -84,7 +84,7 @@ def compare_step(
     number, weight = int(step.removeprefix("step")), int(perceptual_weight.removeprefix("pw"))
     trainer = StoredTrainer(golden, step_config(kind, kwargs))
     trainer.discriminator.load_state_dict(state(golden, "disc."))
-    if weight:  # the stored numbers are of a stand-in for LPIPS
+    if weight:  # the original ran with a stand-in for LPIPS
         trainer.config.loss.perceptual_weight = weight
         trainer.perceptual = lambda a, b: (a - b).square().mean()  # type: ignore[assignment]
     metrics = {key: value.item() for key, value in trainer.step(golden["io.input"], number).items()}
@@ -94,14 +94,14 @@ def compare_step(
     rate = metrics.get("adversarial/adaptive_weight", 0.0) * kwargs["disc_weight"]
     nll = metrics["loss/l1"] + weight * metrics.get("loss/perceptual", 0.0)
     found = {
-        "rec_loss": nll,  # which has the perceptual term in it there
+        "rec_loss": nll,  # in the original it includes the perceptual term
         "p_loss": metrics.get("loss/perceptual", 0.0),
         "nll_loss": nll,
         "quant_loss": metrics["loss/codebook"],
         "total_loss": nll + metrics["loss/codebook"] + rate * metrics.get("loss/adversarial", 0.0),
         "disc_loss": metrics.get("loss/discriminator", 0.0),
     }
-    if playing:  # before, the original computes them and multiplies them by 0
+    if playing:  # before that, the original multiplies them by 0
         found |= {"d_weight": rate, "g_loss": metrics["loss/adversarial"]}
         found |= {f"logits_{side}": metrics[f"logits/{side}"] for side in ("real", "fake")}
     for quantity, value in found.items():

@@ -1,4 +1,4 @@
-"""Compares tokenizers, loaded as `stage1_vqgan.convert` loads them, with stored numbers of the original code."""
+"""Compares tokenizers that `stage1_vqgan.convert` has loaded with stored results of the original code."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -14,18 +14,18 @@ from tests.devices import DEVICE
 from tests.golden import GOLDEN, GRADIENTS, ROUNDING_OF_A_LAYER, Found, elementwise, relative, state
 
 ORIGINALS = {"tiny": "taming", "f16_narrow": "taming", "llamagen_tiny": "llamagen"}
-# Encoder and decoder have about 40 layers together: 1e-5, doubled as a margin. Measured on three kinds of processor:
-# at most 6e-6. Ten times the ε of GroupNorm leaves 6e-5 or more.
+# Encoder and decoder have about 40 layers together, which gives 1e-5; doubled as a margin. The largest error measured
+# on three kinds of processor is 6e-6. A fault exceeds the bound: ten times the ε of GroupNorm gives at least 6e-5.
 OUTPUTS = 2 * 40 * ROUNDING_OF_A_LAYER
-# The originals decode z + (e - z), which differs from e in its last bits: their decoder starts from a rounded input.
+# The originals decode z + (e - z), which differs from e by rounding, so the input of their decoder is less precise.
 LOOKED_UP = 1.5 * OUTPUTS
 
 
 def compare() -> Iterator[Found]:
-    """Every stored quantity of every tokenizer.
+    """Compares every stored quantity of every tokenizer.
 
     Raises:
-        AssertionError: a code is another.
+        AssertionError: a code differs.
     """
     for name in ORIGINALS:
         stored = load_file(GOLDEN / f"{name}.safetensors", device=str(DEVICE))
@@ -38,7 +38,7 @@ def compare() -> Iterator[Found]:
 
 
 def load(name: str) -> VQGANModel:
-    """A tokenizer of one of the originals."""
+    """Loads the tokenizer of an original code base."""
     model = build_model(READERS[ORIGINALS[name]](GOLDEN / f"{name}.safetensors", GOLDEN / f"{name}.json"))
     return model.to(DEVICE)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Sources that tests write: images that a pixel identifies, as folders, parquet files and tars."""
+"""Writes image folders, parquet files and tars for tests. The pixel value of an image identifies it."""
 
 import io
 import tarfile
@@ -10,7 +10,7 @@ from stage1_vqgan import ImageStream, decode
 
 
 def picture(value, size=(8, 6)):
-    """An image that its pixels identify."""
+    """An image whose pixels all have one value, which identifies it."""
     return Image.new("RGB", size, (value, 255 - value, value // 2))
 
 
@@ -45,7 +45,7 @@ def write_parquet(path, rows, **columns):
 
 
 def write_tar(path, images, kind="png", **fields):
-    """A webdataset tar: of each image `NNNN.<kind>`, and `NNNN.<field>` with the text of its field."""
+    """Writes a webdataset tar: for each image, `NNNN.<kind>` and text files `NNNN.<field>`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number, value in enumerate(images):

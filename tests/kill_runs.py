@@ -1,5 +1,7 @@
-"""Runs of every stage that can be killed or interrupted at a chosen point, and what they leave; for tests/test_kills.py
-and tests/test_signals.py."""
+"""Runs of every stage that can be killed or interrupted at a chosen point, and comparisons of their results.
+
+For tests/test_kills.py and tests/test_signals.py.
+"""
 
 import json
 import multiprocessing
@@ -48,16 +50,16 @@ def run_stage2(folder: Path) -> None:
 
 
 def run_tokenize(folder: Path) -> None:
-    """A store of several shards."""
+    """Writes a code store of several shards."""
     tokenization.tokenize(process_runs.stage2_config(folder, **COMMON, tokenize_batch_size=64))
 
 
 RUNS = {"stage1": run_stage1, "stage2": run_stage2, "tokenize": run_tokenize}
-FOLDERS = {"stage1": "vqgan", "stage2": "prior", "tokenize": "codes"}  # what each makes
+FOLDERS = {"stage1": "vqgan", "stage2": "prior", "tokenize": "codes"}  # the output folder of each run
 
-# What is counted, and where: the process kills itself when the count of a point is reached.
+# Functions whose calls are counted for each point. The process kills itself when the count is reached.
 POINTS = {
-    "step": [(VQGANTrainer, "_update"), (stage2.PriorTrainer, "training_step")],  # an optimizer has or has not stepped
+    "step": [(VQGANTrainer, "_update"), (stage2.PriorTrainer, "training_step")],  # before or after the optimizer step
     "write": [(checkpoints.os, "fsync"), (checkpoints.Path, "rename")],  # a checkpoint is partly on the disk
     "save": [(torch, "save")],  # optimizer states are partly written
     "shard": [(tokenization, "write_shard"), (code_store.Path, "replace")],
@@ -66,12 +68,12 @@ POINTS = {
 
 @dataclass(kw_only=True)
 class Nothing(Section):
-    """A configuration of nothing: the runs above make their own."""
+    """An empty configuration, because the runs above build their own."""
 
 
 def _child(name: str, folder: Path, point: str | None, count: float, pause: float) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
-    multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
+    multiprocessing.set_start_method("fork", force=True)  # start method of data loader workers
     for module in (code_store, tokenization):
         module.SHARD_ROWS = SHARD_ROWS  # type: ignore[attr-defined]
     if point == "seconds":
@@ -89,7 +91,7 @@ def _child(name: str, folder: Path, point: str | None, count: float, pause: floa
 
 
 def _counting(function: Callable, left: list[float], pause: float) -> Callable:
-    """Calls of a function are counted; the last one kills the process, or announces itself and takes its time."""
+    """Counts the calls of a function. The last call kills the process, or reports that it is reached and pauses."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
@@ -104,15 +106,17 @@ def _counting(function: Callable, left: list[float], pause: float) -> Callable:
 
 
 def run(name: str, folder: Path, point: str | None = None, count: float = 0) -> int | None:
-    """Runs to the end, or to its death; returns the exit code (-9 if it was killed)."""
+    """Runs until the end or until it is killed; returns the exit code (-9 if it was killed)."""
     return _end(_start(name, folder, point, count, pause=0), folder)
 
 
 def interrupt(
     name: str, folder: Path, signals: list[tuple[int, float]], point: str, count: float, pause: float
 ) -> int | None:
-    """Sends signals to a run's process group, as a terminal does, each some seconds after the one before, from when a
-    point is reached, where the run makes a pause; returns the exit code."""
+    """Sends signals to a run's process group, as a terminal does, and returns the exit code.
+
+    The first signal follows when the run reaches a point and pauses there. Each further one follows after some seconds.
+    """
     process = _start(name, folder, point, count, pause)
     while REACHED not in (folder / "log.txt").read_text():
         assert process.is_alive(), (folder / "log.txt").read_text()
@@ -124,20 +128,20 @@ def interrupt(
 
 
 def prepare(name: str, undisturbed: Path, folder: Path) -> None:
-    """Copies what a run needs of those before it."""
+    """Copies the results of earlier stages that a run needs."""
     for needed in {"stage1": [], "tokenize": ["vqgan"], "stage2": ["vqgan", "codes"]}[name]:
         shutil.copytree(undisturbed / needed, folder / needed)
 
 
 def differences(name: str, undisturbed: Path, folder: Path) -> list[str]:
-    """What a run has left otherwise than the undisturbed one."""
+    """The results of a run that differ from those of the undisturbed run."""
     expected, found = contents(name, undisturbed), contents(name, folder)
     assert expected.keys() == found.keys() and len(expected) >= (6 if name == "tokenize" else 60)
     return [path for path in expected if expected[path] != found[path]]
 
 
 def contents(name: str, folder: Path) -> dict[str, Any]:
-    """Everything that was made: models, moving average, codebook and optimizer states; or the store's files."""
+    """The results of a run: models, moving average, codebook and optimizer states; or the files of the code store."""
     made = folder / FOLDERS[name]
     if name == "tokenize":
         manifest = json.loads((made / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Damages a saved model's folder, for tests of what is refused."""
+"""Damages the folder of a saved model, for tests that loading refuses it."""
 
 import json
 from collections.abc import Callable
@@ -36,12 +36,12 @@ def change_weights(folder: Path, change: Callable[[Weights], Weights]) -> None:
 
 
 def without(part: str) -> Callable[[Weights], Weights]:
-    """A change that removes all weights with this part in their names."""
+    """A change that removes all weights whose names contain `part`."""
     return lambda weights: {name: weight for name, weight in weights.items() if part not in name}
 
 
 def plant_code(folder: Path, mark: Path) -> None:
-    """Makes the config.json of a llama name a Python file that touches `mark` when it is run."""
+    """Adds a Python file that touches `mark` when it runs, and names it in the config.json of a llama."""
     (folder / "planted.py").write_text(PLANTED.format(mark=str(mark)))
     names = {"AutoConfig": "planted.Planted", "AutoModelForCausalLM": "planted.PlantedModel"}
     change_config(folder, model_type="planted", auto_map=names, architectures=["PlantedModel"])

@@ -1,5 +1,7 @@
-"""Tokenizers of other code bases for the tests of conversion: an independent reference model, its own numbers, and its
-weights under the names that each code base uses."""
+"""Tokenizers of other code bases for the tests of the conversion.
+
+An independent reference model, its results, and its weights under the names of each code base.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ def images(*shape):
 
 @torch.no_grad()
 def reference(widths=(32, 64), attends=(), channels=3, layers=1, embed_dim=4, latent_channels=8, groups=32, size=16):
-    """A VQModel of diffusers whose entries lie among the latents, so that images use many of them."""
+    """A VQModel of diffusers. Its entries have the distribution of the latents, so that images use many of them."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(len(widths) + channels)
     down = ["AttnDownEncoderBlock2D" if level in attends else "DownEncoderBlock2D" for level in range(len(widths))]
@@ -39,7 +41,7 @@ def reference(widths=(32, 64), attends=(), channels=3, layers=1, embed_dim=4, la
 
 @torch.no_grad()
 def facts(model):
-    """What the reference makes of two square images and a wide one, as a file to compare with."""
+    """Codes and reconstructions of the reference, for two square images and a wide one, in the format of `--verify`."""
     factor, channels = 2 ** (len(model.config.block_out_channels) - 1), model.config.in_channels
     stored = {}
     for name, shape in {
@@ -55,7 +57,7 @@ def facts(model):
 
 
 def taming_weights(model, gradients=False):
-    """The reference's weights, or their gradients, as taming-transformers lays them out."""
+    """The weights of the reference, or their gradients, with the names and shapes of taming-transformers."""
     last, weights = len(model.config.block_out_channels) - 1, {}
     tensors = {name: p.grad for name, p in model.named_parameters()} if gradients else model.state_dict()
     for name, value in tensors.items():
@@ -108,7 +110,7 @@ def taming_params(model):
 
 
 def llamagen_weights(model):
-    """The reference's weights as LlamaGen lays them out."""
+    """The weights of the reference with the names and shapes of LlamaGen."""
     last, weights = len(model.config.block_out_channels) - 1, {}
     for name, value in taming_weights(model).items():
         parts = name.split(".")
@@ -121,7 +123,7 @@ def llamagen_weights(model):
 
 
 def write_taming(folder, model, weights=None, target="taming.models.vqgan.VQModel", **params):
-    """A Lightning checkpoint, its YAML, and the file to compare with."""
+    """Writes a Lightning checkpoint, its YAML, and the file for `--verify`."""
     state = {"state_dict": taming_weights(model) if weights is None else weights, "epoch": 3, "global_step": 1000}
     torch.save(state, folder / "last.ckpt")
     config = {"model": {"base_learning_rate": 4.5e-6, "target": target, "params": taming_params(model) | params}}

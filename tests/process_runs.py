@@ -1,4 +1,4 @@
-"""Runs of both stages that leave what each process holds at the end; for tests/test_processes.py."""
+"""Runs of both stages that save the final state of each process; for tests/test_processes.py."""
 
 import copy
 import itertools
@@ -26,7 +26,7 @@ from tests import tiny
 
 GLOBAL_BATCH = 32
 
-# name, K, D, options of every quantizer that has something to train
+# name, K, D and options of every quantizer with trainable weights
 QUANTIZERS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("vq", 64, 4, {}),
     ("vq", 64, 4, {"l2_normalize": True}),
@@ -35,7 +35,7 @@ QUANTIZERS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("ema", 64, 4, {"decay": 0.9}),
     ("gumbel", 64, 4, {"kl_weight": 0.01}),
 ]
-# settings of tokenizers with other kinds whose loss, codebook or noise is shared by all processes
+# settings of tokenizers whose loss, codebook or noise depends on all processes
 WHOLE: dict[str, dict[str, Any]] = {
     "ema": {"quantizer": "ema"},
     "gumbel": {"quantizer": "gumbel", "quantizer_options": {"kl_weight": 0.01}},
@@ -102,7 +102,7 @@ def leave(folder: Path, name: str, state: dict[str, Any]) -> None:
 
 @contextmanager
 def large_epsilon() -> Iterator[None]:
-    """Trainers of stage 1 that are built inside use ADAM_EPSILON."""
+    """Inside this context, new trainers of stage 1 use ADAM_EPSILON."""
     build = components._optimizer
 
     def build_with_epsilon(model: torch.nn.Module, config: Stage1Config) -> torch.optim.Optimizer:
@@ -116,7 +116,7 @@ def large_epsilon() -> Iterator[None]:
 
 
 def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass: bool = False) -> None:
-    """Trains; leaves generator, discriminator, moving average and how many codes restarted, of this process."""
+    """Trains; saves generator, discriminator, moving average and number of restarted codes of this process."""
     finish, restart = Training.finish, VQGANTrainer._restart_dead_codes
     restarted = []
 
@@ -128,7 +128,7 @@ def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass:
         return finish(training)
 
     def restart_and_count(trainer: VQGANTrainer, *args: Any) -> Any:
-        if bypass:  # a version of the code that trains without the wrapper which averages gradients
+        if bypass:  # a faulty version that trains without the wrapper that averages gradients
             trainer.generator = trainer.model
         found = restart(trainer, *args)
         restarted.append(int(found.get("codebook/restarted", 0)))
@@ -144,7 +144,7 @@ def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass:
 
 
 def run_stage2(config: Stage2Config, folder: Path) -> None:
-    """Trains; leaves the prior of this process, and the average of its weights."""
+    """Trains; saves the prior of this process and the average of its weights."""
     evaluate = prior_training.PriorTrainer.evaluate
 
     def evaluate_and_leave(trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -161,13 +161,15 @@ def run_stage2(config: Stage2Config, folder: Path) -> None:
 
 
 def run_quantizer(folder: Path, name: str, codes: int, width: int, options: dict[str, Any]) -> None:
-    """50 updates of a quantizer on fixed latents, this process's share of them, with k-means and restarts if it has a
-    codebook; leaves all it holds."""
+    """Updates a quantizer 50 times on this process's part of fixed latents, and saves its state.
+
+    A quantizer with a codebook also has k-means and restarts.
+    """
     accelerator = Accelerator()
     torch.manual_seed(0)
     quantizer = build_quantizer(name, codes, width, options)
     parameters = [parameter for parameter in quantizer.parameters() if parameter.requires_grad]
-    # not Adam, which divides a gradient of rounding, that of an entry on its only latent, by its own size
+    # Not Adam: an entry on its only latent has a gradient of rounding errors, which Adam would normalise to full steps.
     optimizer = torch.optim.SGD(parameters or [torch.zeros(1)], lr=0.1, momentum=0.9)
     wrapped = accelerator.prepare(quantizer) if parameters else quantizer
     monitor = CodebookMonitor(codes, accelerator.device)
@@ -206,10 +208,10 @@ GAMES = [
 
 
 def run_games(folder: Path) -> None:
-    """Four steps with every adversarial loss on eight images in two micro batches; saves both models."""
+    """Four steps with every adversarial loss on eight images in two micro-batches; saves both models."""
     accelerator = Accelerator(gradient_accumulation_steps=2)
-    # A penalty's gradient jumps where a LeakyReLU turns: images with which rounding turns none. (With seed 0 a change
-    # of them by 1e-7 moves a weight by 4e-5, on one process too.)
+    # The gradient of a penalty jumps where the input of a LeakyReLU changes its sign. With these images, rounding
+    # changes no sign. (With seed 0, a change of the images by 1e-7 moves a weight by 4e-5, even on one process.)
     images = torch.rand(8, 2, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     for kind, norm_type, penalty in GAMES:
         config = stage1_config(folder, gradient_accumulation_steps=2)
@@ -220,7 +222,7 @@ def run_games(folder: Path) -> None:
         with large_epsilon():
             trainer = VQGANTrainer(config, accelerator)
         with torch.no_grad():
-            accelerator.unwrap_model(trainer.discriminator).main[-1].weight.mul_(30)  # so that every gradient is felt
+            accelerator.unwrap_model(trainer.discriminator).main[-1].weight.mul_(30)  # makes all gradients large
         for number, global_batch in enumerate(images):
             trainer.set_learning_rate(number // 2)
             batch = global_batch.chunk(accelerator.num_processes)[accelerator.process_index]
@@ -232,14 +234,16 @@ def run_games(folder: Path) -> None:
 
 
 def run_all(folder: Path, other: Path) -> None:
-    """All runs. Stage 2 uses the tokenizer in `other`: where two codes are almost equally near, one that was trained on
-    another number of processes may choose the other code, and stage 2 would train on other data."""
+    """Runs everything. Stage 2 uses the tokenizer in `other`, so that it trains on the same codes.
+
+    Tokenizers that were trained on different numbers of processes differ by rounding, which can change a code.
+    """
     run_stage1(stage1_config(folder), folder / "states")
     for quantizer in QUANTIZERS:
         run_quantizer(folder / "states", *quantizer)
     for name, settings in WHOLE.items():
         model = {**tiny.VQGAN, **settings}
-        # not clipped: the scale of the gradients is compared too
+        # no clipping, so that the scale of the gradients is compared too
         changes = {"max_steps": 5, "max_grad_norm": 0, "model": model, "output_dir": str(folder / name)}
         run_stage1(stage1_config(folder, **changes), folder / "states", name)
     config = stage2_config(folder, tokenizer=str(other / "vqgan"))
@@ -248,6 +252,6 @@ def run_all(folder: Path, other: Path) -> None:
 
 
 def run_all_on_two(folder: Path, other: Path) -> None:
-    """All runs, and four steps of a version of the code that does not average the generator's gradients."""
+    """Runs everything, and four steps of a faulty version that does not average the gradients of the generator."""
     run_all(folder, other)
     run_stage1(stage1_config(folder / "bypassed", max_steps=4), folder / "states", "bypassed", bypass=True)

@@ -28,7 +28,7 @@ def config(folder: Path, name: str) -> Stage2Config:
 
 
 def run_on_two_processes(folder: Path) -> None:
-    """A run to its end, and the same from where another had been interrupted; `folder` holds tokenizer and codes."""
+    """Runs once without interruption, and once with a resume. `folder` holds tokenizer and codes."""
     command = ["--config_file", str(CONFIG_FILE), "--num_processes", "2", "-m", "stage2_prior.train"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     environment = prepare_multi_gpu_env(arguments)

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, and what a run of them tells."""
+"""The arithmetic of the benchmarks, and the results that a run reports."""
 
 import json
 from functools import partial
@@ -52,7 +52,7 @@ def test_lanes_that_do_not_agree_are_not_timed():
         measure(make_case(agree=disagree), CPU, SLOW_MACHINE, rounds=3)
 
 
-def test_a_peer_that_fails_is_told_and_left_out():
+def test_a_peer_that_fails_is_reported_and_skipped():
     result = measure(make_case(lanes={OURS: partial(wait, 10), "peer": broken}), CPU, SLOW_MACHINE, rounds=3)
     assert list(result["lanes"]) == [OURS] and result["failed"] == {"peer": "RuntimeError: a peer of another version"}
     with pytest.raises(RuntimeError):
@@ -66,7 +66,7 @@ def test_ratios_are_taken_round_by_round():
     }  # fmt: skip
 
 
-def test_a_run_goes_on_after_a_failure_and_says_so(monkeypatch, tmp_path, capsys):
+def test_a_run_continues_after_a_failure_and_reports_it(monkeypatch, tmp_path, capsys):
     def cases(*_):
         yield make_case(setting="broken", lanes={OURS: broken})
         yield make_case(setting="whole")
@@ -90,9 +90,9 @@ def test_operations_are_those_of_the_layers():
     images = torch.zeros(1, config.in_channels, config.image_size, config.image_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
-    half_norms = 2 * config.grid_size**2 * config.num_embeddings  # the product's search has them in its product
+    half_norms = 2 * config.grid_size**2 * config.num_embeddings  # our search includes them in its matrix product
     assert encode_operations(config) + decode_operations(config) == counter.get_total_flops() - half_norms
-    # known of the original's layout: 139 and 253 GFLOP an image
+    # known values of the original's layout: 139 and 253 GFLOP per image
     f16 = load_config(Stage1Config, "imagenet256/stage1")
     assert encode_operations(f16.vqgan_config()) == pytest.approx(138.5e9, rel=0.01)
     assert decode_operations(f16.vqgan_config()) == pytest.approx(252.7e9, rel=0.01)

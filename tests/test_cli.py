@@ -53,7 +53,7 @@ def test_training_is_launched_from_a_folder_of_ones_own(tmp_path):
 
 
 def test_a_misspelt_key_is_a_message(tmp_path):
-    """Also in a folder whose name is that of a package, and of a preset's folder."""
+    """This holds even in a folder that has the name of a package and of a preset folder."""
     (tmp_path / "configs" / "digits").mkdir(parents=True)
     command = ["-m", "stage1_vqgan.train", "digits/stage1", "--loss.perceptual_wight", "2", "--max_step", "3"]
     done = python(command, tmp_path)
@@ -63,7 +63,7 @@ def test_a_misspelt_key_is_a_message(tmp_path):
     assert "Traceback" not in done.stderr and [path.name for path in tmp_path.iterdir()] == ["configs"]
 
 
-# Each takes from half a second to seconds to import.
+# The import of each takes half a second or more.
 HEAVY = ["torch", "numpy", "transformers", "accelerate", "datasets", "huggingface_hub", "lpips", "torchvision", "PIL"]
 QUICK_ANSWERS = """
 import runpy, sys
@@ -75,7 +75,7 @@ except SystemExit as exited:
 print("heavy modules", [name for name in {heavy} if name in sys.modules])
 """.replace("{heavy}", str(HEAVY))
 
-# module, arguments of a mistake, its message
+# module, arguments with a mistake, message
 MISTAKES = {
     "tokenizer": ("stage1_vqgan.train", "digits/stage1 --max_stpes 3", "did you mean 'max_steps'?"),
     "model section": ("stage1_vqgan.train", "digits/stage1 --model.base_chanels 3", "did you mean 'base_channels'?"),

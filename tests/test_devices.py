@@ -1,4 +1,4 @@
-"""A GPU against the CPU and against itself, as runs and pipelines use it: `pytest --device cuda` runs it."""
+"""Runs and pipelines on a GPU, compared with the CPU and with each other. `pytest --device cuda` runs these tests."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ OPTIONS = [{}, GUIDED, {"guidance_scale": 3.0, "guidance_interval": (0.25, 0.7),
 
 @pytest.fixture(autouse=True)
 def as_users_have_it():
-    """Other tests ask for sums in a fixed order."""
+    """Restores the defaults of torch, because other tests need sums in a fixed order."""
     torch.use_deterministic_algorithms(False)
     yield
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -37,7 +37,7 @@ def as_users_have_it():
 
 @pytest.fixture
 def make_pipeline(tiny_runs, random_prior):
-    """Makes the pipeline of a random prior of an architecture."""
+    """Returns a function that makes a pipeline with a random prior of an architecture."""
 
     def make(model_type):
         layout = TokenLayout.from_pretrained(tiny_runs.prior)
@@ -51,7 +51,7 @@ def make_pipeline(tiny_runs, random_prior):
 
 
 def generate(pipeline, numbers, batch_size=None, **options):
-    """The images of some numbers: each has a class and a seed."""
+    """Generates one image for each number, which determines class and seed."""
     generators = [torch.Generator().manual_seed(number) for number in numbers]
     labels = [number % 10 for number in numbers]
     return pipeline.generate(labels, generator=generators, batch_size=batch_size, output_type="pt", **options)
@@ -89,7 +89,7 @@ def test_nor_in_a_compiled_step_which_chooses_the_same_codes(make_pipeline, mode
 @pytest.mark.parametrize("options", [*OPTIONS, {**GUIDED, "temperature": 0.0}], ids=str)
 @pytest.mark.parametrize("model_type", tiny.RANDOM_PRIORS)
 def test_recorded_steps_choose_the_codes_of_single_ones(make_pipeline, monkeypatch, model_type, options, exact):
-    """With attention that stops where a sequence does, and with a mask in windows of several sizes."""
+    """With the Triton attention, and with masked attention over several numbers of places."""
     if not exact:
         monkeypatch.setattr(graphs, "BUCKET", 6)
         monkeypatch.setattr(graphs, "use_decode_attention", lambda model: False)
@@ -135,7 +135,7 @@ def test_random_numbers_are_those_of_the_cpu():
     for draw in (mix, uniform):
         assert torch.equal(draw(*there[:1]).cpu(), draw(*here[:1]))
     assert torch.equal(uniform(*there).cpu(), uniform(*here))
-    # a logarithm may be rounded otherwise in float64, of which float32 keeps half the digits
+    # float64 logarithms may differ by rounding, which is far below the precision of float32
     found, expected = exponential(*there).cpu(), exponential(*here)
     assert (found == expected).float().mean() > 0.9999
     torch.testing.assert_close(found, expected, rtol=2.0**-22, atol=0)
@@ -160,7 +160,7 @@ def logged(run, name):
 
 
 def interrupt(run, step):
-    """Leaves what a run leaves that is killed after the checkpoint of a step."""
+    """Reduces the folder of a run to that of a run that was killed after the checkpoint of a step."""
     for checkpoint in complete_checkpoints(run):
         if checkpoint.step > step:
             shutil.rmtree(checkpoint.path)
@@ -169,7 +169,7 @@ def interrupt(run, step):
 
 
 def test_both_stages_train_and_go_on_in_bf16(tmp_path):
-    """Losses are finite and fall, and a run that was interrupted ends where the straight one does, about."""
+    """Losses are finite and fall. A resumed run ends with nearly the same loss as the uninterrupted run."""
     changes = {"bf16": True, "logging_steps": 10, "dataloader_num_workers": 2}
     first = process_runs.stage1_config(tmp_path, max_steps=60, save_steps=30, learning_rate=1e-3, **changes)
     train_tokenizer(first)

@@ -28,7 +28,7 @@ def test_a_tokenizer_goes_on_from_its_weights(tiny_runs, tmp_path):
     first = tokenizer_config(tiny_runs, tmp_path / "still", learning_rate=1e-30)
     before, still = VQGANModel.from_pretrained(tiny_runs.vqgan), train_tokenizer(first)
     weights = before.state_dict()
-    # nothing but codes that were restarted may move at this rate: no k-means, no fresh initialisation
+    # at this learning rate, only restarted codes may move: no k-means, no new initialisation
     assert changed(weights, still.state_dict()) <= {"quantize"}
     moved = train_tokenizer(tokenizer_config(tiny_runs, tmp_path / "moved"))
     assert changed(weights, moved.state_dict()) >= {"encoder", "decoder", "quantize"}
@@ -133,7 +133,7 @@ def test_classes_are_matched_by_name(tiny_runs):
     for number in range(10):
         assert torch.equal(rows[0][32 + layout.class_names.index(str(number))], rows[1][32 + number])
     assert torch.equal(rows[0][layout.null_token], rows[1][known.null_token])
-    assert not torch.equal(rows[0][32], rows[1][32])  # the new one
+    assert not torch.equal(rows[0][32], rows[1][32])  # the row of the new class
     assert changed(before.model.layers.state_dict(), prior.model.layers.state_dict()) == set()
     codes = torch.arange(5)[None]
     assert torch.equal(before(codes).logits[..., :32], prior(codes).logits[..., :32])
@@ -142,7 +142,7 @@ def test_classes_are_matched_by_name(tiny_runs):
 
 def test_priors_that_cannot_be_fine_tuned(tiny_runs, random_prior, tmp_path):
     layout = TokenLayout.from_pretrained(tiny_runs.prior)
-    with pytest.raises(ConfigError, match=r"model_name_or_path: received 'nowhere/'; there is no trained prior"):
+    with pytest.raises(ConfigError, match=r"model_name_or_path: received 'nowhere/'; it holds no trained prior"):
         adapt_prior("nowhere/", {}, layout)
     with pytest.raises(ConfigError, match=r"codes are of another tokenizer .* was trained on those"):
         adapt_prior(str(tiny_runs.prior), {}, replace(layout, tokenizer_fingerprint="another"))
@@ -150,5 +150,5 @@ def test_priors_that_cannot_be_fine_tuned(tiny_runs, random_prior, tmp_path):
         adapt_prior(str(tiny_runs.prior), {"model_type": "llama", "hidden_size": 64}, layout)
     random_prior("gpt2", layout).save_pretrained(tmp_path)
     layout.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"learnt the positions of 16 codes; these images have 64"):
+    with pytest.raises(ConfigError, match=r"position embeddings are for 16 codes; these images have 64"):
         adapt_prior(str(tmp_path), {}, replace(layout, grid=(8, 8)))

@@ -1,4 +1,4 @@
-"""What goes to the Hub: the same files come back as a working model. The upload itself is replaced by a copy."""
+"""Uploads to the Hub: the uploaded files load as a working model. A copy replaces the upload itself."""
 
 import shutil
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.devices import DEVICE
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> Path:
-    """A folder that stands for the Hub."""
+    """A folder that replaces the Hub."""
 
     def create_repo(self, repo_id, private=None, exist_ok=False, **kwargs):
         return SimpleNamespace(repo_id=repo_id)
@@ -52,13 +52,13 @@ def test_a_pushed_pipeline_comes_back(hub, tiny_pipeline):
 
 def test_a_pushed_run_is_the_model_without_checkpoints_and_logs(hub, tiny_runs):
     for run, name in ((tiny_runs.stage1, "me/vqgan"), (tiny_runs.stage2, "me/prior")):
-        with locked_folder(run.output_dir, "output_dir"):  # as it is when the run uploads
+        with locked_folder(run.output_dir, "output_dir"):  # a run is locked while it uploads
             push_run(replace(run, hub_model_id=name))
     for folder in ("me/vqgan", "me/prior"):
         names = {path.name for path in (hub / folder).iterdir()}
         assert {"config.json", "model.safetensors", "config.yaml", "train_results.json"} <= names
         assert not any(path.is_dir() or path.suffix == ".jsonl" for path in (hub / folder).iterdir())
-        assert not any(name.startswith(".") for name in names)  # who holds the folder is nobody's business
+        assert not any(name.startswith(".") for name in names)  # the lock file names the user's machine
     vqgan = VQGANModel.from_pretrained(hub / "me/vqgan")
     AutoModelForCausalLM.from_pretrained(hub / "me/prior")
     assert TokenLayout.from_pretrained(hub / "me/prior").tokenizer_fingerprint == vqgan.config.fingerprint

@@ -1,4 +1,4 @@
-"""Killed at any point, a run that is started again ends exactly as one that was left alone."""
+"""A run that is killed at any point and started again has exactly the results of an uninterrupted run."""
 
 import random
 
@@ -15,9 +15,9 @@ MOST = {"step": 16, "write": 20, "save": 5, "shard": 6}
 
 
 def survive(name, undisturbed, folder, points):
-    """Kills a run at each point in turn, until it has come to its end; returns how often it was killed.
+    """Starts a run until it ends, and kills it at the next point each time; returns the number of kills.
 
-    After the last point it is left alone.
+    After the last point it runs without kills.
     """
     kill_runs.prepare(name, undisturbed, folder)
     killed = 0
@@ -39,7 +39,7 @@ def test_killed_runs_end_as_undisturbed_ones(name, undisturbed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_killed_at_ten_random_points(name, undisturbed, tmp_path):
-    """At least: runs are killed again and again, each until it comes to its end, till there were ten kills."""
+    """Repeats runs, each with kills until it ends, until at least ten kills have happened."""
     rng = random.Random(name)
     kinds = ["shard"] if name == "tokenize" else ["step", "write", "save"]
     kills, runs = 0, 0

@@ -1,4 +1,4 @@
-"""The import rules of the architecture, held by the syntax tree of every file."""
+"""The import rules of the architecture, checked in the syntax tree of every file."""
 
 import ast
 import subprocess
@@ -41,7 +41,7 @@ def imports(source, module, is_package=False, for_types=True):
 
 
 def violations(source, module, is_package=False):
-    """What the imports of this source break, in words."""
+    """The import rules that a source breaks, in words."""
     layer, _, stem = module.rpartition(".")
     layer = layer.split(".")[0] or module
     is_model_file = layer == "stage1_vqgan" and stem.startswith(MODEL_FILES)
@@ -98,13 +98,13 @@ def test_the_checker_catches(module, source, word):
     assert any(word in found for found in violations(source, module))
 
 
-def test_the_checker_lets_good_imports_pass():
+def test_the_checker_accepts_good_imports():
     assert violations("from stage1_vqgan import DataConfig\nfrom configs import run", "stage2_prior.data") == []
     assert violations("import torch\nfrom .quantizers import VectorQuantizer", "stage1_vqgan.modeling_x") == []
     assert violations("from stage1_vqgan.training.run import train", "stage1_vqgan.train") == []
 
 
-def test_nothing_goes_round():
+def test_imports_have_no_cycle():
     graph = {}
     for module, path in MODULES.items():
         edges = graph.setdefault(module, set())

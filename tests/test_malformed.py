@@ -37,8 +37,8 @@ COMMANDS = {
     "evaluate1": (ReconstructionConfig, evaluate_tokenizer, "--model $vqgan --data.dataset digits"),
 }
 
-# command, arguments, {key: words of its message}; the arguments follow the good ones, or replace them if the first is
-# the name of a file.
+# command, arguments, {key: words of its message}. The arguments follow the valid ones, or replace them if the first
+# argument is the name of a file.
 CASES = {
     # ------------------------------------------------------------------ command line
     "no value": ("stage1", "--max_steps", {"max_steps": "no value given; write --max_steps VALUE"}),
@@ -291,7 +291,7 @@ CASES = {
         "--model.hidden_size wide --model.vocab_size 3 --model.num_hidden_layers 2.5 --model.layers 3",
         {
             "model.hidden_size": "received 'wide'; must be a whole number",
-            "model.vocab_size": "the code store decides it",
+            "model.vocab_size": "the code store determines it",
             "model.num_hidden_layers": "received 2.5; must be a whole number",
             "model.layers": "unknown key",
         },
@@ -330,9 +330,9 @@ CASES = {
         "--tokenizer $folder/other",
         {"tokenizer": "codes are of another"},
     ),
-    "codes of other images": ("stage2", "--num_views 3", {"num_views": "was made with 2, the configuration says 3"}),
+    "codes of other images": ("stage2", "--num_views 3", {"num_views": "written with 2, but the configuration has 3"}),
     "missing tokenizer of a pipeline": ("build", "--tokenizer ./no", {"tokenizer": "there is no such folder"}),
-    "missing prior": ("build", "--prior ./no", {"prior": "no trained prior in it"}),
+    "missing prior": ("build", "--prior ./no", {"prior": "this folder holds no trained prior"}),
     "prior of another tokenizer": (
         "build",
         "--tokenizer $folder/other",
@@ -342,7 +342,7 @@ CASES = {
     "run that has not finished": (
         "evaluate",
         "--prior_run ./no",
-        {"": "no/train_results.json is not there: that step has not finished"},
+        {"": "no/train_results.json does not exist: that step has not finished"},
     ),
     "too many components": ("evaluate", "--num_components 999 --feature_size 2", {"num_components": "at most 4"}),
     "negative guidance": ("evaluate", "--guidance_scale -1", {"guidance_scale": "received -1"}),
@@ -353,11 +353,11 @@ CASES = {
         {"tokenizer": "not a tokenizer but a model of type"},
     ),
     "folder without a tokenizer": ("build", "--tokenizer $folder", {"tokenizer": "holds no trained tokenizer"}),
-    "tokenizer for a prior": ("build", "--prior $vqgan", {"prior": "no trained prior in it"}),
+    "tokenizer for a prior": ("build", "--prior $vqgan", {"prior": "this folder holds no trained prior"}),
     "prior for a pipeline": ("evaluate", "--pipeline $prior", {"pipeline": "holds no pipeline"}),
     "images for codes": ("stage2", "--code_store $folder", {"code_store": "no finished code store"}),
     "broken tokenizer": ("tokenize", "--tokenizer $folder/broken", {"tokenizer": "its weights file is damaged"}),
-    "prior without weights": ("build", "--prior $folder/unfinished", {"prior": "the prior in it is not complete"}),
+    "prior without weights": ("build", "--prior $folder/unfinished", {"prior": "its prior is incomplete"}),
     "unknown split": ("evaluate1", "--split test", {"split": "'train' or 'validation'"}),
     "place that refuses": (
         "stage1",
@@ -379,7 +379,7 @@ CASES = {
     "file for a folder": ("stage1", "--output_dir $folder/list.yaml", {"output_dir": "there is a file of this name"}),
     "folder in a file": ("evaluate", "--output_dir $folder/list.yaml/out", {"output_dir": "Not a directory"}),
 }
-if Version(transformers.__version__) >= Version("5.23"):  # which checks them by itself; 5.17 does not
+if Version(transformers.__version__) >= Version("5.23"):  # this version checks them; 5.17 does not
     CASES |= {
         "odd heads": (
             "stage2",
@@ -406,7 +406,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_runs) -> Path:
-    """Files that are no configurations, a folder without images, and a tokenizer with other codes."""
+    """Writes invalid configuration files, a folder without images, and a tokenizer with other codes."""
     folder = tmp_path_factory.mktemp("files")
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
@@ -435,7 +435,7 @@ def test_a_mistake_ends_in_a_message(tiny_runs, folder, tmp_path, monkeypatch, c
     shown = capsys.readouterr().err.replace(str(folder), ".").replace(str(tiny_runs.root), ".")
     assert exited.value.code == 2 and "Traceback" not in shown
 
-    # the last thing shown is the message: one screen, and a line for each problem
+    # the output ends with the message, which fits on a screen and has a line for each problem
     lines = shown[shown.index(" problem") :].rstrip().splitlines()
     assert len(lines) == 1 + len(expected) <= 40 and max(map(len, lines)) <= 240
     for line, (key, words) in zip(sorted(lines[1:]), sorted(expected.items()), strict=True):
@@ -444,7 +444,7 @@ def test_a_mistake_ends_in_a_message(tiny_runs, folder, tmp_path, monkeypatch, c
         assert leak not in shown
 
 
-# what `accelerate launch` puts into the environment, command, arguments, {key: words}
+# environment variables of `accelerate launch`, command, arguments, {key: words}
 LAUNCHES = {
     "precision of the launcher": (
         {"MIXED_PRECISION": "bf16"},
@@ -501,7 +501,7 @@ def test_launches_that_agree(launched):
     launched(USE_FSDP="true", WORLD_SIZE="4")
     config = load("stage2", "--bf16 true --global_batch_size 64 --gradient_accumulation_steps 2")
     assert config.device_batch_size(4) == 8
-    assert load("stage2").device_batch_size(4) == 64  # images on one device, as ever
+    assert load("stage2").device_batch_size(4) == 64  # images on one device
 
 
 def test_a_configuration_made_in_python_is_checked_as_well(tmp_path):

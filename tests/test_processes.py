@@ -1,4 +1,4 @@
-"""Two processes are one with twice the batch; every process holds the same; a process that dies ends the job."""
+"""Two processes equal one with twice the batch; all processes hold the same weights; a dead process ends the job."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.tiny import tensors
 pytestmark = cpu_only
 
 ROOT = Path(__file__).resolve().parents[1]
-# One process and two add the same numbers in another order. This bounds how far their weights may differ in float32.
+# One and two processes sum the same numbers in different orders. This bounds the difference of their float32 weights.
 # Gradients are at most 4 here, so such a sum is wrong by at most δ = 4 · 2^-22, about 1e-6. The error moves a weight by
 # at most 2 · learning rate · δ / ε in each step (see process_runs.ADAM_EPSILON). The learning rates of a run add up to
 # 1e-3: 2e-6 in all, doubled as a margin. (In stage 2 they add up to 1e-2, but gradients are at most 0.2.) Measured:
@@ -80,7 +80,7 @@ def test_without_the_wrapper_they_would_not(two):
 
 @pytest.mark.parametrize("name, options", [(name, options) for name, _, _, options in process_runs.QUANTIZERS])
 def test_codebooks_are_those_of_one_process(one, two, name, options):
-    """After 50 updates on fixed latents, with k-means and restarts."""
+    """Compares the quantizers after 50 updates on fixed latents, with k-means and restarts."""
     run = f"quantizer {name} {'-'.join(options)}"
     single, first, second = state(one, run, 0), state(two, run, 0), state(two, run, 1)
     assert single.keys() == first.keys() == second.keys()
@@ -101,7 +101,7 @@ def test_two_processes_are_one_with_twice_the_batch(one, two, name):
 
 
 def difference(a, b):
-    """The largest, absolute below 1 and relative above: ActNorm's scales are in the hundreds."""
+    """The largest difference, relative to values above 1, because ActNorm's scales are in the hundreds."""
     return ((a.double() - b.double()).abs() / a.double().abs().clamp(min=1)).max().item()
 
 
@@ -110,7 +110,7 @@ def worst(differences):
 
 
 def test_the_codes_are_the_same_files(one, two):
-    """Of the same tokenizer: two processes share the work and write what one would."""
+    """Two processes share the encoding with one tokenizer, and write the same store as one process."""
     stores = one / "codes", two / "codes"
     names = [sorted(path.name for path in store.glob("*.arrow")) for store in stores]
     assert names[0] == names[1] == ["train-00000.arrow", "validation-00000.arrow"]
@@ -124,7 +124,7 @@ def logs(folder):
 
 
 def test_the_evaluation_of_stage_2_counts_each_row_once(one, two):
-    """Batches of 100 do not divide the 360 rows: none is repeated to fill the last ones."""
+    """360 rows are not a multiple of the batch size 100; no row is counted twice in the last batches."""
     losses = [[line["eval_loss"] for line in logs(folder / "prior") if "eval_loss" in line] for folder in (one, two)]
     assert len(losses[0]) == 1 and losses[1] == pytest.approx(losses[0], rel=2e-6)
 

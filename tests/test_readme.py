@@ -144,7 +144,7 @@ def runs(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document, "python")])
 def test_python_blocks_run(document, runs):
-    """A block marked as not run gives a reason; its imports are run all the same."""
+    """A block that is marked as not run states a reason. Its imports run anyway."""
     names: dict[str, Any] = {"__name__": "readme"}
     for comment, text in blocks(document, "python"):
         tree = ast.parse(text)
@@ -281,7 +281,7 @@ def test_links_lead_somewhere(document):
 
 @every_document
 def test_files_in_the_text_exist(document):
-    """A path starts at the root or at the document's own folder; what runs leave is not looked for."""
+    """A path starts at the root or in the folder of the document. Output files of runs are not checked."""
     folders = [ROOT, (ROOT / document).parent]
     ours = "|".join([*PACKAGES, "tests", "data", "training", "convert", "sampling"])
     for span in code_spans(document):
@@ -290,7 +290,7 @@ def test_files_in_the_text_exist(document):
 
 
 class Entry(NamedTuple):
-    """A line of a map: how deep it is indented, what it names, and what it says."""
+    """A line of a map: its indentation, the names in it, and their description."""
 
     depth: int
     name: str

@@ -33,7 +33,7 @@ def test_steps_fill_the_time():
 
 
 def test_starts_keep_their_share_of_the_steps():
-    config = load_config(Stage1Config, "digits/stage1")  # 320 steps, 30 of warm-up, the game from step 100
+    config = load_config(Stage1Config, "digits/stage1")  # 320 steps, 30 of warm-up, adversarial loss from step 100
     changes = scaled(config, 960, evaluations=3)
     assert changes["warmup_steps"] == 90 and changes["loss.adversarial_start_step"] == 300
     assert changes["eval_steps"] == 320 and changes["save_steps"] == 120
@@ -77,6 +77,6 @@ def test_a_recipe(tmp_path, original, monkeypatch):
     assert result["metrics"]["classification_accuracy_score_real"] > 0.5
     assert result["settings"]["stage1"]["max_steps"] == result["decisions"]["stage1"]["steps"]
 
-    main(command)  # goes on: nothing is trained again
+    main(command)  # continues without training again
     again = json.loads((folder / "results.json").read_text())
     assert again["metrics"] == result["metrics"] and again["decisions"] == result["decisions"]

@@ -43,10 +43,10 @@ def test_a_command_that_is_stopped_goes_on(name, number, exit_code, undisturbed,
 
 
 def test_a_second_ctrl_c_stops_at_once(undisturbed, tmp_path):
-    signals = [(signal.SIGINT, 0), (signal.SIGINT, 1.5)]  # within a second they would count as one
+    signals = [(signal.SIGINT, 0), (signal.SIGINT, 1.5)]  # two signals within a second count as one
     started = time.monotonic()
     assert kill_runs.interrupt("stage1", tmp_path, signals, "step", 9, pause=120) == 130
-    assert time.monotonic() - started < 100  # a run takes 3 seconds, on a busy machine ten times that
+    assert time.monotonic() - started < 100  # a run takes 3 seconds, or 30 on a busy machine
     log = (tmp_path / "log.txt").read_text()
     assert "stopped at once" in log and "Traceback" not in log
     assert kill_runs.run("stage1", tmp_path) == 0
@@ -54,7 +54,7 @@ def test_a_second_ctrl_c_stops_at_once(undisturbed, tmp_path):
 
 
 def orphan(folder):
-    """A data loader's worker whose run dies before the worker looks after itself."""
+    """A data loader worker whose run dies while the worker starts."""
     (folder / "pid").write_text(str(os.getpid()))
     while multiprocessing.parent_process().pid == os.getppid():
         time.sleep(0.01)
@@ -70,16 +70,16 @@ def killed_run(folder):
 
 
 def test_a_worker_does_not_outlive_a_run_that_was_killed_while_it_started(tmp_path):
-    """torch's own watch for the parent begins only after `worker_init_fn`."""
+    """torch watches for the death of the parent only after `worker_init_fn`."""
     run = forks.CONTEXT.Process(target=killed_run, args=(tmp_path,))
     run.start()
-    run.join(60)  # of the worker too, which holds the other end of the pipe
+    run.join(60)  # waits for the worker too, which has the other end of the pipe
     assert run.exitcode == -signal.SIGKILL
     assert (tmp_path / "pid").exists() and not (tmp_path / "stayed").exists()
 
 
 def test_two_signals_within_a_second_are_one_request():
-    """A launcher passes on the Ctrl-C that the terminal has sent already."""
+    """A launcher forwards the Ctrl-C that the terminal has already sent to the worker."""
     with StopRequest() as request:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

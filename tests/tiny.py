@@ -1,4 +1,4 @@
-"""Settings of tiny models that several test files train, and every tensor of what they leave."""
+"""Settings of tiny models that several test files train, and a function that lists all tensors of a result."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,7 +25,7 @@ LLAMA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-# wide initialisation: the logits of a random prior differ enough for choices to matter
+# wide initialisation, so that the logits of a random prior differ clearly
 RANDOM_PRIORS = {
     "llama": {**LLAMA, "initializer_range": 0.3},
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},

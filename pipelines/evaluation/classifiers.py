@@ -1,4 +1,4 @@
-"""Classifiers of images, and class metrics of generated images. Nothing is downloaded."""
+"""Classifiers of images, and class metrics of generated images. No classifier needs a download."""
 
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
@@ -17,7 +17,7 @@ BATCH_SIZE = 256
 
 
 class Classifier(Protocol):
-    """Predicts the labels of images; both have the form of `Labelled`."""
+    """Predicts the labels of images. `Labelled` states the form of pixels and labels."""
 
     def fit(self, pixels: Tensor, labels: np.ndarray) -> "Classifier":
         """Trains from new initial weights."""
@@ -29,7 +29,7 @@ class Classifier(Protocol):
 
 
 class SupportVectorClassifier:
-    """A support vector classifier of images averaged over areas. It suffices for digits.
+    """A support vector classifier of area-averaged images. It suffices for digits.
 
     Args:
         feature_size: side of the averaged images in pixels.
@@ -58,7 +58,7 @@ class ResNetClassifier:
         epochs: passes over the training images.
         flips: mirror training images at random.
         seed: seed of initial weights, order of images, shifts and flips.
-        device: device of the training; CUDA computes in bfloat16.
+        device: device that trains and predicts; on CUDA in bfloat16.
 
     Source: He et al. 2016, "Deep residual learning for image recognition", with the first layer of its section 4.2.
     """
@@ -130,7 +130,7 @@ def accuracy(classifier: Classifier, pixels: Tensor, labels: np.ndarray) -> floa
 def class_metrics(
     classifier: Callable[[], Classifier], train: Labelled, validation: Labelled, generated: Labelled
 ) -> dict[str, float]:
-    """How recognisable the classes of generated images are, and how well these images replace real training images.
+    """Measures how recognisable the classes of generated images are, and how well they replace real training images.
 
     Args:
         classifier: returns a new, untrained classifier.

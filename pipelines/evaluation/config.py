@@ -13,21 +13,21 @@ class EvaluationConfig(Section):
     """Compares the images that a pipeline generates with real images.
 
     pipeline: folder or Hub id of the pipeline
-    data: the real images; the training split trains the classifier and fits the principal components, the validation
-        split is what generated images are compared with
+    data: the real images; the training split trains the classifier and fits the principal components, the metrics
+        compare the generated images with the validation split
     output_dir: folder for metrics.json, samples.png and reconstructions.png
-    samples_per_class: images to generate of each class; of an unconditional pipeline, the number of all images
-    guidance_scale: guidance of the generated images; 1 turns it off
-    seed: seed of the generated images and of "resnet"
-    feature_size: images are averaged over areas to this side (pixels) before the metrics compare them
-    num_components: principal components in the Frechet distance
+    samples_per_class: images to generate for each class; for an unconditional pipeline, images to generate in all
+    guidance_scale: guidance scale of the generated images; 1 is no guidance
+    seed: seed of the generated images and of the "resnet" classifier
+    feature_size: side in pixels to which area averaging reduces the images before the metrics compare them
+    num_components: number of principal components in the Frechet distance
     classifier: "svc", a support vector classifier of the averaged images, or "resnet", which colour photos need
     classifier_gamma, classifier_c: parameters of "svc", as in scikit-learn
     classifier_epochs: training epochs of "resnet", which sees mirrored images if data.augmentation.horizontal_flip
     max_real_images: upper limit of the real images of each split
-    grid_columns: images of each class in samples.png
+    grid_columns: number of images of each class in samples.png
     dataloader_num_workers: processes that decode the real images; 0 decodes in the main process
-    tokenizer_run, code_store, prior_run: folders of the earlier steps; their recorded durations join the metrics
+    tokenizer_run, code_store, prior_run: folders of the earlier steps; the metrics include their recorded durations
     """
 
     pipeline: str

@@ -1,4 +1,4 @@
-"""Distances between sets of images. Their features are averaged pixels, which need no downloaded network."""
+"""Distances between sets of images. Their features are averaged pixels, so no network is downloaded."""
 
 from collections.abc import Sequence
 
@@ -28,9 +28,9 @@ def frechet_distances(
 
     Args:
         fitted_on: features that the principal components are fitted to, `(N, F)`.
-        reference: features `(N, F)` of one Gaussian.
-        candidates: features `(N, F)` of the others, each of which is compared with the reference.
-        num_components: principal components, at most the smaller side of `fitted_on`.
+        reference: features `(N, F)` of the real images.
+        candidates: sets of features `(N, F)`; each set is compared with the reference.
+        num_components: number of principal components, at most the smaller side of `fitted_on`.
 
     Returns:
         One distance for each candidate, at least 0 up to rounding.
@@ -58,8 +58,8 @@ def frechet_distances(
 
 
 def nearest_distance(features: np.ndarray, reference: np.ndarray) -> float:
-    """Mean Euclidean distance of rows to their nearest row of the reference. Near 0, the rows are copies."""
+    """Mean Euclidean distance of rows to their nearest row of the reference. Near 0, the rows copy the reference."""
     rows = torch.from_numpy(reference)
-    # In parts: the distances of ten thousand rows to sixty thousand take 5 GB.
+    # Computed in parts: the distances of 10,000 rows to 60,000 rows take 5 GB.
     nearest = [torch.cdist(part, rows).amin(1) for part in torch.from_numpy(features).split(1000)]
     return float(torch.cat(nearest).mean())

@@ -1,4 +1,4 @@
-"""The real images with which generated images are compared."""
+"""Real images, for the comparison with generated images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,13 +49,13 @@ class RealImages:
 def read_real_images(
     source: Images, processor: VQGANImageProcessor, count: int, max_skipped_fraction: float, num_workers: int = 0
 ) -> RealImages:
-    """Reads at most `count` images, spread evenly over a split; of a stream, the first ones.
+    """Reads at most `count` images, spread evenly over a split. A stream gives its first images.
 
     Args:
         source: the split.
-        processor: image processor of the pipeline; it decides size, channels and aspect ratio.
+        processor: image processor of the pipeline; it determines size, channels and aspect ratio.
         count: largest number of images.
-        max_skipped_fraction: largest fraction of them, in [0, 1], that may fail to decode.
+        max_skipped_fraction: largest fraction of these images, in [0, 1], that may fail to decode.
         num_workers: processes that decode; 0 decodes in the calling process.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The files of an evaluation: metrics.json with what it was computed from, and the two pictures."""
+"""The files of an evaluation: metrics.json, which also records the inputs, and the two pictures."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ MAX_CLASSES, MAX_ORIGINALS = 20, 16
 
 
 def saved_metrics(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics in a folder, if they were computed from the same inputs and the pictures are there as well."""
+    """The metrics saved in a folder; None if they were computed from other inputs, or a picture is missing."""
     if not all((folder / name).is_file() for name in (METRICS_NAME, SAMPLES_NAME, RECONSTRUCTIONS_NAME)):
         return None
     metrics = json.loads((folder / METRICS_NAME).read_text())
@@ -51,7 +51,7 @@ def save_pictures(config: EvaluationConfig, pipeline: VQGANPipeline, samples: Te
 
 
 def weights_hash(pipeline: VQGANPipeline) -> str:
-    """Identifies the weights of both models."""
+    """A hash of the weights of both models."""
     digest = hashlib.sha256()
     for model in (pipeline.vqgan, pipeline.prior):
         for name, tensor in sorted(model.state_dict().items()):
@@ -61,7 +61,7 @@ def weights_hash(pipeline: VQGANPipeline) -> str:
 
 
 def recorded_seconds(config: EvaluationConfig) -> dict[str, float]:
-    """The durations that the earlier steps have recorded in their folders.
+    """Reads the durations that the earlier steps recorded in their folders.
 
     Raises:
         ConfigError: a step has not recorded its duration.
@@ -73,7 +73,7 @@ def recorded_seconds(config: EvaluationConfig) -> dict[str, float]:
     }
     named = {step: (Path(folder) / file, name) for step, (folder, file, name) in places.items() if folder is not None}
     missing = [
-        Problem("", f"{path} is not there: that step has not finished")
+        Problem("", f"{path} does not exist: that step has not finished; run it to its end")
         for path, _ in named.values()
         if not path.is_file()
     ]

@@ -1,6 +1,6 @@
 """The evaluation of a pipeline: load, sample, measure, report.
 
-Real and generated images take the same path to the metrics: the pixels of the image processor in [-1, 1], averaged over
+The metrics prepare real and generated images in the same way: pixels of the image processor in [-1, 1], averaged over
 areas to `feature_size × feature_size`.
 """
 
@@ -57,7 +57,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 
 
 def load_pipeline(name: str) -> VQGANPipeline:
-    """Loads the pipeline, onto the GPU if there is one."""
+    """Loads the pipeline, on the GPU if the machine has one."""
     try:
         return VQGANPipeline.from_pretrained(name, device="cuda" if torch.cuda.is_available() else "cpu")
     except (OSError, ValueError, SafetensorError) as error:
@@ -88,7 +88,7 @@ def generate_samples(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple
     """Generates the images to evaluate.
 
     Returns:
-        Pixels float32 `(N, C, H, W)` in [-1, 1], and the class of each, int64 `(N,)`, or None if unconditional.
+        Pixels float32 `(N, C, H, W)` in [-1, 1], and their classes, int64 `(N,)`, None if unconditional.
     """
     generator = torch.Generator().manual_seed(config.seed)
     classes = range(len(pipeline.class_names))
@@ -113,7 +113,7 @@ def measure(
     samples: Tensor,
     labels: np.ndarray | None,
 ) -> dict[str, Any]:
-    """All metrics of generated images and of the tokenizer; class metrics only if all images have labels."""
+    """Computes all metrics of generated images and of the tokenizer. Class metrics need labels of all images."""
     train_pixels, validation_pixels = train.pixels(), validation.pixels()
     metrics = dict[str, Any]()
     if labels is not None and train.labels is not None and validation.labels is not None:

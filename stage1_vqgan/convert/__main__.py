@@ -5,7 +5,7 @@ from stage1_vqgan.convert.config import ConvertConfig
 
 
 def main(config: ConvertConfig) -> None:
-    """Imports torch only now, after the arguments have been checked."""
+    """Imports torch here, because its import is slow and the check of the arguments must not wait for it."""
     from stage1_vqgan.convert.command import convert
 
     convert(config)

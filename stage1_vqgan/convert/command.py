@@ -22,7 +22,7 @@ from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import DISCRIMINATOR_NAME, load_tokenizer
 
 READERS = {"taming": taming.read, "llamagen": llamagen.read, "diffusers": diffusers.read}
-IMAGE_CHANNELS = (1, 3)  # gray, and RGB
+IMAGE_CHANNELS = (1, 3)  # gray and RGB
 NO_DIFFUSERS = "diffusers is not installed: pip install 'tessella[convert]'"
 
 
@@ -38,7 +38,7 @@ def convert(config: ConvertConfig) -> None:
 
 
 def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
-    """Converts a tokenizer of another code base to a `VQGANModel`; returns lines for the user."""
+    """Converts a tokenizer of another code base to a `VQGANModel`; returns lines to print."""
     checkpoint = Path(config.checkpoint)
     original = READERS[str(config.source)](checkpoint, Path(config.config) if config.config else None)
     model = build_model(original)

@@ -256,7 +256,7 @@ def _config(original: Original) -> VQGANConfig:
 
 
 def _found(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[Any, str]]]:
-    """What the weights tell, as `(field of VQGANConfig, (value, where it is seen))`."""
+    """Fields that the weights determine, as `(field of VQGANConfig, (value, evidence in the weights))`."""
     for name, (tensors, axis) in AXES.items():
         for tensor in tensors:
             if tensor in weights and weights[tensor].ndim > axis:

@@ -9,7 +9,7 @@ from annotated_types import Ge, Interval
 from configs import ConfigError, Problem, Section
 from configs.sections import Fraction, Positive
 
-# These settings do not change the images, so a code store may be continued with other values of them.
+# These settings do not change the images, so an interrupted code store may continue with other values.
 FREE_KEYS = {"shuffle_buffer_size", "max_skipped_fraction"}
 
 
@@ -85,7 +85,7 @@ class DataConfig(Section):
     max_skipped_fraction: Fraction = 0.01
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide which images the data set has, and how they are prepared."""
+        """The settings that determine which images the data set contains, and how they are prepared."""
         return {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}
 
 

@@ -30,7 +30,7 @@ MAX_REDUCTION = 1.5
 
 
 class ImageKey(NamedTuple):
-    """The address of a training image. Its numbers and the seed decide the augmentation.
+    """The address of a training image. Its numbers and the seed determine the augmentation.
 
     Attributes:
         epoch: number of the pass over the source.
@@ -83,7 +83,7 @@ class ImageBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageDataset(Dataset):
-    """Images of one split as uint8 squares. The key of an image decides its augmentation.
+    """Images of one split as uint8 squares. The key of an image determines its augmentation.
 
     Attributes:
         source: the images.

@@ -17,7 +17,7 @@ PREFETCH = 2
 
 
 class BatchInSlot(NamedTuple):
-    """What a worker sends instead of an `ImageBatch`: the slot of its pixels, and plain values.
+    """The message of a worker to the training process: the number of the slot that holds the pixels, and plain values.
 
     It holds no tensor: torch opens a file for each tensor that a worker sends.
     """
@@ -32,15 +32,15 @@ class BatchInSlot(NamedTuple):
 class SharedSlots:
     """Memory for the pixels of a few batches, which the workers share with the training process.
 
-    torch's own way allocates shared memory for every batch. Its page faults raise the CPU time of loading by a fifth
-    (256-pixel crops of JPEGs, one worker: 1.90 against 1.59 ms an image).
+    torch allocates new shared memory for every batch. The page faults increase the CPU time of loading by a fifth
+    (256-pixel crops of JPEGs, one worker: 1.90 instead of 1.59 ms per image).
 
     A worker fills its `PREFETCH + 1` slots in turn. The DataLoader requests a batch from it only after the batch
     `PREFETCH` before has arrived. By then the training process has copied the batch before that one, whose slot the
     worker fills next.
 
     Args:
-        dataset: makes the batches.
+        dataset: computes the batches.
         batch_size: number of images in the largest batch.
         num_workers: number of worker processes, at least 1.
     """
@@ -53,14 +53,14 @@ class SharedSlots:
         self.turn = 0
 
     def make(self, keys: Sequence[ImageKey]) -> BatchInSlot:
-        """In a worker: makes the batch of some keys in the worker's next slot."""
+        """Called in a worker: writes the batch of some keys to the worker's next slot."""
         slot = cast(Any, get_worker_info()).id * (PREFETCH + 1) + self.turn
         self.turn = (self.turn + 1) % (PREFETCH + 1)
         batch = self.dataset.__getitems__(keys, self.rows[slot])
         return BatchInSlot(slot, batch.sides, batch.flips, batch.indices.tolist(), batch.skipped)
 
     def take(self, batch: BatchInSlot, pin_memory: bool) -> ImageBatch:
-        """In the training process: copies the batch out of its slot."""
+        """Called in the training process: copies the batch from its slot."""
         size, channels = self.dataset.image_size, self.dataset.num_channels
         rows = self.rows[batch.slot, : len(batch.sides), : max(batch.sides, default=0) ** 2 * channels]
         rows = torch.empty(rows.shape, dtype=torch.uint8, pin_memory=pin_memory).copy_(rows)
@@ -69,20 +69,20 @@ class SharedSlots:
 
 
 class _Keys(Dataset):
-    """Returns the keys unchanged: `BatchLoader` makes the batch in the collate function."""
+    """Returns the keys unchanged: `BatchLoader` computes the batch in the collate function."""
 
     def __getitems__(self, keys: Sequence[ImageKey]) -> Sequence[ImageKey]:
         return keys
 
 
 class BatchLoader(DataLoader):
-    """Batches of an `ImageDataset`, made in worker processes or in this one.
+    """Batches of an `ImageDataset`, computed in worker processes or in this one.
 
     Args:
         dataset: the images.
         batch_sampler: yields the keys of each batch.
         batch_size: number of keys in the largest batch.
-        num_workers: number of worker processes; 0 makes the batches in this process.
+        num_workers: number of worker processes; 0 computes the batches in this process.
         pin_memory: whether batches of workers are put in pinned memory, from which a GPU copies asynchronously.
     """
 

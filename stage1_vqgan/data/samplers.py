@@ -70,7 +70,7 @@ class StreamSampler(Sampler[list[ImageKey]]):
 
     def _batches(self) -> Iterator[list[ImageKey]]:
         length = self.stream.length(self.rank, self.world_size)
-        epoch, position = 0, self.start  # where the next batch to yield is: its epoch, and the batches before it there
+        epoch, position = 0, self.start  # epoch of the next batch, and number of batches before it there
         remaining = len(self)
         while remaining:
             if length is not None:

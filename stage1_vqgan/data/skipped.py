@@ -46,7 +46,7 @@ class SkippedImages:
         self.max_fraction, self.num_images = max_fraction, num_images
         self.path = Path(folder) / FILE_NAME if folder is not None and is_main_process else None
         self.found: dict[tuple[str, int], SkippedImage] = {}
-        self._known: set[tuple[str, int]] = set()  # skipped by any process, as far as this one knows
+        self._known: set[tuple[str, int]] = set()  # skipped by any process, up to the last exchange
         self._new: list[tuple[str, SkippedImage]] = []  # skipped by this process since the last exchange
         self._seen: Counter[str] = Counter()  # images read by all processes up to the last exchange
         self._new_seen: Counter[str] = Counter()  # images read by this process since then

@@ -21,7 +21,7 @@ def open_files(config: DataConfig, files: SourceFiles) -> dict[str, Split]:
     """Opens the configured splits of local files.
 
     Each split is opened from its list of files, because `datasets` would infer splits from words in their paths. Images
-    are listed here too: the "imagefolder" of `datasets` knows fewer extensions and guesses splits and classes.
+    are listed here too: the "imagefolder" of `datasets` accepts fewer extensions, and guesses splits and classes.
 
     Raises:
         ConfigError: a split does not exist, or its files cannot be read.

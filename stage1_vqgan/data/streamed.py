@@ -77,7 +77,7 @@ class ImageStream:
         if self.num_images is None:
             return None
         if world_size > 1 and self._has_own_files(world_size):
-            return None  # files differ in size
+            return None  # files may hold different numbers of images
         return len(range(rank, self.num_images, world_size))
 
     def _has_own_files(self, world_size: int) -> bool:
@@ -101,8 +101,8 @@ class ImageStream:
 def _shuffled(items: Iterable[T], buffer_size: int, rng: np.random.Generator) -> Iterator[T]:
     """Draws each item from a buffer and puts the next one in its place; a function of the generator's state.
 
-    `datasets` has such a buffer too. But its order changes between releases, and it waits 5 seconds after each pass
-    over parquet files.
+    Not the buffer of `datasets`: its order changes between releases, and it waits 5 seconds after each pass over
+    parquet files.
     """
     buffer: list[T] = []
     for item in items:

@@ -1,11 +1,11 @@
-"""What a checkpoint of stage 1 holds. configs/checkpoints.py describes how a checkpoint is completed.
+"""The contents of a checkpoint of stage 1. configs/checkpoints.py describes how a checkpoint is completed.
 
 checkpoint-1000/
   model.safetensors, model_1.safetensors             generator, discriminator
   optimizer.bin, optimizer_1.bin                     their optimizers
   custom_checkpoint_0.pkl, custom_checkpoint_1.pkl   moving average, counters of code use
   custom_checkpoint_2.pkl                            LeCam's anchors, if the run has a discriminator
-  random_states_{rank}.pkl                           written by accelerate, and not needed: all randomness is keyed
+  random_states_{rank}.pkl                           written by accelerate, not needed: the seed determines all draws
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ DISCRIMINATOR_FILE = "model_1.safetensors"
 
 def save(run: RunFolder, accelerator: Accelerator, trainer: VQGANTrainer, step: int) -> None:
     """Saves a checkpoint after `step` optimizer steps. All processes must call this."""
-    # Only the main process saves its counters of code use: give it the sums over all processes.
+    # Only the main process saves its counters of code use, so they become the sums over all processes.
     trainer.monitor.reduce(lambda counts: accelerator.reduce(counts.clone(), "sum"))
     _clear_counters_of_other_processes(accelerator, trainer)
     accelerator.save_state(str(unfinished_path(run.path, step)))
@@ -54,7 +54,7 @@ def load(path: Path, accelerator: Accelerator, trainer: VQGANTrainer) -> None:
 
 
 def state_to_check(trainer: VQGANTrainer) -> Iterable[tuple[str, Iterable[Tensor]]]:
-    """The tensors of a checkpoint that can overflow in training, by the name of what they belong to."""
+    """The tensors of a checkpoint that can overflow in training, by the name of their owner."""
     yield "the generator", trainer.model.parameters()
     yield "the moving average", trainer.average.parameters()
     optimizers = {"generator": trainer.optimizer}

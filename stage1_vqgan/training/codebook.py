@@ -29,8 +29,8 @@ def kmeans(latents: Tensor, num_clusters: int, spherical: bool, seed: int, itera
         latents: `(N, D)`.
         num_clusters: K.
         spherical: keep the centres on the unit sphere.
-        seed: of the random choices.
-        iterations: of Lloyd's algorithm.
+        seed: seed of the random choices.
+        iterations: number of iterations.
 
     Returns:
         float32 centres `(K, D)`.
@@ -63,14 +63,14 @@ def initialise_codebook(
         model, average: the tokenizer in training and its moving average; both get the entries.
         batches: float32 `(B, C, H, W)` in [-1, 1], of this process.
         accelerator: gathers the latents.
-        seed: of k-means.
+        seed: seed of k-means.
     """
     quantizers = cast(VectorQuantizer, model.quantize), cast(VectorQuantizer, average.quantize)
-    # Gather batch by batch: so the order of the latents does not depend on the number of processes.
+    # Gather batch by batch, so that the order of the latents does not depend on the number of processes.
     latents = torch.cat([accelerator.gather(latent_rows(average.encode(images).latents)) for images in batches])
     num_codes = model.config.num_embeddings
     centres = kmeans(latents, num_codes, quantizers[0].l2_normalize, seed)
-    centres = broadcast(centres)  # a GPU sums in any order, so the centres of two processes can differ by rounding
+    centres = broadcast(centres)  # sums on two GPUs can differ by rounding
     for quantizer in quantizers:
         quantizer.move_entries(torch.arange(num_codes, device=centres.device), centres)
 
@@ -99,7 +99,7 @@ class CodebookMonitor(nn.Module):
     def update(self, codes: Tensor) -> None:
         """Adds the codes of a batch of this process, int64 of any shape."""
         codes = codes.flatten()
-        for counts in (self.logged, self.recent):  # not bincount, for which the host waits for the device
+        for counts in (self.logged, self.recent):  # not bincount, because the host would wait for the device
             counts.scatter_add_(0, codes, torch.ones_like(codes))
 
     def statistics(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ class CodebookMonitor(nn.Module):
             latents: `(N, D)` of this process's batch.
             reduce: sums over processes.
             gather: concatenates over processes, in the order of their ranks.
-            seed: of the choice of latents.
+            seed: seed of the choice of latents.
 
         Returns:
             Number of moved codes, a scalar.

@@ -44,7 +44,7 @@ def build_tokenizer(config: Stage1Config) -> VQGANModel:
 
 
 def prepare_generator(model: VQGANModel, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
-    """The tokenizer, compiled if asked and wrapped for its device and processes, and its optimizer."""
+    """The tokenizer, compiled if `torch_compile` and wrapped by accelerate, and its optimizer."""
     if config.torch_compile:
         model.compile(fullgraph=True, dynamic=False)
     generator, optimizer = accelerator.prepare(model, _optimizer(model, config))
@@ -75,7 +75,7 @@ def build_perceptual(config: Stage1Config, device: torch.device) -> PerceptualLo
 def prepare_discriminator(in_channels: int, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
     """The discriminator, compiled if possible and wrapped, and its optimizer; None if the adversarial weight is 0.
 
-    When a tokenizer is fine-tuned, the discriminator starts from the one beside it, if that one fits.
+    In fine-tuning, it starts from the weights of the discriminator in the tokenizer's folder, if they fit.
     """
     if not config.loss.adversarial_weight:
         return None, None

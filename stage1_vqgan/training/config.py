@@ -80,7 +80,7 @@ class DiscriminatorConfig(Section):
     """The PatchGAN discriminator.
 
     base_channels: width after the first convolution
-    num_layers: number of convolutions with stride 2; it decides the size of a patch
+    num_layers: number of convolutions with stride 2; it determines the size of a patch
     norm_type: "batch" (synchronised over GPUs), "group" or "actnorm"
     learning_rate: peak learning rate; by default the generator's
     """
@@ -116,7 +116,7 @@ class Stage1Config(TrainingConfig):
         "gumbel", "fsq", "lfq"), quantizer_options
     model_name_or_path: fine-tunes the tokenizer in this folder or Hub repository, without k-means; `model` may then
         change fields that do not change the shapes of the weights, for instance image_size
-    trainable: "all", or "decoder", which freezes encoder and codebook, and with them all codes
+    trainable: "all", or "decoder", which freezes encoder and codebook, so that all codes stay the same
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -228,7 +228,7 @@ class Stage1Config(TrainingConfig):
             yield "discriminator.num_layers", self.discriminator.num_layers, allowed
 
     def _model_fields(self) -> tuple[VQGANArchitecture, list[tuple[str, Any, str]]]:
-        """The model's fields of the right type, with defaults for the others, and the problems of the others."""
+        """The architecture, with defaults in place of values of a wrong type, and the problems of these values."""
         types = {field.name: field.type for field in fields(VQGANArchitecture)}
         model, wrong = VQGANArchitecture(), []
         for name, value in self.model.items():

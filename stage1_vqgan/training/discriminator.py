@@ -58,7 +58,8 @@ class PatchDiscriminator(nn.Module):
 class ActNorm(nn.Module):
     """scale · (x + loc) for each channel. The first training batch sets both, so that its output is normalised.
 
-    The statistics are those of the batches of all processes, so that all start alike. Evaluation never initialises.
+    The statistics include the batches of all processes, so that all processes start with the same values. Evaluation
+    never initialises.
 
     Args:
         num_channels: C.
@@ -73,7 +74,7 @@ class ActNorm(nn.Module):
         self.loc = nn.Parameter(torch.zeros(1, num_channels, 1, 1))
         self.scale = nn.Parameter(torch.ones(1, num_channels, 1, 1))
         self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
-        # Copy of `initialized` on the host: to read the buffer, the host would wait for the device in every forward.
+        # Copy of `initialized` on the host: reading the buffer would wait for the device in every forward.
         self._is_initialized = False
         self.register_load_state_dict_post_hook(_forget_initialization)
 

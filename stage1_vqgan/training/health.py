@@ -11,13 +11,13 @@ from torch import Tensor
 from configs.run_folder import RunFolder
 from stage1_vqgan.training.losses import MAX_ADAPTIVE_WEIGHT, AdversarialType
 
-# A codebook has collapsed if less than this share of it is used, although there were codes enough to use every entry
-# this many times.
+# A codebook has collapsed if less than this fraction of its entries is used, although the number of codes would suffice
+# to use every entry this many times.
 COLLAPSED_USAGE = 0.05
 USES_PER_ENTRY = 10
-# A discriminator has won if its loss stays below this share of the loss of guessing for this many logs. Guessing costs
-# 1 with the hinge loss and log 2 with the logistic losses. The Wasserstein loss is a distance without such a scale, and
-# its gradient does not vanish.
+# A discriminator has won if its loss stays below this fraction of an undecided discriminator's loss for this many logs.
+# If all logits are 0, the hinge loss is 1 and the logistic losses are log 2. The Wasserstein loss is a distance without
+# such a scale, and its gradient does not vanish.
 WON_SHARE = 0.05
 WON_LOGS = 3
 GUESSING_LOSS: dict[AdversarialType, float] = {"hinge": 1.0, "vanilla": math.log(2), "non_saturating": math.log(2)}
@@ -33,7 +33,7 @@ class Health:
     Args:
         run: the folder of the run.
         accelerator: gathers the numbers of all processes.
-        adversarial_type: decides which loss a winning discriminator has.
+        adversarial_type: determines the loss of an undecided discriminator.
     """
 
     def __init__(self, run: RunFolder, accelerator: Accelerator, adversarial_type: AdversarialType):
@@ -49,7 +49,7 @@ class Health:
             collected: by name, `(step, scalar)` of every micro step.
 
         Raises:
-            Diverged: naming the first such loss and its step, over all processes.
+            Diverged: the message names the first such loss and its step, over all processes.
         """
         names = sorted(name for name in collected if name.startswith("loss/"))
         if not names:
@@ -65,11 +65,11 @@ class Health:
         """Ends the run if a tensor of the next checkpoint is not finite.
 
         Args:
-            named: tensors by the name of what they belong to.
+            named: tensors, by the name of their owner.
             step: optimizer steps done.
 
         Raises:
-            Diverged: naming what they belong to.
+            Diverged: the message names the owner of the tensor.
         """
         for name, tensors in named:
             finite = torch.stack([tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]).all()
@@ -101,8 +101,8 @@ class Health:
         if self._won_logs >= WON_LOGS:
             self._warn_once(
                 "discriminator",
-                f"the discriminator has won: its loss is {scalars['loss/discriminator']:.2g}, so the generator learns "
-                "nothing from it any more. Try a lower discriminator.learning_rate, fewer discriminator.num_layers, "
+                f"the discriminator has won: its loss is {scalars['loss/discriminator']:.2g}, so the generator gets "
+                "almost no gradient from it. Try a lower discriminator.learning_rate, fewer discriminator.num_layers, "
                 "augmentation, loss.lecam_weight or loss.r1_weight above 0, or a later loss.adversarial_start_step",
             )
         weights = [value for _, value in collected.get("adversarial/adaptive_weight", ())]

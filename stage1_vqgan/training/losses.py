@@ -45,7 +45,7 @@ class PerceptualLoss(nn.Module):
             or "random" (for tests; it is no useful distance).
 
     Raises:
-        FileNotFoundError: the weights are neither here nor can be downloaded; the message names the file to provide.
+        FileNotFoundError: the weights are missing and cannot be downloaded; the message names the file to provide.
         ValueError: the file does not hold the weights of this backbone.
 
     Source: Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric".

@@ -1,6 +1,6 @@
 """Penalties that regularise the discriminator.
 
-The papers have a discriminator with one output D(x) per image. Here it has a logit per patch, and D(x) is their mean.
+In the papers, the discriminator has one output D(x) per image. Here it has a logit per patch, and D(x) is their mean.
 
 Shape letters: B batch, C channels, H W image size, h w logit grid.
 """

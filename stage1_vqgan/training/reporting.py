@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar, scalars in the trackers and in metrics.jsonl, and grids of images."""
+"""Reports of a run: a progress bar, scalars in the trackers and in metrics.jsonl, and grids of images."""
 
 import time
 from collections import defaultdict
@@ -68,7 +68,7 @@ class Reporter:
 
     Args:
         accelerator: created with `log_with`; its trackers start here.
-        run: the folder gets `metrics.jsonl`, and a folder for each kind of image.
+        run: the run, whose folder gets `metrics.jsonl` and a folder for each kind of image.
         start: optimizer steps done before this session.
     """
 

@@ -65,7 +65,7 @@ def build_accelerator(config: Stage1Config) -> Accelerator:
     if config.torch_compile:
         torch.compiler.reset()  # torch.compile recompiles a limited number of times per process
     return Accelerator(
-        mixed_precision=config.mixed_precision,  # from the config, not from the launcher: the saved config is true
+        mixed_precision=config.mixed_precision,  # not from the launcher, so that the saved config is correct
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to or None,
         project_dir=config.output_dir,
@@ -77,12 +77,12 @@ class Training:
 
     Args:
         run: the folder of the run.
-        request: says after every step whether a signal asks to stop.
-        accelerator: decides devices, processes, precision and gradient accumulation.
+        request: states after every step whether a signal asks to stop.
+        accelerator: determines devices, processes, precision and gradient accumulation.
 
     Attributes:
         step: optimizer steps done.
-        metrics: of the last evaluation.
+        metrics: metrics of the last evaluation.
     """
 
     def __init__(self, run: RunFolder, request: StopRequest, accelerator: Accelerator):
@@ -119,27 +119,27 @@ class Training:
 
     def resume(self) -> None:
         """Loads the checkpoint to resume from, if the run has one."""
-        self.accelerator.wait_for_everyone()  # all have read the folder before the main process changes it
+        self.accelerator.wait_for_everyone()  # all must have read the folder before the main process changes it
         checkpoint = self.run.begin(self.accelerator.num_processes)
         if checkpoint is not None:
             checkpointing.load(checkpoint.path, self.accelerator, self.trainer)
             self.step = checkpoint.step
 
     def steps(self) -> None:
-        """Takes the steps that are left.
+        """Runs the remaining steps.
 
         Raises:
             ConfigError, Diverged, Stopped: see `train`.
         """
         with Reporter(self.accelerator, self.run, self.step) as reporter:
             batches = self._training_batches()
-            if self.step == self.config.max_steps:  # the last session was stopped between its last save and its end
+            if self.step == self.config.max_steps:  # the last session was stopped after its last save
                 self.evaluate(reporter)
             else:
                 self._loop(batches, reporter)
 
     def _training_batches(self) -> Iterator[ImageBatch]:
-        """The batches of the steps that are left; a new run first initialises its codebook from the first ones."""
+        """The batches of the remaining steps. A new run first initialises its codebook from the first batches."""
         config, accelerator, trainer = self.config, self.accelerator, self.trainer
         accumulation = config.gradient_accumulation_steps
         sampler = training_sampler(
@@ -165,7 +165,7 @@ class Training:
         config, trainer, accumulation = self.config, self.trainer, self.config.gradient_accumulation_steps
         interval = LogInterval(self.accelerator)
         for micro_step, batch in enumerate(batches, self.step * accumulation):
-            # Seed dropout by the micro step: so a resumed run draws the same numbers.
+            # Seed dropout by the micro step, so that a resumed run draws the same numbers.
             torch.manual_seed(seed_from(config.seed, micro_step, self.accelerator.process_index))
             learning_rate = trainer.set_learning_rate(self.step)
             images = batch.images(self.accelerator.device).contiguous(memory_format=memory_format(config))

@@ -40,7 +40,7 @@ class VQGANTrainer:
 
     Args:
         config: the settings of the run.
-        accelerator: decides devices, processes, precision and gradient accumulation.
+        accelerator: determines devices, processes, precision and gradient accumulation.
 
     Attributes:
         generator, optimizer: the tokenizer as accelerate wraps it, and its optimizer.
@@ -54,7 +54,7 @@ class VQGANTrainer:
     def __init__(self, config: Stage1Config, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         torch.manual_seed(config.seed)
-        torch.backends.cudnn.benchmark = True  # worth it, because all steps have the same shapes
+        torch.backends.cudnn.benchmark = True  # pays off, because all steps have the same shapes
         model = build_tokenizer(config)
         model.to(memory_format=memory_format(config))  # type: ignore[call-arg]
         self.average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
@@ -65,7 +65,7 @@ class VQGANTrainer:
         self.adversarial = ADVERSARIAL_LOSSES[config.loss.adversarial_type]
         self.monitor = CodebookMonitor(model.config.num_embeddings, accelerator.device)
         self.anchors = LecamAnchors(accelerator.device)
-        # The order decides the names of their files in a checkpoint, see checkpointing.py.
+        # This order determines the names of their files in a checkpoint, see checkpointing.py.
         saved = [self.average, self.monitor] + ([self.anchors] if self.discriminator is not None else [])
         accelerator.register_for_checkpointing(*saved)
 
@@ -86,7 +86,7 @@ class VQGANTrainer:
 
         Args:
             images: float32 `(B, C, H, W)` in [-1, 1].
-            micro_step: batches that this process has processed before.
+            micro_step: number of batches that this process has processed before.
 
         Returns:
             Scalars on the device, by the names under which they are logged.

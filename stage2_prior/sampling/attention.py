@@ -1,4 +1,4 @@
-"""An attention for one token that reads exactly the places that have been written, behind transformers' interface."""
+"""Attention of one token that reads only the written places of the cache, registered in transformers' interface."""
 
 import logging
 from importlib.util import find_spec
@@ -12,17 +12,17 @@ from stage2_prior.compat import attention_of, uses_attention_interface
 from stage2_prior.sampling.cache import PreallocatedCache
 from stage2_prior.sampling.decoder import forward
 
-# The name of the attention in a model's configuration.
+# The name of this attention in the configuration of a model.
 NAME = "tessella_decode"
 
-# Settings that models pass to every attention, and that change nothing for one query of a model in evaluation mode.
+# Models pass these arguments to every attention. They do not change the result of one query in evaluation mode.
 HARMLESS = {"is_causal", "output_attentions", "output_hidden_states", "position_ids", "use_cache"}
 
 logger = logging.getLogger(__name__)
 
 
 class UnknownAttentionError(NotImplementedError):
-    """The kernel does not compute the attention of this model."""
+    """The kernel does not support the attention of this model."""
 
 
 def decode_attention(
@@ -35,20 +35,20 @@ def decode_attention(
     dropout: float = 0.0,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one query, as transformers calls it.
+    """Attention of one query, with the arguments that transformers passes.
 
     Args:
         module: the attention layer, unused.
         query: `(R, heads, 1, width)`.
         key, value: `(R, key-value heads, places, width)`.
-        attention_mask: not a mask, but the last place that is seen, int64 `(1, 1, 1, 1)`. Models hand tensors of four
-            dimensions on unchanged.
-        scaling: of the scores; None is width^-½.
+        attention_mask: not a mask, but the last place to attend to, int64 `(1, 1, 1, 1)`. It has four dimensions,
+            because models pass such tensors on unchanged.
+        scaling: factor of the scores; None is width^-½.
         dropout: must be 0.
         settings: soft caps, sinks, sliding windows and the like must be absent or None.
 
     Raises:
-        UnknownAttentionError: the kernel does not compute such an attention.
+        UnknownAttentionError: the kernel does not support these arguments or shapes.
     """
     from stage2_prior.sampling.attention_kernel import attend, fits
 
@@ -66,11 +66,11 @@ AttentionInterface.register(NAME, decode_attention)
 
 
 def use_decode_attention(model: PreTrainedModel) -> bool:
-    """Gives a model `decode_attention` if its attention is plain; otherwise a warning says why it keeps its own.
+    """Replaces the attention of a model by `decode_attention` if the kernel supports it; otherwise logs the reason.
 
     Returns:
-        Whether the model has it now. Its forward then takes one token of each row, and the place of that token, int64
-        `(1, 1, 1, 1)`, as `attention_mask`.
+        Whether the attention was replaced. If so, the forward takes one token of each row and, as `attention_mask`, the
+        place of this token, int64 `(1, 1, 1, 1)`.
     """
     before = attention_of(model)
     cache = PreallocatedCache(model.config.num_hidden_layers, 1, 1, model.device)
@@ -79,7 +79,7 @@ def use_decode_attention(model: PreTrainedModel) -> bool:
         if find_spec("triton") is None:
             raise UnknownAttentionError("triton is not installed")
         if not uses_attention_interface(model):
-            raise UnknownAttentionError("it does not use transformers' attention interface")
+            raise UnknownAttentionError("the model does not use transformers' attention interface")
         model.set_attn_implementation(NAME)
         with torch.inference_mode():
             opened = cache.open_at(slice(0, 1), token[0], 1)

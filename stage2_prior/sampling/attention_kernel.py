@@ -1,10 +1,12 @@
-"""Attention of one token over exactly the positions that have been written, as a Triton kernel.
+"""Attention of one token over the written places of the cache, as a Triton kernel.
 
-The kernel reads their number from the device's memory, so one recorded step serves every position. One program of one
-warp computes one row and one key-value head, with all queries that share the head. It reads the head's keys and values
-once, in the order in which they lie in memory. Positions are not split among programs. At 256 codes a program reads 8
-blocks, which takes a few of the 30 microseconds that the launches of one layer take for one image. From 11 guided
-images on, a prior with 12 heads gives each of the 132 processors of an H200 two programs anyway.
+The kernel reads the last written place from the device's memory, so one recorded step serves every place. One program
+of one warp computes one row and one key-value head, with all queries that share the head. It reads the keys and values
+of this head once, in memory order.
+
+The places of a row are not split among programs, because this would not save time. At 256 codes, a program reads 8
+blocks in a few microseconds, while the kernel launches of one layer take 30 microseconds for one image. From 11 guided
+images on, a prior with 12 heads fills each of the 132 processors of an H200 with two programs.
 """
 
 import torch
@@ -12,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Largest product of queries and width of a program, both padded to powers of two: they fit the registers beside a block
-# of keys.
+# Largest queries × width of a program, both padded to powers of two. Larger queries and a block of keys do not fit in
+# the registers together.
 LARGEST_GROUP = 512
 
-# Positions that a program reads at once: the 25 programs that fit a processor then fill the queue of its memory.
+# Places that a program reads at once. With 32, the 25 programs that fit on a processor fill its memory queue.
 LARGEST_BLOCK = 32
 
 
@@ -46,7 +48,7 @@ def _attend(
     row = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     length = tl.load(last) + 1
-    # all tensors have the axes (queries, positions, width), so no value moves between threads
+    # all tensors have the axes (queries, places, width), so no value moves between threads
     group = tl.arange(0, GROUP_BLOCK)[:, None, None]
     block = tl.arange(0, BLOCK)[None, :, None]
     width = tl.arange(0, WIDTH_BLOCK)[None, None, :]
@@ -56,7 +58,7 @@ def _attend(
     key += row * key_row + head * key_head
     value += row * value_row + head * value_head
 
-    # running softmax: the largest score so far, the sum of exponentials, and the weighted sum of values
+    # running softmax: largest score so far, sum of exponentials, weighted sum of values
     largest = tl.full([GROUP_BLOCK, 1, 1], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK, 1, 1], tl.float32)
     weighted = tl.zeros([GROUP_BLOCK, 1, WIDTH_BLOCK], tl.float32)
@@ -77,22 +79,22 @@ def _attend(
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel computes tensors of these shapes; see `attend`."""
+    """Whether the kernel supports tensors of these shapes; see `attend`."""
     return query.shape[2] == 1 and key.shape == value.shape and _padded(query, key) <= LARGEST_GROUP
 
 
 @torch.library.custom_op("tessella::attend", mutates_args=())
 def attend(query: Tensor, key: Tensor, value: Tensor, last: Tensor, scaling: float) -> Tensor:
-    """softmax(scaling · q kᵀ) v for one query of each head, over positions 0 to `last`, computed in float32.
+    """softmax(scaling · q kᵀ) v for one query of each head, over places 0 to `last`, computed in float32.
 
     Args:
         query: `(rows, heads, 1, width)`, float32, float16 or bfloat16.
-        key, value: `(rows, key-value heads, positions, width)`; each key-value head serves a group of adjacent queries.
-        last: int64, one number on the device, below the number of positions.
+        key, value: `(rows, key-value heads, places, width)`; adjacent query heads share a key-value head.
+        last: int64 tensor with one element on the device, below the number of places.
         scaling: factor of the scores.
 
     Returns:
-        `(rows, 1, heads, width)`: heads after tokens, as transformers' attention returns them.
+        `(rows, 1, heads, width)`, the order of axes that transformers expects.
     """
     rows, heads, _, width = query.shape
     key_value_heads = key.shape[1]

@@ -1,4 +1,4 @@
-"""Keys and values of a batch in memory that is allocated once, behind the cache class of transformers.
+"""A cache of transformers whose memory for the keys and values of a batch is allocated once.
 
 Shape letters: R rows (sequences), H heads, T tokens of the longest sequence, W width of a head.
 """
@@ -36,7 +36,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Tokens before those that the current forward reads."""
+        """Number of tokens in the cache before those of the current forward."""
         return self.opening.start
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -44,13 +44,13 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class Opening:
-    """The part of a cache that the next forward writes and reads; all layers share it.
+    """The part of a cache that the next forward writes and reads. All layers share this object.
 
     Attributes:
         rows: the sequences of the forward.
-        places: int64 `(n,)`, where the forward writes the keys and values of its n tokens.
-        start: how many tokens precede them.
-        seen: how many places attention gets, from the first one on; a tensor while a forward is recorded.
+        places: int64 `(n,)`, the places to which the forward writes the keys and values of its n tokens.
+        start: number of tokens before these n tokens.
+        seen: number of places, from the first one, that attention reads; a tensor while a forward is recorded.
     """
 
     rows: slice
@@ -66,7 +66,7 @@ class PreallocatedCache(Cache):
         num_layers: layers of the model.
         num_rows: R.
         length: T.
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(self, num_layers: int, num_rows: int, length: int, device: torch.device):
@@ -78,7 +78,7 @@ class PreallocatedCache(Cache):
 
     @classmethod
     def around(cls, buffers: list[Tensor]) -> "PreallocatedCache":
-        """A cache in the memory of another one; `buffers` are keys and values of each layer in turn."""
+        """A cache that uses the memory of another cache; `buffers` are the keys and values of each layer in turn."""
         num_rows, _, length, _ = buffers[0].shape
         cache = cls(len(buffers) // 2, num_rows, length, buffers[0].device)
         for layer, keys, values in zip(cache.preallocated, buffers[::2], buffers[1::2], strict=True):
@@ -86,16 +86,16 @@ class PreallocatedCache(Cache):
         return cache
 
     def open(self, rows: slice, start: int, stop: int) -> "PreallocatedCache":
-        """The next forward writes places `start` to `stop` of `rows`, and attention sees all places up to `stop`."""
+        """The next forward writes places `start` to `stop` of `rows`, and attention reads all places before `stop`."""
         opening = self.opening
         opening.rows, opening.places = rows, self._places[start:stop]
         opening.start, opening.seen = start, stop
         return self
 
     def open_at(self, rows: slice, place: Tensor, seen: int | Tensor) -> "PreallocatedCache":
-        """The next forward writes the place in `place`, int64 `(1,)`, and attention gets the first `seen` places.
+        """The next forward writes one place, int64 `(1,)`, and attention reads the first `seen` places.
 
-        `place` stays on the device, so one recorded step serves every place. `mask` hides the places after it.
+        `place` stays on the device, so one recorded step serves every place. `mask` hides the places after `place`.
         """
         opening = self.opening
         opening.rows, opening.places = rows, place
@@ -104,14 +104,14 @@ class PreallocatedCache(Cache):
 
     @property
     def mask(self) -> Tensor:
-        """bool `(1, 1, 1, seen)`: which of the places that attention gets have been written."""
+        """Which of the places that attention reads have been written, bool `(1, 1, 1, seen)`."""
         return (self._places[: self.opening.seen] <= self.opening.places)[None, None, None]
 
     @property
     def is_allocated(self) -> bool:
-        """Whether a first forward has told the layers the shape of keys and values."""
+        """Whether the first forward has allocated the memory; only then are the shapes of keys and values known."""
         return all(layer.is_initialized for layer in self.preallocated)
 
     def buffers(self, rows: slice) -> list[Tensor]:
-        """Keys and values of some rows, of each layer in turn."""
+        """The keys and values of some rows, layer by layer."""
         return [buffer[rows] for layer in self.preallocated for buffer in layer.buffers]

@@ -1,4 +1,4 @@
-"""What the sampling loop asks of a prior, and the plain way to answer.
+"""The interface through which the sampling loop calls a prior, and its reference implementation.
 
 Shape letters: R rows (sequences), n tokens read at once, V vocabulary.
 """
@@ -16,11 +16,12 @@ class Decoder(Protocol):
     """Reads sequences of tokens and predicts the token that follows."""
 
     def read(self, rows: slice, tokens: Tensor, start: int) -> Tensor:
-        """Reads tokens of some sequences, which have read everything before `start`.
+        """Reads the next tokens of some sequences. Earlier calls must have read all tokens before `start`.
 
         Args:
-            rows: which sequences.
-            tokens: int64 `(R, n)`; a later call may read from an earlier place again, which forgets what followed.
+            rows: the sequences to read.
+            tokens: int64 `(R, n)`. A call may start at an earlier place than the previous one; it overwrites all places
+                from there on.
             start: place of the first of these tokens in its sequence, counted from 0.
 
         Returns:
@@ -28,15 +29,15 @@ class Decoder(Protocol):
         """
 
     def resized(self, num_rows: int) -> "Decoder":
-        """The same decoder for another number of sequences; it keeps what it has recorded, if that serves them."""
+        """A decoder for another number of sequences. It reuses the recordings that support this number."""
 
 
 class EagerDecoder:
-    """The reference: the stock forward of the model, with a cache. Every faster decoder must agree with it.
+    """The reference decoder: the model's own forward with a cache. Every faster decoder must give the same logits.
 
     Args:
         prior: causal language model.
-        num_rows: R of the largest call.
+        num_rows: largest number of sequences, R.
         length: tokens of the longest sequence.
     """
 
@@ -54,7 +55,7 @@ class EagerDecoder:
 def forward(prior: PreTrainedModel, tokens: Tensor, cache: PreallocatedCache, **inputs: Tensor) -> Tensor:
     """float32 logits `(R, V)` of the token that follows int64 `tokens` `(R, n)`.
 
-    The model writes their keys and values where the cache is open.
+    The model writes the keys and values of these tokens to the places that `cache.open` or `cache.open_at` set.
     """
     out = prior(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cache_argument(prior): cache}, **inputs)
     return out.logits[:, -1].float()

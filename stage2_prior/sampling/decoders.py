@@ -1,4 +1,4 @@
-"""Chooses the fastest decoder that a prior allows, and keeps it from request to request."""
+"""Chooses the fastest decoder that supports a prior, and reuses it for later requests."""
 
 import logging
 import textwrap
@@ -16,24 +16,24 @@ from stage2_prior.sampling.traced import TracedDecoder
 
 logger = logging.getLogger(__name__)
 
-# The faster decoder of each kind of device.
+# The faster decoder for each type of device.
 FASTER: dict[str, type[GraphDecoder] | type[TracedDecoder]] = {"cuda": GraphDecoder, "cpu": TracedDecoder}
 
 
 def make_decoder(
     prior: PreTrainedModel, num_rows: int, length: int, num_codes: int, compiled: bool = False
 ) -> EagerDecoder:
-    """The fastest decoder that serves a prior and agrees with `EagerDecoder`; otherwise that one, with a warning.
+    """Makes the fastest decoder that agrees with `EagerDecoder`. If none does, warns and makes an `EagerDecoder`.
 
     Args:
         prior: causal language model, in evaluation mode.
         num_rows: sequences of the largest call.
         length: tokens of the longest sequence.
-        num_codes: K; the comparison reads tokens below it.
-        compiled: torch.compile compiles the step.
+        num_codes: K; the comparison with `EagerDecoder` reads tokens below K.
+        compiled: whether torch.compile compiles the step.
 
     Raises:
-        ValueError: `compiled`, and no recorded step serves the prior.
+        ValueError: `compiled` is true, but the step of this prior cannot be recorded.
     """
     kind = GraphDecoder if compiled else FASTER.get(prior.device.type)
     if kind is None:
@@ -56,12 +56,12 @@ def make_decoder(
 
 @lru_cache
 def warn_once(message: str) -> None:
-    """Logs a warning, the same one once in a process."""
+    """Logs a warning. A process logs the same message only once."""
     logger.warning("%s", message)
 
 
 class DecoderPool:
-    """Keeps a decoder from request to request. Each request borrows it alone, so threads never share a cache.
+    """Reuses a decoder for later requests. Only one request has it at a time, so threads never share a cache.
 
     Args:
         length: tokens of the longest sequence.
@@ -75,9 +75,10 @@ class DecoderPool:
 
     @contextmanager
     def borrow(self, prior: PreTrainedModel, num_rows: int) -> Iterator[Decoder]:
-        """A decoder for one request: the kept one, if no other request has it and its prior is unchanged, or a new one.
+        """Lends a decoder to one request.
 
-        It is kept for the next request unless this one fails.
+        It is the stored decoder if no other request has it and the prior is unchanged, else a new one. Afterwards the
+        pool stores it for the next request, unless this request fails.
         """
         state = (self.compiled, torch.is_inference_mode_enabled(), state_of(prior))
         decoder = self._take(state)
@@ -95,5 +96,5 @@ class DecoderPool:
         return decoder if kept == state else None
 
     def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles of a pipeline make decoders of their own."""
+        """Excludes the decoder, so copies and pickles of a pipeline are small and make a new one."""
         return {**self.__dict__, "_free": []}

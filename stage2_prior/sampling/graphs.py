@@ -1,13 +1,13 @@
-"""A faster decoder for CUDA: one forward of one token as a CUDA graph, compiled if asked to.
+"""A faster decoder for CUDA: the forward of one token as a CUDA graph, optionally compiled.
 
-Launching the some four hundred kernels of a forward takes longer than the kernels themselves. A graph launches them
-all at once. Nothing in a captured step depends on a Python number that changes, so the graph can be replayed: the
-token and its place are read from the device's memory.
+A forward has about four hundred kernels, and launching them takes longer than running them. A graph launches them all
+at once. A captured step depends on no Python number that changes, because it reads the token and its place from the
+device's memory. So the graph can be replayed at every place.
 
-With the Triton attention of attention.py one graph serves all places. Other models get a graph for every `BUCKET`
-places, whose attention reads a window of the cache and masks the places that have not been written.
+With the Triton attention of attention.py, one graph serves all places. Otherwise, each graph serves `BUCKET` places:
+its attention reads the cache up to the last of them and masks the places that have not been written.
 
-It serves the models of `recording.why_not_recordable`.
+`recording.why_not_recordable` states which models are supported.
 """
 
 import copy
@@ -22,10 +22,10 @@ from stage2_prior.compat import allow_recompiles
 from stage2_prior.sampling.attention import use_decode_attention
 from stage2_prior.sampling.decoder import EagerDecoder, forward
 
-# Places of one graph, where attention reads a window.
+# Number of places that one graph serves without the Triton attention.
 BUCKET = 64
 
-# Versions of a step that torch.compile may make: each decoder and window has its own.
+# Limit of the versions of a step that torch.compile compiles: one for each decoder and each range of places.
 MAX_RECOMPILES = 256
 
 Step = Callable[[int, int], None]
@@ -36,14 +36,15 @@ class GraphDecoder(EagerDecoder):
 
     Args:
         prior, num_rows, length: see `EagerDecoder`.
-        compiled: torch.compile makes the step first. On a CPU there is no graph, only the compiled step.
+        compiled: whether torch.compile compiles the step before the capture. On a CPU the compiled step runs without a
+            graph.
     """
 
     def __init__(self, prior: PreTrainedModel, num_rows: int, length: int, compiled: bool = False):
         super().__init__(prior, num_rows, length)
         device = prior.device
         self.compiled, self.captures = compiled, device.type == "cuda"
-        # a copy on the same weights, because its attention is another one; other threads may use the prior itself
+        # A copy that shares the weights: its attention is replaced, while other threads may use the prior itself.
         tensors = {id(tensor): tensor for tensor in (*prior.parameters(), *prior.buffers())}
         self.model = copy.deepcopy(prior, tensors)
         self.reads_exactly = self.captures and use_decode_attention(self.model)
@@ -70,24 +71,24 @@ class GraphDecoder(EagerDecoder):
         return self.logits[rows]
 
     def step(self, count: int, window: int) -> None:
-        """Reads one token of the first `count` rows and leaves the logits; it may run twice with the same result."""
+        """Reads one token of the first `count` rows and stores the logits. Running it again gives the same result."""
         rows = slice(0, count)
         cache = self.cache.open_at(rows, self.place, window)
-        # the kernel reads its last place from where others have a mask
+        # the Triton attention takes the place in the argument of the mask
         mask = self.place[None, None, None] if self.reads_exactly else cache.mask
         logits = forward(self.model, self.tokens[rows], cache, position_ids=self.place[None], attention_mask=mask)
         self.logits[rows] = logits
 
     def capture(self, count: int, window: int) -> torch.cuda.CUDAGraph:
-        """The step as a CUDA graph, which has not run yet."""
+        """Captures the step as a CUDA graph, without running it."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set themselves up, and torch.compile compiles, before the capture
+        with torch.cuda.stream(stream):  # warm-up: libraries initialise and torch.compile compiles before the capture
             for _ in range(2):
                 self.run(count, window)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads, which pin the memory of batches, may go on during the capture
+        # thread_local: other threads may pin memory during the capture
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             self.run(count, window)
         return graph

@@ -1,4 +1,7 @@
-"""Sampling codes from a prior: read the prompt; then, code by code, predict, guide, filter and pick.
+"""Sampling of codes from a prior: read the prompt; then predict, guide, filter and pick one code after another.
+
+A *position* is the index of a code among the codes of an image. A *place* is the index of a token in the sequence that
+the prior reads: the prompt of length P comes first, so the code at position i has place P + i.
 
 Shape letters: B images, P prompt length, L codes of an image, K codebook size.
 """
@@ -14,12 +17,12 @@ from stage2_prior.sampling.decoder import Decoder
 from stage2_prior.sampling.decoders import make_decoder
 from stage2_prior.sampling.options import SamplingOptions
 
-# A table holds the noise of all positions up to this size; the noise of larger batches is made position by position.
+# Up to this many numbers, one table holds the noise of all positions. Larger batches compute it position by position.
 LARGEST_TABLE = 2**22
-# Numbers of the table that are made at once: they stay in the processor's cache.
+# Numbers of the table that are computed at once, few enough for the processor's cache.
 NUMBERS_AT_ONCE = 2**16
 
-# Called after each position with its index and the codes int64 `(B,)` chosen there.
+# Called after each step with the position and the codes int64 `(B,)` that were picked there.
 OnStep = Callable[[int, Tensor], None]
 
 
@@ -33,7 +36,7 @@ def sample_codes(
     options: SamplingOptions,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Samples the codes of one batch of images with the fastest decoder that serves the prior; see `sample`.
+    """Samples the codes of one batch of images with the fastest decoder that supports the prior; see `sample`.
 
     Args:
         prior: causal language model, in evaluation mode.
@@ -56,19 +59,19 @@ def sample(
 ) -> Tensor:
     """Samples the codes of one batch of images.
 
-    With guidance the rows of the null prompts follow those of the prompts, so both are read in one forward. Positions
-    without guidance read the first half only. Where guidance starts later, the second half first reads all codes so
-    far. The host never waits for the device inside the loop.
+    With guidance, the batch has 2B rows: B prompts, then B null prompts, which one forward reads together. Positions
+    without guidance read only the first half. If guidance starts later, the second half first reads all codes picked
+    so far. The host never waits for the device inside the loop.
 
     Args:
-        decoder: of B rows, 2B with guidance, and P + L - 1 tokens.
+        decoder: a decoder for B rows (2B with guidance) of P + L - 1 tokens.
         prompts: int64 `(B, P)`, the conditions.
-        null_prompts: int64 `(B, P)`, prompts without a condition; only guidance reads them.
+        null_prompts: int64 `(B, P)`, prompts without a condition; they are only read with guidance.
         seeds: int64 `(B,)`. The noise of an image at a position depends only on (its seed, position, code), so an
             image does not depend on the batch it is sampled in.
         length: L.
-        num_codes: K; only tokens below it are ever chosen.
-        options: how codes are chosen.
+        num_codes: K; only tokens below K are picked.
+        options: guidance, temperature and filters.
         on_step: see `OnStep`.
 
     Returns:
@@ -84,14 +87,14 @@ def sample(
     tokens = torch.cat([prompts, null_prompts] if guided else [prompts])
     tokens = torch.cat([tokens, tokens.new_zeros(len(tokens), length)], 1)
     noise_at = noise(seeds, length, num_codes)
-    # The largest logits of all positions are added up: a NaN or an infinity stays in the sum.
+    # Sum of the largest logits of all positions: a NaN or an infinity stays in the sum.
     total = torch.zeros(batch_size, device=prompts.device)
 
     with torch.autocast(prompts.device.type, enabled=False):
         if prompt_length > 1:
             decoder.read(conditional, tokens[conditional, : prompt_length - 1], 0)
         for position in range(length):
-            place = prompt_length + position  # of the code in its sequence
+            place = prompt_length + position
             if position == guided.start and place > 1 and guided:
                 decoder.read(unconditional, tokens[unconditional, : place - 1], 0)
             rows = slice(0, len(tokens)) if position in guided else conditional
@@ -121,8 +124,8 @@ def guide(logits: Tensor, scale: float) -> Tensor:
 
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """Temperature, top-k, top-p, min-p in this order; codes that are left out get -inf. Logits are `(B, K)`."""
-    # the largest logit is moved to 0 first, so that the smallest temperature cannot overflow
+    """Applies temperature, top-k, top-p and min-p, in this order, to logits `(B, K)`. Excluded codes get -inf."""
+    # subtract the largest logit first, so that a division by a tiny temperature cannot overflow
     logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
     if 0 < options.top_k < logits.shape[1]:
         threshold = logits.topk(options.top_k).values[:, -1:]
@@ -130,7 +133,7 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     if options.top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)
         probabilities = ordered.softmax(-1)
-        # a code stays if the codes before it sum to less than p: the most likely one always stays
+        # a code stays if the more likely codes sum to less than p, so the most likely code always stays
         keep = probabilities.cumsum(-1) - probabilities < options.top_p
         logits = logits.where(torch.zeros_like(keep).scatter(1, order, keep), -torch.inf)
     if options.min_p > 0:
@@ -140,17 +143,19 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
 
 
 def pick(logits: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
-    """Draws one code int64 `(B,)` from logits `(B, K)`. With noise e ~ Exp(1), `(B, K)`, argmax of p / e draws from p.
-    Temperature 0 takes the most likely code."""
+    """Draws one code int64 `(B,)` from the softmax p of logits `(B, K)`; temperature 0 takes the most likely code.
+
+    With independent noise e ~ Exp(1), `(B, K)`, the argmax of p / e has the distribution p.
+    """
     if options.temperature == 0:
         return logits.argmax(-1)
     return (filter_logits(logits, options).softmax(-1) / noise).argmax(-1)
 
 
 def noise(seeds: Tensor, length: int, num_codes: int) -> Callable[[int], Tensor]:
-    """Exponential random numbers for a batch: a function of the position that returns float32 `(B, K)`.
+    """Exponential noise for a batch, as a function that maps a position to float32 `(B, K)`.
 
-    Small batches get a table, because one call for all positions takes less time than a call for each.
+    Small batches compute one table for all positions, because one call is faster than one call per position.
     """
     codes = torch.arange(num_codes, device=seeds.device)
     positions = torch.arange(length, device=seeds.device)[:, None, None]

@@ -1,11 +1,11 @@
-"""How codes are chosen, and how much guidance each position gets."""
+"""Options of the sampling loop: guidance at each position, temperature and filters."""
 
 import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
 
-# The smallest and the largest number that float32 holds in full precision.
+# The smallest positive and the largest number that float32 represents in full precision.
 SMALLEST, LARGEST = 2.0**-126, 3.4e38
 
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
@@ -13,15 +13,16 @@ GuidanceSchedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How codes are chosen.
+    """Guidance, temperature and filters of the sampling loop.
 
     Args:
         guidance_scale: s in u + s·(c - u) on the logits; 1.0 is no guidance.
-        guidance_schedule: "constant"; or "linear" or "cosine": guidance grows from 1.0 at the first code towards
-            guidance_scale at the last, as t^power or (1 - cos(π·t^power)) / 2. t is the share of codes chosen before.
-        guidance_power: the power above; guidance starts later if it is above 1.
-        guidance_interval: (start, stop) in t. Positions outside start ≤ t < stop are not guided, which halves their
-            cost.
+        guidance_schedule: "constant"; "linear" and "cosine" raise the scale from 1.0 at the first code towards
+            guidance_scale at the last code, as t^power and (1 - cos(π·t^power)) / 2. t is the fraction of the codes
+            before the position.
+        guidance_power: the power above; with a power above 1, guidance starts later.
+        guidance_interval: (start, stop) in t. Positions outside start ≤ t < stop have no guidance, which halves their
+            computation.
         temperature: divides the logits; 0.0 takes the most likely code.
         top_k: keeps the k most likely codes; 0 keeps all.
         top_p: keeps the most likely codes whose probabilities sum to p.
@@ -46,7 +47,7 @@ class SamplingOptions:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        # logits are float32: smaller numbers would become 0 there, larger ones infinite
+        # in float32, the dtype of logits, smaller numbers become 0 and larger ones infinite
         ranges = {
             "guidance_scale": (
                 lambda value: 0 <= value <= LARGEST,
@@ -73,7 +74,7 @@ class SamplingOptions:
 
     @property
     def guided(self) -> bool:
-        """Whether any position may need unconditional rows."""
+        """Whether the options ask for guidance, which needs unconditional rows."""
         return self.guidance_scale != 1.0
 
     def scales(self, length: int) -> list[float]:

@@ -1,7 +1,7 @@
-"""Which priors a recorded step may stand in for, whether it agrees with the plain one, and when it is out of date.
+"""Checks of recorded steps: which priors can be recorded, whether a recording is correct, when it is out of date.
 
-A recorded step repeats the operations of one forward of one token, with the place of the token as a tensor. That is
-right only if the model takes the same operations at every place.
+A recorded step repeats the operations of one forward of one token, with the place of the token as a tensor. It is
+correct only if the model performs the same operations at every place.
 """
 
 import inspect
@@ -13,19 +13,19 @@ from transformers import PreTrainedModel
 
 from stage2_prior.sampling.decoder import Decoder, EagerDecoder
 
-# Rows of the comparison; the recorded step has to hold for one row and for several.
+# Number of rows in the comparison: recorded steps must work for several rows.
 ROWS = 3
 
-# Largest difference of logits, over their standard deviation, that rounding explains.
+# Largest difference of logits, as a multiple of their standard deviation, that rounding explains.
 TOLERANCE = {torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 5e-2
 
 
 def why_not_recordable(prior: PreTrainedModel, length: int) -> str | None:
-    """Why a step of this model cannot be repeated at every place of a sequence; None if it can.
+    """The reason why a recorded step of this model would be wrong at some place of a sequence; None if it is right.
 
-    Recordable are models that take a mask and positions as arguments, whose layers all attend to every earlier token,
-    and whose rotary frequencies do not depend on the length of the sequence.
+    A model can be recorded if its forward takes a mask and position ids, if all layers attend to every earlier token,
+    and if its rotary frequencies do not depend on the length of the sequence.
     """
     if not {"attention_mask", "position_ids"} <= inspect.signature(type(prior).forward).parameters.keys():
         return "its forward takes no attention_mask or no position_ids"
@@ -37,16 +37,16 @@ def why_not_recordable(prior: PreTrainedModel, length: int) -> str | None:
         window = None
     kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else ["full_attention"]))
     if "sliding_attention" in kinds and window is not None and window >= length:
-        kinds.remove("sliding_attention")  # the window never leaves a token out
+        kinds.remove("sliding_attention")  # the window covers the whole sequence
     if kinds - {"full_attention"}:
-        return f"it has layers of another kind than full attention: {', '.join(sorted(kinds - {'full_attention'}))}"
+        return f"it has layers without full attention: {', '.join(sorted(kinds - {'full_attention'}))}"
     if rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"}:
         return "its rotary frequencies change with the length of the sequence"
     return None
 
 
 def rope_types(parameters: Any) -> set[str]:
-    """Every `rope_type` in a model's `rope_parameters`, which some models nest by kind of layer."""
+    """Every `rope_type` in a model's `rope_parameters`, which some models nest by layer type."""
     if not isinstance(parameters, dict):
         return set()
     nested = set().union(*(rope_types(value) for value in parameters.values()))
@@ -55,10 +55,11 @@ def rope_types(parameters: Any) -> set[str]:
 
 @torch.inference_mode()
 def disagreement(prior: PreTrainedModel, recorded: Decoder, length: int, num_codes: int) -> str | None:
-    """Where a recorded decoder of `ROWS` rows differs from the eager one; None if it does not.
+    """Compares a recorded decoder of `ROWS` rows with the eager one; returns the first difference, or None.
 
-    Both read the same random codes. The comparison is made at the first places, in the middle, around multiples of 64,
-    where graphs change, and at the last place, where every window and every cached key counts.
+    Both read the same random codes. The logits are compared at the first places, in the middle, around multiples of 64,
+    where the graph decoder changes to the next graph, and at the last place, where every attention window hides tokens
+    and every cached key is read.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(num_codes, (ROWS, length), generator=generator).to(prior.device)
@@ -78,11 +79,11 @@ def disagreement(prior: PreTrainedModel, recorded: Decoder, length: int, num_cod
 
 
 def state_of(prior: PreTrainedModel) -> tuple[Any, ...]:
-    """What a recorded step depends on. A recording holds as long as this stays equal.
+    """The state of a prior on which a recording depends. The recording is valid while this state is unchanged.
 
-    Values of weights and buffers are not part of it: a recording reads them where the model keeps them. Part of it are
-    the tensors' places in memory, every setting of a module, its class, its hooks, and a forward put in place of its
-    own.
+    The state contains the memory addresses of all tensors, and the settings, class, hooks and replaced forward of every
+    module. It does not contain the values of weights and buffers, because a recording reads them from the model's
+    memory.
     """
     tensors = tuple(
         (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -96,7 +97,7 @@ def state_of(prior: PreTrainedModel) -> tuple[Any, ...]:
 
 
 def _comparable(value: Any) -> Any:
-    """Equal for equal settings: plain values by value, functions and modules by identity, anything else by type."""
+    """Makes settings comparable: plain values by value, functions and modules by identity, other objects by type."""
     if isinstance(value, dict):
         return tuple((key, _comparable(item)) for key, item in value.items())
     if isinstance(value, list | tuple | set):

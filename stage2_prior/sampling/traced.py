@@ -1,10 +1,10 @@
-"""A faster decoder for CPUs: one forward of one token, recorded as a TorchScript function.
+"""A faster decoder for CPUs: the forward of one token, recorded as a TorchScript function.
 
-A forward of one token is some four hundred small operations, and Python spends half of the time between them. The
-recording repeats the operations without Python. Where a key is written and how far attention looks are tensors in it,
-and the memory of the cache is an argument, so one recording serves every place, batch size and request.
+A forward of one token has about four hundred small operations, and half of its time is Python overhead. The recording
+repeats the operations without Python. The place to write and the number of places to read are tensors, and the memory
+of the cache is an argument. So one recording serves every place, batch size and request.
 
-It serves the models of `recording.why_not_recordable`, on a CPU.
+`recording.why_not_recordable` states which models are supported.
 """
 
 import copy
@@ -23,7 +23,7 @@ from stage2_prior.sampling.decoder import EagerDecoder, forward
 # (int64 tokens (R, 1), int64 place (1,), keys and values of each layer …) → logits (R, V)
 Recording = Callable[..., Tensor]
 
-# `warnings.catch_warnings` changes the filters of the whole process, so recordings are made one at a time.
+# Only one thread records at a time, because `warnings.catch_warnings` changes the filters of the whole process.
 _one_at_a_time = threading.Lock()
 
 
@@ -32,7 +32,7 @@ class TracedDecoder(EagerDecoder):
 
     Args:
         prior, num_rows, length: see `EagerDecoder`.
-        recording: of this prior; None makes one.
+        recording: a recording of this prior; by default it is recorded now.
     """
 
     def __init__(self, prior: PreTrainedModel, num_rows: int, length: int, recording: Recording | None = None):
@@ -58,7 +58,7 @@ class TracedDecoder(EagerDecoder):
 
 
 def record(prior: PreTrainedModel, cache: PreallocatedCache) -> Recording:
-    """Records a forward of one token of two rows, at the last place of a cache like the given one."""
+    """Records a forward of one token of two rows at the last place, in a new cache with the shape of `cache`."""
     model = without_gradients(prior)
 
     def step(tokens: Tensor, place: Tensor, *buffers: Tensor) -> Tensor:
@@ -68,12 +68,13 @@ def record(prior: PreTrainedModel, cache: PreallocatedCache) -> Recording:
     tokens, last = torch.zeros(2, 1, dtype=torch.int64), torch.tensor([cache.length - 1])
     memory = [buffer.new_zeros(2, *buffer.shape[1:]) for buffer in cache.buffers(slice(0, 1))]
     with _one_at_a_time, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer warns of numbers it takes as constants; the comparison judges them
+        # The tracer warns about numbers that become constants. `disagreement` finds the wrong ones.
+        warnings.simplefilter("ignore")
         return trace(step, (tokens, last, *memory))
 
 
 def without_gradients(prior: PreTrainedModel) -> PreTrainedModel:
-    """The model again, with the same weights in the same memory, none of which requires a gradient."""
+    """A copy of the model that shares the memory of the weights, but whose weights require no gradient."""
     weights = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in prior.parameters()}
     buffers = {id(buffer): buffer for buffer in prior.buffers()}
     return copy.deepcopy(prior, {**weights, **buffers})

@@ -22,8 +22,8 @@ class WeightAverage(TrainerCallback):
     """Averages the trained weights over the optimizer steps. With FSDP 2, each process averages its shards.
 
     Args:
-        decay_at: decay of the update after a number of steps; see `TrainingConfig.average_decay`.
-        is_on: False keeps no average: the weights themselves are evaluated and saved.
+        decay_at: maps a number of steps to the decay of the next update; see `TrainingConfig.average_decay`.
+        is_on: False computes no average; the run then evaluates and saves the weights themselves.
 
     Attributes:
         checkpoint: the checkpoint to load the average from; None starts a new one.
@@ -37,7 +37,7 @@ class WeightAverage(TrainerCallback):
         self._averages: dict[str, Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Loads the average of the checkpoint, or starts with the weights. By now they are loaded and sharded."""
+        """Loads the average of the checkpoint, or copies the weights, which Trainer has loaded and sharded before."""
         if not self.is_on:
             return
         self._model = model
@@ -54,10 +54,10 @@ class WeightAverage(TrainerCallback):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights; afterwards its own again. All processes must enter.
+        """Inside this context, the model has the averaged weights. All processes must enter it.
 
         The values are copied, because optimizer, wrappers and compiled graphs refer to the parameters themselves. The
-        second copy fits into memory: between two steps there are no gradients.
+        second copy fits into the memory of the gradients, which do not exist between two steps.
         """
         if not self._averages:
             yield
@@ -85,7 +85,7 @@ class WeightAverage(TrainerCallback):
     def _load(self, path: Path) -> None:
         saved = load_file(path)
         for name, average in self._averages.items():
-            if isinstance(average, DTensor):  # every process has read the whole tensor, and takes its shard
+            if isinstance(average, DTensor):  # every process has read the whole tensor, and selects its shard
                 shard = distribute_tensor(saved[name], average.device_mesh, average.placements, src_data_rank=None)
                 average.to_local().copy_(shard.to_local())
             else:
@@ -96,7 +96,7 @@ class WeightAverage(TrainerCallback):
             weight.copy_(value)
 
     def _reshard(self) -> None:
-        """Frees the gathered weights that FSDP keeps after a forward: it would compute with those again."""
+        """Frees the weights that FSDP gathered for the last forward; the next forward would reuse these old values."""
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

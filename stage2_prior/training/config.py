@@ -38,7 +38,7 @@ REFUSED_ARGUMENTS = {
     "train_sampling_strategy",
 }
 
-# Fields that the code store decides.
+# Fields that the code store determines.
 DERIVED_KEYS = {"vocab_size", "max_position_embeddings", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 # Sizes of a language model. An architecture with other names for them lists these names in its `attribute_map`.
@@ -83,8 +83,8 @@ class Stage2Config(TrainingConfig):
 
     tokenizer: folder or Hub id of a trained tokenizer
     code_store: folder of the codes
-    num_views: versions of each training image in the code store: the image itself and augmented ones, or the ten of
-        data.augmentation.ten_crop
+    num_views: number of views of each training image in the code store: the image itself and augmented views, or the
+        ten views of data.augmentation.ten_crop
     tokenize_batch_size: images on one device in one forward pass of the tokenizer
     model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; classes with
         new names get new embeddings
@@ -92,8 +92,8 @@ class Stage2Config(TrainingConfig):
     lora: trains an adapter of the prior in model_name_or_path; see lora.r
     condition_dropout: fraction of training sequences whose class is replaced by the null token, for guidance
     keep_best: save the weights of the evaluation with the lowest loss; false saves the last weights
-    early_stopping_patience: evaluations in a row without a lower loss after which training ends; 0 never ends it early
-    num_sample_images: images in the grid of samples of every evaluation; 0 samples none, and needs no tokenizer
+    early_stopping_patience: training ends after this many evaluations in a row without a lower loss; 0 turns this off
+    num_sample_images: number of images that every evaluation samples for a grid; 0 samples none, and needs no tokenizer
     training_arguments: any other field of transformers.TrainingArguments
 
     stage2_prior.tokenize reads the first four of these keys, data, seed and dataloader_num_workers.
@@ -125,7 +125,7 @@ class Stage2Config(TrainingConfig):
         if self.data.augmentation.ten_crop and self.num_views != 10:
             yield "num_views", self.num_views, "data.augmentation.ten_crop makes 10 views; set it to 10"
         if self.lora.r and self.model_name_or_path is None:
-            yield "lora.r", self.lora.r, "needs model_name_or_path: the trained prior to adapt"
+            yield "lora.r", self.lora.r, "needs model_name_or_path, the trained prior to adapt"
         if self.bf16 and self.training_arguments.get("fp16") is True:
             yield "training_arguments.fp16", True, "but bf16 is true as well; turn one of them off"
 
@@ -172,7 +172,7 @@ class Stage2Config(TrainingConfig):
             name = aliases.get(key, key)
             settings[name] = key, value
             if key in DERIVED_KEYS:
-                problems.append((f"model.{key}", value, "the code store decides it; leave it out"))
+                problems.append((f"model.{key}", value, "the code store determines it; leave it out"))
             elif name in types:
                 problems += wrong_value(f"model.{key}", types[name], value)
             elif key != "model_type":
@@ -218,7 +218,7 @@ class Stage2Config(TrainingConfig):
 
 
 def wrong_value(key: str, hint: Any, value: Any) -> Iterable[tuple[str, Any, str]]:
-    """The problem of a value that does not fit a type of transformers. A type that pydantic cannot check fits all."""
+    """The problem of a value that does not fit a type of transformers. Skips types that pydantic cannot check."""
     from pydantic import PydanticUserError
 
     enums = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]

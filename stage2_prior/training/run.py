@@ -115,10 +115,10 @@ class Training:
 
     Args:
         run: the folder of the run.
-        request: says after every step whether a signal asks to stop.
-        arguments: of the Trainer.
-        store: the codes.
-        layout: the token space.
+        request: states after every step whether a signal asks to stop.
+        arguments: arguments of Trainer.
+        store: the code store.
+        layout: the token layout.
     """
 
     def __init__(
@@ -155,13 +155,13 @@ class Training:
         if checkpoint is not None:
             self.checkpoint = self.average.checkpoint = checkpoint.path
             if has_stopped_early(checkpoint.path, config.early_stopping_patience):
-                trainer.args.max_steps = checkpoint.step  # no step is left
+                trainer.args.max_steps = checkpoint.step  # no step remains
         if trainer.is_world_process_zero():
             self.best.restore(self.checkpoint if config.keep_best else None)
             self.layout.save_pretrained(config.output_dir)
 
     def steps(self) -> None:
-        """Takes the steps that are left, and evaluates after the last one.
+        """Runs the remaining steps, and evaluates after the last one.
 
         Raises:
             Diverged, Stopped: see `train`.
@@ -187,7 +187,7 @@ class Training:
             results = {"model_step": step, "eval_loss": loss, "bits_per_pixel": bits_per_pixel(loss, self.layout)}
             if is_exhausted(history, patience):
                 results["early_stopping_patience"] = patience
-                print(f"stopped at step {trainer.state.global_step}: no better in the last {patience} evaluations")
+                print(f"stopped at step {trainer.state.global_step}: no lower loss in the last {patience} evaluations")
             print(f"prior of step {step} saved in {Path(config.output_dir).resolve()}")
             self.run.finish(trainer.state.global_step, results)
         trainer.accelerator.wait_for_everyone()
@@ -195,12 +195,12 @@ class Training:
 
 
 def open_codes(config: Stage2Config) -> tuple[CodeStore, TokenLayout]:
-    """The code store, and the token space of a prior over its codes.
+    """The code store, and the token layout of a prior over its codes.
 
-    The space has a null token if the prior learns one: without classes, or with condition dropout.
+    The prior learns the null token if it has no classes, or if training uses condition dropout.
 
     Raises:
-        ConfigError: the store is missing, or its codes are not those that the configuration describes.
+        ConfigError: the store is missing, or it was written with other settings.
     """
     store = CodeStore(config.code_store)
     check_codes(config, store)
@@ -209,28 +209,28 @@ def open_codes(config: Stage2Config) -> tuple[CodeStore, TokenLayout]:
 
 
 def initial_prior(config: Stage2Config, layout: TokenLayout) -> PreTrainedModel:
-    """The prior before its first step: a new one, or the one in `model_name_or_path`, if asked with an adapter."""
+    """The prior before its first step: new, or loaded from `model_name_or_path`, with an adapter if lora.r > 0."""
     base = config.model_name_or_path
     if base is None:
         return build_prior(config.model, layout)
     prior = adapt_prior(base, config.model, layout)
     if not config.lora.r:
         return prior
-    # If the conditions differ from those of the base, the adapter trains the embedding rows of all of them.
+    # If the base has other conditions, the adapter also trains the embeddings of all conditions.
     conditions = range(layout.num_codes, layout.vocab_size) if layout_of(base) != layout else []
     return attach_adapter(prior, base, config.lora, list(conditions))
 
 
 def check_codes(config: Stage2Config, store: CodeStore) -> None:
-    """Refuses a code store that was made from other settings than the configuration has.
+    """Refuses a code store that was written with other settings than those of the configuration.
 
     Raises:
-        ConfigError: naming what differs.
+        ConfigError: names the settings that differ.
     """
     origin = store.manifest["origin"]
     wanted = {"num_views": config.num_views, "data": config.data.identity()}
     problems = [
-        Problem(key, f"{config.code_store} was made with {origin[key]!r}, the configuration says {value!r}")
+        Problem(key, f"{config.code_store} was written with {origin[key]!r}, but the configuration has {value!r}")
         for key, value in wanted.items()
         if origin[key] != value
     ]
@@ -249,12 +249,12 @@ def check_run(config: Stage2Config, layout: TokenLayout) -> None:
     """Refuses to resume a run that was started on the codes of another tokenizer.
 
     Raises:
-        ConfigError: the folder holds such a run.
+        ConfigError: the run in the folder uses the codes of another tokenizer.
     """
     folder = Path(config.output_dir)
     if not (holds_work(folder) and (folder / LAYOUT_NAME).is_file()):
         return
-    advice = f"{folder} holds a run on those; choose another folder, or remove this one"
+    advice = f"{folder} holds a run on those codes; choose another folder, or remove this one"
     try:
         TokenLayout.from_pretrained(folder).require_fingerprint(layout.tokenizer_fingerprint, "output_dir", advice)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Grids of images, sampled at every evaluation with the same labels and seeds, to see the progress."""
+"""Grids of sampled images. Every evaluation uses the same labels and seeds, so that the grids show the progress."""
 
 from typing import Any
 
@@ -29,19 +29,19 @@ class SampleGrids(TrainerCallback):
     """Samples from the evaluated weights, and saves the images in the folder of the run and in the trackers.
 
     A column shows one class, out of up to ten that are spread evenly over all classes. Classes are guided if the prior
-    learns the null token. All processes sample the same images, because the shards of a prior compute only together;
-    the main process decodes them.
+    learns the null token. All processes sample the same images, because a forward needs the shards of all processes.
+    The main process decodes the images.
 
     Args:
-        trainer: of the prior; its TensorBoard and Weights & Biases callbacks get the images.
-        run: the folder gets `samples/step_00001000.png`.
-        layout: the token space.
+        trainer: the prior's Trainer; its TensorBoard and Weights & Biases callbacks log the images.
+        run: the run, whose folder gets `samples/step_00001000.png`.
+        layout: the token layout.
         tokenizer: folder or Hub id.
         num_images: images in a grid.
-        seed: the images are those of `pipe.generate(generator=torch.Generator().manual_seed(seed), …)`.
+        seed: `pipe.generate(generator=torch.Generator().manual_seed(seed), …)` gives the same images.
 
     Raises:
-        ConfigError: the tokenizer is missing, or is not the one of the codes.
+        ConfigError: the tokenizer is missing, or the codes are of another tokenizer.
     """
 
     def __init__(self, trainer: Any, run: RunFolder, layout: TokenLayout, tokenizer: str, num_images: int, seed: int):
@@ -83,10 +83,10 @@ def grid_prompts(layout: TokenLayout, num_images: int, columns: int) -> Tensor:
 
 
 def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImageProcessor]:
-    """The tokenizer of the codes that a prior learns, and its image processor.
+    """Loads the tokenizer of the codes that a prior learns, and its image processor.
 
     Raises:
-        ConfigError: the tokenizer is missing, or is not the one of the codes.
+        ConfigError: the tokenizer is missing, or the codes are of another tokenizer.
     """
     advice = "sample grids need it: give its folder or Hub id, or set num_sample_images 0"
     try:
@@ -96,7 +96,7 @@ def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImage
             [Problem(problem.key, f"{problem.message}; {advice}") for problem in error.problems]
         ) from error
     except (OSError, ValueError) as error:
-        message = f"received {name!r}; it has no preprocessor_config.json that can be read; {advice}"
+        message = f"received {name!r}; its preprocessor_config.json is missing or cannot be read; {advice}"
         raise ConfigError([Problem("tokenizer", message)]) from error
     try:
         layout.require_tokenizer(tokenizer, advice)

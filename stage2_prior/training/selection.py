@@ -1,10 +1,10 @@
 """Selection of the best evaluated weights, and early stopping.
 
-output_dir/best/          the best weights so far, saved by `save_pretrained`; every checkpoint has a copy
-  evaluation.json         their step and eval_loss
+output_dir/best/          the best weights so far, saved by `save_pretrained`; every checkpoint holds a copy
+  evaluation.json         step and eval_loss of these weights
 
 Not transformers' EarlyStoppingCallback: it counts evaluations in memory, so its patience does not survive a resume.
-Here patience is a function of the log history, which every checkpoint has.
+Here patience is a function of the log history, which every checkpoint holds.
 """
 
 import json
@@ -34,7 +34,7 @@ def is_exhausted(history: list[dict[str, float]], patience: int) -> bool:
 
 
 def has_stopped_early(checkpoint: Path, patience: int) -> bool:
-    """Whether early stopping had ended the run when it saved this checkpoint."""
+    """Whether early stopping had ended the run when the checkpoint was saved."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return is_exhausted(state["log_history"], patience)
 
@@ -78,7 +78,7 @@ class Selection(TrainerCallback):
 
     Args:
         trainer: saves the weights.
-        best: the folder to save them in; None saves none.
+        best: the folder of the best weights; None saves no weights.
         patience: number of evaluations without a lower loss that ends the run; 0 never ends it.
     """
 

@@ -1,4 +1,4 @@
-"""Training of a prior whose weights are sharded over processes: this process's part, and launches that cannot work."""
+"""Sharding of a prior over processes: the shard of this process, and checks of the launch."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,29 +11,29 @@ from configs.sections import LAUNCHED_WITH
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This process's shard of a sharded tensor, or the tensor itself; without a graph, in the same memory."""
+    """This process's shard of a sharded tensor, or the tensor itself, detached. The result shares the memory."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def check_sharding(trainer: Any, ema_decay: float) -> None:
-    """Refuses a launch that would not shard although it asks for it, would save no model, or cannot average the shards.
+    """Refuses a launch that asks for sharding but would not shard, would save no model, or cannot average the shards.
 
     Args:
         trainer: transformers' Trainer, before it trains.
         ema_decay: decay of the averaged weights; 0 without an average.
 
     Raises:
-        ConfigError: naming what to change.
+        ConfigError: the message names what to change.
     """
     if problems := list(sharding_problems(trainer, ema_decay)):
         raise ConfigError(problems, "launch")
 
 
 def sharding_problems(trainer: Any, ema_decay: float) -> Iterable[Problem]:
-    """The problems for which `check_sharding` refuses a launch."""
+    """Yields the problems for which `check_sharding` refuses a launch."""
     if LAUNCHED_WITH["USE_FSDP"] == "true" and not trainer.is_fsdp_enabled:
-        # accelerate would silently train whole copies
+        # accelerate would silently train a whole copy in every process
         yield Problem("FSDP", "accelerate shards on GPUs and similar devices only; launch with --multi_gpu here")
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from stage2_prior.compat import without_data
 
-# Sides of the square matrices whose product is timed: from the first one doubled, until a product takes this many
-# seconds, or to the last one.
+# Sides of the square matrices whose product is timed. The side doubles from the first to the last value, but stops when
+# a product takes this many seconds.
 SIDES = (512, 8192)
 LONG_ENOUGH = 0.005
 
@@ -23,7 +23,7 @@ class Throughput:
     """Counts the tokens and the time of training, without the time for logs, evaluations and checkpoints.
 
     Args:
-        device: the clock stops when the device has finished its work.
+        device: device of the training. Before the clock stops, the device must have finished its work.
     """
 
     def __init__(self, device: torch.device):
@@ -39,7 +39,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock inside."""
+        """Stops the clock inside this context."""
         if self._since is not None:
             synchronize(self.device)
             self.seconds += time.perf_counter() - self._since
@@ -56,12 +56,12 @@ class Throughput:
 def training_flops(config: PreTrainedConfig, length: int) -> float:
     """Floating-point operations of the matrix products in training, per token.
 
-    A forward without data counts its operations, and the backward has twice as many. Attention counts in full, as if it
-    were not causal. Gradient checkpointing adds nothing. For a Llama the result is
+    The operations of one forward are counted, without computing it. The backward has twice as many. Attention counts
+    as if it were not causal. Recomputation for gradient checkpointing is not counted. For a Llama the result is
     6 N + 12 · layers · width of all heads · length, where N is the number of weights in matrices, without embeddings.
 
     Args:
-        config: of a causal language model.
+        config: configuration of a causal language model.
         length: tokens of a sequence.
 
     Raises:
@@ -86,10 +86,10 @@ def training_flops(config: PreTrainedConfig, length: int) -> float:
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of square matrix products: the best of a few, measured within 0.3 s.
 
-    It is measured, not looked up, so that it holds for this machine with its number of threads and its precision.
+    A measurement includes the number of threads and the precision, which a table of devices would not.
     """
     side, last = SIDES
-    own = torch.Generator(device).manual_seed(0)  # leaves the global generator of training alone
+    own = torch.Generator(device).manual_seed(0)  # does not change the global generator, which training uses
     while True:
         # random numbers, because a GPU multiplies equal numbers faster
         a, b = (torch.empty(side, side, device=device, dtype=dtype).normal_(generator=own) for _ in range(2))

@@ -1,6 +1,6 @@
 """`transformers.Trainer` for sequences of codes.
 
-Its batches are keyed by the seed, its checkpoints are checked and complete, and it logs losses in bits per pixel too.
+Batches are a pure function of the seed. Checkpoints are checked and complete. Losses are also logged in bits per pixel.
 """
 
 import logging
@@ -33,11 +33,11 @@ class PriorTrainer(Trainer):
     """Trainer for a prior.
 
     Args:
-        layout: the token space.
+        layout: the token layout.
         run: the folder of the run.
         average: the moving average of the weights, which is evaluated.
-        best: the folder of the best weights, of which every checkpoint gets a copy.
-        args, kwargs: of `transformers.Trainer`.
+        best: the folder of the best weights; every checkpoint gets a copy.
+        args, kwargs: passed to `transformers.Trainer`.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class PriorTrainer(Trainer):
         self.layout, self.run, self.average, self.best = layout, run, average, best
         self.add_callback(average)
         self._losses: list[tuple[int, Tensor]] = []
-        self._nats_and_codes = torch.zeros(2, dtype=torch.float64)  # of the evaluation so far
+        self._nats_and_codes = torch.zeros(2, dtype=torch.float64)  # sums over the evaluation so far
         self.throughput = Throughput(self.args.device)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The batches of this process for the whole run, as one epoch of Trainer; a pure function of the seed."""
+        """The batches of this process for the whole run, as one epoch of Trainer. Only the seed determines them."""
         args = self.args
         batches = args.max_steps * args.gradient_accumulation_steps
         sampler = IndexSampler(
@@ -72,7 +72,7 @@ class PriorTrainer(Trainer):
         return self._loader(self.train_dataset, batch_sampler=sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The validation rows of this process. Rows below 0 fill up, so that all processes have as many batches."""
+        """The validation rows of this process. Rows below 0 are padding: all processes have equally many."""
         dataset = cast(CodeDataset, eval_dataset or self.eval_dataset)
         rows = list(range(self.args.process_index, len(dataset), self.args.world_size))
         rows += [-1] * (-(-len(dataset) // self.args.world_size) - len(rows))
@@ -85,7 +85,7 @@ class PriorTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Adds up the nats of all codes, except those of rows that fill up a batch."""
+        """Adds up the nats of all codes, except those of padding rows."""
         output: Any = super().prediction_step(model, inputs, *args, **kwargs)
         loss = output[0]
         codes = (inputs["labels"] != IGNORED).sum().to(loss.device)
@@ -116,7 +116,7 @@ class PriorTrainer(Trainer):
         )
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward; keeps the loss, which `require_finite` checks before the next log or checkpoint."""
+        """Runs forward and backward. `require_finite` checks the stored loss before the next log or checkpoint."""
         self.throughput.count(inputs["input_ids"].numel())
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._losses.append((self.state.global_step, loss.detach()))
@@ -126,7 +126,7 @@ class PriorTrainer(Trainer):
         """Ends the run if a loss since the last call, or a weight, is not finite. All processes must call this.
 
         Raises:
-            Diverged: naming the step.
+            Diverged: the message names the step.
         """
         model = self.accelerator.unwrap_model(self.model)
         finite = [local_part(parameter).isfinite().all() for parameter in model.parameters()]
@@ -154,7 +154,7 @@ class PriorTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Loads an adapter here: Trainer would take the best one, inside the checkpoint, for a second adapter."""
+        """Loads an adapter itself, because Trainer would load the best adapter in the checkpoint as a second one."""
         if (Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME).is_file() and not self.is_fsdp_enabled:
             cast(Any, self.model).load_adapter(resume_from_checkpoint, "default", is_trainable=True)
         else:
@@ -173,7 +173,7 @@ class PriorTrainer(Trainer):
 
     @cached_property
     def _ideal_tokens_per_second(self) -> float | None:
-        """Tokens per second if all processes computed nothing but the model's matrix products, at full speed."""
+        """Tokens per second if all processes computed only the matrix products of the model, at full speed."""
         args = self.args
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         flops_per_second = torch.tensor(matmul_flops_per_second(args.device, dtype), device=args.device)

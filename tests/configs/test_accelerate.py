@@ -1,4 +1,4 @@
-"""The files for `accelerate launch --config_file` are read by accelerate as they are meant."""
+"""The files for `accelerate launch --config_file` have the effect in accelerate that they describe."""
 
 from pathlib import Path
 
@@ -16,17 +16,17 @@ KINDS = {
 }
 
 
-def test_there_are_no_others():
+def test_every_file_is_tested():
     assert {path.stem for path in FOLDER.glob("*.yaml")} == KINDS.keys()
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_files_are_read_as_meant(name):
+def test_accelerate_reads_the_intended_settings(name):
     kind, num_processes = KINDS[name]
     path = str(FOLDER / f"{name}.yaml")
     config = load_config_from_file(path)
     assert (config.distributed_type.value, config.num_processes) == (kind, num_processes)
-    assert config.mixed_precision == "no"  # the stage's own configuration decides
+    assert config.mixed_precision == "no"  # the configuration of the stage sets the precision
     arguments = launch_command_parser().parse_args(["--config_file", path, "-m", "stage2_prior.train"])
     arguments, _, _ = _validate_launch_command(arguments)
     assert arguments.num_processes == num_processes and arguments.mixed_precision == "no"

@@ -1,4 +1,4 @@
-"""Checkpoints: what has the name is complete, the newest complete one is found, and one always stays."""
+"""Checkpoints: a folder with the name of a checkpoint is complete, the newest one is found, and one always exists."""
 
 import json
 import shutil
@@ -26,12 +26,12 @@ def test_published(tmp_path):
     assert complete_checkpoints(tmp_path) == [module.Checkpoint(path, 7, 2, 1.2)]
 
 
-def test_found_by_step_and_only_when_complete(tmp_path):
+def test_only_complete_checkpoints_are_found_in_order_of_their_steps(tmp_path):
     for step in (9, 10):
         save(tmp_path, step)
     for name in ("checkpoint-11", "checkpoint-best", "other", "unfinished/checkpoint-12"):
         (tmp_path / name).mkdir(parents=True)
-    shutil.copytree(tmp_path / "checkpoint-9", tmp_path / "checkpoint-13")  # its marker says another step
+    shutil.copytree(tmp_path / "checkpoint-9", tmp_path / "checkpoint-13")  # its marker states another step
     (tmp_path / "checkpoint-11" / "complete.json").write_text('{"step": 1')
     assert steps(tmp_path) == [9, 10]
     assert find_checkpoint(tmp_path, "latest", 20).step == 10
@@ -50,7 +50,7 @@ def test_a_path_in_the_folder_must_be_the_newest(tmp_path):
     assert find_checkpoint(tmp_path / "elsewhere", str(tmp_path / "checkpoint-9"), 20).step == 9
 
 
-def test_a_run_that_began_elsewhere_goes_on_from_its_own(tmp_path):
+def test_a_run_that_started_from_another_folder_resumes_from_its_own_checkpoint(tmp_path):
     """The same command resumes from the newest checkpoint, although it names the first one."""
     save(tmp_path / "first", 9)
     began = str(tmp_path / "first" / "checkpoint-9")
@@ -59,20 +59,20 @@ def test_a_run_that_began_elsewhere_goes_on_from_its_own(tmp_path):
     assert find_checkpoint(tmp_path / "second", began, 20).path == tmp_path / "second" / "checkpoint-12"
 
 
-def test_a_fresh_start_does_not_mix(tmp_path):
+def test_a_new_run_is_refused_in_a_folder_with_checkpoints(tmp_path):
     save(tmp_path, 9)
     with pytest.raises(ConfigError, match=r"'none', but .* holds checkpoints"):
         find_checkpoint(tmp_path, "none", 20)
 
 
 @pytest.mark.parametrize("wanted", ["latest", "{}/checkpoint-9"])
-def test_beyond_the_end_of_the_run(tmp_path, wanted):
+def test_a_checkpoint_beyond_max_steps_is_refused(tmp_path, wanted):
     save(tmp_path, 9)
     with pytest.raises(ConfigError, match="max_steps: received 8"):
         find_checkpoint(tmp_path, wanted.format(tmp_path), 8)
 
 
-def test_the_newest_stay(tmp_path):
+def test_the_newest_checkpoints_are_not_removed(tmp_path):
     for step in (8, 9, 10, 11):
         save(tmp_path, step, total_limit=2)
     assert steps(tmp_path) == [10, 11]
@@ -84,8 +84,8 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize("calls", range(12))
-def test_a_crash_anywhere_leaves_a_complete_one(tmp_path, monkeypatch, calls):
-    """Every step of a save with removal, cut off after so many file operations."""
+def test_a_crash_at_any_point_leaves_a_complete_checkpoint(tmp_path, monkeypatch, calls):
+    """Crashes a save that also removes a checkpoint, after each number of file operations."""
     save(tmp_path, 1)
     left = [calls]
 

@@ -1,4 +1,4 @@
-"""The non-public functions of accelerate still do what this project needs."""
+"""The non-public functions of accelerate still have the behaviour that this project needs."""
 
 import pytest
 from accelerate import Accelerator
@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from configs.compat import reset_accelerate_state
 
 
-def test_a_process_may_have_one_precision_and_accumulation_after_another():
+def test_a_process_can_change_precision_and_accumulation():
     reset_accelerate_state()
     Accelerator(cpu=True, mixed_precision="no", gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="already been initialized"):  # the reason for the reset

@@ -89,7 +89,7 @@ def test_malformed_command_lines_are_reported_together():
     arguments = ["--rate", "--flag", "true", "stray", "--label", "[1,", "--steps", "--inner.width", "0"]
     with pytest.raises(ConfigError) as caught:
         load_config(Toy, *parse_arguments(arguments))
-    # what the loader finds is among them; that steps is missing is not said twice
+    # the problems of the loader are included; the missing key is reported once
     assert sorted(problem.key for problem in caught.value.problems) == ["", "inner.width", "label", "rate", "steps"]
     assert "'stray'" in str(caught.value) and "--steps VALUE" in str(caught.value)
 
@@ -101,7 +101,9 @@ def test_all_problems_at_once_with_the_nearest_key():
     assert set(found) == {"rate", "inner.width", "inner.nams", "flg", "zzz", "label", "steps"}
     assert "did you mean 'names'" in found["inner.nams"]
     assert "did you mean 'flag'" in found["flg"]
-    assert all(key in found["zzz"] for key in ("flag", "inner", "label", "rate", "steps"))  # nothing near: all of them
+    assert all(
+        key in found["zzz"] for key in ("flag", "inner", "label", "rate", "steps")
+    )  # no similar key, so all keys are listed
     assert "'fast'" in found["rate"] and "number" in found["rate"]
     assert "0" in found["inner.width"] and "from 1 to" in found["inner.width"]
     assert found["steps"] == "is required and was not given"
@@ -116,10 +118,10 @@ def test_fields_are_checked_against_each_other():
     assert problems(Toy, overrides={"steps": 1, "rate": 2}) == {"rate": "received 2.0; must be at most steps (1)"}
 
 
-def test_what_follows_from_a_wrong_value_is_not_a_problem_of_its_own():
+def test_a_rule_that_breaks_because_of_a_wrong_value_is_not_reported():
     assert set(problems(Toy, overrides={"steps": "x", "rate": 2})) == {"steps"}
     assert set(problems(Toy, overrides={"rate": 2, "inner": 5})) == {"steps", "inner"}
-    # but a rule that has nothing to do with it still holds
+    # a rule about other keys is still checked
     assert set(problems(Toy, overrides={"steps": 1, "rate": 2, "flag": "maybe"})) == {"rate", "flag"}
 
 
@@ -165,7 +167,7 @@ STAGE1 = {
 def test_stage1_rules(overrides, key, words):
     from stage1_vqgan import Stage1Config
 
-    load_config(Stage1Config, None, plain(STAGE1))  # is fine without the override
+    load_config(Stage1Config, None, plain(STAGE1))  # valid without the override
     found = problems(Stage1Config, None, plain(STAGE1) | overrides)
     assert list(found) == [key] and words in found[key]
 
@@ -176,12 +178,12 @@ def test_stage1_rules(overrides, key, words):
         {"loss.adversarial_type": "wasserstein", "loss.lecam_weight": 0.1},
         {"loss.adversarial_type": "wasserstein", "loss.r1_weight": 1, "discriminator.norm_type": "group"},
         {"loss.gradient_penalty_weight": 10, "discriminator.norm_type": "actnorm"},
-        {"loss.adversarial_weight": 0, "loss.r1_weight": 1},  # no discriminator: nothing to penalise
+        {"loss.adversarial_weight": 0, "loss.r1_weight": 1},  # no discriminator, so the penalty does not matter
         {"loss.adversarial_weight": 0, "loss.adversarial_type": "wasserstein"},
         {"loss.l1_weight": 0, "loss.l2_weight": 1},
     ],
 )
-def test_what_stage1_allows(overrides):
+def test_valid_settings_of_stage1_are_accepted(overrides):
     from stage1_vqgan import Stage1Config
 
     load_config(Stage1Config, None, plain(STAGE1) | overrides)
@@ -237,7 +239,7 @@ def test_empty_yaml_is_an_empty_configuration(tmp_path):
     assert load_config(Toy, str(tmp_path / "c.yaml"), {"steps": 2}) == Toy(steps=2)
 
 
-def test_run_hands_the_configuration_over():
+def test_run_passes_the_configuration_to_main():
     received = []
     run(Toy, received.append, "toy", ["--steps", "2", "--rate=1e-1"])
     assert received == [Toy(steps=2, rate=0.1)]
@@ -245,7 +247,7 @@ def test_run_hands_the_configuration_over():
 
 def test_run_exits_with_2_and_the_problems_on_stderr(capsys):
     def main(config):
-        load_config(Toy, None, {"steps": "x"})  # a problem that is found later counts too
+        load_config(Toy, None, {"steps": "x"})  # a ConfigError from main is reported in the same way
 
     for arguments, words in [(["--stps", "2"], "did you mean 'steps'"), (["--steps", "2"], "received 'x'")]:
         with pytest.raises(SystemExit) as caught:
@@ -336,7 +338,7 @@ def test_shipped_stage1_builds(name):
         assert discriminator(images).shape == (2, 1, side, side) and side >= 1
 
 
-def test_the_vqvae_preset_is_one():
+def test_the_vqvae_preset_has_no_discriminator():
     preset = load_config(dataclass_of("stage1"), "fashion_mnist/stage1_vqvae")
     assert preset.loss.perceptual_weight == preset.loss.adversarial_weight == 0
     gan = load_config(dataclass_of("stage1"), "fashion_mnist/stage1")

@@ -15,7 +15,7 @@ STEP, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def splitmix64(x: int) -> int:
-    """The reference, in unsigned whole numbers without a limit."""
+    """The reference implementation, in Python integers."""
     x = (x + STEP) & MASK
     x = ((x ^ (x >> 30)) * FIRST) & MASK
     x = ((x ^ (x >> 27)) * SECOND) & MASK

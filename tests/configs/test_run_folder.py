@@ -48,7 +48,7 @@ def config(tmp_path):
 
 
 def opened(config, **kwargs):
-    """What a run finds finished when it opens its folder."""
+    """The results that a run finds when it opens its folder."""
     with RunFolder(config, **kwargs) as run:
         if run.results is None:
             run.begin(1)
@@ -86,7 +86,7 @@ def test_a_folder_without_work_starts_anew(config):
     assert load_config(Run, f"{config.output_dir}/{CONFIG_NAME}") == changed
 
 
-def test_going_on_and_finishing(config):
+def test_a_run_resumes_and_finishes(config):
     opened(config)
     assert opened(config) is None
     with RunFolder(config) as run:
@@ -128,7 +128,7 @@ def test_a_run_that_diverged_names_its_last_good_checkpoint(config, tmp_path):
         assert f"the last good checkpoint is {branch.output_dir}/checkpoint-15." in str(run.diverged(""))
 
 
-def test_what_has_no_influence_may_change(config):
+def test_settings_without_influence_on_the_weights_may_change(config):
     start(config)
     assert {"save_steps", "report_to"} <= FREE_KEYS
     assert opened(replace(config, save_steps=99, report_to=["tensorboard"])) is None
@@ -139,7 +139,7 @@ def test_more_skipped_images_may_be_allowed_when_a_run_has_stopped_on_them(confi
     assert opened(replace(config, data=Data(max_skipped_fraction=0.2))) is None
 
 
-def test_what_to_do_is_told_above_any_number_of_differences(config):
+def test_the_advice_comes_before_any_number_of_differences(config):
     start(config)
     with pytest.raises(ConfigError, match=r"--allow_config_changes true(.|\n)*and 11 more"):
         opened(replace(config, model={str(number): 1 for number in range(28)}))
@@ -158,12 +158,12 @@ def test_other_settings_are_refused_with_each_key(config, finished):
     with pytest.raises(ConfigError) as caught:
         opened(changed)
     found = {problem.key: problem.message for problem in caught.value.problems}
-    # a nested key may be called like a free one and still matter
+    # a nested key with the name of a key that may change is still compared
     keys = {"learning_rate", "part.rotate", "part.save_steps", "model.widths", "model.cost", "model.new"}
     assert set(found) == {*keys, "output_dir"}
     assert found["learning_rate"] == "the run was started with 1e-05, now it is 0.1"
     assert config.output_dir in found["output_dir"]
-    assert load_config(Run, f"{config.output_dir}/{CONFIG_NAME}") == config  # and nothing was overwritten
+    assert load_config(Run, f"{config.output_dir}/{CONFIG_NAME}") == config  # nothing was overwritten
 
 
 def test_a_tuple_is_the_list_it_becomes_in_yaml(config):
@@ -179,7 +179,7 @@ def test_changes_can_be_allowed(config, caplog):
     with caplog.at_level(logging.WARNING):
         assert opened(changed) is None
     assert "learning_rate: 1e-05 -> 0.1" in caplog.text and "max_steps: 20 -> 30" in caplog.text
-    assert opened(changed) is None  # these are the settings of the run now
+    assert opened(changed) is None  # the changed settings are saved
     with pytest.raises(ConfigError, match="learning_rate"):
         opened(config)
 
@@ -204,7 +204,7 @@ def test_the_log_is_cut_back_to_the_checkpoint(config):
     start(config)
     log = Path(config.output_dir) / LOG_NAME
     with open(log, "a") as file:
-        file.write('{"step": 16, "lo')  # cut off
+        file.write('{"step": 16, "lo')  # an incomplete line
     with RunFolder(config) as run:
         assert run.begin(1).step == 10
         run.log(11, {})
@@ -219,7 +219,7 @@ def test_another_number_of_processes_is_refused(config):
         assert run.begin(2).step == 10
 
 
-def test_the_settings_of_another_run_s_checkpoint_count(config, tmp_path):
+def test_settings_are_compared_with_those_of_the_checkpoints_run(config, tmp_path):
     start(config)
     branch = replace(
         config, output_dir=str(tmp_path / "branch"), resume_from_checkpoint=f"{config.output_dir}/checkpoint-10"
@@ -241,14 +241,14 @@ def test_seconds_add_up_over_sessions(config):
 
 
 def test_a_start_that_is_refused_changes_nothing(config):
-    """Neither by what is found in the folder, nor by what comes before the first step."""
+    """The folder stays the same if the check of the folder fails, or if an error occurs before the first step."""
     start(config)
     with RunFolder(config) as run:
         run.begin(1)
         run.finish(20, {})
     files = {path.name: path.read_bytes() for path in Path(config.output_dir).iterdir() if path.is_file()}
     with pytest.raises(ZeroDivisionError), RunFolder(replace(config, max_steps=30, allow_config_changes=True)):
-        raise ZeroDivisionError  # the data or the model of the new settings
+        raise ZeroDivisionError  # stands for an error in building the data or the model
     shorter = replace(config, max_steps=8, allow_config_changes=True)
     (Path(config.output_dir) / "train_results.json").unlink()
     with RunFolder(shorter) as run, pytest.raises(ConfigError, match="max_steps: received 8"):

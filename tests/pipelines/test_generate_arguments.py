@@ -1,4 +1,4 @@
-"""Arguments that `generate` refuses: each ends in a line that names it, the value, and what is allowed."""
+"""Arguments that `generate` refuses. The message names the argument, the value and what is allowed."""
 
 import pytest
 
@@ -17,7 +17,7 @@ GENERATE = {
     "images as text": ({"class_labels": 1, "num_images_per_label": "2"}, "num_images_per_label: received '2'"),
     "both counts": ({"class_labels": 1, "num_images": 2}, "num_images: received 2; cannot be given with class_labels"),
     "count of no label": ({"num_images_per_label": 2}, "num_images_per_label: received 2; needs class_labels"),
-    "guidance of nothing": ({"guidance_scale": 2.0}, "guidance_scale: received 2.0; without class_labels"),
+    "guidance of nothing": ({"guidance_scale": 2.0}, "guidance_scale: received 2.0; guidance needs class_labels"),
     "guidance NaN": ({"class_labels": 1, "guidance_scale": float("nan")}, "guidance_scale: received nan; allowed is"),
     "guidance negative": ({"class_labels": 1, "guidance_scale": -1.0}, "guidance_scale: received -1.0; allowed is"),
     "guidance schedule": (

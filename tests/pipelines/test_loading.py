@@ -39,7 +39,7 @@ def greedy(pipeline: VQGANPipeline) -> torch.Tensor:
 
 
 def save_adapter(tiny_runs, folder: Path) -> None:
-    """An adapter that changes what the tiny prior says."""
+    """Saves an adapter that changes the codes of the tiny prior."""
     prior = VQGANPipeline.from_pretrained(tiny_runs.pipeline).prior
     model = attach_adapter(prior, str(tiny_runs.prior), LoraConfig(r=2), [])
     torch.manual_seed(0)
@@ -86,13 +86,13 @@ def test_an_automatic_device_map_is_the_accelerator(tiny_runs):
         ({"device_map": "balanced"}, "device_map: received 'balanced'; allowed are 'auto', a device"),
         ({"device_map": {"model": "cpu", "lm_head": "meta"}}, "device_map: received .* the same device"),
         ({"device_map": {}}, "device_map: received {}; allowed"),
-        ({"device_map": "cpu", "device": "cpu"}, "device_map: received 'cpu' beside device='cpu'; pass one"),
+        ({"device_map": "cpu", "device": "cpu"}, "device_map: received 'cpu' and device='cpu'; pass only one"),
         ({"subfolder": "../pipeline"}, "subfolder: received '../pipeline'; must be a path inside"),
         ({"subfolder": "/etc"}, "subfolder: received '/etc'"),
     ],
     ids=str,
 )
-def test_places_that_cannot_be(tiny_runs, where, message):
+def test_impossible_devices_and_subfolders_are_refused(tiny_runs, where, message):
     with pytest.raises(ValueError, match=message):
         VQGANPipeline.from_pretrained(tiny_runs.pipeline, **where)
 
@@ -105,7 +105,7 @@ def test_a_pipeline_in_a_subfolder_of_a_repository(tiny_runs, tiny_pipeline, tmp
     options = {"cache_dir": tmp_path / "cache", "local_files_only": True, "revision": "v2"}
     pipeline = VQGANPipeline.from_pretrained("me/digits", subfolder="sub/folder", **options)
     assert torch.equal(greedy(pipeline), greedy(tiny_pipeline))
-    with pytest.raises(FileNotFoundError, match=r"there is no model_index\.json"):
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json is missing"):
         VQGANPipeline.from_pretrained("me/digits", **options)
     with pytest.raises(FileNotFoundError):
         VQGANPipeline.from_pretrained("me/digits", subfolder="sub/folder", **{**options, "revision": "main"})
@@ -137,7 +137,7 @@ def test_a_saved_pipeline_needs_no_adapter(tiny_runs, tiny_pipeline, tmp_path, w
     assert torch.equal(greedy(loaded), expected)
     parameters = f"| Prior | {sum(weight.numel() for weight in loaded.prior.parameters()):,} parameters |"
     assert parameters in (tmp_path / "saved" / "README.md").read_text()
-    assert torch.equal(greedy(pipeline), expected)  # the pipeline at hand keeps its adapter
+    assert torch.equal(greedy(pipeline), expected)  # the pipeline in memory still has its adapter
 
 
 class _Repository:
@@ -147,7 +147,7 @@ class _Repository:
 
 @pytest.mark.parametrize("part", ["prior", "vqgan"])
 def test_an_adapter_in_a_pipeline_is_refused(tiny_runs, folder, tmp_path, part):
-    """Its base would lie elsewhere."""
+    """The base of the adapter would be outside the folder."""
     save_adapter(tiny_runs, tmp_path / "adapter")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "adapter" / name, folder / part)
@@ -204,7 +204,7 @@ def test_shards_elsewhere_are_refused(folder, tiny_runs, part):
 def test_pickled_weights_are_not_read(folder, part):
     torch.save(load_file(folder / part / "model.safetensors"), folder / part / "pytorch_model.bin")
     (folder / part / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"there is no model\.safetensors; other formats"):
+    with pytest.raises(OSError, match=r"model\.safetensors is missing; other formats"):
         VQGANPipeline.from_pretrained(folder)
 
 
@@ -258,7 +258,7 @@ def test_a_layout_that_is_not_the_tokenizers_is_refused(folder, tiny_pipeline, f
         VQGANPipeline(**{**tiny_pipeline.components, "layout": layout})
 
 
-def test_the_fingerprint_check_is_the_layouts(tiny_runs, tiny_pipeline):
+def test_a_pipeline_refuses_a_tokenizer_with_another_fingerprint(tiny_runs, tiny_pipeline):
     layout, vqgan = tiny_pipeline.layout, VQGANModel.from_pretrained(tiny_runs.vqgan)
     layout.require_tokenizer(vqgan)
     layout.require_fingerprint(vqgan.config.fingerprint)
@@ -266,7 +266,7 @@ def test_the_fingerprint_check_is_the_layouts(tiny_runs, tiny_pipeline):
         with pytest.raises(ValueError, match="tokenizer: received the tokenizer"):
             layout.require_fingerprint(fingerprint)
     vqgan.config.fingerprint = None
-    layout.require_tokenizer(vqgan)  # computes it
+    layout.require_tokenizer(vqgan)  # computes the fingerprint
     vqgan.get_parameter("quant_conv.weight").data.zero_()
     with pytest.raises(ValueError, match="tokenizer: received the tokenizer"):
         layout.require_tokenizer(vqgan)

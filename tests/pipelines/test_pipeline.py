@@ -1,4 +1,4 @@
-"""The pipeline: what it generates, what its folder holds, and what it refuses."""
+"""The pipeline: generation, the files of its folder, and arguments that it refuses."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_guidance(tiny_pipeline):
         for labels, options in [
             ([2] * 4, {"guidance_scale": 1.0}),
             ([2] * 4, {}),
-            ([2] * 4, {"guidance_scale": 0.0}),  # 0 leaves nothing of the class
+            ([2] * 4, {"guidance_scale": 0.0}),  # scale 0 ignores the class
             (None, {"num_images": 4}),
             ([2] * 4, {"guidance_scale": 8.0}),
         ]
@@ -175,7 +175,7 @@ def test_progress_bar_can_be_hidden_and_named(tiny_runs, capfd):
         ({"class_labels": [1], "temperature": float("nan")}, "temperature: received nan"),
         ({"class_labels": [1], "temperature": -1}, "temperature: received -1"),
         ({"class_labels": [1], "top_p": 0}, "top_p: received 0"),
-        ({"guidance_scale": 2.0}, "guidance_scale: received 2.0; without class_labels"),
+        ({"guidance_scale": 2.0}, "guidance_scale: received 2.0; guidance needs class_labels"),
         ({"class_labels": [1], "num_images": 2}, "num_images: received 2; cannot be given with class_labels"),
         ({"num_images": 0}, "num_images: received 0"),
         ({"num_images_per_label": 2}, "num_images_per_label: "),
@@ -367,7 +367,7 @@ def test_an_exchanged_tokenizer_is_refused(tiny_runs, tmp_path):
 
 
 def test_folders_without_a_pipeline(tiny_runs, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json is missing"):
         VQGANPipeline.from_pretrained(tiny_runs.vqgan)
     for missing in (tmp_path / "nowhere", "./nowhere", "runs/no/pipeline"):
         with pytest.raises(FileNotFoundError, match="there is no folder"):

@@ -1,4 +1,4 @@
-"""A request that is sampled in several batches, and a sampler that serves several requests."""
+"""Sampling of one request in several batches, and several requests to one pipeline."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture
 def pipeline(tiny_runs) -> VQGANPipeline:
-    """One that a test may change."""
+    """A pipeline that a test may change."""
     pipeline = VQGANPipeline.from_pretrained(tiny_runs.pipeline, device=DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -39,7 +39,7 @@ def test_batches_are_as_large_as_fit_the_memory(pipeline, monkeypatch, capfd):
         free = int(images * needed / memory.USABLE)
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert torch.equal(generate(pipeline), expected)
-        assert f"{16 * batches}/{16 * batches}" in capfd.readouterr().err  # one bar over all of them
+        assert f"{16 * batches}/{16 * batches}" in capfd.readouterr().err  # one progress bar for all batches
 
 
 def test_guidance_takes_two_rows_an_image(pipeline, monkeypatch):
@@ -48,12 +48,12 @@ def test_guidance_takes_two_rows_an_image(pipeline, monkeypatch):
     assert 1 < guided < plain < 64
     monkeypatch.undo()
     largest = memory.LARGEST_BATCH.get(DEVICE.type, 64)
-    assert memory.batch_size_that_fits(pipeline.prior, 16, True) == largest  # there is memory for as many
+    assert memory.batch_size_that_fits(pipeline.prior, 16, True) == largest  # the memory suffices for the upper limit
 
 
 @pytest.mark.parametrize("images", [1, 2, 5])
 def test_encoding_and_decoding_take_as_many_images_as_fit(pipeline, monkeypatch, images):
-    """16 × 16 pixels, 8 channels wide at most, float32."""
+    """Images have 16 × 16 pixels; feature maps have at most 8 channels in float32."""
     whole = pipeline.generate([4], num_images_per_label=5, generator=seeded(), output_type="pt")
     codes, decoded = pipeline.encode(whole.images), pipeline.decode(whole.codes, "pt")
     sizes = []
@@ -72,7 +72,7 @@ def test_encoding_and_decoding_take_as_many_images_as_fit(pipeline, monkeypatch,
 
 
 def test_a_request_keeps_its_own_state(pipeline):
-    """Requests of several threads, alike and different, return the images of requests one after another."""
+    """Concurrent requests with equal and different options return the same images as sequential requests."""
     alike, other = {"class_labels": [1, 2, 3], "guidance_scale": 2.0}, {"class_labels": [4], "top_k": 5}
     requests = [alike, alike, alike, other] * 4
 
@@ -113,7 +113,7 @@ def test_a_pipeline_that_has_generated_can_be_copied(pipeline, duplicate):
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["written", "replaced", "cast"])
 def test_weights_that_change_are_used(pipeline, change):
-    """tests/stage2_prior/sampling/test_recording.py has more ways to change them."""
+    """tests/stage2_prior/sampling/test_recording.py tests more ways to change the weights."""
     generate(pipeline)
     head = pipeline.prior.lm_head
     if change == "written":

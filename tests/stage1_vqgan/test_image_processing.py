@@ -1,4 +1,4 @@
-"""Pixels in, pixels out: every kind of image, geometry, and the exact way back."""
+"""The image processor: every kind of image, geometry, and the exact inverse."""
 
 import io
 import json
@@ -46,8 +46,8 @@ def test_to_pil(image, expected):
         ([[0, 1]], "list"),
         (np.zeros(4), "shape"),
         (np.zeros((4, 4, 2)), "shape"),
-        (np.zeros((3, 4, 5)), "shape"),  # channels first is for tensors
-        (torch.zeros(6, 5, 3), "shape"),  # and channels last for arrays
+        (np.zeros((3, 4, 5)), "shape"),  # arrays are channels-last
+        (torch.zeros(6, 5, 3), "shape"),  # tensors are channels-first
         (np.full((4, 4), 1.5), "floats from 1.5"),
         (np.full((4, 4), -0.1), "floats from -0.1"),
         (np.full((4, 4), np.nan), "floats from nan"),
@@ -81,7 +81,7 @@ def test_transparency_lies_on_white(mode):
 
 def test_orientation_is_applied():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by 90°
+    exif[0x0112] = 6  # a clockwise rotation by 90°
     file = io.BytesIO()
     Image.fromarray(RGB).save(file, "PNG", exif=exif)
     found = np.asarray(convert_mode(Image.open(file), 3))
@@ -154,7 +154,7 @@ def test_resize_of_a_batch_and_in_floats(before, after):
 
 @pytest.mark.parametrize("size, zoom", [(32, 1.0), (32, 1.25), (32, 1.6), (128, 1.0), (128, 1.3)])
 def test_crop_against_pillow_with_an_exact_box(size, zoom):
-    """Two ways to the same region: an integer box here, a fractional one there; at most half a pixel apart."""
+    """The region differs from the reference by at most half a pixel, because one of the two boxes is rounded."""
     ramp = np.add.outer(np.arange(60) * 2, np.arange(90)).astype(np.uint8)
     side = 60 / zoom
     for x, y in [(0.0, 0.0), (0.5, 0.5), (1.0, 0.2)]:
@@ -162,7 +162,7 @@ def test_crop_against_pillow_with_an_exact_box(size, zoom):
         box = (left, top, left + side, top + side)
         expected = np.asarray(Image.fromarray(ramp).resize((size, size), Image.Resampling.BICUBIC, box), dtype=int)
         found = square(Image.fromarray(ramp), size, "crop", zoom, (x, y))
-        assert np.abs(found - expected).max() <= 4  # the ramp rises by 3 levels a pixel
+        assert np.abs(found - expected).max() <= 4  # the ramp rises by 3 levels per pixel
 
 
 def test_pad_keeps_the_whole_image_in_the_middle():
@@ -185,7 +185,7 @@ def test_extreme_shapes_take_no_memory(shape, aspect_ratio):
         found = to_square(pixels, 64, aspect_ratio, 1.2, (0.3, 0.7))
     assert found.shape == (64, 64, 3) and 9 in found
     taken = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
-    assert taken < 10 * 2**20  # the whole image enlarged would take gigabytes
+    assert taken < 10 * 2**20  # enlarging the whole image would take gigabytes
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -272,7 +272,7 @@ def test_aspect_ratio_is_a_setting_of_the_processor(tmp_path):
     assert saved["aspect_ratio"] == "pad"
     pixels = VQGANImageProcessor.from_pretrained(tmp_path)(wide)["pixel_values"]
     assert pixels[0, 0, 5:15].eq(-1).all() and pixels[0, 0, :5].eq(1).all() and pixels[0, 0, 15:].eq(1).all()
-    del saved["aspect_ratio"]  # saved before there was a choice
+    del saved["aspect_ratio"]  # saved by a version without this option
     path.write_text(json.dumps(saved))
     assert VQGANImageProcessor.from_pretrained(tmp_path)(wide)["pixel_values"].eq(-1).all()
     with pytest.raises(ValueError, match="'stretch'"):

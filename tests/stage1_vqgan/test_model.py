@@ -37,7 +37,7 @@ def images(*shape):
 
 @torch.no_grad()
 def spread_codebook(model):
-    """Puts the entries onto latents, so that images use many codes."""
+    """Moves the entries onto latents, so that images use many codes."""
     latents = model.encode(images(8, model.config.in_channels, 16, 16)).latents
     model.quantize.embedding.weight.copy_(latents.permute(0, 2, 3, 1).flatten(0, 2)[::4])
     return model

@@ -1,4 +1,4 @@
-"""Every kind of quantizer against its formulas, written out naively."""
+"""Every kind of quantizer, compared with direct implementations of its formulas."""
 
 import itertools
 import math
@@ -137,7 +137,7 @@ def test_entropy_term_of_vq(rows):
 
 
 def test_rotation_trick():
-    """Every latent's gradient goes through the matrix that turns and stretches it onto its entry."""
+    """The gradient of a latent passes through the matrix that rotates and scales the latent onto its entry."""
     quantizer, z = make("vq, rotation"), latents("vq, rotation")
     out = quantizer(z)
     gradient = torch.randn_like(z)
@@ -278,7 +278,7 @@ def test_fsq_codes_and_entries_are_one_to_one(levels):
     quantizer = build_quantizer("fsq", math.prod(levels), len(levels), {"levels": levels})
     entries = quantizer.entries(torch.arange(math.prod(levels)))
     values = [[(digit - count // 2) / (count // 2) for digit in range(count)] for count in levels]
-    # the first channel counts least: itertools turns its last one fastest
+    # the first channel is the least significant; itertools.product varies its last one fastest
     expected = [list(reversed(combination)) for combination in itertools.product(*reversed(values))]
     torch.testing.assert_close(entries, torch.tensor(expected))
     z = 2 * torch.randn(20_000, len(levels), generator=torch.Generator().manual_seed(0))

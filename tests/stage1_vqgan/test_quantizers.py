@@ -1,4 +1,4 @@
-"""The vector quantizer against a double loop and gradients written out by hand."""
+"""The vector quantizer, compared with a double loop and gradients derived by hand."""
 
 import pytest
 import torch

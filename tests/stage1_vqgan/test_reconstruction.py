@@ -1,4 +1,4 @@
-"""Reconstruction metrics against loops over images and windows."""
+"""Reconstruction metrics, compared with loops over images and windows."""
 
 import math
 
@@ -76,7 +76,7 @@ def test_metrics_are_means_over_images(model, folder):
 
 
 def test_every_image_counts_once_over_processes(model, folder):
-    """The sums of two processes' parts, in place of a reduction, give the metrics of one process."""
+    """Adding the sums of two processes gives the metrics of one process."""
     parts = []
 
     def keep(total):

@@ -1,4 +1,4 @@
-"""A residual block against its layers called one by one, and what it keeps for the backward."""
+"""A residual block, compared with calls of its single layers, and the tensors that it saves for the backward."""
 
 import copy
 

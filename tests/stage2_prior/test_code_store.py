@@ -1,4 +1,4 @@
-"""The code store: what is read back is what was written, in any order, across shards and processes."""
+"""The code store returns the codes that were written, in any order, across shards and processes."""
 
 import json
 import pickle

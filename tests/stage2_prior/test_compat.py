@@ -1,4 +1,4 @@
-"""Non-public functions of torch and transformers that the package calls: each still exists and does what is needed."""
+"""The non-public functions of torch and transformers that the package calls still exist and behave as needed."""
 
 import gc
 import inspect
@@ -54,7 +54,7 @@ def test_pictures_reach_the_run_that_trainer_has_opened(monkeypatch):
 
 def test_a_trace_repeats_operations_on_other_inputs_and_shapes():
     def scale(x, offset):
-        return x * x.shape[0] + x[:, : offset + 1].sum()  # numbers of shapes and of tensors are not frozen
+        return x * x.shape[0] + x[:, : offset + 1].sum()  # the trace must not fix sizes and values as constants
 
     traced = compat.trace(scale, (torch.ones(2, 3), torch.tensor(1)))
     x, offset = torch.randn(5, 3), torch.tensor(2)

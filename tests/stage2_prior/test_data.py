@@ -15,7 +15,7 @@ ROWS = 4000
 
 @dataclass
 class Rows:
-    """Rows in memory, read as a `CodeSplit` is."""
+    """Rows in memory, with the interface of `CodeSplit`."""
 
     codes: np.ndarray
     labels: np.ndarray | None
@@ -93,7 +93,7 @@ def test_condition_dropout_is_keyed_by_seed_epoch_and_row(rows, layout):
     for changed in ({"epoch": 2, "seed": 5}, {"epoch": 1, "seed": 6}):
         other = dropped(rows, layout, condition_dropout=0.3, **changed)
         both = (first & other).double().mean().item()
-        assert abs(both - 0.09) < 4 * (0.09 * 0.91 / ROWS) ** 0.5  # independent of each other
+        assert abs(both - 0.09) < 4 * (0.09 * 0.91 / ROWS) ** 0.5  # the two choices are independent
 
 
 def test_without_labels_the_condition_is_null(rows, layout):

@@ -1,4 +1,4 @@
-"""A saved prior in the hands of transformers alone: whatever it would like to say, it says codes."""
+"""A saved prior, loaded by transformers alone, generates codes only."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ print(json.dumps({"said": said, "ours": ours}))
 
 @pytest.fixture(scope="module")
 def priors(random_prior, layout):
-    """A random prior of every architecture, that would rather say conditions than codes."""
+    """A random prior of every architecture, whose most likely tokens are conditions."""
     made = {}
     for model_type in RANDOM_PRIORS:
         prior = made[model_type] = random_prior(model_type, layout)
@@ -43,7 +43,10 @@ def priors(random_prior, layout):
 
 @pytest.fixture(scope="module")
 def said(priors, layout, tiny_runs, tmp_path_factory):
-    """What transformers alone generates with these priors, and with that of a pipeline, in one process without us."""
+    """The tokens that transformers generates with these priors and with the prior of a pipeline.
+
+    It runs in a process without this package.
+    """
     folder = tmp_path_factory.mktemp("priors")
     arguments = [str(tiny_runs.pipeline), "32"]
     for name, prior in priors.items():
@@ -57,7 +60,7 @@ def said(priors, layout, tiny_runs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["pipeline", *RANDOM_PRIORS])
-def test_bare_generate_says_codes_and_nothing_else(said, layout, name):
+def test_bare_generate_returns_only_codes(said, layout, name):
     sampled = np.array(said[name]["sampled"])
     assert sampled.shape == (200, 16) and sampled.min() >= 0
     assert sampled.max() < (32 if name == "pipeline" else layout.num_codes)

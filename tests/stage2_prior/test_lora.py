@@ -1,4 +1,4 @@
-"""Adapters of a prior: what a run leaves, resuming, new classes, and pipelines that have them."""
+"""Adapters of a prior: saved files, resuming, new classes, and pipelines from adapters."""
 
 import json
 import shutil
@@ -71,13 +71,13 @@ def test_a_run_leaves_an_adapter_and_pipelines_have_it(make_config, tiny_runs, t
     assert type(merged.prior) is type(returned) is type(tiny_pipeline.prior)
     assert torch.equal(codes_of(VQGANPipeline.from_pretrained(tmp_path / "merged")), expected)
     assert not (tmp_path / "merged" / "prior" / "adapter_config.json").exists()  # needs neither peft nor the base
-    # transformers' own way
+    # the same adapter, loaded by transformers
     loaded = VQGANPipeline.from_pretrained(tiny_runs.pipeline)
     assert torch.equal(codes_of(loaded), codes_of(tiny_pipeline))
     loaded.prior.load_adapter(run)
     assert torch.equal(codes_of(loaded), expected)
 
-    # what was interrupted goes on, dropout and all, and ends the same
+    # the interrupted run, which includes dropout, resumes and ends with the same weights
     straight = (run / "adapter_model.safetensors").read_bytes()
     assert not (run / "checkpoint-2" / "model.safetensors").exists()
     shutil.rmtree(run / "checkpoint-4")
@@ -87,7 +87,7 @@ def test_a_run_leaves_an_adapter_and_pipelines_have_it(make_config, tiny_runs, t
     assert (run / "adapter_model.safetensors").read_bytes() == straight
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), returned.parameters(), strict=True))
     shutil.rmtree(run / "checkpoint-2")
-    assert len(trained) == 2 and train(config) is not None and len(trained) == 2  # the finished run is left alone
+    assert len(trained) == 2 and train(config) is not None and len(trained) == 2  # a finished run does not train again
 
 
 def test_the_best_averaged_adapter_is_kept_over_an_interruption(make_config, tmp_path):
@@ -115,9 +115,9 @@ def test_other_classes_come_with_the_adapter(make_config, tiny_runs, tmp_path):
     before = AutoModelForCausalLM.from_pretrained(tiny_runs.prior)
     for end in ("get_input_embeddings", "get_output_embeddings"):
         old, new = (getattr(prior, end)().weight for prior in (before, tuned))
-        classes = old[32:42].flip(0)  # those it knows, by name
+        classes = old[32:42].flip(0)  # the known classes, by name
         assert torch.equal(new[:32], old[:32]) and torch.allclose(new[32:42], classes, atol=0.03)
-        assert (new[32:42] != classes).any(1).all()  # a few steps away
+        assert (new[32:42] != classes).any(1).all()  # a few training steps have changed them
     build(BuildConfig(tokenizer=str(tiny_runs.vqgan), prior=str(tmp_path / "prior"), output_dir=str(tmp_path / "pipe")))
     pipeline = VQGANPipeline.from_pretrained(tmp_path / "pipe")
     pipeline.set_progress_bar_config(disable=True)

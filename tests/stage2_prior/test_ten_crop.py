@@ -1,4 +1,4 @@
-"""Ten-crop views of a code store, against torchvision's TenCrop, and the configurations it does not go with."""
+"""Ten-crop views of a code store, against torchvision's TenCrop, and the configurations that exclude it."""
 
 from dataclasses import replace
 
@@ -48,7 +48,7 @@ def test_ten_views_are_the_ten_crops_of_torchvision(channels, aspect_ratio, shap
     expected = torch.cat([crops_of_torchvision(image, size, 1.25, channels, aspect_ratio) for image in images])
     assert torch.equal(found, expected)
     assert len(found[:10].flatten(1).unique(dim=0)) == 10
-    alone = dataset.__getitems__([ImageKey(3, 1, 7)]).images()  # depends on no epoch, and on no other view
+    alone = dataset.__getitems__([ImageKey(3, 1, 7)]).images()  # does not depend on the epoch or on other views
     assert torch.equal((127.5 * (alone + 1)).round(), expected[17:18].float())
 
 
@@ -73,7 +73,7 @@ def test_a_store_holds_the_codes_of_the_ten_crops(tiny_runs, tmp_path, capsys):
         codes, labels = store.split("train").read(np.arange(number, 90, 9))
         assert_same_codes(codes, expected)
         assert (labels == train.labels[number]).all()
-    # the validation images are themselves: nothing of them is cut off
+    # the validation images are not cropped
     plain = ImageDataset(validation, 16, 1).__getitems__([ImageKey(0, number) for number in range(3)]).images(DEVICE)
     codes, _ = store.split("validation").read(np.arange(3))
     assert_same_codes(codes, model.encode(plain).codes.flatten(1).cpu().numpy())
@@ -81,7 +81,7 @@ def test_a_store_holds_the_codes_of_the_ten_crops(tiny_runs, tmp_path, capsys):
     for name in ("manifest.json", "validation-00000.arrow"):
         (store.folder / name).unlink()
     tokenize(config)
-    assert "(3 made now, " in capsys.readouterr().out  # and not those that were there
+    assert "(3 made now, " in capsys.readouterr().out  # existing codes are not counted
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Making codes: they are the tokenizer's own, and an interrupted or repeated call ends in the same store."""
+"""Writing the code store: the codes are those of the tokenizer; interrupted or repeated calls give the same store."""
 
 import json
 from dataclasses import replace
@@ -142,7 +142,7 @@ def test_other_settings_are_refused(tiny_runs, tmp_path, key, finished):
     store.mkdir()
     for name in ("origin.json", "validation-00000.arrow", *(["manifest.json"] if finished else [])):
         (store / name).write_bytes((tiny_runs.codes / name).read_bytes())
-    with pytest.raises(ConfigError, match=f"holds codes made with {key}"):
+    with pytest.raises(ConfigError, match=f"holds codes with {key}"):
         tokenize(replace(tiny_runs.stage2, code_store=str(store), **changes))
     assert list(contents(store)) == ["validation-00000.arrow"]
 
@@ -214,7 +214,7 @@ def test_one_store_whoever_makes_it(packed, streaming):
     assert contents(store.folder) == contents(straight.folder)
     assert store.manifest["splits"] == straight.manifest["splits"] and store.layout == straight.layout
 
-    # processes 1 and 2 of 3 first, then the first process alone with what they have made
+    # processes 1 and 2 of 3 first, then process 0 alone, which finds their shards
     shared = packed("shared", streaming)
     model = VQGANModel.from_pretrained(shared.tokenizer).to(DEVICE)
     (straight.folder.parent / "shared").mkdir()

@@ -1,4 +1,4 @@
-"""The token space: which token means what, labels to tokens, and the way through JSON."""
+"""The token layout: the meaning of tokens, labels to tokens, and saving as JSON."""
 
 import json
 

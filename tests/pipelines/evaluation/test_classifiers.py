@@ -1,4 +1,4 @@
-"""Classifiers of images, and the class metrics that they give."""
+"""Classifiers of images, and class metrics."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from pipelines.evaluation.classifiers import ResNetClassifier, SupportVectorClas
 
 
 def corners(seed: int, count: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Noisy images `(count, 1, 8, 8)`; class 0 to 3 is the corner that is bright."""
+    """Noisy images `(count, 1, 8, 8)`; the class, 0 to 3, is the bright corner."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(4, size=count)
     pixels = rng.normal(scale=0.3, size=(count, 1, 8, 8)) - 0.5

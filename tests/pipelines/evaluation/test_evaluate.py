@@ -1,4 +1,4 @@
-"""The evaluation of a whole pipeline, and the real images it compares with."""
+"""The evaluation of a whole pipeline, and reading the real images."""
 
 import json
 from dataclasses import replace
@@ -47,7 +47,7 @@ def test_evaluation_of_a_pipeline(config, tiny_runs, tmp_path):
     results = json.loads((tiny_runs.vqgan / "train_results.json").read_text())
     assert metrics["seconds"]["stage1"] == results["train_runtime"]
 
-    # 8×8 features of 8×8 digits that were enlarged to 16×16 are about the digits themselves
+    # the 8×8 features of digits that were enlarged from 8×8 to 16×16 nearly equal the digits
     digits = load_digits()
     held_out = np.arange(1797) % 5 == 0
     features = digits.data / 8 - 1

@@ -1,4 +1,4 @@
-"""Distances between sets of images against plain formulas."""
+"""Distances between sets of images, compared with direct formulas."""
 
 import numpy as np
 import pytest

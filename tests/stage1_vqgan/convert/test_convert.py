@@ -1,4 +1,4 @@
-"""Conversion: tokenizers of other code bases compute here what they compute there, whatever their layout."""
+"""Conversion: converted tokenizers give the same codes and images as in their code base, for all layouts."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_the_originals_own_numbers(tmp_path, capsys, name, code_base):
 
 @needs_golden
 def test_weights_alone_tell_the_layout(tmp_path):
-    """Without a configuration codes and images are the same; only the resolution is not known."""
+    """Without a configuration, codes and images are the same. Only image_size is unknown."""
     command(
         "--from llamagen --checkpoint {golden}.safetensors --output {at}/out --verify {golden}.safetensors",
         golden=GOLDEN / "llamagen_tiny",
@@ -97,13 +97,13 @@ def test_layouts(tmp_path, layout):
     before, after = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("theirs", "again"))
     assert facts_equal(before, after)
     assert facts_equal(facts(model), facts(type(model).from_pretrained(tmp_path / "again")))
-    # what is the same model has the same fingerprint
+    # equal models have equal fingerprints
     assert VQGANConfig.from_pretrained(tmp_path / "ours").fingerprint == config.fingerprint
 
 
 @pytest.mark.parametrize(("legacy", "shape"), [(False, (2, 3, 16, 16)), (True, (1, 3, 16, 24))])
 def test_losses_and_gradients_are_the_references(tmp_path, legacy, shape):
-    """Of a whole tokenizer, in both conventions for β, on square images and on others."""
+    """Compares loss and gradients of a whole tokenizer, for both placements of β, on square and on wide images."""
     model = reference(attends=(1,))
     model.save_pretrained(tmp_path / "theirs")
     command("--from diffusers --checkpoint {at}/theirs --output {at}/ours", at=tmp_path)
@@ -124,7 +124,7 @@ def test_losses_and_gradients_are_the_references(tmp_path, legacy, shape):
 
 
 def _fractions(model):
-    """`ch_mult` as the original could not have it, but a descendant of it might."""
+    """Fractional values of `ch_mult`, which derived code bases allow."""
     params, widths = taming_params(model), model.config.block_out_channels
     params["ddconfig"]["ch_mult"] = [width / widths[0] if width % widths[0] else width // widths[0] for width in widths]
     return params
@@ -157,7 +157,7 @@ def test_llamagen_layouts(tmp_path, layout):
     ("source", "words"), [("llamagen", "encoder.conv_blocks"), ("taming", "are these the weights")]
 )
 def test_the_weights_of_the_other_code_base(tmp_path, capsys, source, words):
-    """Both have the same blocks: taken for the other's, they could give a whole tokenizer with wrong codes."""
+    """Both code bases have the same blocks, so a confusion could give a complete tokenizer with wrong codes."""
     model = reference()
     weights = {"llamagen": taming_weights, "taming": llamagen_weights}[source](model)
     torch.save(weights, tmp_path / "weights.ckpt")
@@ -195,7 +195,7 @@ def test_a_remapped_codebook(tmp_path, capsys):
     model = reference()
     stored = facts(model)
     met = torch.cat([stored["io.indices"], stored["io2.indices"]]).unique()
-    used = met.flip(0)  # an order of its own; entries that the images do not meet are dropped
+    used = met.flip(0)  # another order; entries that the images do not use are dropped
     assert 3 < len(used) < 24
     write_taming(tmp_path, model, taming_weights(model) | {"quantize.used": used}, remap="data/used.npy")
     for name in ("io.indices", "io2.indices"):
@@ -210,7 +210,7 @@ def test_a_remapped_codebook(tmp_path, capsys):
 
 
 def test_what_is_in_a_published_checkpoint(tmp_path, capsys):
-    """LPIPS, moving averages, colours and callbacks go; float16 becomes float32; the discriminator stays beside."""
+    """LPIPS, moving averages, colours and callbacks are dropped; float16 becomes float32; the discriminator stays."""
     model, discriminator = reference(channels=1), PatchDiscriminator(1, 8, 2)
     halves = {name: value.half() for name, value in taming_weights(model).items()}
     weights = halves | {
@@ -243,7 +243,7 @@ def test_what_is_in_a_published_checkpoint(tmp_path, capsys):
 
 
 def test_the_tokenizer_in_the_checkpoint_of_a_transformer(tmp_path, capsys):
-    """Some tokenizers were published only so."""
+    """Some tokenizers were only published in this form."""
     model = reference()
     weights = {f"first_stage_model.{name}": value for name, value in taming_weights(model).items()}
     others = {"transformer.tok_emb.weight": torch.ones(24, 8), "transformer.pos_emb": torch.ones(1, 64, 8)}
@@ -286,7 +286,7 @@ def test_fine_tuning_starts_from_the_discriminator(tmp_path, capsys, num_layers,
     }
     AcceleratorState._reset_state(True)
     trainer = VQGANTrainer(load_config(Stage1Config, overrides=settings), Accelerator(cpu=True))
-    AcceleratorState._reset_state(True)  # others may want a GPU
+    AcceleratorState._reset_state(True)  # later tests may use a GPU
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the discriminator starts")]
     assert len(told) == 1 and words in told[0]
     assert facts_equal(trainer.discriminator.state_dict(), theirs.state_dict()) == (num_layers == 2)
@@ -337,7 +337,7 @@ def test_what_diffusers_has_and_a_tokenizer_here_has_not(tmp_path, capsys, chang
 
 
 def test_old_folders_of_diffusers(tmp_path, capsys):
-    """Pickled weights, and attention under the names it had at first."""
+    """Pickled weights, and attention layers with their old names."""
     model, folder = reference(attends=(0, 1)), tmp_path / "theirs"
     model.save_pretrained(folder)
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")

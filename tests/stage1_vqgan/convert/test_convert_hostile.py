@@ -1,4 +1,4 @@
-"""Conversion of files that are broken, made up, or meant to harm: a message, nothing run, nothing left behind."""
+"""Conversion of broken, forged or malicious files: it gives a message, runs no code, and leaves no files."""
 
 import argparse
 import json
@@ -45,14 +45,14 @@ DDCONFIG = {
 
 @pytest.fixture(scope="module")
 def weights():
-    """What the original would have of a small tokenizer; the names are the same."""
+    """The weights of a small tokenizer as in the original, whose names equal ours."""
     torch.manual_seed(0)
     return VQGANModel(VQGANConfig(**SETTINGS)).state_dict()
 
 
 @pytest.fixture
 def attempt(tmp_path, monkeypatch, capsys):
-    """Converts what lies in the folder; returns the exit code and the message, and looks at what is left."""
+    """Converts the files in the folder, checks that no file was left, and returns the exit code and the message."""
     monkeypatch.chdir(tmp_path)
 
     def convert_it(arguments):
@@ -78,7 +78,7 @@ def config(**params):
 
 
 class Payload:
-    """Unpickled, makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("executed",)
@@ -125,7 +125,7 @@ def compressed(weights):
 
 
 def expanded(weights):
-    """A tensor of 4 TB in a file of some kilobytes."""
+    """A tensor of 4 TB in a file of a few kilobytes."""
     large = torch.zeros(1).expand(2**20, 2**20)
     torch.save({"state_dict": weights | {"quantize.embedding.weight": large}}, "last.ckpt")
 
@@ -258,7 +258,7 @@ def test_configurations(attempt, weights, case):
 
 
 def laughs(depth):
-    """A few lines that stand for 2 ** depth values."""
+    """A few lines of YAML that expand to 2 ** depth values."""
     lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, depth))]
     return "\n".join([*lines, f"model: {{target: *a{depth - 1}, params: {{}}}}"])
 
@@ -339,7 +339,7 @@ def test_a_comparison_that_fails(attempt, weights):
 
 
 def test_what_training_scripts_save_beside_the_weights(attempt, weights, monkeypatch):
-    """Lightning's callbacks and a Namespace are passed over, with no need of the packages they are from."""
+    """Lightning's callbacks and a Namespace are skipped, without their packages."""
     names = ["pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"]
     callback = type("ModelCheckpoint", (), {"__module__": names[-1]})
     with monkeypatch.context() as patch:

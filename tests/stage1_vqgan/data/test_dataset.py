@@ -1,4 +1,4 @@
-"""Images for training: keyed augmentation, and batches that neither workers nor bad images change."""
+"""Training images: augmentation by keys, and batches that do not depend on workers or broken images."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_augmentation_is_a_function_of_the_key():
     torch.manual_seed(1)
     for key in reversed(keys):  # another order, one at a time
         assert torch.equal(one(second, *key), images[key])
-    assert len({image.numpy().tobytes() for image in images.values()}) == len(keys)  # every part of the key counts
+    assert len({image.numpy().tobytes() for image in images.values()}) == len(keys)  # every part of the key matters
     assert not torch.equal(one(strong(seed=4), *keys[0]), images[keys[0]])
 
 
@@ -80,7 +80,7 @@ def test_squares_of_every_side_become_the_same_pixels():
     images = [noise_images(1, size)[0] for size in [(12, 13), (20, 30), (5, 9), (12, 12), (8, 8), (11, 10), (13, 13)]]
     keys = [ImageKey(0, index) for index in range(len(images))]
     batch = ImageDataset(ImageSource(images, None, None), 8, 3).__getitems__(keys)
-    assert batch.sides == [12, 8, 8, 12, 8, 10, 8] and not any(batch.flips)  # up to 12 they are resized at last
+    assert batch.sides == [12, 8, 8, 12, 8, 10, 8] and not any(batch.flips)  # `images` resizes sides up to 12
     expected = VQGANImageProcessor(8, 3)(images)["pixel_values"]
     assert torch.equal(batch.images(), expected)
     flipping = AugmentationConfig(horizontal_flip=True)
@@ -101,7 +101,7 @@ def test_batches_do_not_depend_on_workers():
 
 
 def test_passes_that_overlap_do_not_meet_in_memory():
-    """Workers write into memory that is used again and again; nobody sees a batch that was overwritten."""
+    """Workers reuse shared memory, but no batch is overwritten before it is used."""
     dataset, sampler = strong(), TrainingSampler(12, 4, 0, 40, 0)
     expected = [batch.images() for batch in training_loader(dataset, sampler, 0, False)]
     loader = training_loader(dataset, sampler, 2, False)
@@ -135,7 +135,7 @@ BAD = (1, 2, 7)
 
 
 def with_bad_images(**settings):
-    """12 images, of which three cannot be used."""
+    """12 images, three of which cannot be decoded."""
     images = [b"no image" if index in BAD else image for index, image in enumerate(noise_images())]
 
     class Source(ImageSource):
@@ -160,7 +160,7 @@ def test_images_that_cannot_be_used_are_left_out():
 def test_a_batch_keeps_its_size_with_other_views_of_its_next_images():
     dataset = with_bad_images(keep_batch_size=True)
     batch = dataset.__getitems__([ImageKey(4, index) for index in (3, 1, 2, 0, 5, 7)])
-    assert batch.indices.tolist() == [3, 0, 0, 0, 5, 3]  # the last place goes round to the first image
+    assert batch.indices.tolist() == [3, 0, 0, 0, 5, 3]  # the last place wraps around to the first image
     views = [(3, 0), (0, 1), (0, 2), (0, 0), (5, 0), (3, 1)]
     expected = strong().__getitems__([ImageKey(4, index, view) for index, view in views])
     assert torch.equal(batch.images(), expected.images())
@@ -216,7 +216,7 @@ def test_random_crop_is_a_part_of_the_image():
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("size", [8, 9])
 class TestAffine:
-    """`affine` against slicing and `np.rot90`."""
+    """Compares `affine` with slicing and `np.rot90`."""
 
     def test_nothing_to_do(self, mode, size):
         (image,) = noise_images(1, (size, size), mode)

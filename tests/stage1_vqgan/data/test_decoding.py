@@ -1,4 +1,4 @@
-"""Images of every kind, made here: what decodes is used right, what does not says why."""
+"""Images of every kind, created here: each is decoded correctly or refused with the reason."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ from stage1_vqgan.data.decoding import UndecodableImage, decode_pixels
 from stage1_vqgan.image_processing_vqgan import convert_mode, to_8_bit, to_square
 
 RNG = np.random.default_rng(0)
-# smooth, so that lossy formats stay close
+# smooth, so that lossy formats change little
 PICTURE = Image.fromarray(RNG.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((50, 40), Image.Resampling.BICUBIC)
 RGB = np.asarray(PICTURE, dtype=float)
 GRAY = np.asarray(PICTURE.convert("L"))
@@ -23,7 +23,7 @@ ALPHA = np.linspace(0, 255, 50 * 40).reshape(40, 50).astype(np.uint8)
 
 
 def file(image, file_format, **options):
-    """The bytes of an image's file."""
+    """The encoded bytes of an image."""
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
@@ -57,7 +57,7 @@ def with_alpha(image):
 
 
 def palette(transparent):
-    """Four colours; the third is transparent, wholly or in part."""
+    """Four colours; the third is transparent or half transparent."""
     image = Image.fromarray(np.arange(2000, dtype=np.uint8).reshape(40, 50) % 4)
     image.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200])
     image.info["transparency"] = transparent
@@ -70,7 +70,7 @@ def two_colours(third):
 
 
 def upright(orientation):
-    """What a viewer shows of `RGB` stored with an orientation: rows and columns by the EXIF standard's table."""
+    """`RGB` as a viewer shows it for an EXIF orientation, by the table of the standard."""
     first_row, first_column = {
         1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left"),
         5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom"),
@@ -87,7 +87,7 @@ OTHERS = [Image.new("RGB", (50, 40), "red"), Image.new("RGB", (50, 40), "lime")]
 TRANSLUCENT = with_alpha(PICTURE)
 JPEG = file(PICTURE, "JPEG", quality=95)
 
-# file, what it must become, and by how many levels it may differ
+# file, expected pixels, and allowed difference in levels
 USED = {
     "jpeg": (JPEG, RGB, 20),
     "progressive jpeg": (file(PICTURE, "JPEG", quality=95, progressive=True, subsampling=0), RGB, 20),
@@ -154,7 +154,7 @@ def test_used(kind, recwarn):
     gray = pixels_of(content, 1)[..., 0]
     assert np.abs(gray - found @ [0.299, 0.587, 0.114]).max() <= 1.01
     assert not recwarn.list
-    # and the way of a user, who opens the file: the same pixels
+    # opening the file with Pillow gives the same pixels
     image = Image.open(io.BytesIO(content))
     for channels in (1, 3):
         prepared = VQGANImageProcessor(16, channels)(image)["pixel_values"]
@@ -209,14 +209,13 @@ def jpegs():
         if number % 3 == 2:
             content[RNG.integers(2, len(content))] = RNG.integers(256)
         yield bytes(content)
-        for _ in range(10):  # damage to the header, which Pillow does not read if it is a bare one
+        for _ in range(10):  # damage to the header, which Pillow does not read in a plain JPEG
             place, cut = RNG.integers(2, content.find(b"\xff\xda") + 14), RNG.integers(3)
             yield bytes(content[:place] + RNG.bytes(RNG.integers(1, 3)) + content[place + cut :])
 
 
 def test_torchvision_and_pillow_agree_on_jpegs():
-    """Whatever torchvision decodes, Pillow decodes to the same pixels, but for a level here and there where their
-    libraries are not the same; the rest is left to Pillow."""
+    """torchvision and Pillow decode to the same pixels, up to one level if their JPEG libraries differ."""
     whole = refused = equal = 0
     for content in jpegs():
         try:

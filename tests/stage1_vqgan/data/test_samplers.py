@@ -1,4 +1,4 @@
-"""Every image once an epoch over all processes, in an order that interruptions and workers do not change."""
+"""All processes together read every image once per epoch, in an order that interruptions and workers do not change."""
 
 import threading
 import time
@@ -25,12 +25,12 @@ from tests.image_files import picture, value_of, values, write_folder, write_par
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
-SIZES = [7, 11, 5, 9, 6, 4]  # of the files: 42 images
+SIZES = [7, 11, 5, 9, 6, 4]  # images of each file, 42 in all
 
 
 @pytest.fixture(params=["parquet", "tar"])
 def streams(request, tmp_path):
-    """The training and validation stream of several files; a parquet stream knows how many images there are."""
+    """The training and validation stream of several files; a parquet stream states its number of images."""
     first = 0
     for number, size in enumerate(SIZES):
         shown = range(first, first + size)
@@ -58,7 +58,7 @@ def batches(stream, batch_size=3, start=0, stop=40, seed=5, **where):
 
 
 def epochs(found):
-    """Values of every epoch but the last, which is not complete."""
+    """Values of every epoch except the last, incomplete one."""
     by_epoch = {}
     for batch in found:
         assert len({epoch for epoch, _, _ in batch}) == 1
@@ -68,7 +68,9 @@ def epochs(found):
     return list(by_epoch.values())[:-1]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])  # of six files 4 processes read all, the others their own
+@pytest.mark.parametrize(
+    "world_size", [1, 2, 3, 4]
+)  # 4 processes cannot share six files evenly, so each reads all files
 def test_every_image_once_an_epoch_over_all_processes(streams, world_size):
     train, validation = streams
     everything = values(train)
@@ -78,7 +80,7 @@ def test_every_image_once_an_epoch_over_all_processes(streams, world_size):
     for parts in zip(*ranks, strict=False):
         assert sorted(chain(*parts)) == sorted(everything)
     own_files = not train.is_part and len(SIZES) % world_size == 0
-    for passes in ranks:  # a process knows from one pass how long each of its passes is
+    for passes in ranks:  # all passes of a process have the same length
         assert len({len(shown) for shown in passes}) == 1
         assert (len({frozenset(shown) for shown in passes}) == 1) == (own_files or world_size == 1)
 
@@ -223,7 +225,7 @@ def test_an_epoch_has_no_image_twice_and_drops_less_than_a_batch():
         assert len(indices) == 20 and len(set(indices)) == 20 and set(indices) <= set(range(23))
     assert all(a != b for a, b in pairwise(by_epoch.values()))  # each epoch has its own order
     left_out = [set(range(23)) - set(indices) for indices in list(by_epoch.values())[:3]]
-    assert len(set.union(*left_out)) > 3  # and drops other images
+    assert len(set.union(*left_out)) > 3  # each epoch drops other images
 
 
 def test_ranks_together_are_one_process_with_a_larger_batch():
@@ -243,7 +245,7 @@ def test_arrays_of_indices_are_the_same_batches():
     assert all(array.dtype == "int64" and array.shape == (4, 2) for array in arrays)
     keys = shuffled(start=3, rank=1, world_size=2)
     assert [array.tolist() for array in arrays] == [[[key.epoch, key.image] for key in batch] for batch in keys]
-    order = np.random.default_rng((5, 1)).permutation(23)  # what runs of earlier versions were trained on
+    order = np.random.default_rng((5, 1)).permutation(23)  # the order in earlier versions
     assert arrays[0].tolist() == [[1, row] for row in order[12:16]]
 
 

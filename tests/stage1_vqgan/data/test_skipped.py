@@ -1,4 +1,4 @@
-"""Images that cannot be used are named, recorded once, and stop the run when there are too many."""
+"""Images that cannot be decoded are named and recorded once. Too many of them stop the run."""
 
 import json
 
@@ -14,7 +14,7 @@ from stage1_vqgan.data.skipped import FILE_NAME, MAX_LISTED, MAX_WARNINGS, Skipp
 
 
 def batch(*bad, good=8):
-    """A batch of some good images and these bad ones."""
+    """A batch with some good images and the given bad ones."""
     skipped = [SkippedImage(number, f"{number}.jpg", f"reason {number}") for number in bad]
     rows = torch.empty(good, 48, dtype=torch.uint8)
     return ImageBatch(rows, [4] * good, [False] * good, 4, 3, torch.arange(good), skipped)
@@ -54,10 +54,10 @@ def test_a_resumed_run_records_nothing_twice(tmp_path, caplog):
         skipped.add("train", batch(*bad))
         skipped.exchange()
         with open(tmp_path / FILE_NAME, "a") as file:
-            file.write('{"split": "train", "ima')  # killed while it wrote
+            file.write('{"split": "train", "ima')  # the process was killed while it wrote
     SkippedImages(0.5, {"train": 100}, tmp_path)
     assert [record["image"] for record in records(tmp_path)] == [1, 2, 3]
-    assert len(caplog.records) == 4  # every run says what it skips
+    assert len(caplog.records) == 4  # every run logs the images that it skips
 
 
 def test_too_many_of_a_split(tmp_path):
@@ -66,7 +66,7 @@ def test_too_many_of_a_split(tmp_path):
     skipped.add("validation", batch(0))
     skipped.exchange()  # 1 % of each is allowed
     skipped.add("train", batch(*range(10)))
-    skipped.exchange()  # the same ones again
+    skipped.exchange()  # the same images again
     skipped.add("train", batch(*range(50)))
     with pytest.raises(ConfigError) as caught:
         skipped.exchange()
@@ -93,7 +93,7 @@ def test_none_allowed_and_all_allowed(tmp_path):
 def test_a_stream_is_counted_as_it_comes():
     skipped = SkippedImages(0.1, {"train": None})
     skipped.add("train", batch(*range(30), good=60))
-    skipped.exchange()  # too early to tell
+    skipped.exchange()  # too few images so far for a check
     skipped.add("train", batch(good=300))
     skipped.exchange()  # 30 of 390
     skipped.add("train", batch(*range(30, 50), good=80))
@@ -102,7 +102,7 @@ def test_a_stream_is_counted_as_it_comes():
 
 
 def _two_processes(folder):
-    PartialState._reset_state()  # that of the test process, which this one was forked from
+    PartialState._reset_state()  # the fork copied the state of the test process
     state = PartialState(cpu=True)
     assert state.num_processes == 2
     skipped = SkippedImages(0.04, {"train": 100}, folder, state.is_main_process)

@@ -1,4 +1,4 @@
-"""Where images come from: every kind of source, its splits, columns and classes, and what is wrong with one."""
+"""Sources of images: every kind of source, its splits, columns and classes, and errors of sources."""
 
 import io
 import logging
@@ -74,7 +74,7 @@ class TestFolder:
         assert read(train) == [(0, 0), (1, 0), (2, 0), (3, 0), (9, 1)]
         assert read(validation) == [(100, 0), (101, 0), (102, 0), (109, 1)]
         train, validation = load_images(DataConfig(dataset=folder, validation_fraction=0.5))
-        assert sorted(values(train) + values(validation)) == [0, 1, 2, 3, 9]  # the test split is left alone
+        assert sorted(values(train) + values(validation)) == [0, 1, 2, 3, 9]  # the test split is not used
         assert problem(dataset=folder, validation_split="dev") == (
             "data.validation_split",
             "received 'dev'; the dataset has ['test', 'train']",
@@ -150,7 +150,7 @@ class TestPacked:
     @pytest.mark.parametrize("form", ["file", "folder", "pattern"])
     def test_parquet(self, tmp_path, streaming, form):
         rows = {"picture": [picture(n) for n in range(6)], "kind": [0, 1, 2, 0, 1, 2]}
-        root = tmp_path / "test"  # a word that must not count
+        root = tmp_path / "test"  # this word must not name a split
         path = write_parquet(root / "x.parquet", rows, kind=datasets.ClassLabel(names=["x", "y", "z"]))
         name = {"file": path, "folder": str(root), "pattern": str(root / "*.parquet")}[form]
         train, validation = load_images(DataConfig(dataset=name, validation_fraction=0.5, streaming=streaming))
@@ -266,7 +266,7 @@ def test_a_hub_dataset_out_of_reach(streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_hub_way(tmp_path, monkeypatch, streaming):
-    """What `datasets` makes of a repository; a local copy of one stands in for the Hub."""
+    """Repositories that `datasets` opens; a local copy replaces the Hub."""
     monkeypatch.setattr("stage1_vqgan.data.sources.find_files", lambda config: None)
     for split, first in [("train", 0), ("test", 50)]:
         rows = {"picture": [picture(first + n) for n in range(8)], "y": [0, 1] * 4}
@@ -291,7 +291,7 @@ def test_the_hub_way(tmp_path, monkeypatch, streaming):
 
 
 class TestLabels:
-    """Their values, and those of the validation split against the training split's."""
+    """Checks of label values, and of the validation labels against the training labels."""
 
     def write(self, folder, train, validation=None, kind=None):
         for name, labels in [("train", train), ("val", validation)]:
@@ -301,7 +301,7 @@ class TestLabels:
         return {"dataset": str(folder), "label_column": "y"}
 
     def test_plain_numbers_are_counted_before_the_split(self, tmp_path):
-        config = self.write(tmp_path, [3] + [0] * 19)  # class 3 is only among the held-out images
+        config = self.write(tmp_path, [3] + [0] * 19)  # class 3 is only in the held-out images
         train, validation = load_images(DataConfig(**config, validation_fraction=0.1))
         assert train.class_names == validation.class_names == ["0", "1", "2", "3"]
         assert validation.labels.tolist() == [3, 0]
@@ -327,7 +327,7 @@ class TestLabels:
         ],
     )
     def test_wrong_values(self, tmp_path, monkeypatch, labels, kind, message):
-        # a ClassLabel does not write wrong numbers: declare it over plain ones
+        # ClassLabel refuses to write wrong numbers, so it is declared for a column of plain numbers
         config = self.write(tmp_path, labels)
         if kind is not None:
             file = tmp_path / "train.parquet"

@@ -1,4 +1,4 @@
-"""Codebook care: k-means against scikit-learn, statistics by hand, restart of dead codes."""
+"""Codebook upkeep: k-means against scikit-learn, statistics by hand, restart of dead codes."""
 
 import numpy as np
 import pytest
@@ -108,7 +108,7 @@ def test_restart_moves_dead_codes_and_nothing_else():
     for name, value in after.items():
         assert torch.equal(value[used], before[name][used]), name
     chosen = [[i for i, z in enumerate(latents) if torch.equal(z, e)] for e in after["weight"][dead]]
-    assert len({i for (i,) in chosen}) == 5  # each onto a latent of its own
+    assert len({i for (i,) in chosen}) == 5  # each onto another latent
     assert torch.equal(after["average"][dead], after["weight"][dead])
     for name in ("exp_avg", "exp_avg_sq"):
         assert before[name][dead].ne(0).all() and after[name][dead].eq(0).all()
@@ -132,7 +132,7 @@ def test_restart_with_fewer_latents_than_dead_codes():
 
 
 def test_restart_is_the_same_on_every_process():
-    """Codes used on any process live; candidates come from all."""
+    """A code that any process used is not restarted. The candidates come from all processes."""
     latents, elsewhere = torch.randn(2, D), torch.randn(6, D)
     counts = torch.zeros(K, dtype=torch.int64)
     counts[1] = 4
@@ -160,7 +160,7 @@ def test_the_two_counters_are_separate():
     case.monitor.update(torch.tensor([[[4]]]))
     assert case.restart(torch.randn(20, D)) == 3  # logging did not clear this counter
     assert case.monitor.statistics(torch.clone)["codebook/usage"].item() == 1 / 8  # nor restarting the other
-    assert case.restart(torch.randn(20, D)) == K  # since the last restart nothing was used
+    assert case.restart(torch.randn(20, D)) == K  # no code was used since the last restart
 
 
 def test_statistics_of_one_process_need_no_copy():

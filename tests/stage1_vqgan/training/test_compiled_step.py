@@ -1,4 +1,4 @@
-"""A step that torch.compile made against the eager one; and that no step waits for the device."""
+"""A compiled training step equals the eager one, and no step waits for the device."""
 
 import functools
 import shutil
@@ -20,7 +20,7 @@ from tests.stage1_vqgan.training.test_step import (
     spread_codebook,
 )
 
-# Operations that bring a number or a shape to the host. (A copy between devices cannot be seen on a CPU.)
+# Operations that copy a number or a shape to the host. (A copy between devices cannot be seen on a CPU.)
 WAITING = {"_local_scalar_dense", "bincount", "equal", "is_nonzero", "item", "masked_select", "nonzero", "_unique2"}
 
 
@@ -33,14 +33,14 @@ def fresh_accelerate_state():
 
 @pytest.fixture
 def compiler():
-    """torch.compile, which forgets everything afterwards."""
+    """torch.compile; its state is reset after the test."""
     yield torch.compile
     torch.compiler.reset()
 
 
 @pytest.fixture
 def without_code(compiler, monkeypatch):
-    """torch.compile traces and differentiates, but makes no code: that would take minutes."""
+    """torch.compile traces and differentiates, but generates no code, which would take minutes."""
     monkeypatch.setattr(torch, "compile", functools.partial(compiler, backend="aot_eager"))
 
 
@@ -172,5 +172,5 @@ def test_nothing_in_a_step_waits_for_the_device_or_changes_the_layout(bf16):
         trainer.step(images, 1)
     assert "_fused_adamw_" in operations.names and not operations.names & WAITING
     assert operations.rearranged == []
-    with trainer.accelerator.autocast():  # nor is the largest feature map made float32
+    with trainer.accelerator.autocast():  # the largest feature map is not converted to float32
         assert trainer.generator(images).decoder_features.dtype == (torch.bfloat16 if bf16 else torch.float32)

@@ -1,4 +1,4 @@
-"""The PatchGAN discriminator: shape, widths and initialisation of the original, and its arithmetic written out.
+"""The PatchGAN discriminator: shape, widths and initialisation of the original, and its forward written out.
 
 The original's stored numbers are in test_losses.py.
 """
@@ -143,5 +143,5 @@ def test_actnorm_starts_with_the_first_training_batch_alone():
     loaded = ActNorm(3)
     loaded.load_state_dict(settled)
     torch.testing.assert_close(loaded.train()(x), out)
-    loaded.load_state_dict(before)  # a state that was not initialised: the next batch does it
+    loaded.load_state_dict(before)  # this state is not initialised, so the next batch initialises ActNorm
     torch.testing.assert_close(loaded(10 * x), out, atol=1e-5, rtol=1e-5)

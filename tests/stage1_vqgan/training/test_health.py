@@ -17,7 +17,7 @@ from stage1_vqgan.training.step import VQGANTrainer
 from tests.devices import DEVICE
 from tests.process_runs import stage1_config
 
-CODES = 1000  # seen since the last log
+CODES = 1000  # codes since the last log
 K = 64
 
 
@@ -66,7 +66,7 @@ LOST = {**FINE, "loss/discriminator": 0.01}
         ([FINE] * 9, None),
         ([{**FINE, "codebook/usage": 0.01}] * 9, "the codebook has collapsed: 1.0% of 64 codes"),
         ([LOST] * 9, "the discriminator has won"),
-        ([LOST, LOST, FINE] * 3, None),  # not for long
+        ([LOST, LOST, FINE] * 3, None),  # too few logs in a row
         ([{"codebook/usage": 0.5, "loss/discriminator": 0.01}] * 9, None),  # no adversarial loss yet
     ],
 )
@@ -82,10 +82,10 @@ def test_warnings_come_once(health, caplog, logs, word):
     ("kind", "loss", "told"),
     [
         ("hinge", 0.045, True),
-        ("vanilla", 0.045, False),  # where guessing costs log 2
+        ("vanilla", 0.045, False),  # guessing has the loss log 2
         ("vanilla", 0.03, True),
         ("non_saturating", 0.03, True),
-        ("wasserstein", 0.01, False),  # a distance: small is no victory, and neither is very negative
+        ("wasserstein", 0.01, False),  # a distance without a scale
         ("wasserstein", -50.0, False),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_run_ends_before_it_saves_them(tmp_path, monkeypatch, at, term, messag
 
 
 def test_a_real_overflow_is_found(tmp_path):
-    """No tampering: a learning rate that no run survives."""
+    """The test changes no tensors: a much too high learning rate makes the run diverge."""
     config = stage1_config(tmp_path, learning_rate=1e30, max_grad_norm=0, max_steps=30, logging_steps=5)
     with pytest.raises(Diverged, match=r"not finite|not all numbers are finite"):
         train(config)

@@ -1,4 +1,4 @@
-"""The terms of the objective: naive formulas, torchvision's features, autograd, and the original's stored numbers."""
+"""The terms of the objective, compared with formulas, torchvision, autograd and stored results of the original."""
 
 import math
 import urllib.error
@@ -30,7 +30,7 @@ def log_sigmoid(x):
     return -math.log1p(math.exp(-x))
 
 
-# kind → the generator's loss of one logit, the discriminator's of one on a real image, and of one on a made image
+# type → losses of one logit: generator, discriminator on an image, discriminator on a reconstruction
 GAMES = {
     "hinge": (lambda f: -f, lambda r: max(0.0, 1 - r) / 2, lambda f: max(0.0, 1 + f) / 2),
     "vanilla": (lambda f: -f, lambda r: -log_sigmoid(r) / 2, lambda f: -log_sigmoid(-f) / 2),

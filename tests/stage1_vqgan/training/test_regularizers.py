@@ -1,4 +1,4 @@
-"""What holds a discriminator back: each penalty image by image, by finite differences and by loops."""
+"""Penalties on the discriminator, compared with finite differences and loops over images."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def discriminator():
     torch.manual_seed(0)
     found = PatchDiscriminator(2, 8, 1, "group").double()
     with torch.no_grad():
-        found.main[-1].weight.mul_(12)  # gradients around 1, where the penalty turns
+        found.main[-1].weight.mul_(12)  # gradient norms around 1, the minimum of the penalty
     return found
 
 
@@ -25,7 +25,7 @@ def images():
 
 
 def gradient_norm(discriminator, image):
-    """Of the mean logit at one image, each pixel moved by itself."""
+    """The gradient of the mean logit at one image, by finite differences of each pixel."""
     step, total = 1e-5, 0.0
     with torch.no_grad():
         for pixel in range(image.numel()):
@@ -55,7 +55,7 @@ def test_r1_penalty_by_finite_differences(discriminator, images):
 
 @pytest.mark.parametrize("kind", ["gradient penalty", "r1"])
 def test_penalties_reach_the_parameters(discriminator, images, kind):
-    """Their gradient, through a gradient, against finite differences along one direction."""
+    """The gradient of the penalties, compared with finite differences along one direction."""
     real, fake = images[0].requires_grad_(), images[1]
     share = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 

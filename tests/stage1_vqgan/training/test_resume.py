@@ -65,7 +65,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A run from start to end: its folder, and the model it returned."""
+    """A run without interruption: its folder, and its model."""
     folder = tmp_path_factory.mktemp("runs") / "straight"
     return folder, train(make_config(folder))
 
@@ -78,7 +78,7 @@ def copied(straight, tmp_path):
 
 
 def interrupt(folder, after):
-    """What a run leaves that was stopped between two checkpoints."""
+    """The files of a run that was stopped between two checkpoints."""
     for name in ("train_results.json", "model.safetensors", "config.json", "preprocessor_config.json"):
         (folder / name).unlink()
     for checkpoint in complete_checkpoints(folder):

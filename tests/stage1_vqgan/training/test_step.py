@@ -1,4 +1,4 @@
-"""One training step against the textbook form: a whole graph, λ from autograd, `total.backward()`."""
+"""One training step, compared with the textbook form: one graph, λ from autograd, `total.backward()`."""
 
 import copy
 import math
@@ -66,14 +66,14 @@ def make_images(seed, batch=2, size=16):
 
 
 def spread_codebook(trainer, images):
-    """Puts the entries onto latents, so that the batch uses many codes."""
+    """Moves the entries onto latents, so that the batch uses many codes."""
     with torch.no_grad():
         latents = trainer.model.encode(images).latents.permute(0, 2, 3, 1).flatten(0, 2)
         trainer.model.quantize.embedding.weight.copy_(latents[:: len(latents) // 16][:16] * 1.1)
 
 
 class Recorder(VQGANTrainer):
-    """Keeps the gradients of an update in place of doing it."""
+    """Stores the gradients of an update instead of updating."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -90,7 +90,7 @@ class Recorder(VQGANTrainer):
 
 
 def textbook(trainer, images, step):
-    """Loss terms and gradients as the papers have them, on copies of the trainer's models."""
+    """Loss terms and gradients by the formulas of the papers, on copies of the trainer's models."""
     loss, model = trainer.config.loss, copy.deepcopy(trainer.model)
     out = model(images)
     difference = out.reconstruction - images
@@ -125,7 +125,7 @@ def textbook(trainer, images, step):
 
 
 def textbook_penalties(discriminator, real, fake, logits, loss, step):
-    """Those of weight above 0, one image after the other."""
+    """The penalties of weight above 0, computed image by image."""
 
     def gradient(image):
         image = image.detach()[None].requires_grad_()
@@ -202,7 +202,7 @@ def test_every_game_and_every_penalty_are_the_textbooks(kind, norm_type, weights
     images = make_images(1, batch=3)
     spread_codebook(trainer, images)
     with torch.no_grad():
-        trainer.discriminator.main[-1].weight.mul_(30)  # a discriminator that has an opinion
+        trainer.discriminator.main[-1].weight.mul_(30)  # makes the logits large
     terms, _, gradients = textbook(trainer, images, 10)
     metrics = trainer.step(images, 10)
     found = {name.removeprefix("loss/"): value.item() for name, value in metrics.items() if name.startswith("loss/")}
@@ -270,7 +270,7 @@ def test_accumulation_updates_on_the_last_micro_step_alone():
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch():
-    """Without the adversarial term, whose weight belongs to a micro batch; the discriminator by group norm."""
+    """Has no adversarial term, whose weight depends on the micro-batch, and no batch norm in the discriminator."""
     changes = {"loss.adversarial_start_step": 9, "discriminator.norm_type": "group"}
     images, found = make_images(3, batch=4), []
     for accumulation in (1, 2):
@@ -352,7 +352,7 @@ def test_dead_codes_restart_at_the_interval():
     trainer.set_learning_rate(0)
     weight, images = trainer.model.quantize.embedding.weight, make_images(0)
     with torch.no_grad():
-        weight[1:] = 100.0  # out of reach
+        weight[1:] = 100.0  # far from all latents
     assert "codebook/restarted" not in trainer.step(images, 0)
     assert weight[1:].min() > 99
     metrics = trainer.step(images, 1)

@@ -1,5 +1,7 @@
-"""The Triton kernel against torch's attention in float64, and the sampler through it: on a GPU, or, where there is
-none, in a process of its own with Triton's interpreter."""
+"""The Triton kernel, compared with torch's attention in float64, and sampling with it.
+
+The tests run on a GPU, or without one in a new process with Triton's interpreter.
+"""
 
 import os
 import subprocess
@@ -25,7 +27,7 @@ runs_kernel = pytest.mark.skipif(
     DEVICE.type != "cuda" and not INTERPRETED, reason="there is no GPU: test_the_kernel_under_the_interpreter runs it"
 )
 
-# heads, key-value heads, width, last position seen, dtype
+# heads, key-value heads, width, last place, dtype
 SHAPES = [
     (2, 2, 64, 0, torch.float32),
     (1, 1, 64, 1, torch.float32),
@@ -58,7 +60,7 @@ def test_the_kernel_under_the_interpreter(which):
 @runs_kernel
 @pytest.mark.parametrize(("heads", "key_value_heads", "width", "last", "dtype"), SHAPES, ids=str)
 def test_attention_is_that_of_torch(heads, key_value_heads, width, last, dtype):
-    """In memory that has other rows, and positions that must not count."""
+    """The memory also holds other rows, and places that attention must ignore."""
     from stage2_prior.sampling.attention_kernel import attend
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Steps that are captured once and replayed, and steps that are compiled: their codes are those of the plain step."""
+"""Captured and compiled steps give the same codes as the plain step."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from stage2_prior.sampling.graphs import GraphDecoder
 from tests import cuda_graphs
 from tests.devices import cpu_only
 
-pytestmark = cpu_only  # tests/test_devices.py has real graphs
+pytestmark = cpu_only  # tests/test_devices.py tests real graphs
 
 OPTIONS = [
     {},
@@ -74,7 +74,7 @@ def test_a_compiled_step_chooses_the_same_codes(random_prior, layout, model_type
 
 @pytest.mark.slow
 def test_a_step_compiles_once_for_all_places_of_a_window(random_prior, layout, monkeypatch):
-    """Also beyond the number of versions at which torch.compile stops by default."""
+    """This holds even beyond the default limit of versions that torch.compile compiles."""
     monkeypatch.setattr(graphs, "BUCKET", 8)
     compile_with, counter = torch.compile, CompileCounter()
     monkeypatch.setattr(torch, "compile", lambda step, **how: compile_with(step, backend=counter, **how))

@@ -1,4 +1,4 @@
-"""Which priors are sampled through a recorded step: codes are those of full forwards, whatever the architecture."""
+"""Recorded steps give the codes of full forwards, for every architecture."""
 
 import copy
 from types import MethodType
@@ -39,7 +39,7 @@ SLIDING = {
     "gemma3_text": {**WINDOW, **HEADS},
 }
 RECORDED = {
-    "mistral": {"sliding_window": 16},  # as long as the sequence: it leaves nothing out
+    "mistral": {"sliding_window": 16},  # as long as the sequence, so it hides no token
     "qwen2": {},
     "qwen3": HEADS,
     "phi3": {},
@@ -93,7 +93,7 @@ def test_models_with_full_attention_are_recorded(layout, model_type):
 @pytest.mark.parametrize("decoder", [TracedDecoder, GraphDecoder])
 @pytest.mark.parametrize("model_type", SLIDING)
 def test_the_comparison_finds_a_window_by_itself(layout, model_type, decoder):
-    """Also if a model did not say that it has one."""
+    """This holds even if the configuration of a model does not state its sliding window."""
     prior = make(model_type, layout, **SLIDING[model_type])
     found = disagreement(prior, decoder(prior, ROWS, layout.length), layout.length, layout.num_codes)
     assert found is not None and "differ" in found
@@ -104,7 +104,7 @@ def test_a_slower_way_is_said_once(layout, caplog):
     for _ in range(3):
         make_decoder(prior, 2, layout.length, layout.num_codes)
     said = [record.message for record in caplog.records if "starcoder2" in record.message]
-    assert len(said) <= 1  # an earlier test may have been the first
+    assert len(said) <= 1  # an earlier test may have logged the warning
 
 
 def test_compiling_is_refused_where_nothing_can_be_recorded(layout):
@@ -195,7 +195,7 @@ def test_a_recording_depends_on_shapes_and_not_on_options(layout, monkeypatch):
 
 
 def test_numbers_of_numpy_are_the_weights(layout):
-    """What `numpy_write` relies on."""
+    """`numpy_write` depends on this."""
     weight = torch.zeros(2, requires_grad=True)
     weight.detach().numpy()[:] = np.ones(2)
     assert weight.detach().tolist() == [1.0, 1.0]

@@ -1,5 +1,4 @@
-"""The sampler against transformers' own generation, against a loop without a cache, and against itself in other
-batches."""
+"""The sampler, compared with transformers' `generate`, with a loop without a cache, and with other batch sizes."""
 
 import gc
 import re
@@ -67,7 +66,7 @@ def noise(seeds, position, num_codes):
 
 @torch.no_grad()
 def draw_naively(prior, layout, labels, seeds, **options):
-    """No cache, and guidance in two passes."""
+    """Samples without a cache, with two forwards for guidance."""
     options = SamplingOptions(**options)
     scales = options.scales(layout.length)
     conditional = layout.class_tokens(labels)[:, None]
@@ -109,7 +108,7 @@ def test_the_fastest_decoder_chooses_the_codes_of_the_eager_one(random_prior, la
     assert type(decoder) is not EagerDecoder
     assert torch.equal(draw_with(decoder, layout, labels, seeds, **options), expected)
     monkeypatch.setattr(loop, "LARGEST_TABLE", 0)  # noise position by position
-    assert torch.equal(draw_with(decoder, layout, labels, seeds, **options), expected)  # in memory that was used before
+    assert torch.equal(draw_with(decoder, layout, labels, seeds, **options), expected)  # reuses memory of the last call
 
 
 def test_a_decoder_frees_its_memory_at_once(random_prior, layout):
@@ -147,7 +146,7 @@ def test_an_image_does_not_depend_on_its_batch(random_prior, layout, model_type,
 def test_only_codes_are_ever_chosen(random_prior, layout, temperature):
     prior = random_prior("llama", layout)
     with torch.no_grad():
-        prior.lm_head.weight[layout.num_codes :] *= 100  # left alone, it would nearly always say something else
+        prior.lm_head.weight[layout.num_codes :] *= 100  # without a filter, it would nearly always sample other tokens
     favourites = prior(input_ids=torch.tensor([[layout.null_token]])).logits[0, -1].topk(10).indices
     assert (favourites >= layout.num_codes).all()
     codes = draw(prior, layout, torch.arange(50) % 5, torch.arange(50), temperature=temperature, guidance_scale=2.0)
@@ -231,7 +230,7 @@ def test_picks_follow_the_probabilities(position):
 
 
 def filtered_naively(probabilities, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """One filter after another over a sorted list; probabilities of the codes, those left out 0."""
+    """One filter after another over a sorted list; returns the probabilities of the codes, 0 for excluded codes."""
     scaled = probabilities ** (1 / temperature)
     left = [(p, code) for code, p in enumerate(scaled / scaled.sum())]
     left.sort(reverse=True)
@@ -274,7 +273,7 @@ def test_draws_have_the_distribution_of_a_naive_filter(options):
 
 
 def test_guided_draws_have_the_distribution_of_the_guided_logits(random_prior, layout):
-    """The first code of many images, through everything that is between a prompt and a code."""
+    """Samples the first code of many images, with all steps from the prompt to the code."""
     prior = random_prior("llama", layout)
     with torch.no_grad():
         tokens = torch.tensor([[layout.num_codes + 1], [layout.null_token]])

@@ -1,4 +1,4 @@
-"""The moving average of the weights: what it is, what uses it, and that training does not notice it."""
+"""The moving average of the weights: its values, its use in evaluation, and that it does not change the training."""
 
 import json
 import shutil
@@ -97,7 +97,7 @@ def test_a_resumed_run_has_the_same_average(straight, make_config):
 
 
 def test_averaging_may_begin_with_a_run_under_way(make_config):
-    """From the weights of that step, as a new run begins from its first ones."""
+    """The average starts with the weights of that step, as it does in a new run."""
     train(make_config("late", ema_decay=0, max_steps=2))
     config = make_config("late", max_steps=4, save_steps=1, allow_config_changes=True)
     train(config)

@@ -1,4 +1,4 @@
-"""What weight decay takes hold of, and settings of Trainer that change how a step is computed, not what it is."""
+"""The weights with weight decay, and settings of Trainer that change the computation of a step, but not its result."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def make_config(tiny_runs, stage2_values, tmp_path_factory):
     ],
 )
 def test_weight_decay_is_for_matrices(make_config, random_prior, layout, model_type, vectors):
-    """Embeddings among them; norms and biases are left alone."""
+    """Embeddings have weight decay; norms and biases have none."""
     prior = random_prior(model_type, layout)
     names = {id(weight): name for name, weight in prior.named_parameters()}
     optimizer = Trainer(prior, training_arguments(make_config(model_type)), eval_dataset=[]).create_optimizer()

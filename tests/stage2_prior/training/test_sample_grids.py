@@ -1,4 +1,4 @@
-"""Grids of samples: what they show, where they go, that they change nothing, and what they need."""
+"""Grids of samples: their images, their files, that they do not change the training, and their requirements."""
 
 import shutil
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def grids(config: Stage2Config) -> dict[str, bytes]:
 
 
 def test_a_grid_shows_what_the_pipeline_generates(with_grids, tiny_runs, tmp_path):
-    """Two rows of ten classes; the last grid is of the weights that are saved as the prior."""
+    """Two rows of ten classes. The last grid shows samples of the weights that are saved as the prior."""
     pipeline = build(
         BuildConfig(tokenizer=str(tiny_runs.vqgan), prior=with_grids.output_dir, output_dir=str(tmp_path / "pipeline"))
     )
@@ -100,7 +100,7 @@ def test_another_tokenizer_is_refused(tiny_runs, tmp_path):
     folder = tmp_path / "vqgan"
     shutil.copytree(tiny_runs.vqgan, folder)
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(ConfigError, match=r"tokenizer: received .* no preprocessor_config\.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer: received .* preprocessor_config\.json is missing"):
         load_decoder(str(folder), layout)
 
 

@@ -24,7 +24,7 @@ from stage2_prior.training.selection import is_exhausted
         ([3.0], 1, False),
         ([3.0, 2.0, 2.5], 1, True),
         ([3.0, 2.0, 2.5], 2, False),
-        ([3.0, 2.0, 2.0, 2.0], 2, True),  # as good is no better
+        ([3.0, 2.0, 2.0, 2.0], 2, True),  # an equal loss is not lower
         ([3.0, 2.0, 2.5, 1.9], 1, False),
         ([3.0, 4.0, 5.0, 6.0], 0, False),
     ],
@@ -36,7 +36,7 @@ def test_patience(losses, patience, exhausted):
 
 @pytest.fixture(scope="module")
 def make_config(tiny_runs, stage2_values, tmp_path_factory):
-    """Of runs that go up and down: the learning rate is far too high."""
+    """Settings of a run with a much too high learning rate, so that its loss goes up and down."""
     root = tmp_path_factory.mktemp("selection")
 
     def make(name, **changes):
@@ -57,7 +57,7 @@ def make_config(tiny_runs, stage2_values, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(make_config):
-    """The folder of a run to the end, and its evaluations."""
+    """The folder of a run without interruption, and its evaluations."""
     config = make_config("straight")
     train(config)
     return Path(config.output_dir), evaluations(config)
@@ -92,7 +92,7 @@ def test_the_best_weights_are_those_of_a_run_that_ends_there(straight, make_conf
 
 @pytest.mark.parametrize("step", [5, 12])
 def test_an_interrupted_run_selects_the_same(straight, make_config, step):
-    """Also if it had found better weights after its last checkpoint, which a resumed run must find by itself."""
+    """This holds even if the killed run had found better weights after its last checkpoint."""
     config = interrupted(make_config("straight"), make_config(f"from-{step}"), step)
     train(config)
     assert weights(config) == weights(make_config("straight"))
@@ -100,7 +100,7 @@ def test_an_interrupted_run_selects_the_same(straight, make_config, step):
 
 
 def interrupted(whole, config, step):
-    """Leaves what a run leaves that is killed just before it ends, its newest checkpoint being of a step."""
+    """The files of a run that was killed just before its end, with its newest checkpoint at a step."""
     folder = Path(config.output_dir)
     shutil.copytree(whole.output_dir, folder)
     for checkpoint in complete_checkpoints(folder):
@@ -123,7 +123,7 @@ def test_a_run_that_gets_no_better_ends(straight, make_config, capsys):
     assert evaluations(config) == {step: losses[step] for step in range(1, expected + 1)}
     found = results(config)
     assert (found["global_step"], found["early_stopping_patience"]) == (expected, 2)
-    assert f"stopped at step {expected}: no better in the last 2 evaluations" in capsys.readouterr().out
+    assert f"stopped at step {expected}: no lower loss in the last 2 evaluations" in capsys.readouterr().out
 
     before = {path: path.stat().st_mtime_ns for path in Path(config.output_dir).rglob("*")}
     train(config)
@@ -132,7 +132,7 @@ def test_a_run_that_gets_no_better_ends(straight, make_config, capsys):
 
     for step in (checkpoint.step for checkpoint in complete_checkpoints(config.output_dir)):
         other = make_config(f"stopped-{step}", early_stopping_patience=2)
-        train(interrupted(config, other, step))  # the last one had stopped already, and takes no other step
+        train(interrupted(config, other, step))  # the run had already stopped early, and takes no further step
         assert weights(other) == weights(config) and results(other) == found
         assert evaluations(other) == evaluations(config)
 
@@ -142,7 +142,7 @@ def test_a_run_that_gets_no_better_ends(straight, make_config, capsys):
 
 
 def test_a_validation_loss_that_is_not_finite_is_not_the_lowest(make_config, monkeypatch):
-    """Finite weights can have one too, in half precision."""
+    """In half precision, finite weights can have a loss that is not finite."""
     monkeypatch.setattr(Trainer, "prediction_step", lambda *args, **kwargs: (torch.tensor(math.nan), None, None))
     with pytest.raises(Diverged, match=r"the validation loss is not finite \(now at step 1\)"):
         train(make_config("overflow"))

@@ -1,4 +1,4 @@
-"""Sharded training (FSDP 2, on two processes of a CPU) is training; launches that cannot work are refused."""
+"""Sharded training (FSDP 2, two CPU processes) equals training on one process; impossible launches are refused."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def test_a_resumed_sharded_run_equals_a_straight_one(runs):
 
 
 def test_a_sharded_run_draws_the_grids_of_a_whole_one(runs):
-    """Sampling from shards takes all processes."""
+    """Sampling from a sharded prior needs all processes."""
     whole, sharded = (sorted((runs / folder / "samples").iterdir()) for folder in ("whole", "sharded"))
     assert [path.name for path in whole] == [path.name for path in sharded] and len(whole) == 4
     assert [path.read_bytes() for path in whole] == [path.read_bytes() for path in sharded]

@@ -1,4 +1,4 @@
-"""Tokens per second and mfu: operations against formulas and a real step, and a clock that sees training alone."""
+"""Tokens per second and MFU: counted operations against formulas and a real step; a clock that times training only."""
 
 import json
 import shutil

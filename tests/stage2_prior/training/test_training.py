@@ -1,4 +1,4 @@
-"""The training of the prior: resuming, what is saved, its figures, and configurations that cannot work."""
+"""The training of the prior: resuming, saved files, metrics, and invalid configurations."""
 
 import json
 import math
@@ -45,17 +45,17 @@ def test_a_resumed_run_equals_a_straight_one(make_config, tmp_path):
     shutil.rmtree(run / "checkpoint-6")
     for name in ("model.safetensors", "train_results.json"):
         (run / name).unlink()
-    (run / "checkpoint-5").mkdir()  # one that was interrupted while it was written
+    (run / "checkpoint-5").mkdir()  # a checkpoint that was interrupted while it was written
     train(config)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6]  # and nothing twice
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6]  # no evaluation is logged twice
     assert (run / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
     results, straight_results = (json.loads((path / "train_results.json").read_text()) for path in (run, straight))
     assert results["eval_loss"] == straight_results["eval_loss"] and results["global_step"] == 6
 
 
 def test_dropout_of_conditions_and_attention_matter(make_config, tmp_path):
-    """Or else the equality above would say little about them."""
+    """Otherwise, the equality above would not test them."""
     weights = [
         train(make_config(output_dir=str(tmp_path / name), **changes)).lm_head.weight
         for name, changes in [
@@ -83,7 +83,7 @@ def test_other_settings_in_the_same_folder_are_refused(make_config, tiny_runs):
 def test_training_learns(tiny_runs):
     lines = [json.loads(line) for line in (tiny_runs.prior / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[-1] < losses[0] < 1.02 * math.log(64)  # a fresh prior knows nothing: log of the vocabulary
+    assert losses[-1] < losses[0] < 1.02 * math.log(64)  # a new prior is nearly uniform: log of the vocabulary size
 
 
 @torch.no_grad()
@@ -118,8 +118,8 @@ def test_generation_config_lets_only_codes_through(tiny_runs):
         ({"model.num_hiden_layers": 3}, r"model\.num_hiden_layers: .*did you mean 'num_hidden_layers'\?"),
         ({"model.model_type": "lama"}, r"model\.model_type: received 'lama'; .*did you mean 'llama'\?"),
         ({"model": {"hidden_size": 8}}, r"model\.model_type: "),
-        ({"model.vocab_size": 99}, r"model\.vocab_size: .*the code store decides it"),
-        ({"model.max_position_embeddings": 99}, r"model\.max_position_embeddings: .*the code store decides it"),
+        ({"model.vocab_size": 99}, r"model\.vocab_size: .*the code store determines it"),
+        ({"model.max_position_embeddings": 99}, r"model\.max_position_embeddings: .*the code store determines it"),
         ({"training_arguments.lable_smoothing_factor": 0.1}, r"did you mean 'label_smoothing_factor'\?"),
         ({"training_arguments.learning_rate": 0.1}, r"training_arguments\.learning_rate: .*at the top level"),
         ({"condition_droput": 0.1}, r"condition_droput: .*did you mean 'condition_dropout'\?"),
@@ -149,7 +149,7 @@ def test_a_model_that_cannot_be_built_is_a_message(make_config, changes):
     ids=lambda model: model["model_type"],
 )
 def test_models_that_look_ahead_or_keep_no_keys_are_refused(make_config, model):
-    """Without a causal mask a prior sees what it should predict; without keys and values the cache is not its own."""
+    """A prior without a causal mask sees the code to predict. A prior without keys and values cannot use the cache."""
     with pytest.raises(ConfigError, match=rf"model\.model_type: received '{model['model_type']}'"):
         train(make_config(model=model))
 
@@ -209,12 +209,12 @@ def test_checkpoints_that_cannot_be_gone_on_from(make_config, tmp_path, wanted):
 
 @pytest.mark.parametrize("changes", [{"num_views": 5}, {"data.use_labels": False}], ids=str)
 def test_codes_that_are_not_those_of_the_configuration_are_refused(make_config, changes):
-    with pytest.raises(ConfigError, match=next(iter(changes)).partition(".")[0] + r": .* was made with"):
+    with pytest.raises(ConfigError, match=next(iter(changes)).partition(".")[0] + r": .* was written with"):
         train(make_config(**changes))
 
 
 def test_a_run_keeps_to_the_codes_of_its_tokenizer(make_config, tiny_runs, tmp_path):
-    """A tokenizer trained anew in the same place must not lend its fingerprint to a prior of the old one's codes."""
+    """A prior on the codes of an old tokenizer must not get the fingerprint of a new tokenizer in the same folder."""
     store, run = tmp_path / "codes", tmp_path / "run"
     shutil.copytree(tiny_runs.codes, store)
     config = make_config(code_store=str(store), output_dir=str(run), tokenizer=str(tmp_path / "gone"))
@@ -242,12 +242,12 @@ def test_a_prior_without_condition_dropout_has_no_null_token(make_config, tiny_r
     )
     assert len(pipe.generate(class_labels=[3]).images) == 1
     for arguments in ({"class_labels": [3], "guidance_scale": 2.0}, {"num_images": 2}):
-        with pytest.raises(ValueError, match="no null token"):
+        with pytest.raises(ValueError, match="not learnt the null token"):
             pipe.generate(**arguments)
 
 
 def test_a_run_whose_numbers_overflow_ends_and_saves_nothing_of_it(make_config):
-    """No tampering: a learning rate that no run survives; the loss is not hidden, as Trainer would by default."""
+    """A much too high learning rate makes the run diverge. Trainer would hide such a loss by default."""
     config = make_config(learning_rate=1e30, max_grad_norm=0, max_steps=30, save_steps=25)
     with pytest.raises(Diverged, match=r"the loss was not finite at step \d+ .*no checkpoint was saved yet"):
         train(config)
@@ -279,7 +279,7 @@ def test_the_log_counts_epochs_of_the_data(make_config):
 
 
 def test_the_private_methods_of_trainer_that_are_overridden_exist():
-    """Trainer would silently never call an override of a method that a new version has renamed."""
+    """If a new version of transformers renames a method, Trainer no longer calls our override, without an error."""
     own = {"_loader", "_diverged", "_ideal_tokens_per_second"}
     overridden = {name for name in vars(PriorTrainer) if name.startswith("_") and not name.startswith("__")} - own
     assert {"_get_output_dir", "_load_from_checkpoint", "_maybe_log_save_evaluate", "_save_checkpoint"} <= overridden
