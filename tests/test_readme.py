@@ -137,8 +137,10 @@ def runs(tmp_path, monkeypatch) -> None:
     prior, processor = build_prior(stage2.model, layout), VQGANImageProcessor(vqgan.config.image_size, 1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    # An earlier test may have imported modules from another cache, whose folder is then on the path.
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)  # an earlier test may have imported them from another cache
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, "transformers_modules").is_dir()])
     VQGANPipeline(vqgan, prior, processor, layout).save_pretrained("runs/digits/pipeline")
 
 
