@@ -53,8 +53,6 @@ FREE_SECTIONS = {
     "training_arguments": {field.name for field in fields(TrainingArguments)},
 }
 
-# Commands of earlier commits, which the text names with what was measured then.
-EARLIER_COMMANDS = {"benchmarks.sampling"}
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS)
 
@@ -172,7 +170,7 @@ def test_launched_modules_are_commands(document):
     for module, _ in launched(document):
         path = Path(str(import_module(module).__file__))
         is_command = path.name == "__init__.py" or "__main__" in path.read_text()
-        assert is_command or module in EARLIER_COMMANDS, f"{document}: {module} is no command"
+        assert is_command, f"{document}: {module} is no command"
 
 
 @every_document
