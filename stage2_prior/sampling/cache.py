@@ -29,7 +29,8 @@ class PreallocatedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         opening = self.opening
-        written = [buffer[opening.rows] for buffer in self.buffers]
+        # a recorded step reads all rows of its memory, and a slice would be one more operation in every layer
+        written = self.buffers if opening.rows == slice(None) else [buffer[opening.rows] for buffer in self.buffers]
         for buffer, states in zip(written, (key_states, value_states), strict=True):
             buffer.index_copy_(2, opening.places, states)
         self.keys, self.values = (buffer[:, :, : opening.seen] for buffer in written)

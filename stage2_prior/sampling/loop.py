@@ -103,9 +103,7 @@ def sample(
                 logits = guide(logits, scales[position])
             total += logits.amax(-1)
             codes = pick(logits, noise_at(position), options)
-            tokens[conditional, place] = codes
-            if guided:
-                tokens[unconditional, place] = codes
+            tokens[:, place] = codes.repeat(2) if guided else codes
             if on_step is not None:
                 on_step(position, codes)
 

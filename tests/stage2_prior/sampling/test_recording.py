@@ -9,6 +9,7 @@ import torch
 
 from stage2_prior import DecoderPool, SamplingOptions, sample, sample_codes
 from stage2_prior.prior import build_prior
+from stage2_prior.sampling import traced
 from stage2_prior.sampling.decoder import EagerDecoder
 from stage2_prior.sampling.decoders import make_decoder
 from stage2_prior.sampling.graphs import GraphDecoder
@@ -171,8 +172,10 @@ def negate(module):
     module.weight.neg_()
 
 
+@pytest.mark.parametrize("large_matrix", [0, traced.LARGE_MATRIX], ids=["copied", "shared"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_prior_that_changes_is_never_sampled_as_it_was(layout, change):
+def test_a_prior_that_changes_is_never_sampled_as_it_was(layout, change, large_matrix, monkeypatch):
+    monkeypatch.setattr(traced, "LARGE_MATRIX", large_matrix)
     prior = make("llama", layout)
     pool = DecoderPool(layout.length, layout.num_codes)
     options = {"guidance_scale": 2.0}
