@@ -82,8 +82,8 @@ def state_of(prior: PreTrainedModel) -> tuple[Any, ...]:
     """The state of a prior on which a recording depends. The recording is valid while this state is unchanged.
 
     The state contains the memory addresses of all tensors, and the settings, class, hooks and replaced forward of every
-    module. It does not contain the values of weights and buffers, because a recording reads them from the model's
-    memory.
+    module. It does not contain the values of weights and buffers. A recording reads them from the model's memory, or
+    copies them again when a batch begins.
     """
     tensors = tuple(
         (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
