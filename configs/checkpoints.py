@@ -10,12 +10,12 @@ output_dir/
 """
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from configs.files import sync_folder, sync_tree
 from configs.problems import ConfigError, Problem
 
 MARKER_NAME = "complete.json"
@@ -73,11 +73,11 @@ def publish(output_dir: str | Path, step: int, num_processes: int, seconds: floa
     marker = asdict(Checkpoint(final, step, num_processes, round(seconds, 1)))
     del marker["path"]
     (partial / MARKER_NAME).write_text(json.dumps(marker) + "\n")
-    _sync(partial)
+    sync_tree(partial)
     if final.exists():  # it is incomplete, because the run would have resumed from a complete one
         shutil.rmtree(final)
     partial.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     for old in complete_checkpoints(output_dir)[:-total_limit]:
         # Rename first: a folder named checkpoint-N must never be half removed.
         old.path.rename(partial.with_name(f"{old.path.name}-removed"))
@@ -129,24 +129,3 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str, max_ste
         message = f"received {max_steps}, but {chosen.path} has more steps; raise it, or choose another output_dir"
         raise ConfigError([Problem("max_steps", message)])
     return chosen
-
-
-def _sync(folder: Path) -> None:
-    """Waits until a folder and everything in it are on disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        elif path.is_dir():
-            _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,15 +1,40 @@
-"""Atomic writes: a file is complete or absent, because it is written under another name and then renamed."""
+"""Atomic writes: a file is complete or absent, even after a power cut.
+
+It is written under another name, synced to disk, and then renamed. Syncing the folder makes the new name permanent.
+"""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """Opens a binary file that replaces `path` at the end of the context. Until then, an older file of the name stays.
+
+    After an error nothing has changed, and the unfinished file is removed.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file atomically: until the new file is complete, an older one of the same name stays."""
-    partial = Path(path).with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    """Writes a text file atomically, in UTF-8."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: str | Path, values: dict[str, Any]) -> None:
@@ -31,3 +56,23 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: received a {type(values).__name__}; the file must hold a JSON object")
     return values
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Waits until the names of a folder's files are on disk."""
+    if os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: str | Path) -> None:
+    """Waits until a folder and everything in it are on disk."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with open(Path(parent, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(parent)

@@ -1,0 +1,85 @@
+"""Checksums of a folder's files: a damaged, missing or exchanged file is found before it is used.
+
+They protect against damage and mixed-up files, not against a person who changes the files and the checksums.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from configs.files import read_json, write_json
+
+CHECKSUMS_NAME = "checksums.json"
+CHECKED_SUFFIXES = {".json", ".safetensors"}
+
+# Files that were already read in this process, by path, inode, size and time of change.
+_known: dict[tuple[Any, ...], str] = {}
+
+
+class Damaged(ValueError):
+    """A file is missing, or it is not the file that was saved. The message names the file."""
+
+
+def checksum(path: str | Path) -> str:
+    """The XXH3-128 checksum of a file, as 32 hexadecimal digits. A process reads an unchanged file once."""
+    path = Path(path)
+    status = path.stat()
+    identity = (str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns)
+    if identity not in _known:
+        with open(path, "rb") as file:
+            _known[identity] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
+    return _known[identity]
+
+
+def listing(paths: Iterable[Path], root: Path) -> dict[str, dict[str, Any]]:
+    """`{path relative to root: {"size": bytes, "xxh3_128": checksum}}` of files."""
+    return {
+        path.relative_to(root).as_posix(): {"size": path.stat().st_size, "xxh3_128": checksum(path)}
+        for path in sorted(paths)
+    }
+
+
+def verify_listing(files: Any, root: Path) -> None:
+    """Compares the files of a folder with a `listing`.
+
+    Raises:
+        Damaged: a listed file is missing or has changed, or the listing itself is malformed.
+    """
+    if not isinstance(files, dict):
+        raise Damaged(f"{root}: received {files!r}; the list of its files must map names to sizes and checksums")
+    for name, expected in files.items():
+        path = root / name
+        if not path.is_file():
+            raise Damaged(f"{path}: this file is missing")
+        size = path.stat().st_size
+        if not isinstance(expected, dict) or size != expected.get("size"):
+            wanted = expected.get("size") if isinstance(expected, dict) else expected
+            raise Damaged(f"{path}: this file has {size:,} bytes; {wanted!r} were saved")
+        if checksum(path) != expected.get("xxh3_128"):
+            raise Damaged(f"{path}: the contents of this file have changed since it was saved")
+
+
+def write_checksums(folder: str | Path) -> None:
+    """Writes `checksums.json`, which lists the JSON and safetensors files that stand directly in a folder."""
+    folder = Path(folder)
+    paths = [path for path in folder.iterdir() if path.suffix in CHECKED_SUFFIXES and path.name != CHECKSUMS_NAME]
+    write_json(folder / CHECKSUMS_NAME, listing(paths, folder))
+
+
+def verify_checksums(folder: str | Path) -> None:
+    """Compares the files of a folder with its `checksums.json`, if there is one.
+
+    Raises:
+        Damaged: a listed file is missing or has changed.
+    """
+    path = Path(folder) / CHECKSUMS_NAME
+    if not path.is_file():
+        return
+    try:
+        verify_listing(read_json(path), Path(folder))
+    except ValueError as error:
+        advice = f"save or download the folder again; if you changed the file on purpose, remove {CHECKSUMS_NAME}"
+        raise Damaged(f"{error} ({advice})") from error
