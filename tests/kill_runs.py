@@ -60,9 +60,9 @@ FOLDERS = {"stage1": "vqgan", "stage2": "prior", "tokenize": "codes"}  # the out
 # Functions whose calls are counted for each point. The process kills itself when the count is reached.
 POINTS = {
     "step": [(VQGANTrainer, "_update"), (stage2.PriorTrainer, "training_step")],  # before or after the optimizer step
-    "write": [(checkpoints.os, "fsync"), (checkpoints.Path, "rename")],  # a checkpoint is partly on the disk
+    "write": [(os, "fsync"), (checkpoints.Path, "rename")],  # a checkpoint is partly on the disk
     "save": [(torch, "save")],  # optimizer states are partly written
-    "shard": [(tokenization, "write_shard"), (code_store.Path, "replace")],
+    "shard": [(tokenization, "write_shard"), (os, "replace")],
 }
 
 

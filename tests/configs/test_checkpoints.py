@@ -1,6 +1,7 @@
 """Checkpoints: a folder with the name of a checkpoint is complete, the newest one is found, and one always exists."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -100,10 +101,10 @@ def test_a_crash_at_any_point_leaves_a_complete_checkpoint(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         for owner, name in [
-            (module.os, "fsync"),
+            (os, "fsync"),
             (module.Path, "rename"),
             (module.Path, "write_text"),
-            (module.os, "unlink"),
+            (os, "unlink"),
         ]:
             patch.setattr(owner, name, crashing(getattr(owner, name)))
         try:
