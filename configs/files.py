@@ -5,6 +5,8 @@ It is written under another name, synced to disk, and then renamed. Syncing the 
 
 import json
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +60,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def make_folder(folder: str | Path) -> Path:
+    """Creates a folder and its missing parents; their names are on disk afterwards. Returns the folder."""
+    folder = Path(folder)
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for created in missing:
+        sync_folder(created.parent)
+    return folder
+
+
 def sync_folder(folder: str | Path) -> None:
     """Waits until the names of a folder's files are on disk."""
     if os.name == "nt":  # Windows cannot open folders
@@ -76,3 +88,15 @@ def sync_tree(folder: str | Path) -> None:
             with open(Path(parent, name), "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(parent)
+
+
+def new_file_mode(folder: str | Path) -> None:
+    """Gives every file in a folder the permissions of a new file; the safetensors library allows only the owner."""
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as empty:
+        sample = Path(empty, "sample")
+        sample.touch()
+        mode = stat.S_IMODE(sample.stat().st_mode)
+    for path in folder.rglob("*"):
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)

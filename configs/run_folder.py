@@ -15,7 +15,14 @@ from typing import Any
 
 import yaml
 
-from configs.checkpoints import Checkpoint, complete_checkpoints, find_checkpoint, publish, remove_unfinished
+from configs.checkpoints import (
+    Checkpoint,
+    checkpoint_folders,
+    complete_checkpoints,
+    find_checkpoint,
+    publish,
+    remove_unfinished,
+)
 from configs.files import write_json, write_text
 from configs.folder_lock import locked_folder
 from configs.hub import push_run
@@ -49,8 +56,8 @@ logger = logging.getLogger(__name__)
 
 
 def holds_work(folder: str | Path) -> bool:
-    """Whether the folder of a run holds complete checkpoints or results."""
-    return (Path(folder) / RESULTS_NAME).is_file() or bool(complete_checkpoints(folder))
+    """Whether the folder of a run holds checkpoints or results."""
+    return (Path(folder) / RESULTS_NAME).is_file() or bool(checkpoint_folders(folder))
 
 
 class RunFolder:
