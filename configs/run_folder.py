@@ -29,6 +29,7 @@ from configs.hub import push_run
 from configs.interruption import Diverged, Stopped
 from configs.loader import save_config, to_dict
 from configs.problems import ConfigError, Problem
+from configs.staging import SAVING, finish_interrupted, replaced_files
 
 CONFIG_NAME = "config.yaml"
 RESULTS_NAME = "train_results.json"
@@ -84,6 +85,8 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         self._lock.__enter__()
         try:
+            if self.is_main_process:
+                finish_interrupted(self.path)
             if holds_work(self.path):
                 self._refuse_other_settings(self.path / CONFIG_NAME)
         except BaseException:
@@ -148,6 +151,18 @@ class RunFolder:
     def publish(self, step: int, num_processes: int) -> Path:
         """Completes the checkpoint that all processes have written at `unfinished_path`. Main process only."""
         return publish(self.path, step, num_processes, self.seconds, self.config.save_total_limit)
+
+    @contextlib.contextmanager
+    def replaced_model(self) -> Iterator[Path]:
+        """Yields the folder in which the trained model is saved; its files then replace those of an older model.
+
+        All processes enter it, because a sharded model is gathered. Only the main process writes.
+        """
+        if self.is_main_process:
+            with replaced_files(self.path) as staged:
+                yield staged
+        else:
+            yield self.path / SAVING
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl. Main process only."""

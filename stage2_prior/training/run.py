@@ -178,11 +178,14 @@ class Training:
         """Saves the best or the last weights and the results; returns the prior."""
         config, trainer = self.config, self.trainer
         history, patience = trainer.state.log_history, config.early_stopping_patience
-        if not config.keep_best:
-            with self.average.applied():
-                trainer.save_model(config.output_dir)  # on all processes, because a sharded model is gathered
+        evaluation = evaluations(history)[-1]
+        with self.run.replaced_model() as folder:
+            if not config.keep_best:
+                with self.average.applied():
+                    trainer.save_model(str(folder))  # on all processes, because a sharded model is gathered
+            elif trainer.is_world_process_zero():
+                evaluation = self.best.move_to(folder)
         if trainer.is_world_process_zero():
-            evaluation = self.best.move_to_run_folder() if config.keep_best else evaluations(history)[-1]
             step, loss = evaluation["step"], evaluation["eval_loss"]
             results = {"model_step": step, "eval_loss": loss, "bits_per_pixel": bits_per_pixel(loss, self.layout)}
             if is_exhausted(history, patience):
