@@ -12,17 +12,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from configs.disk_space import naming_full_disk
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     """Opens a binary file that replaces `path` at the end of the context. Until then, an older file of the name stays.
 
     After an error nothing has changed, and the unfinished file is removed.
+
+    Raises:
+        DiskFull: the message names the file.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with naming_full_disk(path), open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -22,7 +22,9 @@ from configs.checkpoints import (
     find_checkpoint,
     publish,
     remove_unfinished,
+    unfinished_path,
 )
+from configs.disk_space import naming_full_disk, require_space
 from configs.files import write_json, write_text
 from configs.folder_lock import locked_folder
 from configs.hub import push_run
@@ -153,13 +155,41 @@ class RunFolder:
         return publish(self.path, step, num_processes, self.seconds, self.config.save_total_limit)
 
     @contextlib.contextmanager
-    def replaced_model(self) -> Iterator[Path]:
+    def saving_checkpoint(self, step: int, needed: int) -> Iterator[None]:
+        """A checkpoint is written inside this context. After an error, the unfinished checkpoint is removed.
+
+        Args:
+            step: optimizer steps done.
+            needed: bytes of the checkpoint's tensors.
+
+        Raises:
+            DiskFull: the disk has too little space.
+        """
+        folder = unfinished_path(self.path, step)
+        try:
+            if self.is_main_process:
+                require_space(self.path, needed, f"the checkpoint of step {step}")
+            with naming_full_disk(folder):
+                yield
+        except BaseException:
+            if self.is_main_process:
+                remove_unfinished(self.path)
+            raise
+
+    @contextlib.contextmanager
+    def replaced_model(self, needed: int = 0) -> Iterator[Path]:
         """Yields the folder in which the trained model is saved; its files then replace those of an older model.
 
         All processes enter it, because a sharded model is gathered. Only the main process writes.
+
+        Args:
+            needed: bytes of the model.
+
+        Raises:
+            DiskFull: the disk has too little space.
         """
         if self.is_main_process:
-            with replaced_files(self.path) as staged:
+            with replaced_files(self.path, needed) as staged:
                 yield staged
         else:
             yield self.path / SAVING

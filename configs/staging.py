@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from configs.checksums import write_checksums
+from configs.disk_space import naming_full_disk, require_space
 from configs.files import make_folder, new_file_mode, read_json, sync_folder, sync_tree, write_json
 
 SAVING, SAVED, NAMES = ".saving", ".saved", "files.json"
@@ -32,19 +33,28 @@ WEIGHTS = (
 
 
 @contextmanager
-def replaced_files(folder: str | Path) -> Iterator[Path]:
+def replaced_files(folder: str | Path, needed: int = 0) -> Iterator[Path]:
     """Yields an empty folder. At the end of the context, its files replace those of the same names in `folder`.
 
     Every folder in it with a config.json or model_index.json gets a checksums.json. After an error, `folder` has not
     changed.
+
+    Args:
+        folder: created if it does not exist.
+        needed: bytes that the new files need at least.
+
+    Raises:
+        DiskFull: the disk has too little space.
     """
     staged = new_staging(folder)
     try:
-        yield staged
+        require_space(staged, needed, "the model")
+        with naming_full_disk(folder):
+            yield staged
+            publish(folder)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    publish(folder)
 
 
 def new_staging(folder: str | Path) -> Path:
@@ -61,16 +71,12 @@ def publish(folder: str | Path) -> None:
     """Replaces the files of `folder` by those in its `.saving`."""
     folder = Path(folder)
     staged = folder / SAVING
-    try:
-        for parent in {path.parent for path in staged.rglob("*") if path.name in ("config.json", "model_index.json")}:
-            write_checksums(parent)
-        names = [path.relative_to(staged).as_posix() for path in sorted(staged.rglob("*")) if path.is_file()]
-        write_json(staged / NAMES, {"files": names})
-        new_file_mode(staged)
-        sync_tree(staged)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
+    for parent in {path.parent for path in staged.rglob("*") if path.name in ("config.json", "model_index.json")}:
+        write_checksums(parent)
+    names = [path.relative_to(staged).as_posix() for path in sorted(staged.rglob("*")) if path.is_file()]
+    write_json(staged / NAMES, {"files": names})
+    new_file_mode(staged)
+    sync_tree(staged)
     shutil.rmtree(folder / SAVED, ignore_errors=True)  # remains of a replacement that has moved all files
     os.rename(staged, folder / SAVED)
     sync_folder(folder)

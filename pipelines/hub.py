@@ -55,7 +55,8 @@ def save(
         "token_layout": layout.to_dict(),
         "tokenizer_fingerprint": layout.tokenizer_fingerprint,
     }
-    with replaced_files(folder) as staged:
+    needed = vqgan.get_memory_footprint() + prior.get_memory_footprint()
+    with replaced_files(folder, needed) as staged:
         vqgan.save_pretrained(staged / "vqgan", **options)
         image_processor.save_pretrained(staged / "vqgan")
         prior.save_pretrained(staged / "prior", **options)

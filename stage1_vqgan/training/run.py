@@ -238,7 +238,7 @@ class Training:
         if self.accelerator.is_main_process:
             size, channels = model.config.image_size, model.config.in_channels
             processor = VQGANImageProcessor(size, channels, aspect_ratio=self.config.data.aspect_ratio)
-            with self.run.replaced_model() as folder:
+            with self.run.replaced_model(model.get_memory_footprint()) as folder:
                 model.save_pretrained(folder)
                 processor.save_pretrained(folder)
             print(f"tokenizer saved in {Path(self.run.path).resolve()} (fingerprint {model.config.fingerprint})")
