@@ -19,13 +19,16 @@ from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
-from configs import Section, checkpoints, command_line
+from configs import Section, checkpoints, command_line, staging
 from configs.checkpoints import complete_checkpoints
+from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
+from stage1_vqgan import load_tokenizer
 from stage1_vqgan.training import run as stage1
 from stage1_vqgan.training.step import VQGANTrainer
-from stage2_prior import code_store, tokenization
+from stage2_prior import code_store, load_prior, tokenization
 from stage2_prior.training import run as stage2
 from tests import forks, process_runs
 from tests.tiny import tensors
@@ -98,7 +101,12 @@ POINTS = {
     "write": [(os, "fsync"), (checkpoints.Path, "rename")],  # a checkpoint is partly on the disk
     "save": [(torch, "save")],  # optimizer states are partly written
     "shard": [(tokenization, "write_shard"), (os, "replace")],
-    "final": [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir")],  # files are replaced
+    # a model is partly written, or its files have partly replaced those of an older one
+    "final": [
+        *((staging, name) for name in ("write_checksums", "write_json", "new_file_mode", "sync_tree", "sync_folder")),
+        *((staging, name) for name in ("finish_interrupted", "read_json", "rename", "replace")),
+        (PreTrainedModel, "save_pretrained"),
+    ],
 }
 
 
@@ -196,6 +204,21 @@ def differences(name: str, undisturbed: Path, folder: Path) -> list[str]:
     expected, found = contents(name, undisturbed), contents(name, folder)
     assert expected.keys() == found.keys() and len(expected) >= {"tokenize": 6, "build": 9}.get(name, 60)
     return [path for path in expected if expected[path] != found[path]]
+
+
+def weights(name: str, folder: Path) -> bytes | None:
+    """The weights of the model in a run's folder, as its loader reads them; None if there is no model yet."""
+    made = folder / FOLDERS[name]
+    if not any(
+        (made / index).is_file() for index in ("config.json", "model_index.json", f"{staging.SAVED}/files.json")
+    ):
+        return None
+    if name == "build":
+        pipeline = VQGANPipeline.from_pretrained(made)
+        models = [pipeline.vqgan, pipeline.prior]
+    else:
+        models = [load_tokenizer(str(made)) if name == "stage1" else load_prior(str(made))]
+    return b"".join(tensor.numpy().tobytes() for model in models for tensor in model.state_dict().values())
 
 
 def contents(name: str, folder: Path) -> dict[str, Any]:

@@ -7,9 +7,6 @@ import subprocess
 import pytest
 
 from configs.disk_space import DiskFull, is_disk_full, naming_full_disk, require_space
-from pipelines import VQGANPipeline
-from stage1_vqgan import load_tokenizer
-from stage2_prior import load_prior
 from tests import kill_runs
 
 GO_ON = "What was saved before is intact. Make space, then start the same command again: it goes on from there"
@@ -91,21 +88,6 @@ class SmallDisk:
         subprocess.run(["umount", "-l", str(self.folder)], check=True)
 
 
-def loads_as(name, folder):
-    """The weights of the model in a run's folder, as its loader reads them; None if there is no model yet."""
-    made = folder / kill_runs.FOLDERS[name]
-    if name == "build":
-        if not (made / "model_index.json").is_file():
-            return None
-        pipeline = VQGANPipeline.from_pretrained(made)
-        models = [pipeline.vqgan, pipeline.prior]
-    elif not (made / "config.json").is_file():
-        return None
-    else:
-        models = [load_tokenizer(str(made)) if name == "stage1" else load_prior(str(made))]
-    return b"".join(tensor.numpy().tobytes() for model in models for tensor in model.state_dict().values())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [12])
 @pytest.mark.parametrize("name", kill_runs.RUNS)
@@ -138,7 +120,7 @@ def test_a_model_is_the_old_or_the_new_one_when_the_disk_is_full(name, undisturb
     shutil.copytree(undisturbed, longer)
     changed = f"{name}/changed"
     assert kill_runs.run(changed, longer) == 0, (longer / "log.txt").read_text()[-3000:]
-    old, new = loads_as(name, undisturbed), loads_as(name, longer)
+    old, new = kill_runs.weights(name, undisturbed), kill_runs.weights(name, longer)
     assert old != new
     start, whole = used(undisturbed), used(longer / kill_runs.FOLDERS[name])
     codes = []
@@ -148,8 +130,8 @@ def test_a_model_is_the_old_or_the_new_one_when_the_disk_is_full(name, undisturb
             shutil.copytree(undisturbed, folder, dirs_exist_ok=True)
             codes.append(kill_runs.run(changed, folder, log=log))
             assert codes[-1] in (0, 4), log.read_text()[-3000:]
-            assert loads_as(name, folder) == (new if codes[-1] == 0 else old)
+            assert kill_runs.weights(name, folder) == (new if codes[-1] == 0 else old)
             disk.resize(start + 4 * whole + 2**20)
             assert kill_runs.run(changed, folder, log=log) == 0, log.read_text()[-3000:]
-            assert loads_as(name, folder) == new
+            assert kill_runs.weights(name, folder) == new
     assert 4 in codes
