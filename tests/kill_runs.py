@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
-from configs import Section, checkpoints, command_line
+from configs import Section, checkpoints, command_line, states
 from configs.checkpoints import complete_checkpoints
 from stage1_vqgan.training import run as stage1
 from stage1_vqgan.training.step import VQGANTrainer
@@ -61,7 +60,7 @@ FOLDERS = {"stage1": "vqgan", "stage2": "prior", "tokenize": "codes"}  # the out
 POINTS = {
     "step": [(VQGANTrainer, "_update"), (stage2.PriorTrainer, "training_step")],  # before or after the optimizer step
     "write": [(os, "fsync"), (checkpoints.Path, "rename")],  # a checkpoint is partly on the disk
-    "save": [(torch, "save")],  # optimizer states are partly written
+    "save": [(states, "save_file")],  # the files of a checkpoint are partly written
     "shard": [(tokenization, "write_shard"), (os, "replace")],
 }
 
@@ -148,13 +147,13 @@ def contents(name: str, folder: Path) -> dict[str, Any]:
         del manifest["seconds"]
         return {"manifest": str(manifest), **{path.name: path.read_bytes() for path in sorted(made.glob("*.arrow"))}}
     checkpoint = complete_checkpoints(made)[-1].path
-    states: dict[str, Any] = {"model": load_file(made / "model.safetensors")}
+    found: dict[str, Any] = {"model": load_file(made / "model.safetensors")}
     for path in sorted(checkpoint.iterdir()):
         if path.suffix == ".safetensors":
-            states[path.name] = load_file(path)
-        elif path.suffix in {".bin", ".pkl", ".pt"} and not path.name.startswith(("random_states", "training_args")):
-            states[path.name] = torch.load(path, weights_only=True)
-    return {path: leaf.numpy().tobytes() for path, leaf in tensors(states).items()}
+            found[path.name] = load_file(path)
+        elif path.name.startswith("optimizer"):
+            found[path.name] = json.loads(path.read_text())
+    return {path: leaf.numpy().tobytes() for path, leaf in tensors(found).items()}
 
 
 def _start(name: str, folder: Path, point: str | None, count: float, pause: float) -> Any:
