@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from configs import Section, checkpoints, command_line, staging
+from configs import Section, checkpoints, command_line, staging, states
 from configs.checkpoints import complete_checkpoints
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
@@ -99,7 +98,7 @@ NEEDED = {"stage1": [], "tokenize": ["vqgan"], "stage2": ["vqgan", "codes"], "bu
 POINTS = {
     "step": [(VQGANTrainer, "_update"), (stage2.PriorTrainer, "training_step")],  # before or after the optimizer step
     "write": [(os, "fsync"), (checkpoints.Path, "rename")],  # a checkpoint is partly on the disk
-    "save": [(torch, "save")],  # optimizer states are partly written
+    "save": [(states, "save_file")],  # the files of a checkpoint are partly written
     "shard": [(tokenization, "write_shard"), (os, "replace")],
     # a model is partly written, or its files have partly replaced those of an older one
     "final": [
@@ -232,13 +231,13 @@ def contents(name: str, folder: Path) -> dict[str, Any]:
         del manifest["seconds"]
         return {"manifest": str(manifest), **{path.name: path.read_bytes() for path in sorted(made.glob("*.arrow"))}}
     checkpoint = complete_checkpoints(made)[-1].path
-    states: dict[str, Any] = {"model": load_file(made / "model.safetensors")}
+    found: dict[str, Any] = {"model": load_file(made / "model.safetensors")}
     for path in sorted(checkpoint.iterdir()):
         if path.suffix == ".safetensors":
-            states[path.name] = load_file(path)
-        elif path.suffix in {".bin", ".pkl", ".pt"} and not path.name.startswith(("random_states", "training_args")):
-            states[path.name] = torch.load(path, weights_only=True)
-    return {path: leaf.numpy().tobytes() for path, leaf in tensors(states).items()}
+            found[path.name] = load_file(path)
+        elif path.name.startswith("optimizer"):
+            found[path.name] = json.loads(path.read_text())
+    return {path: leaf.numpy().tobytes() for path, leaf in tensors(found).items()}
 
 
 def _start(
