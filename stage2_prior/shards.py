@@ -130,6 +130,8 @@ def map_shard(path: Path) -> tuple[Shard, ShardNotes]:
         Damaged: the file is missing, is not a shard, or is cut short; its columns have other types or miss values; or
             its notes have changed or belong to another file.
     """
+    if not path.is_file():
+        raise Damaged(f"{path}: this file is missing")
     try:
         with pa.memory_map(str(path)) as source:  # the map stays valid after the file is closed
             reader = pa.ipc.open_stream(source)
@@ -191,8 +193,6 @@ def _notes(schema: pa.Schema, path: Path) -> ShardNotes:
 
 
 def _damaged(path: Path, error: BaseException) -> Damaged:
-    if isinstance(error, FileNotFoundError):
-        return Damaged(f"{path}: this file is missing")
     return Damaged(f"{path}: this file cannot be read ({' '.join(str(error).split())})")
 
 
