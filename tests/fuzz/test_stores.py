@@ -1,7 +1,6 @@
 """Damaged, incomplete and foreign code stores: each is refused in our words, or gives the codes it was written with."""
 
 import json
-import multiprocessing
 import os
 import shutil
 
@@ -15,9 +14,8 @@ from stage2_prior.code_store import claim_folder
 from stage2_prior.sealing import SEAL, sealed
 from stage2_prior.shards import NOTES_KEY, map_shard
 from tests.code_stores import ORIGIN, write_store
-from tests.fuzz.harness import cases, damaged, generator, outcome
+from tests.fuzz.harness import cases, damaged, generator, in_processes, outcome
 
-CHUNK = 50
 EXTREME = [0, 1, -1, 2**31 - 1, -(2**31), 2**40, 2**62, 2**63 - 1, -(2**63)]
 VALUES = [
     None,
@@ -177,6 +175,8 @@ def same(one, other):
 
 
 def check(numbers, scratch):
+    scratch = scratch / str(numbers[0])
+    scratch.mkdir()
     whole = make_store(scratch / "whole")
     codes, shards, refused = rows_of(whole), {path.name: map_shard(path)[0] for path in whole.glob("*.arrow")}, 0
     for number in numbers:
@@ -191,17 +191,7 @@ def check(numbers, scratch):
 
 @cases(short=70, long=250)
 def test_a_changed_store_is_refused_or_the_same(tmp_path, numbers):
-    if len(numbers) <= 100:
-        check(numbers, tmp_path)
-        return
-    for first in range(0, len(numbers), CHUNK):  # a crash ends a process of its own, not the tests
-        (tmp_path / str(first)).mkdir()
-        process = multiprocessing.get_context("spawn").Process(
-            target=check, args=(numbers[first : first + CHUNK], tmp_path / str(first))
-        )
-        process.start()
-        process.join()
-        assert process.exitcode == 0, f"cases {first} to {first + CHUNK - 1}"
+    in_processes(check, numbers, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["train-00001.arrow", "manifest.json"])
