@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, Problem, Section, run
+from configs.folder_lock import locked_folder
 from configs.sections import upload_problems
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         pipeline = VQGANPipeline(vqgan, prior, processor, layout)
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
-    pipeline.save_pretrained(config.output_dir)
+    with locked_folder(config.output_dir, "output_dir"):
+        pipeline.save_pretrained(config.output_dir)
     print(f"pipeline saved in {Path(config.output_dir).resolve()}")
     if config.push_to_hub:
         print(pipeline.push_to_hub(str(config.hub_model_id), private=config.hub_private_repo))

@@ -238,8 +238,9 @@ class Training:
         if self.accelerator.is_main_process:
             size, channels = model.config.image_size, model.config.in_channels
             processor = VQGANImageProcessor(size, channels, aspect_ratio=self.config.data.aspect_ratio)
-            model.save_pretrained(self.run.path)
-            processor.save_pretrained(self.run.path)
+            with self.run.replaced_model(model.get_memory_footprint()) as folder:
+                model.save_pretrained(folder)
+                processor.save_pretrained(folder)
             print(f"tokenizer saved in {Path(self.run.path).resolve()} (fingerprint {model.config.fingerprint})")
             self.run.finish(self.step, self.metrics)
         self.accelerator.wait_for_everyone()
