@@ -65,18 +65,14 @@ def verify_listing(files: Any, root: Path) -> None:
             raise Damaged(f"{path}: the contents of this file have changed since it was saved")
 
 
-def write_checksums(folder: str | Path, *parts: str) -> None:
+def write_checksums(folder: str | Path) -> None:
     """Writes `checksums.json`, which lists the JSON and safetensors files that stand directly in a folder.
 
-    Args:
-        folder: complete but for this file.
-        *parts: subfolders that belong together and have a `checksums.json` each. This file lists theirs, so a part of
-            another folder is noticed.
+    It also lists the `checksums.json` of subfolders, which must exist before. So an exchanged part is noticed.
     """
     folder = Path(folder)
     paths = [path for path in folder.iterdir() if path.suffix in CHECKED_SUFFIXES and path.name != CHECKSUMS_NAME]
-    paths += [folder / part / CHECKSUMS_NAME for part in parts]
-    write_json(folder / CHECKSUMS_NAME, listing(paths, folder))
+    write_json(folder / CHECKSUMS_NAME, listing([*paths, *folder.glob(f"*/{CHECKSUMS_NAME}")], folder))
 
 
 def verify_checksums(folder: str | Path, needed: Iterable[str] = ()) -> None:

@@ -4,10 +4,10 @@ A header tells how large a model is, so a wrong configuration is refused before 
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -38,7 +38,7 @@ def read_header(path: str | Path) -> dict[str, Stored]:
 
     try:
         with safe_open(str(path), framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: Stored(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except SafetensorError as error:
         reason = str(error).rpartition("header: ")[2]
@@ -143,4 +143,4 @@ def in_our_words(where: str | Path) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = f"{reason[:200]} …" if len(reason) > 200 else reason
-        raise ValueError(f"{where}: this cannot be loaded ({reason}); save or download it again") from error
+        raise ValueError(f"{where}: this cannot be loaded: {reason}") from error

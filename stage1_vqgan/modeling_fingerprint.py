@@ -74,8 +74,9 @@ def verify_fingerprint(name: Any, stored: VQGANConfig, parameters: Iterable[tupl
     found = stored.fingerprint and fingerprint_of(stored, weights)
     if found != stored.fingerprint and not any(_fits(weights, half) for half in (torch.bfloat16, torch.float16)):
         raise ValueError(
-            f"{name}: fingerprint: config.json has {stored.fingerprint}, but its other fields and the weights have {found}; "
-            "one of these files was changed, or is of another tokenizer: restore it, or save or download the folder again"
+            f"{name}: fingerprint: config.json has {stored.fingerprint}, but its other fields and the weights have "
+            f"{found}; one of these files was changed, or is of another tokenizer: restore it, or save or download the "
+            "folder again"
         )
 
 
@@ -91,7 +92,7 @@ def refuse_weights(name: Any, info: Mapping[str, Any], weights: Mapping[str, Ten
         ValueError: names the first of these weights.
     """
     wrong = {
-        **{kind.replace("_", " "): info[kind] for kind in MISFITS},
+        **{kind.removesuffix("_keys"): info[kind] for kind in MISFITS},
         "not finite": [key for key, value in weights.items() if _is_broken(value)],
     }
     found = [f"{len(keys):,} {kind}: {_listed(keys)}" for kind, keys in wrong.items() if keys]

@@ -27,9 +27,7 @@ CHANGEABLE = {"image_size", "dropout", "quantizer_options"}
 
 # File in a tokenizer's folder with the weights of the discriminator it was trained with, if they were saved.
 DISCRIMINATOR_NAME = "discriminator.safetensors"
-
 PROCESSOR_NAME = "preprocessor_config.json"
-PROCESSOR_FIELDS = {"image_size": "whole numbers from 1 to 65,535", "num_channels": "1 (gray) and 3 (RGB)"}
 
 
 def load_tokenizer(name: str, field: str = "tokenizer", **changes: Any) -> VQGANModel:
@@ -88,21 +86,24 @@ def load_vqgan(
         return VQGANModel.from_pretrained(folder, **change(config), **options).eval()
 
 
-def load_image_processor(folder: str | Path) -> VQGANImageProcessor:
+def load_image_processor(folder: str | Path, config: VQGANConfig) -> VQGANImageProcessor:
     """Loads the image processor of a tokenizer's folder.
+
+    Args:
+        folder: folder of the tokenizer.
+        config: configuration of the tokenizer.
 
     Raises:
         OSError: preprocessor_config.json is missing.
-        ValueError: it is malformed.
+        ValueError: it is malformed, or for images of another kind than those of the tokenizer.
     """
     path = Path(folder) / PROCESSOR_NAME
-    with in_our_words(path):
-        # transformers would prefer a processor_config.json
+    with in_our_words(path):  # from_pretrained would prefer a processor_config.json
         processor = VQGANImageProcessor.from_dict(read_json(path))
-    for field, allowed in (("image_size", range(1, 2**16)), ("num_channels", (1, 3))):
+    for field, wanted in {"image_size": config.image_size, "num_channels": config.in_channels}.items():
         value = getattr(processor, field)
-        if type(value) is not int or value not in allowed:
-            raise ValueError(f"{path}: {field}: received {shown(value)}; allowed are {PROCESSOR_FIELDS[field]}")
+        if type(value) is not int or value != wanted:
+            raise ValueError(f"{path}: {field}: received {shown(value)}, but the tokenizer has {wanted}; restore it")
     return processor
 
 

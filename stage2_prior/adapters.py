@@ -49,10 +49,13 @@ def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: 
     )
     prior.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     try:
-        return peft.get_peft_model(prior, settings)
+        adapted: Any = peft.get_peft_model(prior, settings)
     except ValueError as error:
         message = f"received {lora.target_modules!r}; peft refuses it for this prior: {error}"
         raise ConfigError([Problem("lora.target_modules", message)]) from error
+    if isinstance(settings.target_modules, str):  # a saved adapter with a regular expression is not loaded
+        settings.target_modules = sorted(adapted.targeted_module_names)
+    return adapted
 
 
 def base_of_adapter(folder: Path, key: str) -> str | None:
@@ -109,7 +112,8 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         expected = {name: allowed[name] for name in allowed if name in needed or name in weights}
         require_fit(read_header(folder / ADAPTER_WEIGHTS_NAME), expected, folder, ADAPTER_CONFIG_NAME)
         peft.set_peft_model_state_dict(adapted, weights)
-        return adapted.merge_and_unload(safe_merge=True).eval()
+        merged: Any = adapted.merge_and_unload(safe_merge=True)
+        return merged.eval()
 
 
 def without_adapters(prior: Any) -> PreTrainedModel:

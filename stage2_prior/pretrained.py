@@ -48,7 +48,7 @@ def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **option
     require_none(
         folder,
         "config.json",
-        **{kind: sorted(map(str, info[kind])) for kind in MISFITS},
+        **{kind.removesuffix("_keys"): sorted(map(str, info[kind])) for kind in MISFITS},
         wrong_dtype=[
             f"{name} {stored[name].dtype}" for name in parameters if name in stored and stored[name].dtype not in FLOATS
         ],

@@ -15,8 +15,7 @@ from configs import ConfigError, load_config, parse_arguments, run
 from configs.sections import LAUNCHED_WITH
 from pipelines.build import BuildConfig, build
 from pipelines.evaluate import EvaluationConfig as PipelineEvaluation, evaluate as evaluate_pipeline
-from stage1_vqgan import Stage1Config, VQGANConfig
-from stage1_vqgan import VQGANModel
+from stage1_vqgan import Stage1Config, VQGANConfig, VQGANModel
 from stage1_vqgan.evaluate import ReconstructionConfig, evaluate as evaluate_tokenizer
 from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import Stage2Config
