@@ -57,11 +57,11 @@ def verify_listing(files: Any, root: Path) -> None:
             raise Damaged(f"{root}: received {shown(name)}; the list of its files may name only files inside")
         if not path.is_file():
             raise Damaged(f"{path}: this file is missing")
-        size = path.stat().st_size
-        if not isinstance(expected, dict) or size != expected.get("size"):
-            wanted = expected.get("size") if isinstance(expected, dict) else expected
-            raise Damaged(f"{path}: this file has {size:,} bytes; {wanted!r} were saved")
-        if checksum(path) != expected.get("xxh3_128"):
+        if not isinstance(expected, dict) or expected.keys() != {"size", "xxh3_128"}:
+            raise Damaged(f"{path}: received {shown(expected)}; the list must hold the size and checksum of this file")
+        if (size := path.stat().st_size) != expected["size"]:
+            raise Damaged(f"{path}: this file has {size:,} bytes; {shown(expected['size'])} were saved")
+        if checksum(path) != expected["xxh3_128"]:
             raise Damaged(f"{path}: the contents of this file have changed since it was saved")
 
 
@@ -95,5 +95,5 @@ def verify_checksums(folder: str | Path, needed: Iterable[str] = ()) -> None:
             if name not in files and (folder / name).is_file():
                 raise Damaged(f"{folder / name}: this file was added after the folder was saved")
     except ValueError as error:
-        advice = f"save or download the folder again; if you changed the file on purpose, remove {CHECKSUMS_NAME}"
+        advice = f"save or download the folder again; if you changed it on purpose, remove {folder / CHECKSUMS_NAME}"
         raise Damaged(f"{error} ({advice})") from error

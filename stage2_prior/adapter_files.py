@@ -7,8 +7,9 @@ weights of the base. So only the settings of plain LoRA are read, with plain nam
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Gt
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,17 +23,19 @@ from configs.weights_files import FLOATS, Stored, listed, read_header, require_f
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
+Scale = Annotated[float, Gt(0)]
+
 # Settings that are read, with their types.
 READ: dict[str, Any] = {
     "r": Positive,
-    "lora_alpha": Positive | float,
+    "lora_alpha": Positive | Scale,
     "target_modules": list[str],
     "exclude_modules": list[str] | None,
     "modules_to_save": list[str] | None,
     "layers_to_transform": list[NonNegative] | NonNegative | None,
     "layers_pattern": list[str] | str | None,
     "rank_pattern": dict[str, Positive] | None,
-    "alpha_pattern": dict[str, Positive | float] | None,
+    "alpha_pattern": dict[str, Positive | Scale] | None,
     "trainable_token_indices": dict[str, list[NonNegative]] | list[NonNegative] | None,
     "bias": Literal["none", "all", "lora_only"],
     "fan_in_fan_out": bool,

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from configs.files import read_json
 from configs.model_folder import WEIGHTS_NAMES, check_model_folder, local_folder
+from configs.problems import shown
 from configs.weights_files import FLOATS, Stored, in_our_words, require_finite, require_none, size
 from stage2_prior.vocabulary import TokenLayout
 
@@ -55,6 +56,8 @@ def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **option
     )
     require_finite(model.state_dict().items(), folder / WEIGHTS_NAMES[0])
     saved = read_json(folder / "config.json").get("architectures") or [type(model).__name__]
+    if not isinstance(saved, list):
+        raise ValueError(f"{folder}: config.json: architectures: received {shown(saved)}; must be a list of names")
     # The check above cannot tell llama from gemma, for instance: their weights have the same names.
     if type(model).__name__ not in saved:
         raise ValueError(
