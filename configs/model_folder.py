@@ -60,7 +60,7 @@ def check_model_folder(folder: str | Path) -> dict[str, Stored]:
         The tensors of the folder's weights files, by name, without values.
 
     Raises:
-        FileNotFoundError: there are no weights, or only pickled ones.
+        FileNotFoundError: there is no config.json, or there are no weights, or only pickled ones.
         ValueError: the folder holds an adapter, a file differs from checksums.json, the index names shards elsewhere,
             a file is damaged, or a configuration names code, other files, or sizes far above those of the weights.
     """
@@ -73,9 +73,9 @@ def check_model_folder(folder: str | Path) -> dict[str, Stored]:
     files = weights_files(folder)
     verify_checksums(folder, ["config.json", *(path.name for path in files)])
     stored = read_headers(files)
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            _check_config(folder / name, most=max(COUNTED, len(stored)))
+    _check_config(folder / "config.json", most=max(COUNTED, len(stored)))
+    if (folder / "generation_config.json").is_file():
+        _check_config(folder / "generation_config.json", most=LARGEST)
     return stored
 
 
@@ -116,7 +116,7 @@ def _shards(index: Path) -> list[str]:
 
 def _check_config(path: Path, most: int) -> None:
     for key, value in _fields(read_json(path), path):
-        problem = None if value is None else _problem(key, value, most if path.name == "config.json" else LARGEST)
+        problem = None if value is None else _problem(key, value, most)
         if problem is not None:
             raise ValueError(f"{path}: {key}: received {shown(value)}; {problem}")
 

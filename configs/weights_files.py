@@ -4,6 +4,7 @@ A header tells how large a model is, so a wrong configuration is refused before 
 """
 
 import math
+import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,17 +131,16 @@ def _is_finite(value: Any) -> bool:
 
 @contextmanager
 def in_our_words(where: str | Path) -> Iterator[None]:
-    """Turns the errors of libraries that read `where` into ValueError; each architecture raises its own exceptions.
+    """Turns what a library raises while it reads `where` into ValueError; each architecture has its own exceptions.
 
     Raises:
-        OSError, ValueError: as raised inside.
-        MemoryError: as raised inside.
+        MemoryError, OSError: as raised inside.
+        ValueError: the message is one line.
     """
     try:
         yield
-    except (OSError, ValueError, MemoryError):
+    except (MemoryError, OSError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = f"{reason[:200]} …" if len(reason) > 200 else reason
+        reason = textwrap.shorten(str(error).rpartition("Error: ")[2], 500, placeholder=" …") or type(error).__name__
         raise ValueError(f"{where}: this cannot be loaded: {reason}") from error

@@ -82,8 +82,9 @@ def load_vqgan(
     with in_our_words(folder):
         config = VQGANConfig.from_pretrained(folder)
         with torch.device("meta"):
-            require_fit(stored, VQGANModel(config).state_dict(), folder)
-        return VQGANModel.from_pretrained(folder, **change(config), **options).eval()
+            expected = VQGANModel(config).state_dict()
+    require_fit(stored, expected, folder)
+    return VQGANModel.from_pretrained(folder, **change(config), **options).eval()
 
 
 def load_image_processor(folder: str | Path, config: VQGANConfig) -> VQGANImageProcessor:

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from configs import ConfigError, Problem
 from configs.files import read_json
 from configs.model_folder import ADAPTER_CONFIG_NAME
+from configs.problems import shown
 from configs.weights_files import in_our_words, read_header, require_fit
 from stage2_prior.adapter_files import ADAPTER_WEIGHTS_NAME, read_adapter
+from stage2_prior.pretrained import layout_of
 from stage2_prior.training.config import NO_PEFT, LoraConfig
 
 
@@ -86,6 +88,28 @@ def base_of_adapter(folder: Path, key: str) -> str | None:
     return base
 
 
+def check_layout_of_adapter(folder: Path, base: str, key: str) -> None:
+    """Refuses an adapter for other codes than those of its base, before a prior for them takes memory.
+
+    Args:
+        folder: folder of the adapter.
+        base: folder or Hub id of its prior.
+        key: field of the configuration that named the folder, for the message.
+
+    Raises:
+        ConfigError: names the field of token_layout.json that differs.
+    """
+    try:
+        known, layout = layout_of(base), layout_of(str(folder))
+    except (OSError, ValueError):  # reported by those who read these files next
+        return
+    for field in ("num_codes", "grid", "downsampling_factor"):
+        has, wanted = getattr(layout, field), getattr(known, field)
+        if has != wanted:
+            message = f"its token_layout.json has {field} {shown(has)}, that of {base} has {shown(wanted)}"
+            raise ConfigError([Problem(key, message)])
+
+
 def _named_base(folder: Path) -> str | None:
     base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
     return base if isinstance(base, str) and base and "\0" not in base else None
@@ -105,15 +129,15 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     settings, weights = read_adapter(folder)
     with in_our_words(folder):
-        adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+        adapted: Any = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
         needed, allowed = (
             peft.get_peft_model_state_dict(adapted, save_embedding_layers=whole) for whole in (False, True)
         )
-        expected = {name: allowed[name] for name in allowed if name in needed or name in weights}
-        require_fit(read_header(folder / ADAPTER_WEIGHTS_NAME), expected, folder, ADAPTER_CONFIG_NAME)
+    expected = {name: allowed[name] for name in allowed if name in needed or name in weights}
+    require_fit(read_header(folder / ADAPTER_WEIGHTS_NAME), expected, folder, ADAPTER_CONFIG_NAME)
+    with in_our_words(folder):
         peft.set_peft_model_state_dict(adapted, weights)
-        merged: Any = adapted.merge_and_unload(safe_merge=True)
-        return merged.eval()
+        return adapted.merge_and_unload(safe_merge=True).eval()
 
 
 def without_adapters(prior: Any) -> PreTrainedModel:

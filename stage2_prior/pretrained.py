@@ -33,9 +33,9 @@ def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **option
     """
     folder = Path(folder)
     stored = check_model_folder(folder)
-    with in_our_words(folder / "config.json"):
-        if not trust_remote_code:
-            _check_size(folder, stored)
+    if not trust_remote_code:
+        _check_size(folder, stored)
+    with in_our_words(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             trust_remote_code=trust_remote_code,
@@ -69,8 +69,8 @@ def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **option
 
 def _check_size(folder: Path, stored: dict[str, Stored]) -> None:
     """Refuses a config.json of a larger model than the weights, before a model of this size takes memory."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
+    with in_our_words(folder / "config.json"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         implied = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
     if implied > 2 * size(stored) + SLACK:  # below it, transformers lists the weights that are missing
         raise ValueError(
