@@ -132,7 +132,7 @@ def _problem(key: str, value: Any, most: int) -> str | None:
             return f"a saved model must not choose a kernel; {advice}"
     if key in ("dtype", "torch_dtype") and not (isinstance(value, str) and value in FLOATS):
         return f"allowed are {', '.join(sorted(FLOATS))}"
-    if key == "model_type" and value in DOWNLOADING:
+    if key == "model_type" and str(value) in DOWNLOADING:
         return "this architecture downloads and runs a kernel"
     if isinstance(value, int) and abs(value) > LARGEST:
         return f"no field of a model exceeds {LARGEST:,}"

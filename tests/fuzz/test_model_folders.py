@@ -84,6 +84,29 @@ FILES = [
 ]
 
 
+# Files that torch, accelerate, transformers, Lightning or peft would unpickle.
+PICKLES = [
+    "pytorch_model.bin",
+    "adapter_model.bin",
+    "training_args.bin",
+    "trainer_state.pkl",
+    "optimizer.pt",
+    "optimizer.bin",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state.pth",
+    "random_states_0.pkl",
+    "custom_checkpoint_0.pkl",
+    "last.ckpt",
+    "model.pt",
+    "consolidated.pth",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    ".metadata",
+    "__0_0.distcp",
+]
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of folder: how to load it, and numbers of what was loaded, by name."""
@@ -282,7 +305,30 @@ DAMAGES = [
 ]
 
 
-# ---------------------------------------------------------------------- the test
+# ---------------------------------------------------------------------- the tests
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["beside", "instead"])
+def test_planted_pickles_run_nowhere(originals, expected, tmp_path, place):
+    """Beside the weights they change nothing; without weights the folder is refused."""
+    for name, kind in KINDS.items():
+        folder = shutil.copytree(originals / "mine" / name, tmp_path / name)
+        parts = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+        for part in (folder, *parts):
+            for path in part.glob("*.safetensors") if place == "instead" else []:
+                path.with_suffix(".bin").write_bytes(planted_pickle(tmp_path / "canary"))
+                path.unlink()
+            for file in PICKLES:
+                (part / file).write_bytes(planted_pickle(tmp_path / "canary"))
+            if place == "instead":
+                (part / CHECKSUMS_NAME).unlink()
+        found = outcome(lambda folder=folder, kind=kind: kind.numbers(kind.load(folder)), REFUSALS, tmp_path)
+        assert not (tmp_path / "canary").exists(), name
+        if place == "beside":
+            assert not differing(found, expected[name])
+        else:
+            assert "other formats" in str(found)
 
 
 @dataclass
