@@ -11,6 +11,11 @@ from pathlib import Path
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WORDS = ("no space left on device", "disk quota exceeded", *(f"os error {number})" for number in NUMBERS))
 
+SHARED_MEMORY = (
+    "the shared memory (/dev/shm) through which workers send images is full; enlarge it (docker run --shm-size 2g), "
+    "or set dataloader_num_workers 0"
+)
+
 
 class DiskFull(OSError):
     """A disk has too little space. The message names the file, the free space and, if known, the needed space."""
@@ -53,6 +58,8 @@ def naming_full_disk(folder: str | Path) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error):
             raise
+        if "/torch_" in str(error):
+            raise DiskFull(errno.ENOSPC, SHARED_MEMORY) from error
         file = os.fspath(getattr(error, "filename", None) or folder)
         raise DiskFull(errno.ENOSPC, f"{file} could not be written: {size(free_space(folder))} are free") from error
 

@@ -9,10 +9,10 @@ The new files then move from `.saved` to their places, and weights of the old mo
 If a crash interrupts this, the next reader or writer of the folder goes on with it.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from os import rename, replace
 from pathlib import Path
 
 from configs.checksums import write_checksums
@@ -82,7 +82,7 @@ def publish(folder: str | Path) -> None:
     new_file_mode(staged)
     sync_tree(staged)
     shutil.rmtree(folder / SAVED, ignore_errors=True)  # remains of a replacement that has moved all files
-    os.rename(staged, folder / SAVED)
+    rename(staged, folder / SAVED)
     sync_folder(folder)
     finish_interrupted(folder)
 
@@ -106,7 +106,7 @@ def finish_interrupted(folder: str | Path) -> None:
                 path.unlink(missing_ok=True)
     for name in names:
         with suppress(FileNotFoundError):  # moved before the crash, or by another process right now
-            os.replace(saved / name, folder / name)
+            replace(saved / name, folder / name)
     for parent in parents:
         sync_folder(parent)
     shutil.rmtree(saved, ignore_errors=True)

@@ -25,6 +25,7 @@ class Disk:
         self.root, self.after_sync = root, after_sync
         self._contents: dict[int, bytes] = {}
         self._names: dict[int, dict[str, int]] = {}
+        self._held: dict[int, int] = {}  # open files by their number: the system gives no number to a second file
         self._synced = os.fsync
         for path in [*root.rglob("*"), root]:
             self._record(path)
@@ -38,13 +39,24 @@ class Disk:
                 self.after_sync(self)
 
     def _record(self, path: Path) -> None:
-        number = path.stat().st_ino
+        number = self._hold(path)
         if path.is_dir():
-            self._names[number] = {entry.name: entry.inode() for entry in os.scandir(path)}
-            self._contents.pop(number, None)  # the number belonged to a file that was removed
+            self._names[number] = {entry.name: self._hold(entry.path) for entry in os.scandir(path)}
+            for entry in os.scandir(path):
+                if entry.is_dir():
+                    self._names.setdefault(entry.inode(), {})
         else:
             self._contents[number] = path.read_bytes()
-            self._names.pop(number, None)
+
+    def _hold(self, path: str | Path) -> int:
+        number = os.stat(path).st_ino
+        if number not in self._held:
+            self._held[number] = os.open(path, os.O_RDONLY)
+        return number
+
+    def __del__(self) -> None:
+        for descriptor in self._held.values():
+            os.close(descriptor)
 
     def restore(self, folder: Path) -> Path:
         """Writes what is on the disk into a new folder, as a restart after a power cut would find it."""

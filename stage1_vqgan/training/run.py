@@ -230,7 +230,10 @@ class Training:
         """Saves a checkpoint, if all losses and weights are finite."""
         self.health.require_finite_losses(interval.collected)
         self.health.require_finite_state(checkpointing.state_to_check(self.trainer), self.step)
-        checkpointing.save(self.run, self.accelerator, self.trainer, self.step)
+        state = checkpointing.state_to_check(self.trainer)
+        needed = sum(tensor.nbytes for _, tensors in state for tensor in tensors)
+        with self.run.saving_checkpoint(self.step, needed):
+            checkpointing.save(self.run, self.accelerator, self.trainer, self.step)
 
     def finish(self) -> VQGANModel:
         """Saves the tokenizer (the averaged weights, with a fingerprint) and the results; returns the tokenizer."""

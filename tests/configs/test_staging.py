@@ -67,7 +67,7 @@ class Crash(BaseException):
     pass
 
 
-OPERATIONS = [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir")]
+OPERATIONS = [(os, "fsync"), (staging, "rename"), (staging, "replace"), (os, "replace"), (os, "unlink"), (os, "rmdir")]
 
 
 @pytest.mark.parametrize("calls", range(0, 43, 2))
