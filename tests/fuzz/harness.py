@@ -169,5 +169,5 @@ class Planted:
 
 
 def planted_pickle(canary: Path) -> bytes:
-    """A pickle that creates the file `canary` when it is loaded."""
-    return pickle.dumps(Planted(canary))
+    """A pickle that creates the file `canary` when it is loaded, in the protocol of torch.save."""
+    return pickle.dumps(Planted(canary), protocol=2)

@@ -176,6 +176,20 @@ def test_configurations_that_cannot_work(make_config, changes, message):
         make_config(**changes)
 
 
+def test_a_regular_expression_is_saved_as_names(make_config, tiny_runs, tmp_path):
+    pattern = r".*layers\.[01]\..*\.(q|v)_proj"
+    trained = train(make_config(max_steps=1, **{"lora.target_modules": pattern}))
+    saved = json.loads((tmp_path / "prior" / "adapter_config.json").read_text())["target_modules"]
+    assert sorted(saved) == [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qv"]
+    loaded = load_prior(str(tmp_path / "prior"))
+    assert all(torch.equal(weight, trained.get_parameter(name)) for name, weight in loaded.named_parameters())
+    before = load_prior(str(tiny_runs.prior))
+    changed = [
+        name for name, weight in loaded.named_parameters() if not torch.equal(weight, before.get_parameter(name))
+    ]
+    assert changed == [f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in "qv"]
+
+
 def test_modules_that_are_not_there(make_config):
     with pytest.raises(ConfigError, match=r"lora\.target_modules: received \['q_projection'\]; .*not found"):
         train(make_config(**{"lora.target_modules": ["q_projection"]}))
