@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, Problem, Section, run
+from configs.hub import upload_errors
 from configs.sections import upload_problems
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def build(config: BuildConfig) -> "VQGANPipeline":
     pipeline.save_pretrained(config.output_dir)
     print(f"pipeline saved in {Path(config.output_dir).resolve()}")
     if config.push_to_hub:
-        print(pipeline.push_to_hub(str(config.hub_model_id), private=config.hub_private_repo))
+        with upload_errors(config.output_dir):
+            print(pipeline.push_to_hub(str(config.hub_model_id), private=config.hub_private_repo))
     return pipeline
 
 

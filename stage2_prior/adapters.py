@@ -48,12 +48,16 @@ def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: 
         target_modules=lora.target_modules,
         trainable_token_indices=dict.fromkeys(names, tokens) if tokens else None,
     )
-    prior.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    is_local = Path(base).is_dir()
+    prior.name_or_path = str(Path(base).resolve()) if is_local else base
     try:
-        return peft.get_peft_model(prior, settings)
+        adapted = peft.get_peft_model(prior, settings)
     except ValueError as error:
         message = f"received {lora.target_modules!r}; peft refuses it for this prior: {error}"
         raise ConfigError([Problem("lora.target_modules", message)]) from error
+    # peft's model card shows this name; only adapter_config.json needs the path
+    prior.name_or_path = prior.config.name_or_path = Path(base).resolve().name if is_local else base
+    return adapted
 
 
 def base_of_adapter(folder: Path, key: str) -> str | None:
