@@ -4,22 +4,30 @@ It is written to another folder and synced to disk, the marker file last. Then t
 
 output_dir/
   checkpoint-1000/     a complete checkpoint: it gets this name only when all of its files are on disk
-    complete.json      the marker: optimizer steps done, number of processes, seconds of training so far
+    complete.json      the marker: optimizer steps done, number of processes, seconds of training so far, and the size
+                       and checksum of every other file
     …                  files of the stage
   unfinished/          a checkpoint that is being written or removed; useless after a crash
 """
 
-import json
+import logging
+import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from configs.files import sync_folder, sync_tree
+from configs.checksums import Damaged, listing, verify_listing
+from configs.files import new_file_mode, read_json, sync_folder, sync_tree, write_json
 from configs.problems import ConfigError, Problem
 
 MARKER_NAME = "complete.json"
 UNFINISHED = "unfinished"
+START_ANEW = "remove it to start anew, or choose another output_dir"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,21 +47,55 @@ class Checkpoint:
     seconds: float
 
 
+def checkpoint_folders(output_dir: str | Path) -> list[Path]:
+    """The folders of all checkpoints of a run, damaged ones too, oldest first."""
+    names = (re.fullmatch(r"checkpoint-(\d{1,18})", path.name) for path in Path(output_dir).glob("checkpoint-*"))
+    return [Path(output_dir, name[0]) for name in sorted(filter(None, names), key=lambda name: int(name[1]))]
+
+
 def complete_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
-    """The complete checkpoints of a run, oldest first."""
-    found = map(read_checkpoint, Path(output_dir).glob("checkpoint-*"))
-    return sorted((one for one in found if one is not None), key=lambda checkpoint: checkpoint.step)
+    """The checkpoints of a run whose marker can be read, oldest first. Other files are not read."""
+    found = []
+    for path in checkpoint_folders(output_dir):
+        with suppress(Damaged):
+            found.append(_read_marker(path)[0])
+    return found
 
 
-def read_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint in a folder, or None if it is not complete."""
-    name = re.fullmatch(r"checkpoint-(\d+)", path.name)
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder. Compares all of its files with their checksums.
+
+    Raises:
+        Damaged: a file is missing, has changed or does not belong to the checkpoint. The message names the file.
+    """
+    checkpoint, files = _read_marker(path)
     try:
-        marker = json.loads((path / MARKER_NAME).read_text())
-        checkpoint = Checkpoint(path, marker["step"], marker["num_processes"], marker["seconds"])
-    except (OSError, ValueError, KeyError):
-        return None
-    return checkpoint if name is not None and int(name[1]) == checkpoint.step else None
+        verify_listing(files, path)
+    except OSError as error:
+        raise Damaged(f"{error.filename}: this file cannot be read ({error.strerror})") from error
+    unknown = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
+    if unknown := unknown - {*files, MARKER_NAME}:
+        raise Damaged(f"{path / min(unknown)}: this file does not belong to the checkpoint")
+    return checkpoint
+
+
+def _read_marker(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    marker = path / MARKER_NAME
+    try:
+        values = read_json(marker)
+    except FileNotFoundError:
+        raise Damaged(f"{marker}: this file is missing") from None
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{marker}: {str(error).removeprefix(f'{marker}: ')}") from error
+    if "files" not in values:
+        raise Damaged(f"{marker}: lists no files; an earlier version wrote this checkpoint, finish the run with it")
+    kinds = {"step": int, "num_processes": int, "seconds": int | float, "files": dict}
+    for key, kind in kinds.items():
+        if not isinstance(values.get(key), kind) or values[key] is True:
+            raise Damaged(f"{marker}: {key}: received {values.get(key)!r}")
+    if path.name != f"checkpoint-{values['step']}":
+        raise Damaged(f"{marker}: step: received {values['step']}, which the name of the folder contradicts")
+    return Checkpoint(path, values["step"], values["num_processes"], values["seconds"]), values["files"]
 
 
 def unfinished_path(output_dir: str | Path, step: int) -> Path:
@@ -70,12 +112,17 @@ def publish(output_dir: str | Path, step: int, num_processes: int, seconds: floa
         Folder of the complete checkpoint.
     """
     partial, final = unfinished_path(output_dir, step), Path(output_dir) / f"checkpoint-{step}"
-    marker = asdict(Checkpoint(final, step, num_processes, round(seconds, 1)))
-    del marker["path"]
-    (partial / MARKER_NAME).write_text(json.dumps(marker) + "\n")
+    files = listing((path for path in partial.rglob("*") if path.is_file()), partial)
+    marker = {"step": step, "num_processes": num_processes, "seconds": round(seconds, 1), "files": files}
+    write_json(partial / MARKER_NAME, marker)
+    new_file_mode(partial)
     sync_tree(partial)
-    if final.exists():  # it is incomplete, because the run would have resumed from a complete one
-        shutil.rmtree(final)
+    # Later checkpoints are damaged: the run would have resumed from them. An equal step is damaged too.
+    for path in checkpoint_folders(output_dir):
+        if int(path.name.rpartition("-")[2]) > step:
+            path.rename(partial.with_name(f"{path.name}-damaged"))
+    if final.exists():
+        final.rename(partial.with_name(f"{final.name}-damaged"))
     partial.rename(final)
     sync_folder(final.parent)
     for old in complete_checkpoints(output_dir)[:-total_limit]:
@@ -104,23 +151,25 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str, max_ste
         ConfigError: the path is not a complete checkpoint, the folder holds later ones, or the checkpoint lies beyond
             `max_steps`; or with "none" the folder already holds checkpoints.
     """
-    key, existing = "resume_from_checkpoint", complete_checkpoints(output_dir)
+    key = "resume_from_checkpoint"
     if resume_from_checkpoint == "none":
-        if existing:
+        if checkpoint_folders(output_dir):
             message = f"received 'none', but {output_dir} holds checkpoints; choose another output_dir or remove them"
             raise ConfigError([Problem(key, message)])
         return None
     if resume_from_checkpoint == "latest":
-        chosen = existing[-1] if existing else None
+        chosen = _newest_intact(output_dir)
     else:
-        chosen = read_checkpoint(Path(resume_from_checkpoint).expanduser())
-        if chosen is None:
+        try:
+            chosen = read_checkpoint(Path(resume_from_checkpoint).expanduser())
+        except Damaged as error:
             allowed = "needs 'latest', 'none' or the path of a complete checkpoint-N"
-            raise ConfigError([Problem(key, f"received {resume_from_checkpoint!r}; {allowed}")])
+            raise ConfigError([Problem(key, f"received {resume_from_checkpoint!r}; {allowed} ({error})")]) from error
         is_inside = chosen.path.parent.resolve() == Path(output_dir).resolve()
+        existing = complete_checkpoints(output_dir)
         later = [str(other.path) for other in existing if other.step > chosen.step]
         if existing and not is_inside:  # the run started from that path, and has saved checkpoints since then
-            chosen = existing[-1]
+            chosen = _newest_intact(output_dir)
         elif later:
             message = f"received {resume_from_checkpoint!r}, but the run would mix with later ones"
             advice = f"move or remove {', '.join(later)}, or choose another output_dir"
@@ -129,3 +178,27 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str, max_ste
         message = f"received {max_steps}, but {chosen.path} has more steps; raise it, or choose another output_dir"
         raise ConfigError([Problem("max_steps", message)])
     return chosen
+
+
+def _newest_intact(output_dir: str | Path) -> Checkpoint | None:
+    """The newest checkpoint whose files are as they were saved; None if the folder has no checkpoint.
+
+    A damaged newer one is reported. The run then repeats the steps since the older one.
+
+    Raises:
+        ConfigError: all checkpoints are damaged.
+    """
+    damaged: list[Damaged] = []
+    for path in reversed(checkpoint_folders(output_dir)):
+        try:
+            checkpoint = read_checkpoint(path)
+        except Damaged as error:
+            damaged.append(error)
+            continue
+        for problem in damaged if os.environ.get("RANK", "0") == "0" else []:
+            logger.warning("%s; resuming from the older %s", problem, checkpoint.path)
+        return checkpoint
+    if damaged:
+        problems = [Problem("resume_from_checkpoint", str(error)) for error in damaged]
+        raise ConfigError([*problems, Problem("output_dir", START_ANEW)], f"{output_dir}: no checkpoint is intact")
+    return None

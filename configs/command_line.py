@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from configs.disk_space import DiskFull, naming_full_disk
 from configs.interruption import Diverged, Stopped, sigterm_raises
 from configs.loader import load_config, to_dict
 from configs.problems import ConfigError, Problem, shown
@@ -18,7 +19,8 @@ from configs.yaml_files import parse_yaml
 T = TypeVar("T")
 
 # Errors of writing into a folder that exists.
-NO_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+NO_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS}
+MAKE_SPACE = "What was saved before is intact. Make space, then start the same command again: it goes on from there"
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any], list[Problem]]:
@@ -79,7 +81,10 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
         with sigterm_raises():
             config = load_config(cls, *parse_arguments(arguments))
             try:
-                main(config)
+                with naming_full_disk(Path.cwd()):
+                    main(config)
+            except DiskFull:
+                raise
             except OSError as error:
                 refused = refused_path(config, error)
                 if refused is None:
@@ -87,6 +92,8 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
                 raise ConfigError([refused]) from error
     except ConfigError as error:
         _exit(error, 2)
+    except DiskFull as error:
+        _exit(f"the disk is full: {error.strerror}. {MAKE_SPACE}", error.exit_code)
     except (Diverged, Stopped) as error:
         _exit(error, error.exit_code)
     except KeyboardInterrupt:

@@ -5,10 +5,14 @@ It is written under another name, synced to disk, and then renamed. Syncing the 
 
 import json
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from configs.disk_space import naming_full_disk
 
 
 @contextmanager
@@ -16,11 +20,14 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     """Opens a binary file that replaces `path` at the end of the context. Until then, an older file of the name stays.
 
     After an error nothing has changed, and the unfinished file is removed.
+
+    Raises:
+        DiskFull: the message names the file.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with naming_full_disk(path), open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -58,6 +65,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def make_folder(folder: str | Path) -> Path:
+    """Creates a folder and its missing parents; their names are on disk afterwards. Returns the folder."""
+    folder = Path(folder)
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for created in missing:
+        sync_folder(created.parent)
+    return folder
+
+
 def sync_folder(folder: str | Path) -> None:
     """Waits until the names of a folder's files are on disk."""
     if os.name == "nt":  # Windows cannot open folders
@@ -76,3 +93,15 @@ def sync_tree(folder: str | Path) -> None:
             with open(Path(parent, name), "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(parent)
+
+
+def new_file_mode(folder: str | Path) -> None:
+    """Gives every file in a folder the permissions of a new file; the safetensors library allows only the owner."""
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as empty:
+        sample = Path(empty, "sample")
+        sample.touch()
+        mode = stat.S_IMODE(sample.stat().st_mode)
+    for path in folder.rglob("*"):
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)

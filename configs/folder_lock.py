@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from configs.files import make_folder
 from configs.problems import ConfigError, Problem
 
 LOCK_NAME = ".lock"
@@ -29,8 +30,7 @@ def locked_folder(folder: str | Path, config_key: str) -> Iterator[None]:
         ConfigError: another process has locked the folder.
         OSError: the folder cannot be created or written to.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     lock = FileLock(folder / LOCK_NAME, timeout=0)
     try:
         lock.acquire()

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from configs.disk_space import DiskFull, naming_full_disk
 from configs.problems import ConfigError, Problem
 from configs.uploads import check_upload, without_secrets
 
 # Files that an earlier upload may have left in the repository, and that must not mix with the files of this one.
-STALE = ("model*.safetensors*", "adapter_*")
+STALE = ("model*.safetensors*", "adapter_*", "checksums.json")
 
 STATUS_ADVICE = {
     401: "the Hub does not accept your login; run `hf auth login` with a token that may write",
@@ -43,11 +44,13 @@ def push_run(config: Any, export: Callable[[Path, Path], None]) -> str:
 
     Raises:
         ConfigError: the upload failed.
+        DiskFull: the folder for temporary files has too little space.
     """
     from huggingface_hub import HfApi
 
     with upload_errors(config.output_dir), tempfile.TemporaryDirectory() as folder:
-        export(Path(config.output_dir), Path(folder))
+        with naming_full_disk(folder):
+            export(Path(config.output_dir), Path(folder))
         check_upload(folder)
         api = HfApi()
         repo_id = api.create_repo(config.hub_model_id, private=config.hub_private_repo, exist_ok=True).repo_id
@@ -65,6 +68,8 @@ def upload_errors(output_dir: str | Path) -> Iterator[None]:
 
     try:
         yield
+    except DiskFull:
+        raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         message = f"the model is saved in {output_dir}, but was not uploaded: {_reason(error)}"
         raise ConfigError([Problem("push_to_hub", f"{message}. The same command uploads it")], "upload") from error

@@ -15,13 +15,23 @@ from typing import Any
 
 import yaml
 
-from configs.checkpoints import Checkpoint, complete_checkpoints, find_checkpoint, publish, remove_unfinished
+from configs.checkpoints import (
+    Checkpoint,
+    checkpoint_folders,
+    complete_checkpoints,
+    find_checkpoint,
+    publish,
+    remove_unfinished,
+    unfinished_path,
+)
+from configs.disk_space import naming_full_disk, require_space
 from configs.files import write_json, write_text
 from configs.folder_lock import locked_folder
 from configs.hub import push_run
 from configs.interruption import Diverged, Stopped
 from configs.loader import save_config, to_dict
 from configs.problems import ConfigError, Problem
+from configs.staging import SAVING, finish_interrupted, replaced_files
 from configs.uploads import copy_run
 
 CONFIG_NAME = "config.yaml"
@@ -50,8 +60,8 @@ logger = logging.getLogger(__name__)
 
 
 def holds_work(folder: str | Path) -> bool:
-    """Whether the folder of a run holds complete checkpoints or results."""
-    return (Path(folder) / RESULTS_NAME).is_file() or bool(complete_checkpoints(folder))
+    """Whether the folder of a run holds checkpoints or results."""
+    return (Path(folder) / RESULTS_NAME).is_file() or bool(checkpoint_folders(folder))
 
 
 class RunFolder:
@@ -79,6 +89,8 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         self._lock.__enter__()
         try:
+            if self.is_main_process:
+                finish_interrupted(self.path)
             if holds_work(self.path):
                 self._refuse_other_settings(self.path / CONFIG_NAME)
         except BaseException:
@@ -143,6 +155,46 @@ class RunFolder:
     def publish(self, step: int, num_processes: int) -> Path:
         """Completes the checkpoint that all processes have written at `unfinished_path`. Main process only."""
         return publish(self.path, step, num_processes, self.seconds, self.config.save_total_limit)
+
+    @contextlib.contextmanager
+    def saving_checkpoint(self, step: int, needed: int) -> Iterator[None]:
+        """A checkpoint is written inside this context. After an error, the unfinished checkpoint is removed.
+
+        Args:
+            step: optimizer steps done.
+            needed: bytes of the checkpoint's tensors.
+
+        Raises:
+            DiskFull: the disk has too little space.
+        """
+        folder = unfinished_path(self.path, step)
+        try:
+            if self.is_main_process:
+                require_space(self.path, needed, f"the checkpoint of step {step}")
+            with naming_full_disk(folder):
+                yield
+        except BaseException:
+            if self.is_main_process:
+                remove_unfinished(self.path)
+            raise
+
+    @contextlib.contextmanager
+    def replaced_model(self, needed: int = 0) -> Iterator[Path]:
+        """Yields the folder in which the trained model is saved; its files then replace those of an older model.
+
+        All processes enter it, because a sharded model is gathered. Only the main process writes.
+
+        Args:
+            needed: bytes of the model.
+
+        Raises:
+            DiskFull: the disk has too little space.
+        """
+        if self.is_main_process:
+            with replaced_files(self.path, needed) as staged:
+                yield staged
+        else:
+            yield self.path / SAVING
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl. Main process only."""

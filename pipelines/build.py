@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, Problem, Section, run
+from configs.folder_lock import locked_folder
 from configs.hub import upload_errors
 from configs.sections import upload_problems
 
@@ -76,7 +77,8 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         pipeline = VQGANPipeline(vqgan, prior, processor, layout)
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
-    pipeline.save_pretrained(config.output_dir)
+    with locked_folder(config.output_dir, "output_dir"):
+        pipeline.save_pretrained(config.output_dir)
     print(f"pipeline saved in {Path(config.output_dir).resolve()}")
     if config.push_to_hub:
         with upload_errors(config.output_dir):

@@ -8,7 +8,6 @@ prior/                  config.json, model.safetensors, generation_config.json
 """
 
 import inspect
-import json
 import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -21,9 +20,10 @@ from huggingface_hub import HfApi, snapshot_download
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from configs.files import read_json
+from configs.files import read_json, write_json
 from configs.hub import is_repo_id
 from configs.model_folder import check_model_folder
+from configs.staging import finish_interrupted, replaced_files
 from configs.uploads import check_upload
 from pipelines.model_card import model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
@@ -52,22 +52,22 @@ def save(
         name: folder or Hub id in the example of the model card.
         **options: passed to the models' `save_pretrained`, for instance `max_shard_size`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     prior = without_adapters(prior)
-    vqgan.save_pretrained(folder / "vqgan", **options)
-    image_processor.save_pretrained(folder / "vqgan")
-    prior.save_pretrained(folder / "prior", **options)
-    for source in tokenizer_sources():
-        shutil.copy(source, folder)
     index = {
         "_class_name": "VQGANPipeline",
         "versions": versions(),
         "token_layout": layout.to_dict(),
         "tokenizer_fingerprint": layout.tokenizer_fingerprint,
     }
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(vqgan, prior, layout, name))
+    needed = vqgan.get_memory_footprint() + prior.get_memory_footprint()
+    with replaced_files(folder, needed) as staged:
+        vqgan.save_pretrained(staged / "vqgan", **options)
+        image_processor.save_pretrained(staged / "vqgan")
+        prior.save_pretrained(staged / "prior", **options)
+        for source in tokenizer_sources():
+            shutil.copy(source, staged)
+        write_json(staged / INDEX_NAME, index)
+        (staged / "README.md").write_text(model_card(vqgan, prior, layout, name))
 
 
 def push(repo_id: str, components: dict[str, Any], private: bool | None, commit_message: str, **options: Any) -> str:
@@ -104,6 +104,7 @@ def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:
         wanted = [str(inside / path) for path in (INDEX_NAME, "vqgan/*", "prior/*")]
         folder = Path(snapshot_download(str(name), allow_patterns=wanted, **download))
     folder /= inside
+    finish_interrupted(folder)
     if not (folder / INDEX_NAME).is_file():
         raise FileNotFoundError(f"{folder} holds no pipeline: {INDEX_NAME} is missing")
     return folder

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from configs.checksums import write_checksums
 from configs.hub import is_repo_id
 from configs.uploads import RUN_FILES, copy_files, copy_run
 from stage2_prior.adapters import base_of_adapter
@@ -22,3 +23,4 @@ def export_prior(source: Path, target: Path) -> None:
     else:
         load_prior(str(source), "output_dir").save_pretrained(target)
         copy_files(source, target, RUN_FILES)
+        write_checksums(target)

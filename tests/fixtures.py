@@ -117,7 +117,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of the runs of tests/kill_runs.py without interruption."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    for name in ("stage1", "tokenize", "stage2"):
+    for name in ("stage1", "tokenize", "stage2", "build"):
         assert kill_runs.run(name, folder) == 0, (folder / "log.txt").read_text()[-3000:]
     return folder
 

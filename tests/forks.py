@@ -4,6 +4,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,10 +68,14 @@ def _child(function: Callable[..., None], arguments: tuple, log: Path) -> None:
 
 def _launch(function: Callable[..., None], arguments: tuple, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    debug_launcher(_rank, (function, arguments), num_processes=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    debug_launcher(_rank, (function, arguments, port), num_processes=2)
 
 
-def _rank(function: Callable[..., None], arguments: tuple) -> None:
+def _rank(function: Callable[..., None], arguments: tuple, port: str) -> None:
+    os.environ["MASTER_PORT"] = port  # that of debug_launcher is always the same, also in other jobs on the machine
     AcceleratorState._reset_state(reset_partial_state=True)  # the fork copied the state of its parent
     GradientState._reset_state()
     function(*arguments)

@@ -6,6 +6,7 @@ For tests/test_kills.py and tests/test_signals.py.
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -14,27 +15,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
-from configs import Section, checkpoints, command_line
+from configs import Section, checkpoints, command_line, staging
 from configs.checkpoints import complete_checkpoints
+from pipelines import VQGANPipeline
+from pipelines.build import BuildConfig, build
+from stage1_vqgan import load_tokenizer
 from stage1_vqgan.training import run as stage1
 from stage1_vqgan.training.step import VQGANTrainer
-from stage2_prior import code_store, tokenization
+from stage2_prior import code_store, load_prior, tokenization
 from stage2_prior.training import run as stage2
 from tests import forks, process_runs
 from tests.tiny import tensors
 
 COMMON = {"dataloader_num_workers": 2, "logging_steps": 7, "save_steps": 4, "save_total_limit": 2}
+LENGTHS = {"stage1": 18, "stage2": 30}  # optimizer steps
 SHARD_ROWS = 400
 REACHED = "\n<the point is reached>\n"
 
 
 def run_stage1(folder: Path) -> None:
     """18 steps over 14 batches an epoch, with augmentation, dropout, k-means, restarts and the adversarial loss."""
-    config = process_runs.stage1_config(folder, max_steps=18, global_batch_size=96, **COMMON)
+    config = process_runs.stage1_config(folder, max_steps=LENGTHS["stage1"], global_batch_size=96, **COMMON)
     config.model |= {"dropout": 0.1, "image_size": 8}
     config.discriminator.num_layers = 1
     config.eval_steps = 12
@@ -43,10 +50,22 @@ def run_stage1(folder: Path) -> None:
 
 def run_stage2(folder: Path) -> None:
     """30 steps over 22 batches an epoch, with dropout of conditions and of attention."""
-    changes = {"max_steps": 30, "global_batch_size": 128, "eval_steps": 12, **COMMON, "save_steps": 6}
+    changes = {"max_steps": LENGTHS["stage2"], "global_batch_size": 128, "eval_steps": 12, **COMMON, "save_steps": 6}
     config = process_runs.stage2_config(folder, **changes)
     config.model["attention_dropout"] = 0.1
     stage2.train(config)
+
+
+def run_stage1_longer(folder: Path) -> None:
+    """Lengthens the run of `run_stage1`."""
+    with patch.dict(LENGTHS, stage1=20):
+        run_stage1(folder)
+
+
+def run_stage2_longer(folder: Path) -> None:
+    """Lengthens the run of `run_stage2`."""
+    with patch.dict(LENGTHS, stage2=32):
+        run_stage2(folder)
 
 
 def run_tokenize(folder: Path) -> None:
@@ -54,8 +73,27 @@ def run_tokenize(folder: Path) -> None:
     tokenization.tokenize(process_runs.stage2_config(folder, **COMMON, tokenize_batch_size=64))
 
 
-RUNS = {"stage1": run_stage1, "stage2": run_stage2, "tokenize": run_tokenize}
-FOLDERS = {"stage1": "vqgan", "stage2": "prior", "tokenize": "codes"}  # the output folder of each run
+def run_build(folder: Path) -> None:
+    """Joins tokenizer and prior."""
+    parts = {"tokenizer": "vqgan", "prior": "prior", "output_dir": "pipeline"}
+    build(BuildConfig(**{key: str(folder / name) for key, name in parts.items()}))
+
+
+def run_build_other(folder: Path) -> None:
+    """The same, with weights of the prior that stand for another training."""
+    shutil.copytree(folder / "prior", folder / "other", dirs_exist_ok=True)
+    weights = {name: -weight for name, weight in load_file(folder / "other" / "model.safetensors").items()}
+    save_file(weights, folder / "other" / "model.safetensors", {"format": "pt"})
+    (folder / "other" / "checksums.json").unlink(missing_ok=True)
+    values = {"tokenizer": "vqgan", "prior": "other", "output_dir": "pipeline"}
+    build(BuildConfig(**{key: str(folder / name) for key, name in values.items()}))
+
+
+RUNS = {"stage1": run_stage1, "stage2": run_stage2, "tokenize": run_tokenize, "build": run_build}
+CHANGED = {"stage1": run_stage1_longer, "stage2": run_stage2_longer, "build": run_build_other}
+# the output folder of each run, and the results of earlier stages that it needs
+FOLDERS = {"stage1": "vqgan", "stage2": "prior", "tokenize": "codes", "build": "pipeline"}
+NEEDED = {"stage1": [], "tokenize": ["vqgan"], "stage2": ["vqgan", "codes"], "build": ["vqgan", "prior"]}
 
 # Functions whose calls are counted for each point. The process kills itself when the count is reached.
 POINTS = {
@@ -63,6 +101,12 @@ POINTS = {
     "write": [(os, "fsync"), (checkpoints.Path, "rename")],  # a checkpoint is partly on the disk
     "save": [(torch, "save")],  # optimizer states are partly written
     "shard": [(tokenization, "write_shard"), (os, "replace")],
+    # a model is partly written, or its files have partly replaced those of an older one
+    "final": [
+        *((staging, name) for name in ("write_checksums", "write_json", "new_file_mode", "sync_tree", "sync_folder")),
+        *((staging, name) for name in ("finish_interrupted", "read_json", "rename", "replace")),
+        (PreTrainedModel, "save_pretrained"),
+    ],
 }
 
 
@@ -71,11 +115,15 @@ class Nothing(Section):
     """An empty configuration, because the runs above build their own."""
 
 
-def _child(name: str, folder: Path, point: str | None, count: float, pause: float) -> None:
+def _child(name: str, folder: Path, point: str | None, count: float, pause: float, largest_file: int | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     multiprocessing.set_start_method("fork", force=True)  # start method of data loader workers
     for module in (code_store, tokenization):
         module.SHARD_ROWS = SHARD_ROWS  # type: ignore[attr-defined]
+    if largest_file is not None:
+        COMMON["dataloader_num_workers"] = 0  # their shared memory is a file too
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if point == "seconds":
         threading.Timer(count, os.kill, (os.getpid(), signal.SIGKILL)).start()
     elif point is not None:
@@ -84,7 +132,8 @@ def _child(name: str, folder: Path, point: str | None, count: float, pause: floa
             setattr(owner, function, _counting(getattr(owner, function), left, pause))
     exit_code = 0
     try:
-        command_line.run(Nothing, lambda _: RUNS[name](folder), name, [])
+        main = CHANGED[name.removesuffix("/changed")] if name.endswith("/changed") else RUNS[name]
+        command_line.run(Nothing, lambda _: main(folder), name, [])
     except SystemExit as error:
         exit_code = int(error.code or 0)
     os._exit(exit_code)
@@ -105,9 +154,25 @@ def _counting(function: Callable, left: list[float], pause: float) -> Callable:
     return call
 
 
-def run(name: str, folder: Path, point: str | None = None, count: float = 0) -> int | None:
-    """Runs until the end or until it is killed; returns the exit code (-9 if it was killed)."""
-    return _end(_start(name, folder, point, count, pause=0), folder)
+def run(
+    name: str,
+    folder: Path,
+    point: str | None = None,
+    count: float = 0,
+    largest_file: int | None = None,
+    log: Path | None = None,
+) -> int | None:
+    """Runs until the end or until it is killed; returns the exit code (-9 if it was killed).
+
+    Args:
+        name: a name in RUNS, or one in CHANGED with "/changed" behind it.
+        folder: where the results of all stages lie.
+        point, count: where the run is killed.
+        largest_file: bytes; writing more into one file fails.
+        log: file of the output, by default log.txt in the folder.
+    """
+    log = log or folder / "log.txt"
+    return forks.end(_start(name, folder, point, count, 0, log, largest_file), log)
 
 
 def interrupt(
@@ -117,32 +182,51 @@ def interrupt(
 
     The first signal follows when the run reaches a point and pauses there. Each further one follows after some seconds.
     """
-    process = _start(name, folder, point, count, pause)
-    while REACHED not in (folder / "log.txt").read_text():
-        assert process.is_alive(), (folder / "log.txt").read_text()
+    log = folder / "log.txt"
+    process = _start(name, folder, point, count, pause, log)
+    while REACHED not in log.read_text():
+        assert process.is_alive(), log.read_text()
         time.sleep(0.01)
     for number, seconds in signals:
         time.sleep(seconds)
         os.killpg(process.pid, number)
-    return _end(process, folder)
+    return forks.end(process, log)
 
 
 def prepare(name: str, undisturbed: Path, folder: Path) -> None:
     """Copies the results of earlier stages that a run needs."""
-    for needed in {"stage1": [], "tokenize": ["vqgan"], "stage2": ["vqgan", "codes"]}[name]:
+    for needed in NEEDED[name]:
         shutil.copytree(undisturbed / needed, folder / needed)
 
 
 def differences(name: str, undisturbed: Path, folder: Path) -> list[str]:
     """The results of a run that differ from those of the undisturbed run."""
     expected, found = contents(name, undisturbed), contents(name, folder)
-    assert expected.keys() == found.keys() and len(expected) >= (6 if name == "tokenize" else 60)
+    assert expected.keys() == found.keys() and len(expected) >= {"tokenize": 6, "build": 9}.get(name, 60)
     return [path for path in expected if expected[path] != found[path]]
+
+
+def weights(name: str, folder: Path) -> bytes | None:
+    """The weights of the model in a run's folder, as its loader reads them; None if there is no model yet."""
+    made = folder / FOLDERS[name]
+    if not any(
+        (made / index).is_file() for index in ("config.json", "model_index.json", f"{staging.SAVED}/files.json")
+    ):
+        return None
+    if name == "build":
+        pipeline = VQGANPipeline.from_pretrained(made)
+        models = [pipeline.vqgan, pipeline.prior]
+    else:
+        models = [load_tokenizer(str(made)) if name == "stage1" else load_prior(str(made))]
+    return b"".join(tensor.numpy().tobytes() for model in models for tensor in model.state_dict().values())
 
 
 def contents(name: str, folder: Path) -> dict[str, Any]:
     """The results of a run: models, moving average, codebook and optimizer states; or the files of the code store."""
     made = folder / FOLDERS[name]
+    if name == "build":
+        paths = [path for path in sorted(made.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        return {str(path.relative_to(made)): path.read_bytes() for path in paths}
     if name == "tokenize":
         manifest = json.loads((made / "manifest.json").read_text())
         del manifest["seconds"]
@@ -157,9 +241,7 @@ def contents(name: str, folder: Path) -> dict[str, Any]:
     return {path: leaf.numpy().tobytes() for path, leaf in tensors(states).items()}
 
 
-def _start(name: str, folder: Path, point: str | None, count: float, pause: float) -> Any:
-    return forks.start(_child, (name, folder, point, count, pause), folder / "log.txt")
-
-
-def _end(process: Any, folder: Path) -> int | None:
-    return forks.end(process, folder / "log.txt")
+def _start(
+    name: str, folder: Path, point: str | None, count: float, pause: float, log: Path, largest_file: int | None = None
+) -> Any:
+    return forks.start(_child, (name, folder, point, count, pause, largest_file), log)

@@ -1,17 +1,21 @@
 """A run that is killed at any point and started again has exactly the results of an uninterrupted run."""
 
+import functools
 import random
+import shutil
 
 import pytest
 
 from tests import kill_runs
 
+FINAL = {"stage1": 7, "stage2": 9, "build": 12}  # one call of those that save a model and replace its files
 SHORT = {
     "stage1": [("step", 11), ("write", 6), ("step", 22)],
     "stage2": [("save", 2), ("write", 9), ("step", 20)],
     "tokenize": [("shard", 1), ("shard", 4), ("shard", 6)],
+    "build": [("final", 6), ("final", 21)],
 }
-MOST = {"step": 16, "write": 20, "save": 5, "shard": 6}
+MOST = {"final": 30, "step": 16, "write": 20, "save": 5, "shard": 6}
 
 
 def survive(name, undisturbed, folder, points):
@@ -36,12 +40,55 @@ def test_killed_runs_end_as_undisturbed_ones(name, undisturbed, tmp_path):
     assert survive(name, undisturbed, tmp_path, SHORT[name]) == len(SHORT[name])
 
 
+@pytest.fixture(scope="module")
+def changed(undisturbed, tmp_path_factory):
+    """Returns the weights of the models when a finished run is lengthened, or a pipeline built from other models."""
+    folder = tmp_path_factory.mktemp("changed")
+    shutil.copytree(undisturbed, folder, dirs_exist_ok=True)
+
+    def weights(name):
+        assert kill_runs.run(f"{name}/changed", folder) == 0, (folder / "log.txt").read_text()[-3000:]
+        return kill_runs.weights(name, folder)
+
+    return functools.cache(weights)
+
+
+def replace_model(name, count, old, new, undisturbed, folder):
+    """Kills the save of a new model over an old one; returns whether the folder then loads as the new one."""
+    shutil.copytree(undisturbed, folder)
+    assert kill_runs.run(f"{name}/changed", folder, "final", count) == -9, (folder / "log.txt").read_text()[-3000:]
+    found = kill_runs.weights(name, folder)
+    assert found in (old, new)
+    assert kill_runs.run(f"{name}/changed", folder) == 0, (folder / "log.txt").read_text()[-3000:]
+    assert kill_runs.weights(name, folder) == new
+    return found == new
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_a_killed_save_leaves_the_old_or_the_new_model(count, undisturbed, changed, tmp_path):
+    """The first kill comes before the new files count, the second one while they replace the old ones."""
+    old, new = kill_runs.weights("build", undisturbed), changed("build")
+    assert old != new
+    assert replace_model("build", count, old, new, undisturbed, tmp_path / "run") == (count == 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FINAL)
+def test_thirty_kills_of_final_saves(name, undisturbed, changed, tmp_path):
+    old, new, rng = kill_runs.weights(name, undisturbed), changed(name), random.Random(name)
+    assert old != new
+    counts = [rng.randint(1, FINAL[name]) for _ in range(10)]
+    found = [replace_model(name, count, old, new, undisturbed, tmp_path / str(n)) for n, count in enumerate(counts)]
+    print(f"{name}: {found.count(False)} kills left the old model, {found.count(True)} the new one")
+    assert set(found) == {False, True}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_killed_at_ten_random_points(name, undisturbed, tmp_path):
     """Repeats runs, each with kills until it ends, until at least ten kills have happened."""
     rng = random.Random(name)
-    kinds = ["shard"] if name == "tokenize" else ["step", "write", "save"]
+    kinds = {"tokenize": ["shard"], "build": ["final"]}.get(name, ["step", "write", "save", "final"])
     kills, runs = 0, 0
     while kills < 10:
         points = []

@@ -1,5 +1,6 @@
 """Uploads: the exact list of files, nothing about the author in them, and a stranger can load them."""
 
+import errno
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from configs import ConfigError, command_line, save_config
+from configs.checksums import verify_checksums
 from configs.hub import push_run
 from configs.uploads import copy_run, public_name
 from pipelines import VQGANPipeline
@@ -42,10 +44,11 @@ SOURCES = [
     *(f"quantizer_{kind}.py" for kind in ("base", "ema", "fsq", "gumbel", "lfq", "vq")),
     "quantizers.py",
 ]
-TOKENIZER = ["config.json", "model.safetensors", "preprocessor_config.json", *SOURCES]
-PRIOR = ["config.json", "generation_config.json", "model.safetensors"]
+TOKENIZER = ["checksums.json", "config.json", "model.safetensors", "preprocessor_config.json", *SOURCES]
+PRIOR = ["checksums.json", "config.json", "generation_config.json", "model.safetensors"]
 RUN = ["config.yaml", "train_results.json"]
-PIPELINE = ["README.md", "model_index.json", *SOURCES]
+PROCESSOR = {"preprocessor_config.json", "image_processing_vqgan.py"}
+PIPELINE = ["README.md", "checksums.json", "model_index.json", *SOURCES]
 PIPELINE += [f"vqgan/{name}" for name in TOKENIZER] + [f"prior/{name}" for name in PRIOR]
 
 
@@ -95,6 +98,8 @@ def test_runs(hub, author, runs, tmp_path, monkeypatch):
     vqgan = VQGANModel.from_pretrained(found / "vqgan")
     VQGANImageProcessor.from_pretrained(found / "vqgan")
     load_prior(str(found / "prior"))
+    for name in ("vqgan", "prior"):
+        verify_checksums(found / name)
     assert TokenLayout.from_pretrained(found / "prior").tokenizer_fingerprint == vqgan.config.fingerprint
 
 
@@ -113,6 +118,7 @@ def test_an_adapter_of_a_local_prior_is_merged(hub, author, runs, tmp_path, monk
         "training_args.bin",
     }
     found = move_away(hub, author, monkeypatch, tmp_path / "elsewhere") / "me/adapter"
+    verify_checksums(found)
     weights = load_prior(str(found)).state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in trained.state_dict().items())
 
@@ -159,13 +165,10 @@ def test_what_transformers_uploads(hub, author, runs, monkeypatch):
     VQGANModel.from_pretrained(runs.vqgan).push_to_hub("me/model")
     VQGANImageProcessor.from_pretrained(runs.vqgan).push_to_hub("me/processor")
     load_prior(str(runs.prior)).push_to_hub("me/causal")
-    assert set(hub.names("me/model")) == {*TOKENIZER, "README.md"} - {"preprocessor_config.json"} - IMAGE_ONLY
+    assert set(hub.names("me/model")) == {*TOKENIZER, "README.md"} - PROCESSOR - {"checksums.json"}
     assert "preprocessor_config.json" in hub.names("me/processor")
-    assert hub.names("me/causal") == sorted([*PRIOR, "README.md"])
+    assert hub.names("me/causal") == sorted(["README.md", *PRIOR[1:]])
     assert author.traces(hub.root) == []
-
-
-IMAGE_ONLY = {"image_processing_vqgan.py"}
 
 
 class _Card:
@@ -253,6 +256,10 @@ def http_error(kind, status):
     return kind("refused by the server", response=SimpleNamespace(status_code=status, headers={}, request=None))
 
 
+def push_arguments(runs):
+    return [str(runs.vqgan / "config.yaml"), "--push_to_hub", "true", "--hub_model_id", "me/vqgan"]
+
+
 FAILURES = {
     "no login": (LocalTokenNotFoundError("no token"), "run `hf auth login`"),
     "401": (http_error(HfHubHTTPError, 401), "does not accept your login; run `hf auth login`"),
@@ -268,7 +275,7 @@ FAILURES = {
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failed_upload_loses_nothing(hub, author, runs, monkeypatch, capsys, failure):
     error, reason = FAILURES[failure]
-    arguments = [str(runs.vqgan / "config.yaml"), "--push_to_hub", "true", "--hub_model_id", "me/vqgan"]
+    arguments = push_arguments(runs)
 
     def fail(*args, **options):
         raise error
@@ -282,3 +289,13 @@ def test_a_failed_upload_loses_nothing(hub, author, runs, monkeypatch, capsys, f
     assert json.loads((runs.vqgan / "train_results.json").read_text())["global_step"] == runs.stage1.max_steps
     command_line.run(Stage1Config, train_tokenizer, "", arguments)
     assert "uploaded to hub/me/vqgan" in capsys.readouterr().out and hub.names("me/vqgan") == sorted(RUN + TOKENIZER)
+
+
+def test_a_full_disk_names_the_temporary_folder(hub, author, runs, monkeypatch, capsys):
+    def fail(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(SystemExit, match="4"):
+        command_line.run(Stage1Config, train_tokenizer, "", push_arguments(runs))
+    assert re.search(r"the disk is full: /.*/checksums\.json could not be written", capsys.readouterr().err)

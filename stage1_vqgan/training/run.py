@@ -229,7 +229,10 @@ class Training:
         """Saves a checkpoint, if all losses and weights are finite."""
         self.health.require_finite_losses(interval.collected)
         self.health.require_finite_state(checkpointing.state_to_check(self.trainer), self.step)
-        checkpointing.save(self.run, self.accelerator, self.trainer, self.step)
+        state = checkpointing.state_to_check(self.trainer)
+        needed = sum(tensor.nbytes for _, tensors in state for tensor in tensors)
+        with self.run.saving_checkpoint(self.step, needed):
+            checkpointing.save(self.run, self.accelerator, self.trainer, self.step)
 
     def finish(self) -> VQGANModel:
         """Saves the tokenizer (the averaged weights, with a fingerprint) and the results; returns the tokenizer."""
@@ -238,8 +241,9 @@ class Training:
         if self.accelerator.is_main_process:
             size, channels = model.config.image_size, model.config.in_channels
             processor = VQGANImageProcessor(size, channels, aspect_ratio=self.config.data.aspect_ratio)
-            model.save_pretrained(self.run.path)
-            processor.save_pretrained(self.run.path)
+            with self.run.replaced_model(model.get_memory_footprint()) as folder:
+                model.save_pretrained(folder)
+                processor.save_pretrained(folder)
             print(f"tokenizer saved in {Path(self.run.path).resolve()} (fingerprint {model.config.fingerprint})")
             self.run.finish(self.step, self.metrics)
         self.accelerator.wait_for_everyone()

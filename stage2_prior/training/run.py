@@ -159,7 +159,8 @@ class Training:
                 trainer.args.max_steps = checkpoint.step  # no step remains
         if trainer.is_world_process_zero():
             self.best.restore(self.checkpoint if config.keep_best else None)
-            self.layout.save_pretrained(config.output_dir)
+            if not (self.run.path / LAYOUT_NAME).is_file():  # a finished prior keeps its own until it is replaced
+                self.layout.save_pretrained(self.run.path)
 
     def steps(self) -> None:
         """Runs the remaining steps, and evaluates after the last one.
@@ -179,11 +180,17 @@ class Training:
         """Saves the best or the last weights and the results; returns the prior."""
         config, trainer = self.config, self.trainer
         history, patience = trainer.state.log_history, config.early_stopping_patience
-        if not config.keep_best:
-            with self.average.applied():
-                trainer.save_model(config.output_dir)  # on all processes, because a sharded model is gathered
+        evaluation = evaluations(history)[-1]
+        model: Any = trainer.model
+        with self.run.replaced_model(sum(weight.nbytes for weight in model.parameters())) as folder:
+            if not config.keep_best:
+                with self.average.applied():
+                    trainer.save_model(str(folder))  # on all processes, because a sharded model is gathered
+            elif trainer.is_world_process_zero():
+                evaluation = self.best.move_to(folder)
+            if trainer.is_world_process_zero():
+                self.layout.save_pretrained(folder)
         if trainer.is_world_process_zero():
-            evaluation = self.best.move_to_run_folder() if config.keep_best else evaluations(history)[-1]
             step, loss = evaluation["step"], evaluation["eval_loss"]
             results = {"model_step": step, "eval_loss": loss, "bits_per_pixel": bits_per_pixel(loss, self.layout)}
             if is_exhausted(history, patience):

@@ -62,13 +62,13 @@ class BestWeights:
         if self.path.is_dir():
             shutil.copytree(self.path, checkpoint / FOLDER)
 
-    def move_to_run_folder(self) -> dict[str, Any]:
-        """Moves the weights into the folder of the run, as its result; returns their evaluation."""
+    def move_to(self, folder: Path) -> dict[str, Any]:
+        """Moves the weights into an empty folder; returns their evaluation."""
         evaluation = self.evaluation
         assert evaluation is not None, "a run evaluates at its last step"
-        (self.path / EVALUATION_NAME).unlink()
         for file in self.path.iterdir():
-            os.replace(file, self.path.parent / file.name)
+            os.replace(file, folder / file.name)
+        (folder / EVALUATION_NAME).unlink()
         self.path.rmdir()
         return evaluation
 

@@ -144,14 +144,23 @@ class PriorTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Completes Trainer's checkpoint with the average and the best weights, see configs/checkpoints.py."""
         self.require_finite()
-        super()._save_checkpoint(*args, **kwargs)
-        unfinished = unfinished_path(self.run.path, self.state.global_step)
-        self.average.save(unfinished, self.is_world_process_zero())
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            self.best.copy_to(unfinished)
-            self.run.publish(self.state.global_step, self.accelerator.num_processes)
-        self.accelerator.wait_for_everyone()
+        step = self.state.global_step
+        with self.run.saving_checkpoint(step, self._checkpoint_size()):
+            super()._save_checkpoint(*args, **kwargs)
+            unfinished = unfinished_path(self.run.path, step)
+            self.average.save(unfinished, self.is_world_process_zero())
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self.best.copy_to(unfinished)
+                self.run.publish(step, self.accelerator.num_processes)
+            self.accelerator.wait_for_everyone()
+
+    def _checkpoint_size(self) -> int:
+        """Bytes of a checkpoint at least: the weights; and of the trained ones two moments, and the average."""
+        parameters = list(cast(Any, self.model).parameters())
+        trained = sum(weight.numel() * weight.element_size() for weight in parameters if weight.requires_grad)
+        whole = 0 if hasattr(self.model, "peft_config") else sum(w.numel() * w.element_size() for w in parameters)
+        return whole + (3 if self.average.is_on else 2) * trained
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Loads an adapter itself, because Trainer would load the best adapter in the checkpoint as a second one."""

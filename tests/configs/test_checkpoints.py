@@ -34,6 +34,7 @@ def test_only_complete_checkpoints_are_found_in_order_of_their_steps(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     shutil.copytree(tmp_path / "checkpoint-9", tmp_path / "checkpoint-13")  # its marker states another step
     (tmp_path / "checkpoint-11" / "complete.json").write_text('{"step": 1')
+    assert [path.name for path in module.checkpoint_folders(tmp_path)] == [f"checkpoint-{n}" for n in (9, 10, 11, 13)]
     assert steps(tmp_path) == [9, 10]
     assert find_checkpoint(tmp_path, "latest", 20).step == 10
     assert find_checkpoint(tmp_path / "empty", "latest", 20) is find_checkpoint(tmp_path / "empty", "none", 20) is None
@@ -80,11 +81,86 @@ def test_the_newest_checkpoints_are_not_removed(tmp_path):
     assert not (tmp_path / "unfinished").exists()
 
 
+def remove_file(path):
+    (path / "part" / "model").unlink()
+
+
+def cut_file(path):
+    (path / "part" / "model").write_text("weight")
+
+
+def flip_bit(path):
+    (path / "part" / "model").write_text("weighus")
+
+
+def add_file(path):
+    (path / "optimizer.bin").write_text("pickle")
+
+
+def cut_marker(path):
+    (path / "complete.json").write_text((path / "complete.json").read_text()[:-9])
+
+
+def edit_marker(path):
+    marker = json.loads((path / "complete.json").read_text())
+    (path / "complete.json").write_text(json.dumps(marker | {"num_processes": "two"}))
+
+
+def remove_marker(path):
+    (path / "complete.json").unlink()
+
+
+def list_no_files(path):
+    (path / "complete.json").write_text('{"step": 10, "num_processes": 2, "seconds": 1.0}')
+
+
+DAMAGES = {
+    remove_file: "part/model: this file is missing",
+    cut_file: "part/model: this file has 6 bytes; 7 were saved",
+    flip_bit: "part/model: the contents of this file have changed",
+    add_file: "optimizer.bin: this file does not belong to the checkpoint",
+    cut_marker: "complete.json: this file is not JSON",
+    edit_marker: "complete.json: num_processes: received 'two'",
+    remove_marker: "complete.json: this file is missing",
+    list_no_files: "complete.json: lists no files; an earlier version wrote this checkpoint",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_newest_checkpoint_is_named_and_the_older_one_taken(tmp_path, caplog, damage):
+    for step in (9, 10):
+        save(tmp_path, step)
+    damage(tmp_path / "checkpoint-10")
+    assert find_checkpoint(tmp_path, "latest", 20).step == 9
+    assert DAMAGES[damage] in caplog.text and "resuming from the older" in caplog.text
+    with pytest.raises(ConfigError, match=DAMAGES[damage]):
+        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-10"), 20)
+
+    save(tmp_path, 10, total_limit=1)  # the run repeats the step
+    assert steps(tmp_path) == [10] and find_checkpoint(tmp_path, "latest", 20).step == 10
+
+
+def test_a_damaged_later_checkpoint_does_not_count_when_old_ones_are_removed(tmp_path):
+    for step in (9, 12):
+        save(tmp_path, step)
+    flip_bit(tmp_path / "checkpoint-12")
+    save(tmp_path, 10, total_limit=1)
+    assert steps(tmp_path) == [10] and find_checkpoint(tmp_path, "latest", 20).step == 10
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_by_itself(tmp_path):
+    for step in (9, 10):
+        save(tmp_path, step)
+        flip_bit(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(ConfigError, match=r"(?s)checkpoint-10/part/model.*checkpoint-9/part/model.*start anew"):
+        find_checkpoint(tmp_path, "latest", 20)
+
+
 class Crash(BaseException):
     pass
 
 
-@pytest.mark.parametrize("calls", range(12))
+@pytest.mark.parametrize("calls", range(24))
 def test_a_crash_at_any_point_leaves_a_complete_checkpoint(tmp_path, monkeypatch, calls):
     """Crashes a save that also removes a checkpoint, after each number of file operations."""
     save(tmp_path, 1)
@@ -103,7 +179,7 @@ def test_a_crash_at_any_point_leaves_a_complete_checkpoint(tmp_path, monkeypatch
         for owner, name in [
             (os, "fsync"),
             (module.Path, "rename"),
-            (module.Path, "write_text"),
+            (os, "replace"),
             (os, "unlink"),
         ]:
             patch.setattr(owner, name, crashing(getattr(owner, name)))

@@ -1,0 +1,108 @@
+"""Replaces the files of a saved model together: after a crash, the folder holds all of the old or all of the new files.
+
+folder/
+  .saving/     the new files, while they are written; useless after a crash
+  .saved/      the same folder, renamed when all of its files are on disk; from then on, the new files count
+    files.json     their names
+
+The new files then move from `.saved` to their places, and weights of the old model that the new one lacks are removed.
+If a crash interrupts this, the next reader or writer of the folder goes on with it.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from os import rename, replace
+from pathlib import Path
+
+from configs.checksums import write_checksums
+from configs.disk_space import naming_full_disk, require_space
+from configs.files import make_folder, new_file_mode, read_json, sync_folder, sync_tree, write_json
+
+SAVING, SAVED, NAMES = ".saving", ".saved", "files.json"
+
+# Files that a loader would mix with the new model, if they stayed from an older one.
+WEIGHTS = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "discriminator.safetensors",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "checksums.json",
+)
+
+
+@contextmanager
+def replaced_files(folder: str | Path, needed: int = 0) -> Iterator[Path]:
+    """Yields an empty folder. At the end of the context, its files replace those of the same names in `folder`.
+
+    Every folder in it with a config.json or model_index.json gets a checksums.json. After an error, `folder` has not
+    changed.
+
+    Args:
+        folder: created if it does not exist.
+        needed: bytes that the new files need at least.
+
+    Raises:
+        DiskFull: the disk has too little space.
+    """
+    staged = new_staging(folder)
+    try:
+        require_space(staged, needed, "the model")
+        with naming_full_disk(folder):
+            yield staged
+            publish(folder)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def new_staging(folder: str | Path) -> Path:
+    """Creates `folder` and an empty `.saving` in it, and returns the latter. Completes an interrupted replacement."""
+    folder = Path(folder)
+    finish_interrupted(folder)
+    staged = folder / SAVING
+    shutil.rmtree(staged, ignore_errors=True)
+    make_folder(staged)
+    return staged
+
+
+def publish(folder: str | Path) -> None:
+    """Replaces the files of `folder` by those in its `.saving`."""
+    folder = Path(folder)
+    staged = folder / SAVING
+    for parent in {path.parent for path in staged.rglob("*") if path.name in ("config.json", "model_index.json")}:
+        write_checksums(parent)
+    names = [path.relative_to(staged).as_posix() for path in sorted(staged.rglob("*")) if path.is_file()]
+    write_json(staged / NAMES, {"files": names})
+    new_file_mode(staged)
+    sync_tree(staged)
+    shutil.rmtree(folder / SAVED, ignore_errors=True)  # remains of a replacement that has moved all files
+    rename(staged, folder / SAVED)
+    sync_folder(folder)
+    finish_interrupted(folder)
+
+
+def finish_interrupted(folder: str | Path) -> None:
+    """Moves the files in `.saved` to their places, if the folder has one. Does nothing otherwise.
+
+    Raises:
+        OSError: the files cannot be moved, for instance because the folder is read-only.
+    """
+    folder = Path(folder)
+    saved = folder / SAVED
+    if not (saved / NAMES).is_file():
+        return
+    names = read_json(saved / NAMES)["files"]
+    parents = {(folder / name).parent for name in names}
+    for parent in parents:
+        parent.mkdir(parents=True, exist_ok=True)
+        for path in {path for pattern in WEIGHTS for path in parent.glob(pattern)}:
+            if path.relative_to(folder).as_posix() not in names:
+                path.unlink(missing_ok=True)
+    for name in names:
+        with suppress(FileNotFoundError):  # moved before the crash, or by another process right now
+            replace(saved / name, folder / name)
+    for parent in parents:
+        sync_folder(parent)
+    shutil.rmtree(saved, ignore_errors=True)
