@@ -35,11 +35,12 @@ MODEL_FILES = (
 ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 REPO_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
+# Bounded repetitions keep the search linear in long lines.
 SECRETS = {
     "a token": re.compile(r"hf_[A-Za-z0-9]{20,}"),
-    "a password in an address": re.compile(r"[a-z][a-z0-9+.-]+://[^/\s@\"'<>]+@", re.IGNORECASE),
+    "a password in an address": re.compile(r"[a-z][a-z0-9+.-]{1,20}://[^/\s@\"'<>]+@", re.IGNORECASE),
     "a token in an address": re.compile(
-        r"[?&][\w.-]*(token|key|secret|password|signature|sig|credential)=[^&\s\"']", re.IGNORECASE
+        r"[?&][\w.-]{0,40}(token|key|secret|password|signature|sig|credential)=[^&\s\"']", re.IGNORECASE
     ),
 }
 
@@ -85,7 +86,7 @@ def public_name(text: str) -> str:
     if not is_path or ADDRESS.match(text) or (REPO_ID.fullmatch(text) and not os.path.exists(text)):
         return text
     name = PureWindowsPath(text).name  # splits at / and at \
-    is_home = name.startswith("~") or os.path.abspath(text) == str(Path.home())
+    is_home = name.startswith("~") or os.path.abspath(text) == os.path.expanduser("~")
     return "~" if is_home else name
 
 
@@ -105,8 +106,9 @@ def check_upload(folder: str | Path, token: str | bool | None = None) -> None:
     token = token if isinstance(token, str) else get_token()
     if token:
         searched["your token"] = re.compile(re.escape(token))
-    if Path.home() != Path(Path.home().anchor):
-        searched["the path of your home folder"] = re.compile(rf"{re.escape(str(Path.home()))}(?![\w.-])")
+    home = os.path.expanduser("~")  # "~" if it is unknown
+    if len(Path(home).parts) > 1:
+        searched["the path of your home folder"] = re.compile(rf"{re.escape(home)}(?![\w.-])")
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file() and path.suffix != ".safetensors":
             text = path.read_text(encoding="utf-8", errors="replace")

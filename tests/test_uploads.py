@@ -63,7 +63,7 @@ def author(tmp_path, monkeypatch) -> Author:
 def runs(tiny_runs, author):
     """The tiny runs, as if they had been trained in the home folder of the author."""
     root = author.home / "runs"
-    shutil.copytree(tiny_runs.root, root)
+    shutil.copytree(tiny_runs.root, root, ignore=shutil.ignore_patterns("checkpoint-*"))
     stage1 = replace(tiny_runs.stage1, output_dir=str(root / "vqgan"))
     paths = {"tokenizer": "vqgan", "code_store": "codes", "output_dir": "prior"}
     stage2 = replace(tiny_runs.stage2, **{key: str(root / name) for key, name in paths.items()})
@@ -114,6 +114,7 @@ def test_an_adapter_of_a_local_prior_is_merged(hub, author, runs, tmp_path, monk
     assert all(torch.equal(weights[name], weight) for name, weight in trained.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # peft asks the Hub
 def test_an_adapter_of_a_prior_on_the_hub_names_it(hub, author, runs, random_prior, tmp_path, monkeypatch):
     folder, layout = author.home / "adapter", TokenLayout.from_pretrained(runs.prior)
     adapted = attach_adapter(load_prior(str(runs.prior)), "me/base", LoraConfig(r=2), [])
