@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ class Saved:
     def __init__(self, suite: str):
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "pipeline"
-        vqgan, layout = copy.deepcopy(tokenizer.tokenizer(suite)), sampling.layout_of(PRIORS[suite])
-        vqgan.config.fingerprint = layout.tokenizer_fingerprint
+        vqgan = copy.deepcopy(tokenizer.tokenizer(suite))
+        layout = replace(sampling.layout_of(PRIORS[suite]), tokenizer_fingerprint=vqgan.compute_fingerprint())
         prior = sampling.make_prior(PRIORS[suite], torch.device("cpu"), torch.float32)
         processor = VQGANImageProcessor(vqgan.config.image_size, vqgan.config.in_channels)
         VQGANPipeline(vqgan, prior, processor, layout).save_pretrained(self.path)

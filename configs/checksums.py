@@ -5,12 +5,13 @@ They protect against damage and mixed-up files, not against a person who changes
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
 from configs.files import read_json, write_json
+from configs.problems import shown
 
 CHECKSUMS_NAME = "checksums.json"
 CHECKED_SUFFIXES = {".json", ".safetensors"}
@@ -52,34 +53,47 @@ def verify_listing(files: Any, root: Path) -> None:
         raise Damaged(f"{root}: received {files!r}; the list of its files must map names to sizes and checksums")
     for name, expected in files.items():
         path = root / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or set(name) & set("\\:"):
+            raise Damaged(f"{root}: received {shown(name)}; the list of its files may name only files inside")
         if not path.is_file():
             raise Damaged(f"{path}: this file is missing")
-        size = path.stat().st_size
-        if not isinstance(expected, dict) or size != expected.get("size"):
-            wanted = expected.get("size") if isinstance(expected, dict) else expected
-            raise Damaged(f"{path}: this file has {size:,} bytes; {wanted!r} were saved")
-        if checksum(path) != expected.get("xxh3_128"):
+        if not isinstance(expected, dict) or expected.keys() != {"size", "xxh3_128"}:
+            raise Damaged(f"{path}: received {shown(expected)}; the list must hold the size and checksum of this file")
+        if (size := path.stat().st_size) != expected["size"]:
+            raise Damaged(f"{path}: this file has {size:,} bytes; {shown(expected['size'])} were saved")
+        if checksum(path) != expected["xxh3_128"]:
             raise Damaged(f"{path}: the contents of this file have changed since it was saved")
 
 
 def write_checksums(folder: str | Path) -> None:
-    """Writes `checksums.json`, which lists the JSON and safetensors files that stand directly in a folder."""
+    """Writes `checksums.json`, which lists the JSON and safetensors files that stand directly in a folder.
+
+    It also lists the `checksums.json` of subfolders, which must exist before. So an exchanged part is noticed.
+    """
     folder = Path(folder)
     paths = [path for path in folder.iterdir() if path.suffix in CHECKED_SUFFIXES and path.name != CHECKSUMS_NAME]
-    write_json(folder / CHECKSUMS_NAME, listing(paths, folder))
+    write_json(folder / CHECKSUMS_NAME, listing([*paths, *folder.glob(f"*/{CHECKSUMS_NAME}")], folder))
 
 
-def verify_checksums(folder: str | Path) -> None:
+def verify_checksums(folder: str | Path, needed: Iterable[str] = ()) -> None:
     """Compares the files of a folder with its `checksums.json`, if there is one.
 
+    Args:
+        folder: folder of a model.
+        needed: names of files that the list must contain, if they exist.
+
     Raises:
-        Damaged: a listed file is missing or has changed.
+        Damaged: a listed file is missing or has changed, or a needed file is not listed.
     """
-    path = Path(folder) / CHECKSUMS_NAME
-    if not path.is_file():
+    folder = Path(folder)
+    if not (folder / CHECKSUMS_NAME).is_file():
         return
     try:
-        verify_listing(read_json(path), Path(folder))
+        files = read_json(folder / CHECKSUMS_NAME)
+        verify_listing(files, folder)
+        for name in needed:
+            if name not in files and (folder / name).is_file():
+                raise Damaged(f"{folder / name}: this file was added after the folder was saved")
     except ValueError as error:
-        advice = f"save or download the folder again; if you changed the file on purpose, remove {CHECKSUMS_NAME}"
+        advice = f"save or download the folder again; if you changed it on purpose, remove {folder / CHECKSUMS_NAME}"
         raise Damaged(f"{error} ({advice})") from error

@@ -14,6 +14,9 @@ from typing import IO, Any
 
 from configs.disk_space import naming_full_disk
 
+# Largest JSON file in bytes. Its values take up to twenty times as much memory.
+LARGEST_JSON = 2**24
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
@@ -54,8 +57,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file holds something else.
+        ValueError: the file holds something else, or is larger than LARGEST_JSON.
     """
+    if (size := Path(path).stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path}: this file has {size:,} bytes; JSON files are read up to at most {LARGEST_JSON:,}")
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

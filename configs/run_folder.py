@@ -6,10 +6,8 @@ The messages that both stages share are here too: the run is finished, it was st
 import contextlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,24 +80,23 @@ class RunFolder:
     def __init__(self, config: Any, is_main_process: bool = True, export: Callable[[Path, Path], None] = copy_run):
         self.config, self.is_main_process, self._export = config, is_main_process, export
         self.path = Path(config.output_dir)
-        self._lock = locked_folder(self.path, "output_dir") if is_main_process else nullcontext()
+        self._open = contextlib.ExitStack()
         self._started = time.perf_counter()
         self._resumed_from: Path | None = None
 
     def __enter__(self) -> "RunFolder":
-        self._lock.__enter__()
-        try:
+        with contextlib.ExitStack() as opened:  # closed again after an error
             if self.is_main_process:
+                opened.enter_context(locked_folder(self.path, "output_dir"))
                 finish_interrupted(self.path)
+            opened.enter_context(naming_full_disk(self.path))
             if holds_work(self.path):
                 self._refuse_other_settings(self.path / CONFIG_NAME)
-        except BaseException:
-            self.__exit__(*sys.exc_info())
-            raise
+            self._open = opened.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._lock.__exit__(*exception)
+        self._open.__exit__(*exception)
 
     @property
     def results(self) -> dict[str, Any] | None:

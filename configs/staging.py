@@ -21,6 +21,9 @@ from configs.files import make_folder, new_file_mode, read_json, sync_folder, sy
 
 SAVING, SAVED, NAMES = ".saving", ".saved", "files.json"
 
+# Every folder of a model has one of these files.
+MARKS = ("config.json", "adapter_config.json", "model_index.json")
+
 # Files that a loader would mix with the new model, if they stayed from an older one.
 WEIGHTS = (
     "model*.safetensors",
@@ -71,7 +74,8 @@ def publish(folder: str | Path) -> None:
     """Replaces the files of `folder` by those in its `.saving`."""
     folder = Path(folder)
     staged = folder / SAVING
-    for parent in {path.parent for path in staged.rglob("*") if path.name in ("config.json", "model_index.json")}:
+    parents = {path.parent for path in staged.rglob("*") if path.name in MARKS}
+    for parent in sorted(parents, reverse=True):  # a folder after its subfolders, whose checksums it lists
         write_checksums(parent)
     names = [path.relative_to(staged).as_posix() for path in sorted(staged.rglob("*")) if path.is_file()]
     write_json(staged / NAMES, {"files": names})

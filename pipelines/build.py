@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from configs import ConfigError, Problem, Section, run
 from configs.folder_lock import locked_folder
 from configs.hub import upload_errors
+from configs.model_folder import local_folder
 from configs.sections import upload_problems
 
 if TYPE_CHECKING:
@@ -48,10 +49,8 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         ConfigError: the folder holds no trained prior, or the prior was trained on codes of another tokenizer.
     """
     # These imports are slow, so they come after the check of the arguments.
-    from safetensors import SafetensorError
-
     from pipelines.pipeline_vqgan import VQGANPipeline
-    from stage1_vqgan import VQGANImageProcessor, load_tokenizer
+    from stage1_vqgan import load_image_processor, load_tokenizer
     from stage2_prior import TokenLayout, load_prior
 
     if not (Path(config.prior) / "token_layout.json").is_file():
@@ -65,13 +64,13 @@ def build(config: BuildConfig) -> "VQGANPipeline":
     except FileNotFoundError as error:
         message = f"received {config.prior!r}; its prior is incomplete (run stage2_prior.train to its end)"
         raise ConfigError([Problem("prior", message)]) from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 300, placeholder=" …")
         raise ConfigError([Problem("prior", f"received {config.prior!r}, which cannot be loaded: {reason}")]) from error
     try:
-        processor = VQGANImageProcessor.from_pretrained(config.tokenizer)
+        processor = load_image_processor(local_folder(config.tokenizer), vqgan.config)
     except (OSError, ValueError) as error:
-        message = f"received {config.tokenizer!r}; its preprocessor_config.json is missing or cannot be read"
+        message = f"received {config.tokenizer!r}; its preprocessor_config.json is missing or cannot be read: {error}"
         raise ConfigError([Problem("tokenizer", message)]) from error
     try:
         pipeline = VQGANPipeline(vqgan, prior, processor, layout)

@@ -20,13 +20,13 @@ from huggingface_hub import HfApi, snapshot_download
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from configs.checksums import CHECKSUMS_NAME, verify_checksums
 from configs.files import read_json, write_json
 from configs.hub import is_repo_id
-from configs.model_folder import check_model_folder
 from configs.staging import finish_interrupted, replaced_files
 from configs.uploads import check_upload
 from pipelines.model_card import model_card
-from stage1_vqgan import VQGANImageProcessor, VQGANModel
+from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
 from stage2_prior import TokenLayout, load_causal_lm, without_adapters
 
 INDEX_NAME = "model_index.json"
@@ -101,7 +101,7 @@ def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:
     if not folder.is_dir():
         if not is_repo_id(str(name)):
             raise FileNotFoundError(f"there is no folder {str(name)!r}, and the name is not a valid Hub id")
-        wanted = [str(inside / path) for path in (INDEX_NAME, "vqgan/*", "prior/*")]
+        wanted = [str(inside / path) for path in (INDEX_NAME, CHECKSUMS_NAME, "vqgan/*", "prior/*")]
         folder = Path(snapshot_download(str(name), allow_patterns=wanted, **download))
     folder /= inside
     finish_interrupted(folder)
@@ -132,18 +132,14 @@ def load(
         layout = TokenLayout.from_dict(index["token_layout"])
     except ValueError as error:
         raise ValueError(f"{folder / INDEX_NAME}: {error}") from error
-    for part in ("vqgan", "prior"):
-        try:
-            check_model_folder(folder / part)
-        except ValueError as error:
-            advice = "a pipeline loads nothing from outside its folder; pipelines.build merges an adapter of your own"
-            raise ValueError(f"{error} ({advice})") from error
+    verify_checksums(folder)
     dtype = torch.float32 if dtype is None else dtype
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    vqgan = load_vqgan(folder / "vqgan", dtype=dtype)
     return {
-        "vqgan": VQGANModel.from_pretrained(folder / "vqgan", dtype=dtype, use_safetensors=True),
+        "vqgan": vqgan,
         "prior": load_causal_lm(folder / "prior", trust_remote_code, dtype=dtype, **attention),
-        "image_processor": VQGANImageProcessor.from_pretrained(folder / "vqgan"),
+        "image_processor": load_image_processor(folder / "vqgan", vqgan.config),
         "layout": layout,
     }
 

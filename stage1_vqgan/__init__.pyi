@@ -21,5 +21,9 @@ from .image_processing_vqgan import (
     normalize as normalize,
 )
 from .modeling_vqgan import VQGANModel as VQGANModel
-from .pretrained import load_tokenizer as load_tokenizer
+from .pretrained import (
+    load_image_processor as load_image_processor,
+    load_tokenizer as load_tokenizer,
+    load_vqgan as load_vqgan,
+)
 from .training.config import Stage1Config as Stage1Config

@@ -6,10 +6,9 @@ Source: Esser et al. 2021, "Taming transformers for high-resolution image synthe
 names of the original, so its published weights can be loaded.
 """
 
-import hashlib
-import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any, cast
 
@@ -21,22 +20,8 @@ from transformers.utils import ModelOutput
 
 from .configuration_vqgan import VQGANConfig
 from .modeling_blocks import Downsample, Level, Middle, Upsample, group_norm
+from .modeling_fingerprint import HUB_OPTIONS, facts_of, fingerprint_of, refuse_weights, verify_fingerprint
 from .quantizers import build_quantizer
-
-# Fields that determine the codes of an image; the fingerprint is a hash of these fields and the weights.
-FINGERPRINT_FIELDS = (
-    "in_channels",
-    "base_channels",
-    "channel_multiplier",
-    "num_res_blocks",
-    "attn_resolutions",
-    "image_size",
-    "norm_num_groups",
-    "latent_channels",
-    "embed_dim",
-    "num_embeddings",
-    "quantizer",
-)
 
 
 @dataclass
@@ -216,44 +201,54 @@ class VQGANModel(PreTrainedModel):
         self.encoder.compile(**options)
         self.decoder.compile(**options)
 
-    def compute_fingerprint(self) -> str:
+    def compute_fingerprint(self, config: VQGANConfig | None = None) -> str:
         """Hash of all data that determine the codes of an image: the weights of encoder and quantizer as float32, the
-        fields in `FINGERPRINT_FIELDS`, and the quantizer's options in `DECIDE_CODES`."""
-        facts = {name: getattr(self.config, name) for name in FINGERPRINT_FIELDS}
-        options = self.quantize.options
-        facts |= {name: getattr(options, name) for name in sorted(options.DECIDE_CODES)}
-        digest = hashlib.sha256(json.dumps(facts).encode())
-        for name, tensor in sorted(self.named_parameters()):  # buffers of a quantizer only matter in training
-            if name.startswith(("encoder.", "quant_conv.", "quantize.")):
-                digest.update(name.encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        fields in `FINGERPRINT_FIELDS`, and the quantizer's options in `DECIDE_CODES`.
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        Args:
+            config: takes the fields from this configuration, by default from that of the model.
+        """
+        return fingerprint_of(config or self.config, self.named_parameters())
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves the tokenizer as in transformers, and computes its fingerprint if `config.fingerprint` is None.
 
-        Set `config.fingerprint = None` after changing weights. A cast to another dtype keeps the fingerprint.
+        Set `config.fingerprint = None` after changing weights. A cast to another dtype keeps the fingerprint. A
+        `checksums.json` of older files in the folder is removed.
         """
         if self.config.fingerprint is None:
             self.config.fingerprint = self.compute_fingerprint()
-        return super().save_pretrained(*args, **kwargs)
+        Path(save_directory, "checksums.json").unlink(missing_ok=True)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads a tokenizer as in transformers, but raises an error for missing, unexpected or misshapen weights.
+        """Loads a tokenizer as in transformers, but only from safetensors, and checks the weights.
+
+        A field that is changed by keyword, for instance `image_size`, can change the codes. The fingerprint is None
+        then, and computed when the tokenizer is saved.
 
         Raises:
-            ValueError: the weights do not fit the configuration.
+            ValueError: weights are missing, unexpected, misshapen or not finite, or the fingerprint in config.json is
+                that of other weights or fields.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["output_loading_info"] = True
+        name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        kwargs |= {"output_loading_info": True}
         kwargs.setdefault("ignore_mismatched_sizes", True)  # the error below names the misshapen weights too
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        kwargs.setdefault("use_safetensors", True)
+        loaded: Any = super().from_pretrained(name, *args, **kwargs)
         model, info = loaded
-        wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-        wrong = {kind: keys for kind, keys in wrong.items() if keys}
-        if wrong:
-            raise ValueError(f"{pretrained_model_name_or_path}: the weights do not fit the configuration: {wrong}")
+        refuse_weights(name, info, model.state_dict())
+        if name is not None:
+            exact = model
+            if model.dtype != torch.float32:  # the fingerprint is that of the weights before this cast
+                loaded = super().from_pretrained(name, *args, **{**kwargs, "torch_dtype": None, "dtype": torch.float32})
+                exact = loaded[0]
+            options = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
+            stored = cls.config_class.from_pretrained(name, **options)
+            verify_fingerprint(name, stored, exact.named_parameters())
+            if (stored.fingerprint, facts_of(stored)) != (model.config.fingerprint, facts_of(model.config)):
+                model.config.fingerprint = None
         return (model, info) if wants_info else model
 
     def _check_pixels(self, pixel_values: Tensor) -> None:

@@ -1,20 +1,24 @@
 """Loads a trained tokenizer for the commands, with errors that name the configuration field."""
 
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedConfig
 
 from configs import ConfigError, Problem
+from configs.files import read_json
 from configs.hub import is_repo_id
 from configs.model_folder import check_model_folder, local_folder
+from configs.problems import shown
+from configs.weights_files import in_our_words, read_header, require_finite, require_fit
 from stage1_vqgan.configuration_vqgan import VQGANConfig
+from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.quantizers import QUANTIZERS, option_problems
 
@@ -23,6 +27,7 @@ CHANGEABLE = {"image_size", "dropout", "quantizer_options"}
 
 # File in a tokenizer's folder with the weights of the discriminator it was trained with, if they were saved.
 DISCRIMINATOR_NAME = "discriminator.safetensors"
+PROCESSOR_NAME = "preprocessor_config.json"
 
 
 def load_tokenizer(name: str, field: str = "tokenizer", **changes: Any) -> VQGANModel:
@@ -44,24 +49,67 @@ def load_tokenizer(name: str, field: str = "tokenizer", **changes: Any) -> VQGAN
     else:
         try:
             folder = local_folder(name)
-            check_model_folder(folder)
-            kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-            if kind == VQGANConfig.model_type:
-                changes = _checked(name, folder, changes)
-                return VQGANModel.from_pretrained(folder, use_safetensors=True, **changes).eval()
-            reason = f"this is not a tokenizer but a model of type {kind!r} ({advice})"
-        except SafetensorError:
-            reason = "its weights file is damaged; save or download it again"
+            model = load_vqgan(folder, lambda config: _checked(name, config, changes))
+            model.config.fingerprint = model.config.fingerprint or model.compute_fingerprint()
+            return model
         except ConfigError:
             raise
-        except (OSError, ValueError, StrictDataclassError) as error:
-            reason = f"no tokenizer can be loaded from it: {textwrap.shorten(str(error), 160, placeholder=' …')}"
+        except (OSError, ValueError) as error:
+            found = str(error).replace(f"{folder}/", "").removeprefix(f"{folder}: ")
+            reason = f"no tokenizer can be loaded from it: {textwrap.shorten(found, 320, placeholder=' …')}"
     raise ConfigError([Problem(field, f"received {name!r}; {reason}")])
 
 
-def _checked(name: str, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+def load_vqgan(
+    folder: str | Path, change: Callable[[VQGANConfig], dict[str, Any]] = lambda config: {}, **options: Any
+) -> VQGANModel:
+    """Loads the tokenizer of a folder, in evaluation mode. The folder may come from a stranger.
+
+    Args:
+        folder: a folder that `save_pretrained` of a tokenizer wrote.
+        change: returns the fields of the configuration to change.
+        **options: passed to `VQGANModel.from_pretrained`, for instance `dtype`.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is damaged, the files are not those of one tokenizer, or they refer to code or other files.
+    """
+    stored = check_model_folder(folder)
+    kind = read_json(Path(folder) / "config.json").get("model_type")
+    if kind != VQGANConfig.model_type:
+        advice = "train one with stage1_vqgan.train"
+        raise ValueError(f"{folder}: this is not a tokenizer but a model of type {kind!r} ({advice})")
+    with in_our_words(folder):
+        config = VQGANConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            expected = VQGANModel(config).state_dict()
+    require_fit(stored, expected, folder)
+    return VQGANModel.from_pretrained(folder, **change(config), **options).eval()
+
+
+def load_image_processor(folder: str | Path, config: VQGANConfig) -> VQGANImageProcessor:
+    """Loads the image processor of a tokenizer's folder.
+
+    Args:
+        folder: folder of the tokenizer.
+        config: configuration of the tokenizer.
+
+    Raises:
+        OSError: preprocessor_config.json is missing.
+        ValueError: it is malformed, or for images of another kind than those of the tokenizer.
+    """
+    path = Path(folder) / PROCESSOR_NAME
+    with in_our_words(path):  # from_pretrained would prefer a processor_config.json
+        processor = VQGANImageProcessor.from_dict(read_json(path))
+    for field, wanted in {"image_size": config.image_size, "num_channels": config.in_channels}.items():
+        value = getattr(processor, field)
+        if type(value) is not int or value != wanted:
+            raise ValueError(f"{path}: {field}: received {shown(value)}, but the tokenizer has {wanted}; restore it")
+    return processor
+
+
+def _checked(name: str, config: VQGANConfig, changes: dict[str, Any]) -> dict[str, Any]:
     """Checks changes of a tokenizer's configuration, and adds the options of its quantizer that are not changed."""
-    config = VQGANConfig.from_pretrained(folder)
     kind = QUANTIZERS[config.quantizer].Options
     options = config.quantizer_options | changes.get("quantizer_options", {})
     problems = [
@@ -80,11 +128,7 @@ def _checked(name: str, folder: Path, changes: dict[str, Any]) -> dict[str, Any]
         ]
     if problems:
         raise ConfigError(problems)
-    if "quantizer_options" in changes:
-        changes = changes | {"quantizer_options": options}
-    if changes.get("image_size", config.image_size) != config.image_size:
-        changes = changes | {"fingerprint": None}  # the codes depend on the image size
-    return changes
+    return changes | ({"quantizer_options": options} if "quantizer_options" in changes else {})
 
 
 def _plain(value: Any) -> Any:
@@ -113,11 +157,16 @@ def start_discriminator(discriminator: nn.Module, name: str) -> str | None:
     if not path.is_file():
         return None
     try:
-        weights, own = load_file(path), discriminator.state_dict()
-    except SafetensorError:
-        message = f"received {name!r}; its {DISCRIMINATOR_NAME} is damaged; remove it, or download it again"
-        raise ConfigError([Problem("model_name_or_path", message)]) from None
-    if {entry: value.shape for entry, value in weights.items()} != {entry: value.shape for entry, value in own.items()}:
-        return f"the discriminator starts from random weights: the discriminator of {name} has another shape"
+        header, own = read_header(path), discriminator.state_dict()
+        if {key: value.shape for key, value in header.items()} != {key: tuple(own[key].shape) for key in own}:
+            return f"the discriminator starts from random weights: the discriminator of {name} has another shape"
+        require_fit(header, own, path, "the discriminator")
+        weights = load_file(path)
+        require_finite(weights.items(), path)
+    except (OSError, ValueError) as error:
+        message = (
+            f"received {name!r}; its {DISCRIMINATOR_NAME} cannot be used; remove it, or download it again: {error}"
+        )
+        raise ConfigError([Problem("model_name_or_path", message)]) from error
     discriminator.load_state_dict(weights)
     return f"the discriminator starts from the weights of {name}"

@@ -4,7 +4,6 @@ Source: Hu et al. 2021, "LoRA: low-rank adaptation of large language models".
 """
 
 import copy
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ from transformers import PreTrainedModel
 from configs import ConfigError, Problem
 from configs.files import read_json
 from configs.model_folder import ADAPTER_CONFIG_NAME
+from configs.problems import shown
+from configs.weights_files import in_our_words, read_header, require_fit
+from stage2_prior.adapter_files import ADAPTER_WEIGHTS_NAME, read_adapter
+from stage2_prior.pretrained import layout_of
 from stage2_prior.training.config import NO_PEFT, LoraConfig
-
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: list[int]) -> Any:
@@ -51,10 +52,12 @@ def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: 
     is_local = Path(base).is_dir()
     prior.name_or_path = str(Path(base).resolve()) if is_local else base
     try:
-        adapted = peft.get_peft_model(prior, settings)
+        adapted: Any = peft.get_peft_model(prior, settings)
     except ValueError as error:
         message = f"received {lora.target_modules!r}; peft refuses it for this prior: {error}"
         raise ConfigError([Problem("lora.target_modules", message)]) from error
+    if isinstance(settings.target_modules, str):  # a saved adapter with a regular expression is not loaded
+        settings.target_modules = sorted(adapted.targeted_module_names)
     # peft's model card shows this name; only adapter_config.json needs the path
     prior.name_or_path = prior.config.name_or_path = Path(base).resolve().name if is_local else base
     return adapted
@@ -74,32 +77,70 @@ def base_of_adapter(folder: Path, key: str) -> str | None:
         return None
     if find_spec("peft") is None:
         raise ConfigError([Problem(key, f"received {str(folder)!r}, which holds an adapter; {NO_PEFT}")])
-    base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    base = _named_base(folder)
+    if base is None:
         message = f"received {str(folder)!r}; its {ADAPTER_CONFIG_NAME} lacks base_model_name_or_path"
         raise ConfigError([Problem(key, message)])
+    seen, place = {folder.resolve()}, Path(base)
+    while (place / ADAPTER_CONFIG_NAME).is_file():  # the base is an adapter of another prior, and so on
+        if place.resolve() in seen:
+            message = f"received {str(folder)!r}; its base_model_name_or_path leads back to {str(place)!r}"
+            raise ConfigError([Problem(key, f"{message}; it must name a prior")])
+        seen.add(place.resolve())
+        place = Path(_named_base(place) or "")
     return base
 
 
-def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Merges the adapter in a folder into its base prior, and returns the result.
+def check_layout_of_adapter(folder: Path, base: str, key: str) -> None:
+    """Refuses an adapter for other codes than those of its base, before a prior for them takes memory.
+
+    Args:
+        folder: folder of the adapter.
+        base: folder or Hub id of its prior.
+        key: field of the configuration that named the folder, for the message.
 
     Raises:
-        ValueError: the folder lacks weights of the adapter, or holds them in another format than safetensors.
+        ConfigError: names the field of token_layout.json that differs.
+    """
+    try:
+        known, layout = layout_of(base), layout_of(str(folder))
+    except (OSError, ValueError):  # reported by those who read these files next
+        return
+    for field in ("num_codes", "grid", "downsampling_factor"):
+        has, wanted = getattr(layout, field), getattr(known, field)
+        if has != wanted:
+            message = f"its token_layout.json has {field} {shown(has)}, that of {base} has {shown(wanted)}"
+            raise ConfigError([Problem(key, message)])
+
+
+def _named_base(folder: Path) -> str | None:
+    base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    return base if isinstance(base, str) and base and "\0" not in base else None
+
+
+def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Merges the adapter in a folder into its base prior, and returns the result in evaluation mode.
+
+    Args:
+        base: changed in place.
+        folder: its adapter_config.json and adapter_model.safetensors are read, and nothing else.
+
+    Raises:
+        ValueError: a file is damaged, the adapter is not one of plain LoRA, or its weights do not fit.
     """
     import peft
 
-    if not (folder / ADAPTER_WEIGHTS_NAME).is_file():
-        raise ValueError(f"{folder}: {ADAPTER_WEIGHTS_NAME} is missing; other formats than safetensors are not read")
-    with warnings.catch_warnings():  # peft only warns about missing weights, and leaves random ones
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        try:
-            adapted = peft.PeftModel.from_pretrained(base, str(folder))
-        except (UserWarning, RuntimeError) as error:
-            raise ValueError(
-                f"{folder}: the adapter's weights do not fit its settings or its prior: {error}"
-            ) from error
-    return adapted.merge_and_unload()
+    settings, weights = read_adapter(folder)
+    with in_our_words(folder):
+        adapted: Any = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+        needed, allowed = (
+            peft.get_peft_model_state_dict(adapted, save_embedding_layers=whole) for whole in (False, True)
+        )
+    expected = {name: allowed[name] for name in allowed if name in needed or name in weights}
+    require_fit(read_header(folder / ADAPTER_WEIGHTS_NAME), expected, folder, ADAPTER_CONFIG_NAME)
+    with in_our_words(folder):
+        peft.set_peft_model_state_dict(adapted, weights)
+        return adapted.merge_and_unload(safe_merge=True).eval()
 
 
 def without_adapters(prior: Any) -> PreTrainedModel:

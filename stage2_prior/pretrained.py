@@ -1,17 +1,22 @@
 """Loads a trained prior from a folder or a Hub repository, and checks that the weights fit the configuration."""
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from configs.files import read_json
-from configs.model_folder import check_model_folder, local_folder
+from configs.model_folder import WEIGHTS_NAMES, check_model_folder, local_folder
+from configs.problems import shown
+from configs.weights_files import FLOATS, Stored, in_our_words, require_finite, require_none, size
 from stage2_prior.vocabulary import TokenLayout
 
 # transformers lists the weights that do not fit a configuration under these names.
 MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+# Weights that may be missing before memory is a concern.
+SLACK = 2**24
 
 
 def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
@@ -26,21 +31,33 @@ def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **option
         OSError: a file is missing or damaged.
         ValueError: the weights do not fit config.json, or the folder refers to code or files outside itself.
     """
-    check_model_folder(folder)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # the error below names them
-        **options,
-    )
+    folder = Path(folder)
+    stored = check_model_folder(folder)
+    if not trust_remote_code:
+        _check_size(folder, stored)
+    with in_our_words(folder):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the error below names them
+            **options,
+        )
     model, info = loaded
-    wrong = {kind: sorted(map(str, info[kind])) for kind in MISFITS if info[kind]}
-    if wrong:
-        listed = textwrap.shorten(str(wrong), 400, placeholder=" …")
-        raise ValueError(f"{folder}: the weights do not fit config.json: {listed}; save or download the folder again")
-    saved = read_json(Path(folder) / "config.json").get("architectures") or [type(model).__name__]
+    parameters = dict(model.named_parameters())
+    require_none(
+        folder,
+        "config.json",
+        **{kind.removesuffix("_keys"): sorted(map(str, info[kind])) for kind in MISFITS},
+        wrong_dtype=[
+            f"{name} {stored[name].dtype}" for name in parameters if name in stored and stored[name].dtype not in FLOATS
+        ],
+    )
+    require_finite(model.state_dict().items(), folder / WEIGHTS_NAMES[0])
+    saved = read_json(folder / "config.json").get("architectures") or [type(model).__name__]
+    if not isinstance(saved, list):
+        raise ValueError(f"{folder}: config.json: architectures: received {shown(saved)}; must be a list of names")
     # The check above cannot tell llama from gemma, for instance: their weights have the same names.
     if type(model).__name__ not in saved:
         raise ValueError(
@@ -48,6 +65,18 @@ def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **option
             f"{saved}; restore the model_type, or download the folder again"
         )
     return model
+
+
+def _check_size(folder: Path, stored: dict[str, Stored]) -> None:
+    """Refuses a config.json of a larger model than the weights, before a model of this size takes memory."""
+    with in_our_words(folder / "config.json"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        implied = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+    if implied > 2 * size(stored) + SLACK:  # below it, transformers lists the weights that are missing
+        raise ValueError(
+            f"{folder}: the weights do not fit config.json, which describes a model of {implied:,} weights, but "
+            f"{size(stored):,} are stored; save or download the folder again"
+        )
 
 
 def layout_of(name: str) -> TokenLayout:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from configs import ConfigError, Problem
 from configs.hub import is_repo_id
 from configs.model_folder import local_folder
-from stage2_prior.adapters import base_of_adapter, merge_adapter
+from stage2_prior.adapters import base_of_adapter, check_layout_of_adapter, merge_adapter
 from stage2_prior.pretrained import layout_of, load_causal_lm
 from stage2_prior.sampling.decoder import EagerDecoder
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
@@ -134,6 +134,7 @@ def load_prior(name: str, key: str = BASE_KEY) -> PreTrainedModel:
     if base is None:
         return load_causal_lm(folder)
     try:
+        check_layout_of_adapter(folder, base, key)
         prior = adapt_prior(base, {}, layout_of(name))
     except ConfigError as error:
         message = f"received {name!r}, an adapter of the prior {base!r}: {error.problems[0].message}"

@@ -15,13 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from configs import Section, checkpoints, command_line, staging
+from configs import Section, checkpoints, command_line, staging, states
 from configs.checkpoints import complete_checkpoints
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
@@ -34,23 +32,22 @@ from tests import forks, process_runs
 from tests.tiny import tensors
 
 COMMON = {"dataloader_num_workers": 2, "logging_steps": 7, "save_steps": 4, "save_total_limit": 2}
-LENGTHS = {"stage1": 18, "stage2": 30}  # optimizer steps
 SHARD_ROWS = 400
 REACHED = "\n<the point is reached>\n"
 
 
-def run_stage1(folder: Path) -> None:
+def run_stage1(folder: Path, max_steps: int = 18, **changes: Any) -> None:
     """18 steps over 14 batches an epoch, with augmentation, dropout, k-means, restarts and the adversarial loss."""
-    config = process_runs.stage1_config(folder, max_steps=LENGTHS["stage1"], global_batch_size=96, **COMMON)
+    config = process_runs.stage1_config(folder, max_steps=max_steps, global_batch_size=96, **COMMON, **changes)
     config.model |= {"dropout": 0.1, "image_size": 8}
     config.discriminator.num_layers = 1
     config.eval_steps = 12
     stage1.train(config)
 
 
-def run_stage2(folder: Path) -> None:
+def run_stage2(folder: Path, max_steps: int = 30, **others: Any) -> None:
     """30 steps over 22 batches an epoch, with dropout of conditions and of attention."""
-    changes = {"max_steps": LENGTHS["stage2"], "global_batch_size": 128, "eval_steps": 12, **COMMON, "save_steps": 6}
+    changes = {"max_steps": max_steps, "global_batch_size": 128, "eval_steps": 12, **COMMON, "save_steps": 6, **others}
     config = process_runs.stage2_config(folder, **changes)
     config.model["attention_dropout"] = 0.1
     stage2.train(config)
@@ -58,14 +55,12 @@ def run_stage2(folder: Path) -> None:
 
 def run_stage1_longer(folder: Path) -> None:
     """Lengthens the run of `run_stage1`."""
-    with patch.dict(LENGTHS, stage1=20):
-        run_stage1(folder)
+    run_stage1(folder, max_steps=20, allow_config_changes=True)
 
 
 def run_stage2_longer(folder: Path) -> None:
     """Lengthens the run of `run_stage2`."""
-    with patch.dict(LENGTHS, stage2=32):
-        run_stage2(folder)
+    run_stage2(folder, max_steps=32, allow_config_changes=True)
 
 
 def run_tokenize(folder: Path) -> None:
@@ -99,7 +94,7 @@ NEEDED = {"stage1": [], "tokenize": ["vqgan"], "stage2": ["vqgan", "codes"], "bu
 POINTS = {
     "step": [(VQGANTrainer, "_update"), (stage2.PriorTrainer, "training_step")],  # before or after the optimizer step
     "write": [(os, "fsync"), (checkpoints.Path, "rename")],  # a checkpoint is partly on the disk
-    "save": [(torch, "save")],  # optimizer states are partly written
+    "save": [(states, "save_file")],  # the files of a checkpoint are partly written
     "shard": [(tokenization, "write_shard"), (os, "replace")],
     # a model is partly written, or its files have partly replaced those of an older one
     "final": [
@@ -232,13 +227,13 @@ def contents(name: str, folder: Path) -> dict[str, Any]:
         del manifest["seconds"]
         return {"manifest": str(manifest), **{path.name: path.read_bytes() for path in sorted(made.glob("*.arrow"))}}
     checkpoint = complete_checkpoints(made)[-1].path
-    states: dict[str, Any] = {"model": load_file(made / "model.safetensors")}
+    found: dict[str, Any] = {"model": load_file(made / "model.safetensors")}
     for path in sorted(checkpoint.iterdir()):
         if path.suffix == ".safetensors":
-            states[path.name] = load_file(path)
-        elif path.suffix in {".bin", ".pkl", ".pt"} and not path.name.startswith(("random_states", "training_args")):
-            states[path.name] = torch.load(path, weights_only=True)
-    return {path: leaf.numpy().tobytes() for path, leaf in tensors(states).items()}
+            found[path.name] = load_file(path)
+        elif path.name.startswith("optimizer"):
+            found[path.name] = json.loads(path.read_text())
+    return {path: leaf.numpy().tobytes() for path, leaf in tensors(found).items()}
 
 
 def _start(

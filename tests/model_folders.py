@@ -7,6 +7,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from configs.checksums import CHECKSUMS_NAME
+
 Weights = dict[str, Tensor]
 
 PLANTED = """
@@ -23,15 +25,22 @@ class PlantedModel(LlamaForCausalLM):
 """
 
 
+def without_checksums(folder: Path) -> Path:
+    """Removes checksums.json from a folder, its parent and its subfolders, as a stranger would. Returns the folder."""
+    for path in [*folder.rglob(CHECKSUMS_NAME), folder.parent / CHECKSUMS_NAME]:
+        path.unlink(missing_ok=True)
+    return folder
+
+
 def change_config(folder: Path, name: str = "config.json", **changes: object) -> None:
     """Changes fields of a JSON file."""
-    path = folder / name
+    path = without_checksums(folder) / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def change_weights(folder: Path, change: Callable[[Weights], Weights]) -> None:
     """Changes the weights of a model."""
-    weights = load_file(folder / "model.safetensors")
+    weights = load_file(without_checksums(folder) / "model.safetensors")
     save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
 
 

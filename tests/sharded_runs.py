@@ -37,7 +37,7 @@ def run_on_two_processes(folder: Path) -> None:
 
 def _run(folder: Path) -> None:
     _shard_on_cpus()
-    RunCallback.on_step_begin = _check_shards  # type: ignore[method-assign]
+    RunCallback.on_substep_end = _check_shards  # type: ignore[method-assign]
     train(config(folder, "sharded"))
     if PartialState().is_main_process:
         interrupted = Path(shutil.copytree(folder / "sharded", folder / "resumed"))

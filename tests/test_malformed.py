@@ -1,6 +1,5 @@
 """Malformed configurations of every command: each ends in a message that a user can act on."""
 
-import json
 import shlex
 import shutil
 from dataclasses import replace
@@ -16,7 +15,7 @@ from configs import ConfigError, load_config, parse_arguments, run
 from configs.sections import LAUNCHED_WITH
 from pipelines.build import BuildConfig, build
 from pipelines.evaluate import EvaluationConfig as PipelineEvaluation, evaluate as evaluate_pipeline
-from stage1_vqgan import Stage1Config, VQGANConfig
+from stage1_vqgan import Stage1Config, VQGANConfig, VQGANModel
 from stage1_vqgan.evaluate import ReconstructionConfig, evaluate as evaluate_tokenizer
 from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import Stage2Config
@@ -336,7 +335,7 @@ CASES = {
     "prior of another tokenizer": (
         "build",
         "--tokenizer $folder/other",
-        {"tokenizer": "received the tokenizer 0123"},
+        {"tokenizer": "received the tokenizer"},
     ),
     "missing pipeline": ("evaluate", "--pipeline ./no", {"pipeline": "there is no folder './no'"}),
     "run that has not finished": (
@@ -356,7 +355,7 @@ CASES = {
     "tokenizer for a prior": ("build", "--prior $vqgan", {"prior": "this folder holds no trained prior"}),
     "prior for a pipeline": ("evaluate", "--pipeline $prior", {"pipeline": "holds no pipeline"}),
     "images for codes": ("stage2", "--code_store $folder", {"code_store": "no finished code store"}),
-    "broken tokenizer": ("tokenize", "--tokenizer $folder/broken", {"tokenizer": "its weights file is damaged"}),
+    "broken tokenizer": ("tokenize", "--tokenizer $folder/broken", {"tokenizer": "this weights file is damaged"}),
     "prior without weights": ("build", "--prior $folder/unfinished", {"prior": "its prior is incomplete"}),
     "unknown split": ("evaluate1", "--split test", {"split": "'train' or 'validation'"}),
     "place that refuses": (
@@ -412,8 +411,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_runs) -> Path:
         (folder / name).write_bytes(content)
     (folder / "nothing").mkdir()
     shutil.copytree(tiny_runs.vqgan, folder / "other", ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
-    settings = json.loads((folder / "other" / "config.json").read_text())
-    (folder / "other" / "config.json").write_text(json.dumps({**settings, "fingerprint": "0123456789abcdef"}))
+    other = VQGANModel.from_pretrained(folder / "other")
+    other.get_parameter("quant_conv.bias").data += 1
+    other.config.fingerprint = None
+    other.save_pretrained(folder / "other")
     shutil.copytree(folder / "other", folder / "broken")
     (folder / "broken" / "model.safetensors").write_bytes(b"half")
     shutil.copytree(

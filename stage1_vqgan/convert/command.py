@@ -12,6 +12,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from configs import ConfigError, Problem
+from configs.checksums import write_checksums
+from configs.files import sync_folder, sync_tree
 from stage1_vqgan.convert import diffusers, llamagen, taming
 from stage1_vqgan.convert.config import ConvertConfig
 from stage1_vqgan.convert.files import refuse
@@ -19,7 +21,7 @@ from stage1_vqgan.convert.original import Original, build_model
 from stage1_vqgan.convert.verify import diffusers_cases, stored_cases, verify
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.pretrained import DISCRIMINATOR_NAME, load_tokenizer
+from stage1_vqgan.pretrained import DISCRIMINATOR_NAME, load_tokenizer, load_vqgan
 
 READERS = {"taming": taming.read, "llamagen": llamagen.read, "diffusers": diffusers.read}
 IMAGE_CHANNELS = (1, 3)  # gray and RGB
@@ -47,7 +49,8 @@ def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
         VQGANImageProcessor(model.config.image_size, model.config.in_channels).save_pretrained(folder)
     if original.discriminator:
         save_file(original.discriminator, folder / DISCRIMINATOR_NAME)
-    compared = compare(config, VQGANModel.from_pretrained(folder).eval(), checkpoint)
+    write_checksums(folder)
+    compared = compare(config, load_vqgan(folder), checkpoint)
     return [*describe(model), *reading_notes(original, model), *compared]
 
 
@@ -116,5 +119,7 @@ def written_beside(output: Path) -> Iterator[Path]:
         folder = Path(beside) / "folder"
         folder.mkdir()
         yield folder
+        sync_tree(folder)
         output.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(output)
+        sync_folder(output.parent)

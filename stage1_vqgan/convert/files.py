@@ -15,6 +15,7 @@ from torch.serialization import safe_globals
 
 from configs import ConfigError, Problem
 from configs.problems import shown
+from configs.weights_files import listed
 from configs.yaml_files import parse_yaml
 
 # Largest size of a configuration in bytes, and its largest number of values: aliases of YAML can multiply them.
@@ -143,12 +144,6 @@ def read_mapping(path: Path, field: str = "config") -> dict[str, Any]:
     if not _is_small(values):
         raise refuse(field, path, f"it holds more than {MOST_VALUES:,} values, too many for a configuration")
     return values
-
-
-def listed(names: Sequence[str], most: int = 12) -> str:
-    """Names for a message, at most the first `most` of them."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _is_small(values: Any) -> bool:

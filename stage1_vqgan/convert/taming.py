@@ -12,7 +12,8 @@ from torch import Tensor
 
 from configs import ConfigError, Problem
 from configs.problems import shown
-from stage1_vqgan.convert.files import as_float32, listed, read_mapping, read_tensors, refuse
+from configs.weights_files import listed
+from stage1_vqgan.convert.files import as_float32, read_mapping, read_tensors, refuse
 from stage1_vqgan.convert.original import Claim, Original, leave_out, read_claims, section
 
 LEFT_OUT = {

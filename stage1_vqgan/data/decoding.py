@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from struct import unpack_from
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from stage1_vqgan.image_processing_vqgan import convert_mode, orientation, to_pi
 
 # Markers of a JPEG: start of a frame (sequential, progressive) and of its pixels.
 START_OF_FRAME, START_OF_SCAN = (0xC0, 0xC2), 0xDA
+# Pillow starts another program, Ghostscript, for these files.
+REFUSED_FORMATS = {"EPS"}
 # The other segments of a bare header (JFIF, comment, tables, restart interval), each with its minimum length in bytes.
 BARE_SEGMENTS = {0xE0: 16, 0xFE: 2, 0xDB: 67, 0xC4: 19, 0xDD: 4}
 
@@ -129,7 +132,14 @@ def read(content: bytes | str) -> bytes:
 def _open(content: bytes) -> Image.Image:
     if not content:
         raise UndecodableImage("the file is empty")
-    return Image.open(io.BytesIO(content))
+    return Image.open(io.BytesIO(content), formats=readable_formats())
+
+
+@cache
+def readable_formats() -> list[str]:
+    """The formats of Pillow that are read, the most common ones first."""
+    Image.init()
+    return [name for name in Image.ID if name in Image.OPEN and name not in REFUSED_FORMATS]
 
 
 @contextmanager
@@ -148,7 +158,10 @@ def _undecodable() -> Iterator[None]:
             f"decompression bomb: the file declares more pixels than the limit of {limit}"
         ) from error
     except UnidentifiedImageError as error:
-        raise UndecodableImage("the file is in no image format that Pillow knows") from error
+        refused = ", ".join(REFUSED_FORMATS)
+        raise UndecodableImage(
+            f"the file is in no image format that Pillow knows, or in one that is never read ({refused})"
+        ) from error
     except ValueError as error:
         raise UndecodableImage(_one_line(error)) from error
     except Exception as error:  # decoders raise exceptions of many types

@@ -1,11 +1,15 @@
 """The contents of a checkpoint of stage 1. configs/checkpoints.py describes how a checkpoint is completed.
 
 checkpoint-1000/
-  model.safetensors, model_1.safetensors             generator, discriminator
-  optimizer.bin, optimizer_1.bin                     their optimizers
-  custom_checkpoint_0.pkl, custom_checkpoint_1.pkl   moving average, counters of code use
-  custom_checkpoint_2.pkl                            LeCam's anchors, if the run has a discriminator
-  random_states_{rank}.pkl                           written by accelerate, not needed: the seed determines all draws
+  model.safetensors                    the generator
+  average.safetensors                  its moving average
+  optimizer.safetensors, .json         its optimizer
+  monitor.safetensors                  counters of code use
+  discriminator.safetensors            this and the following ones, if the run has a discriminator
+  discriminator_optimizer.safetensors, .json
+  anchors.safetensors                  LeCam's anchors
+
+The seed and the step determine all random numbers, so a checkpoint holds no state of a generator.
 """
 
 from collections.abc import Iterable
@@ -13,14 +17,18 @@ from itertools import chain
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from configs import ConfigError, Problem
 from configs.checkpoints import unfinished_path
+from configs.checksums import Damaged
+from configs.optimizer_states import load_optimizer_state, optimizer_state
 from configs.run_folder import RunFolder
+from configs.states import read_state, read_tensors, refuse_pickles, require_like, write_state, write_tensors
 from stage1_vqgan.training.step import VQGANTrainer
 
-DISCRIMINATOR_FILE = "model_1.safetensors"
+OF_DISCRIMINATOR = {"discriminator.safetensors", "discriminator_optimizer.safetensors", "anchors.safetensors"}
 
 
 def save(run: RunFolder, accelerator: Accelerator, trainer: VQGANTrainer, step: int) -> None:
@@ -28,9 +36,8 @@ def save(run: RunFolder, accelerator: Accelerator, trainer: VQGANTrainer, step: 
     # Only the main process saves its counters of code use, so they become the sums over all processes.
     trainer.monitor.reduce(lambda counts: accelerator.reduce(counts.clone(), "sum"))
     _clear_counters_of_other_processes(accelerator, trainer)
-    accelerator.save_state(str(unfinished_path(run.path, step)))
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        _write(unfinished_path(run.path, step), trainer)
         run.publish(step, accelerator.num_processes)
     accelerator.wait_for_everyone()
 
@@ -39,9 +46,57 @@ def load(path: Path, accelerator: Accelerator, trainer: VQGANTrainer) -> None:
     """Loads a checkpoint into the run. All processes must call this.
 
     Raises:
-        ConfigError: the checkpoint has a discriminator and the run has none, or the other way round.
+        ConfigError: a file is missing, damaged or no safetensors or JSON; or the checkpoint has a discriminator and
+            the run has none, or the other way round.
     """
-    has, needs = (path / DISCRIMINATOR_FILE).exists(), trainer.discriminator is not None
+    try:
+        refuse_pickles(path)
+        _refuse_another_game(path, trainer)
+        _read(path, trainer)
+    except Damaged as error:
+        raise ConfigError([Problem("resume_from_checkpoint", str(error))]) from error
+    _clear_counters_of_other_processes(accelerator, trainer)
+
+
+def _write(path: Path, trainer: VQGANTrainer) -> None:
+    path.mkdir(parents=True)
+    for name, module in _modules(trainer).items():
+        write_tensors(path / f"{name}.safetensors", module.state_dict())
+    for name, (optimizer, module) in _optimizers(trainer).items():
+        write_state(path / name, optimizer_state(optimizer, dict(module.named_parameters())))
+
+
+def _read(path: Path, trainer: VQGANTrainer) -> None:
+    for name, module in _modules(trainer).items():
+        file = path / f"{name}.safetensors"
+        saved = read_tensors(file)
+        require_like(saved, module.state_dict(), file)
+        module.load_state_dict(saved)
+    for name, (optimizer, module) in _optimizers(trainer).items():
+        file = path / f"{name}.json"
+        load_optimizer_state(read_state(path / name), optimizer, dict(module.named_parameters()), file)
+
+
+def _modules(trainer: VQGANTrainer) -> dict[str, nn.Module]:
+    """The modules of a checkpoint, by the names of their files."""
+    modules: dict[str, nn.Module] = {"model": trainer.model, "average": trainer.average, "monitor": trainer.monitor}
+    if trainer.discriminator is not None:
+        modules["discriminator"] = trainer.accelerator.unwrap_model(trainer.discriminator)
+        modules["anchors"] = trainer.anchors
+    return modules
+
+
+def _optimizers(trainer: VQGANTrainer) -> dict[str, tuple[Optimizer, nn.Module]]:
+    """The optimizers of a checkpoint and the modules they train, by the names of their files."""
+    modules = _modules(trainer)
+    optimizers = {"optimizer": (trainer.optimizer.optimizer, modules["model"])}
+    if trainer.discriminator is not None:
+        optimizers["discriminator_optimizer"] = (trainer.discriminator_optimizer.optimizer, modules["discriminator"])
+    return optimizers
+
+
+def _refuse_another_game(path: Path, trainer: VQGANTrainer) -> None:
+    has, needs = any((path / name).exists() for name in OF_DISCRIMINATOR), trainer.discriminator is not None
     if has != needs:
         value, kind = trainer.config.loss.adversarial_weight, "with" if has else "without"
         message = (
@@ -49,8 +104,6 @@ def load(path: Path, accelerator: Accelerator, trainer: VQGANTrainer) -> None:
             "another output_dir (model_name_or_path takes the model of a finished run)"
         )
         raise ConfigError([Problem("loss.adversarial_weight", message)])
-    accelerator.load_state(str(path))
-    _clear_counters_of_other_processes(accelerator, trainer)
 
 
 def state_to_check(trainer: VQGANTrainer) -> Iterable[tuple[str, Iterable[Tensor]]]:

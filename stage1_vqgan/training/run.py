@@ -21,6 +21,7 @@ from stage1_vqgan.data.skipped import SkippedImages
 from stage1_vqgan.data.sources import load_images
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid
 from stage1_vqgan.modeling_vqgan import VQGANModel
+from stage1_vqgan.pretrained import load_vqgan
 from stage1_vqgan.reconstruction import evaluate_reconstruction
 from stage1_vqgan.training import checkpointing
 from stage1_vqgan.training.codebook import initialise_codebook
@@ -52,7 +53,7 @@ def train(config: Stage1Config) -> VQGANModel:
     accelerator = build_accelerator(config)
     with RunFolder(config, accelerator.is_main_process) as run, StopRequest() as request:
         if run.report_if_finished():
-            return VQGANModel.from_pretrained(config.output_dir)
+            return load_vqgan(config.output_dir)
         training = Training(run, request, accelerator)
         training.resume()
         training.steps()

@@ -65,9 +65,6 @@ class VQGANTrainer:
         self.adversarial = ADVERSARIAL_LOSSES[config.loss.adversarial_type]
         self.monitor = CodebookMonitor(model.config.num_embeddings, accelerator.device)
         self.anchors = LecamAnchors(accelerator.device)
-        # This order determines the names of their files in a checkpoint, see checkpointing.py.
-        saved = [self.average, self.monitor] + ([self.anchors] if self.discriminator is not None else [])
-        accelerator.register_for_checkpointing(*saved)
 
     @property
     def model(self) -> VQGANModel:

@@ -5,14 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
+from configs.states import fill, read_tensors, require_like, write_tensors
 from stage2_prior.training.sharding import local_part
 
 FILE_NAME = "average.safetensors"
@@ -37,13 +35,17 @@ class WeightAverage(TrainerCallback):
         self._averages: dict[str, Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Loads the average of the checkpoint, or copies the weights, which Trainer has loaded and sharded before."""
+        """Loads the average of the checkpoint, or copies the weights, which Trainer has loaded and sharded before.
+
+        Raises:
+            Damaged: the file of the average is missing or damaged.
+        """
         if not self.is_on:
             return
         self._model = model
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        if self.checkpoint is not None and (self.checkpoint / FILE_NAME).is_file():
+        if self.checkpoint is not None:
             self._load(self.checkpoint / FILE_NAME)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -73,23 +75,14 @@ class WeightAverage(TrainerCallback):
 
     def save(self, checkpoint: Path, is_main_process: bool) -> None:
         """Adds the average to a checkpoint. All processes must call this."""
-        whole = {}
-        for name, average in self._averages.items():
-            tensor = average.full_tensor() if isinstance(average, DTensor) else average
-            if is_main_process:
-                whole[name] = tensor.cpu()
-        if whole:
-            save_file(whole, checkpoint / FILE_NAME)
+        if self._averages:
+            write_tensors(checkpoint / FILE_NAME, self._averages, is_main_process)
 
-    @torch.no_grad()
     def _load(self, path: Path) -> None:
-        saved = load_file(path)
+        saved = read_tensors(path)
+        require_like(saved, self._averages, path)
         for name, average in self._averages.items():
-            if isinstance(average, DTensor):  # every process has read the whole tensor, and selects its shard
-                shard = distribute_tensor(saved[name], average.device_mesh, average.placements, src_data_rank=None)
-                average.to_local().copy_(shard.to_local())
-            else:
-                average.copy_(saved[name])
+            fill(average, saved[name])
 
     def _set_weights(self, values: Iterable[Tensor]) -> None:
         for weight, value in zip(_local_parts(self._weights), values, strict=True):

@@ -1,31 +1,47 @@
 """A training run of stage 2, from its configuration to the saved prior."""
 
+import logging
 import os
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from configs import ConfigError, Problem, TrainingConfig, check
+from configs.checksums import Damaged
 from configs.files import read_json
 from configs.interruption import StopRequest
-from configs.run_folder import RunFolder, holds_work
+from configs.randomness import seed_from
+from configs.run_folder import ALLOW, RunFolder, holds_work
+from configs.states import refuse_pickles
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset
 from stage2_prior.export import export_prior
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
-from stage2_prior.training.averaging import WeightAverage
+from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
+from stage2_prior.training.checkpointing import read_trainer_state
 from stage2_prior.training.config import Stage2Config
 from stage2_prior.training.sample_grids import SampleGrids
-from stage2_prior.training.selection import BestWeights, Selection, evaluations, has_stopped_early, is_exhausted
-from stage2_prior.training.sharding import check_sharding
+from stage2_prior.training.selection import (
+    EVALUATION_NAME,
+    FOLDER as BEST_FOLDER,
+    BestWeights,
+    Selection,
+    evaluations,
+    is_exhausted,
+)
+from stage2_prior.training.sharding import check_sharding, refuse_deepspeed
 from stage2_prior.training.trainer import PriorTrainer, bits_per_pixel
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
+
+logger = logging.getLogger(__name__)
 
 # Our keys that Trainer does not get: this project resumes, removes old checkpoints and uploads without Trainer.
 OWN_KEYS = {
@@ -41,7 +57,7 @@ OWN_KEYS = {
 
 
 class RunCallback(TrainerCallback):
-    """Writes Trainer's logs to metrics.jsonl, and stops Trainer when a signal asks for it."""
+    """Seeds every step, writes Trainer's logs to metrics.jsonl, and stops Trainer when a signal asks for it."""
 
     def __init__(self, run: RunFolder, request: StopRequest):
         self.run, self.request = run, request
@@ -55,6 +71,10 @@ class RunCallback(TrainerCallback):
         is_summary = logs is not None and "train_runtime" in logs  # Trainer's last log summarises one session
         if state.is_world_process_zero and logs and not is_summary:
             self.run.log(state.global_step, logs)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Seed dropout by the step, so that a resumed run draws the same numbers.
+        torch.manual_seed(seed_from(args.seed, state.global_step, args.process_index))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.signal_number = self.request.agreed_signal()
@@ -150,26 +170,50 @@ class Training:
         self.checkpoint: Path | None = None
 
     def resume(self) -> None:
-        """Finds the checkpoint to resume from, if the run has one; Trainer loads it at the start of `steps`."""
+        """Finds the checkpoint to resume from, if the run has one; Trainer loads it at the start of `steps`.
+
+        Raises:
+            ConfigError: see `RunFolder.begin`; a file of the checkpoint is missing, damaged or a pickle; or the run
+                shards with DeepSpeed.
+        """
         config, trainer = self.config, self.trainer
         checkpoint = self.run.begin(trainer.accelerator.num_processes)
         if checkpoint is not None:
-            self.checkpoint = self.average.checkpoint = checkpoint.path
-            if has_stopped_early(checkpoint.path, config.early_stopping_patience):
+            self.checkpoint = checkpoint.path
+            refuse_deepspeed(trainer, checkpoint.path)
+            with refusing_damage():
+                refuse_pickles(checkpoint.path)
+                history = read_trainer_state(checkpoint.path, checkpoint.step).log_history
+                self._expect(AVERAGE_NAME, self.average.is_on)
+                self._expect(f"{BEST_FOLDER}/{EVALUATION_NAME}", config.keep_best and bool(evaluations(history)))
+            if (checkpoint.path / AVERAGE_NAME).is_file():
+                self.average.checkpoint = checkpoint.path
+            if is_exhausted(history, config.early_stopping_patience):
                 trainer.args.max_steps = checkpoint.step  # no step remains
         if trainer.is_world_process_zero():
             self.best.restore(self.checkpoint if config.keep_best else None)
             if not (self.run.path / LAYOUT_NAME).is_file():  # a finished prior keeps its own until it is replaced
                 self.layout.save_pretrained(self.run.path)
 
+    def _expect(self, name: str, is_needed: bool) -> None:
+        """Refuses a checkpoint without a file that the run needs; with `allow_config_changes`, the run does without."""
+        path = cast(Path, self.checkpoint) / name
+        if not is_needed or path.is_file():
+            return
+        if not self.config.allow_config_changes:
+            raise Damaged(f"{path}: this file is missing; if the run was started without it, {ALLOW}")
+        if self.trainer.is_world_process_zero():
+            logger.warning("%s does not exist: it is new from this step on", path)
+
     def steps(self) -> None:
         """Runs the remaining steps, and evaluates after the last one.
 
         Raises:
-            Diverged, Stopped: see `train`.
+            ConfigError, Diverged, Stopped: see `train`.
         """
         trainer = self.trainer
-        trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint is not None else None)
+        with refusing_damage():
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint is not None else None)
         step, signal_number = trainer.state.global_step, self.callback.signal_number
         if signal_number and step < self.config.max_steps:
             raise self.run.stopped(step, signal_number)
@@ -200,6 +244,15 @@ class Training:
             self.run.finish(trainer.state.global_step, results)
         trainer.accelerator.wait_for_everyone()
         return load_prior(config.output_dir)
+
+
+@contextmanager
+def refusing_damage() -> Iterator[None]:
+    """Turns `Damaged` inside the context, which names a file of the checkpoint, into a `ConfigError`."""
+    try:
+        yield
+    except Damaged as error:
+        raise ConfigError([Problem("resume_from_checkpoint", str(error))]) from error
 
 
 def open_codes(config: Stage2Config) -> tuple[CodeStore, TokenLayout]:

@@ -7,7 +7,6 @@ Not transformers' EarlyStoppingCallback: it counts evaluations in memory, so its
 Here patience is a function of the log history, which every checkpoint holds.
 """
 
-import json
 import math
 import os
 import shutil
@@ -16,7 +15,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from configs.files import write_json
+from configs.checksums import Damaged
+from configs.files import read_json, write_json
 
 FOLDER = "best"
 EVALUATION_NAME = "evaluation.json"
@@ -33,10 +33,19 @@ def is_exhausted(history: list[dict[str, float]], patience: int) -> bool:
     return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
-def has_stopped_early(checkpoint: Path, patience: int) -> bool:
-    """Whether early stopping had ended the run when the checkpoint was saved."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return is_exhausted(state["log_history"], patience)
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """`step` and `eval_loss` of the best weights.
+
+    Raises:
+        Damaged: the file is missing or malformed.
+    """
+    try:
+        evaluation = read_json(path)
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path}: this file is missing or malformed ({error})") from error
+    if [type(evaluation.get(name)) for name in ("step", "eval_loss")] != [int, float]:
+        raise Damaged(f"{path}: received {evaluation!r}; needs a step and an eval_loss")
+    return evaluation
 
 
 class BestWeights:
@@ -49,7 +58,7 @@ class BestWeights:
     def evaluation(self) -> dict[str, Any] | None:
         """`step` and `eval_loss` of the weights; None before the first evaluation."""
         file = self.path / EVALUATION_NAME
-        return json.loads(file.read_text()) if file.is_file() else None
+        return read_evaluation(file) if file.is_file() else None
 
     def restore(self, checkpoint: Path | None) -> None:
         """Restores the folder from the copy in a checkpoint; None empties it, for a new run."""

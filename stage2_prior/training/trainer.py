@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from configs.checkpoints import unfinished_path
 from configs.index_sampler import IndexSampler
 from configs.interruption import Diverged, leave_signals_to_main
 from configs.run_folder import RunFolder
 from stage2_prior.data import IGNORED, CodeDataset, collate
+from stage2_prior.training import checkpointing
 from stage2_prior.training.averaging import WeightAverage
 from stage2_prior.training.selection import BestWeights
 from stage2_prior.training.sharding import local_part
@@ -162,12 +162,41 @@ class PriorTrainer(Trainer):
         whole = 0 if hasattr(self.model, "peft_config") else sum(w.numel() * w.element_size() for w in parameters)
         return whole + (3 if self.average.is_on else 2) * trained
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Saves the weights only; Trainer's method also pickles its arguments."""
+        if self.args.should_save:
+            checkpointing.save_weights(self._model, Path(cast(str, output_dir)), state_dict)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Loads an adapter itself, because Trainer would load the best adapter in the checkpoint as a second one."""
-        if (Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME).is_file() and not self.is_fsdp_enabled:
-            cast(Any, self.model).load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        checkpointing.load_weights(self._model, Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Trainer's method would write pickles. DeepSpeed writes its own, which `resume` in run.py refuses."""
+        if self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            checkpointing.save_states(self, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpointing.load_states(self, Path(checkpoint))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """`_save_optimizer_and_scheduler` saves it."""
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """`_load_optimizer_and_scheduler` loads it."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Every step has its own seed, see `RunCallback`."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Every step has its own seed, see `RunCallback`."""
+
+    @property
+    def _model(self) -> Any:
+        """The prior, without wrappers."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
         """The folder in which Trainer writes its checkpoints."""

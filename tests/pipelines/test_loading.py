@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from configs import ConfigError
+from configs.checksums import Damaged
 from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANModel, load_tokenizer
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.training.config import LoraConfig
 from tests.devices import DEVICE
-from tests.model_folders import change_config, change_weights, plant_code, without
+from tests.model_folders import change_config, change_weights, plant_code, without, without_checksums
 
 TRUSTING = """
 import sys
@@ -29,8 +30,8 @@ print(type(VQGANPipeline.from_pretrained(sys.argv[1], trust_remote_code=True).pr
 
 @pytest.fixture
 def folder(tiny_runs, tmp_path) -> Path:
-    """A copy of the tiny pipeline."""
-    return shutil.copytree(tiny_runs.pipeline, tmp_path / "pipeline")
+    """A copy of the tiny pipeline, without checksums."""
+    return without_checksums(shutil.copytree(tiny_runs.pipeline, tmp_path / "pipeline"))
 
 
 def greedy(pipeline: VQGANPipeline) -> torch.Tensor:
@@ -164,7 +165,7 @@ def test_an_adapter_in_a_pipeline_is_refused(tiny_runs, folder, tmp_path, part):
 @pytest.mark.parametrize("missing", ["model.layers.1.mlp.up_proj", "lm_head", ""], ids=["one", "lm_head", "all"])
 def test_a_prior_without_all_its_weights_is_refused(folder, missing):
     change_weights(folder / "prior", without(missing))
-    with pytest.raises(ValueError, match=r"the weights do not fit config\.json: .*missing_keys"):
+    with pytest.raises(ValueError, match=r"the weights do not fit config\.json: \d+ missing: (lm_head|model)\."):
         VQGANPipeline.from_pretrained(folder)
 
 
@@ -173,6 +174,44 @@ def test_a_prior_of_another_type_is_refused(folder, model_type):
     change_config(folder / "prior", model_type=model_type)
     with pytest.raises(ValueError, match=r"do not fit config\.json|model_type: received 'gemma'"):
         VQGANPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["vqgan", "prior"])
+def test_a_part_of_another_run_is_refused(tiny_runs, tmp_path, part):
+    """Also if it is complete, with its own checksums, and of the same shapes."""
+    pipeline = VQGANPipeline.from_pretrained(tiny_runs.pipeline)
+    name = "decoder.conv_out.bias" if part == "vqgan" else "model.norm.weight"
+    pipeline.components[part].get_parameter(name).data += 1
+    pipeline.save_pretrained(tmp_path / "other")
+    folder = shutil.copytree(tiny_runs.pipeline, tmp_path / "pipeline")
+    shutil.copytree(tmp_path / "other" / part, folder / part, dirs_exist_ok=True)
+    with pytest.raises(Damaged, match=rf"{part}/checksums\.json: the contents of this file have changed"):
+        VQGANPipeline.from_pretrained(folder)
+    VQGANPipeline.from_pretrained(tmp_path / "other")
+
+
+def test_every_changed_file_is_found_by_its_checksum(tiny_runs, tmp_path):
+    folder = shutil.copytree(tiny_runs.pipeline, tmp_path / "pipeline")
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".safetensors")]
+    assert {path.name for path in files} >= {"model_index.json", "generation_config.json", "preprocessor_config.json"}
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        with pytest.raises(ValueError, match=rf"{path}|checksums\.json"):
+            VQGANPipeline.from_pretrained(folder)
+        path.write_bytes(content)
+    VQGANPipeline.from_pretrained(folder)
+
+
+def test_a_fingerprint_of_other_weights_is_refused(folder):
+    change_config(folder / "vqgan", fingerprint="0123456789abcdef")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["token_layout"]["tokenizer_fingerprint"] = "0123456789abcdef"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"vqgan: fingerprint: config\.json has 0123456789abcdef, but"):
+        VQGANPipeline.from_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"tokenizer: .*fingerprint: config\.json has 0123456789abcdef, but"):
+        load_tokenizer(str(folder / "vqgan"))
 
 
 def test_planted_code_runs_only_if_the_caller_asks(folder, answers, tmp_path):

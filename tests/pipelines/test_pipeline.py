@@ -20,6 +20,7 @@ from pipelines.build import BuildConfig, build
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import TokenLayout
 from tests.devices import DEVICE
+from tests.model_folders import without_checksums
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -349,7 +350,7 @@ def test_parts_that_do_not_belong_together_are_refused(
         VQGANPipeline(**{**parts, "prior": random_prior("llama", larger)})
     prior = tmp_path / "prior"
     shutil.copytree(tiny_runs.prior, prior, ignore=shutil.ignore_patterns("checkpoint-*"))
-    unrelated_layout.save_pretrained(prior)
+    unrelated_layout.save_pretrained(without_checksums(prior))
     config = BuildConfig(tokenizer=str(tiny_runs.vqgan), prior=str(prior), output_dir=str(tmp_path / "pipeline"))
     with pytest.raises(ConfigError, match="codes are of another tokenizer"):
         build(config)
@@ -362,6 +363,9 @@ def test_an_exchanged_tokenizer_is_refused(tiny_runs, tmp_path):
     other = VQGANModel(VQGANModel.from_pretrained(folder / "vqgan").config)
     other.config.fingerprint = None
     other.save_pretrained(folder / "vqgan")
+    with pytest.raises(ValueError, match=rf"vqgan/checksums\.json: this file is missing .*remove {folder}/checksums"):
+        VQGANPipeline.from_pretrained(folder)
+    (folder / "checksums.json").unlink()
     with pytest.raises(ValueError, match="tokenizer: received"):
         VQGANPipeline.from_pretrained(folder)
 

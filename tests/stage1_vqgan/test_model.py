@@ -1,16 +1,21 @@
 """The tokenizer: contracts, exact saving, fingerprint, initialisation, and the original's stored numbers."""
 
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from configs.checksums import verify_checksums, write_checksums
 from stage1_vqgan import VQGANConfig, VQGANModel
 from tests import golden_models
 from tests.devices import on_device
+from tests.fuzz.harness import planted_pickle
 from tests.golden import GOLDEN
+from tests.model_folders import change_config, change_weights, without
 
 pytestmark = on_device
 
@@ -111,6 +116,82 @@ def test_fingerprint_survives_a_cast(tmp_path):
     half.save_pretrained(tmp_path / "b")
     assert VQGANModel.from_pretrained(tmp_path / "b").config.fingerprint == fingerprint
     assert half(images(1, 3, 16, 16).bfloat16()).reconstruction.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fingerprint_of_other_weights_is_refused(tmp_path, dtype):
+    """Whether the weights or the configuration were exchanged."""
+    make().save_pretrained(tmp_path / "a")
+    make(seed=1).save_pretrained(tmp_path / "b")
+    for name in ("config.json", "model.safetensors"):
+        mixed = shutil.copytree(tmp_path / "a", tmp_path / f"with the other {name}")
+        shutil.copy(tmp_path / "b" / name, mixed)
+        with pytest.raises(
+            ValueError, match=rf"{mixed}: fingerprint: config\.json has \w{{16}}, .*weights have \w{{16}}"
+        ):
+            VQGANModel.from_pretrained(mixed, dtype=dtype)
+    change_config(tmp_path / "a", quantizer_options={"l2_normalize": True})
+    with pytest.raises(ValueError, match="one of these files was changed"):
+        VQGANModel.from_pretrained(tmp_path / "a", dtype=dtype)
+
+
+def test_one_changed_bit_in_the_encoder_is_found(tmp_path):
+    make().save_pretrained(tmp_path)
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        value = file.get_tensor("encoder.conv_in.weight").numpy().tobytes()
+    data[data.index(value)] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="fingerprint"):
+        VQGANModel.from_pretrained(tmp_path)
+
+
+def test_other_codes_have_no_fingerprint_until_they_are_saved(tmp_path):
+    make(attn_resolutions=[]).save_pretrained(tmp_path / "a")
+    for change in ({"image_size": 32}, {"quantizer_options": {"l2_normalize": True}}):
+        model = VQGANModel.from_pretrained(tmp_path / "a", **change)
+        assert model.config.fingerprint is None
+        model.save_pretrained(tmp_path / "b")
+        assert VQGANModel.from_pretrained(tmp_path / "b").config.fingerprint == model.compute_fingerprint()
+    kept = VQGANModel.from_pretrained(tmp_path / "a", dropout=0.1)
+    assert kept.config.fingerprint == kept.compute_fingerprint()
+
+
+@pytest.mark.parametrize("key", ["encoder.conv_in.weight", "decoder.conv_out.bias"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, key, value):
+    model = make()
+    model.get_parameter(key).data.flatten()[-1] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path}: model\.safetensors: .*1 not finite: {key}"):
+        VQGANModel.from_pretrained(tmp_path)
+
+
+def test_long_lists_of_weights_are_cut(tmp_path):
+    make().save_pretrained(tmp_path)
+    change_weights(tmp_path, without("encoder"))
+    with pytest.raises(
+        ValueError, match=r"\d\d missing: encoder\.\S+, encoder\.\S+, encoder\.\S+ and \d\d more;"
+    ) as error:
+        VQGANModel.from_pretrained(tmp_path)
+    assert len(str(error.value)) < 400
+
+
+def test_saving_removes_the_checksums_of_older_files(tmp_path):
+    make().save_pretrained(tmp_path)
+    write_checksums(tmp_path)
+    verify_checksums(tmp_path)
+    make(seed=1).save_pretrained(tmp_path)
+    verify_checksums(tmp_path)
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    make().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(planted_pickle(tmp_path / "canary"))
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        VQGANModel.from_pretrained(tmp_path)
+    assert not (tmp_path / "canary").exists()
 
 
 def test_fingerprint_is_of_what_decides_the_codes():

@@ -20,6 +20,7 @@ from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import Stage2Config, TokenLayout, load_prior
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.prior import adapt_prior
+from stage2_prior.sealing import SEAL, sealed
 from stage2_prior.training.config import LoraConfig
 from stage2_prior.training.run import train
 from tests.tiny import RANDOM_PRIORS
@@ -107,8 +108,9 @@ def test_other_classes_come_with_the_adapter(make_config, tiny_runs, tmp_path):
     store = tmp_path / "codes"
     shutil.copytree(tiny_runs.codes, store)
     manifest = json.loads((store / "manifest.json").read_text())
+    del manifest[SEAL]
     manifest["token_layout"]["class_names"] = [*"9876543210", *(f"new {number}" for number in range(30))]
-    (store / "manifest.json").write_text(json.dumps(manifest))
+    (store / "manifest.json").write_text(json.dumps(sealed(manifest)))
     tuned = train(make_config(code_store=str(store)))
     layout = TokenLayout.from_pretrained(tmp_path / "prior")
     assert layout.num_classes == 40 and tuned.config.vocab_size == layout.vocab_size == 128
@@ -172,6 +174,20 @@ def test_an_adapter_of_an_adapter(make_config, tmp_path):
 def test_configurations_that_cannot_work(make_config, changes, message):
     with pytest.raises(ConfigError, match=message):
         make_config(**changes)
+
+
+def test_a_regular_expression_is_saved_as_names(make_config, tiny_runs, tmp_path):
+    pattern = r".*layers\.[01]\..*\.(q|v)_proj"
+    trained = train(make_config(max_steps=1, **{"lora.target_modules": pattern}))
+    saved = json.loads((tmp_path / "prior" / "adapter_config.json").read_text())["target_modules"]
+    assert sorted(saved) == [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qv"]
+    loaded = load_prior(str(tmp_path / "prior"))
+    assert all(torch.equal(weight, trained.get_parameter(name)) for name, weight in loaded.named_parameters())
+    before = load_prior(str(tiny_runs.prior))
+    changed = [
+        name for name, weight in loaded.named_parameters() if not torch.equal(weight, before.get_parameter(name))
+    ]
+    assert changed == [f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in "qv"]
 
 
 def test_modules_that_are_not_there(make_config):

@@ -1,7 +1,10 @@
 """Loading a prior: its own weights and nothing else, or an error."""
 
 import json
+import math
+import pickle
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import ConfigError
+from configs.checksums import Damaged, write_checksums
 from pipelines.build import BuildConfig, build
 from stage2_prior import TokenLayout, load_causal_lm, load_prior
 from stage2_prior.adapters import attach_adapter, without_adapters
@@ -118,13 +122,132 @@ def test_pickled_weights_are_not_read(folder, layout):
         {"text_config": {"attn_implementation": "someone/kernel"}},
         {"quantization_config": {"quant_method": "mxfp4"}},
         {"transformers_weights": "other.safetensors"},
+        {"configuration_files": ["config.4.0.0.json"]},
+        {"fusion_config": {"patch_embeddings": True}},
+        {"model_type": "rwkv"},
+        {"dtype": "int8"},
+        {"torch_dtype": "__dict__"},
+        {"num_hidden_layers": 10**6},
+        {"num_hidden_layers": 10**12},
+        {"vocab_size": 2**40},
+        {"layer_types": ["full_attention"] * 10**5},
+        {"text_config": {"num_layers": 10**6}},
     ],
-    ids=lambda field: "-".join(f"{key}={value}" for key, value in field.items()),
+    ids=lambda field: "-".join(f"{key}={str(value)[:40]}" for key, value in field.items()),
 )
 def test_a_saved_model_chooses_no_kernel_and_no_other_weights(folder, layout, field, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("was read"))
     change_config(folder, **field)
     assert_refused(folder, layout, "received")
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 10**9}, {"hidden_size": 2**20}, {"intermediate_size": 10**8}], ids=str
+)
+def test_models_far_above_the_weights_are_refused_before_they_take_memory(folder, layout, change, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("was built"))
+    change_config(folder, **change)
+    assert_refused(
+        folder, layout, r"config\.json.* describes a model of [\d,]+ weights, but 25,632 are stored|config\.json"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_attention_heads": 0}, {"hidden_act": "no"}, {"rope_parameters": 3}, {"architectures": 3}, {"id2label": []}],
+    ids=str,
+)
+def test_what_transformers_raises_comes_back_in_our_words(folder, layout, change):
+    """Each architecture raises exceptions of its own."""
+    change_config(folder, **change)
+    assert_refused(folder, layout, str(folder))
+
+
+def test_deep_and_large_files_are_refused(folder, layout):
+    deep: dict = {}
+    for _ in range(500):
+        deep = {"text_config": deep}
+    change_config(folder, more=deep)
+    assert_refused(folder, layout, r"config\.json: this file is nested more than 20 deep")
+    (folder / "config.json").write_text("[" + "1," * 2**23 + "1]")
+    assert_refused(folder, layout, r"config\.json: this file has [\d,]+ bytes; .* at most 16,777,216")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(folder, layout, value):
+    def spoil(weights):
+        weights["model.norm.weight"][3] = value
+        return weights
+
+    change_weights(folder, spoil)
+    assert_refused(folder, layout, r"model\.safetensors: these weights hold values .* not finite: model\.norm\.weight;")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float8_e4m3fn])
+def test_weights_of_other_dtypes_are_refused(folder, layout, dtype):
+    change_weights(folder, lambda weights: {**weights, "lm_head.weight": weights["lm_head.weight"].to(dtype)})
+    assert_refused(folder, layout, r"do not fit config\.json: 1 wrong dtype: lm_head\.weight (I32|U8|F8_E4M3)")
+
+
+def test_long_lists_of_weights_are_cut(folder, layout):
+    change_weights(folder, lambda weights: {f"other.{name}": weight for name, weight in weights.items()})
+    assert_refused(folder, layout, r"21 missing: \S+, \S+, \S+ and 18 more; 21 unexpected: \S+, \S+, \S+ and 18 more")
+
+
+def test_a_weight_in_two_shards_is_refused(random_prior, layout, tmp_path):
+    random_prior("llama", layout).save_pretrained(tmp_path, max_shard_size="5KB")
+    layout.save_pretrained(tmp_path)
+    first, second, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    save_file({**load_file(first), **load_file(second)}, first, metadata={"format": "pt"})
+    assert_refused(tmp_path, layout, r"another file of this model holds these tensors too")
+
+
+def test_shards_of_a_distributed_model_are_not_read(folder, layout):
+    """transformers would read them instead of model.safetensors."""
+    shutil.copy(folder / "model.safetensors", folder / "shard-00001-model-00001-of-00001.safetensors")
+    assert_refused(folder, layout, "shards of a distributed model are not read")
+
+
+HEADERS = {
+    "an absurd length": struct.pack("<Q", 2**62),
+    "an absurd shape": {"shape": [2**31, 2**31], "data_offsets": [0, 4]},
+    "an absurd offset": {"shape": [1], "data_offsets": [2**60, 2**60 + 4]},
+    "no safetensors": b"404: not found",
+    "nothing": b"",
+    "a pickle": pickle.dumps({"lm_head.weight": 1}),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_broken_headers_come_back_in_our_words(folder, layout, case):
+    content = HEADERS[case]
+    if isinstance(content, dict):
+        header = json.dumps({"lm_head.weight": {"dtype": "F32", **content}}).encode()
+        content = struct.pack("<Q", len(header)) + header + bytes(4)
+    (folder / "model.safetensors").write_bytes(content)
+    assert_refused(folder, layout, r"model\.safetensors: this weights file is damaged, or no safetensors file \(\w")
+
+
+def test_checksums_find_every_changed_file(folder, layout):
+    write_checksums(folder)
+    load_prior(str(folder))
+    for path in [*folder.glob("*n.json"), *folder.glob("*.safetensors"), folder / "token_layout.json"]:
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"e", b"a", 1))
+        with pytest.raises(ValueError, match=rf"{path}: .*(changed|not JSON).* remove {folder}/checksums\.json"):
+            load_causal_lm(folder)
+        path.write_bytes(content)
+    load_causal_lm(folder)
+
+
+def test_weights_that_were_added_later_are_refused(random_prior, layout, tmp_path):
+    """transformers would read them instead of the shards."""
+    random_prior("llama", layout).save_pretrained(tmp_path, max_shard_size="5KB")
+    write_checksums(tmp_path)
+    random_prior("llama", layout, seed=1).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path)
+    with pytest.raises(Damaged, match=r"model\.safetensors: this file was added after the folder was saved"):
+        load_causal_lm(tmp_path)
 
 
 def test_planted_code_is_neither_run_nor_asked_for(folder, layout, answers, tmp_path):
@@ -150,7 +273,7 @@ def test_an_adapter_that_lacks_weights_is_refused(adapter, layout):
     weights = load_file(path)
     weights.pop(next(name for name in weights if "lora_B" in name))
     save_file(weights, path)
-    with pytest.raises(ValueError, match="adapter's weights do not fit"):
+    with pytest.raises(ValueError, match=r"the weights do not fit adapter_config\.json: 1 missing: .*lora_B"):
         load_prior(str(adapter))
 
 
@@ -169,6 +292,95 @@ def test_the_base_of_an_adapter_is_checked_like_any_prior(adapter, folder, answe
     with pytest.raises(ConfigError, match=r"an adapter of the prior .*custom code"):
         load_prior(str(adapter))
     assert answers == [] and not (adapter / "mark").exists()
+
+
+SLOW_PATTERN = "((.*)*)*!"  # takes longer than any test if it is matched with a long name
+
+SETTINGS = {
+    "target_modules": [SLOW_PATTERN, "all-linear", [SLOW_PATTERN], [3], {"q_proj": 1}],
+    "exclude_modules": [SLOW_PATTERN, [SLOW_PATTERN]],
+    "modules_to_save": [[SLOW_PATTERN]],
+    "layers_pattern": [SLOW_PATTERN, [SLOW_PATTERN]],
+    "rank_pattern": [{SLOW_PATTERN: 2}, {"q_proj": 10**9}, {"q_proj": "2"}],
+    "alpha_pattern": [{SLOW_PATTERN: 2}],
+    "trainable_token_indices": [{SLOW_PATTERN: [1]}, [-1]],
+    "r": [10**9, 0, -1, "2", True, 2.5, None],
+    "lora_alpha": ["2", 0, None],
+    "peft_type": ["PREFIX_TUNING", "XLORA", "no", None, 3],
+    "task_type": ["SEQ_CLS"],
+    "init_lora_weights": ["eva", "pissa", "pissa_niter_9", "loftq", "corda", "olora", "lora_ga"],
+    "megatron_core": ["antigravity"],
+    "megatron_config": [{"a": 1}],
+    "eva_config": [{"rho": 2.0}],
+    "corda_config": [{"cache_file": "/etc/passwd"}],
+    "loftq_config": [{"loftq_bits": 4}],
+    "layer_replication": [[[0, 10**9]]],
+    "target_parameters": [["q_proj.weight"]],
+    "runtime_config": [{"ephemeral_gpu_offload": True}],
+    "unknown_setting": ["value"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key in SETTINGS for value in SETTINGS[key]], ids=str)
+def test_settings_of_an_adapter_are_refused_before_peft_sees_them(adapter, key, value, monkeypatch):
+    monkeypatch.setattr("peft.get_peft_model", lambda *a, **k: pytest.fail("peft saw it"))
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda *a, **k: pytest.fail("peft saw it"))
+    change_config(adapter, "adapter_config.json", **{key: value})
+    with pytest.raises(
+        ValueError, match=rf"adapter_config\.json: {key}: received|adapter_model.*do not fit r: received rank"
+    ):
+        load_prior(str(adapter))
+
+
+def test_what_an_adapter_says_of_its_training_is_ignored(adapter):
+    expected = load_prior(str(adapter))
+    auto = {"parent_library": "antigravity", "base_model_class": "fly"}
+    change_config(
+        adapter, "adapter_config.json", auto_mapping=auto, revision="main", lora_dropout=0.5, inference_mode=False
+    )
+    loaded = load_prior(str(adapter))
+    assert all(torch.equal(weight, loaded.get_parameter(name)) for name, weight in expected.named_parameters())
+
+
+@pytest.mark.parametrize("damage", ["unexpected", "of the base", "not finite", "int", "misshapen", "header"])
+def test_weights_of_an_adapter_that_cannot_be_right(adapter, damage):
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "lora_B" in name)
+    if damage == "unexpected":
+        weights["base_model.model.other.lora_A.weight"] = torch.zeros(2, 2)
+    elif damage == "of the base":
+        weights["base_model.model.model.norm.weight"] = torch.zeros(32)
+    elif damage == "not finite":
+        weights[name][0, 0] = math.nan
+    elif damage == "int":
+        weights[name] = weights[name].to(torch.int32)
+    elif damage == "misshapen":
+        weights[name] = weights[name].T.contiguous()
+    save_file(weights, path)
+    if damage == "header":
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"adapter"):
+        load_prior(str(adapter))
+
+
+def test_checksums_of_an_adapter(adapter):
+    write_checksums(adapter)
+    load_prior(str(adapter))
+    data = bytearray((adapter / "adapter_model.safetensors").read_bytes())
+    data[-2] ^= 1
+    (adapter / "adapter_model.safetensors").write_bytes(data)
+    with pytest.raises(Damaged, match=r"adapter_model\.safetensors: the contents of this file have changed"):
+        load_prior(str(adapter))
+
+
+def test_an_adapter_of_itself_is_refused(adapter, tmp_path):
+    other = shutil.copytree(adapter, tmp_path / "other")
+    for base in (adapter, other):
+        change_config(adapter, "adapter_config.json", base_model_name_or_path=str(base))
+        change_config(other, "adapter_config.json", base_model_name_or_path=str(adapter))
+        with pytest.raises(ConfigError, match="its base_model_name_or_path leads back to"):
+            load_prior(str(adapter))
 
 
 @pytest.mark.parametrize("base", [None, "", 3])

@@ -1,10 +1,13 @@
 """Conversion of broken, forged or malicious files: it gives a message, runs no code, and leaves no files."""
 
 import argparse
+import io
 import json
 import os
+import pickle
 import struct
 import sys
+import tarfile
 import types
 import zipfile
 from pathlib import Path
@@ -18,6 +21,7 @@ from safetensors.torch import save_file
 from configs import run
 from stage1_vqgan import VQGANConfig, VQGANModel
 from stage1_vqgan.convert.command import ConvertConfig, convert
+from tests.fuzz.harness import planted_pickle
 
 SETTINGS = {
     "image_size": 16,
@@ -146,6 +150,42 @@ def something_else(weights):
     torch.save({"state_dict": {"transformer.head.weight": torch.ones(3, 3)}}, "last.ckpt")
 
 
+def planted_in_a_zip(weights, name="last.ckpt", entry="archive/data.pkl"):
+    """The layout of torch.save, with a pickle that runs code."""
+    with zipfile.ZipFile(name, "w") as archive:
+        archive.writestr(entry, planted_pickle(Path("executed")))
+        archive.writestr("archive/version", "3\n")
+
+
+def planted_in_torchscript(weights):
+    """The layout of torch.jit.save."""
+    planted_in_a_zip(weights)
+    with zipfile.ZipFile("last.ckpt", "a") as archive:
+        archive.writestr("archive/constants.pkl", planted_pickle(Path("executed")))
+
+
+def planted_in_a_tar(weights):
+    """The layout of torch.save before version 0.1.10."""
+    with tarfile.open("last.ckpt", "w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            content = planted_pickle(Path("executed"))
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def planted_alone(weights):
+    Path("last.ckpt").write_bytes(planted_pickle(Path("executed")))
+
+
+def planted_after_the_magic_number(weights):
+    """The layout of torch.save before version 1.6."""
+    parts = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {}]
+    Path("last.ckpt").write_bytes(
+        b"".join(pickle.dumps(part, protocol=2) for part in parts) + planted_pickle(Path("executed"))
+    )
+
+
 def changed(**changes):
     """The good checkpoint with some tensors changed, or left out where the change is None."""
 
@@ -161,6 +201,11 @@ CHECKPOINTS = {
     "code beside the weights": (code_in_the_state, "asks for posix.mkdir, which is code, not weights"),
     "code alone": (code_alone, "asks for posix.mkdir"),
     "code in an old pickle": (code_in_an_old_pickle, "asks for posix.mkdir"),
+    "planted in a zip": (planted_in_a_zip, "which is code, not weights; nothing was run"),
+    "planted in torchscript": (planted_in_torchscript, "not a complete checkpoint of torch.save"),
+    "planted in a tar": (planted_in_a_tar, "not a complete checkpoint of torch.save"),
+    "planted alone": (planted_alone, "which is code, not weights; nothing was run"),
+    "planted after the magic number": (planted_after_the_magic_number, "which is code, not weights; nothing was run"),
     "truncated": (truncated, "not a complete checkpoint of torch.save"),
     "text": (text, "not a complete checkpoint of torch.save"),
     "empty": (empty, "not a complete checkpoint of torch.save"),
@@ -188,6 +233,28 @@ CHECKPOINTS = {
         "main.0.weight: not every number is finite",
     ),
 }
+
+
+@pytest.mark.parametrize("kind", ["llamagen", "diffusers"])
+def test_pickles_in_the_files_of_other_code_bases(attempt, weights, kind):
+    """The comparison with diffusers must not read a pickle beside the weights either."""
+    VQGANModel(VQGANConfig(**SETTINGS)).save_pretrained("ours")
+    if kind == "llamagen":
+        planted_in_a_zip(weights)
+        arguments = "--from llamagen --checkpoint last.ckpt --output out"
+    else:
+        pytest.importorskip("diffusers")
+        assert attempt("--to diffusers --checkpoint ours --output theirs")[0] == 0
+        planted_in_a_zip(weights, "theirs/diffusion_pytorch_model.bin")
+        assert attempt("--from diffusers --checkpoint theirs --output beside")[0] == 0
+        Path("theirs/diffusion_pytorch_model.safetensors").unlink()
+        arguments = "--from diffusers --checkpoint theirs --output out"
+    code, told = attempt(arguments)
+    assert code == 2 and "which is code, not weights; nothing was run" in told
+    planted_in_a_zip(weights, "facts.safetensors")
+    code, told = attempt("--to diffusers --checkpoint ours --output out --verify facts.safetensors")
+    assert code == 2 and "it is not a complete safetensors file" in told
+    assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)

@@ -78,7 +78,7 @@ def launched(fsdp=None, version=2, state_dict_type="StateDictType.FULL_STATE_DIC
     ("trainer", "message"),
     [
         (launched(deepspeed=True), r"ema_decay: received 0\.999, but DeepSpeed .* or set 0"),
-        (launched(fsdp=True, version=1), r"ema_decay: received 0\.999, but FSDP 1 .* or set 0"),
+        (launched(fsdp=True, version=1), r"fsdp_version: received 1, which flattens the weights"),
         (launched(fsdp=True, state_dict_type="StateDictType.SHARDED_STATE_DICT"), "received SHARDED_STATE_DICT"),
     ],
 )
