@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from configs.interruption import Diverged, Stopped
 from configs.loader import save_config, to_dict
 from configs.problems import ConfigError, Problem
 from configs.staging import SAVING, finish_interrupted, replaced_files
+from configs.uploads import copy_run
 
 CONFIG_NAME = "config.yaml"
 RESULTS_NAME = "train_results.json"
@@ -69,14 +70,15 @@ class RunFolder:
     Args:
         config: the resolved settings.
         is_main_process: whether this process writes the files.
+        export: writes the files to upload from the folder of the run into another.
 
     Raises:
         ConfigError: on entering, if another job has the folder open; or if the folder holds a run that was started
             with other settings, unless `config.allow_config_changes`.
     """
 
-    def __init__(self, config: Any, is_main_process: bool = True):
-        self.config, self.is_main_process = config, is_main_process
+    def __init__(self, config: Any, is_main_process: bool = True, export: Callable[[Path, Path], None] = copy_run):
+        self.config, self.is_main_process, self._export = config, is_main_process, export
         self.path = Path(config.output_dir)
         self._open = contextlib.ExitStack()
         self._started = time.perf_counter()
@@ -234,7 +236,7 @@ class RunFolder:
 
     def _push(self) -> None:
         if self.config.push_to_hub:
-            print(f"uploaded to {push_run(self.config)}")
+            print(f"uploaded to {push_run(self.config, self._export)}")
 
     def _check_origin(self, checkpoint: Checkpoint, num_processes: int) -> None:
         if checkpoint.path.parent.resolve() != self.path.resolve():

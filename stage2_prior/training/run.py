@@ -23,6 +23,7 @@ from configs.states import refuse_pickles
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset
+from stage2_prior.export import export_prior
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
 from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
 from stage2_prior.training.checkpointing import read_trainer_state
@@ -120,7 +121,7 @@ def train(config: Stage2Config) -> PreTrainedModel:
     config = check(config)
     store, layout = open_codes(config)
     arguments = training_arguments(config)
-    with RunFolder(config, arguments.process_index == 0) as run, StopRequest() as request:
+    with RunFolder(config, arguments.process_index == 0, export_prior) as run, StopRequest() as request:
         check_run(config, layout)
         if run.report_if_finished():
             return load_prior(config.output_dir)

@@ -98,7 +98,9 @@ def test_a_run_resumes_and_finishes(config):
 
 def test_the_main_process_reports_a_finished_run_and_uploads_it(config, monkeypatch, capsys):
     uploads = []
-    monkeypatch.setattr(run_folder, "push_run", lambda config: uploads.append(config.hub_model_id) or "hub/me/run")
+    monkeypatch.setattr(
+        run_folder, "push_run", lambda config, export: uploads.append(config.hub_model_id) or "hub/me/run"
+    )
     pushed = replace(config, push_to_hub=True, hub_model_id="me/run")
     with RunFolder(config) as run:
         assert not run.report_if_finished()
