@@ -2,6 +2,7 @@
 
 import io
 import math
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from stage1_vqgan.image_processing_vqgan import convert_mode, orientation, to_pi
 
 # Markers of a JPEG: start of a frame (sequential, progressive) and of its pixels.
 START_OF_FRAME, START_OF_SCAN = (0xC0, 0xC2), 0xDA
+# A file may have this many bytes for each pixel of the largest allowed image: 16 bits, four channels.
+MAX_PIXEL_BYTES = 8
 # Pillow starts another program, Ghostscript, for these files.
 REFUSED_FORMATS = {"EPS"}
 # The other segments of a bare header (JFIF, comment, tables, restart interval), each with its minimum length in bytes.
@@ -125,8 +128,19 @@ def _is_plain_jpeg(image: Image.Image, num_channels: int) -> bool:
 
 
 def read(content: bytes | str) -> bytes:
-    """The bytes of a file, given as bytes or as its path."""
-    return Path(content).read_bytes() if isinstance(content, str) else content
+    """The bytes of a file, given as bytes or as its path.
+
+    Raises:
+        UndecodableImage: the path is that of a device, a pipe or a folder, or the file is larger than any image.
+    """
+    if not isinstance(content, str):
+        return content
+    status, limit = Path(content).stat(), MAX_PIXEL_BYTES * (Image.MAX_IMAGE_PIXELS or math.inf)
+    if not stat.S_ISREG(status.st_mode):
+        raise UndecodableImage("this is not a file but a device, a pipe or a folder")
+    if status.st_size > limit:
+        raise UndecodableImage(f"the file has {status.st_size:,} bytes; allowed are {limit:,}")
+    return Path(content).read_bytes()
 
 
 def _open(content: bytes) -> Image.Image:
