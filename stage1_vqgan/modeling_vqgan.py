@@ -236,6 +236,7 @@ class VQGANModel(PreTrainedModel):
         kwargs |= {"output_loading_info": True}
         kwargs.setdefault("ignore_mismatched_sizes", True)  # the error below names the misshapen weights too
         kwargs.setdefault("use_safetensors", True)
+        kwargs.setdefault("attn_implementation", "eager")  # config.json may name a kernel to download and run
         loaded: Any = super().from_pretrained(name, *args, **kwargs)
         model, info = loaded
         refuse_weights(name, info, model.state_dict())

@@ -194,6 +194,14 @@ def test_pickled_weights_are_not_read(tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+def test_a_saved_tokenizer_chooses_no_kernel(tmp_path, monkeypatch):
+    make().save_pretrained(tmp_path)
+    change_config(tmp_path, _attn_implementation="someone/kernel")
+    kernels = "transformers.integrations.hub_kernels.load_and_register_attn_kernel"
+    monkeypatch.setattr(kernels, lambda *a, **k: pytest.fail("asked for a kernel"))
+    assert VQGANModel.from_pretrained(tmp_path).config._attn_implementation == "eager"
+
+
 def test_fingerprint_is_of_what_decides_the_codes():
     reference = make().compute_fingerprint()
     assert reference == make().compute_fingerprint() != make(seed=1).compute_fingerprint()
