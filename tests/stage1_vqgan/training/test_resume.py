@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -192,41 +193,31 @@ def loading(straight, tmp_path_factory):
     return checkpoint, lambda: checkpointing.load(checkpoint, accelerator, trainer)
 
 
-def without_one(tensors, name):
-    del tensors[name]
+DAMAGES = {
+    "missing": lambda tensors, name: tensors.pop(name),
+    "of another shape": lambda tensors, name: tensors.update({name: torch.ones(3)}),
+    "not finite": lambda tensors, name: tensors.update({name: torch.full(tensors[name].shape, torch.inf)}),
+}
 
 
-def another_shape(tensors, name):
-    tensors[name] = torch.cat([tensors[name].flatten(), torch.ones(2)])
-
-
-def another_dtype(tensors, name):
-    tensors[name] = tensors[name].to(torch.float64)
-
-
-def infinite(tensors, name):
-    tensors[name] = torch.full(tensors[name].shape, torch.inf)
-
-
-@pytest.mark.parametrize("damage", [without_one, another_shape, another_dtype, infinite])
 @pytest.mark.parametrize(
     "kind", ["model", "average", "optimizer", "monitor", "discriminator", "discriminator_optimizer", "anchors"]
 )
-def test_damaged_entries_are_refused_by_name(loading, kind, damage):
+def test_damaged_entries_are_refused_by_name(loading, kind):
     checkpoint, load = loading
     file = checkpoint / f"{kind}.safetensors"
     before = file.read_bytes()
-    tensors = load_file(file)
-    name = sorted(tensors)[-1]
-    damage(tensors, name)
-    save_file(tensors, file)
-    with pytest.raises(ConfigError, match=re.escape(f"{file}: {name}: ")):
-        load()
+    for damage in DAMAGES.values():
+        tensors = safetensors.torch.load(before)
+        name = sorted(tensors)[-1]
+        damage(tensors, name)
+        save_file(tensors, file)
+        with pytest.raises(ConfigError, match=re.escape(f"{file}: {name}: ")):
+            load()
     file.unlink()
     with pytest.raises(ConfigError, match=re.escape(f"{file}: this file is missing")):
         load()
     file.write_bytes(before)
-    load()
 
 
 def test_a_missing_description_of_an_optimizer_is_refused(loading):

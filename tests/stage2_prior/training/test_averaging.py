@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -97,6 +98,12 @@ def test_a_resumed_run_has_the_same_average(straight, make_config):
         assert (run / name).read_bytes() == (resumed / name).read_bytes(), name
 
 
+@pytest.fixture
+def no_collection(monkeypatch):
+    """Without the garbage collection at the start of every run, which takes a second."""
+    monkeypatch.setattr(Accelerator, "free_memory", lambda accelerator, *objects: list(objects))
+
+
 CHANGES = {
     "missing": lambda tensors, name: tensors.pop(name),
     "of another shape": lambda tensors, name: tensors.update({name: torch.ones(3)}),
@@ -105,7 +112,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", ["average", "optimizer", "model"])
-def test_missing_and_damaged_states_are_refused(straight, make_config, name, tmp_path):
+def test_missing_and_damaged_states_are_refused(straight, make_config, name, tmp_path, no_collection):
     run, _ = straight
     config = make_config("damaged", output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
@@ -136,7 +143,7 @@ def test_missing_and_damaged_states_are_refused(straight, make_config, name, tmp
         ("best/evaluation.json", '{"step": 3}'),
     ],
 )
-def test_malformed_json_names_its_file(straight, make_config, name, content, tmp_path):
+def test_malformed_json_names_its_file(straight, make_config, name, content, tmp_path, no_collection):
     run, _ = straight
     config = make_config("damaged", output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
