@@ -203,7 +203,7 @@ class Training:
         if not self.config.allow_config_changes:
             raise Damaged(f"{path}: this file is missing; if the run was started without it, {ALLOW}")
         if self.trainer.is_world_process_zero():
-            logger.warning("%s does not exist: it is new from this step on", path)
+            logger.warning("%s does not exist: the run begins a new one at this step", path)
 
     def steps(self) -> None:
         """Runs the remaining steps, and evaluates after the last one.
