@@ -42,8 +42,8 @@ COMMANDS = {
 CASES = {
     # ------------------------------------------------------------------ command line
     "no value": ("stage1", "--max_steps", {"max_steps": "no value given; write --max_steps VALUE"}),
-    "no key": ("stage1", "-- 3", {"": "'--' names no key; write --key 3"}),
-    "no key, with =": ("stage1", "--=3", {"": "'--=3' names no key; write --key 3"}),
+    "no key": ("stage1", "-- 3", {"": "'--' names no key; write --key VALUE"}),
+    "no key, with =": ("stage1", "--=3", {"": "'--=3' names no key; write --key VALUE"}),
     "two configs": ("stage1", "--seed 1 digits/stage2", {"": "'digits/stage2' follows no --key"}),
     "one dash": ("stage1", "-max_steps=3", {"": "'-max_steps=3' follows no --key"}),
     "value is not YAML": (

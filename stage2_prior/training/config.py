@@ -8,10 +8,10 @@ from enum import Enum
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, get_args
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le, Lt
 
 from configs import Section, TrainingConfig, unknown_key
-from configs.sections import Fraction, NonNegative, Positive
+from configs.sections import MOST_PICTURES, BatchSize, Fraction, NonNegative, Positive
 from configs.values import read_value
 from stage1_vqgan import AugmentationConfig, DataConfig
 
@@ -65,7 +65,7 @@ class LoraConfig(Section):
     target_modules: modules with an adapter: "all-linear", a list of names, or a regular expression, as in peft
     """
 
-    r: NonNegative = 0
+    r: Annotated[int, Ge(0), Le(8192)] = 0
     alpha: Positive = 16
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     target_modules: str | list[str] = "all-linear"
@@ -102,15 +102,15 @@ class Stage2Config(TrainingConfig):
     tokenizer: str
     data: DataConfig
     code_store: str
-    num_views: Positive = 1
-    tokenize_batch_size: Positive = 128
+    num_views: Annotated[int, Ge(1), Le(10_000)] = 1
+    tokenize_batch_size: BatchSize = 128
     model_name_or_path: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig = field(default_factory=LoraConfig)
     condition_dropout: Fraction = 0.1
     keep_best: bool = True
     early_stopping_patience: NonNegative = 0
-    num_sample_images: NonNegative = 40
+    num_sample_images: Annotated[int, Ge(0), MOST_PICTURES] = 40
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
