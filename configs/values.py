@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from configs.problems import shown
 
-# Any number in a value that goes to a library; our own fields have narrower ranges.
-LARGEST_NUMBER = 2**63 - 1
+# The largest numbers of int64 and float32, for values that go to a library; most of our own fields have narrower ranges.
+LARGEST: dict[type, float] = {int: 2**63 - 1, float: 3.4e38}
 
 
 def read_value(hint: Any, value: Any, strict: bool = False) -> Any:
@@ -60,9 +60,10 @@ def _leaf_problem(leaf: Any) -> str | None:
         return None if leaf.isprintable() else "must be printable text"
     if leaf is None or isinstance(leaf, bool):
         return None
-    if type(leaf) not in (int, float):
+    if type(leaf) not in LARGEST:
         return "must be text, a number, true, false or null"
-    return None if abs(leaf) <= LARGEST_NUMBER else f"must be a finite number, at most {LARGEST_NUMBER}"
+    largest = LARGEST[type(leaf)]
+    return None if abs(leaf) <= largest else f"must be a finite number from -{largest} to {largest}"
 
 
 def _refusal(hint: Any, value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from annotated_types import Ge, Le, Lt
 
 from configs import Section, TrainingConfig, unknown_key
-from configs.sections import MOST_PICTURES, BatchSize, Fraction, NonNegative, Positive
+from configs.sections import MOST_PICTURES, BatchSize, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from configs.values import read_value
 from stage1_vqgan import AugmentationConfig, DataConfig
 
@@ -28,7 +28,9 @@ REFUSED_ARGUMENTS = {
     "eval_on_start",
     "greater_is_better",
     "ignore_data_skip",
+    "label_names",
     "load_best_model_at_end",
+    "local_rank",
     "metric_for_best_model",
     "num_train_epochs",
     "restore_callback_states_from_checkpoint",
@@ -36,6 +38,25 @@ REFUSED_ARGUMENTS = {
     "save_only_model",
     "save_strategy",
     "train_sampling_strategy",
+}
+
+# Types of arguments for which TrainingArguments states a wider type, and fails later.
+LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+NARROWER_TYPES = {
+    "activation_checkpointing_kwargs": dict[str, Any] | None,
+    "adam_epsilon": PositiveFloat,
+    "ddp_bucket_cap_mb": Positive | None,
+    "ddp_timeout": Positive,
+    "eval_accumulation_steps": Positive | None,
+    "eval_delay": NonNegativeFloat,
+    "gradient_checkpointing_kwargs": dict[str, Any] | None,
+    "label_smoothing_factor": Annotated[float, Ge(0), Lt(1)],
+    "log_level": LogLevel,
+    "log_level_replica": LogLevel,
+    "lr_scheduler_kwargs": dict[str, Any] | None,
+    "neftune_noise_alpha": NonNegativeFloat | None,
+    "torch_compile_mode": Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None,
+    "torch_empty_cache_steps": Positive | None,
 }
 
 # Fields that the code store determines.
@@ -73,8 +94,18 @@ class LoraConfig(Section):
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if self.r and find_spec("peft") is None:
             yield "r", self.r, NO_PEFT
+        if isinstance(self.target_modules, str) and not _is_pattern(self.target_modules):
+            yield "target_modules", self.target_modules, "this is no regular expression"
         if not self.r and self != LoraConfig():
             yield "r", self.r, "no adapter is trained; set it (8 is usual), or leave the other keys of lora out"
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 @dataclass(kw_only=True)
@@ -149,7 +180,7 @@ class Stage2Config(TrainingConfig):
             elif name not in types:
                 yield key, None, unknown_key(name, types)
             else:
-                yield from wrong_value(key, types[name], value)
+                yield from wrong_value(key, NARROWER_TYPES.get(name, types[name]), value)
 
     def _model_problems(self) -> Iterable[tuple[str, Any, str]]:
         from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -225,7 +256,7 @@ def wrong_value(key: str, hint: Any, value: Any) -> Iterable[tuple[str, Any, str
     if enums:  # Their hints also allow `str`, but only the values of the Enum work.
         hint = Literal[tuple(member.value for kind in enums for member in kind)]
     try:
-        read_value(hint, value, strict=not isinstance(value, str))
+        read_value(hint, value, strict=True)
     except ValueError as error:
         yield key, None, str(error)
     except (NameError, PydanticUserError):

@@ -2,13 +2,16 @@
 
 import os
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from accelerate.utils import DynamoBackend, parse_flag_from_env
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
+from transformers.utils import is_liger_kernel_available
 
 from configs import ConfigError, Problem, TrainingConfig, check
 from configs.files import read_json
@@ -78,11 +81,40 @@ def training_arguments(config: Stage2Config) -> TrainingArguments:
         "use_cpu": parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
     }
     defaults["per_device_train_batch_size"] = config.device_batch_size(int(os.environ.get("WORLD_SIZE", "1")))
+    with _refusals():
+        arguments = TrainingArguments(**{**shared, **defaults, **config.training_arguments})
+        _try(arguments)
+    return arguments
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns an error that transformers raises about its arguments into a `ConfigError`."""
     try:
-        return TrainingArguments(**{**shared, **defaults, **config.training_arguments})
-    except (ImportError, KeyError, TypeError, ValueError) as error:
+        yield
+    except ConfigError:
+        raise
+    except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" …")
         raise ConfigError([Problem("training_arguments", f"transformers refuses these settings: {reason}")]) from error
+
+
+def _try(arguments: TrainingArguments) -> None:
+    """Builds what Trainer builds from these arguments only when it starts.
+
+    Raises:
+        ImportError, TypeError, ValueError: a library refuses an argument.
+    """
+    if arguments.torch_compile:
+        DynamoBackend(str(arguments.torch_compile_backend).upper())
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("use_liger_kernel needs the package liger-kernel, which is not installed")
+    if arguments.optim_args or arguments.lr_scheduler_kwargs:
+        model: Any = torch.nn.Linear(1, 1)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        schedule: Any = arguments.lr_scheduler_kwargs
+        optimizer = kind(model.parameters(), **options)
+        get_scheduler(arguments.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=schedule)
 
 
 def train(config: Stage2Config) -> PreTrainedModel:
