@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from configs.interruption import Diverged, Stopped, sigterm_raises
 from configs.loader import load_config, to_dict
-from configs.problems import ConfigError, Problem, shown
+from configs.problems import ConfigError, Problem, cut, shown
 from configs.secrets import ADVICE, names_secret
 from configs.yaml_files import parse_yaml
 
@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any
             raise ConfigError([Problem(key, ADVICE)], "command line")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                problems.append(Problem(key, f"no value given; write --{key or 'key'} VALUE"))
+                problems.append(Problem(key, f"no value given; write --{cut(key, 100) or 'key'} VALUE"))
                 continue
             text = rest.pop(0)
         if not key:

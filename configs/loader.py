@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from configs.files import write_text
-from configs.problems import ConfigError, Problem, shown, unknown_key
+from configs.problems import ConfigError, Problem, cut, shown, unknown_key
 from configs.secrets import ADVICE, secret_keys
 from configs.values import read_value
-from configs.yaml_files import read_yaml, to_yaml
+from configs.yaml_files import DEEPEST, read_yaml, to_yaml
 
 T = TypeVar("T")
 
 NOT_GIVEN = "is required and was not given"
-DEEPEST = 20  # levels of sections and lists in a configuration
 
 
 def load_config(
@@ -112,7 +111,7 @@ def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> list[Problem]
         node = values
         for depth, parent in enumerate(parents, 1):
             if node.get(parent) is not None and not isinstance(node[parent], dict):
-                message = f"received {shown(node[parent])}; a single value has no key such as {dotted}"
+                message = f"received {shown(node[parent])}; a single value has no key such as {cut(dotted, 100)}"
                 problems.append(Problem(".".join(parents[:depth]), message))
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}

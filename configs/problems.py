@@ -27,7 +27,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return printable(f"{_cut(self.key, 100)}: {self.message}" if self.key else self.message)
+        return printable(f"{cut(self.key, 100)}: {self.message}" if self.key else self.message)
 
     @classmethod
     def of_error(cls, error: Exception) -> "Problem":
@@ -42,7 +42,10 @@ class ConfigError(ValueError):
     def __init__(self, problems: Sequence[Problem], source: str = "configuration"):
         self.problems = list(problems)
         count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
-        lines = [f"{printable(source)}: {count}", *(f"  - {problem}" for problem in self.problems[:SHOWN_PROBLEMS])]
+        lines = [
+            f"{printable(cut(source, 200))}: {count}",
+            *(f"  - {problem}" for problem in self.problems[:SHOWN_PROBLEMS]),
+        ]
         if len(self.problems) > SHOWN_PROBLEMS:
             lines.append(f"  and {len(self.problems) - SHOWN_PROBLEMS} more")
         super().__init__("\n".join(lines))
@@ -54,16 +57,17 @@ def shown(value: Any) -> str:
         text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
     except (ValueError, RecursionError):  # a number of more than 4,300 digits; a value that contains itself
         text = f"a {type(value).__name__} that is too long to show"
-    return _cut(redacted_value(text), 60)
+    return cut(redacted_value(text), 60)
 
 
 def printable(text: str) -> str:
     """A text for the terminal: secrets redacted, control characters escaped, and at most SHOWN_CHARACTERS."""
     escaped = (letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in redacted(text))
-    return _cut("".join(escaped), SHOWN_CHARACTERS)
+    return cut("".join(escaped), SHOWN_CHARACTERS)
 
 
-def _cut(text: str, length: int) -> str:
+def cut(text: str, length: int) -> str:
+    """The beginning of a text that is longer than `length`."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

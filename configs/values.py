@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from configs.problems import shown
 
-# The largest numbers of int64 and float32, for values that go to a library; most of our own fields have narrower ranges.
+# The largest numbers of int64 and float32, for values that go to a library; our own fields have narrower ranges.
 LARGEST: dict[type, float] = {int: 2**63 - 1, float: 3.4e38}
 
 

@@ -18,6 +18,7 @@ from configs.problems import ConfigError, Problem, shown
 # Far above any configuration: the longest preset has 2,000 characters and 60 values.
 MOST_CHARACTERS = 100_000
 MOST_VALUES = 10_000
+DEEPEST = 20  # levels of sections and lists
 
 # Messages of the YAML parser, and their cause in plain words.
 PLAIN_REASONS = {
@@ -52,7 +53,7 @@ class YamlReader(yaml.SafeLoader):
     def __init__(self, text: str):
         super().__init__(text)
         self.repeated: list[Problem] = []
-        self._values = 0
+        self._values = self._level = 0
         self._sizes: dict[Any, int] = {}
 
     def fetch_tag(self) -> None:
@@ -62,7 +63,11 @@ class YamlReader(yaml.SafeLoader):
         """Composes a value, and counts it and the values in it; an alias counts as much as its value."""
         before, mark, is_alias = self._values, self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
         self._values += 1
+        self._level += 1
+        if self._level > DEEPEST:
+            raise refused("it is nested too deeply", mark)
         node = super().compose_node(parent, index)
+        self._level -= 1
         if is_alias and node not in self._sizes:
             raise refused("an alias inside of the value that it repeats", mark)
         if is_alias:
@@ -79,7 +84,9 @@ class YamlReader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag not in (f"{TAG}str", f"{TAG}merge"):
                 received = (
-                    f"the key {key.value:.20}" if isinstance(key, yaml.ScalarNode) else "a list or section as key"
+                    f"the key {key.value[:20] or 'null'}"
+                    if isinstance(key, yaml.ScalarNode)
+                    else "a list or section as key"
                 )
                 raise refused(f"{received}; keys must be words", key.start_mark)
             line = key.start_mark.line + 1
@@ -149,8 +156,6 @@ def parse_yaml(text: str) -> tuple[Any, list[Problem]]:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ValueError(f"line {line}: a control character, or a byte that is not UTF-8") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def to_yaml(values: Any, **options: Any) -> str:
