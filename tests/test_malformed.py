@@ -272,7 +272,7 @@ CASES = {
     ),
     "heads": ("stage2", "--model.hidden_size 130", {"model.hidden_size": "multiple of the 4 attention heads"}),
     "key-value heads": ("stage2", "--model.num_key_value_heads 3", {"model.num_key_value_heads": "must divide"}),
-    "no heads": ("stage2", "--model.num_attention_heads 0", {"model.num_attention_heads": "must be at least 1"}),
+    "no heads": ("stage2", "--model.num_attention_heads 0", {"model.num_attention_heads": "must be from 1 to 65536"}),
     "activation": ("stage2", "--model.hidden_act relo", {"model.hidden_act": "did you mean 'relu'?"}),
     "gpt2": (
         "stage2",

@@ -63,14 +63,15 @@ NARROWER_TYPES = {
 DERIVED_KEYS = {"vocab_size", "max_position_embeddings", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 # Sizes of a language model. An architecture with other names for them lists these names in its `attribute_map`.
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+# A size is at most the number beside it, far above any model: a configuration class makes a list of all layers.
+SIZES = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+}
 
 
 NO_PEFT = "peft is not installed: pip install 'tessella[lora]'"
@@ -231,14 +232,18 @@ class Stage2Config(TrainingConfig):
         defaults = {field.name: field.default for field in fields(config_class)}  # type: ignore[arg-type]
         given = {name: settings[field] for name, field in names.items() if field in settings}
         sizes = {name: given[name][1] if name in given else defaults.get(field) for name, field in names.items()}
-        too_small = [(key, value) for key, value in given.values() if isinstance(value, int) and value < 1]
-        for key, value in too_small:
-            yield f"model.{key}", value, "must be at least 1"
+        absurd = [
+            (key, value, SIZES[name])
+            for name, (key, value) in given.items()
+            if isinstance(value, int) and not 1 <= value <= SIZES[name]
+        ]
+        for key, value, most in absurd:
+            yield f"model.{key}", value, f"must be from 1 to {most}"
         for name in settings.keys() & {"hidden_act", "activation_function"}:
             key, value = settings[name]
             if value not in ACT2FN:
                 yield f"model.{key}", value, unknown_key(value, ACT2FN).replace("key", "activation")
-        if too_small:
+        if absurd:
             return
         width, heads, groups = (sizes[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
         if isinstance(width, int) and isinstance(heads, int) and sizes["head_dim"] is None and width % heads:

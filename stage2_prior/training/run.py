@@ -1,19 +1,12 @@
 """A training run of stage 2, from its configuration to the saved prior."""
 
-import os
-import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import DynamoBackend, parse_flag_from_env
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
-from transformers.utils import is_liger_kernel_available
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from configs import ConfigError, Problem, TrainingConfig, check
+from configs import ConfigError, Problem, check
 from configs.files import read_json
 from configs.interruption import StopRequest
 from configs.run_folder import RunFolder, holds_work
@@ -21,6 +14,7 @@ from stage2_prior.adapters import attach_adapter
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
+from stage2_prior.training.arguments import training_arguments
 from stage2_prior.training.averaging import WeightAverage
 from stage2_prior.training.config import Stage2Config
 from stage2_prior.training.sample_grids import SampleGrids
@@ -28,18 +22,6 @@ from stage2_prior.training.selection import BestWeights, Selection, evaluations,
 from stage2_prior.training.sharding import check_sharding
 from stage2_prior.training.trainer import PriorTrainer, bits_per_pixel
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
-
-# Our keys that Trainer does not get: this project resumes, removes old checkpoints and uploads without Trainer.
-OWN_KEYS = {
-    "global_batch_size",
-    "resume_from_checkpoint",
-    "allow_config_changes",
-    "ema_decay",
-    "save_total_limit",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private_repo",
-}
 
 
 class RunCallback(TrainerCallback):
@@ -62,59 +44,6 @@ class RunCallback(TrainerCallback):
         self.signal_number = self.request.agreed_signal()
         if self.signal_number:
             control.should_save = control.should_training_stop = True
-
-
-def training_arguments(config: Stage2Config) -> TrainingArguments:
-    """TrainingArguments from our keys of the same names, and from the `training_arguments` section.
-
-    Raises:
-        ConfigError: transformers refuses a setting.
-    """
-    shared = {field.name: getattr(config, field.name) for field in fields(TrainingConfig) if field.name not in OWN_KEYS}
-    defaults = {
-        "ddp_find_unused_parameters": False,  # every parameter takes part in every step
-        "eval_strategy": "steps",
-        "prediction_loss_only": True,
-        "save_strategy": "steps",
-        "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
-        # Trainer would take a GPU even if accelerate was launched with --cpu
-        "use_cpu": parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
-    }
-    defaults["per_device_train_batch_size"] = config.device_batch_size(int(os.environ.get("WORLD_SIZE", "1")))
-    with _refusals():
-        arguments = TrainingArguments(**{**shared, **defaults, **config.training_arguments})
-        _try(arguments)
-    return arguments
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Turns an error that transformers raises about its arguments into a `ConfigError`."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" …")
-        raise ConfigError([Problem("training_arguments", f"transformers refuses these settings: {reason}")]) from error
-
-
-def _try(arguments: TrainingArguments) -> None:
-    """Builds what Trainer builds from these arguments only when it starts.
-
-    Raises:
-        ImportError, TypeError, ValueError: a library refuses an argument.
-    """
-    if arguments.torch_compile:
-        DynamoBackend(str(arguments.torch_compile_backend).upper())
-    if arguments.use_liger_kernel and not is_liger_kernel_available():
-        raise ImportError("use_liger_kernel needs the package liger-kernel, which is not installed")
-    if arguments.optim_args or arguments.lr_scheduler_kwargs:
-        model: Any = torch.nn.Linear(1, 1)
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-        schedule: Any = arguments.lr_scheduler_kwargs
-        optimizer = kind(model.parameters(), **options)
-        get_scheduler(arguments.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=schedule)
 
 
 def train(config: Stage2Config) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from stage1_vqgan.convert.config import ConvertConfig
 from stage1_vqgan.evaluate import ReconstructionConfig
 from stage1_vqgan.quantizers import QUANTIZERS
 from stage2_prior import Stage2Config
-from stage2_prior.training.run import training_arguments
+from stage2_prior.training.arguments import training_arguments
 from tests.fuzz.harness import cases, generator, outcome
 
 TOKEN = "hf_" + "aB3dE5gH7j" * 4
