@@ -27,7 +27,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return printable(f"{cut(self.key, 100)}: {self.message}" if self.key else self.message)
+        return f"{_name(self.key, 100)}: {printable(self.message)}" if self.key else printable(self.message)
 
     @classmethod
     def of_error(cls, error: Exception) -> "Problem":
@@ -43,7 +43,7 @@ class ConfigError(ValueError):
         self.problems = list(problems)
         count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
         lines = [
-            f"{printable(cut(source, 200))}: {count}",
+            f"{_name(source, 200)}: {count}",
             *(f"  - {problem}" for problem in self.problems[:SHOWN_PROBLEMS]),
         ]
         if len(self.problems) > SHOWN_PROBLEMS:
@@ -64,6 +64,10 @@ def printable(text: str) -> str:
     """A text for the terminal: secrets redacted, control characters escaped, and at most SHOWN_CHARACTERS."""
     escaped = (letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in redacted(text))
     return cut("".join(escaped), SHOWN_CHARACTERS)
+
+
+def _name(text: str, length: int) -> str:
+    return printable(cut(text, length)).replace("\n", "\\n")
 
 
 def cut(text: str, length: int) -> str:

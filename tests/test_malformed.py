@@ -130,6 +130,56 @@ CASES = {
         "--discriminator.learning_rate low",
         {"discriminator.learning_rate": "must be a number above 0 or null"},
     ),
+    "true in a list of numbers": (
+        "stage1",
+        "--model.channel_multiplier [1,true] --model.attn_resolutions [true]",
+        {"model.channel_multiplier": "every entry is a number", "model.attn_resolutions": "every entry is a whole"},
+    ),
+    "number for text": ("stage1", "--output_dir 2024.10", {"output_dir": "received 2024.1; must be text"}),
+    "number as a key of a section": ("stage1", "--model '{1: 2}'", {"model": "the key 1; keys must be words"}),
+    "5,000 digits": ("stage1", "--max_steps " + "9" * 5000, {"max_steps": "a number of 5,000 digits"}),
+    "alias bomb": ("stage1", "$folder/bomb.yaml", {"": "more than 10,000 values"}),
+    "token": ("stage1", "--hub_token hf_x", {"hub_token": "log in with `hf auth login`, or set HF_TOKEN"}),
+    "terminal": ("stage1", "--output_dir \x1b[2J", {"output_dir": "a control character"}),
+    "absurd sizes": (
+        "stage1",
+        "--per_device_train_batch_size 2147483647 --num_sample_images 100000000 "
+        "--discriminator.base_channels 1000000000 --codebook.kmeans_init_batches 1000000000 "
+        "--data.augmentation.max_zoom 1e9 --gradient_accumulation_steps 1000000000",
+        {
+            "per_device_train_batch_size": "from 1 to 1048576",
+            "num_sample_images": "from 1 to 10000",
+            "discriminator.base_channels": "from 4 to 4096",
+            "codebook.kmeans_init_batches": "from 0 to 10000",
+            "data.augmentation.max_zoom": "from 1 to 16",
+            "gradient_accumulation_steps": "from 1 to 65536",
+        },
+    ),
+    "absurd image": (
+        "stage1",
+        "--model.image_size 1000000000",
+        {"model.image_size": "GiB for their pixels, but this machine has"},
+    ),
+    "absurd global batch": (
+        "stage2",
+        "--global_batch_size 2147483647",
+        {"global_batch_size": "gives a device more than 1048576 images"},
+    ),
+    "absurd sizes of stage 2": (
+        "stage2",
+        "--num_views 2147483647 --tokenize_batch_size 2147483647 --num_sample_images 2147483647 --lora.r 2147483647",
+        {
+            "num_views": "from 1 to 10000",
+            "tokenize_batch_size": "from 1 to 1048576",
+            "num_sample_images": "from 0 to 10000",
+            "lora.r": "from 0 to 8192",
+        },
+    ),
+    "absurd model": (
+        "stage2",
+        "--model='{model_type: qwen2, num_hidden_layers: 2147483647}'",  # its configuration lists all layers
+        {"model.num_hidden_layers": "received 2147483647; must be from 1 to 10000"},
+    ),
     # ------------------------------------------------------------------ stage 1, across keys
     "resolution": ("stage1", "--model.image_size 18", {"model.image_size": "divisible by the downsampling factor 4"}),
     "group norm": (
@@ -307,6 +357,43 @@ CASES = {
             "training_arguments.adam_epsilon": "received 'small'; must be a number",
         },
     ),
+    "training arguments of a wrong kind": (
+        "stage2",
+        "--training_arguments='{eval_accumulation_steps: 0, label_smoothing_factor: 3, log_level: x, label_names: [], "
+        'neftune_noise_alpha: -1, lr_scheduler_kwargs: x, torch_compile_mode: x, tf32: "no", adam_epsilon: true}\'',
+        {
+            "training_arguments.eval_accumulation_steps": "from 1 to",
+            "training_arguments.label_smoothing_factor": "below 1",
+            "training_arguments.log_level": "'passive'",
+            "training_arguments.label_names": "leave it out",
+            "training_arguments.neftune_noise_alpha": "from 0 up",
+            "training_arguments.lr_scheduler_kwargs": "a section",
+            "training_arguments.torch_compile_mode": "'reduce-overhead'",
+            "training_arguments.tf32": "true or false",
+            "training_arguments.adam_epsilon": "received true",
+        },
+    ),
+    "optimizer arguments": ("stage2", "--training_arguments.optim_args x", {"training_arguments": "refuses these"}),
+    "schedule arguments": (
+        "stage2",
+        "--training_arguments.lr_scheduler_kwargs '{x: 1}'",
+        {"training_arguments": "unexpected keyword argument 'x'"},
+    ),
+    "compiler": (
+        "stage2",
+        "--training_arguments.torch_compile_backend x",
+        {"training_arguments": "'X' is not a valid DynamoBackend"},
+    ),
+    "missing file of a library": (
+        "stage2",
+        "--training_arguments.accelerator_config ./no.json",
+        {"training_arguments": "No such file or directory: './no.json'"},
+    ),
+    "adapter": (
+        "stage2",
+        "--lora.r 8 --model_name_or_path x --lora.target_modules '\"((\"'",
+        {"lora.target_modules": "no regular expression"},
+    ),
     "two precisions": (
         "stage2",
         "--bf16 true --training_arguments.fp16 true",
@@ -400,6 +487,8 @@ FILES = {
     "repeated.yaml": b"output_dir: run\nmax_steps: x\ndiscriminator:\n  num_layers: 1\n  norm_type: batch\n"
     b"  num_layers: 2\n",
     "empty.yaml": b"",
+    "bomb.yaml": b"a0: &a0 [x]\n"
+    + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b"*a%d," % (n - 1) * 9) for n in range(1, 12)),
     "picture.yaml": b"\x89PNG\r\n\x1a\n\xff\xfe",
 }
 
@@ -456,6 +545,22 @@ LAUNCHES = {
     "float8 of the launcher": ({"MIXED_PRECISION": "fp8"}, "stage2", "--bf16 true", {"bf16": "precision fp8"}),
     "FSDP": ({"USE_FSDP": "true"}, "stage1", "", {"": "a moving average (ema_decay), which cannot be sharded"}),
     "DeepSpeed": ({"USE_DEEPSPEED": "true"}, "stage1", "", {"": "launched with DEEPSPEED"}),
+    "FSDP, in other words": ({"USE_FSDP": "1"}, "stage1", "", {"": "launched with FSDP"}),
+    "no number of processes": (
+        {"WORLD_SIZE": "many"},
+        "stage1",
+        "",
+        {"": "WORLD_SIZE='many'; must be a number from 1"},
+    ),
+    "zero processes": ({"WORLD_SIZE": "0"}, "stage2", "--global_batch_size 64", {"": "WORLD_SIZE='0'; must be"}),
+    "no switch": ({"ACCELERATE_USE_CPU": "maybe"}, "stage2", "", {"": "ACCELERATE_USE_CPU='maybe'; must be true or"}),
+    "no port": ({"MASTER_PORT": "x\n"}, "stage1", "", {"": r"MASTER_PORT='x\n'; must be a number"}),
+    "accumulation of the launcher": (
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+        "stage1",
+        "--gradient_accumulation_steps 2",
+        {"gradient_accumulation_steps": "says '4'; leave it out there"},
+    ),
     "processes": (
         {"WORLD_SIZE": "3"},
         "stage2",
@@ -473,11 +578,12 @@ def load(command, arguments=""):
 
 @pytest.fixture
 def launched(monkeypatch):
-    def launched(MIXED_PRECISION="no", USE_FSDP=None, USE_DEEPSPEED=None, WORLD_SIZE="1"):
+    def launched(MIXED_PRECISION="no", USE_FSDP=None, USE_DEEPSPEED=None, WORLD_SIZE="1", **others):
         values = {"MIXED_PRECISION": MIXED_PRECISION, "USE_FSDP": USE_FSDP, "USE_DEEPSPEED": USE_DEEPSPEED}
         for name, value in values.items():
             monkeypatch.setitem(LAUNCHED_WITH, name, value)
-        monkeypatch.setenv("WORLD_SIZE", WORLD_SIZE)
+        for name, value in {"WORLD_SIZE": WORLD_SIZE, **others}.items():
+            monkeypatch.setenv(name, value)
 
     return launched
 
