@@ -240,7 +240,9 @@ class RunFolder:
             return
         kept = []
         for line in path.read_text(errors="replace").splitlines(keepends=True):
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a crash may have cut the last line off
+            with contextlib.suppress(
+                ValueError, TypeError, KeyError, RecursionError
+            ):  # a crash may have cut the last line off
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
         write_text(path, "".join(kept))

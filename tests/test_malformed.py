@@ -431,6 +431,11 @@ CASES = {
         "--prior_run ./no",
         {"": "no/train_results.json does not exist: that step has not finished"},
     ),
+    "run whose results are damaged": (
+        "evaluate",
+        "--prior_run $folder/damaged",
+        {"": "damaged/train_results.json: train_runtime: received null; must be a number from 0 up"},
+    ),
     "too many components": ("evaluate", "--num_components 999 --feature_size 2", {"num_components": "at most 4"}),
     "negative guidance": ("evaluate", "--guidance_scale -1", {"guidance_scale": "received -1"}),
     "no model": ("evaluate1", "--model ./no --split train", {"model": "there is no such folder"}),
@@ -500,6 +505,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_runs) -> Path:
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
     (folder / "nothing").mkdir()
+    (folder / "damaged").mkdir()
+    (folder / "damaged/train_results.json").write_text('{"global_step": 3}')
     shutil.copytree(tiny_runs.vqgan, folder / "other", ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
     settings = json.loads((folder / "other" / "config.json").read_text())
     (folder / "other" / "config.json").write_text(json.dumps({**settings, "fingerprint": "0123456789abcdef"}))
