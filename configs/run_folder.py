@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from configs.checkpoints import (
     Checkpoint,
     checkpoint_folders,
@@ -23,14 +21,18 @@ from configs.checkpoints import (
     unfinished_path,
 )
 from configs.disk_space import naming_full_disk, require_space
-from configs.files import write_json, write_text
+from configs.files import read_json, write_json, write_text
 from configs.folder_lock import locked_folder
 from configs.hub import push_run
 from configs.interruption import Diverged, Stopped
 from configs.loader import save_config, to_dict
-from configs.problems import ConfigError, Problem
+from configs.problems import ConfigError, Problem, shown
+from configs.secrets import secret_keys
+from configs.sections import NonNegative
 from configs.staging import SAVING, finish_interrupted, replaced_files
 from configs.uploads import copy_run
+from configs.values import read_value
+from configs.yaml_files import read_yaml
 
 CONFIG_NAME = "config.yaml"
 RESULTS_NAME = "train_results.json"
@@ -100,14 +102,23 @@ class RunFolder:
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """The results of a finished run: it has done `max_steps`, or has stopped early with the same patience."""
-        try:
-            results = json.loads((self.path / RESULTS_NAME).read_text())
-        except FileNotFoundError:
+        """The results of a finished run: it has done `max_steps`, or has stopped early with the same patience.
+
+        Raises:
+            ConfigError: the file of the results is damaged.
+        """
+        path = self.path / RESULTS_NAME
+        if not path.is_file():
             return None
+        try:
+            results = read_json(path)
+            step = read_value(NonNegative, results.get("global_step"), strict=True)
+        except ValueError as error:
+            message = f"{path} is damaged ({error}); remove it, and the run resumes from its newest checkpoint"
+            raise ConfigError([Problem("output_dir", message)]) from error
         patience = results.get("early_stopping_patience")
         stopped_early = patience is not None and patience == self.config.early_stopping_patience
-        return results if stopped_early or results["global_step"] >= self.config.max_steps else None
+        return results if stopped_early or step >= self.config.max_steps else None
 
     @property
     def seconds(self) -> float:
@@ -250,18 +261,26 @@ class RunFolder:
         """Compares the settings with those in a config.yaml, if the file exists."""
         if not path.is_file():
             return
-        differences = list(_differences(yaml.safe_load(path.read_text()), to_dict(self.config)))
+        started_with, repeated = read_yaml(str(path))
+        if repeated:
+            raise ConfigError(repeated, str(path))
+        if secrets := sorted(set(secret_keys(started_with))):
+            raise ConfigError([Problem(key, "a secret is saved here; remove this line") for key in secrets], str(path))
+        differences = list(_differences(started_with, to_dict(self.config)))
         if not differences:
             return
         if self.config.allow_config_changes:
             if self.is_main_process:
-                changes = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences)
+                changes = ", ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, old, new in differences)
                 logger.warning("resuming with changed settings: %s", changes)
             return
         advice = f"choose another output_dir, remove {path.parent} to start over, or {ALLOW}"
         raise ConfigError(
             [Problem("output_dir", advice)]  # first, because a long list is cut
-            + [Problem(key, f"the run was started with {old!r}, now it is {new!r}") for key, old, new in differences],
+            + [
+                Problem(key, f"the run was started with {shown(old)}, now it is {shown(new)}")
+                for key, old, new in differences
+            ],
             f"{path.parent} holds a run with other settings",
         )
 
@@ -271,8 +290,10 @@ class RunFolder:
         if not path.is_file():
             return
         kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):  # a crash may have cut the last line off
+        for line in path.read_text(errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(
+                ValueError, TypeError, KeyError, RecursionError
+            ):  # a crash may have cut the last line off
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
         write_text(path, "".join(kept))
