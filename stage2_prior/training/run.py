@@ -20,6 +20,7 @@ from stage2_prior.data import CodeDataset
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
 from stage2_prior.training.averaging import WeightAverage
 from stage2_prior.training.config import Stage2Config
+from stage2_prior.training.memory import check_training_memory
 from stage2_prior.training.sample_grids import SampleGrids
 from stage2_prior.training.selection import BestWeights, Selection, evaluations, has_stopped_early, is_exhausted
 from stage2_prior.training.sharding import check_sharding
@@ -141,6 +142,7 @@ class Training:
             best=self.best,
         )
         check_sharding(self.trainer, config.ema_decay)
+        check_training_memory(self.trainer, config, layout)
         best = self.best if config.keep_best else None
         self.trainer.add_callback(Selection(self.trainer, best, config.early_stopping_patience))
         if config.num_sample_images:
