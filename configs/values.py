@@ -26,8 +26,8 @@ def read_value(hint: Any, value: Any, strict: bool = False) -> Any:
     from pydantic import ValidationError
 
     try:
-        # A lax check would take true for the number 1.
-        result = _adapter(hint).validate_python(value, strict=strict or isinstance(value, bool))
+        # A lax check would take true, also numpy's, for the number 1.
+        result = _adapter(hint).validate_python(value, strict=strict or type(value).__name__ in ("bool", "bool_"))
         if not isinstance(value, str) or (value.strip() and value.isprintable()) or hint is Any:
             return result
     except ValidationError:

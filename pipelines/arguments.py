@@ -1,13 +1,22 @@
 """Checks the arguments of VQGANPipeline that need more than a type and a range."""
 
+import inspect
+import re
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 
-from configs.arguments import described
+from configs.arguments import choice, described, instance, whole
+from configs.hub import is_repo_id
+from pipelines.hub import one_device
+
+# The dtypes in which the models can compute, by name.
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 
 
 def listed_labels(labels: Any) -> Sequence[Any]:
@@ -44,6 +53,7 @@ def int64_codes(codes: Any) -> Tensor:
         raise ValueError(f"codes: received {described(codes)}, without values; {NEEDED}")
     if isinstance(codes, Tensor) and codes.dtype == torch.int64:
         return _with_three_axes(codes)
+    instance("codes", codes, (Tensor, np.ndarray, list, tuple), "a tensor, an array or nested lists")
     try:
         array = np.asarray(codes.cpu() if isinstance(codes, Tensor) else codes)
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
@@ -67,18 +77,79 @@ def _with_three_axes(codes: Tensor) -> Tensor:
     return codes
 
 
-def require_move(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def require_move(name: str, *args: Any, **kwargs: Any) -> None:
     """Refuses arguments of `torch.nn.Module.to` that would fail after one model has moved, or would lose the weights.
 
     Raises:
         ValueError: there is no such device, or the dtype cannot hold weights.
     """
-    received = ", ".join([*map(described, args), *(f"{name}={described(value)}" for name, value in kwargs.items())])
+    received = ", ".join([*map(described, args), *(f"{key}={described(value)}" for key, value in kwargs.items())])
+    for value in args:  # torch takes the number 1.0 for a double
+        instance(name, value, (str, int, torch.device, torch.dtype, Tensor), "a device or a dtype")
     try:
         probe = nn.Linear(1, 1).to(*args, **kwargs).weight
     except Exception as error:  # each backend of torch raises its own exceptions
         reason = str(error).strip().partition("\n")[0][:120]
-        raise ValueError(f"device or dtype: received {received}; torch refuses it: {reason}") from error
-    if probe.is_meta or not probe.is_floating_point():
-        allowed = "must be a device that holds numbers, or a dtype of floats"
-        raise ValueError(f"device or dtype: received {received}; {allowed}")
+        raise ValueError(f"{name}: received {received}; torch refuses it: {reason}") from error
+    if probe.is_meta or probe.dtype not in DTYPES.values():
+        allowed = f"must be a device that holds numbers, or one of the dtypes {', '.join(DTYPES)}"
+        raise ValueError(f"{name}: received {received}; {allowed}")
+
+
+def require_device(device: Any, device_map: Any) -> torch.device | None:
+    """The device that `device` or `device_map` names; None if neither is given.
+
+    Raises:
+        ValueError: there is no such device, both are given, or the map spreads a model over several devices.
+    """
+    if device is not None:
+        instance("device", device, (str, torch.device), "a device such as 'cpu' or 'cuda'")
+        require_move("device", device)
+    kinds = (str, int, torch.device, dict, NoneType)
+    instance("device_map", device_map, kinds, "'auto', a device, or a dictionary with one device")
+    if isinstance(device_map, int):
+        whole("device_map", device_map, least=0, most=2**15)
+    where = one_device(device, device_map)
+    if where is not None:
+        require_move("device" if device_map is None else "device_map", where)
+    return where
+
+
+def require_dtype(dtype: Any) -> None:
+    """Refuses all but None, "auto", and a dtype in which the models can compute, or its name.
+
+    Raises:
+        ValueError: it is another value.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
+        choice("dtype", dtype, ["auto", *DTYPES])
+
+
+def require_upload(repo_id: Any, private: Any, commit_message: Any, options: dict[str, Any]) -> None:
+    """Refuses arguments of `VQGANPipeline.push_to_hub`, before anything is sent.
+
+    Raises:
+        TypeError: an option is not one of `huggingface_hub.HfApi.upload_folder`.
+        ValueError: an argument has another type, or the repository's name is not valid.
+    """
+    if not isinstance(repo_id, str) or not is_repo_id(repo_id):
+        raise ValueError(f"repo_id: received {described(repo_id)}; must be a name on the Hub, as 'user/name'")
+    instance("private", private, (bool, NoneType), "True, False or None")
+    instance("commit_message", commit_message, str, "text")
+    instance("token", options.get("token"), (str, bool, NoneType), "text, True, False or None")
+    known = set(inspect.signature(HfApi.upload_folder).parameters) - {"self", "repo_id", "folder_path"} | {"token"}
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"push_to_hub() got an unexpected keyword argument {unknown[0]!r}")
+
+
+def shard_size(size: Any) -> dict[str, Any]:
+    """The option `max_shard_size` of the models' `save_pretrained`; empty for None.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    if size is None:
+        return {}
+    if isinstance(size, str) and not re.fullmatch(r"[1-9]\d{0,8} ?[KMGT]B", size, re.ASCII):
+        raise ValueError(f"max_shard_size: received {described(size)}; must be bytes, or text such as '5GB'")
+    return {"max_shard_size": size if isinstance(size, str) else whole("max_shard_size", size)}

@@ -6,6 +6,7 @@ Shape letters: N images, h w code grid, L = h·w codes of an image, K codebook s
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,32 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from configs.arguments import choice, described, whole
+from configs.arguments import choice, described, instance, whole
 from configs.memory import shortage
 from configs.randomness import draw_seeds
 from pipelines import hub
-from pipelines.arguments import int64_codes, listed_labels, require_move
+from pipelines.arguments import (
+    int64_codes,
+    listed_labels,
+    require_device,
+    require_dtype,
+    require_move,
+    require_upload,
+    shard_size,
+)
 from pipelines.chunks import bytes_of_image, images_at_once
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
-from stage2_prior import DecoderPool, GuidanceSchedule, SamplingOptions, TokenLayout, batch_size_that_fits, require_callback, sample
+from stage2_prior import (
+    DecoderPool,
+    GuidanceSchedule,
+    SamplingOptions,
+    TokenLayout,
+    batch_size_that_fits,
+    require_callback,
+    sample,
+)
 
+LONGEST_PATH = 4096  # characters
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
@@ -100,7 +118,7 @@ class VQGANPipeline:
         Raises:
             ValueError: there is no such device, or the dtype cannot hold weights.
         """
-        require_move(args, kwargs)
+        require_move("device or dtype", *args, **kwargs)
         self.vqgan.to(*args, **kwargs)
         self.prior.to(*args, **kwargs)
         return self
@@ -226,7 +244,7 @@ class VQGANPipeline:
         choice("output_type", output_type, OUTPUT_TYPES[:3])
         codes = int64_codes(codes).to(self.device)
         pixels = codes[0].numel() * self.layout.downsampling_factor**2
-        self._require_memory("codes", described(codes), len(codes), pixels, output_type)
+        self._require_memory("codes", codes, len(codes), pixels, output_type)
         self.vqgan.check_codes(codes)
         return _join(self._decoded(codes, output_type), output_type)
 
@@ -238,7 +256,11 @@ class VQGANPipeline:
     # ------------------------------------------------------------------ saving and loading
 
     def save_pretrained(
-        self, save_directory: str | Path, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        max_shard_size: int | str | None = None,
     ) -> None:
         """Saves the pipeline as a folder that `from_pretrained` loads and that the Hub accepts unchanged.
 
@@ -246,14 +268,19 @@ class VQGANPipeline:
             save_directory: created if it does not exist. Adapters of the prior are merged into the saved copy.
             push_to_hub: upload the pipeline too.
             repo_id: repository of the upload; by default the name of the folder.
-            **kwargs: passed to the models' `save_pretrained`, for instance `max_shard_size`.
+            max_shard_size: largest size of a file of weights, in bytes or as "5GB"; by default that of transformers.
 
         Raises:
-            ValueError: the prior has adapters that cannot be merged.
+            ValueError: the prior has adapters that cannot be merged, or an argument has another type.
         """
-        hub.save(save_directory, **self.components, **kwargs)
+        instance("save_directory", save_directory, (str, Path), "a path")
+        instance("push_to_hub", push_to_hub, bool, "True or False")
+        repo_id = Path(save_directory).name if repo_id is None else repo_id
         if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name)
+            require_upload(repo_id, None, "-", {})
+        hub.save(save_directory, **self.components, **shard_size(max_shard_size))
+        if push_to_hub:
+            self.push_to_hub(repo_id)
 
     def push_to_hub(
         self, repo_id: str, private: bool | None = None, commit_message: str = "Upload pipeline", **kwargs: Any
@@ -268,7 +295,12 @@ class VQGANPipeline:
 
         Returns:
             URL of the commit.
+
+        Raises:
+            TypeError: an option is unknown.
+            ValueError: an argument has another type, or the repository's name is not valid.
         """
+        require_upload(repo_id, private, commit_message, kwargs)
         return hub.push(repo_id, self.components, private, commit_message, **kwargs)
 
     @classmethod
@@ -304,9 +336,21 @@ class VQGANPipeline:
             OSError: a file is missing or damaged.
             ValueError: the files do not fit one another, or refer to code or files outside the folder.
         """
-        where = hub.one_device(device, device_map)
+        name = pretrained_model_name_or_path
+        instance("pretrained_model_name_or_path", name, (str, Path), "a folder or a Hub id")
+        if len(str(name)) > LONGEST_PATH:
+            raise ValueError(f"pretrained_model_name_or_path: received {described(name)}; is too long for a path")
+        require_dtype(dtype)
+        instance("revision", revision, (str, NoneType), "text or None")
+        instance("token", token, (str, bool, NoneType), "text, True, False or None")
+        instance("cache_dir", cache_dir, (str, Path, NoneType), "a path or None")
+        instance("attn_implementation", attn_implementation, (str, NoneType), "text or None")
+        instance("subfolder", subfolder, str, "text")
+        instance("local_files_only", local_files_only, bool, "True or False")
+        instance("trust_remote_code", trust_remote_code, bool, "True or False")
+        where = require_device(device, device_map)
         download = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = hub.find(pretrained_model_name_or_path, subfolder, **download)
+        folder = hub.find(name, subfolder, **download)
         pipeline = cls(**hub.load(folder, dtype, attn_implementation, trust_remote_code))
         return pipeline if where is None else pipeline.to(where)
 
@@ -371,10 +415,8 @@ class VQGANPipeline:
         each = whole("num_images_per_label", num_images_per_label)
         if class_labels is None:
             if each != 1:
-                raise ValueError(
-                    f"num_images_per_label: received {each}; needs class_labels (use num_images for unconditional "
-                    "images)"
-                )
+                advice = "needs class_labels (use num_images for unconditional images)"
+                raise ValueError(f"num_images_per_label: received {described(each)}; {advice}")
             count = 1 if num_images is None else whole("num_images", num_images)
             self._require_memory("num_images", count, count, self.layout.pixels, output_type)
             return torch.full((count, 1), self.layout.null_token, device=self.device)
@@ -384,7 +426,7 @@ class VQGANPipeline:
                 "num_images_per_label)"
             )
         labels = listed_labels(class_labels)
-        self._require_memory("class_labels", described(class_labels), len(labels), self.layout.pixels, output_type)
+        self._require_memory("class_labels", class_labels, len(labels), self.layout.pixels, output_type)
         ids = self.layout.class_ids(labels)
         self._require_memory("num_images_per_label", each, each * len(ids), self.layout.pixels, output_type)
         return self.layout.class_tokens(ids.repeat_interleave(each))[:, None].to(self.device)
@@ -394,7 +436,7 @@ class VQGANPipeline:
         needed = count * bytes_of_image(self.vqgan, self.layout, pixels, output_type)
         lack = shortage(needed, torch.device("cpu") if output_type in ("pil", "np") else self.device)
         if lack is not None:
-            raise ValueError(f"{name}: received {received}; {lack}; ask for fewer images, and save them in between")
+            raise ValueError(f"{name}: received {described(received)}; {lack}; ask for fewer images at once")
 
     def _decoded(self, codes: Tensor, output_type: str) -> list[Any]:
         """Images of codes `(N, h, w)` in `[0, K)`, in parts that fit in memory. Refuses NaN or infinite pixels."""

@@ -238,13 +238,12 @@ class VQGANImageProcessor(BaseImageProcessor):
 
     def __init__(self, image_size: int = 256, num_channels: int = 3, aspect_ratio: AspectRatio = "crop", **kwargs: Any):
         super().__init__(**kwargs)
-        if not isinstance(aspect_ratio, str) or aspect_ratio not in get_args(AspectRatio):
-            raise ValueError(f"aspect_ratio: received {str(aspect_ratio)[:60]!r}; allowed are 'crop', 'pad'")
-        if type(image_size) is not int or not 1 <= image_size <= LARGEST_SIDE:
-            allowed = f"must be a whole number from 1 to {LARGEST_SIDE}"
-            raise ValueError(f"image_size: received {str(type(image_size).__name__)} {image_size!r:.40}; {allowed}")
-        if type(num_channels) is not int or num_channels not in (1, 3):
-            raise ValueError(f"num_channels: received {num_channels!r:.40}; must be 1 (gray) or 3 (RGB)")
+        _choice("aspect_ratio", aspect_ratio, get_args(AspectRatio))
+        sizes = {"image_size": (image_size, range(1, LARGEST_SIDE + 1)), "num_channels": (num_channels, (1, 3))}
+        for name, (value, allowed) in sizes.items():
+            if type(value) is not int or value not in allowed:
+                received = repr(value) if type(value) is int and -(2**63) < value < 2**63 else type(value).__name__
+                raise ValueError(f"{name}: received {received}; allowed is a whole number of {allowed}")
         self.image_size = image_size
         self.num_channels = num_channels
         self.aspect_ratio = aspect_ratio
@@ -264,8 +263,8 @@ class VQGANImageProcessor(BaseImageProcessor):
         """
         if kwargs:
             raise ValueError(f"unknown options {sorted(kwargs)}; they are fields of the processor")
-        if return_tensors not in (None, "pt", "np"):
-            raise ValueError(f"return_tensors: received {str(return_tensors)[:60]!r}; allowed are 'pt', 'np', None")
+        if return_tensors is not None:
+            _choice("return_tensors", return_tensors, ("pt", "np"))
         is_batch = isinstance(images, (list, tuple)) or (getattr(images, "ndim", 0) == 4)
         squares = [
             self._square(image, f"images[{number}]" if is_batch else "images")
@@ -285,10 +284,10 @@ class VQGANImageProcessor(BaseImageProcessor):
                 `(B, C, H, W)` in [0, 1]).
 
         Raises:
-            ValueError: `output_type` has another value, or the images another shape or dtype, or NaN or infinite values.
+            ValueError: `output_type` has another value, the images have another shape or dtype, or a value is not
+                finite.
         """
-        if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type: received {str(output_type)[:60]!r}; allowed are 'pil', 'np', 'pt'")
+        _choice("output_type", output_type, ("pil", "np", "pt"))
         self._check_output(images)
         images = (images.detach().float().clamp(-1, 1) + 1) / 2
         if output_type == "pt":
@@ -319,6 +318,13 @@ class VQGANImageProcessor(BaseImageProcessor):
         if not images.isfinite().all():
             advice = "compute in float32, or check whether the weights are damaged"
             raise ValueError(f"images: received NaN or infinite values in {images.dtype}; {advice}")
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Refuses all but one of the allowed texts."""
+    if not isinstance(value, str) or value not in allowed:
+        received = repr(value)[:60] if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{name}: received {received}; allowed are {', '.join(map(repr, allowed))}")
 
 
 def image_grid(images: Iterable[Image.Image], columns: int, min_tile: int = 0, gap: int = 2) -> Image.Image:

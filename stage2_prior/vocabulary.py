@@ -115,7 +115,11 @@ class TokenLayout:
         Raises:
             ValueError: a label is not one of the classes.
         """
-        if isinstance(labels, str | bytes) or not isinstance(labels, Sequence | np.ndarray):
+        if (
+            isinstance(labels, str | bytes)
+            or not isinstance(labels, Sequence | np.ndarray)
+            or getattr(labels, "ndim", 1) != 1
+        ):
             raise ValueError(f"class_labels: received {described(labels)}; must be a list of ids or names")
         ids = []
         for label in labels:
@@ -127,9 +131,8 @@ class TokenLayout:
                 raise ValueError("class_labels: this prior is unconditional; use num_images instead")
             else:
                 names = ", ".join(self.class_names[:20]) + (", …" if self.num_classes > 20 else "")
-                raise ValueError(
-                    f"class_labels: received {described(label)}; allowed are ids 0 to {self.num_classes - 1} or names: {names}"
-                )
+                allowed = f"allowed are ids 0 to {self.num_classes - 1} or names: {names}"
+                raise ValueError(f"class_labels: received {described(label)}; {allowed}")
         return torch.tensor(ids, dtype=torch.int64)
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from configs.arguments import described, instance, whole
 from configs.randomness import exponential
-from stage2_prior.sampling.decoder import Decoder
+from stage2_prior.sampling.decoder import Decoder, EagerDecoder
 from stage2_prior.sampling.decoders import make_decoder
 from stage2_prior.sampling.options import SamplingOptions
 
@@ -84,7 +84,8 @@ def sample(
         FloatingPointError: logits were NaN or infinite.
         ValueError: an argument has another type, shape or dtype, or is on another device.
     """
-    check_sampling(prompts, null_prompts, seeds, length, num_codes, options, on_step)
+    length, num_codes = whole("length", length), whole("num_codes", num_codes)
+    check_sampling(decoder, prompts, null_prompts, seeds, length, num_codes, options, on_step)
     batch_size, prompt_length = prompts.shape
     scales = options.scales(length)
     guided = options.guided_positions(length)
@@ -121,6 +122,7 @@ def sample(
 
 
 def check_sampling(
+    decoder: Decoder,
     prompts: Tensor,
     null_prompts: Tensor,
     seeds: Tensor,
@@ -136,10 +138,15 @@ def check_sampling(
     for name, tensor in (("null_prompts", null_prompts), ("seeds", seeds)):
         if tensor.device != prompts.device:
             raise ValueError(f"{name}: received a tensor on {tensor.device}; prompts are on {prompts.device}")
-    whole("length", length)
-    whole("num_codes", num_codes)
     instance("options", options, SamplingOptions, "SamplingOptions")
     require_callback("on_step", on_step)
+    if isinstance(decoder, EagerDecoder):
+        whole("length", length, most=decoder.length + 1 - prompts.shape[1])
+        whole("num_codes", num_codes, most=decoder.prior.config.vocab_size)
+        rows = len(prompts) * (2 if options.guided_positions(length) else 1)
+        if rows > decoder.num_rows:
+            needed = f"needs {rows} rows, but the decoder has {decoder.num_rows}"
+            raise ValueError(f"prompts: received {len(prompts)}; this {needed}")
 
 
 def require_int64(name: str, value: Any, shape: tuple[int | None, ...]) -> None:
@@ -160,13 +167,16 @@ def require_callback(name: str, callback: Any) -> None:
     if callback is None:
         return
     try:
+        if not callable(callback):
+            raise TypeError("it cannot be called")
         inspect.signature(callback).bind(0, None)
     except TypeError as error:
         raise ValueError(
             f"{name}: received {described(callback)}; must be a function of a position and codes: {error}"
         ) from error
-    except ValueError:  # some functions written in C have no signature
-        return
+    except ValueError as error:  # some functions written in C have no signature
+        if isinstance(callback, type):
+            raise ValueError(f"{name}: received {described(callback)}; must be a function") from error
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:

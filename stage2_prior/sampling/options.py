@@ -102,6 +102,5 @@ def _interval(value: Any) -> tuple[float, float]:
     if len(ends) == 2 and all(map(is_number, ends)) and 0 <= ends[0] < ends[1] <= 1:
         return float(ends[0]), float(ends[1])
     raise ValueError(
-        f"guidance_interval: received {described(value)}; allowed are two shares of the codes, "
-        "0 <= start < stop <= 1"
+        f"guidance_interval: received {described(value)}; allowed are two shares of the codes, 0 <= start < stop <= 1"
     )
