@@ -115,11 +115,8 @@ class TokenLayout:
         Raises:
             ValueError: a label is not one of the classes.
         """
-        if (
-            isinstance(labels, str | bytes)
-            or not isinstance(labels, Sequence | np.ndarray)
-            or getattr(labels, "ndim", 1) != 1
-        ):
+        listed = isinstance(labels, Sequence | np.ndarray) and getattr(labels, "ndim", 1) == 1
+        if not listed or isinstance(labels, str | bytes):
             raise ValueError(f"class_labels: received {described(labels)}; must be a list of ids or names")
         ids = []
         for label in labels:

@@ -153,9 +153,14 @@ def labels(value: Any) -> Any:
     return [int(one) for one in listed] if listed and len(good) == len(listed) and all(good) else REFUSED
 
 
-def fits(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether a value has one of these types, and is not too long for a path."""
-    return type(value) in kinds and len(str(value)) < 4096
+def names(value: Any) -> Any:
+    """Names of classes."""
+    return () if value in ([], ()) else REFUSED
+
+
+def path(value: Any) -> Any:
+    """A path that is not too long."""
+    return value if isinstance(value, str | Path) and len(str(value)) < 4096 else REFUSED
 
 
 def constant(value: Any) -> Callable[[], Any]:
@@ -398,9 +403,8 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
         "from_pretrained": (
             lambda **values: VQGANPipeline.from_pretrained(**{"pretrained_model_name_or_path": "none", **values}),
             {
-                name: Argument(constant(None), lambda value, kinds=kinds: value if fits(value, kinds) else REFUSED)
+                name: Argument(constant(None), lambda value, kinds=kinds: value if type(value) in kinds else REFUSED)
                 for name, kinds in {
-                    "pretrained_model_name_or_path": (str, type(Path())),
                     "revision": (str, type(None)),
                     "token": (str, bool, type(None)),
                     "cache_dir": (str, type(Path()), type(None)),
@@ -412,7 +416,10 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
                     "device_map": (type(None),),
                 }.items()
             }
-            | {"dtype": Argument(constant(None), either(None, "auto"))},
+            | {
+                "dtype": Argument(constant(None), either(None, "auto")),
+                "pretrained_model_name_or_path": Argument(constant("none"), path),
+            },
         ),
         "push_to_hub": (
             pipe.push_to_hub,
@@ -477,7 +484,7 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
                 "num_codes": Argument(constant(32), whole(1, 2**31 - 1)),
                 "class_names": Argument(
                     constant(NAMES),
-                    lambda value: () if value in ([], ()) else REFUSED,
+                    names,
                     near={"list": (lambda: list(NAMES), NAMES)},
                 ),
                 "grid": Argument(
