@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -14,6 +15,20 @@ from torch import Tensor, nn
 from configs.arguments import choice, described, instance, whole
 from configs.hub import is_repo_id
 from pipelines.hub import one_device
+
+LONGEST_TEXT = 4096  # characters, the longest path of Linux
+
+# The types of the arguments of `from_pretrained`.
+LOADING: dict[str, tuple[type, ...]] = {
+    "pretrained_model_name_or_path": (str, Path),
+    "revision": (str, NoneType),
+    "token": (str, bool, NoneType),
+    "cache_dir": (str, Path, NoneType),
+    "local_files_only": (bool,),
+    "subfolder": (str,),
+    "attn_implementation": (str, NoneType),
+    "trust_remote_code": (bool,),
+}
 
 # The dtypes in which the models can compute, by name.
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
@@ -113,6 +128,18 @@ def require_device(device: Any, device_map: Any) -> torch.device | None:
     if where is not None:
         require_move("device" if device_map is None else "device_map", where)
     return where
+
+
+def require_loading(**values: Any) -> None:
+    """Refuses arguments of `VQGANPipeline.from_pretrained` of another type than in LOADING, or too long for a path.
+
+    Raises:
+        ValueError: names the first such argument.
+    """
+    for name, value in values.items():
+        instance(name, value, LOADING[name], " or ".join(kind.__name__ for kind in LOADING[name]))
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise ValueError(f"{name}: received {described(value)}; must have at most {LONGEST_TEXT} characters")
 
 
 def require_dtype(dtype: Any) -> None:

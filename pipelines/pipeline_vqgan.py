@@ -6,7 +6,6 @@ Shape letters: N images, h w code grid, L = h·w codes of an image, K codebook s
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from pipelines.arguments import (
     listed_labels,
     require_device,
     require_dtype,
+    require_loading,
     require_move,
     require_upload,
     shard_size,
@@ -41,7 +41,6 @@ from stage2_prior import (
     sample,
 )
 
-LONGEST_PATH = 4096  # characters
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
@@ -336,21 +335,17 @@ class VQGANPipeline:
             OSError: a file is missing or damaged.
             ValueError: the files do not fit one another, or refer to code or files outside the folder.
         """
-        name = pretrained_model_name_or_path
-        instance("pretrained_model_name_or_path", name, (str, Path), "a folder or a Hub id")
-        if len(str(name)) > LONGEST_PATH:
-            raise ValueError(f"pretrained_model_name_or_path: received {described(name)}; is too long for a path")
-        require_dtype(dtype)
-        instance("revision", revision, (str, NoneType), "text or None")
-        instance("token", token, (str, bool, NoneType), "text, True, False or None")
-        instance("cache_dir", cache_dir, (str, Path, NoneType), "a path or None")
-        instance("attn_implementation", attn_implementation, (str, NoneType), "text or None")
-        instance("subfolder", subfolder, str, "text")
-        instance("local_files_only", local_files_only, bool, "True or False")
-        instance("trust_remote_code", trust_remote_code, bool, "True or False")
-        where = require_device(device, device_map)
         download = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = hub.find(name, subfolder, **download)
+        require_loading(
+            pretrained_model_name_or_path=pretrained_model_name_or_path,
+            subfolder=subfolder,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **download,
+        )
+        require_dtype(dtype)
+        where = require_device(device, device_map)
+        folder = hub.find(pretrained_model_name_or_path, subfolder, **download)
         pipeline = cls(**hub.load(folder, dtype, attn_implementation, trust_remote_code))
         return pipeline if where is None else pipeline.to(where)
 

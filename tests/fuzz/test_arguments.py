@@ -159,8 +159,8 @@ def names(value: Any) -> Any:
 
 
 def path(value: Any) -> Any:
-    """A path that is not too long."""
-    return value if isinstance(value, str | Path) and len(str(value)) < 4096 else REFUSED
+    """A path, or another value, whose text is not too long."""
+    return value if len(str(value)) < 4096 else REFUSED
 
 
 def constant(value: Any) -> Callable[[], Any]:
@@ -403,7 +403,7 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
         "from_pretrained": (
             lambda **values: VQGANPipeline.from_pretrained(**{"pretrained_model_name_or_path": "none", **values}),
             {
-                name: Argument(constant(None), lambda value, kinds=kinds: value if type(value) in kinds else REFUSED)
+                name: Argument(constant(None), lambda value, of=kinds: path(value) if type(value) in of else REFUSED)
                 for name, kinds in {
                     "revision": (str, type(None)),
                     "token": (str, bool, type(None)),
@@ -418,7 +418,9 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
             }
             | {
                 "dtype": Argument(constant(None), either(None, "auto")),
-                "pretrained_model_name_or_path": Argument(constant("none"), path),
+                "pretrained_model_name_or_path": Argument(
+                    constant("none"), lambda value: path(value) if isinstance(value, str | Path) else REFUSED
+                ),
             },
         ),
         "push_to_hub": (
