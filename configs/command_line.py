@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from configs.disk_space import DiskFull, naming_full_disk
 from configs.interruption import Diverged, Stopped, sigterm_raises
 from configs.loader import load_config, to_dict
+from configs.memory import OUT_OF_MEMORY, is_out_of_memory, out_of_memory_advice
 from configs.problems import ConfigError, Problem, cut, shown
 from configs.secrets import ADVICE, names_secret
 from configs.yaml_files import parse_yaml
@@ -84,6 +85,7 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
 
         print(help_text(cls, command))
         return
+    config = None
     try:
         with sigterm_raises():
             config = load_config(cls, *parse_arguments(arguments))
@@ -105,6 +107,10 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
         _exit(error, error.exit_code)
     except KeyboardInterrupt:
         _exit("stopped at once; the same command resumes from what was saved", 128 + signal.SIGINT)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _exit(out_of_memory_advice(error, to_dict(config) if config else {}), OUT_OF_MEMORY)
 
 
 def _exit(message: object, code: int) -> NoReturn:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.arguments import described
+
 # Data loaders use numpy arrays: for a few numbers, numpy takes a third of the time of torch.
 Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 
@@ -101,9 +103,11 @@ def draw_seeds(count: int, generator: torch.Generator | list[torch.Generator] | 
     if isinstance(generator, (list, tuple)):
         if len(generator) != count:
             raise ValueError(f"generator: received a list of {len(generator)} for {count} images; needs one each")
-        return torch.cat([draw_seeds(1, one) for one in generator])
-    if not isinstance(generator, torch.Generator | None):
-        raise ValueError(f"generator: received {generator!r}; needs a torch.Generator (with manual_seed), or a list")
+        if all(isinstance(one, torch.Generator) for one in generator):
+            return torch.cat([draw_seeds(1, one) for one in generator])
+    if not isinstance(generator, torch.Generator | None) or getattr(generator, "device", None) == torch.device("meta"):
+        allowed = "needs a torch.Generator (with manual_seed), or a list with one for each image"
+        raise ValueError(f"generator: received {described(generator)}; {allowed}")
     device = generator.device if generator is not None else "cpu"
     return torch.randint(2**63 - 1, (count,), generator=generator, device=device).cpu()
 

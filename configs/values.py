@@ -29,8 +29,8 @@ def read_value(hint: Any, value: Any, strict: bool = False) -> Any:
     from pydantic import ValidationError
 
     leaves = list(_leaves(value))
-    # A lax check would take true for the number 1.
-    strict = strict or any(isinstance(leaf, bool) for leaf in leaves)
+    # A lax check would take true, also numpy's, for the number 1.
+    strict = strict or any(type(leaf).__name__ in ("bool", "bool_") for leaf in leaves)
     try:
         result = _adapter(hint).validate_python(value, strict=strict)
     except (ValidationError, OverflowError):

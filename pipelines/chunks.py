@@ -1,7 +1,8 @@
-"""How many images the tokenizer encodes or decodes at once."""
+"""How many images the tokenizer encodes or decodes at once, and how much memory they take."""
 
 from configs.memory import USABLE, free_memory
 from stage1_vqgan import VQGANModel
+from stage2_prior import TokenLayout
 
 # Larger chunks are not faster.
 LARGEST_CHUNK = 2**22  # pixels
@@ -25,3 +26,17 @@ def images_at_once(vqgan: VQGANModel, pixels: int) -> int:
     channels_per_pixel = max(vqgan.config.base_channels, *(max(pair) / 4**level for level, pair in enumerate(pairs)))
     each = int(MAPS_AT_ONCE * channels_per_pixel * pixels * vqgan.dtype.itemsize)
     return max(1, min(LARGEST_CHUNK // pixels, int(USABLE * free_memory(vqgan.device)) // each))
+
+
+def bytes_of_image(vqgan: VQGANModel, layout: TokenLayout, pixels: int, output_type: str) -> int:
+    """Bytes that one image takes at least in what `generate` or `decode` returns.
+
+    Args:
+        vqgan: the tokenizer.
+        layout: the token layout.
+        pixels: number of pixels of one image, H·W.
+        output_type: see `VQGANPipeline.generate`. Arrays and tensors are 32-bit floats, PIL images are bytes.
+    """
+    codes = 8 * pixels // layout.downsampling_factor**2
+    each = {"pil": 1, "np": 4, "pt": 4, "codes": 0}[output_type]
+    return codes + each * pixels * vqgan.config.in_channels

@@ -3,9 +3,8 @@
 Shape letters: N images, h w code grid, L = h·w codes of an image, K codebook size.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,31 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from configs.arguments import choice, described, instance, whole
+from configs.memory import shortage
 from configs.randomness import draw_seeds
 from pipelines import hub
-from pipelines.chunks import images_at_once
+from pipelines.arguments import (
+    int64_codes,
+    listed_labels,
+    require_device,
+    require_dtype,
+    require_loading,
+    require_move,
+    require_upload,
+    shard_size,
+)
+from pipelines.chunks import bytes_of_image, images_at_once
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
-from stage2_prior import DecoderPool, GuidanceSchedule, SamplingOptions, TokenLayout, batch_size_that_fits, sample
+from stage2_prior import (
+    DecoderPool,
+    GuidanceSchedule,
+    SamplingOptions,
+    TokenLayout,
+    batch_size_that_fits,
+    require_callback,
+    sample,
+)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
@@ -93,7 +112,12 @@ class VQGANPipeline:
         return list(self.layout.class_names)
 
     def to(self, *args: Any, **kwargs: Any) -> "VQGANPipeline":
-        """Moves or casts both models. The arguments are those of `torch.nn.Module.to`."""
+        """Moves or casts both models. The arguments are those of `torch.nn.Module.to`.
+
+        Raises:
+            ValueError: there is no such device, or the dtype cannot hold weights.
+        """
+        require_move("device or dtype", *args, **kwargs)
         self.vqgan.to(*args, **kwargs)
         self.prior.to(*args, **kwargs)
         return self
@@ -160,10 +184,10 @@ class VQGANPipeline:
         Raises:
             ValueError: an argument is out of range. The message names it, the value received and what is allowed.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type: received {output_type!r}; allowed are {', '.join(map(repr, OUTPUT_TYPES))}")
+        choice("output_type", output_type, OUTPUT_TYPES)
         if batch_size is not None:
-            _check_count("batch_size", batch_size)
+            batch_size = whole("batch_size", batch_size)
+        require_callback("callback_on_step_end", callback_on_step_end)
         options = SamplingOptions(
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
@@ -175,43 +199,67 @@ class VQGANPipeline:
             min_p=min_p,
         )
         self._check_conditions(options, has_labels=class_labels is not None)
-        prompts = self._prompts(class_labels, num_images, num_images_per_label)
+        prompts = self._prompts(class_labels, num_images, num_images_per_label, output_type)
         seeds = draw_seeds(len(prompts), generator).to(self.device)
         codes, images = [], []
         for batch in self._sample(prompts, seeds, options, batch_size, callback_on_step_end):
             codes.append(batch)
             if output_type != "codes":
-                for part in batch.split(images_at_once(self.vqgan, self.layout.pixels)):
-                    # not decode_codes: its check of the codes would wait for the GPU
-                    decoded = self.vqgan.decode(self.vqgan.quantize.lookup(part))
-                    images.append(self.image_processor.postprocess(decoded, output_type))
+                images += self._decoded(batch, output_type)
         return VQGANPipelineOutput(images=_join(images, output_type), codes=torch.cat(codes))
 
     __call__ = generate
 
     @torch.no_grad()
     def encode(self, images: Any) -> Tensor:
-        """Encodes images into codes int64 `(N, h, w)`. Images are PIL images, arrays or tensors, one or a list."""
+        """Encodes images into codes int64 `(N, h, w)`.
+
+        Args:
+            images: PIL images, arrays or tensors, one or a list; see [`VQGANImageProcessor`].
+
+        Raises:
+            ValueError: an image has another type, shape, dtype or range.
+            FloatingPointError: latents were NaN or infinite.
+        """
         pixel_values = self.image_processor(images)["pixel_values"]
-        parts = pixel_values.split(images_at_once(self.vqgan, self.layout.pixels))
-        return torch.cat([self.vqgan.encode(part.to(self.device, self.vqgan.dtype)).codes for part in parts])
+        parts = pixel_values.split(images_at_once(self.vqgan, pixel_values[0, 0].numel()))
+        encoded = [self.vqgan.encode(part.to(self.device, self.vqgan.dtype)) for part in parts]
+        if not torch.stack([part.latents.isfinite().all() for part in encoded]).all():
+            advice = "load the pipeline in float32, or check whether the tokenizer's weights are damaged"
+            raise FloatingPointError(f"the tokenizer's latents are NaN or infinite in {self.vqgan.dtype}; {advice}")
+        return torch.cat([part.codes for part in encoded])
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, output_type: str = "pil") -> Any:
-        """Decodes int64 codes `(N, h, w)` into images. `output_type` is "pil", "np" or "pt"; see `generate`."""
-        codes = torch.as_tensor(codes).to(self.device, torch.int64)
-        parts = codes.split(images_at_once(self.vqgan, self.layout.pixels))
-        images = [self.image_processor.postprocess(self.vqgan.decode_codes(part), output_type) for part in parts]
-        return _join(images, output_type)
+    def decode(self, codes: Any, output_type: str = "pil") -> Any:
+        """Decodes codes into images.
+
+        Args:
+            codes: whole numbers `(N, h, w)` in `[0, K)`: a tensor, an array or nested lists. Floats are refused.
+            output_type: "pil", "np" or "pt"; see `generate`.
+
+        Raises:
+            ValueError: the codes are not such numbers, their images do not fit in memory, or pixels are not finite.
+        """
+        choice("output_type", output_type, OUTPUT_TYPES[:3])
+        codes = int64_codes(codes).to(self.device)
+        pixels = codes[0].numel() * self.layout.downsampling_factor**2
+        self._require_memory("codes", codes, len(codes), pixels, output_type)
+        self.vqgan.check_codes(codes)
+        return _join(self._decoded(codes, output_type), output_type)
 
     def reconstruct(self, images: Any, output_type: str = "pil") -> Any:
         """Encodes and decodes images. No prior can generate images of higher fidelity than these reconstructions."""
+        choice("output_type", output_type, OUTPUT_TYPES[:3])
         return self.decode(self.encode(images), output_type)
 
     # ------------------------------------------------------------------ saving and loading
 
     def save_pretrained(
-        self, save_directory: str | Path, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        max_shard_size: int | str | None = None,
     ) -> None:
         """Saves the pipeline as a folder that `from_pretrained` loads and that the Hub accepts unchanged.
 
@@ -219,14 +267,19 @@ class VQGANPipeline:
             save_directory: created if it does not exist. Adapters of the prior are merged into the saved copy.
             push_to_hub: upload the pipeline too.
             repo_id: repository of the upload; by default the name of the folder.
-            **kwargs: passed to the models' `save_pretrained`, for instance `max_shard_size`.
+            max_shard_size: largest size of a file of weights, in bytes or as "5GB"; by default that of transformers.
 
         Raises:
-            ValueError: the prior has adapters that cannot be merged.
+            ValueError: the prior has adapters that cannot be merged, or an argument has another type.
         """
-        hub.save(save_directory, **self.components, **kwargs)
+        instance("save_directory", save_directory, (str, Path), "a path")
+        instance("push_to_hub", push_to_hub, bool, "True or False")
+        repo_id = Path(save_directory).name if repo_id is None else repo_id
         if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name)
+            require_upload(repo_id, None, "-", {})
+        hub.save(save_directory, **self.components, **shard_size(max_shard_size))
+        if push_to_hub:
+            self.push_to_hub(repo_id)
 
     def push_to_hub(
         self, repo_id: str, private: bool | None = None, commit_message: str = "Upload pipeline", **kwargs: Any
@@ -243,8 +296,11 @@ class VQGANPipeline:
             URL of the commit.
 
         Raises:
+            TypeError: an option is unknown.
+            ValueError: an argument has another type, or the repository's name is not valid.
             ValueError: a file to upload holds a secret or the path of your home folder.
         """
+        require_upload(repo_id, private, commit_message, kwargs)
         return hub.push(repo_id, self.components, private, commit_message, **kwargs)
 
     @classmethod
@@ -280,8 +336,16 @@ class VQGANPipeline:
             OSError: a file is missing or damaged.
             ValueError: the files do not fit one another, or refer to code or files outside the folder.
         """
-        where = hub.one_device(device, device_map)
         download = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        require_loading(
+            pretrained_model_name_or_path=pretrained_model_name_or_path,
+            subfolder=subfolder,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **download,
+        )
+        require_dtype(dtype)
+        where = require_device(device, device_map)
         folder = hub.find(pretrained_model_name_or_path, subfolder, **download)
         pipeline = cls(**hub.load(folder, dtype, attn_implementation, trust_remote_code))
         return pipeline if where is None else pipeline.to(where)
@@ -342,35 +406,43 @@ class VQGANPipeline:
                 f"guidance_scale: received {options.guidance_scale}; guidance needs class_labels (or use 1.0)"
             )
 
-    def _prompts(self, class_labels: Any, num_images: int | None, num_images_per_label: int) -> Tensor:
+    def _prompts(self, class_labels: Any, num_images: Any, num_images_per_label: Any, output_type: str) -> Tensor:
         """The condition tokens of the images, int64 `(N, 1)`."""
+        each = whole("num_images_per_label", num_images_per_label)
         if class_labels is None:
-            if num_images_per_label != 1:
-                raise ValueError(
-                    f"num_images_per_label: received {num_images_per_label}; needs class_labels (use num_images for "
-                    "unconditional images)"
-                )
-            count = 1 if num_images is None else num_images
-            _check_count("num_images", count)
+            if each != 1:
+                advice = "needs class_labels (use num_images for unconditional images)"
+                raise ValueError(f"num_images_per_label: received {described(each)}; {advice}")
+            count = 1 if num_images is None else whole("num_images", num_images)
+            self._require_memory("num_images", count, count, self.layout.pixels, output_type)
             return torch.full((count, 1), self.layout.null_token, device=self.device)
         if num_images is not None:
             raise ValueError(
-                f"num_images: received {num_images}; cannot be given with class_labels (use num_images_per_label)"
+                f"num_images: received {described(num_images)}; cannot be given with class_labels (use "
+                "num_images_per_label)"
             )
-        if isinstance(class_labels, Tensor | np.ndarray):
-            class_labels = class_labels.flatten().tolist()
-        one = isinstance(class_labels, str) or not isinstance(class_labels, Iterable)
-        labels = [class_labels] if one else list(class_labels)
-        if not labels:
-            raise ValueError("class_labels: received an empty list; needs at least one label")
-        _check_count("num_images_per_label", num_images_per_label)
-        ids = self.layout.class_ids(labels).repeat_interleave(num_images_per_label)
-        return self.layout.class_tokens(ids)[:, None].to(self.device)
+        labels = listed_labels(class_labels)
+        self._require_memory("class_labels", class_labels, len(labels), self.layout.pixels, output_type)
+        ids = self.layout.class_ids(labels)
+        self._require_memory("num_images_per_label", each, each * len(ids), self.layout.pixels, output_type)
+        return self.layout.class_tokens(ids.repeat_interleave(each))[:, None].to(self.device)
 
+    def _require_memory(self, name: str, received: Any, count: int, pixels: int, output_type: str) -> None:
+        """Refuses a request whose images cannot be in memory together."""
+        needed = count * bytes_of_image(self.vqgan, self.layout, pixels, output_type)
+        lack = shortage(needed, torch.device("cpu") if output_type in ("pil", "np") else self.device)
+        if lack is not None:
+            raise ValueError(f"{name}: received {described(received)}; {lack}; ask for fewer images at once")
 
-def _check_count(name: str, count: Any) -> None:
-    if not isinstance(count, Integral) or count < 1:
-        raise ValueError(f"{name}: received {count!r}; must be a whole number from 1 up")
+    def _decoded(self, codes: Tensor, output_type: str) -> list[Any]:
+        """Images of codes `(N, h, w)` in `[0, K)`, in parts that fit in memory. Refuses NaN or infinite pixels."""
+        pixels = codes[0].numel() * self.layout.downsampling_factor**2
+        # not decode_codes: its check of the codes would wait for the GPU
+        decoded = (
+            self.vqgan.decode(self.vqgan.quantize.lookup(part))
+            for part in codes.split(images_at_once(self.vqgan, pixels))
+        )
+        return [self.image_processor.postprocess(part, output_type) for part in decoded]
 
 
 def _join(batches: list[Any], output_type: str) -> Any:

@@ -5,6 +5,7 @@ This file imports neither torch nor transformers, so a command checks its `model
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 
@@ -75,7 +76,7 @@ class VQGANArchitecture:
             yield "num_embeddings", self.num_embeddings, "a codebook needs at least 2 entries"
         if not 0 <= self.dropout < 1:
             yield "dropout", self.dropout, "must be at least 0 and below 1"
-        if not self.channel_multiplier or min(self.channel_multiplier) <= 0:
+        if not self.channel_multiplier or not all(0 < multiplier < inf for multiplier in self.channel_multiplier):
             yield "channel_multiplier", self.channel_multiplier, "needs positive numbers, one for each level"
             return
         if self.image_size % self.downsampling_factor:
@@ -110,6 +111,35 @@ class VQGANArchitecture:
     def resolutions(self) -> list[int]:
         """Side in pixels of the feature maps of each level, at the training resolution."""
         return [self.image_size >> level for level in range(len(self.channel_multiplier))]
+
+    @property
+    def num_weights(self) -> int:
+        """Parameters of the encoder and the decoder, and entries × width of a learnt codebook: close to, and at most,
+        the number of parameters of the model, which is not built for it."""
+        first, last, n = self.base_channels, self.widths[-1], self.num_res_blocks
+        count = 2 * (_residual(last, last) * 2 + _attention(last))  # the middle of encoder and decoder
+        count += _conv(self.in_channels, first) + _conv(self.widths[0], self.in_channels)
+        count += 2 * _conv(last, self.latent_channels)
+        for below, width, resolution in zip([first, *self.widths], self.widths, self.resolutions, strict=False):
+            count += _residual(below, width) + (n - 1) * _residual(width, width)
+            count += (2 * n + 1) * _attention(width) * (resolution in self.attn_resolutions)
+        for width, previous in zip(self.widths, [*self.widths[1:], last], strict=True):
+            count += _residual(previous, width) + n * _residual(width, width)
+        count += sum(_conv(width, width) for width in self.widths[:-1]) + sum(_conv(w, w) for w in self.widths[1:])
+        return count + (self.num_embeddings * self.embed_dim if self.quantizer in ("vq", "ema", "gumbel") else 0)
+
+
+def _conv(inner: int, outer: int, side: int = 3) -> int:
+    return side * side * inner * outer
+
+
+def _attention(width: int) -> int:
+    return 4 * _conv(width, width, 1)
+
+
+def _residual(inner: int, outer: int) -> int:
+    shortcut = _conv(inner, outer, 1) if inner != outer else 0
+    return _conv(inner, outer) + _conv(outer, outer) + shortcut
 
 
 __all__ = ["VQGANArchitecture"]

@@ -17,6 +17,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 # Colour behind transparent pixels, and at the sides of a padded image.
 BACKGROUND, BACKGROUND_LEVEL = "white", 255
 
+LARGEST_SIDE = 2**16  # pixels of a square
+
 AspectRatio = Literal["crop", "pad"]
 
 # EXIF orientation → the transposition that turns the image upright.
@@ -44,13 +46,17 @@ def to_pil(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, Tensor):
+        if image.is_meta or image.layout != torch.strided:
+            raise ValueError(f"image: received a tensor of {image.layout} on {image.device}; needs a dense one")
         image = image.detach().cpu()
         image = image.float() if image.is_floating_point() else image
-        image = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()
+        image = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy(force=True)
     if not isinstance(image, np.ndarray):
         raise ValueError(f"image: received {type(image).__name__}; needs a PIL image, an array or a tensor")
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
         raise ValueError(f"image: received shape {image.shape}; needs (H, W) or 1, 3 or 4 channels")
+    if not image.size:
+        raise ValueError(f"image: received shape {image.shape}; needs at least one pixel")
     if np.issubdtype(image.dtype, np.floating):
         if not (image.min() >= 0 and image.max() <= 1):
             raise ValueError(f"image: received floats from {image.min()} to {image.max()}; needs [0, 1], or uint8")
@@ -232,8 +238,12 @@ class VQGANImageProcessor(BaseImageProcessor):
 
     def __init__(self, image_size: int = 256, num_channels: int = 3, aspect_ratio: AspectRatio = "crop", **kwargs: Any):
         super().__init__(**kwargs)
-        if aspect_ratio not in get_args(AspectRatio):
-            raise ValueError(f"aspect_ratio: received {aspect_ratio!r}; allowed are 'crop', 'pad'")
+        _choice("aspect_ratio", aspect_ratio, get_args(AspectRatio))
+        sizes = {"image_size": (image_size, range(1, LARGEST_SIDE + 1)), "num_channels": (num_channels, (1, 3))}
+        for name, (value, allowed) in sizes.items():
+            if type(value) is not int or value not in allowed:
+                received = repr(value) if type(value) is int and -(2**63) < value < 2**63 else type(value).__name__
+                raise ValueError(f"{name}: received {received}; allowed is a whole number of {allowed}")
         self.image_size = image_size
         self.num_channels = num_channels
         self.aspect_ratio = aspect_ratio
@@ -248,14 +258,17 @@ class VQGANImageProcessor(BaseImageProcessor):
             `pixel_values`: float32 `(B, C, image_size, image_size)` in [-1, 1].
 
         Raises:
-            ValueError: an image has another type, shape or range, the list is empty, or an option is unknown.
+            ValueError: an image has another type, shape or range, or cannot be read, the list is empty, or an option is
+                unknown.
         """
         if kwargs:
             raise ValueError(f"unknown options {sorted(kwargs)}; they are fields of the processor")
+        if return_tensors is not None:
+            _choice("return_tensors", return_tensors, ("pt", "np"))
         is_batch = isinstance(images, (list, tuple)) or (getattr(images, "ndim", 0) == 4)
         squares = [
-            to_square(to_pixels(convert_mode(to_pil(image), self.num_channels)), self.image_size, self.aspect_ratio)
-            for image in (images if is_batch else [images])
+            self._square(image, f"images[{number}]" if is_batch else "images")
+            for number, image in enumerate(images if is_batch else [images])
         ]
         if not squares:
             raise ValueError("images: received an empty list; needs at least one image")
@@ -271,17 +284,47 @@ class VQGANImageProcessor(BaseImageProcessor):
                 `(B, C, H, W)` in [0, 1]).
 
         Raises:
-            ValueError: `output_type` has another value.
+            ValueError: `output_type` has another value, the images have another shape or dtype, or a value is not
+                finite.
         """
+        _choice("output_type", output_type, ("pil", "np", "pt"))
+        self._check_output(images)
         images = (images.detach().float().clamp(-1, 1) + 1) / 2
         if output_type == "pt":
             return images
         arrays = images.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "np":
-            return arrays
-        if output_type == "pil":
-            return [to_pil(array) for array in arrays]
-        raise ValueError(f"output_type: received {output_type!r}; allowed are 'pil', 'np', 'pt'")
+        return arrays if output_type == "np" else [to_pil(array) for array in arrays]
+
+    def _square(self, image: Any, name: str) -> Tensor:
+        """Pixels of one image, uint8 `(image_size, image_size, C)`; an error names the image."""
+        try:
+            pixels = to_pixels(convert_mode(to_pil(image), self.num_channels))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises errors of many types for damaged files
+            reason = str(error).removeprefix("image: ").partition("\n")[0][:200]
+            raise ValueError(f"{name}: {reason or type(error).__name__}") from error
+        return to_square(pixels, self.image_size, self.aspect_ratio)
+
+    def _check_output(self, images: Any) -> None:
+        """Refuses all but finite floats `(B, C, H, W)`. Waits once for a GPU."""
+        if not isinstance(images, Tensor) or images.is_meta or images.layout != torch.strided:
+            raise ValueError(f"images: received {type(images).__name__}; needs a dense tensor")
+        shape = tuple(images.shape)
+        if not images.is_floating_point() or len(shape) != 4 or shape[1] != self.num_channels or not all(shape[2:]):
+            raise ValueError(
+                f"images: received {images.dtype} {shape}; needs floats (B, {self.num_channels}, H, W) in [-1, 1]"
+            )
+        if not images.isfinite().all():
+            advice = "compute in float32, or check whether the weights are damaged"
+            raise ValueError(f"images: received NaN or infinite values in {images.dtype}; {advice}")
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Refuses all but one of the allowed texts."""
+    if not isinstance(value, str) or value not in allowed:
+        received = repr(value)[:60] if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{name}: received {received}; allowed are {', '.join(map(repr, allowed))}")
 
 
 def image_grid(images: Iterable[Image.Image], columns: int, min_tile: int = 0, gap: int = 2) -> Image.Image:

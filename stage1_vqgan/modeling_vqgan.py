@@ -161,7 +161,7 @@ class VQGANModel(PreTrainedModel):
             pixel_values: `(B, C, H, W)` in [-1, 1]; the downsampling factor must divide H and W.
 
         Raises:
-            ValueError: the shape does not fit the configuration.
+            ValueError: the shape does not fit the configuration, or the dtype or device does not fit the weights.
         """
         self._check_pixels(pixel_values)
         latents = self.quant_conv(self.encoder(pixel_values))
@@ -172,9 +172,19 @@ class VQGANModel(PreTrainedModel):
         """Decodes int64 codes `(B, h, w)` into images `(B, C, H, W)`, roughly in [-1, 1], not clamped.
 
         Raises:
-            ValueError: the codes have another shape or dtype, or a code is outside `[0, K)`.
+            ValueError: see `check_codes`.
         """
-        if codes.ndim != 3 or codes.dtype != torch.int64:
+        self.check_codes(codes)
+        return self.decode(self.quantize.lookup(codes))
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Refuses all but int64 codes `(B, h, w)` in `[0, K)`, on the model's device. Waits once for a GPU.
+
+        Raises:
+            ValueError: the codes have another shape, dtype or device, or a code is outside the range.
+        """
+        _check_tensor("codes", codes, self.device)
+        if codes.ndim != 3 or codes.dtype != torch.int64 or not codes.shape[1] * codes.shape[2]:
             raise ValueError(f"codes: received {codes.dtype} {tuple(codes.shape)}; needs int64 (B, h, w)")
         if codes.numel():
             least, most = torch.stack(codes.aminmax()).tolist()  # one GPU synchronization instead of two
@@ -182,7 +192,6 @@ class VQGANModel(PreTrainedModel):
                 raise ValueError(
                     f"codes: received values from {least} to {most}; allowed are 0 to {self.config.num_embeddings - 1}"
                 )
-        return self.decode(self.quantize.lookup(codes))
 
     def decode(self, quantized: Tensor) -> Tensor:
         """Decodes quantized latents `(B, D, h, w)` into images `(B, C, H, W)`, without a GPU synchronization."""
@@ -253,12 +262,25 @@ class VQGANModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def _check_pixels(self, pixel_values: Tensor) -> None:
+        _check_tensor("pixel_values", pixel_values, self.device)
         factor, channels = self.config.downsampling_factor, self.config.in_channels
-        shape = tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != channels or shape[2] % factor or shape[3] % factor:
+        shape, dtype = tuple(pixel_values.shape), pixel_values.dtype
+        if len(shape) != 4 or shape[1] != channels or any(size % factor or not size for size in shape[2:]):
             raise ValueError(
                 f"pixel_values: received shape {shape}; needs (B, {channels}, H, W) with H and W divisible by {factor}"
             )
+        casts = dtype.is_floating_point and torch.is_autocast_enabled(pixel_values.device.type)
+        if dtype != self.dtype and not casts:
+            raise ValueError(f"pixel_values: received {dtype}; needs {self.dtype}, the dtype of the weights")
+
+
+def _check_tensor(name: str, value: Any, device: torch.device) -> None:
+    """Refuses all but a dense tensor on a device."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        kind = value.layout if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: received {kind}; needs a dense tensor")
+    if value.device != device:
+        raise ValueError(f"{name}: received a tensor on {value.device}; the model is on {device}")
 
 
 __all__ = ["VQGANModel"]

@@ -5,6 +5,7 @@ pretrained.py reads the files of a trained prior.
 
 import copy
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from configs import ConfigError, Problem
 from configs.hub import is_repo_id
+from configs.memory import is_out_of_memory, shortage
 from configs.model_folder import local_folder
 from stage2_prior.adapters import base_of_adapter, check_layout_of_adapter, merge_adapter
 from stage2_prior.pretrained import layout_of, load_causal_lm
@@ -23,6 +25,9 @@ from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
 
 # Configuration field that names the prior to fine-tune.
 BASE_KEY = "model_name_or_path"
+
+# Layers of the largest model that is built to count the weights of a deeper one.
+COUNTED = 4
 
 
 def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
@@ -33,16 +38,58 @@ def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
         layout: determines the size of the vocabulary and the number of positions.
 
     Raises:
-        ConfigError: a model of this type refuses the settings, or cannot be a prior.
+        ConfigError: a model of this type refuses the settings, cannot be a prior, or does not fit in memory.
     """
     settings = {name: value for name, value in model.items() if name != "model_type"}
+    check_size(model, layout)
     try:
         return _initialise(AutoConfig.for_model(model["model_type"], **settings, **decided_by(layout)), layout)
     except ConfigError:
         raise
     except Exception as error:  # each architecture raises its own exceptions
+        if is_out_of_memory(error):
+            raise
         reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
         raise ConfigError([Problem("model", f"{model['model_type']} refuses these settings: {reason}")]) from error
+
+
+def check_size(model: dict[str, Any], layout: TokenLayout) -> None:
+    """Compares the float32 weights of a new prior with the free memory, before anything is allocated.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    count = num_weights(model, layout)
+    lack = None if count is None else shortage(4 * count, torch.device("cpu"))
+    if lack is not None:
+        advice = "choose smaller model.hidden_size, model.intermediate_size or model.num_hidden_layers"
+        raise ConfigError([Problem("model", f"{count:,} weights: {lack}; {advice}")])
+
+
+def num_weights(model: dict[str, Any], layout: TokenLayout) -> int | None:
+    """The number of parameters of a prior, without memory for them; None if the architecture does not tell.
+
+    Models of up to COUNTED layers are built on the device "meta", which holds no numbers. Every further layer counts as
+    much as the smallest of these, so that the number is not too large for usual architectures.
+    """
+    try:
+        config = AutoConfig.for_model(**model, **decided_by(layout))
+        depth = config.num_hidden_layers
+        counts = [_count(model, layout, layers) for layers in range(1, min(depth, COUNTED) + 1)]
+    except Exception:  # each architecture raises its own exceptions, also when it is built for real
+        return None
+    if depth <= COUNTED:
+        return counts[-1]
+    return counts[-1] + (depth - COUNTED) * min(more - less for less, more in pairwise(counts))
+
+
+def _count(model: dict[str, Any], layout: TokenLayout, layers: int) -> int:
+    """The number of parameters of a prior with this number of layers."""
+    fields = AutoConfig.for_model(model["model_type"]).attribute_map
+    own = {name: value for name, value in model.items() if fields.get("num_hidden_layers", "num_hidden_layers") != name}
+    config = AutoConfig.for_model(**{**own, "num_hidden_layers": layers}, **decided_by(layout))
+    with torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters())
 
 
 def decided_by(layout: TokenLayout) -> dict[str, Any]:

@@ -16,12 +16,15 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from configs.arguments import described, instance, is_number, whole
 from configs.files import read_json, write_json
 from configs.randomness import Numbers
+from configs.sections import LARGEST
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -47,6 +50,9 @@ class TokenLayout:
         downsampling_factor: pixels of the image's side per code.
         tokenizer_fingerprint: fingerprint of the tokenizer that computed the codes.
         has_null: whether training includes the null token: the prior is unconditional, or has condition dropout.
+
+    Raises:
+        ValueError: a field has another type, or a number is below 1.
     """
 
     num_codes: Count
@@ -55,6 +61,24 @@ class TokenLayout:
     downsampling_factor: Count
     tokenizer_fingerprint: str
     has_null: bool = True
+
+    def __post_init__(self) -> None:
+        instance("class_names", self.class_names, (list, tuple), "a tuple of names")
+        for class_name in self.class_names:
+            instance("class_names", class_name, str, "a tuple of names")
+        instance("grid", self.grid, (list, tuple), "h and w, two whole numbers")
+        if len(self.grid) != 2:
+            raise ValueError(f"grid: received {described(self.grid)}; must be h and w, two whole numbers")
+        instance("tokenizer_fingerprint", self.tokenizer_fingerprint, str, "text")
+        instance("has_null", self.has_null, bool, "True or False")
+        plain = {
+            "num_codes": whole("num_codes", self.num_codes, most=LARGEST),
+            "class_names": tuple(self.class_names),
+            "grid": tuple(whole("grid", side, most=LARGEST) for side in self.grid),
+            "downsampling_factor": whole("downsampling_factor", self.downsampling_factor, most=LARGEST),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     @property
     def num_classes(self) -> int:
@@ -91,19 +115,21 @@ class TokenLayout:
         Raises:
             ValueError: a label is not one of the classes.
         """
+        listed = isinstance(labels, Sequence | np.ndarray) and getattr(labels, "ndim", 1) == 1
+        if not listed or isinstance(labels, str | bytes):
+            raise ValueError(f"class_labels: received {described(labels)}; must be a list of ids or names")
         ids = []
         for label in labels:
             if isinstance(label, str) and label in self.class_names:
                 ids.append(self.class_names.index(label))
-            elif isinstance(label, Integral) and not isinstance(label, bool) and 0 <= int(label) < self.num_classes:
+            elif is_number(label, Integral) and 0 <= int(label) < self.num_classes:
                 ids.append(int(label))
             elif self.num_classes == 0:
                 raise ValueError("class_labels: this prior is unconditional; use num_images instead")
             else:
                 names = ", ".join(self.class_names[:20]) + (", …" if self.num_classes > 20 else "")
-                raise ValueError(
-                    f"class_labels: received {label!r}; allowed are ids 0 to {self.num_classes - 1} or names: {names}"
-                )
+                allowed = f"allowed are ids 0 to {self.num_classes - 1} or names: {names}"
+                raise ValueError(f"class_labels: received {described(label)}; {allowed}")
         return torch.tensor(ids, dtype=torch.int64)
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem
 from configs.files import write_json
+from configs.memory import shortage
+from pipelines.chunks import bytes_of_image
 from pipelines.evaluation.classifiers import Classifier, ResNetClassifier, SupportVectorClassifier, class_metrics
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.metrics import area_features, frechet_distances, nearest_distance
@@ -35,11 +37,13 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     If the folder already holds the metrics of the same weights and settings, it only prints them.
 
     Raises:
-        ConfigError: the pipeline, the images or a recorded duration cannot be read, or num_components is too large.
+        ConfigError: the pipeline, the images or a recorded duration cannot be read, num_components is too large, or the
+            generated images do not fit in memory.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = load_pipeline(config.pipeline)
+    require_room(config, pipeline)
     seconds = recorded_seconds(config)
     inputs = {"weights": weights_hash(pipeline), **asdict(config)}
     metrics = saved_metrics(folder, inputs)
@@ -63,6 +67,21 @@ def load_pipeline(name: str) -> VQGANPipeline:
     except (OSError, ValueError, SafetensorError) as error:
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 180, placeholder=" …")
         raise ConfigError([Problem("pipeline", f"received {name!r}; {reason}")]) from error
+
+
+def require_room(config: EvaluationConfig, pipeline: VQGANPipeline) -> None:
+    """Refuses more images than memory can hold, before the first is generated.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    count = config.samples_per_class * max(1, len(pipeline.class_names))
+    lack = shortage(
+        count * bytes_of_image(pipeline.vqgan, pipeline.layout, pipeline.layout.pixels, "pt"), torch.device("cpu")
+    )
+    if lack is not None:
+        message = f"received {config.samples_per_class}; {count:,} images: {lack}; choose a smaller number"
+        raise ConfigError([Problem("samples_per_class", message)])
 
 
 def read_splits(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple[RealImages, RealImages]:

@@ -8,11 +8,15 @@ from torch import nn
 from torch.optim import AdamW
 
 from configs import ConfigError, Problem
+from configs.memory import shortage
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
 from stage1_vqgan.training.config import Stage1Config
 from stage1_vqgan.training.discriminator import PatchDiscriminator
 from stage1_vqgan.training.losses import PerceptualLoss
+
+FLOAT32 = 4  # bytes
+SMALLER = "choose smaller model.base_channels, model.num_res_blocks or model.num_embeddings"
 
 
 def memory_format(config: Stage1Config) -> torch.memory_format:
@@ -24,10 +28,16 @@ def build_tokenizer(config: Stage1Config) -> VQGANModel:
     """The tokenizer before its first step: a new one, or the one in `model_name_or_path` to fine-tune.
 
     Raises:
-        ConfigError: the tokenizer cannot be loaded, or its image size suits neither the losses nor the discriminator.
+        ConfigError: the tokenizer cannot be loaded, its image size suits neither the losses nor the discriminator, or
+            the weights and their average do not fit in memory.
     """
     if config.model_name_or_path is None:
-        return VQGANModel(config.vqgan_config())
+        new = config.vqgan_config()
+        lack = shortage(2 * FLOAT32 * new.num_weights, torch.device("cpu"))
+        if lack is not None:
+            message = f"{new.num_weights:,} weights and their average: {lack}; {SMALLER}"
+            raise ConfigError([Problem("model", message)])
+        return VQGANModel(new)
     model = load_tokenizer(config.model_name_or_path, "model_name_or_path", **config.model).train()
     problems = [
         Problem(field, f"received {value!r}; {allowed}")
@@ -44,13 +54,49 @@ def build_tokenizer(config: Stage1Config) -> VQGANModel:
 
 
 def prepare_generator(model: VQGANModel, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
-    """The tokenizer, compiled if `torch_compile` and wrapped by accelerate, and its optimizer."""
+    """The tokenizer, compiled if `torch_compile` and wrapped by accelerate, and its optimizer.
+
+    Raises:
+        ConfigError: training does not fit in memory.
+    """
+    check_training_memory(model, config, accelerator)
     if config.torch_compile:
         model.compile(fullgraph=True, dynamic=False)
     generator, optimizer = accelerator.prepare(model, _optimizer(model, config))
     # accelerate converts everything that a model returns to float32, which copies the largest features: undo that.
     accelerator.unwrap_model(generator, keep_fp32_wrapper=False)
     return generator, optimizer
+
+
+def check_training_memory(model: VQGANModel, config: Stage1Config, accelerator: Accelerator) -> None:
+    """Compares what one step needs at least with the memory of the device, before the first step.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    states = 3 * FLOAT32 * trained  # the gradient and two moments of Adam; the weights exist already
+    each = saved_activations(model, 2 if config.bf16 else FLOAT32)
+    count = config.device_batch_size(accelerator.num_processes)
+    lack = shortage(states, accelerator.device)
+    if lack is not None:
+        message = f"the gradients and the optimizer of {trained:,} weights: {lack}; {SMALLER}"
+        raise ConfigError([Problem("model", message)])
+    lack = shortage(states + count * each, accelerator.device)
+    if lack is not None:
+        key = "global_batch_size" if config.global_batch_size else "per_device_train_batch_size"
+        received = getattr(config, key)
+        raise ConfigError([Problem(key, f"received {received}; one step {lack}; choose a smaller batch")])
+
+
+def saved_activations(model: VQGANModel, itemsize: int) -> int:
+    """Bytes that one image keeps at least until the backward: input and middle of every residual block."""
+    config = model.config
+    blocks = config.num_res_blocks + 1  # of a level of the decoder; those of a frozen encoder keep nothing
+    if any(parameter.requires_grad for parameter in model.encoder.parameters()):
+        blocks += config.num_res_blocks
+    numbers = sum(width * size**2 for width, size in zip(config.widths, config.resolutions, strict=True))
+    return 2 * blocks * numbers * itemsize
 
 
 def build_perceptual(config: Stage1Config, device: torch.device) -> PerceptualLoss | None:

@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from configs.arguments import choice, described, is_number, number
 
 # The smallest positive and the largest number that float32 represents in full precision.
 SMALLEST, LARGEST = 2.0**-126, 3.4e38
@@ -63,13 +66,9 @@ class SamplingOptions:
             "min_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
         }
         for name, (holds, allowed) in ranges.items():
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not math.isfinite(value) or not holds(value):
-                raise ValueError(f"{name}: received {value!r}; allowed is {allowed}")
+            object.__setattr__(self, name, number(name, getattr(self, name), holds, allowed))
         object.__setattr__(self, "top_k", int(self.top_k))
-        if self.guidance_schedule not in get_args(GuidanceSchedule):
-            names = ", ".join(map(repr, get_args(GuidanceSchedule)))
-            raise ValueError(f"guidance_schedule: received {self.guidance_schedule!r}; allowed are {names}")
+        choice("guidance_schedule", self.guidance_schedule, get_args(GuidanceSchedule))
         object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
 
     @property
@@ -98,13 +97,10 @@ class SamplingOptions:
         return 1 + share * (self.guidance_scale - 1)
 
 
-def _interval(value: object) -> tuple[float, float]:
-    try:
-        start, stop = (float(end) for end in value)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        start = stop = math.nan
-    if not 0 <= start < stop <= 1:
-        raise ValueError(
-            f"guidance_interval: received {value!r}; allowed are two shares of the codes, 0 <= start < stop <= 1"
-        )
-    return start, stop
+def _interval(value: Any) -> tuple[float, float]:
+    ends = list(value) if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim) else []
+    if len(ends) == 2 and all(map(is_number, ends)) and 0 <= ends[0] < ends[1] <= 1:
+        return float(ends[0]), float(ends[1])
+    raise ValueError(
+        f"guidance_interval: received {described(value)}; allowed are two shares of the codes, 0 <= start < stop <= 1"
+    )

@@ -26,6 +26,7 @@ from stage2_prior.training.arguments import training_arguments
 from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
 from stage2_prior.training.checkpointing import read_trainer_state
 from stage2_prior.training.config import Stage2Config
+from stage2_prior.training.memory import check_training_memory
 from stage2_prior.training.sample_grids import SampleGrids
 from stage2_prior.training.selection import (
     EVALUATION_NAME,
@@ -124,6 +125,7 @@ class Training:
             best=self.best,
         )
         check_sharding(self.trainer, config.ema_decay)
+        check_training_memory(self.trainer, config, layout)
         best = self.best if config.keep_best else None
         self.trainer.add_callback(Selection(self.trainer, best, config.early_stopping_patience))
         if config.num_sample_images:
