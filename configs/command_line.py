@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from configs.interruption import Diverged, Stopped, sigterm_raises
 from configs.loader import load_config, to_dict
 from configs.problems import ConfigError, Problem, shown
+from configs.restarts import use_new_store
 from configs.yaml_files import parse_yaml
 
 T = TypeVar("T")
@@ -78,6 +79,7 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
     try:
         with sigterm_raises():
             config = load_config(cls, *parse_arguments(arguments))
+            use_new_store()
             try:
                 main(config)
             except OSError as error:

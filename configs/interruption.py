@@ -1,6 +1,7 @@
 """Stopping on request: SIGTERM or the first Ctrl-C ends a run after the current step, a second Ctrl-C at once.
 
-Exit codes of every command: 0 done, 2 configuration error, 3 diverged, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+Exit codes of every command: 0 done, 2 configuration error, 3 diverged, 4 another process
+stalled, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
 The last two are 128 + signal number, as in shells.
 """
 

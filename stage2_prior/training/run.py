@@ -14,6 +14,7 @@ from configs import ConfigError, Problem, TrainingConfig, check
 from configs.files import read_json
 from configs.interruption import StopRequest
 from configs.run_folder import RunFolder, holds_work
+from configs.stalls import library_timeout, watched_for_stalls
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset
@@ -74,6 +75,7 @@ def training_arguments(config: Stage2Config) -> TrainingArguments:
         "prediction_loss_only": True,
         "save_strategy": "steps",
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
+        "ddp_timeout": int(library_timeout(config.ddp_timeout).total_seconds()),
         # Trainer would take a GPU even if accelerate was launched with --cpu
         "use_cpu": parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
     }
@@ -100,7 +102,11 @@ def train(config: Stage2Config) -> PreTrainedModel:
     config = check(config)
     store, layout = open_codes(config)
     arguments = training_arguments(config)
-    with RunFolder(config, arguments.process_index == 0) as run, StopRequest() as request:
+    with (
+        watched_for_stalls(config.ddp_timeout),
+        RunFolder(config, arguments.process_index == 0) as run,
+        StopRequest() as request,
+    ):
         check_run(config, layout)
         if run.report_if_finished():
             return load_prior(config.output_dir)

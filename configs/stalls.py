@@ -1,0 +1,103 @@
+"""Ends a group of processes of which one has stalled, and says which one and where.
+
+A process that waits for the others in a collective operation of torch cannot tell who is missing. torch numbers these
+operations. A thread of each process writes its number to the store of the group; the lowest numbers are the late ones.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+EXIT_CODE = 4
+PERIOD = 1.0  # seconds between two reports of a process
+ANSWER = timedelta(seconds=10)  # the store answers in milliseconds, unless its process has stalled
+PROJECT = f"{Path(__file__).parents[1]}{os.sep}"
+
+
+def library_timeout(seconds: int) -> timedelta:
+    """The timeout for torch's own collectives, whose message names no process: so late that ours comes first."""
+    return timedelta(seconds=2 * seconds + 60)
+
+
+@contextmanager
+def watched_for_stalls(seconds: int) -> Iterator[None]:
+    """Inside this context, a process that waits for another one for so many seconds ends with exit code 4.
+
+    All processes of a group must open it, after the group has connected. A process that computes is never ended.
+    """
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        yield
+        return
+    stopped = threading.Event()
+    thread = threading.Thread(target=_watch, args=(seconds, stopped), name="stalls", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _watch(seconds: int, stopped: threading.Event) -> None:
+    from torch.distributed import distributed_c10d, get_rank, get_world_size
+
+    store = distributed_c10d._get_default_store().clone()  # the main thread may wait on the other connection
+    store.set_timeout(ANSWER)
+    rank, world_size = get_rank(), get_world_size()
+    number, since = -1, time.monotonic()
+    while not stopped.wait(PERIOD):
+        if (now := _operations()) != number:
+            number, since = now, time.monotonic()
+        is_stalled = time.monotonic() - since >= seconds
+        try:
+            store.set(f"stalls/{rank}", json.dumps([number, _place()]))
+            reports = [_report(store, other) for other in range(world_size)] if is_stalled else []
+        except RuntimeError as error:
+            reports = [[number, ""]] * world_size
+            reports[0] = [
+                -1,
+                f"when the store of the group, which it holds, still answered ({str(error)[:80]})",
+            ]  # it holds the store
+        late = [f"rank {other}, last seen {place}" for other, (done, place) in enumerate(reports) if done < number]
+        if is_stalled and late:
+            speaks = rank == min(other for other, (done, _) in enumerate(reports) if done >= number)
+            _end(seconds, ", ".join(late), _place() if speaks else None)
+
+
+def _report(store: Any, rank: int) -> list[Any]:
+    key = f"stalls/{rank}"
+    return json.loads(store.get(key)) if store.check([key]) else [-1, "before its start"]
+
+
+def _end(seconds: int, late: str, place: str | None) -> None:
+    """Ends this process at once: its main thread waits inside torch, where no exception reaches it."""
+    if place is not None:
+        cause = f"the other processes have waited for {seconds} seconds (ddp_timeout) {place}"
+        message = f"\nstalled: {late}; {cause}. The same command resumes from what was saved\n"
+        os.write(2, message.encode())
+    os._exit(EXIT_CODE)
+
+
+def _operations() -> int:
+    """Number of collective operations that this process has begun, over all groups."""
+    from torch.distributed import distributed_c10d
+
+    groups: list[Any] = list(distributed_c10d._world.pg_map)
+    return sum(group._get_sequence_number_for_group() for group in groups)
+
+
+def _place() -> str:
+    """The innermost line of this project that the main thread executes."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    ours = [entry for entry in traceback.extract_stack(frame) if entry.filename.startswith(PROJECT)]
+    return f"in {ours[-1].name} ({ours[-1].filename.removeprefix(PROJECT)}:{ours[-1].lineno})" if ours else "somewhere"
