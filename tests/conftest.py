@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Files that start processes. One worker of pytest-xdist runs all of them, so their shared runs are set up once. It runs
 # them first, because they take longest.
-STARTING_PROCESSES = ("test_processes.py", "test_sharded.py", "test_kills.py", "test_signals.py")
+STARTING_PROCESSES = ("test_processes.py", "test_sharded.py", "test_kills.py", "test_signals.py", "test_elastic.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

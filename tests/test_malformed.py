@@ -456,6 +456,7 @@ LAUNCHES = {
     "float8 of the launcher": ({"MIXED_PRECISION": "fp8"}, "stage2", "--bf16 true", {"bf16": "precision fp8"}),
     "FSDP": ({"USE_FSDP": "true"}, "stage1", "", {"": "a moving average (ema_decay), which cannot be sharded"}),
     "DeepSpeed": ({"USE_DEEPSPEED": "true"}, "stage1", "", {"": "launched with DEEPSPEED"}),
+    "DeepSpeed's pickles": ({"USE_DEEPSPEED": "true"}, "stage2", "", {"": "shard with FSDP 2"}),
     "processes": (
         {"WORLD_SIZE": "3"},
         "stage2",

@@ -40,10 +40,6 @@ def sharding_problems(trainer: Any, ema_decay: float) -> Iterable[Problem]:
         received = str(plugin.state_dict_type).rpartition(".")[2]
         message = f"received {received}, which saves no model; set FULL_STATE_DICT in accelerate's configuration"
         yield Problem("fsdp_state_dict_type", message)
-    reason = None
-    if trainer.is_deepspeed_enabled:
-        reason = "DeepSpeed gives no access to the weights; shard with FSDP 2 (configs/accelerate/fsdp.yaml)"
-    elif plugin is not None and plugin.fsdp_version == 1:
+    if ema_decay and plugin is not None and plugin.fsdp_version == 1:
         reason = "FSDP 1 flattens the weights; set fsdp_version 2 in accelerate's configuration"
-    if ema_decay and reason:
         yield Problem("ema_decay", f"received {ema_decay}, but {reason}, or set 0")
