@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 EXIT_CODE = 4
 PERIOD = 1.0  # seconds between two reports of a process
-ANSWER = timedelta(seconds=10)  # the store answers in milliseconds, unless its process has stalled
+ANSWER = 10.0  # seconds; the store answers in milliseconds, unless the process that holds it has stalled
 PROJECT = f"{Path(__file__).parents[1]}{os.sep}"
 
 
@@ -52,31 +53,37 @@ def _watch(seconds: int, stopped: threading.Event) -> None:
     from torch.distributed import distributed_c10d, get_rank, get_world_size
 
     store = distributed_c10d._get_default_store().clone()  # the main thread may wait on the other connection
-    store.set_timeout(ANSWER)
-    rank, world_size = get_rank(), get_world_size()
-    number, since = -1, time.monotonic()
+    rank, number, since = get_rank(), -1, 0.0
     while not stopped.wait(PERIOD):
         if (now := _operations()) != number:
             number, since = now, time.monotonic()
-        is_stalled = time.monotonic() - since >= seconds
         try:
             store.set(f"stalls/{rank}", json.dumps([number, _place()]))
-            reports = [_report(store, other) for other in range(world_size)] if is_stalled else []
-        except RuntimeError as error:
-            reports = [[number, ""]] * world_size
-            reports[0] = [
-                -1,
-                f"when the store of the group, which it holds, still answered ({str(error)[:80]})",
-            ]  # it holds the store
-        late = [f"rank {other}, last seen {place}" for other, (done, place) in enumerate(reports) if done < number]
-        if is_stalled and late:
-            speaks = rank == min(other for other, (done, _) in enumerate(reports) if done >= number)
-            _end(seconds, ", ".join(late), _place() if speaks else None)
+        except RuntimeError:  # the store died with its process, so torch's operations fail as well
+            return
+        if time.monotonic() - since >= seconds:
+            _end_if_late(rank, number, _reports(store, get_world_size(), number), seconds)
 
 
-def _report(store: Any, rank: int) -> list[Any]:
-    key = f"stalls/{rank}"
-    return json.loads(store.get(key)) if store.check([key]) else [-1, "before its start"]
+def _reports(store: Any, world_size: int, number: int) -> list[tuple[int, str]]:
+    """The number of operations and the place of every process."""
+
+    def ask(rank: int) -> tuple[int, str]:
+        key = f"stalls/{rank}"
+        return tuple(json.loads(store.get(key))) if store.check([key]) else (-1, "before its start")
+
+    asking = ThreadPoolExecutor(1)  # without it, torch would wait for the store of a stopped process forever
+    try:
+        return list(asking.submit(lambda: [ask(rank) for rank in range(world_size)]).result(ANSWER))
+    except TimeoutError:
+        return [(-1, "as the holder of the group's store, which does not answer")] + [(number, "")] * (world_size - 1)
+
+
+def _end_if_late(rank: int, number: int, reports: list[tuple[int, str]], seconds: int) -> None:
+    late = [f"rank {other}, last seen {place}" for other, (done, place) in enumerate(reports) if done < number]
+    if late:
+        first = min(other for other, (done, _) in enumerate(reports) if done >= number)
+        _end(seconds, ", ".join(late), _place() if rank == first else None)
 
 
 def _end(seconds: int, late: str, place: str | None) -> None:
