@@ -15,6 +15,7 @@ from configs.interruption import Diverged, Stopped, sigterm_raises
 from configs.loader import load_config, to_dict
 from configs.memory import OUT_OF_MEMORY, is_out_of_memory, out_of_memory_advice
 from configs.problems import ConfigError, Problem, cut, shown
+from configs.restarts import use_new_store
 from configs.secrets import ADVICE, names_secret
 from configs.yaml_files import parse_yaml
 
@@ -89,6 +90,7 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
     try:
         with sigterm_raises():
             config = load_config(cls, *parse_arguments(arguments))
+            use_new_store()
             try:
                 with naming_full_disk(Path.cwd()):
                     main(config)

@@ -1,7 +1,7 @@
 """Stopping on request: SIGTERM or the first Ctrl-C ends a run after the current step, a second Ctrl-C at once.
 
-Exit codes of every command: 0 done, 2 configuration error, 3 diverged, 4 disk full, 5 out of memory, 130 stopped by
-Ctrl-C, 143 stopped by SIGTERM. The last two are 128 + signal number, as in shells.
+Exit codes of every command: 0 done, 2 configuration error, 3 diverged, 4 disk full, 5 out of memory, 6 another process
+stalled, 130 stopped by Ctrl-C, 143 stopped by SIGTERM. The last two are 128 + signal number, as in shells.
 """
 
 import multiprocessing

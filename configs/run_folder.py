@@ -50,6 +50,7 @@ FREE_KEYS = {
     "resume_from_checkpoint",
     "allow_config_changes",
     "dataloader_num_workers",
+    "ddp_timeout",
     "report_to",
     "push_to_hub",
     "hub_model_id",

@@ -112,6 +112,7 @@ class TrainingConfig(Section):
     resume_from_checkpoint: "latest" resumes from the newest checkpoint if there is one, "none" starts
         anew and refuses a folder with checkpoints, a path resumes from that checkpoint
     allow_config_changes: continue a run with other settings or another number of processes
+    ddp_timeout: seconds after which a run ends whose processes wait for one of them; the message names that one
     dataloader_num_workers: processes that load data; 0 loads in the training process
     report_to: trackers of accelerate, such as [tensorboard, wandb]; metrics.jsonl is always written
     push_to_hub: upload the trained model at the end
@@ -141,6 +142,7 @@ class TrainingConfig(Section):
     save_total_limit: Positive = 2
     resume_from_checkpoint: str = "latest"
     allow_config_changes: bool = False
+    ddp_timeout: Positive = 1800
     dataloader_num_workers: NonNegative = 0
     report_to: list[str] = ("tensorboard",)  # type: ignore[assignment]
     push_to_hub: bool = False

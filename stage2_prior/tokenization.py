@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem, check
 from configs.folder_lock import locked_folder
+from configs.stalls import library_timeout, watched_for_stalls
 from stage1_vqgan import (
     ImageDataset,
     Images,
@@ -45,8 +46,10 @@ def tokenize(config: Stage2Config) -> CodeStore:
             many images cannot be used; or the validation split has labels that the training split lacks.
     """
     config = check(config)
-    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    with locked_folder(config.code_store, "code_store") if processes.is_main_process else nullcontext():
+    use_cpu, timeout = parse_flag_from_env("ACCELERATE_USE_CPU"), library_timeout(config.ddp_timeout)
+    processes = PartialState(cpu=use_cpu, timeout=timeout)
+    lock = locked_folder(config.code_store, "code_store") if processes.is_main_process else nullcontext()
+    with watched_for_stalls(config.ddp_timeout), lock:
         return _tokenize(config, processes)
 
 

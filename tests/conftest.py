@@ -22,6 +22,7 @@ STARTING_PROCESSES = (
     "test_signals.py",
     "test_full_disks.py",
     "test_runs.py",
+    "test_elastic.py",
 )
 
 

@@ -569,6 +569,7 @@ LAUNCHES = {
         "--gradient_accumulation_steps 2",
         {"gradient_accumulation_steps": "says '4'; leave it out there"},
     ),
+    "DeepSpeed's pickles": ({"USE_DEEPSPEED": "true"}, "stage2", "", {"": "shard with FSDP 2"}),
     "processes": (
         {"WORLD_SIZE": "3"},
         "stage2",

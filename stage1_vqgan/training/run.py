@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from configs import check
 from configs.compat import reset_accelerate_state
 from configs.interruption import StopRequest
 from configs.randomness import seed_from
 from configs.run_folder import RunFolder
+from configs.stalls import library_timeout, watched_for_stalls
 from stage1_vqgan.data.dataset import ImageBatch, ImageDataset
 from stage1_vqgan.data.loading import evaluation_loader, training_loader
 from stage1_vqgan.data.samplers import some_images, training_sampler
@@ -51,7 +53,11 @@ def train(config: Stage1Config) -> VQGANModel:
     """
     config = check(config)
     accelerator = build_accelerator(config)
-    with RunFolder(config, accelerator.is_main_process) as run, StopRequest() as request:
+    with (
+        watched_for_stalls(config.ddp_timeout),
+        RunFolder(config, accelerator.is_main_process) as run,
+        StopRequest() as request,
+    ):
         if run.report_if_finished():
             return load_vqgan(config.output_dir)
         training = Training(run, request, accelerator)
@@ -70,6 +76,7 @@ def build_accelerator(config: Stage1Config) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to or None,
         project_dir=config.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=library_timeout(config.ddp_timeout))],
     )
 
 

@@ -13,6 +13,7 @@ from transformers.utils import is_liger_kernel_available
 
 from configs import ConfigError, Problem, TrainingConfig
 from configs.sections import launched_processes
+from configs.stalls import library_timeout
 from stage2_prior.training.config import Stage2Config
 
 # Our keys that Trainer does not get: this project resumes, removes old checkpoints and uploads without Trainer.
@@ -41,6 +42,7 @@ def training_arguments(config: Stage2Config) -> TrainingArguments:
         "prediction_loss_only": True,
         "save_strategy": "steps",
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
+        "ddp_timeout": int(library_timeout(config.ddp_timeout).total_seconds()),
         # Trainer would take a GPU even if accelerate was launched with --cpu
         "use_cpu": parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
     }

@@ -7,8 +7,7 @@ checkpoint-1000/
   average.safetensors                               see averaging.py
   best/                                             see selection.py
 
-The seed and the step determine all random numbers, so a checkpoint holds no state of a generator. DeepSpeed adds files
-of its own, which are pickles.
+The seed and the step determine all random numbers, so a checkpoint holds no state of a generator.
 """
 
 from collections.abc import Iterator

@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal, get_args
 from annotated_types import Ge, Le, Lt
 
 from configs import Section, TrainingConfig, unknown_key
-from configs.sections import MOST_PICTURES, BatchSize, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from configs.sections import (
+    LAUNCHED_WITH,
+    MOST_PICTURES,
+    BatchSize,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+)
 from configs.values import read_value
 from stage1_vqgan import AugmentationConfig, DataConfig
 
@@ -21,6 +30,7 @@ REFUSED_ARGUMENTS = {
     "auto_find_batch_size",
     "data_seed",
     "dataloader_drop_last",
+    "deepspeed",
     "do_eval",
     "do_predict",
     "do_train",
@@ -152,6 +162,12 @@ class Stage2Config(TrainingConfig):
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         yield from super().problems()
+        if LAUNCHED_WITH["USE_DEEPSPEED"] == "true":
+            reason = "its checkpoints are pickles that can run code when a run resumes"
+            allowed = (
+                f"stage 2 was launched with DEEPSPEED, but {reason}; shard with FSDP 2 (configs/accelerate/fsdp.yaml)"
+            )
+            yield "", None, allowed
         if self.num_views > 1 and self.data.augmentation == AugmentationConfig():
             yield "num_views", self.num_views, "without data.augmentation all views are the same; turn one on, or set 1"
         if self.data.augmentation.ten_crop and self.num_views != 10:

@@ -21,7 +21,7 @@ def check_training_memory(trainer: Any, config: Stage2Config, layout: TokenLayou
     Raises:
         ConfigError: it does not fit.
     """
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if trainer.is_fsdp_enabled:
         return
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     moments = 2 if str(trainer.args.optim) in ("adamw_torch", "adamw_torch_fused") else 0

@@ -16,6 +16,7 @@ from configs.files import read_json
 from configs.interruption import StopRequest
 from configs.randomness import seed_from
 from configs.run_folder import ALLOW, RunFolder, holds_work
+from configs.stalls import watched_for_stalls
 from configs.states import refuse_pickles
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.code_store import CodeStore
@@ -36,7 +37,7 @@ from stage2_prior.training.selection import (
     evaluations,
     is_exhausted,
 )
-from stage2_prior.training.sharding import check_sharding, refuse_deepspeed
+from stage2_prior.training.sharding import check_sharding
 from stage2_prior.training.trainer import PriorTrainer, bits_per_pixel
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
 
@@ -84,7 +85,11 @@ def train(config: Stage2Config) -> PreTrainedModel:
     config = check(config)
     store, layout = open_codes(config)
     arguments = training_arguments(config)
-    with RunFolder(config, arguments.process_index == 0, export_prior) as run, StopRequest() as request:
+    with (
+        watched_for_stalls(config.ddp_timeout),
+        RunFolder(config, arguments.process_index == 0, export_prior) as run,
+        StopRequest() as request,
+    ):
         check_run(config, layout)
         if run.report_if_finished():
             return load_prior(config.output_dir)
@@ -137,14 +142,12 @@ class Training:
         """Finds the checkpoint to resume from, if the run has one; Trainer loads it at the start of `steps`.
 
         Raises:
-            ConfigError: see `RunFolder.begin`; a file of the checkpoint is missing, damaged or a pickle; or the run
-                shards with DeepSpeed.
+            ConfigError: see `RunFolder.begin`; or a file of the checkpoint is missing, damaged or a pickle.
         """
         config, trainer = self.config, self.trainer
         checkpoint = self.run.begin(trainer.accelerator.num_processes)
         if checkpoint is not None:
             self.checkpoint = checkpoint.path
-            refuse_deepspeed(trainer, checkpoint.path)
             with refusing_damage():
                 refuse_pickles(checkpoint.path)
                 history = read_trainer_state(checkpoint.path, checkpoint.step).log_history

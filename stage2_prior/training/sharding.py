@@ -1,7 +1,6 @@
 """Sharding of a prior over processes: the shard of this process, and checks of the launch."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -43,18 +42,3 @@ def sharding_problems(trainer: Any, ema_decay: float) -> Iterable[Problem]:
         yield Problem("fsdp_state_dict_type", message)
     if plugin is not None and plugin.fsdp_version == 1:
         yield Problem("fsdp_version", "received 1, which flattens the weights; set 2 in accelerate's configuration")
-    if ema_decay and trainer.is_deepspeed_enabled:
-        advice = "shard with FSDP 2 (configs/accelerate/fsdp.yaml), or set 0"
-        yield Problem("ema_decay", f"received {ema_decay}, but DeepSpeed gives no access to the weights; {advice}")
-
-
-def refuse_deepspeed(trainer: Any, checkpoint: Path) -> None:
-    """Refuses to resume with DeepSpeed, which would unpickle files of the checkpoint.
-
-    Raises:
-        ConfigError: the run shards with DeepSpeed.
-    """
-    if trainer.is_deepspeed_enabled:
-        message = f"received {checkpoint}; DeepSpeed resumes from pickles, which can run any code, so this is refused"
-        advice = "shard with FSDP 2 (configs/accelerate/fsdp.yaml), or start anew in another output_dir"
-        raise ConfigError([Problem("resume_from_checkpoint", f"{message}; {advice}")], "launch")

@@ -171,11 +171,8 @@ class PriorTrainer(Trainer):
         checkpointing.load_weights(self._model, Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Trainer's method would write pickles. DeepSpeed writes its own, which `resume` in run.py refuses."""
-        if self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-        else:
-            checkpointing.save_states(self, Path(output_dir))
+        """Trainer's method would write pickles."""
+        checkpointing.save_states(self, Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -68,16 +68,15 @@ def test_one_process_loads_what_was_sharded(runs):
     assert results["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def launched(fsdp=None, version=2, state_dict_type="StateDictType.FULL_STATE_DICT", deepspeed=False):
+def launched(fsdp=None, version=2, state_dict_type="StateDictType.FULL_STATE_DICT"):
     plugin = SimpleNamespace(fsdp_version=version, state_dict_type=state_dict_type)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
-    return SimpleNamespace(is_fsdp_enabled=bool(fsdp), is_deepspeed_enabled=deepspeed, accelerator=accelerator)
+    return SimpleNamespace(is_fsdp_enabled=bool(fsdp), accelerator=accelerator)
 
 
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        (launched(deepspeed=True), r"ema_decay: received 0\.999, but DeepSpeed .* or set 0"),
         (launched(fsdp=True, version=1), r"fsdp_version: received 1, which flattens the weights"),
         (launched(fsdp=True, state_dict_type="StateDictType.SHARDED_STATE_DICT"), "received SHARDED_STATE_DICT"),
     ],
@@ -86,7 +85,6 @@ def test_shards_without_an_average_or_a_model_are_refused(trainer, message):
     with pytest.raises(ConfigError, match=message):
         check_sharding(trainer, 0.999)
     check_sharding(launched(fsdp=True), 0.999)
-    check_sharding(launched(deepspeed=True), 0)
 
 
 def test_a_launch_that_would_not_shard_is_refused(monkeypatch):

@@ -1,0 +1,110 @@
+"""Ends a group of processes of which one has stalled, and says which one and where.
+
+A process that waits for the others in a collective operation of torch cannot tell who is missing. torch numbers these
+operations. A thread of each process writes its number to the store of the group; the lowest numbers are the late ones.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+EXIT_CODE = 6
+PERIOD = 1.0  # seconds between two reports of a process
+ANSWER = 10.0  # seconds; the store answers in milliseconds, unless the process that holds it has stalled
+PROJECT = f"{Path(__file__).parents[1]}{os.sep}"
+
+
+def library_timeout(seconds: int) -> timedelta:
+    """The timeout for torch's own collectives, whose message names no process: so late that ours comes first."""
+    return timedelta(seconds=2 * seconds + 60)
+
+
+@contextmanager
+def watched_for_stalls(seconds: int) -> Iterator[None]:
+    """Inside this context, a process that waits for another one for so many seconds ends with exit code 6.
+
+    All processes of a group must open it, after the group has connected. A process that computes is never ended.
+    """
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        yield
+        return
+    stopped = threading.Event()
+    thread = threading.Thread(target=_watch, args=(seconds, stopped), name="stalls", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _watch(seconds: int, stopped: threading.Event) -> None:
+    from torch.distributed import distributed_c10d, get_rank, get_world_size
+
+    store = distributed_c10d._get_default_store().clone()  # the main thread may wait on the other connection
+    rank, number, since = get_rank(), -1, 0.0
+    while not stopped.wait(PERIOD):
+        if (now := _operations()) != number:
+            number, since = now, time.monotonic()
+        try:
+            store.set(f"stalls/{rank}", json.dumps([number, _place()]))
+        except RuntimeError:  # the store died with its process, so torch's operations fail as well
+            return
+        if time.monotonic() - since >= seconds:
+            _end_if_late(rank, number, _reports(store, get_world_size(), number), seconds)
+
+
+def _reports(store: Any, world_size: int, number: int) -> list[tuple[int, str]]:
+    """The number of operations and the place of every process."""
+
+    def ask(rank: int) -> tuple[int, str]:
+        key = f"stalls/{rank}"
+        return tuple(json.loads(store.get(key))) if store.check([key]) else (-1, "before its start")
+
+    asking = ThreadPoolExecutor(1)  # without it, torch would wait for the store of a stopped process forever
+    try:
+        return list(asking.submit(lambda: [ask(rank) for rank in range(world_size)]).result(ANSWER))
+    except TimeoutError:
+        return [(-1, "as the holder of the group's store, which does not answer")] + [(number, "")] * (world_size - 1)
+
+
+def _end_if_late(rank: int, number: int, reports: list[tuple[int, str]], seconds: int) -> None:
+    late = [f"rank {other}, last seen {place}" for other, (done, place) in enumerate(reports) if done < number]
+    if late:
+        first = min(other for other, (done, _) in enumerate(reports) if done >= number)
+        _end(seconds, ", ".join(late), _place() if rank == first else None)
+
+
+def _end(seconds: int, late: str, place: str | None) -> None:
+    """Ends this process at once: its main thread waits inside torch, where no exception reaches it."""
+    if place is not None:
+        cause = f"the other processes have waited for {seconds} seconds (ddp_timeout) {place}"
+        message = f"\nstalled: {late}; {cause}. The same command resumes from what was saved\n"
+        os.write(2, message.encode())
+    os._exit(EXIT_CODE)
+
+
+def _operations() -> int:
+    """Number of collective operations that this process has begun, over all groups."""
+    from torch.distributed import distributed_c10d
+
+    groups: list[Any] = list(distributed_c10d._world.pg_map)
+    return sum(group._get_sequence_number_for_group() for group in groups)
+
+
+def _place() -> str:
+    """The innermost line of this project that the main thread executes."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    ours = [entry for entry in traceback.extract_stack(frame) if entry.filename.startswith(PROJECT)]
+    return f"in {ours[-1].name} ({ours[-1].filename.removeprefix(PROJECT)}:{ours[-1].lineno})" if ours else "somewhere"
