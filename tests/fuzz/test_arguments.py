@@ -338,11 +338,6 @@ def sampled(**values: Any) -> torch.Tensor:
     return sample(EagerDecoder(pipeline().prior, 4, 16), **values)
 
 
-def saved(folder: Path, **values: Any) -> Any:
-    pipeline().save_pretrained(folder, **values)
-    return sorted(path.name for path in folder.rglob("*.safetensors"))
-
-
 def prompts(value: int, dtype: torch.dtype = torch.int64) -> Callable[[], torch.Tensor]:
     return lambda: torch.full((2, 1), value, dtype=dtype)
 
