@@ -89,7 +89,7 @@ class CodeStore:
     """A finished code store. It is read through memory maps.
 
     Opening it reads every shard once, to compare codes and labels with their checksums and ranges. That takes about a
-    second for 5 GB, plus the time of the disk. If a file is cut short later, while it is mapped, the operating system
+    second for 4 GB, plus the time of the disk. If a file is cut short later, while it is mapped, the operating system
     ends the process (SIGBUS).
 
     Args:

@@ -121,9 +121,9 @@ def outcome(call: Callable[[], Any], refusals: tuple[type[BaseException], ...], 
     return result
 
 
-def in_processes(check: Callable[..., None], numbers: range, *arguments: Any, chunk: int = 50) -> None:
+def in_processes(check: Callable[..., None], numbers: range, *arguments: Any, chunk: int = 100) -> None:
     """Calls `check(numbers, *arguments)`; chunks of a long range in a process each, so that a crash fails one test."""
-    if len(numbers) <= 2 * chunk:
+    if len(numbers) <= chunk:
         check(numbers, *arguments)
         return
     for first in range(0, len(numbers), chunk):
