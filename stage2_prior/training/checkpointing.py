@@ -10,7 +10,9 @@ checkpoint-1000/
 The seed and the step determine all random numbers, so a checkpoint holds no state of a generator.
 """
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,60 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
+from configs import ConfigError, Problem
+from configs.checkpoints import Checkpoint
 from configs.checksums import Damaged
 from configs.files import read_json
 from configs.optimizer_states import load_optimizer_state, optimizer_state
-from configs.states import fill, read_state, read_tensors, require_like, require_values_like, write_state
+from configs.run_folder import ALLOW
+from configs.states import (
+    fill,
+    read_state,
+    read_tensors,
+    refuse_pickles,
+    require_like,
+    require_values_like,
+    write_state,
+)
+from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME
+from stage2_prior.training.config import Stage2Config
+from stage2_prior.training.selection import EVALUATION_NAME, FOLDER as BEST_FOLDER, evaluations
+
+logger = logging.getLogger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
 STATES = "optimizer"
+
+
+@contextmanager
+def refusing_damage() -> Iterator[None]:
+    """Turns `Damaged` inside the context, which names a file of the checkpoint, into a `ConfigError`."""
+    try:
+        yield
+    except Damaged as error:
+        raise ConfigError([Problem("resume_from_checkpoint", str(error))]) from error
+
+
+def check_checkpoint(checkpoint: Checkpoint, config: Stage2Config, is_main_process: bool) -> list[dict[str, Any]]:
+    """Checks a checkpoint before Trainer reads it, and returns the log history.
+
+    A missing average or missing best weights are new ones with `allow_config_changes`, which the main process says.
+
+    Raises:
+        Damaged: the checkpoint holds a pickle, or a file is missing or malformed.
+    """
+    refuse_pickles(checkpoint.path)
+    history = read_trainer_state(checkpoint.path, checkpoint.step).log_history
+    needed = [AVERAGE_NAME] if config.ema_decay > 0 else []
+    needed += [f"{BEST_FOLDER}/{EVALUATION_NAME}"] if config.keep_best and evaluations(history) else []
+    for path in (checkpoint.path / name for name in needed):
+        if path.is_file():
+            continue
+        if not config.allow_config_changes:
+            raise Damaged(f"{path}: this file is missing; if the run was started without it, {ALLOW}")
+        if is_main_process:
+            logger.warning("%s does not exist: the run begins a new one at this step", path)
+    return history
 
 
 def save_weights(model: Any, folder: Path, state_dict: dict[str, Tensor] | None) -> None:

@@ -1,23 +1,18 @@
 """A training run of stage 2, from its configuration to the saved prior."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from configs import ConfigError, Problem, check
-from configs.checksums import Damaged
 from configs.files import read_json
 from configs.interruption import StopRequest
 from configs.randomness import seed_from
-from configs.run_folder import ALLOW, RunFolder, holds_work
+from configs.run_folder import RunFolder, holds_work
 from configs.stalls import watched_for_stalls
-from configs.states import refuse_pickles
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset
@@ -25,23 +20,14 @@ from stage2_prior.export import export_prior
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
 from stage2_prior.training.arguments import training_arguments
 from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
-from stage2_prior.training.checkpointing import read_trainer_state
+from stage2_prior.training.checkpointing import check_checkpoint, refusing_damage
 from stage2_prior.training.config import Stage2Config
 from stage2_prior.training.memory import check_training_memory
 from stage2_prior.training.sample_grids import SampleGrids
-from stage2_prior.training.selection import (
-    EVALUATION_NAME,
-    FOLDER as BEST_FOLDER,
-    BestWeights,
-    Selection,
-    evaluations,
-    is_exhausted,
-)
+from stage2_prior.training.selection import BestWeights, Selection, evaluations, is_exhausted
 from stage2_prior.training.sharding import check_sharding
 from stage2_prior.training.trainer import PriorTrainer, bits_per_pixel
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
-
-logger = logging.getLogger(__name__)
 
 
 class RunCallback(TrainerCallback):
@@ -147,12 +133,9 @@ class Training:
         config, trainer = self.config, self.trainer
         checkpoint = self.run.begin(trainer.accelerator.num_processes)
         if checkpoint is not None:
-            self.checkpoint = checkpoint.path
             with refusing_damage():
-                refuse_pickles(checkpoint.path)
-                history = read_trainer_state(checkpoint.path, checkpoint.step).log_history
-                self._expect(AVERAGE_NAME, self.average.is_on)
-                self._expect(f"{BEST_FOLDER}/{EVALUATION_NAME}", config.keep_best and bool(evaluations(history)))
+                history = check_checkpoint(checkpoint, config, trainer.is_world_process_zero())
+            self.checkpoint = checkpoint.path
             if (checkpoint.path / AVERAGE_NAME).is_file():
                 self.average.checkpoint = checkpoint.path
             if is_exhausted(history, config.early_stopping_patience):
@@ -161,16 +144,6 @@ class Training:
             self.best.restore(self.checkpoint if config.keep_best else None)
             if not (self.run.path / LAYOUT_NAME).is_file():  # a finished prior keeps its own until it is replaced
                 self.layout.save_pretrained(self.run.path)
-
-    def _expect(self, name: str, is_needed: bool) -> None:
-        """Refuses a checkpoint without a file that the run needs; with `allow_config_changes`, the run does without."""
-        path = cast(Path, self.checkpoint) / name
-        if not is_needed or path.is_file():
-            return
-        if not self.config.allow_config_changes:
-            raise Damaged(f"{path}: this file is missing; if the run was started without it, {ALLOW}")
-        if self.trainer.is_world_process_zero():
-            logger.warning("%s does not exist: the run begins a new one at this step", path)
 
     def steps(self) -> None:
         """Runs the remaining steps, and evaluates after the last one.
@@ -211,15 +184,6 @@ class Training:
             self.run.finish(trainer.state.global_step, results)
         trainer.accelerator.wait_for_everyone()
         return load_prior(config.output_dir)
-
-
-@contextmanager
-def refusing_damage() -> Iterator[None]:
-    """Turns `Damaged` inside the context, which names a file of the checkpoint, into a `ConfigError`."""
-    try:
-        yield
-    except Damaged as error:
-        raise ConfigError([Problem("resume_from_checkpoint", str(error))]) from error
 
 
 def open_codes(config: Stage2Config) -> tuple[CodeStore, TokenLayout]:

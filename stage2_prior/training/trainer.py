@@ -138,12 +138,21 @@ class PriorTrainer(Trainer):
             raise self._diverged(f"the loss was not finite at step {steps[0]}" if steps else "a weight is not finite")
         self._losses.clear()
 
+    def _require_finite_moments(self) -> None:
+        """Ends the run if a tensor of the optimizer's state is not finite. All processes must call this."""
+        states = [] if self.is_deepspeed_enabled else cast(Any, self.optimizer).state.values()
+        moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        finite = all(bool(local_part(value).isfinite().all()) for value in moments)
+        if not self.accelerator.gather(torch.tensor([finite], device=self.args.device)).all():
+            raise self._diverged("the state of the optimizer is not finite")
+
     def _diverged(self, reason: str) -> Diverged:
         return self.run.diverged(f"{reason} (now at step {self.state.global_step})")
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Completes Trainer's checkpoint with the average and the best weights, see configs/checkpoints.py."""
         self.require_finite()
+        self._require_finite_moments()
         step = self.state.global_step
         with self.run.saving_checkpoint(step, self._checkpoint_size()):
             super()._save_checkpoint(*args, **kwargs)

@@ -274,6 +274,22 @@ def test_a_weight_that_is_not_finite_is_not_saved(make_config, monkeypatch):
     assert [checkpoint.step for checkpoint in complete_checkpoints(config.output_dir)] == [3]
 
 
+def test_a_moment_that_is_not_finite_is_not_saved(make_config, monkeypatch):
+    """An infinite moment leaves its weight as it is, so the weights stay finite; but a checkpoint of it is refused."""
+    require_finite = PriorTrainer.require_finite
+
+    def broken(trainer):
+        require_finite(trainer)
+        if trainer.state.global_step == 4:
+            trainer.optimizer.state[trainer.model.lm_head.weight]["exp_avg_sq"][0, 0] = math.inf
+
+    monkeypatch.setattr(PriorTrainer, "require_finite", broken)
+    with pytest.raises(
+        Diverged, match=r"the state of the optimizer is not finite .*the last good checkpoint is .*-2\."
+    ):
+        train(make_config(max_steps=4, save_steps=2))
+
+
 def test_the_log_counts_epochs_of_the_data(make_config):
     config = make_config(max_steps=50, logging_steps=25)
     train(config)
@@ -284,7 +300,7 @@ def test_the_log_counts_epochs_of_the_data(make_config):
 
 def test_the_private_methods_of_trainer_that_are_overridden_exist():
     """If a new version of transformers renames a method, Trainer no longer calls our override, without an error."""
-    own = {"_loader", "_diverged", "_ideal_tokens_per_second", "_model"}
+    own = {"_loader", "_diverged", "_ideal_tokens_per_second", "_model", "_require_finite_moments"}
     overridden = {name for name in vars(PriorTrainer) if name.startswith("_") and not name.startswith("__")} - own
     states = {
         f"_{verb}_{part}" for verb in ("save", "load") for part in ("optimizer_and_scheduler", "scaler", "rng_state")
