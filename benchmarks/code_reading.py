@@ -24,8 +24,9 @@ from benchmarks.measuring import interleaved, ratio, summary
 from benchmarks.report import table, write
 from configs.index_sampler import IndexSampler
 from stage2_prior import TokenLayout
-from stage2_prior.code_store import CodeSplit, shard_path, write_shard
+from stage2_prior.code_store import CodeSplit, shard_path
 from stage2_prior.data import CodeDataset, collate
+from stage2_prior.shards import write_shard
 
 ROWS, BATCH_SIZE = 2**17, 256
 LAYOUT = TokenLayout(16384, tuple(map(str, range(1000))), (16, 16), 16, "")
@@ -48,7 +49,7 @@ def write_split(folder: Path, num_shards: int) -> list[int]:
 def batches(name: str, folder: Path, shard_rows: list[int]) -> Iterator[dict[str, Any]]:
     """Yields batches of a lane without end. The order is the same in all lanes."""
     sampler = IndexSampler(ROWS, BATCH_SIZE, 0, 10**9, seed=0)
-    ours = CodeDataset(CodeSplit(folder, "train", shard_rows), LAYOUT, condition_dropout=0.1)
+    ours = CodeDataset(CodeSplit(folder, "train", shard_rows, LAYOUT), LAYOUT, condition_dropout=0.1)
     if name == "alone":
         return (ours.__getitems__(keys) for keys in sampler)
     if name == "tessella":

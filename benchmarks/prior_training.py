@@ -25,9 +25,10 @@ from benchmarks.case import OURS, Case, Prepared
 from configs import load_config
 from configs.run_folder import RunFolder
 from stage2_prior import Stage2Config, TokenLayout
-from stage2_prior.code_store import CodeSplit, shard_path, write_shard
+from stage2_prior.code_store import CodeSplit, shard_path
 from stage2_prior.data import CodeDataset
 from stage2_prior.prior import build_prior
+from stage2_prior.shards import write_shard
 from stage2_prior.training.averaging import WeightAverage
 from stage2_prior.training.run import training_arguments
 from stage2_prior.training.selection import BestWeights
@@ -101,8 +102,10 @@ def make(lane: str, setting: str, device: torch.device, folder: Path, **changes:
     layout = TokenLayout(num_codes, tuple(map(str, range(classes))), grid, 4, "")
     generator = np.random.default_rng(0)
     codes = generator.integers(0, num_codes, (ROWS, layout.length), dtype=np.uint16)
-    write_shard(shard_path(folder, "train", 0), codes, generator.integers(0, classes, ROWS), ROWS)
-    data = CodeDataset(CodeSplit(folder, "train", [ROWS]), layout, config.condition_dropout, config.seed)
+    labels = generator.integers(0, classes, ROWS)
+    for split, rows in (("train", ROWS), ("validation", 64)):
+        write_shard(shard_path(folder, split, 0), codes[:rows], labels[:rows], rows)
+    data = CodeDataset(CodeSplit(folder, "train", [ROWS], layout), layout, config.condition_dropout, config.seed)
     torch.manual_seed(0)
     with device:
         model = build_prior(config.model, layout)
@@ -113,7 +116,9 @@ def make(lane: str, setting: str, device: torch.device, folder: Path, **changes:
         model=model,
         args=arguments,
         train_dataset=data,
-        eval_dataset=CodeDataset(CodeSplit(folder, "train", [64]), layout),  # evaluated after the last step
+        eval_dataset=CodeDataset(
+            CodeSplit(folder, "validation", [64], layout), layout
+        ),  # evaluated after the last step
         layout=layout,
         run=RunFolder(config),
         average=WeightAverage(config.average_decay, is_on=False),

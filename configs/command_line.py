@@ -13,7 +13,8 @@ from typing import Any, NoReturn, TypeVar
 from configs.disk_space import DiskFull, naming_full_disk
 from configs.interruption import Diverged, Stopped, sigterm_raises
 from configs.loader import load_config, to_dict
-from configs.problems import ConfigError, Problem, shown
+from configs.problems import ConfigError, Problem, cut, shown
+from configs.secrets import ADVICE, names_secret
 from configs.yaml_files import parse_yaml
 
 T = TypeVar("T")
@@ -29,6 +30,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any
     Returns:
         The name of the YAML file or preset, `{dotted key: value}`, and the problems: an argument without a key, a key
         without a value, or a value that is not YAML.
+
+    Raises:
+        ConfigError: a key is that of a secret. Other problems are not listed, because they could show the secret.
     """
     name: str | None = None
     overrides: dict[str, Any] = {}
@@ -40,16 +44,19 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any
             if name is None and len(rest) + 1 == len(arguments):
                 name = argument
             else:
-                problems.append(Problem("", f"'{argument}' follows no --key (only the first argument may be a config)"))
+                reason = "follows no --key (only the first argument may be a config)"
+                problems.append(Problem("", f"{shown(argument)} {reason}"))
             continue
         key, equals, text = argument[2:].partition("=")
+        if names_secret(key):
+            raise ConfigError([Problem(key, ADVICE)], "command line")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                problems.append(Problem(key, f"no value given; write --{key or 'key'} VALUE"))
+                problems.append(Problem(key, f"no value given; write --{cut(key, 100) or 'key'} VALUE"))
                 continue
             text = rest.pop(0)
         if not key:
-            problems.append(Problem("", f"'{argument}' names no key; write --key {text}"))
+            problems.append(Problem("", f"{shown(argument)} names no key; write --key VALUE"))
             continue
         try:
             overrides[key], repeated = parse_yaml(text)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from configs.files import make_folder
+from configs.files import make_folder, read_json
 from configs.problems import ConfigError, Problem
 
 LOCK_NAME = ".lock"
@@ -47,7 +47,7 @@ def locked_folder(folder: str | Path, config_key: str) -> Iterator[None]:
 
 def _owner(folder: Path) -> str:
     try:
-        owner = json.loads((folder / OWNER_NAME).read_text())
+        owner = read_json(folder / OWNER_NAME)
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (OSError, ValueError, KeyError):
         return "another process"

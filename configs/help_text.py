@@ -5,11 +5,9 @@ import re
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, get_type_hints
 
-import yaml
-
 from configs.loader import key_of, to_dict
 from configs.sections import Section
-from configs.yaml_files import preset_names, read_yaml
+from configs.yaml_files import preset_names, read_yaml, to_yaml
 
 USAGE = """usage: {command} {arguments}
 {config}
@@ -59,4 +57,4 @@ def _default(field: Field) -> str:
         return "(required)"
     default: Any = field.default_factory() if field.default_factory is not MISSING else field.default
     default = list(default) if isinstance(default, tuple) else to_dict(default) if is_dataclass(default) else default
-    return yaml.safe_dump(default, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+    return to_yaml(default, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")

@@ -8,12 +8,11 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import yaml
-
 from configs.files import write_text
-from configs.problems import ConfigError, Problem, shown, unknown_key
+from configs.problems import ConfigError, Problem, cut, shown, unknown_key
+from configs.secrets import ADVICE, secret_keys
 from configs.values import read_value
-from configs.yaml_files import read_yaml
+from configs.yaml_files import DEEPEST, read_yaml, to_yaml
 
 T = TypeVar("T")
 
@@ -45,7 +44,8 @@ def load_config(
         except ConfigError as error:
             raise ConfigError([*error.problems, *problems], name) from None
         problems += repeated
-    problems += merge(values, _plain(dict(overrides or {})))
+    values = plain(values)  # an alias in the file then has a copy of its own, which an override does not share
+    problems += merge(values, plain(dict(overrides or {})))
     return build(cls, values, name or "command line", problems)
 
 
@@ -74,9 +74,11 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
         found: earlier problems, to report with the others.
 
     Raises:
-        ConfigError: with every problem found.
+        ConfigError: with every problem found. If there is a secret, only this problem is listed.
     """
-    problems = list(found)
+    values, problems = plain(values), list(found)
+    if secrets := sorted(set(secret_keys(values))):
+        raise ConfigError([Problem(key, ADVICE) for key in secrets], source)
     foreign = _foreign_keys(cls, values)
     if foreign:
         about = (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")
@@ -109,7 +111,7 @@ def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> list[Problem]
         node = values
         for depth, parent in enumerate(parents, 1):
             if node.get(parent) is not None and not isinstance(node[parent], dict):
-                message = f"received {shown(node[parent])}; a single value has no key such as {dotted}"
+                message = f"received {shown(node[parent])}; a single value has no key such as {cut(dotted, 100)}"
                 problems.append(Problem(".".join(parents[:depth]), message))
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}
@@ -120,7 +122,7 @@ def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> list[Problem]
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as nested plain values, ready for YAML: tuples become lists."""
-    return {key_of(field): _plain(getattr(config, field.name)) for field in fields(config)}
+    return {key_of(field): plain(getattr(config, field.name), key_of(field)) for field in fields(config)}
 
 
 def key_of(field: Field) -> str:
@@ -128,9 +130,26 @@ def key_of(field: Field) -> str:
     return field.metadata.get("key", field.name)
 
 
+def plain(value: Any, key: str = "", level: int = 0) -> Any:
+    """A copy of nested values in which sections are dictionaries and tuples are lists.
+
+    Raises:
+        ConfigError: a key is no text, or the values are nested more than DEEPEST levels deep.
+    """
+    if level > DEEPEST:
+        raise ConfigError([Problem(key, f"is nested too deeply; at most {DEEPEST} levels are allowed")])
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        if wrong := [name for name in value if not isinstance(name, str)]:
+            raise ConfigError([Problem(key, f"received the key {shown(wrong[0])}; keys must be words")])
+        return {name: plain(item, f"{key}.{name}".lstrip("."), level + 1) for name, item in value.items()}
+    return [plain(item, key, level + 1) for item in value] if isinstance(value, list | tuple) else value
+
+
 def save_config(config: Any, path: str | Path) -> None:
     """Writes all settings as YAML."""
-    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_text(path, to_yaml(to_dict(config)))
 
 
 def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems: list[Problem]) -> T:
@@ -215,11 +234,3 @@ def _broken_rules(config: Any, kind: str, prefix: str = "") -> list[Problem]:
         if is_dataclass(section := getattr(config, field.name)):
             found += _broken_rules(section, kind, f"{prefix}{key_of(field)}.")
     return found
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return to_dict(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

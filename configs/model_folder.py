@@ -13,6 +13,7 @@ from typing import Any
 from configs.checksums import verify_checksums
 from configs.files import read_json
 from configs.problems import shown
+from configs.staging import finish_interrupted
 from configs.weights_files import Stored, read_headers
 
 WEIGHTS_NAMES = ("model.safetensors", "model.safetensors.index.json")
@@ -49,6 +50,7 @@ def local_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if Path(name).is_dir():
+        finish_interrupted(name)
         return Path(name)
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns="*/*"))
 

@@ -6,8 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from configs.secrets import redacted, redacted_value
+
 # A message lists at most this many problems, which fill one screen with wrapped lines.
 SHOWN_PROBLEMS = 20
+# No message of ours is longer, except with a long list or name in it.
+SHOWN_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.message}" if self.key else self.message
+        return f"{_name(self.key, 100)}: {printable(self.message)}" if self.key else printable(self.message)
 
     @classmethod
     def of_error(cls, error: Exception) -> "Problem":
@@ -38,16 +42,37 @@ class ConfigError(ValueError):
     def __init__(self, problems: Sequence[Problem], source: str = "configuration"):
         self.problems = list(problems)
         count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
-        lines = [f"{source}: {count}", *(f"  - {problem}" for problem in self.problems[:SHOWN_PROBLEMS])]
+        lines = [
+            f"{_name(source, 200)}: {count}",
+            *(f"  - {problem}" for problem in self.problems[:SHOWN_PROBLEMS]),
+        ]
         if len(self.problems) > SHOWN_PROBLEMS:
             lines.append(f"  and {len(self.problems) - SHOWN_PROBLEMS} more")
         super().__init__("\n".join(lines))
 
 
 def shown(value: Any) -> str:
-    """A value for a message: true, false and null as in YAML, and at most 60 characters."""
-    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    """A value for a message: true, false and null as in YAML, secrets redacted, and at most 60 characters."""
+    try:
+        text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits; a value that contains itself
+        text = f"a {type(value).__name__} that is too long to show"
+    return cut(redacted_value(text), 60)
+
+
+def printable(text: str) -> str:
+    """A text for the terminal: secrets redacted, control characters escaped, and at most SHOWN_CHARACTERS."""
+    escaped = (letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in redacted(text))
+    return cut("".join(escaped), SHOWN_CHARACTERS)
+
+
+def _name(text: str, length: int) -> str:
+    return printable(cut(text, length)).replace("\n", "\\n")
+
+
+def cut(text: str, length: int) -> str:
+    """The beginning of a text that is longer than `length`."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def unknown_key(key: str, allowed: Iterable[str]) -> str:

@@ -6,14 +6,10 @@ The messages that both stages share are here too: the run is finished, it was st
 import contextlib
 import json
 import logging
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from configs.checkpoints import (
     Checkpoint,
@@ -25,13 +21,18 @@ from configs.checkpoints import (
     unfinished_path,
 )
 from configs.disk_space import naming_full_disk, require_space
-from configs.files import write_json, write_text
+from configs.files import read_json, write_json, write_text
 from configs.folder_lock import locked_folder
 from configs.hub import push_run
 from configs.interruption import Diverged, Stopped
 from configs.loader import save_config, to_dict
-from configs.problems import ConfigError, Problem
+from configs.problems import ConfigError, Problem, shown
+from configs.secrets import secret_keys
+from configs.sections import NonNegative
 from configs.staging import SAVING, finish_interrupted, replaced_files
+from configs.uploads import copy_run
+from configs.values import read_value
+from configs.yaml_files import read_yaml
 
 CONFIG_NAME = "config.yaml"
 RESULTS_NAME = "train_results.json"
@@ -71,44 +72,53 @@ class RunFolder:
     Args:
         config: the resolved settings.
         is_main_process: whether this process writes the files.
+        export: writes the files to upload from the folder of the run into another.
 
     Raises:
         ConfigError: on entering, if another job has the folder open; or if the folder holds a run that was started
             with other settings, unless `config.allow_config_changes`.
     """
 
-    def __init__(self, config: Any, is_main_process: bool = True):
-        self.config, self.is_main_process = config, is_main_process
+    def __init__(self, config: Any, is_main_process: bool = True, export: Callable[[Path, Path], None] = copy_run):
+        self.config, self.is_main_process, self._export = config, is_main_process, export
         self.path = Path(config.output_dir)
-        self._lock = locked_folder(self.path, "output_dir") if is_main_process else nullcontext()
+        self._open = contextlib.ExitStack()
         self._started = time.perf_counter()
         self._resumed_from: Path | None = None
 
     def __enter__(self) -> "RunFolder":
-        self._lock.__enter__()
-        try:
+        with contextlib.ExitStack() as opened:  # closed again after an error
             if self.is_main_process:
+                opened.enter_context(locked_folder(self.path, "output_dir"))
                 finish_interrupted(self.path)
+            opened.enter_context(naming_full_disk(self.path))
             if holds_work(self.path):
                 self._refuse_other_settings(self.path / CONFIG_NAME)
-        except BaseException:
-            self.__exit__(*sys.exc_info())
-            raise
+            self._open = opened.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._lock.__exit__(*exception)
+        self._open.__exit__(*exception)
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """The results of a finished run: it has done `max_steps`, or has stopped early with the same patience."""
-        try:
-            results = json.loads((self.path / RESULTS_NAME).read_text())
-        except FileNotFoundError:
+        """The results of a finished run: it has done `max_steps`, or has stopped early with the same patience.
+
+        Raises:
+            ConfigError: the file of the results is damaged.
+        """
+        path = self.path / RESULTS_NAME
+        if not path.is_file():
             return None
+        try:
+            results = read_json(path)
+            step = read_value(NonNegative, results.get("global_step"), strict=True)
+        except ValueError as error:
+            message = f"{path} is damaged ({error}); remove it, and the run resumes from its newest checkpoint"
+            raise ConfigError([Problem("output_dir", message)]) from error
         patience = results.get("early_stopping_patience")
         stopped_early = patience is not None and patience == self.config.early_stopping_patience
-        return results if stopped_early or results["global_step"] >= self.config.max_steps else None
+        return results if stopped_early or step >= self.config.max_steps else None
 
     @property
     def seconds(self) -> float:
@@ -237,7 +247,7 @@ class RunFolder:
 
     def _push(self) -> None:
         if self.config.push_to_hub:
-            print(f"uploaded to {push_run(self.config)}")
+            print(f"uploaded to {push_run(self.config, self._export)}")
 
     def _check_origin(self, checkpoint: Checkpoint, num_processes: int) -> None:
         if checkpoint.path.parent.resolve() != self.path.resolve():
@@ -251,18 +261,26 @@ class RunFolder:
         """Compares the settings with those in a config.yaml, if the file exists."""
         if not path.is_file():
             return
-        differences = list(_differences(yaml.safe_load(path.read_text()), to_dict(self.config)))
+        started_with, repeated = read_yaml(str(path))
+        if repeated:
+            raise ConfigError(repeated, str(path))
+        if secrets := sorted(set(secret_keys(started_with))):
+            raise ConfigError([Problem(key, "a secret is saved here; remove this line") for key in secrets], str(path))
+        differences = list(_differences(started_with, to_dict(self.config)))
         if not differences:
             return
         if self.config.allow_config_changes:
             if self.is_main_process:
-                changes = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differences)
+                changes = ", ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, old, new in differences)
                 logger.warning("resuming with changed settings: %s", changes)
             return
         advice = f"choose another output_dir, remove {path.parent} to start over, or {ALLOW}"
         raise ConfigError(
             [Problem("output_dir", advice)]  # first, because a long list is cut
-            + [Problem(key, f"the run was started with {old!r}, now it is {new!r}") for key, old, new in differences],
+            + [
+                Problem(key, f"the run was started with {shown(old)}, now it is {shown(new)}")
+                for key, old, new in differences
+            ],
             f"{path.parent} holds a run with other settings",
         )
 
@@ -272,8 +290,10 @@ class RunFolder:
         if not path.is_file():
             return
         kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):  # a crash may have cut the last line off
+        for line in path.read_text(errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(
+                ValueError, TypeError, KeyError, RecursionError
+            ):  # a crash may have cut the last line off
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
         write_text(path, "".join(kept))

@@ -1,15 +1,22 @@
 """The base class of all configurations, and the training settings that both stages share."""
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from configs.machine import most_workers
+from configs.problems import shown
+
 LARGEST = 2**31 - 1
 Positive = Annotated[int, Ge(1), Le(LARGEST)]
 NonNegative = Annotated[int, Ge(0), Le(LARGEST)]
+LARGEST_BATCH = 2**20
+BatchSize = Annotated[int, Ge(1), Le(LARGEST_BATCH)]  # images on one device in one pass
+MOST_PICTURES = Le(10_000)  # images in one grid
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
@@ -20,6 +27,10 @@ Momentum = Annotated[float, Ge(0), Lt(1)]
 LAUNCHED_WITH = {
     name: os.environ.get(f"ACCELERATE_{name}") for name in ("MIXED_PRECISION", "USE_FSDP", "USE_DEEPSPEED")
 }
+# Variables of torchrun and `accelerate launch` that a library would fail to read; a number has a smallest value.
+LAUNCHER_SWITCHES = [f"ACCELERATE_{name}" for name in ("USE_CPU", "USE_FSDP", "USE_DEEPSPEED", "DEBUG_MODE")]
+LAUNCHER_NUMBERS = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": -1, "MASTER_PORT": 0}
+SWITCHED_ON, SWITCHED_OFF = {"1", "true", "t", "yes", "y", "on"}, {"0", "false", "f", "no", "n", "off"}
 
 
 @dataclass(kw_only=True)
@@ -54,6 +65,31 @@ def upload_problems(config: Any) -> Iterable[tuple[str, Any, str]]:
         yield "hub_model_id", config.hub_model_id, "push_to_hub needs the repository to push to, as 'user/name'"
 
 
+def worker_problems(config: Any) -> Iterable[tuple[str, Any, str]]:
+    """The problem of more `dataloader_num_workers` than the machine can run, in the form of `Section.problems`."""
+    if config.dataloader_num_workers > (most := most_workers()):
+        allowed = f"this machine has cores, memory and open files (ulimit -n) for at most {most}"
+        yield "dataloader_num_workers", config.dataloader_num_workers, allowed
+
+
+def launched_processes() -> int:
+    """Number of processes of the run, as the launcher states it; 1 if `launcher_problems` refuses the statement."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    return int(value) if re.fullmatch("[1-9][0-9]{0,8}", value) else 1
+
+
+def launcher_problems() -> Iterable[tuple[str, Any, str]]:
+    """Environment variables that the libraries cannot read, in the form of `Section.problems`."""
+    for name in LAUNCHER_SWITCHES:
+        value = os.environ.get(name, "false")
+        if value.lower() not in SWITCHED_ON | SWITCHED_OFF:
+            yield "", None, f"the environment has {name}={shown(value)}; must be true or false, or unset"
+    for name, smallest in LAUNCHER_NUMBERS.items():
+        value = os.environ.get(name, "1")
+        if not re.fullmatch("-?[0-9]{1,9}", value) or int(value) < smallest:
+            yield "", None, f"the environment has {name}={shown(value)}; must be a number from {smallest} up, or unset"
+
+
 @dataclass(kw_only=True)
 class TrainingConfig(Section):
     """Settings that both stages share, with the names of `transformers.TrainingArguments`.
@@ -85,9 +121,9 @@ class TrainingConfig(Section):
 
     output_dir: str
     max_steps: Positive
-    per_device_train_batch_size: Positive = 32
-    per_device_eval_batch_size: Positive = 64
-    gradient_accumulation_steps: Positive = 1
+    per_device_train_batch_size: BatchSize = 32
+    per_device_eval_batch_size: BatchSize = 64
+    gradient_accumulation_steps: Annotated[int, Ge(1), Le(2**16)] = 1
     global_batch_size: Positive | None = None
     learning_rate: PositiveFloat = 1e-4
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
@@ -133,11 +169,19 @@ class TrainingConfig(Section):
         if self.warmup_steps > self.max_steps:
             yield "warmup_steps", self.warmup_steps, f"must be at most max_steps ({self.max_steps})"
         yield from upload_problems(self)
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        yield from worker_problems(self)
+        yield from launcher_problems()
+        processes = launched_processes()
         parts = processes * self.gradient_accumulation_steps
         if self.global_batch_size is not None and self.global_batch_size % parts:
             factors = f"{processes} (processes) × {self.gradient_accumulation_steps} (gradient_accumulation_steps)"
             yield "global_batch_size", self.global_batch_size, f"must be a multiple of {factors} = {parts}"
+        elif self.device_batch_size(processes) > LARGEST_BATCH:
+            yield (
+                "global_batch_size",
+                self.global_batch_size,
+                f"gives a device more than {LARGEST_BATCH} images at a time",
+            )
         launched = LAUNCHED_WITH["MIXED_PRECISION"] or "no"  # The launcher sets "no" by default.
         if launched not in ("no", self.mixed_precision):
             here = ", or set bf16: true here" if launched == "bf16" else ""

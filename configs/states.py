@@ -8,6 +8,8 @@ its shard when they are loaded. So the files do not depend on the number of proc
 """
 
 import json
+import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -141,8 +143,10 @@ def read_state(path: Path) -> dict[str, Any]:
         state = _join(read_json(file), "", tensors, path.with_suffix(".safetensors"))
     except FileNotFoundError:
         raise Damaged(f"{file}: this file is missing") from None
-    except ValueError as error:
-        raise Damaged(str(error)) from error
+    except Damaged:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{file}: {str(error).removeprefix(f'{file}: ')}") from error
     if tensors:
         raise Damaged(f"{path.with_suffix('.safetensors')}: {min(tensors)}: {file.name} does not know this entry")
     return state
@@ -187,5 +191,6 @@ def _is_alike(saved: Any, like: Any) -> bool:
     if isinstance(like, bool | str):
         return type(saved) is type(like) and (saved == like or isinstance(like, bool))
     if isinstance(like, int | float):
-        return isinstance(saved, int | float) and not isinstance(saved, bool)
+        is_number = isinstance(saved, int | float) and not isinstance(saved, bool)
+        return is_number and (abs(saved) <= sys.float_info.max or not math.isfinite(like))
     return isinstance(saved, Tensor) and isinstance(like, Tensor)

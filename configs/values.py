@@ -3,13 +3,16 @@
 import difflib
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from configs.problems import shown
+
+# The largest numbers of int64 and float32, for values that go to a library; our own fields have narrower ranges.
+LARGEST: dict[type, float] = {int: 2**63 - 1, float: 3.4e38}
 
 
 def read_value(hint: Any, value: Any, strict: bool = False) -> Any:
@@ -25,17 +28,49 @@ def read_value(hint: Any, value: Any, strict: bool = False) -> Any:
     """
     from pydantic import ValidationError
 
+    leaves = list(_leaves(value))
+    # A lax check would take true for the number 1.
+    strict = strict or any(isinstance(leaf, bool) for leaf in leaves)
     try:
-        # A lax check would take true for the number 1.
-        result = _adapter(hint).validate_python(value, strict=strict or isinstance(value, bool))
-        if not isinstance(value, str) or (value.strip() and value.isprintable()) or hint is Any:
-            return result
-    except ValidationError:
-        pass
+        result = _adapter(hint).validate_python(value, strict=strict)
+    except (ValidationError, OverflowError):
+        raise ValueError(_refusal(hint, value)) from None
+    is_blank = isinstance(value, str) and not value.strip()
+    is_number_as_text = isinstance(value, float) and isinstance(result, str)  # 2024.10 would become "2024.1"
+    if (is_blank or is_number_as_text) and hint is not Any:
+        raise ValueError(_refusal(hint, value))
+    for leaf in leaves:
+        if allowed := _leaf_problem(leaf):
+            raise ValueError(f"received {shown(leaf)}; {allowed}")
+    return result
+
+
+def _leaves(value: Any) -> Iterable[Any]:
+    """The single values in nested lists and sections."""
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _leaf_problem(leaf: Any) -> str | None:
+    """What must be otherwise in a single value that has the type of its field."""
+    if isinstance(leaf, str):
+        return None if leaf.isprintable() else "must be printable text"
+    if leaf is None or isinstance(leaf, bool):
+        return None
+    if type(leaf) not in LARGEST:
+        return "must be text, a number, true, false or null"
+    largest = LARGEST[type(leaf)]
+    return None if abs(leaf) <= largest else f"must be a finite number from -{largest} to {largest}"
+
+
+def _refusal(hint: Any, value: Any) -> str:
     message = f"received {shown(value)}; must be {allowed_values(hint, value)}"
     choices = [str(choice) for choice in _choices(hint)]
     nearest = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
-    raise ValueError(message + (f"; did you mean '{nearest[0]}'?" if nearest else ""))
+    return message + (f"; did you mean '{nearest[0]}'?" if nearest else "")
 
 
 def allowed_values(hint: Any, value: Any = None) -> str:
@@ -49,7 +84,8 @@ def allowed_values(hint: Any, value: Any = None) -> str:
         kinds = [kind for kind in arguments if kind is not int or float not in arguments]
         return _either([allowed_values(kind, value) for kind in kinds])
     if origin in (list, tuple):
-        example = f"; write [{value}]" if isinstance(value, str | int | float) else ""
+        is_short = isinstance(value, str | int | float) and len(shown(value)) < 30
+        example = f"; write [{value}]" if is_short else ""
         return f"a list in which every entry is {allowed_values(arguments[0])}{example}"
     finite = "finite " if isinstance(value, float) and not math.isfinite(value) else ""
     words = {

@@ -1,4 +1,8 @@
-"""YAML files and presets → plain values."""
+"""YAML files and presets → plain values, and back.
+
+The reader bounds its time and memory: by the length of the text, and by the number of values with every alias written
+out. It refuses a text before it builds any of its values.
+"""
 
 import difflib
 import re
@@ -11,47 +15,108 @@ import yaml
 
 from configs.problems import ConfigError, Problem, shown
 
+# Far above any configuration: the longest preset has 2,000 characters and 60 values.
+MOST_CHARACTERS = 100_000
+MOST_VALUES = 10_000
+DEEPEST = 20  # levels of sections and lists
+
 # Messages of the YAML parser, and their cause in plain words.
 PLAIN_REASONS = {
     "'\\t'": "a tab; YAML is indented by spaces",
     "<stream end>": "it ends before a bracket or quote is closed",
     "end of stream": "it ends before a bracket or quote is closed",
-    "could not determine a constructor": "a tag (a word after '!'); tags are not allowed",
     "mapping values are not allowed": "a second ':' in a line, or a key at the wrong depth; quote text that holds ': '",
     "could not find expected ':'": "a line without ': ', or one at the wrong depth",
+    "could not determine a constructor": "'<<' in place of a value; quote it",
+    "found another document": "'---' starts a second document; only one is read",
+}
+
+# What is not text: a pattern, and the letters with which it begins.
+TAG = "tag:yaml.org,2002:"
+FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+PATTERNS = {
+    "int": (r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    "float": (FLOAT, "-+.0123456789"),
+    "bool": (r"true|True|false|False", "tTfF"),
+    "null": (r"~|null|Null|NULL|", ("~", "n", "N", "")),
+    "merge": (r"<<", "<"),
 }
 
 
 class YamlReader(yaml.SafeLoader):
-    """YAML in which `1e-4` is a number, `no` and dates are text, and only true and false are booleans.
+    """YAML in which `1e-4` is a number, only true and false are booleans, and keys are text.
 
+    Dates, `no`, `010` and `1:30` are text: YAML 1.1 would read a boolean, an octal number and a number of base 60.
     `repeated` collects a problem for each key that is given twice.
     """
 
     def __init__(self, text: str):
         super().__init__(text)
         self.repeated: list[Problem] = []
+        self._values = self._level = 0
+        self._sizes: dict[Any, int] = {}
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def fetch_tag(self) -> None:
+        raise refused("a tag (a word after '!'); tags are not allowed", self.get_mark())
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Composes a value, and counts it and the values in it; an alias counts as much as its value."""
+        before, mark, is_alias = self._values, self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        self._values += 1
+        self._level += 1
+        if self._level > DEEPEST:
+            raise refused("it is nested too deeply", mark)
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        if is_alias and node not in self._sizes:
+            raise refused("an alias inside of the value that it repeats", mark)
+        if is_alias:
+            self._values += self._sizes[node]
+        else:
+            self._sizes[node] = self._values - before
+        if self._values > MOST_VALUES:
+            raise refused(f"more than {MOST_VALUES:,} values, if every alias is written out", mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
+            if key.tag not in (f"{TAG}str", f"{TAG}merge"):
+                received = (
+                    f"the key {key.value[:20] or 'null'}"
+                    if isinstance(key, yaml.ScalarNode)
+                    else "a list or section as key"
+                )
+                raise refused(f"{received}; keys must be words", key.start_mark)
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+            if key.value in lines:
                 message = f"is given twice, in line {lines[key.value]} and in line {line}; leave one out"
                 self.repeated.append(Problem(key.value, message))
-            elif isinstance(key, yaml.ScalarNode):
-                lines[key.value] = line
-        return super().construct_mapping(node, deep)
+            lines.setdefault(key.value, line)
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        try:
+            return int(node.value)
+        except ValueError:  # Python reads at most 4,300 digits
+            raise refused(f"a number of {len(node.value):,} digits", node.start_mark) from None
 
 
-YamlReader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "bool")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-YamlReader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|false|False"), list("tTfF"))
-YamlReader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
+class YamlWriter(yaml.SafeDumper):
+    """Writes text in quotes if a reader of YAML 1.1 or `YamlReader` would take it for a number or the like."""
+
+
+def refused(reason: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
+    """The error that stops the reader at a place."""
+    return yaml.MarkedYAMLError(problem=reason, problem_mark=mark)
+
+
+YamlReader.yaml_implicit_resolvers = {}
+for _name, (_pattern, _first) in PATTERNS.items():
+    YamlReader.add_implicit_resolver(f"{TAG}{_name}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+YamlReader.add_constructor(f"{TAG}int", YamlReader.construct_yaml_int)
+YamlWriter.add_implicit_resolver(f"{TAG}float", re.compile(rf"(?:{FLOAT})\Z"), list(PATTERNS["float"][1]))
 
 
 def preset_names() -> list[str]:
@@ -73,8 +138,10 @@ def parse_yaml(text: str) -> tuple[Any, list[Problem]]:
         The value, and a problem for each key that is given twice.
 
     Raises:
-        ValueError: the text is not valid YAML; the message says where.
+        ValueError: the text is too long or not valid YAML; the message says where.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
     try:
         reader = YamlReader(text)
         return reader.get_single_data(), reader.repeated
@@ -88,9 +155,12 @@ def parse_yaml(text: str) -> tuple[Any, list[Problem]]:
         raise ValueError(f"{where}{reason}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ValueError(f"line {line}: a control character; YAML holds text only") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(f"line {line}: a control character, or a byte that is not UTF-8") from None
+
+
+def to_yaml(values: Any, **options: Any) -> str:
+    """Writes plain values as YAML; `options` are those of `yaml.dump`."""
+    return yaml.dump(values, Dumper=YamlWriter, sort_keys=False, **options)
 
 
 def read_yaml(name: str) -> tuple[dict[str, Any], list[Problem]]:
@@ -124,13 +194,14 @@ def _read_text(name: str) -> str:
     path = Path(name)
     preset = str(path.with_suffix("") if path.suffix in {".yaml", ".yml"} else path).removeprefix("configs/")
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            return file.read(MOST_CHARACTERS + 1)
     if preset in preset_names():
-        return files("configs").joinpath(f"{preset}.yaml").read_text()
+        return files("configs").joinpath(f"{preset}.yaml").read_text(encoding="utf-8")
     by_folder = groupby(preset_names(), lambda preset: preset.partition("/")[0])
     known = ", ".join(f"{folder}/{{{','.join(Path(preset).name for preset in found)}}}" for folder, found in by_folder)
     if path.is_dir():
         raise ConfigError([Problem("", f"is a folder; give a YAML file or a preset ({known})")], name)
     nearest = difflib.get_close_matches(preset, preset_names(), n=1)
     hint = f"; did you mean the preset '{nearest[0]}'?" if nearest else f" (presets: {known})"
-    raise ConfigError([Problem("", f"no file and no preset is called '{name}'{hint}")], name)
+    raise ConfigError([Problem("", f"no file and no preset is called {shown(name)}{hint}")], name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, Problem, Section, run
 from configs.folder_lock import locked_folder
+from configs.hub import upload_errors
 from configs.model_folder import local_folder
 from configs.sections import upload_problems
 
@@ -79,7 +80,8 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         pipeline.save_pretrained(config.output_dir)
     print(f"pipeline saved in {Path(config.output_dir).resolve()}")
     if config.push_to_hub:
-        print(pipeline.push_to_hub(str(config.hub_model_id), private=config.hub_private_repo))
+        with upload_errors(config.output_dir):
+            print(pipeline.push_to_hub(str(config.hub_model_id), private=config.hub_private_repo))
     return pipeline
 
 

@@ -24,11 +24,15 @@ from configs.checksums import CHECKSUMS_NAME, verify_checksums
 from configs.files import read_json, write_json
 from configs.hub import is_repo_id
 from configs.staging import finish_interrupted, replaced_files
+from configs.uploads import check_upload
 from pipelines.model_card import model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
 from stage2_prior import TokenLayout, load_causal_lm, without_adapters
 
 INDEX_NAME = "model_index.json"
+
+# Files of an earlier upload that must not mix with those of a new one.
+STALE = ("vqgan/*.safetensors*", "prior/*.safetensors*")
 
 
 def save(
@@ -70,9 +74,12 @@ def push(repo_id: str, components: dict[str, Any], private: bool | None, commit_
     """Uploads a pipeline's folder to the Hugging Face Hub; see `VQGANPipeline.push_to_hub`."""
     api = HfApi(token=options.pop("token", None))
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
+    options = {"commit_message": commit_message, "delete_patterns": list(STALE), **options}
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "pipeline"
         save(folder, **components, name=repo_id)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, **options))
+        check_upload(folder, api.token)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
 
 def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:

@@ -241,6 +241,9 @@ class VQGANPipeline:
 
         Returns:
             URL of the commit.
+
+        Raises:
+            ValueError: a file to upload holds a secret or the path of your home folder.
         """
         return hub.push(repo_id, self.components, private, commit_message, **kwargs)
 

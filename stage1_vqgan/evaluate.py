@@ -4,11 +4,12 @@ Usage: `python -m stage1_vqgan.evaluate --model DIR --data.dataset NAME`.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from configs import Section, run
-from configs.sections import NonNegative, Positive
+from configs.sections import BatchSize, NonNegative, worker_problems
 from stage1_vqgan.data.config import DataConfig
 
 
@@ -25,8 +26,11 @@ class ReconstructionConfig(Section):
     model: str
     data: DataConfig
     split: Literal["train", "validation"] = "validation"
-    per_device_eval_batch_size: Positive = 64
+    per_device_eval_batch_size: BatchSize = 64
     dataloader_num_workers: NonNegative = 0
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        yield from worker_problems(self)
 
 
 def evaluate(config: ReconstructionConfig) -> dict[str, float]:

@@ -49,7 +49,8 @@ def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: 
         target_modules=lora.target_modules,
         trainable_token_indices=dict.fromkeys(names, tokens) if tokens else None,
     )
-    prior.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    is_local = Path(base).is_dir()
+    prior.name_or_path = str(Path(base).resolve()) if is_local else base
     try:
         adapted: Any = peft.get_peft_model(prior, settings)
     except ValueError as error:
@@ -57,6 +58,8 @@ def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: 
         raise ConfigError([Problem("lora.target_modules", message)]) from error
     if isinstance(settings.target_modules, str):  # a saved adapter with a regular expression is not loaded
         settings.target_modules = sorted(adapted.targeted_module_names)
+    # peft's model card shows this name; only adapter_config.json needs the path
+    prior.name_or_path = prior.config.name_or_path = Path(base).resolve().name if is_local else base
     return adapted
 
 

@@ -2,53 +2,32 @@
 
     code_store/
       origin.json                       settings and data that determine the codes; written first
-      manifest.json                     token layout, splits, origin; written last
-      train-00000.arrow …               shards of at most SHARD_ROWS rows, one record batch each
+      manifest.json                     token layout, splits, origin, checksums; written last
+      train-00000.arrow …               shards of at most SHARD_ROWS rows, see `shards.py`
       validation-00000.arrow …
 
-Columns: `codes`, a fixed-size list of uint16 (uint32 above 65,536 codes), and, for labeled images, `label`, int64.
 Shard s holds images s·B to (s + 1)·B - 1 of the split, B = `images_per_shard`: view 0 of all of them, then view 1 of
-all of them, and so on. Images that could not be decoded have no rows; the metadata of the shard's schema lists them.
-`datasets.Dataset.from_file` also opens a shard.
+all of them, and so on. Images that could not be decoded have no rows; the notes of the shard list them.
 """
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from configs import ConfigError, Problem
-from configs.files import write_json
-from stage1_vqgan import SkippedImage
+from configs.checksums import Damaged
+from configs.files import read_json, write_json
+from stage2_prior.manifest import MANIFEST_NAME, read_manifest, store_problem
+from stage2_prior.shards import Shard, check_shard, code_dtype, described, map_shard
 from stage2_prior.vocabulary import TokenLayout
 
 SHARD_ROWS = 65536
-ORIGIN_NAME, MANIFEST_NAME = "origin.json", "manifest.json"
-# Key of the shard's notes in the metadata of its Arrow schema.
-NOTES_KEY = b"tessella"
-
-
-@dataclass(frozen=True)
-class ShardNotes:
-    """Facts about the images of a shard.
-
-    Attributes:
-        images: number of images in the shard's range of the split.
-        skipped: the images in this range that could not be decoded, with their numbers in the split.
-        num_classes: highest label plus one; 0 without labels.
-        rows: number of rows.
-    """
-
-    images: int
-    skipped: list[SkippedImage]
-    num_classes: int
-    rows: int
+ORIGIN_NAME = "origin.json"
+REPAIR = f"copy the store again, or remove these shards and {MANIFEST_NAME} and run stage2_prior.tokenize"
 
 
 def images_per_shard(num_views: int) -> int:
@@ -56,52 +35,15 @@ def images_per_shard(num_views: int) -> int:
     return max(1, SHARD_ROWS // num_views)
 
 
-def code_dtype(num_codes: int) -> np.dtype:
-    """The smallest dtype for codes in [0, num_codes): uint16 or uint32."""
-    return np.dtype(np.uint16 if num_codes <= 2**16 else np.uint32)
-
-
 def shard_path(folder: str | Path, split: str, shard: int) -> Path:
     """Path of a shard."""
     return Path(folder) / f"{split}-{shard:05d}.arrow"
 
 
-def write_shard(
-    path: Path, codes: np.ndarray, labels: np.ndarray | None, images: int, skipped: Sequence[SkippedImage] = ()
-) -> None:
-    """Writes one shard to a temporary file, syncs it and renames it: a file with a shard's name is complete.
-
-    Args:
-        path: see `shard_path`.
-        codes: uint16 or uint32 `(rows, L)`.
-        labels: int64 `(rows,)`, or None.
-        images: number of images in the shard's range of the split.
-        skipped: the images in this range that could not be decoded.
-    """
-    columns = {"codes": pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1)), codes.shape[1])}
-    if labels is not None:
-        columns["label"] = pa.array(labels, type=pa.int64())
-    num_classes = int(labels.max(initial=-1)) + 1 if labels is not None else 0
-    notes = ShardNotes(images, list(skipped), num_classes, len(codes))
-    batch = pa.RecordBatch.from_pydict(columns, metadata={NOTES_KEY: json.dumps(asdict(notes))})
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        with pa.ipc.new_stream(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def read_notes(path: Path) -> ShardNotes:
-    """Reads the notes of a shard, without its rows."""
-    with pa.OSFile(str(path)) as file:
-        notes = json.loads(pa.ipc.open_stream(file).schema.metadata[NOTES_KEY])
-    return ShardNotes(**{**notes, "skipped": [SkippedImage(*image) for image in notes["skipped"]]})
-
-
 def claim_folder(folder: Path, origin: dict[str, Any]) -> int:
     """Records in a folder the settings that determine its codes, before the first shard is written.
+
+    The shards of an interrupted run are read, so that nothing is built on damaged ones.
 
     Args:
         folder: folder of the store; it is created if it does not exist.
@@ -111,17 +53,28 @@ def claim_folder(folder: Path, origin: dict[str, Any]) -> int:
         Number of rows in the shards that an interrupted run has already written.
 
     Raises:
-        ConfigError: the folder holds codes of another origin.
+        ConfigError: the folder holds codes of another origin, or a damaged shard.
     """
     path = folder / ORIGIN_NAME
-    shards = sorted(folder.glob("*.arrow"))
-    if not shards and not (folder / MANIFEST_NAME).is_file():
+    shards, is_finished = sorted(folder.glob("*.arrow")), (folder / MANIFEST_NAME).is_file()
+    if not shards and not is_finished:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, origin)
         return 0
     if not path.is_file():
-        raise ConfigError([Problem("code_store", f"{folder} holds codes of unknown origin; choose another folder")])
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(origin))
+        raise store_problem(f"{folder} holds codes of unknown origin; choose another folder")
+    try:
+        before = read_json(path)
+    except ValueError as error:
+        raise store_problem(f"{error}; or choose another code_store") from error
+    _require_origin(folder, before, json.loads(json.dumps(origin)))
+    try:
+        return 0 if is_finished else sum(check_shard(shard).rows for shard in shards)
+    except Damaged as error:
+        raise store_problem(f"{error}; remove it and run the same command, which encodes its images again") from error
+
+
+def _require_origin(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     problems = [
         Problem("code_store", f"{folder} holds codes with {name} {before.get(name)!r}, but {name} is now {value!r}")
         for name, value in now.items()
@@ -130,64 +83,52 @@ def claim_folder(folder: Path, origin: dict[str, Any]) -> int:
     if problems:
         problems.append(Problem("code_store", "choose another folder, or remove this one to encode the images again"))
         raise ConfigError(problems, "code store")
-    return sum(read_notes(shard).rows for shard in shards)
-
-
-def write_manifest(
-    folder: Path, layout: TokenLayout, splits: dict[str, list[ShardNotes]], origin: dict[str, Any], seconds: float
-) -> None:
-    """Writes the manifest, which marks a store as finished.
-
-    Args:
-        folder: folder of the store.
-        layout: token layout of the codes.
-        splits: notes of the shards of every split.
-        origin: see `claim_folder`.
-        seconds: time in which this run encoded the images.
-    """
-    summaries = {
-        name: {
-            "images": sum(shard.images for shard in shards),
-            "rows": sum(shard.rows for shard in shards),
-            "shard_rows": [shard.rows for shard in shards],
-            "skipped": [image._asdict() for shard in shards for image in shard.skipped],
-        }
-        for name, shards in splits.items()
-    }
-    manifest = {
-        "token_layout": layout.to_dict(),
-        "splits": summaries,
-        "origin": origin,
-        "seconds": round(seconds, 1),
-    }
-    write_json(folder / MANIFEST_NAME, manifest)
 
 
 class CodeStore:
     """A finished code store. It is read through memory maps.
 
+    Opening it reads every shard once, to compare codes and labels with their checksums and ranges. That takes about a
+    second for 5 GB, plus the time of the disk. If a file is cut short later, while it is mapped, the operating system
+    ends the process (SIGBUS).
+
     Args:
         folder: folder of the store.
 
     Raises:
-        ConfigError: the folder holds no finished store, or a store of an earlier version.
+        ConfigError: the folder holds no finished store, or a store of an earlier version; or a file of the store is
+            missing, damaged, malformed, exchanged or not listed.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        manifest = self.folder / MANIFEST_NAME
-        if not manifest.is_file():
-            message = f"received {str(folder)!r}; it holds no finished code store (run stage2_prior.tokenize first)"
-            raise ConfigError([Problem("code_store", message)])
-        self.manifest: dict[str, Any] = json.loads(manifest.read_text())
-        if any("shard_rows" not in split for split in self.manifest["splits"].values()):
-            message = f"{folder} was written by an earlier version; remove it and run stage2_prior.tokenize again"
-            raise ConfigError([Problem("code_store", message)])
+        self.manifest = read_manifest(self.folder)
         self.layout = TokenLayout.from_dict(self.manifest["token_layout"])
+        summaries = self.manifest["splits"].items()
+        self._splits = {
+            name: CodeSplit(self.folder, name, summary["shard_rows"], self.layout) for name, summary in summaries
+        }
+        self._check_files()
+        for name, split in self._splits.items():
+            try:
+                split.check(self.manifest["splits"][name]["shard_checksums"])
+            except Damaged as error:
+                raise store_problem(f"{error}; {REPAIR}") from error
 
     def split(self, name: str) -> "CodeSplit":
         """The rows of a split, "train" or "validation"."""
-        return CodeSplit(self.folder, name, self.manifest["splits"][name]["shard_rows"])
+        return self._splits[name]
+
+    def _check_files(self) -> None:
+        """Compares the names of the shards with the manifest."""
+        listed = {path.name for split in self._splits.values() for path in split.paths}
+        found = {path.name for path in self.folder.glob("*.arrow")}
+        if missing := sorted(listed - found):
+            raise store_problem(f"{self.folder} lacks {_few(missing)}; {REPAIR}")
+        if extra := sorted(found - listed):
+            raise store_problem(
+                f"{self.folder} holds {_few(extra)}, which the manifest does not list; remove what is extra"
+            )
 
 
 class CodeSplit:
@@ -199,10 +140,12 @@ class CodeSplit:
         folder: folder of the store.
         name: "train" or "validation".
         shard_rows: number of rows of each shard.
+        layout: token layout of the codes.
     """
 
-    def __init__(self, folder: Path, name: str, shard_rows: Sequence[int]):
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, name: str, shard_rows: Sequence[int], layout: TokenLayout):
+        self.paths = [shard_path(folder, name, shard) for shard in range(len(shard_rows))]
+        self.layout = layout
         self.ends = np.cumsum(shard_rows, dtype=np.int64)
         self.starts = self.ends - shard_rows
 
@@ -220,6 +163,9 @@ class CodeSplit:
 
         Returns:
             Codes, uint16 or uint32 `(n, L)`, and labels, int64 `(n,)`, or None for a store without labels.
+
+        Raises:
+            Damaged: a shard has another form than the layout and `shard_rows` say.
         """
         shards = np.searchsorted(self.ends, rows, side="right")
         offsets = rows - self.starts[shards]
@@ -234,16 +180,39 @@ class CodeSplit:
                 labels[places] = shard_labels[offsets[places]]
         return codes, labels
 
+    def check(self, checksums: Sequence[str]) -> None:
+        """Reads all codes and labels, and compares them with the checksum of each shard and the ranges of the layout.
+
+        Raises:
+            Damaged: a shard has another form, other contents, or values out of range.
+        """
+        if len(checksums) != len(self.paths):
+            raise Damaged(f"{MANIFEST_NAME}: {len(checksums)} checksums for {len(self.paths)} shards")
+        for path, shard, checksum in zip(self.paths, self._shards, checksums, strict=True):
+            if shard.checksum() != checksum:
+                raise Damaged(f"{path}: this is not the shard that the manifest lists, or its contents have changed")
+            for name, values, limit in (
+                ("codes", shard.codes, self.layout.num_codes),
+                ("labels", shard.labels, self.layout.num_classes),
+            ):
+                if values is not None and values.size and not (values.min() >= 0 and values.max() < limit):
+                    raise Damaged(
+                        f"{path}: holds {name} from {values.min()} to {values.max()}; allowed are 0 to {limit - 1}"
+                    )
+
     @cached_property
-    def _shards(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Codes `(rows, L)` and labels `(rows,)` of every shard, as views of its memory map."""
+    def _shards(self) -> list[Shard]:
+        """The rows of every shard. Each has the number of rows, the length and the dtype that it must have."""
         shards = []
-        for shard in range(len(self.ends)):
-            # The map stays valid after the file is closed.
-            with pa.memory_map(str(shard_path(self.folder, self.name, shard))) as source:
-                batch = pa.ipc.open_stream(source).read_next_batch()
-            codes = batch.column("codes")
-            rows = codes.flatten().to_numpy(zero_copy_only=True).reshape(-1, codes.type.list_size)
-            labels = batch.column("label").to_numpy(zero_copy_only=True) if "label" in batch.schema.names else None
-            shards.append((rows, labels))
+        for path, start, end in zip(self.paths, self.starts, self.ends, strict=True):
+            shard, _ = map_shard(path)
+            layout = self.layout
+            form = described(end - start, layout.length, code_dtype(layout.num_codes), layout.num_classes > 0)
+            if shard.form != form:
+                raise Damaged(f"{path}: holds {shard.form}; the manifest says {form}")
+            shards.append(shard)
         return shards
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

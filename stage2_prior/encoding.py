@@ -20,7 +20,7 @@ from stage1_vqgan import (
     VQGANModel,
     keyed_loader,
 )
-from stage2_prior.code_store import code_dtype
+from stage2_prior.shards import code_dtype
 
 
 class LabeledImage(NamedTuple):

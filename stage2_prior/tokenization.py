@@ -25,18 +25,10 @@ from stage1_vqgan import (
     load_tokenizer,
     too_many_skipped,
 )
-from stage2_prior.code_store import (
-    MANIFEST_NAME,
-    CodeStore,
-    ShardNotes,
-    claim_folder,
-    images_per_shard,
-    read_notes,
-    shard_path,
-    write_manifest,
-    write_shard,
-)
+from stage2_prior.code_store import CodeStore, claim_folder, images_per_shard, shard_path
 from stage2_prior.encoding import encode_shard, split_into_shards
+from stage2_prior.manifest import MANIFEST_NAME, write_manifest
+from stage2_prior.shards import ShardNotes, read_notes, write_shard
 from stage2_prior.training.config import Stage2Config
 from stage2_prior.vocabulary import TokenLayout
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -33,23 +32,22 @@ from tests import forks, process_runs
 from tests.tiny import tensors
 
 COMMON = {"dataloader_num_workers": 2, "logging_steps": 7, "save_steps": 4, "save_total_limit": 2}
-LENGTHS = {"stage1": 18, "stage2": 30}  # optimizer steps
 SHARD_ROWS = 400
 REACHED = "\n<the point is reached>\n"
 
 
-def run_stage1(folder: Path) -> None:
+def run_stage1(folder: Path, max_steps: int = 18, **changes: Any) -> None:
     """18 steps over 14 batches an epoch, with augmentation, dropout, k-means, restarts and the adversarial loss."""
-    config = process_runs.stage1_config(folder, max_steps=LENGTHS["stage1"], global_batch_size=96, **COMMON)
+    config = process_runs.stage1_config(folder, max_steps=max_steps, global_batch_size=96, **COMMON, **changes)
     config.model |= {"dropout": 0.1, "image_size": 8}
     config.discriminator.num_layers = 1
     config.eval_steps = 12
     stage1.train(config)
 
 
-def run_stage2(folder: Path) -> None:
+def run_stage2(folder: Path, max_steps: int = 30, **others: Any) -> None:
     """30 steps over 22 batches an epoch, with dropout of conditions and of attention."""
-    changes = {"max_steps": LENGTHS["stage2"], "global_batch_size": 128, "eval_steps": 12, **COMMON, "save_steps": 6}
+    changes = {"max_steps": max_steps, "global_batch_size": 128, "eval_steps": 12, **COMMON, "save_steps": 6, **others}
     config = process_runs.stage2_config(folder, **changes)
     config.model["attention_dropout"] = 0.1
     stage2.train(config)
@@ -57,14 +55,12 @@ def run_stage2(folder: Path) -> None:
 
 def run_stage1_longer(folder: Path) -> None:
     """Lengthens the run of `run_stage1`."""
-    with patch.dict(LENGTHS, stage1=20):
-        run_stage1(folder)
+    run_stage1(folder, max_steps=20, allow_config_changes=True)
 
 
 def run_stage2_longer(folder: Path) -> None:
     """Lengthens the run of `run_stage2`."""
-    with patch.dict(LENGTHS, stage2=32):
-        run_stage2(folder)
+    run_stage2(folder, max_steps=32, allow_config_changes=True)
 
 
 def run_tokenize(folder: Path) -> None:

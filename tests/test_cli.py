@@ -108,13 +108,18 @@ def test_a_mistake_is_named_before_anything_heavy_is_imported(case, tmp_path):
 
 
 STAGES = {
-    "stage1_vqgan.train": (Stage1Config, train_tokenizer, ["digits/stage1", *WITH_TINY], "--data.dataset=./nowhere"),
+    "stage1_vqgan.train": (
+        Stage1Config,
+        train_tokenizer,
+        ["digits/stage1", *WITH_TINY, "--report_to=[tensorboard]"],
+        "--data.dataset=./nowhere",
+    ),
     "stage2_prior.tokenize": (Stage2Config, tokenize, ["digits/stage2", "--num_views=1"], "--data.dataset=./nowhere"),
     "stage2_prior.train": (
         Stage2Config,
         train_prior,
         [
-            *("digits/stage2", "--max_steps=2", "--warmup_steps=0", "--report_to=[]", "--num_views=2"),
+            *("digits/stage2", "--max_steps=2", "--warmup_steps=0", "--report_to=[tensorboard]", "--num_views=2"),
             "--data.augmentation={rotate: 10, translate: 0.06, scale: 0.1}",
         ],
         "--model.hidden_size=33",
@@ -123,7 +128,14 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_after_a_mistake_the_same_folder_can_be_used(tiny_runs, tmp_path, monkeypatch, stage):
+def test_after_a_mistake_the_same_folder_can_be_used_and_no_secret_is_written(tiny_runs, tmp_path, monkeypatch, stage):
+    secrets = {
+        "HF_TOKEN": f"hf_{'aB3' * 12}",
+        "HUGGING_FACE_HUB_TOKEN": f"hf_{'cD4' * 12}",
+        "WANDB_API_KEY": "eF5" * 13,
+    }
+    for name, secret in secrets.items():
+        monkeypatch.setenv(name, secret)
     monkeypatch.chdir(tmp_path)
     config_class, main, arguments, mistake = STAGES[stage]
     if config_class is Stage2Config:
@@ -133,3 +145,5 @@ def test_after_a_mistake_the_same_folder_can_be_used(tiny_runs, tmp_path, monkey
     with pytest.raises(SystemExit):
         run(config_class, main, "command", [*arguments, mistake])
     run(config_class, main, "command", arguments)
+    for path in filter(Path.is_file, tmp_path.rglob("*")):  # no file, not even a log of TensorBoard, holds a secret
+        assert not any(secret.encode() in path.read_bytes() for secret in secrets.values()), path

@@ -89,7 +89,7 @@ class SmallDisk:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [12])
+@pytest.mark.parametrize("steps", [6])
 @pytest.mark.parametrize("name", kill_runs.RUNS)
 def test_every_write_may_find_the_disk_full(name, steps, undisturbed, tmp_path):
     """Repeats a run on disks of growing size, so that the writes fail one after the other."""
@@ -124,9 +124,9 @@ def test_a_model_is_the_old_or_the_new_one_when_the_disk_is_full(name, undisturb
     assert old != new
     start, whole = used(undisturbed), used(longer / kill_runs.FOLDERS[name])
     codes = []
-    for step in range(8):
+    for step in range(4):
         folder, log = tmp_path / str(step), tmp_path / f"log_{step}.txt"
-        with SmallDisk(folder, start + 2**14 + whole * step // 8) as disk:
+        with SmallDisk(folder, start + 2**14 + whole * step // 4) as disk:
             shutil.copytree(undisturbed, folder, dirs_exist_ok=True)
             codes.append(kill_runs.run(changed, folder, log=log))
             assert codes[-1] in (0, 4), log.read_text()[-3000:]

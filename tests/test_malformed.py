@@ -41,8 +41,8 @@ COMMANDS = {
 CASES = {
     # ------------------------------------------------------------------ command line
     "no value": ("stage1", "--max_steps", {"max_steps": "no value given; write --max_steps VALUE"}),
-    "no key": ("stage1", "-- 3", {"": "'--' names no key; write --key 3"}),
-    "no key, with =": ("stage1", "--=3", {"": "'--=3' names no key; write --key 3"}),
+    "no key": ("stage1", "-- 3", {"": "'--' names no key; write --key VALUE"}),
+    "no key, with =": ("stage1", "--=3", {"": "'--=3' names no key; write --key VALUE"}),
     "two configs": ("stage1", "--seed 1 digits/stage2", {"": "'digits/stage2' follows no --key"}),
     "one dash": ("stage1", "-max_steps=3", {"": "'-max_steps=3' follows no --key"}),
     "value is not YAML": (
@@ -128,6 +128,56 @@ CASES = {
         "stage1",
         "--discriminator.learning_rate low",
         {"discriminator.learning_rate": "must be a number above 0 or null"},
+    ),
+    "true in a list of numbers": (
+        "stage1",
+        "--model.channel_multiplier [1,true] --model.attn_resolutions [true]",
+        {"model.channel_multiplier": "every entry is a number", "model.attn_resolutions": "every entry is a whole"},
+    ),
+    "number for text": ("stage1", "--output_dir 2024.10", {"output_dir": "received 2024.1; must be text"}),
+    "number as a key of a section": ("stage1", "--model '{1: 2}'", {"model": "the key 1; keys must be words"}),
+    "5,000 digits": ("stage1", "--max_steps " + "9" * 5000, {"max_steps": "a number of 5,000 digits"}),
+    "alias bomb": ("stage1", "$folder/bomb.yaml", {"": "more than 10,000 values"}),
+    "token": ("stage1", "--hub_token hf_x", {"hub_token": "log in with `hf auth login`, or set HF_TOKEN"}),
+    "terminal": ("stage1", "--output_dir \x1b[2J", {"output_dir": "a control character"}),
+    "absurd sizes": (
+        "stage1",
+        "--per_device_train_batch_size 2147483647 --num_sample_images 100000000 "
+        "--discriminator.base_channels 1000000000 --codebook.kmeans_init_batches 1000000000 "
+        "--data.augmentation.max_zoom 1e9 --gradient_accumulation_steps 1000000000",
+        {
+            "per_device_train_batch_size": "from 1 to 1048576",
+            "num_sample_images": "from 1 to 10000",
+            "discriminator.base_channels": "from 4 to 4096",
+            "codebook.kmeans_init_batches": "from 0 to 10000",
+            "data.augmentation.max_zoom": "from 1 to 16",
+            "gradient_accumulation_steps": "from 1 to 65536",
+        },
+    ),
+    "absurd image": (
+        "stage1",
+        "--model.image_size 1000000000",
+        {"model.image_size": "GiB for their pixels, but this machine has"},
+    ),
+    "absurd global batch": (
+        "stage2",
+        "--global_batch_size 2147483647",
+        {"global_batch_size": "gives a device more than 1048576 images"},
+    ),
+    "absurd sizes of stage 2": (
+        "stage2",
+        "--num_views 2147483647 --tokenize_batch_size 2147483647 --num_sample_images 2147483647 --lora.r 2147483647",
+        {
+            "num_views": "from 1 to 10000",
+            "tokenize_batch_size": "from 1 to 1048576",
+            "num_sample_images": "from 0 to 10000",
+            "lora.r": "from 0 to 8192",
+        },
+    ),
+    "absurd model": (
+        "stage2",
+        "--model='{model_type: qwen2, num_hidden_layers: 2147483647}'",  # its configuration lists all layers
+        {"model.num_hidden_layers": "received 2147483647; must be from 1 to 10000"},
     ),
     # ------------------------------------------------------------------ stage 1, across keys
     "resolution": ("stage1", "--model.image_size 18", {"model.image_size": "divisible by the downsampling factor 4"}),
@@ -271,7 +321,7 @@ CASES = {
     ),
     "heads": ("stage2", "--model.hidden_size 130", {"model.hidden_size": "multiple of the 4 attention heads"}),
     "key-value heads": ("stage2", "--model.num_key_value_heads 3", {"model.num_key_value_heads": "must divide"}),
-    "no heads": ("stage2", "--model.num_attention_heads 0", {"model.num_attention_heads": "must be at least 1"}),
+    "no heads": ("stage2", "--model.num_attention_heads 0", {"model.num_attention_heads": "must be from 1 to 65536"}),
     "activation": ("stage2", "--model.hidden_act relo", {"model.hidden_act": "did you mean 'relu'?"}),
     "gpt2": (
         "stage2",
@@ -305,6 +355,43 @@ CASES = {
             "training_arguments.tf23": "did you mean 'tf32'?",
             "training_arguments.adam_epsilon": "received 'small'; must be a number",
         },
+    ),
+    "training arguments of a wrong kind": (
+        "stage2",
+        "--training_arguments='{eval_accumulation_steps: 0, label_smoothing_factor: 3, log_level: x, label_names: [], "
+        'neftune_noise_alpha: -1, lr_scheduler_kwargs: x, torch_compile_mode: x, tf32: "no", adam_epsilon: true}\'',
+        {
+            "training_arguments.eval_accumulation_steps": "from 1 to",
+            "training_arguments.label_smoothing_factor": "below 1",
+            "training_arguments.log_level": "'passive'",
+            "training_arguments.label_names": "leave it out",
+            "training_arguments.neftune_noise_alpha": "from 0 up",
+            "training_arguments.lr_scheduler_kwargs": "a section",
+            "training_arguments.torch_compile_mode": "'reduce-overhead'",
+            "training_arguments.tf32": "true or false",
+            "training_arguments.adam_epsilon": "received true",
+        },
+    ),
+    "optimizer arguments": ("stage2", "--training_arguments.optim_args x", {"training_arguments": "refuses these"}),
+    "schedule arguments": (
+        "stage2",
+        "--training_arguments.lr_scheduler_kwargs '{x: 1}'",
+        {"training_arguments": "unexpected keyword argument 'x'"},
+    ),
+    "compiler": (
+        "stage2",
+        "--training_arguments.torch_compile_backend x",
+        {"training_arguments": "'X' is not a valid DynamoBackend"},
+    ),
+    "missing file of a library": (
+        "stage2",
+        "--training_arguments.accelerator_config ./no.json",
+        {"training_arguments": "No such file or directory: './no.json'"},
+    ),
+    "adapter": (
+        "stage2",
+        "--lora.r 8 --model_name_or_path x --lora.target_modules '\"((\"'",
+        {"lora.target_modules": "no regular expression"},
     ),
     "two precisions": (
         "stage2",
@@ -342,6 +429,11 @@ CASES = {
         "evaluate",
         "--prior_run ./no",
         {"": "no/train_results.json does not exist: that step has not finished"},
+    ),
+    "run whose results are damaged": (
+        "evaluate",
+        "--prior_run $folder/damaged",
+        {"": "damaged/train_results.json: train_runtime: received null; must be a number from 0 up"},
     ),
     "too many components": ("evaluate", "--num_components 999 --feature_size 2", {"num_components": "at most 4"}),
     "negative guidance": ("evaluate", "--guidance_scale -1", {"guidance_scale": "received -1"}),
@@ -399,6 +491,8 @@ FILES = {
     "repeated.yaml": b"output_dir: run\nmax_steps: x\ndiscriminator:\n  num_layers: 1\n  norm_type: batch\n"
     b"  num_layers: 2\n",
     "empty.yaml": b"",
+    "bomb.yaml": b"a0: &a0 [x]\n"
+    + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b"*a%d," % (n - 1) * 9) for n in range(1, 12)),
     "picture.yaml": b"\x89PNG\r\n\x1a\n\xff\xfe",
 }
 
@@ -410,6 +504,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_runs) -> Path:
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
     (folder / "nothing").mkdir()
+    (folder / "damaged").mkdir()
+    (folder / "damaged/train_results.json").write_text('{"global_step": 3}')
     shutil.copytree(tiny_runs.vqgan, folder / "other", ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
     other = VQGANModel.from_pretrained(folder / "other")
     other.get_parameter("quant_conv.bias").data += 1
@@ -457,6 +553,22 @@ LAUNCHES = {
     "float8 of the launcher": ({"MIXED_PRECISION": "fp8"}, "stage2", "--bf16 true", {"bf16": "precision fp8"}),
     "FSDP": ({"USE_FSDP": "true"}, "stage1", "", {"": "a moving average (ema_decay), which cannot be sharded"}),
     "DeepSpeed": ({"USE_DEEPSPEED": "true"}, "stage1", "", {"": "launched with DEEPSPEED"}),
+    "FSDP, in other words": ({"USE_FSDP": "1"}, "stage1", "", {"": "launched with FSDP"}),
+    "no number of processes": (
+        {"WORLD_SIZE": "many"},
+        "stage1",
+        "",
+        {"": "WORLD_SIZE='many'; must be a number from 1"},
+    ),
+    "zero processes": ({"WORLD_SIZE": "0"}, "stage2", "--global_batch_size 64", {"": "WORLD_SIZE='0'; must be"}),
+    "no switch": ({"ACCELERATE_USE_CPU": "maybe"}, "stage2", "", {"": "ACCELERATE_USE_CPU='maybe'; must be true or"}),
+    "no port": ({"MASTER_PORT": "x\n"}, "stage1", "", {"": r"MASTER_PORT='x\n'; must be a number"}),
+    "accumulation of the launcher": (
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+        "stage1",
+        "--gradient_accumulation_steps 2",
+        {"gradient_accumulation_steps": "says '4'; leave it out there"},
+    ),
     "processes": (
         {"WORLD_SIZE": "3"},
         "stage2",
@@ -474,11 +586,12 @@ def load(command, arguments=""):
 
 @pytest.fixture
 def launched(monkeypatch):
-    def launched(MIXED_PRECISION="no", USE_FSDP=None, USE_DEEPSPEED=None, WORLD_SIZE="1"):
+    def launched(MIXED_PRECISION="no", USE_FSDP=None, USE_DEEPSPEED=None, WORLD_SIZE="1", **others):
         values = {"MIXED_PRECISION": MIXED_PRECISION, "USE_FSDP": USE_FSDP, "USE_DEEPSPEED": USE_DEEPSPEED}
         for name, value in values.items():
             monkeypatch.setitem(LAUNCHED_WITH, name, value)
-        monkeypatch.setenv("WORLD_SIZE", WORLD_SIZE)
+        for name, value in {"WORLD_SIZE": WORLD_SIZE, **others}.items():
+            monkeypatch.setenv(name, value)
 
     return launched
 

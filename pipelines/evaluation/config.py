@@ -1,10 +1,13 @@
 """Settings of an evaluation."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le
 
 from configs import Section
-from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat, worker_problems
 from stage1_vqgan import DataConfig
 
 
@@ -36,7 +39,7 @@ class EvaluationConfig(Section):
     samples_per_class: Positive = 50
     guidance_scale: NonNegativeFloat = 1.5
     seed: NonNegative = 0
-    feature_size: Positive = 8
+    feature_size: Annotated[int, Ge(1), Le(4096)] = 8
     num_components: Positive = 24
     classifier: Literal["svc", "resnet"] = "svc"
     classifier_gamma: PositiveFloat = 0.02
@@ -48,3 +51,6 @@ class EvaluationConfig(Section):
     tokenizer_run: str | None = None
     code_store: str | None = None
     prior_run: str | None = None
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        yield from worker_problems(self)

@@ -1,7 +1,6 @@
 """The files of an evaluation: metrics.json, which also records the inputs, and the two pictures."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,9 @@ import torch
 from torch import Tensor
 
 from configs import ConfigError, Problem
+from configs.files import read_json
+from configs.sections import NonNegativeFloat
+from configs.values import read_value
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import image_grid
@@ -25,8 +27,11 @@ def saved_metrics(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None
     """The metrics saved in a folder; None if they were computed from other inputs, or a picture is missing."""
     if not all((folder / name).is_file() for name in (METRICS_NAME, SAMPLES_NAME, RECONSTRUCTIONS_NAME)):
         return None
-    metrics = json.loads((folder / METRICS_NAME).read_text())
-    return metrics if metrics["inputs"] == inputs else None
+    try:
+        metrics = read_json(folder / METRICS_NAME)
+    except ValueError:  # a damaged file is computed again
+        return None
+    return metrics if metrics.get("inputs") == inputs else None
 
 
 def save_pictures(config: EvaluationConfig, pipeline: VQGANPipeline, samples: Tensor, validation: Tensor) -> None:
@@ -79,4 +84,11 @@ def recorded_seconds(config: EvaluationConfig) -> dict[str, float]:
     ]
     if missing:
         raise ConfigError(missing, "recorded durations")
-    return {step: json.loads(path.read_text())[name] for step, (path, name) in named.items()}
+    return {step: _seconds(path, name) for step, (path, name) in named.items()}
+
+
+def _seconds(path: Path, name: str) -> float:
+    try:
+        return float(read_value(NonNegativeFloat, read_json(path).get(name), strict=True))
+    except ValueError as error:
+        raise ConfigError([Problem("", f"{path}: {name}: {error}; run that step to its end again")]) from error

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Interval
+from annotated_types import Interval
 
 from configs import ConfigError, Problem, Section
 from configs.sections import Fraction, Positive
@@ -27,7 +27,7 @@ class AugmentationConfig(Section):
         the four corners and the centre, and each crop is mirrored as well
     """
 
-    max_zoom: Annotated[float, Ge(1)] = 1.0
+    max_zoom: Annotated[float, Interval(ge=1, le=16)] = 1.0
     random_crop: bool = False
     horizontal_flip: bool = False
     rotate: Annotated[float, Interval(ge=0, le=180)] = 0.0

@@ -2,9 +2,11 @@
 
 import io
 import math
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from struct import unpack_from
 from typing import NamedTuple
@@ -18,6 +20,10 @@ from stage1_vqgan.image_processing_vqgan import convert_mode, orientation, to_pi
 
 # Markers of a JPEG: start of a frame (sequential, progressive) and of its pixels.
 START_OF_FRAME, START_OF_SCAN = (0xC0, 0xC2), 0xDA
+# A file may have this many bytes for each pixel of the largest allowed image: 16 bits, four channels.
+MAX_PIXEL_BYTES = 8
+# Pillow starts another program, Ghostscript, for these files.
+REFUSED_FORMATS = {"EPS"}
 # The other segments of a bare header (JFIF, comment, tables, restart interval), each with its minimum length in bytes.
 BARE_SEGMENTS = {0xE0: 16, 0xFE: 2, 0xDB: 67, 0xC4: 19, 0xDD: 4}
 
@@ -122,14 +128,32 @@ def _is_plain_jpeg(image: Image.Image, num_channels: int) -> bool:
 
 
 def read(content: bytes | str) -> bytes:
-    """The bytes of a file, given as bytes or as its path."""
-    return Path(content).read_bytes() if isinstance(content, str) else content
+    """The bytes of a file, given as bytes or as its path.
+
+    Raises:
+        UndecodableImage: the path is that of a device, a pipe or a folder, or the file is larger than any image.
+    """
+    if not isinstance(content, str):
+        return content
+    status, limit = Path(content).stat(), MAX_PIXEL_BYTES * (Image.MAX_IMAGE_PIXELS or math.inf)
+    if not stat.S_ISREG(status.st_mode):
+        raise UndecodableImage("this is not a file but a device, a pipe or a folder")
+    if status.st_size > limit:
+        raise UndecodableImage(f"the file has {status.st_size:,} bytes; allowed are {limit:,}")
+    return Path(content).read_bytes()
 
 
 def _open(content: bytes) -> Image.Image:
     if not content:
         raise UndecodableImage("the file is empty")
-    return Image.open(io.BytesIO(content))
+    return Image.open(io.BytesIO(content), formats=readable_formats())
+
+
+@cache
+def readable_formats() -> list[str]:
+    """The formats of Pillow that are read, the most common ones first."""
+    Image.init()
+    return [name for name in Image.ID if name in Image.OPEN and name not in REFUSED_FORMATS]
 
 
 @contextmanager
@@ -148,7 +172,10 @@ def _undecodable() -> Iterator[None]:
             f"decompression bomb: the file declares more pixels than the limit of {limit}"
         ) from error
     except UnidentifiedImageError as error:
-        raise UndecodableImage("the file is in no image format that Pillow knows") from error
+        refused = ", ".join(REFUSED_FORMATS)
+        raise UndecodableImage(
+            f"the file is in no image format that Pillow knows, or in one that is never read ({refused})"
+        ) from error
     except ValueError as error:
         raise UndecodableImage(_one_line(error)) from error
     except Exception as error:  # decoders raise exceptions of many types

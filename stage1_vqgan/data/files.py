@@ -17,6 +17,7 @@ from PIL import Image
 
 from configs import ConfigError
 from stage1_vqgan.data.config import DataConfig, data_problem
+from stage1_vqgan.data.decoding import readable_formats
 
 SPLIT_NAMES = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 ALLOWED = (
@@ -88,8 +89,8 @@ def class_folders(files: Sequence[Path], root: Path) -> list[str] | None:
 
 
 def _folder(root: Path, config: DataConfig) -> SourceFiles:
-    Image.init()
-    extensions = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+    formats = readable_formats()
+    extensions = {extension for extension, name in Image.registered_extensions().items() if name in formats}
     kinds: dict[str, list[Path]] = {"parquet": [], "tar": [], "images": [], "": []}
     for file in _files_below(root):
         extension = file.suffix.lower()

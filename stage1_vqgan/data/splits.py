@@ -1,5 +1,6 @@
 """Opens the splits of a source with `datasets`."""
 
+import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,10 @@ import numpy as np
 
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.files import ALLOWED, SourceFiles, class_folders
+from stage1_vqgan.data.tars import restrict_webdataset
+
+# A row group is read as a whole. A larger one than this, in bytes, may not be this many times as large as its file.
+LARGE_GROUP, MAX_RATIO = 2**26, 100
 
 
 class Split(NamedTuple):
@@ -41,10 +46,11 @@ def open_hub(config: DataConfig) -> dict[str, Split]:
     """
     import datasets
 
+    restrict_webdataset()
     try:
         splits = datasets.load_dataset(config.dataset, name=config.dataset_config_name, streaming=config.streaming)
     except Exception as error:  # datasets raises exceptions of many types for a source that it cannot load
-        raise data_problem("dataset", f"{config.dataset!r} cannot be loaded: {_reason(error)} ({ALLOWED})") from error
+        raise data_problem("dataset", f"{config.dataset!r} cannot be loaded: {reason(error)} ({ALLOWED})") from error
     _check_splits(config, splits)
     sizes = {name: len(split) if not config.streaming else _stated_size(split, name) for name, split in splits.items()}
     return {name: Split(split, sizes[name]) for name, split in splits.items()}
@@ -71,6 +77,7 @@ def _open_images(config: DataConfig, files: SourceFiles, wanted: Sequence[str]) 
 def _open_packed(config: DataConfig, kind: str, files: Sequence[Path]) -> Split:
     import datasets
 
+    restrict_webdataset()
     rows = _parquet_rows(config, files) if kind == "parquet" else None
     builder = "parquet" if kind == "parquet" else "webdataset"
     names = {"train": [str(file) for file in files]}
@@ -78,7 +85,7 @@ def _open_packed(config: DataConfig, kind: str, files: Sequence[Path]) -> Split:
         dataset = datasets.load_dataset(builder, data_files=names, split="train", streaming=config.streaming)
     except Exception as error:  # datasets raises exceptions of many types for files that it cannot load
         form = "" if kind == "parquet" else " (for every image, a tar holds the same files, such as 0001.jpg, 0001.cls)"
-        raise data_problem("dataset", f"{config.dataset!r} cannot be loaded{form}: {_reason(error)}") from error
+        raise data_problem("dataset", f"{config.dataset!r} cannot be loaded{form}: {reason(error)}") from error
     return Split(dataset, rows)
 
 
@@ -88,9 +95,15 @@ def _parquet_rows(config: DataConfig, files: Sequence[Path]) -> int:
     rows = 0
     for file in files:
         try:
-            rows += pyarrow.parquet.read_metadata(file).num_rows
+            metadata = pyarrow.parquet.read_metadata(file)
+            groups = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
         except Exception as error:
             raise data_problem("dataset", f"{file} is not a parquet file: {error}") from error
+        rows += metadata.num_rows
+        unpacked, size = max(groups, default=0), file.stat().st_size
+        if unpacked > max(LARGE_GROUP, MAX_RATIO * size):
+            message = f"{file} has {size:,} bytes, but a row group of it unpacks to {unpacked:,}"
+            raise data_problem("dataset", f"{message}; images hardly become smaller, so the file is not read")
     if not rows:
         raise data_problem("dataset", f"{config.dataset!r} has a split without images")
     return rows
@@ -108,6 +121,7 @@ def _check_splits(config: DataConfig, splits: Collection[str]) -> None:
             raise data_problem(field, f"received {name!r}; the dataset has {sorted(splits)}")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Type and text of an error of `datasets`, in one line."""
     cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}"
+    return f"{type(cause).__name__}: {textwrap.shorten(str(cause), 300)}"

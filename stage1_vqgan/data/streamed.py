@@ -10,7 +10,7 @@ import numpy as np
 from stage1_vqgan.data.columns import allowed_labels, encoded, find_columns, undecoded
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import EncodedImage
-from stage1_vqgan.data.splits import Split
+from stage1_vqgan.data.splits import Split, reason
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class ImageStream:
 
     def _items(self, files: Iterable[Any]) -> Iterator[tuple[EncodedImage, int | None]]:
         numbers = count()
-        for rows in chain.from_iterable(file.iter(batch_size=16) for file in files):
+        for rows in _batches(files):
             items = rows[self.image_column]
             labels = rows[self.label_column] if self.label_column is not None else [None] * len(items)
             for item, label, number in zip(items, labels, numbers, strict=False):
@@ -96,6 +96,18 @@ class ImageStream:
             message = f"the stream holds the label {label!r}; {allowed_labels(self.class_names)}"
             raise data_problem("label_column", message)
         return label
+
+
+def _batches(files: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Batches of rows.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    try:
+        yield from chain.from_iterable(file.iter(batch_size=16) for file in files)
+    except Exception as error:  # datasets raises exceptions of many types for damaged files
+        raise data_problem("dataset", f"a file of the stream cannot be read: {reason(error)}") from error
 
 
 def _shuffled(items: Iterable[T], buffer_size: int, rng: np.random.Generator) -> Iterator[T]:

@@ -1,6 +1,7 @@
 """Settings of stage 1, the training of a tokenizer."""
 
 import math
+import os
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
@@ -10,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from configs import Section, TrainingConfig, unknown_key
-from configs.sections import LAUNCHED_WITH, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from configs.machine import total_memory
+from configs.problems import shown
+from configs.sections import (
+    LAUNCHED_WITH,
+    MOST_PICTURES,
+    SWITCHED_ON,
+    NonNegative,
+    NonNegativeFloat,
+    PositiveFloat,
+    launched_processes,
+)
 from configs.values import read_value
 from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.data.config import DataConfig
@@ -85,7 +96,7 @@ class DiscriminatorConfig(Section):
     learning_rate: peak learning rate; by default the generator's
     """
 
-    base_channels: Annotated[int, Ge(4)] = 64
+    base_channels: Annotated[int, Ge(4), Le(4096)] = 64
     num_layers: Annotated[int, Ge(1), Le(8)] = 3
     norm_type: NormType = "batch"
     learning_rate: PositiveFloat | None = None
@@ -99,7 +110,7 @@ class CodebookConfig(Section):
     restart_interval: steps between restarts, which move unused codes onto random latents; 0 never restarts
     """
 
-    kmeans_init_batches: NonNegative = 8
+    kmeans_init_batches: Annotated[int, Ge(0), Le(10_000)] = 8
     restart_interval: NonNegative = 100
 
 
@@ -128,7 +139,7 @@ class Stage1Config(TrainingConfig):
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     channels_last: bool = True
     torch_compile: bool = False
-    num_sample_images: Positive = 8
+    num_sample_images: Annotated[int, Ge(1), MOST_PICTURES] = 8
 
     def vqgan_config(self) -> "VQGANConfig":
         """The configuration of the model to train."""
@@ -170,9 +181,13 @@ class Stage1Config(TrainingConfig):
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         yield from super().problems()
         for name in ("FSDP", "DEEPSPEED"):
-            if LAUNCHED_WITH[f"USE_{name}"] == "true":
+            if (LAUNCHED_WITH[f"USE_{name}"] or "").lower() in SWITCHED_ON:
                 reason = "it trains two models and a moving average (ema_decay), which cannot be sharded"
                 yield "", None, f"stage 1 was launched with {name}, but {reason}; use accelerate launch --multi_gpu"
+        steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(self.gradient_accumulation_steps))
+        if steps != str(self.gradient_accumulation_steps):
+            allowed = f"accelerate launch, or its config file, says {shown(steps)}; leave it out there"
+            yield "gradient_accumulation_steps", self.gradient_accumulation_steps, allowed
         loss, norm_type = self.loss, self.discriminator.norm_type
         if loss.adversarial_weight and norm_type == "batch" and (loss.gradient_penalty_weight or loss.r1_weight):
             allowed = (
@@ -191,6 +206,8 @@ class Stage1Config(TrainingConfig):
             return
         if model.in_channels not in (1, 3):
             yield "model.in_channels", model.in_channels, "images have 1 channel (gray) or 3 (RGB)"
+        if "model.image_size" not in {key for key, _, _ in wrong}:
+            yield from self._memory_problems(model)
         names = {key.removeprefix("model.") for key, _, _ in wrong}
         for name, value, allowed in model.architecture_problems():
             if not any(re.search(rf"\b{other}\b", f"{name} {allowed}") for other in names):
@@ -226,6 +243,18 @@ class Stage1Config(TrainingConfig):
             most = max((layers for layers in range(9) if logit_grid_size(size, layers) >= 1), default=0)
             allowed = f"images of {size} pixels (model.image_size) allow at most {most}"
             yield "discriminator.num_layers", self.discriminator.num_layers, allowed
+
+    def _memory_problems(self, model: VQGANArchitecture) -> Iterable[tuple[str, Any, str]]:
+        """The problem of a batch whose pixels alone are larger than the machine's memory.
+
+        A pixel has 4 bytes in float32. Each worker holds three batches with 1 byte per pixel.
+        """
+        size, batch_size = model.image_size, self.device_batch_size(launched_processes())
+        needed = max(4, 3 * self.dataloader_num_workers) * batch_size * model.in_channels * size**2
+        if needed > (memory := total_memory()):
+            images = f"{batch_size:,} images of a batch need {needed / 2**30:,.0f} GiB for their pixels"
+            advice = f"this machine has {memory / 2**30:,.0f}; lower it or per_device_train_batch_size"
+            yield "model.image_size", size, f"{images}, but {advice}"
 
     def _model_fields(self) -> tuple[VQGANArchitecture, list[tuple[str, Any, str]]]:
         """The architecture, with defaults in place of values of a wrong type, and the problems of these values."""

@@ -8,10 +8,10 @@ from enum import Enum
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, get_args
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le, Lt
 
 from configs import Section, TrainingConfig, unknown_key
-from configs.sections import Fraction, NonNegative, Positive
+from configs.sections import MOST_PICTURES, BatchSize, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from configs.values import read_value
 from stage1_vqgan import AugmentationConfig, DataConfig
 
@@ -28,7 +28,9 @@ REFUSED_ARGUMENTS = {
     "eval_on_start",
     "greater_is_better",
     "ignore_data_skip",
+    "label_names",
     "load_best_model_at_end",
+    "local_rank",
     "metric_for_best_model",
     "num_train_epochs",
     "restore_callback_states_from_checkpoint",
@@ -38,18 +40,38 @@ REFUSED_ARGUMENTS = {
     "train_sampling_strategy",
 }
 
+# Types of arguments for which TrainingArguments states a wider type, and fails later.
+LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+NARROWER_TYPES = {
+    "activation_checkpointing_kwargs": dict[str, Any] | None,
+    "adam_epsilon": PositiveFloat,
+    "ddp_bucket_cap_mb": Positive | None,
+    "ddp_timeout": Positive,
+    "eval_accumulation_steps": Positive | None,
+    "eval_delay": NonNegativeFloat,
+    "gradient_checkpointing_kwargs": dict[str, Any] | None,
+    "label_smoothing_factor": Annotated[float, Ge(0), Lt(1)],
+    "log_level": LogLevel,
+    "log_level_replica": LogLevel,
+    "lr_scheduler_kwargs": dict[str, Any] | None,
+    "neftune_noise_alpha": NonNegativeFloat | None,
+    "torch_compile_mode": Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None,
+    "torch_empty_cache_steps": Positive | None,
+}
+
 # Fields that the code store determines.
 DERIVED_KEYS = {"vocab_size", "max_position_embeddings", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 # Sizes of a language model. An architecture with other names for them lists these names in its `attribute_map`.
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+# A size is at most the number beside it, far above any model: a configuration class makes a list of all layers.
+SIZES = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+}
 
 
 NO_PEFT = "peft is not installed: pip install 'tessella[lora]'"
@@ -65,7 +87,7 @@ class LoraConfig(Section):
     target_modules: modules with an adapter: "all-linear", a list of names, or a regular expression, as in peft
     """
 
-    r: NonNegative = 0
+    r: Annotated[int, Ge(0), Le(8192)] = 0
     alpha: Positive = 16
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     target_modules: str | list[str] = "all-linear"
@@ -73,8 +95,18 @@ class LoraConfig(Section):
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if self.r and find_spec("peft") is None:
             yield "r", self.r, NO_PEFT
+        if isinstance(self.target_modules, str) and not _is_pattern(self.target_modules):
+            yield "target_modules", self.target_modules, "this is no regular expression"
         if not self.r and self != LoraConfig():
             yield "r", self.r, "no adapter is trained; set it (8 is usual), or leave the other keys of lora out"
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 @dataclass(kw_only=True)
@@ -102,15 +134,15 @@ class Stage2Config(TrainingConfig):
     tokenizer: str
     data: DataConfig
     code_store: str
-    num_views: Positive = 1
-    tokenize_batch_size: Positive = 128
+    num_views: Annotated[int, Ge(1), Le(10_000)] = 1
+    tokenize_batch_size: BatchSize = 128
     model_name_or_path: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig = field(default_factory=LoraConfig)
     condition_dropout: Fraction = 0.1
     keep_best: bool = True
     early_stopping_patience: NonNegative = 0
-    num_sample_images: NonNegative = 40
+    num_sample_images: Annotated[int, Ge(0), MOST_PICTURES] = 40
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -149,7 +181,7 @@ class Stage2Config(TrainingConfig):
             elif name not in types:
                 yield key, None, unknown_key(name, types)
             else:
-                yield from wrong_value(key, types[name], value)
+                yield from wrong_value(key, NARROWER_TYPES.get(name, types[name]), value)
 
     def _model_problems(self) -> Iterable[tuple[str, Any, str]]:
         from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -200,14 +232,18 @@ class Stage2Config(TrainingConfig):
         defaults = {field.name: field.default for field in fields(config_class)}  # type: ignore[arg-type]
         given = {name: settings[field] for name, field in names.items() if field in settings}
         sizes = {name: given[name][1] if name in given else defaults.get(field) for name, field in names.items()}
-        too_small = [(key, value) for key, value in given.values() if isinstance(value, int) and value < 1]
-        for key, value in too_small:
-            yield f"model.{key}", value, "must be at least 1"
+        absurd = [
+            (key, value, SIZES[name])
+            for name, (key, value) in given.items()
+            if isinstance(value, int) and not 1 <= value <= SIZES[name]
+        ]
+        for key, value, most in absurd:
+            yield f"model.{key}", value, f"must be from 1 to {most}"
         for name in settings.keys() & {"hidden_act", "activation_function"}:
             key, value = settings[name]
             if value not in ACT2FN:
                 yield f"model.{key}", value, unknown_key(value, ACT2FN).replace("key", "activation")
-        if too_small:
+        if absurd:
             return
         width, heads, groups = (sizes[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
         if isinstance(width, int) and isinstance(heads, int) and sizes["head_dim"] is None and width % heads:
@@ -225,7 +261,7 @@ def wrong_value(key: str, hint: Any, value: Any) -> Iterable[tuple[str, Any, str
     if enums:  # Their hints also allow `str`, but only the values of the Enum work.
         hint = Literal[tuple(member.value for kind in enums for member in kind)]
     try:
-        read_value(hint, value, strict=not isinstance(value, str))
+        read_value(hint, value, strict=True)
     except ValueError as error:
         yield key, None, str(error)
     except (NameError, PydanticUserError):

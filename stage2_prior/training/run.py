@@ -1,19 +1,16 @@
 """A training run of stage 2, from its configuration to the saved prior."""
 
 import logging
-import os
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from configs import ConfigError, Problem, TrainingConfig, check
+from configs import ConfigError, Problem, check
 from configs.checksums import Damaged
 from configs.files import read_json
 from configs.interruption import StopRequest
@@ -23,7 +20,9 @@ from configs.states import refuse_pickles
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset
+from stage2_prior.export import export_prior
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
+from stage2_prior.training.arguments import training_arguments
 from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
 from stage2_prior.training.checkpointing import read_trainer_state
 from stage2_prior.training.config import Stage2Config
@@ -41,18 +40,6 @@ from stage2_prior.training.trainer import PriorTrainer, bits_per_pixel
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
 
 logger = logging.getLogger(__name__)
-
-# Our keys that Trainer does not get: this project resumes, removes old checkpoints and uploads without Trainer.
-OWN_KEYS = {
-    "global_batch_size",
-    "resume_from_checkpoint",
-    "allow_config_changes",
-    "ema_decay",
-    "save_total_limit",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private_repo",
-}
 
 
 class RunCallback(TrainerCallback):
@@ -81,30 +68,6 @@ class RunCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def training_arguments(config: Stage2Config) -> TrainingArguments:
-    """TrainingArguments from our keys of the same names, and from the `training_arguments` section.
-
-    Raises:
-        ConfigError: transformers refuses a setting.
-    """
-    shared = {field.name: getattr(config, field.name) for field in fields(TrainingConfig) if field.name not in OWN_KEYS}
-    defaults = {
-        "ddp_find_unused_parameters": False,  # every parameter takes part in every step
-        "eval_strategy": "steps",
-        "prediction_loss_only": True,
-        "save_strategy": "steps",
-        "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
-        # Trainer would take a GPU even if accelerate was launched with --cpu
-        "use_cpu": parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
-    }
-    defaults["per_device_train_batch_size"] = config.device_batch_size(int(os.environ.get("WORLD_SIZE", "1")))
-    try:
-        return TrainingArguments(**{**shared, **defaults, **config.training_arguments})
-    except (ImportError, KeyError, TypeError, ValueError) as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" …")
-        raise ConfigError([Problem("training_arguments", f"transformers refuses these settings: {reason}")]) from error
-
-
 def train(config: Stage2Config) -> PreTrainedModel:
     """Trains a prior, or resumes an interrupted run, and saves the prior in `config.output_dir`.
 
@@ -120,7 +83,7 @@ def train(config: Stage2Config) -> PreTrainedModel:
     config = check(config)
     store, layout = open_codes(config)
     arguments = training_arguments(config)
-    with RunFolder(config, arguments.process_index == 0) as run, StopRequest() as request:
+    with RunFolder(config, arguments.process_index == 0, export_prior) as run, StopRequest() as request:
         check_run(config, layout)
         if run.report_if_finished():
             return load_prior(config.output_dir)
@@ -202,7 +165,7 @@ class Training:
         if not self.config.allow_config_changes:
             raise Damaged(f"{path}: this file is missing; if the run was started without it, {ALLOW}")
         if self.trainer.is_world_process_zero():
-            logger.warning("%s does not exist: it is new from this step on", path)
+            logger.warning("%s does not exist: the run begins a new one at this step", path)
 
     def steps(self) -> None:
         """Runs the remaining steps, and evaluates after the last one.

@@ -3,14 +3,16 @@
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 
 import configs
 from configs import ConfigError, Section, load_config, parse_arguments, run, save_config, to_dict
+from configs.problems import Problem
 from configs.sections import Positive, PositiveFloat
+from configs.values import read_value
 from configs.yaml_files import preset_names, read_yaml
 
 SHIPPED = sorted(path for path in Path(configs.__file__).parent.glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -112,6 +114,73 @@ def test_all_problems_at_once_with_the_nearest_key():
 @pytest.mark.parametrize("value", [-1, 0, float("nan"), float("inf"), None, [0.1]])
 def test_out_of_range_or_of_the_wrong_type(value):
     assert set(problems(Toy, overrides={"steps": 1, "rate": value})) == {"rate"}
+
+
+@pytest.mark.parametrize(
+    "hint, value",
+    [
+        (int, True),
+        (float, True),
+        (list[int], [2, True]),
+        (list[float], [0.5, False]),
+        (tuple[float, ...], [True]),
+        (dict[str, float], {"x": True}),
+        (list[list[int]], [[1], [True]]),
+        (int | None, True),
+        (str, True),
+        (str, 2024.1),  # written as 2024.10
+    ],
+)
+def test_a_value_of_another_kind_is_not_converted(hint, value):
+    with pytest.raises(ValueError, match=r"received .* must be"):
+        read_value(hint, value)
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (2**63, "must be a finite number from -9223372036854775807"),
+        pytest.param(10**5000, "received a int that is too long to show; must be a finite number", id="digits"),
+        (float("nan"), "received nan; must be a finite number"),
+        (1e39, "received 1e\\+39; must be a finite number"),
+        ("a\x1b[2J", r"received 'a\\x1b\[2J'; must be printable text"),
+        ("a\nb", r"received 'a\\nb'; must be printable text"),
+        (object(), "must be text, a number, true, false or null"),
+        (torch.zeros(2), "must be text, a number, true, false or null"),
+        ({1}, "must be text, a number, true, false or null"),
+    ],
+)
+def test_values_for_a_library_are_plain(value, words):
+    """A section whose keys are those of a library takes any value, at any depth, but none that YAML cannot hold."""
+    for section in ({"x": value}, {"x": [1, {"y": value}]}):
+        with pytest.raises(ValueError, match=words):
+            read_value(dict[str, Any], section)
+
+
+def test_sections_made_in_python_have_words_as_keys_and_an_end():
+    endless: dict[str, Any] = {}
+    endless["again"] = endless
+    for model, words in [
+        ({1: 2}, "model: received the key 1"),
+        (endless, "nested too deeply"),
+        ({"a": {None: 1}}, "null"),
+    ]:
+        from stage2_prior import Stage2Config
+
+        with pytest.raises(ConfigError, match=words):
+            load_config(Stage2Config, "digits/stage2", {"model": model})
+
+
+def test_a_message_is_cut_and_shows_no_control_characters():
+    long, hostile = "x" * 100_000, "\x1b[31m\r\u202e\0"
+    for key, message in [(long, "a"), ("a", long), (hostile, hostile), ("a.b" * 999, "c"), ("a\nb", "c")]:
+        text = str(Problem(key, message))
+        assert len(text) <= 1200 and text.isprintable()
+    assert str(ConfigError([Problem("a", "b")], f"{hostile}\n{long}")).count("\n") == 1
+    text = str(ConfigError([Problem(str(number), "x") for number in range(1000)]))
+    assert text.count("\n") == 21 and text.endswith("and 980 more")
+    found = problems(Toy, None, {"steps": list(range(10_000)), long: 1, "inner": {"names": [[long]]}, "label": hostile})
+    assert all(len(message) < 200 for message in found.values())
 
 
 def test_fields_are_checked_against_each_other():

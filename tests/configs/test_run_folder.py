@@ -11,6 +11,7 @@ import pytest
 
 from configs import ConfigError, Section, load_config, run_folder
 from configs.checkpoints import unfinished_path
+from configs.folder_lock import OWNER_NAME
 from configs.run_folder import CONFIG_NAME, FREE_KEYS, LOG_NAME, RunFolder
 
 
@@ -98,7 +99,9 @@ def test_a_run_resumes_and_finishes(config):
 
 def test_the_main_process_reports_a_finished_run_and_uploads_it(config, monkeypatch, capsys):
     uploads = []
-    monkeypatch.setattr(run_folder, "push_run", lambda config: uploads.append(config.hub_model_id) or "hub/me/run")
+    monkeypatch.setattr(
+        run_folder, "push_run", lambda config, export: uploads.append(config.hub_model_id) or "hub/me/run"
+    )
     pushed = replace(config, push_to_hub=True, hub_model_id="me/run")
     with RunFolder(config) as run:
         assert not run.report_if_finished()
@@ -209,6 +212,98 @@ def test_the_log_is_cut_back_to_the_checkpoint(config):
         assert run.begin(1).step == 10
         run.log(11, {})
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [5, 10, 11]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"3",
+        b"null",
+        b"[1]",
+        b"{}",
+        b'{"step": "5"}',
+        b'{"step": null}',
+        b"\xff\xfe",
+        b"[" * 5000,
+        b"",
+        b'{"step": 1e999}',
+    ],
+)
+def test_a_damaged_line_of_the_log_is_dropped(config, line):
+    start(config)
+    log = Path(config.output_dir) / LOG_NAME
+    log.write_bytes(log.read_bytes() + line + b"\n" + b'{"step": 8}\n')
+    with RunFolder(config) as run:
+        run.begin(1)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [5, 10, 8]
+
+
+# contents of config.yaml, words of the message
+DAMAGED_SETTINGS = {
+    "not YAML": (b"output_dir: [", "config.yaml: 1 problem\n  - not valid YAML"),
+    "not text": (b"\xff\xfe\x00", "config.yaml: 1 problem\n  - is not a text file"),
+    "a list": (b"- 1\n", "holds a list"),
+    "a bomb": (
+        b"a0: &a0 [x]\n" + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b"*a%d," % (n - 1) * 9) for n in range(1, 99)),
+        "more",
+    ),
+    "an object": (b"!!python/object/apply:os.system [id]", "a tag"),
+    "a number as key": (b"1: 2\n", "keys must be words"),
+    "a repeated key": (b"max_steps: 20\nmax_steps: 30\n", "is given twice"),
+    "a secret key": (
+        b"training_arguments: {hub_token: hunter2}\n",
+        "training_arguments.hub_token: a secret is saved here",
+    ),
+    "a secret": (
+        b"output_dir: hf_" + b"aB3dE5gH7j" * 4 + b"\n",
+        "output_dir: a secret is saved here; remove this line",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_SETTINGS)
+def test_damaged_settings_are_named(config, case):
+    data, words = DAMAGED_SETTINGS[case]
+    start(config)
+    (Path(config.output_dir) / CONFIG_NAME).write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        opened(config)
+    message = str(caught.value)
+    assert message.startswith(f"{config.output_dir}/{CONFIG_NAME}: 1 problem\n") and words in message
+    assert "hunter2" not in message and "hf_aB3" not in message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"{}", b'{"global_step": "20"}', b'{"global_step": true}', b'{"global_step": -1}', b"\xff"],
+)
+def test_damaged_results_are_named(config, data):
+    start(config)
+    path = Path(config.output_dir) / "train_results.json"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=f"output_dir: {path} is damaged .* remove it"):
+        opened(config)
+    path.unlink()
+    assert opened(config) is None  # as the message says
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b'{"pid": 3, "host": "\\u001b[31m", "since": "then"}'])
+def test_a_damaged_name_of_the_holder_is_passed_over(config, data):
+    with RunFolder(config):
+        (Path(config.output_dir) / OWNER_NAME).write_bytes(data)
+        with pytest.raises(ConfigError, match=r"is in use by (another process|process 3 on \\x1b\[31m since then)"):
+            RunFolder(config).__enter__()
+
+
+def test_differences_are_cut_and_redacted(config, caplog):
+    start(replace(config, model={"text": "a" * 5000, "list": list(range(5000))}))
+    changed = replace(config, model={"text": "b\x1b" * 5000, "list": []})
+    with pytest.raises(ConfigError) as caught:
+        opened(changed)
+    assert len(str(caught.value)) < 1500 and "\x1b" not in str(caught.value)
+    with caplog.at_level(logging.WARNING):
+        opened(replace(changed, allow_config_changes=True))
+    assert 100 < len(caplog.text) < 600 and "\x1b" not in caplog.text
 
 
 def test_another_number_of_processes_is_refused(config):

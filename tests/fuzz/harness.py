@@ -4,6 +4,7 @@ A case passes if it is refused with one of our errors, or gives the same numbers
 other exception, after SECONDS, above MEMORY, or if it executes or writes something.
 """
 
+import multiprocessing
 import os
 import pickle
 import random
@@ -118,6 +119,19 @@ def outcome(call: Callable[[], Any], refusals: tuple[type[BaseException], ...], 
             result = error
     assert not watch.found, watch.found
     return result
+
+
+def in_processes(check: Callable[..., None], numbers: range, *arguments: Any, chunk: int = 50) -> None:
+    """Calls `check(numbers, *arguments)`; chunks of a long range in a process each, so that a crash fails one test."""
+    if len(numbers) <= 2 * chunk:
+        check(numbers, *arguments)
+        return
+    for first in range(0, len(numbers), chunk):
+        part = numbers[first : first + chunk]
+        process = multiprocessing.get_context("spawn").Process(target=check, args=(part, *arguments))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, f"exit code {process.exitcode} in cases {part[0]} to {part[-1]}"
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:

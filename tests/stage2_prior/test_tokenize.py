@@ -17,6 +17,7 @@ import stage2_prior.tokenization
 from configs import ConfigError
 from stage1_vqgan import DataConfig, VQGANImageProcessor, VQGANModel, decode, load_images
 from stage2_prior import CodeStore
+from stage2_prior.shards import check_shard
 from stage2_prior.tokenization import _tokenize_split, tokenize
 from tests.devices import DEVICE, assert_same_codes
 from tests.image_files import picture, write_parquet
@@ -67,6 +68,10 @@ def test_rows_are_views_of_all_images(tiny_runs):
 def test_manifest_says_what_the_codes_are(tiny_runs):
     manifest = json.loads((tiny_runs.codes / "manifest.json").read_text())
     fingerprint = VQGANModel.from_pretrained(tiny_runs.vqgan).compute_fingerprint()
+    checksums = {name: manifest["splits"][name].pop("shard_checksums") for name in ("train", "validation")}
+    assert checksums == {
+        name: [check_shard(tiny_runs.codes / f"{name}-00000.arrow").checksum] for name in ("train", "validation")
+    }
     assert manifest["splits"] == {
         "train": {"images": 1437, "rows": 2874, "shard_rows": [2874], "skipped": []},
         "validation": {"images": 360, "rows": 360, "shard_rows": [360], "skipped": []},
@@ -238,7 +243,7 @@ def test_a_store_is_finished_after_an_interruption_anywhere(packed, monkeypatch)
 
         def cut(path, *args, written=written, stop=stop):
             if len(written) == stop:
-                path.with_suffix(".partial").write_bytes(b"half a shard")
+                path.with_name(f"{path.name}.partial").write_bytes(b"half a shard")
                 raise KeyboardInterrupt
             written.append(path)
             write(path, *args)

@@ -1,16 +1,20 @@
 """An interrupted run ends bit-identical to an undisturbed one; finished runs and other settings are recognised."""
 
 import json
+import re
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from configs import ConfigError, load_config
+from configs import ConfigError, check, load_config
 from configs.checkpoints import complete_checkpoints
 from stage1_vqgan import Stage1Config, VQGANImageProcessor, VQGANModel
-from stage1_vqgan.training.run import train
+from stage1_vqgan.training import checkpointing
+from stage1_vqgan.training.run import build_accelerator, train
+from stage1_vqgan.training.step import VQGANTrainer
 from tests.tiny import tensors
 
 
@@ -175,3 +179,52 @@ def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(straight, tmp_path):
     checkpoint = str(straight[0] / "checkpoint-6")
     with pytest.raises(ConfigError, match=r"max_steps|resume_from_checkpoint"):
         train(make_config(tmp_path / "shorter", max_steps=4, resume_from_checkpoint=checkpoint))
+
+
+@pytest.fixture(scope="module")
+def loading(straight, tmp_path_factory):
+    """A copy of a checkpoint, and a function that loads it into a run."""
+    folder = tmp_path_factory.mktemp("loading")
+    checkpoint = folder / "checkpoint-6"
+    shutil.copytree(straight[0] / checkpoint.name, checkpoint)
+    config = check(make_config(folder))
+    accelerator = build_accelerator(config)
+    trainer = VQGANTrainer(config, accelerator)
+    return checkpoint, lambda: checkpointing.load(checkpoint, accelerator, trainer)
+
+
+DAMAGES = {
+    "missing": lambda tensors, name: tensors.pop(name),
+    "of another shape": lambda tensors, name: tensors.update({name: torch.ones(3)}),
+    "not finite": lambda tensors, name: tensors.update({name: torch.full(tensors[name].shape, torch.inf)}),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["model", "average", "optimizer", "monitor", "discriminator", "discriminator_optimizer", "anchors"]
+)
+def test_damaged_entries_are_refused_by_name(loading, kind):
+    checkpoint, load = loading
+    file = checkpoint / f"{kind}.safetensors"
+    before = file.read_bytes()
+    for damage in DAMAGES.values():
+        tensors = safetensors.torch.load(before)
+        name = sorted(tensors)[-1]
+        damage(tensors, name)
+        save_file(tensors, file)
+        with pytest.raises(ConfigError, match=re.escape(f"{file}: {name}: ")):
+            load()
+    file.unlink()
+    with pytest.raises(ConfigError, match=re.escape(f"{file}: this file is missing")):
+        load()
+    file.write_bytes(before)
+
+
+def test_a_missing_description_of_an_optimizer_is_refused(loading):
+    checkpoint, load = loading
+    file = checkpoint / "discriminator_optimizer.json"
+    before = file.read_bytes()
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"discriminator_optimizer\.json: this file is missing"):
+        load()
+    file.write_bytes(before)

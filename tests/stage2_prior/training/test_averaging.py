@@ -1,12 +1,14 @@
 """The moving average of the weights: its values, its use in evaluation, and that it does not change the training."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from configs import ConfigError, load_config
@@ -96,11 +98,68 @@ def test_a_resumed_run_has_the_same_average(straight, make_config):
         assert (run / name).read_bytes() == (resumed / name).read_bytes(), name
 
 
-def test_averaging_may_begin_with_a_run_under_way(make_config):
+@pytest.fixture
+def no_collection(monkeypatch):
+    """Without the garbage collection at the start of every run, which takes a second."""
+    monkeypatch.setattr(Accelerator, "free_memory", lambda accelerator, *objects: list(objects))
+
+
+CHANGES = {
+    "missing": lambda tensors, name: tensors.pop(name),
+    "of another shape": lambda tensors, name: tensors.update({name: torch.ones(3)}),
+    "not finite": lambda tensors, name: tensors.update({name: torch.full_like(tensors[name], torch.inf)}),
+}
+
+
+@pytest.mark.parametrize("name", ["average", "optimizer", "model"])
+def test_missing_and_damaged_states_are_refused(straight, make_config, name, tmp_path, no_collection):
+    run, _ = straight
+    config = make_config("damaged", output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
+    file = tmp_path / "checkpoint-4" / f"{name}.safetensors"
+    for change in CHANGES.values():
+        tensors = load_file(run / "checkpoint-4" / file.name)
+        entry = sorted(tensors)[1]
+        change(tensors, entry)
+        save_file(tensors, file)
+        with pytest.raises(ConfigError, match=re.escape(f"{file}: {entry}: ")):
+            train(config)
+    file.unlink()
+    with pytest.raises(ConfigError, match=re.escape(f"{file}: this file is missing")):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("trainer_state.json", None),
+        ("trainer_state.json", "{"),
+        ("trainer_state.json", '{"global_step": 3, "stateful_callbacks": {}}'),
+        ("trainer_state.json", '{"global_step": 4, "stateful_callbacks": {}, "log_history": [{"step": "a"}]}'),
+        ("trainer_state.json", '{"global_step": 4, "other": 1}'),
+        ("optimizer.json", None),
+        ("optimizer.json", "[]"),
+        ("best/evaluation.json", None),
+        ("best/evaluation.json", '{"step": 3}'),
+    ],
+)
+def test_malformed_json_names_its_file(straight, make_config, name, content, tmp_path, no_collection):
+    run, _ = straight
+    config = make_config("damaged", output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / name).unlink()
+    if content is not None:
+        (tmp_path / "checkpoint-4" / name).write_text(content)
+    with pytest.raises(ConfigError, match=rf"resume_from_checkpoint: {re.escape(str(tmp_path))}.*{name}: "):
+        train(config)
+
+
+def test_averaging_may_begin_with_a_run_under_way(make_config, caplog):
     """The average starts with the weights of that step, as it does in a new run."""
     train(make_config("late", ema_decay=0, max_steps=2))
     config = make_config("late", max_steps=4, save_steps=1, allow_config_changes=True)
     train(config)
+    assert "checkpoint-2/average.safetensors does not exist: the run begins a new one" in caplog.text
     weights = [load_file(f"{config.output_dir}/checkpoint-{step}/model.safetensors") for step in (2, 3, 4)]
     average = weights[0]
     for decay, new in zip((3 / 12, 0.3), weights[1:], strict=True):

@@ -1,0 +1,27 @@
+"""What this machine has. A size beyond it is refused before the work begins."""
+
+import os
+import resource
+
+# Each worker process has this much memory of its own, and its parent opens this many files for it: measured 10 MiB, and
+# 4.4 files for each of the two loaders of a run.
+WORKER_MEMORY = 10 * 2**20
+WORKER_FILES = 10
+WORKERS_PER_CORE = 64  # no loader is faster with more, not even one that waits for a network
+
+
+def total_memory() -> int:
+    """Bytes of memory and swap."""
+    import psutil
+
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
+
+
+def most_workers() -> int:
+    """The largest number of worker processes that one loader can have."""
+    limits = [WORKERS_PER_CORE * (os.cpu_count() or 1), total_memory() // WORKER_MEMORY]
+    for kind, each in ((resource.RLIMIT_NOFILE, WORKER_FILES), (resource.RLIMIT_NPROC, 1)):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            limits.append(limit // each)
+    return min(limits)

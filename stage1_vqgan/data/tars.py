@@ -1,0 +1,52 @@
+"""What `datasets` may do with the files in a tar: decode texts and whole numbers, and read what is there, all of it."""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+# Extensions of labels. `datasets` would decode others too, among them torch, NumPy and msgpack files.
+DECODED = {"txt", "text", "transcript", "cls", "cls2", "index", "inx", "id"}
+BLOCK = tarfile.BLOCKSIZE
+
+
+@cache
+def restrict_webdataset() -> None:
+    """Restricts the webdataset reader of `datasets` in this process. All other files in a tar stay bytes.
+
+    Compressed files (`0001.png.gz`) stay bytes too, because they may unpack to any size.
+    """
+    from datasets.packaged_modules.webdataset import webdataset
+
+    reader: Any = webdataset.WebDataset
+    reader.DECODERS = {name: decode for name, decode in reader.DECODERS.items() if name in DECODED}
+    webdataset.EXTENSION_TO_COMPRESSION_FS_FILE_CLS = {}
+    read = reader._get_pipeline_from_tar.__func__
+    reader._get_pipeline_from_tar = classmethod(lambda cls, path, files: read(cls, path, _checked(path, files)))
+
+
+def _checked(path: str, files: Any) -> Iterator[tuple[str, Any]]:
+    """The files of a tar; those of a tar on this machine are compared with its size.
+
+    Raises:
+        ValueError: the tar is compressed, a file is larger than the tar, or the tar ends without an end mark. `tarfile`
+            takes a damaged header for the end, so the images after it would be missing.
+    """
+    size, file = os.path.getsize(path) if os.path.isfile(path) else None, None
+    for name, file in files:
+        if file.raw.fileobj.comptype != "tar":
+            raise ValueError(f"{path} is compressed; unpack it, because images hardly become smaller")
+        if size is not None and file.raw.size > size:
+            raise ValueError(f"{name} in {path} has {file.raw.size:,} bytes, more than the tar itself ({size:,})")
+        yield name, file
+    if size is not None and file is not None:
+        _require_end_mark(path, file.raw.fileobj.pos - BLOCK)
+
+
+def _require_end_mark(path: str, position: int) -> None:
+    """Raises a ValueError unless the last header that was read, at `position`, is a block of zeros."""
+    with open(path, "rb") as tar:
+        tar.seek(position)
+        if tar.read(BLOCK) != bytes(BLOCK):
+            raise ValueError(f"{path} is cut short, or the header at byte {position:,} is damaged")
