@@ -369,7 +369,7 @@ def _same(one: Any, two: Any) -> bool:
     return torch.equal(one, two) if isinstance(two, Tensor) else one == two
 
 
-@cases(short=48, long=400)
+@cases(short=32, long=400)
 def test_a_changed_folder_is_refused_or_gives_the_same_numbers(numbers, originals, expected, tmp_path):
     for number in numbers:
         case = make_case(number, originals, tmp_path / f"{number}")
