@@ -140,7 +140,7 @@ class PriorTrainer(Trainer):
 
     def _require_finite_moments(self) -> None:
         """Ends the run if a tensor of the optimizer's state is not finite. All processes must call this."""
-        states = [] if self.is_deepspeed_enabled else cast(Any, self.optimizer).state.values()
+        states = cast(Any, self.optimizer).state.values()
         moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
         finite = all(bool(local_part(value).isfinite().all()) for value in moments)
         if not self.accelerator.gather(torch.tensor([finite], device=self.args.device)).all():
