@@ -142,5 +142,5 @@ def in_our_words(where: str | Path) -> Iterator[None]:
     except (MemoryError, OSError):
         raise
     except Exception as error:
-        reason = textwrap.shorten(str(error).rpartition("Error: ")[2], 500, placeholder=" …") or type(error).__name__
+        reason = textwrap.shorten(str(error).rpartition("Error: ")[2], 800, placeholder=" …") or type(error).__name__
         raise ValueError(f"{where}: this cannot be loaded: {reason}") from error

@@ -110,7 +110,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         _reader().validate_json(json.dumps(manifest), strict=True)
         TokenLayout.from_dict(manifest["token_layout"])
     except ValidationError as error:
-        found = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        found = [
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        ]
         raise store_problem(*(f"{path}: {message}" for message in found), REPAIR) from error
     except ValueError as error:  # a layout has a line for each of its problems
         raise store_problem(*str(error).splitlines(), REPAIR) from error

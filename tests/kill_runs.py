@@ -224,7 +224,7 @@ def contents(name: str, folder: Path) -> dict[str, Any]:
         return {str(path.relative_to(made)): path.read_bytes() for path in paths}
     if name == "tokenize":
         manifest = json.loads((made / "manifest.json").read_text())
-        del manifest["seconds"]
+        del manifest["seconds"], manifest["xxh3_128"]
         return {"manifest": str(manifest), **{path.name: path.read_bytes() for path in sorted(made.glob("*.arrow"))}}
     checkpoint = complete_checkpoints(made)[-1].path
     found: dict[str, Any] = {"model": load_file(made / "model.safetensors")}

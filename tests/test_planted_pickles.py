@@ -3,7 +3,6 @@
 A stranger can write `complete.json` too, so it lists the planted files.
 """
 
-import json
 import pickle
 import shutil
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,7 +16,6 @@ from safetensors import SafetensorError
 
 from configs import ConfigError, load_config
 from configs.checkpoints import complete_checkpoints
-from configs.checksums import listing
 from configs.interruption import StopRequest
 from configs.loader import to_dict
 from configs.run_folder import RunFolder
@@ -28,6 +26,7 @@ from stage1_vqgan.training import run as stage1
 from stage2_prior import Stage2Config, TokenLayout, load_prior
 from stage2_prior.training import run as stage2
 from tests.fuzz.harness import planted_pickle
+from tests.resealing import reseal
 
 # Files that torch, accelerate, transformers, peft or DeepSpeed look for in a folder, and would unpickle.
 NAMES = [
@@ -91,7 +90,7 @@ class Trap:
         parents = [parent for parent in path.parents if not parent.exists()]
         self.plant(path)
         if folder / "complete.json" in before and name != "complete.json":
-            relist(folder)
+            reseal(folder)
         try:
             yield
         finally:
@@ -101,13 +100,6 @@ class Trap:
                 parent.rmdir()
             for file, content in before.items():
                 file.write_bytes(content)
-
-
-def relist(checkpoint: Path) -> None:
-    """Makes the marker list the files that are there now."""
-    marker = checkpoint / "complete.json"
-    others = [path for path in checkpoint.rglob("*") if path.is_file() and path != marker]
-    marker.write_text(json.dumps({**json.loads(marker.read_text()), "files": listing(others, checkpoint)}))
 
 
 @pytest.fixture

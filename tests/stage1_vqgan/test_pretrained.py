@@ -150,7 +150,7 @@ def test_the_image_processor_is_that_of_the_tokenizer(folder):
         change_config(folder, "preprocessor_config.json", image_size=16, num_channels=1)
         change_config(folder, "preprocessor_config.json", **{field: value})
         with pytest.raises(
-            ValueError, match=rf"preprocessor_config\.json: {field}: received .*, but the tokenizer has"
+            ValueError, match=rf"preprocessor_config\.json: .*{field}: received .*(but the tokenizer has|allowed is)"
         ):
             load_image_processor(folder, config)
     for damaged in ("", "[]", '{"self": 1}', '{"aspect_ratio": "no"}'):

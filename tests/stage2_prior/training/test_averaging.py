@@ -15,6 +15,7 @@ from configs import ConfigError, load_config
 from stage2_prior import Stage2Config
 from stage2_prior.training.averaging import FILE_NAME
 from stage2_prior.training.run import RunCallback, train
+from tests.resealing import reseal
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +123,11 @@ def test_missing_and_damaged_states_are_refused(straight, make_config, name, tmp
         entry = sorted(tensors)[1]
         change(tensors, entry)
         save_file(tensors, file)
+        reseal(file.parent)
         with pytest.raises(ConfigError, match=re.escape(f"{file}: {entry}: ")):
             train(config)
     file.unlink()
+    reseal(file.parent)
     with pytest.raises(ConfigError, match=re.escape(f"{file}: this file is missing")):
         train(config)
 
@@ -150,6 +153,7 @@ def test_malformed_json_names_its_file(straight, make_config, name, content, tmp
     (tmp_path / "checkpoint-4" / name).unlink()
     if content is not None:
         (tmp_path / "checkpoint-4" / name).write_text(content)
+    reseal(tmp_path / "checkpoint-4")
     with pytest.raises(ConfigError, match=rf"resume_from_checkpoint: {re.escape(str(tmp_path))}.*{name}: "):
         train(config)
 

@@ -9,10 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from configs import ConfigError
 from configs.checksums import Damaged
 from stage2_prior.training.checkpointing import load_states, load_weights, save_states, save_weights
-from stage2_prior.training.sharding import refuse_deepspeed
 from tests.devices import cpu_only
 
 pytestmark = cpu_only
@@ -89,9 +87,3 @@ def test_states_come_back(tmp_path, settings):
         )
         with pytest.raises(Damaged, match=r"optimizer\.json: states: received"):
             load_states(loaded, tmp_path)
-
-
-def test_deepspeed_does_not_unpickle_a_checkpoint(tmp_path):
-    refuse_deepspeed(SimpleNamespace(is_deepspeed_enabled=False), tmp_path)
-    with pytest.raises(ConfigError, match=r"resume_from_checkpoint: received .*; DeepSpeed resumes from pickles"):
-        refuse_deepspeed(SimpleNamespace(is_deepspeed_enabled=True), tmp_path)

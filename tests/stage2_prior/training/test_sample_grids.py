@@ -100,7 +100,7 @@ def test_another_tokenizer_is_refused(tiny_runs, tmp_path):
     folder = tmp_path / "vqgan"
     shutil.copytree(tiny_runs.vqgan, folder)
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(ConfigError, match=r"tokenizer: received .* preprocessor_config\.json is missing"):
+    with pytest.raises(ConfigError, match=r"tokenizer: received .* preprocessor_config\.json: this file is missing"):
         load_decoder(str(folder), layout)
 
 
