@@ -1,5 +1,6 @@
 """Fine-tuning from trained models, in both stages, called from Python."""
 
+import copy
 import shutil
 from dataclasses import replace
 
@@ -17,7 +18,14 @@ from stage2_prior.training.run import train as train_prior
 
 def tokenizer_config(tiny_runs, folder, **changes):
     path = str(tiny_runs.vqgan)
-    return replace(tiny_runs.stage1, output_dir=str(folder), model={}, model_name_or_path=path, max_steps=3, **changes)
+    return replace(
+        copy.deepcopy(tiny_runs.stage1),
+        output_dir=str(folder),
+        model={},
+        model_name_or_path=path,
+        max_steps=3,
+        **changes,
+    )
 
 
 def changed(before, after):
