@@ -43,6 +43,14 @@ def listing(paths: Iterable[Path], root: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def is_inside(name: str, root: Path) -> bool:
+    """Whether a name in a list of files stands for a file inside a folder, also after links to folders are followed."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0"):
+        return False
+    return (root / name).parent.resolve().is_relative_to(root.resolve())
+
+
 def verify_listing(files: Any, root: Path) -> None:
     """Compares the files of a folder with a `listing`.
 
@@ -53,7 +61,7 @@ def verify_listing(files: Any, root: Path) -> None:
         raise Damaged(f"{root}: received {files!r}; the list of its files must map names to sizes and checksums")
     for name, expected in files.items():
         path = root / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or set(name) & set("\\:"):
+        if not is_inside(name, root):
             raise Damaged(f"{root}: received {shown(name)}; the list of its files may name only files inside")
         if not path.is_file():
             raise Damaged(f"{path}: this file is missing")

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from configs.checksums import Damaged
 from configs.disk_space import DiskFull, naming_full_disk
 from configs.interruption import Diverged, Stopped, sigterm_raises
 from configs.loader import load_config, to_dict
@@ -101,7 +102,7 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
                 if refused is None:
                     raise
                 raise ConfigError([refused]) from error
-    except ConfigError as error:
+    except (ConfigError, Damaged) as error:
         _exit(error, 2)
     except DiskFull as error:
         _exit(f"the disk is full: {error.strerror}. {MAKE_SPACE}", error.exit_code)

@@ -15,9 +15,10 @@ from contextlib import contextmanager, suppress
 from os import rename, replace
 from pathlib import Path
 
-from configs.checksums import write_checksums
+from configs.checksums import Damaged, is_inside, write_checksums
 from configs.disk_space import naming_full_disk, require_space
 from configs.files import make_folder, new_file_mode, read_json, sync_folder, sync_tree, write_json
+from configs.problems import shown
 
 SAVING, SAVED, NAMES = ".saving", ".saved", "files.json"
 
@@ -91,13 +92,14 @@ def finish_interrupted(folder: str | Path) -> None:
     """Moves the files in `.saved` to their places, if the folder has one. Does nothing otherwise.
 
     Raises:
+        Damaged: files.json is malformed or names files outside the folder, which may come from a stranger.
         OSError: the files cannot be moved, for instance because the folder is read-only.
     """
     folder = Path(folder)
     saved = folder / SAVED
     if not (saved / NAMES).is_file():
         return
-    names = read_json(saved / NAMES)["files"]
+    names = _names(saved / NAMES, folder)
     parents = {(folder / name).parent for name in names}
     for parent in parents:
         parent.mkdir(parents=True, exist_ok=True)
@@ -110,3 +112,13 @@ def finish_interrupted(folder: str | Path) -> None:
     for parent in parents:
         sync_folder(parent)
     shutil.rmtree(saved, ignore_errors=True)
+
+
+def _names(path: Path, folder: Path) -> list[str]:
+    names = read_json(path).get("files")
+    if not isinstance(names, list):
+        raise Damaged(f"{path}: received {shown(names)}; must list the names of files; remove {path.parent}")
+    for name in names:
+        if not isinstance(name, str) or not is_inside(name, folder):
+            raise Damaged(f"{path}: received {shown(name)}; may name only files inside; remove {path.parent}")
+    return names

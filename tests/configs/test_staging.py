@@ -182,3 +182,18 @@ def test_changed_and_missing_files_are_named(tmp_path):
         verify_checksums(tmp_path / "prior")
     (tmp_path / "prior" / "checksums.json").unlink()
     verify_checksums(tmp_path / "prior")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "a/../../outside", "linked/outside", 5, "a\\b"])
+def test_a_strangers_folder_moves_no_file_outside(tmp_path, name):
+    """Loading completes an interrupted replacement, and the folder may come from a stranger."""
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    (folder / staging.SAVED).mkdir(parents=True)
+    (folder / "linked").symlink_to(tmp_path)
+    outside.write_text("mine")
+    (folder / staging.SAVED / "outside").write_text("stranger's")
+    named = str(outside) if name == "/outside" else name
+    write_json(folder / staging.SAVED / staging.NAMES, {"files": ["outside", named]})
+    with pytest.raises(Damaged, match=r"files\.json: received .*; may name only files inside; remove .*\.saved"):
+        finish_interrupted(folder)
+    assert outside.read_text() == "mine" and (folder / staging.SAVED / "outside").exists()
