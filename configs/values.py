@@ -39,7 +39,7 @@ def read_value(hint: Any, value: Any, strict: bool = False) -> Any:
     is_number_as_text = isinstance(value, float) and isinstance(result, str)  # 2024.10 would become "2024.1"
     if (is_blank or is_number_as_text) and hint is not Any:
         raise ValueError(_refusal(hint, value))
-    for leaf in _leaves(result):
+    for leaf in [*(leaf for leaf in leaves if type(leaf) in LARGEST), *_leaves(result)]:
         if allowed := _leaf_problem(leaf):
             raise ValueError(f"received {shown(leaf)}; {allowed}")
     return result

@@ -131,15 +131,16 @@ def require_device(device: Any, device_map: Any) -> torch.device | None:
 
 
 def require_loading(**values: Any) -> None:
-    """Refuses arguments of `VQGANPipeline.from_pretrained` of another type than in LOADING, or too long for a path.
+    """Refuses arguments of `VQGANPipeline.from_pretrained` of another type than in LOADING, or that no path can hold.
 
     Raises:
         ValueError: names the first such argument.
     """
     for name, value in values.items():
         instance(name, value, LOADING[name], " or ".join(kind.__name__ for kind in LOADING[name]))
-        if isinstance(value, str) and len(value) > LONGEST_TEXT:
-            raise ValueError(f"{name}: received {described(value)}; must have at most {LONGEST_TEXT} characters")
+        if isinstance(value, str) and (len(value) > LONGEST_TEXT or "\0" in value):
+            allowed = f"must have at most {LONGEST_TEXT} characters, and no NUL"
+            raise ValueError(f"{name}: received {described(value)}; {allowed}")
 
 
 def require_dtype(dtype: Any) -> None:

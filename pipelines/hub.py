@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, snapshot_download
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from configs.arguments import described
 from configs.checksums import CHECKSUMS_NAME, verify_checksums
 from configs.files import read_json, write_json
 from configs.hub import is_repo_id
@@ -155,7 +156,9 @@ def one_device(
     if device_map is None:
         return None if device is None else torch.device(device)
     if device is not None:
-        raise ValueError(f"device_map: received {device_map!r} and device={device!r}; pass only one of them")
+        raise ValueError(
+            f"device_map: received {described(device_map)} and device={described(device)}; pass only one of them"
+        )
     if device_map == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     named = device_map.values() if isinstance(device_map, dict) else [device_map]
@@ -163,7 +166,7 @@ def one_device(
         (only,) = {torch.device(name) for name in named}
     except (RuntimeError, TypeError, ValueError) as error:
         allowed = "'auto', a device, or a dictionary with one device, because both models must be on the same device"
-        raise ValueError(f"device_map: received {device_map!r}; allowed are {allowed}") from error
+        raise ValueError(f"device_map: received {described(device_map)}; allowed are {allowed}") from error
     return only
 
 

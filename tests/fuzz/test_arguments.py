@@ -159,8 +159,8 @@ def names(value: Any) -> Any:
 
 
 def path(value: Any) -> Any:
-    """A path, or another value, whose text is not too long."""
-    return value if len(str(value)) < 4096 else REFUSED
+    """A path, or another value, whose text is not too long and has no NUL."""
+    return value if len(str(value)) < 4096 and "\0" not in str(value) else REFUSED
 
 
 def constant(value: Any) -> Callable[[], Any]:
@@ -408,10 +408,10 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
                     "trust_remote_code": (bool,),
                     "attn_implementation": (str, type(None)),
                     "device": (type(None),),
-                    "device_map": (type(None),),
                 }.items()
             }
             | {
+                "device_map": Argument(constant(None), either(None, "auto")),
                 "dtype": Argument(constant(None), either(None, "auto")),
                 "pretrained_model_name_or_path": Argument(
                     constant("none"), lambda value: path(value) if isinstance(value, str | Path) else REFUSED
