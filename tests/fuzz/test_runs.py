@@ -19,6 +19,8 @@ def started(name, undisturbed, folder):
     for file in (folder / made).iterdir():
         if file.is_file() and file.name not in ("config.yaml", "metrics.jsonl", "token_layout.json"):
             file.unlink()
+    settings = folder / made / "config.yaml"
+    settings.write_text(settings.read_text().replace(str(undisturbed), str(folder)))
     return folder / made
 
 
@@ -91,4 +93,4 @@ def test_damaged_runs_end_as_undamaged_ones_or_are_refused(name, undisturbed, tm
             assert kill_runs.differences(name, undisturbed, folder) == [], (number, what)
         shutil.rmtree(folder)
     print(f"{name}: {counts[0]} ended as the undamaged run, {counts[2]} were refused")
-    assert min(counts.values())
+    assert counts[0] > 55 and counts[2]
