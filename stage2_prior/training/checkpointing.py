@@ -25,7 +25,7 @@ from configs.checkpoints import Checkpoint
 from configs.checksums import Damaged
 from configs.files import read_json
 from configs.optimizer_states import load_optimizer_state, optimizer_state
-from configs.run_folder import ALLOW
+from configs.resumed_settings import ALLOW
 from configs.states import (
     fill,
     read_state,
