@@ -18,7 +18,7 @@ from configs import ConfigError
 from stage1_vqgan import DataConfig, VQGANImageProcessor, VQGANModel, decode, load_images
 from stage2_prior import CodeStore
 from stage2_prior.shards import check_shard
-from stage2_prior.tokenization import tokenize_split, tokenize
+from stage2_prior.tokenization import tokenize, tokenize_split
 from tests.devices import DEVICE, assert_same_codes
 from tests.image_files import picture, write_parquet
 
