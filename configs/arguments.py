@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from configs.problems import cut
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
 
@@ -19,7 +21,7 @@ def described(value: Any) -> str:
         text = " ".join(_short.repr(value).split())
     except ValueError:  # Python writes no whole number of more than 4,300 digits
         text = f"{type(value).__name__} of very many digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return cut(text, 80)
 
 
 def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:

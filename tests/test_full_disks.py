@@ -40,7 +40,7 @@ def test_a_run_without_space_goes_on_when_there_is_space(name, largest, undistur
 def test_needed_and_free_space_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 3_000_000))
     require_space(tmp_path, 3_000_000, "the checkpoint of step 7")
-    with pytest.raises(DiskFull, match=rf"the checkpoint of step 7 needs 3\.10MB in {tmp_path}, and only 3\.00MB are"):
+    with pytest.raises(DiskFull, match=rf"the checkpoint of step 7 needs 3\.1 MB in {tmp_path}, and only 3\.0 MB are"):
         require_space(tmp_path, 3_100_000, "the checkpoint of step 7")
 
 

@@ -260,7 +260,7 @@ FAILURES = {
     "500": (http_error(HfHubHTTPError, 500), "refused by the server"),
     "offline": (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set"),
     "network": (ConnectionError("[Errno 111] Connection refused"), "Connection refused"),
-    "header": (RuntimeError(f"Illegal header value b'Bearer {TOKEN}\\n'"), "Illegal header value b'Bearer …"),
+    "header": (RuntimeError(f"Illegal header value b'Bearer {TOKEN}\\n'"), "Illegal header value b'Bearer ***"),
 }
 
 
