@@ -20,7 +20,7 @@ from configs.checkpoints import (
     unfinished_path,
 )
 from configs.disk_space import naming_full_disk, require_space
-from configs.files import read_json, write_json, write_text
+from configs.files import read_json, write_json, write_png, write_text
 from configs.folder_lock import locked_folder
 from configs.hub import push_run
 from configs.interruption import Diverged, Stopped
@@ -191,7 +191,7 @@ class RunFolder:
         """Saves a PIL image as `name/step_00001000.png`. Main process only."""
         folder = self.path / name
         folder.mkdir(exist_ok=True)
-        image.save(folder / f"step_{step:08d}.png")
+        write_png(folder / f"step_{step:08d}.png", image)
 
     def finish(self, step: int, results: dict[str, Any]) -> None:
         """Writes the results, which marks the run as finished; then uploads the model if `push_to_hub` is set.

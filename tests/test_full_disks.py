@@ -5,8 +5,10 @@ import shutil
 import subprocess
 
 import pytest
+from PIL import Image
 
 from configs.disk_space import DiskFull, is_disk_full, naming_full_disk, require_space
+from configs.files import write_png
 from tests import kill_runs
 
 GO_ON = "What was saved before is intact. Make space, then start the same command again: it goes on from there"
@@ -59,6 +61,21 @@ def test_errors_of_all_libraries_are_recognised(tmp_path, error):
     wrapped = ValueError("saving failed")
     wrapped.__cause__ = error
     assert is_disk_full(wrapped) and not is_disk_full(OSError(2, "No such file"))
+
+
+def test_a_picture_is_whole_or_absent(tmp_path):
+    path = tmp_path / "samples.png"
+    write_png(path, Image.new("L", (2, 2), 7))
+    before = path.read_bytes()
+
+    class Growing:
+        def save(self, file, format):
+            file.write(before[:9])
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(DiskFull, match=r"samples\.png could not be written"):
+        write_png(path, Growing())
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_full_shared_memory_is_no_full_disk(tmp_path):
