@@ -28,7 +28,7 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
     """A whole number from `least` to `most` as a Python integer; numpy's integers are whole numbers too.
 
     Raises:
-        ValueError: the value is no whole number, or outside the range.
+        ValueError: the value is not a whole number, or outside the range.
     """
     if is_number(value, Integral) and least <= value and (most is None or value <= most):
         return int(value)
@@ -40,7 +40,7 @@ def number(name: str, value: Any, holds: Callable[[float], bool], allowed: str) 
     """A finite number for which `holds` is true, as a Python float; `allowed` states it in words.
 
     Raises:
-        ValueError: the value is no number, not finite, or outside the range.
+        ValueError: the value is not a number, not finite, or outside the range.
     """
     if is_number(value, Real):
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs.problems import in_bytes
 
-# The disk, the quota or the limit of a file's size is reached; and how libraries not written in Python report it.
+# Numbers of the errors if the disk, the quota or the largest file is full, and how other libraries write them.
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WORDS = ("no space left on device", "disk quota exceeded", *(f"os error {number})" for number in NUMBERS))
 

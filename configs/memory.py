@@ -36,7 +36,7 @@ WORDS = ("out of memory", "not enough memory", "defaultcpuallocator", "alloc_fai
 
 
 def free_memory(device: "torch.device") -> int:
-    """Bytes that can still be allocated: on a CPU by this process, on a GPU by this one."""
+    """Bytes that this process can still allocate on a device."""
     if device.type != "cuda":
         return max(0, min(psutil.virtual_memory().available, *_limits()))
     import torch

@@ -24,7 +24,7 @@ PROJECT = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def library_timeout(seconds: int) -> timedelta:
-    """The timeout for torch's own collectives, whose message names no process: so late that ours comes first."""
+    """The timeout of torch's own collectives. Its message names no process, so it comes later than ours."""
     return timedelta(seconds=2 * seconds + 60)
 
 

@@ -36,7 +36,7 @@ def read_header(path: str | Path) -> dict[str, Stored]:
     except SafetensorError as error:
         reason = str(error).rpartition("header: ")[2]
         raise ValueError(
-            f"{path}: this weights file is damaged, or no safetensors file ({reason}); save or download it again"
+            f"{path}: this weights file is damaged, or is not a safetensors file ({reason}); save or download it again"
         ) from error
 
 

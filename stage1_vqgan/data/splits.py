@@ -11,7 +11,7 @@ from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.files import ALLOWED, SourceFiles, class_folders
 from stage1_vqgan.data.tars import restrict_webdataset
 
-# A row group is read as a whole. A larger one than this, in bytes, may not be this many times as large as its file.
+# A row group is read as a whole. Above LARGE_GROUP bytes, it may be at most MAX_RATIO times as large as its file.
 LARGE_GROUP, MAX_RATIO = 2**26, 100
 
 

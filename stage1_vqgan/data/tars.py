@@ -1,4 +1,4 @@
-"""What `datasets` may do with the files in a tar: decode texts and whole numbers, and read what is there, all of it."""
+"""How `datasets` reads a tar: it decodes only texts and whole numbers, and a damaged tar is refused."""
 
 import os
 import tarfile
