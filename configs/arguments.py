@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from configs.problems import cut
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
 
@@ -19,14 +21,14 @@ def described(value: Any) -> str:
         text = " ".join(_short.repr(value).split())
     except ValueError:  # Python writes no whole number of more than 4,300 digits
         text = f"{type(value).__name__} of very many digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return cut(text, 80)
 
 
 def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """A whole number from `least` to `most` as a Python integer; numpy's integers are whole numbers too.
 
     Raises:
-        ValueError: the value is no whole number, or outside the range.
+        ValueError: the value is not a whole number, or outside the range.
     """
     if is_number(value, Integral) and least <= value and (most is None or value <= most):
         return int(value)
@@ -38,7 +40,7 @@ def number(name: str, value: Any, holds: Callable[[float], bool], allowed: str) 
     """A finite number for which `holds` is true, as a Python float; `allowed` states it in words.
 
     Raises:
-        ValueError: the value is no number, not finite, or outside the range.
+        ValueError: the value is not a number, not finite, or outside the range.
     """
     if is_number(value, Real):
         try:

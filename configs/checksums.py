@@ -1,9 +1,10 @@
-"""Checksums of a folder's files: a damaged, missing or exchanged file is found before it is used.
+"""Checksums of files, and of JSON objects: what is damaged, missing or exchanged is found before it is used.
 
 They protect against damage and mixed-up files, not against a person who changes the files and the checksums.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +15,7 @@ from configs.files import read_json, write_json
 from configs.problems import shown
 
 CHECKSUMS_NAME = "checksums.json"
+SEAL = "xxh3_128"  # key of the checksum in a JSON object that carries its own
 CHECKED_SUFFIXES = {".json", ".safetensors"}
 
 # Files that were already read in this process, by path, inode, size and time of change.
@@ -105,3 +107,26 @@ def verify_checksums(folder: str | Path, needed: Iterable[str] = ()) -> None:
     except ValueError as error:
         advice = f"save or download the folder again; if you changed it on purpose, remove {folder / CHECKSUMS_NAME}"
         raise Damaged(f"{error} ({advice})") from error
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON values and, as the last key, their checksum."""
+    return {**values, SEAL: xxhash.xxh3_128_hexdigest(json.dumps(values).encode())}
+
+
+def unsealed(values: Any, source: Any) -> dict[str, Any]:
+    """Inverse of `sealed`, after JSON was written and read.
+
+    Args:
+        values: what was read.
+        source: names the file in messages.
+
+    Raises:
+        Damaged: the checksum is missing, or the values have changed.
+    """
+    if not isinstance(values, dict) or SEAL not in values:
+        raise Damaged(f"{source}: its checksum is missing; another program or an earlier version wrote this file")
+    rest = {name: value for name, value in values.items() if name != SEAL}
+    if sealed(rest) != values:
+        raise Damaged(f"{source}: the contents of this file have changed since it was written")
+    return rest

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# The disk, the quota or the limit of a file's size is reached; and how libraries not written in Python report it.
+from configs.problems import in_bytes
+
+# Numbers of the errors if the disk, the quota or the largest file is full, and how other libraries write them.
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WORDS = ("no space left on device", "disk quota exceeded", *(f"os error {number})" for number in NUMBERS))
 
@@ -36,7 +38,7 @@ def require_space(folder: str | Path, needed: int, what: str) -> None:
     """
     free = free_space(folder)
     if free < needed:
-        raise DiskFull(errno.ENOSPC, f"{what} needs {size(needed)} in {folder}, and only {size(free)} are free")
+        raise DiskFull(errno.ENOSPC, f"{what} needs {in_bytes(needed)} in {folder}, and only {in_bytes(free)} are free")
 
 
 def free_space(path: str | Path) -> int:
@@ -61,7 +63,7 @@ def naming_full_disk(folder: str | Path) -> Iterator[None]:
         if "/torch_" in str(error):
             raise DiskFull(errno.ENOSPC, SHARED_MEMORY) from error
         file = os.fspath(getattr(error, "filename", None) or folder)
-        raise DiskFull(errno.ENOSPC, f"{file} could not be written: {size(free_space(folder))} are free") from error
+        raise DiskFull(errno.ENOSPC, f"{file} could not be written: {in_bytes(free_space(folder))} are free") from error
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -74,10 +76,3 @@ def is_disk_full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-def size(count: int) -> str:
-    """A number of bytes in words, such as "1.50GB"."""
-    from tqdm import tqdm
-
-    return tqdm.format_sizeof(count, "B")

@@ -52,6 +52,12 @@ def write_json(path: str | Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
+def write_png(path: str | Path, image: Any) -> None:
+    """Writes a PIL image atomically, as PNG."""
+    with replacing(path) as file:
+        image.save(file, "PNG")
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
 

@@ -1,15 +1,14 @@
 """The Hugging Face Hub: valid repository names, and the upload of a finished run."""
 
 import tempfile
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from configs.disk_space import DiskFull, naming_full_disk
-from configs.problems import ConfigError, Problem
-from configs.uploads import check_upload, without_secrets
+from configs.problems import ConfigError, Problem, one_line
+from configs.uploads import check_upload
 
 # Files that an earlier upload may have left in the repository, and that must not mix with the files of this one.
 STALE = ("model*.safetensors*", "adapter_*", "checksums.json")
@@ -87,5 +86,4 @@ def _reason(error: Exception) -> str:
         return STATUS_ADVICE[401]
     if status in STATUS_ADVICE:
         return STATUS_ADVICE[status]
-    text = " ".join(without_secrets(str(error)).split()) or type(error).__name__
-    return textwrap.shorten(text, 300, placeholder=" …")
+    return one_line(error)

@@ -2,14 +2,13 @@
 
 import difflib
 import re
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from configs.files import write_text
-from configs.problems import ConfigError, Problem, cut, shown, unknown_key
+from configs.problems import ConfigError, Problem, cut, listed, shown, unknown_key
 from configs.secrets import ADVICE, secret_keys
 from configs.values import read_value
 from configs.yaml_files import DEEPEST, read_yaml, to_yaml
@@ -82,10 +81,8 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
     foreign = _foreign_keys(cls, values)
     if foreign:
         about = (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")
-        listed = textwrap.shorten(", ".join(foreign), 70, placeholder=" …")
-        problems.append(
-            Problem("", f"unknown keys {listed}: is this configuration for another command? This one is {about}")
-        )
+        question = "is this configuration for another command?"
+        problems.append(Problem("", f"unknown keys {listed(foreign, 4)}: {question} This one is {about}"))
         values = {key: value for key, value in values.items() if key not in foreign}
     config = _read_section(cls, values, "", problems)
     if foreign:  # Missing keys and broken rules follow from the wrong file.
@@ -168,10 +165,8 @@ def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems
         if is_dataclass(hint) and isinstance(hint, type):
             section = values.get(own_key, {})
             if not isinstance(section, Mapping):
-                listed = textwrap.shorten(", ".join(map(key_of, fields(hint))), 80, placeholder=" …")
-                problems.append(
-                    Problem(key, f"received {shown(section)}; must be a section with keys such as {listed}")
-                )
+                keys = listed([key_of(field) for field in fields(hint)])
+                problems.append(Problem(key, f"received {shown(section)}; must be a section with keys such as {keys}"))
                 good[name] = _read_section(hint, {}, f"{key}.", [])
             else:
                 good[name] = _read_section(hint, section, f"{key}.", problems)

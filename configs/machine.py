@@ -1,20 +1,15 @@
-"""What this machine has. A size beyond it is refused before the work begins."""
+"""How many worker processes this machine can run. More are refused before the work begins."""
 
 import os
 import resource
+
+from configs.memory import total_memory
 
 # Each worker process has this much memory of its own, and its parent opens this many files for it: measured 10 MiB, and
 # 4.4 files for each of the two loaders of a run.
 WORKER_MEMORY = 10 * 2**20
 WORKER_FILES = 10
 WORKERS_PER_CORE = 64  # no loader is faster with more, not even one that waits for a network
-
-
-def total_memory() -> int:
-    """Bytes of memory and swap."""
-    import psutil
-
-    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
 
 
 def most_workers() -> int:

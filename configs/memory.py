@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from configs.problems import in_bytes
+
 if TYPE_CHECKING:
     import torch
 
@@ -34,7 +36,7 @@ WORDS = ("out of memory", "not enough memory", "defaultcpuallocator", "alloc_fai
 
 
 def free_memory(device: "torch.device") -> int:
-    """Bytes that can still be allocated: on a CPU by this process, on a GPU by this one."""
+    """Bytes that this process can still allocate on a device."""
     if device.type != "cuda":
         return max(0, min(psutil.virtual_memory().available, *_limits()))
     import torch
@@ -51,12 +53,12 @@ def shortage(needed: int, device: "torch.device") -> str | None:
     free = free_memory(device) + (0 if device.type == "cuda" else psutil.swap_memory().free)
     if needed <= free:
         return None
-    return f"needs at least {gigabytes(needed)} of memory, but {gigabytes(free)} are free on {device.type}"
+    return f"needs at least {in_bytes(needed)} of memory, but {in_bytes(free)} are free on {device.type}"
 
 
-def gigabytes(count: int) -> str:
-    """A number of bytes in words."""
-    return f"{count / 10**9:,.1f} GB" if count < 10**21 else f"more than {10**12:,} GB"
+def total_memory() -> int:
+    """Bytes of memory and swap."""
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
 
 
 def _limits() -> Iterator[int]:

@@ -1,8 +1,7 @@
 """The problems of a configuration, in words."""
 
 import difflib
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,8 @@ from configs.secrets import redacted, redacted_value
 SHOWN_PROBLEMS = 20
 # No message of ours is longer, except with a long list or name in it.
 SHOWN_CHARACTERS = 1000
+# Names that a message lists of each kind.
+SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,29 @@ def cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def one_line(error: object, length: int = 300) -> str:
+    """What an error says, without secrets, in one line of at most `length` characters; its type, if it says nothing."""
+    return cut(" ".join(redacted(str(error)).split()) or type(error).__name__, length)
+
+
+def listed(names: Collection[str], most: int = SHOWN_NAMES) -> str:
+    """Names for a message: the first `most` of them, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes for a message, such as "1.5 GB"."""
+    if count >= 10**21:
+        return "more than a billion TB"
+    power = min((len(str(count)) - 1) // 3, 4)
+    return f"{count / 1000**power:,.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
 def unknown_key(key: str, allowed: Iterable[str]) -> str:
     """The message for an unknown key: the nearest known key, or all of them."""
     allowed = sorted(allowed)
     nearest = difflib.get_close_matches(str(key), allowed, n=1)
     if nearest:
         return f"unknown key; did you mean '{nearest[0]}'?"
-    return f"unknown key; allowed: {textwrap.shorten(', '.join(allowed), 130, placeholder=' …')}"
+    return f"unknown key; allowed: {listed(allowed, 10)}"

@@ -5,7 +5,6 @@ The messages that both stages share are here too: the run is finished, it was st
 
 import contextlib
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,43 +20,21 @@ from configs.checkpoints import (
     unfinished_path,
 )
 from configs.disk_space import naming_full_disk, require_space
-from configs.files import read_json, write_json, write_text
+from configs.files import read_json, write_json, write_png, write_text
 from configs.folder_lock import locked_folder
 from configs.hub import push_run
 from configs.interruption import Diverged, Stopped
-from configs.loader import save_config, to_dict
-from configs.problems import ConfigError, Problem, shown
-from configs.secrets import secret_keys
+from configs.loader import save_config
+from configs.problems import ConfigError, Problem
+from configs.resumed_settings import ALLOW, require_same_settings
 from configs.sections import NonNegative
 from configs.staging import SAVING, finish_interrupted, replaced_files
 from configs.uploads import copy_run
 from configs.values import read_value
-from configs.yaml_files import read_yaml
 
 CONFIG_NAME = "config.yaml"
 RESULTS_NAME = "train_results.json"
 LOG_NAME = "metrics.jsonl"
-ALLOW = "give --allow_config_changes true"
-
-# Keys that may change when a run resumes, because they do not influence the trained weights.
-FREE_KEYS = {
-    "data.max_skipped_fraction",
-    "output_dir",
-    "logging_steps",
-    "num_sample_images",
-    "save_steps",
-    "save_total_limit",
-    "resume_from_checkpoint",
-    "allow_config_changes",
-    "dataloader_num_workers",
-    "ddp_timeout",
-    "report_to",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private_repo",
-}
-
-logger = logging.getLogger(__name__)
 
 
 def holds_work(folder: str | Path) -> bool:
@@ -94,7 +71,7 @@ class RunFolder:
                 finish_interrupted(self.path)
             opened.enter_context(naming_full_disk(self.path))
             if holds_work(self.path):
-                self._refuse_other_settings(self.path / CONFIG_NAME)
+                self._require_same_settings(self.path)
             self._open = opened.pop_all()
         return self
 
@@ -214,7 +191,7 @@ class RunFolder:
         """Saves a PIL image as `name/step_00001000.png`. Main process only."""
         folder = self.path / name
         folder.mkdir(exist_ok=True)
-        image.save(folder / f"step_{step:08d}.png")
+        write_png(folder / f"step_{step:08d}.png", image)
 
     def finish(self, step: int, results: dict[str, Any]) -> None:
         """Writes the results, which marks the run as finished; then uploads the model if `push_to_hub` is set.
@@ -252,38 +229,14 @@ class RunFolder:
 
     def _check_origin(self, checkpoint: Checkpoint, num_processes: int) -> None:
         if checkpoint.path.parent.resolve() != self.path.resolve():
-            self._refuse_other_settings(checkpoint.path.parent / CONFIG_NAME)
+            self._require_same_settings(checkpoint.path.parent)
         if checkpoint.num_processes != num_processes and not self.config.allow_config_changes:
             message = f"received {num_processes}, but {checkpoint.path} was saved by {checkpoint.num_processes}"
             advice = f"batches would change; launch the same number of processes, or {ALLOW}"
             raise ConfigError([Problem("number of processes", f"{message}: {advice}")])
 
-    def _refuse_other_settings(self, path: Path) -> None:
-        """Compares the settings with those in a config.yaml, if the file exists."""
-        if not path.is_file():
-            return
-        started_with, repeated = read_yaml(str(path))
-        if repeated:
-            raise ConfigError(repeated, str(path))
-        if secrets := sorted(set(secret_keys(started_with))):
-            raise ConfigError([Problem(key, "a secret is saved here; remove this line") for key in secrets], str(path))
-        differences = list(_differences(started_with, to_dict(self.config)))
-        if not differences:
-            return
-        if self.config.allow_config_changes:
-            if self.is_main_process:
-                changes = ", ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, old, new in differences)
-                logger.warning("resuming with changed settings: %s", changes)
-            return
-        advice = f"choose another output_dir, remove {path.parent} to start over, or {ALLOW}"
-        raise ConfigError(
-            [Problem("output_dir", advice)]  # first, because a long list is cut
-            + [
-                Problem(key, f"the run was started with {shown(old)}, now it is {shown(new)}")
-                for key, old, new in differences
-            ],
-            f"{path.parent} holds a run with other settings",
-        )
+    def _require_same_settings(self, folder: Path) -> None:
+        require_same_settings(self.config, folder / CONFIG_NAME, warn=self.is_main_process)
 
     def _cut_log(self, step: int) -> None:
         """Removes the lines logged after a step: the resumed run logs them again."""
@@ -298,15 +251,3 @@ class RunFolder:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
         write_text(path, "".join(kept))
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """`(key, old value, new value)` of the settings that differ and may not change."""
-    for name in sorted({*old, *new}):
-        key, before, after = f"{prefix}{name}", old.get(name), new.get(name)
-        if key in FREE_KEYS:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{key}.")
-        elif before != after:
-            yield key, before, after

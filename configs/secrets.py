@@ -1,4 +1,7 @@
-"""Secrets do not belong in a configuration: it is saved in the folder of the run, uploaded and given to trackers."""
+"""What secrets look like. They do not belong in messages, uploads and configurations.
+
+A configuration is saved in the folder of the run, uploaded and given to trackers.
+"""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +10,15 @@ from typing import Any
 NAMES = r"(token|passwd|password|passphrase|secret|credentials?|api_?key|access_?key)"
 SECRET_KEY = re.compile(rf"{NAMES}\Z", re.IGNORECASE)
 SECRET_ITEM = re.compile(rf"{NAMES}(['\"]?\s*[:=]).*", re.IGNORECASE | re.DOTALL)
-SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{30,}|(?<=//)[^/\s@'\"]*:[^/\s@'\"]+(?=@)")
+
+# Kinds of secrets in any text. Bounded repetitions keep the search linear in long lines.
+SECRETS = {
+    "a token": re.compile(r"hf_[A-Za-z0-9]{20,}"),
+    "a password in an address": re.compile(r"(?<=://)[^/\s@\"'<>]+(?=@)"),
+    "a token in an address": re.compile(
+        r"[?&][\w.-]{0,40}(token|key|secret|password|signature|sig|credential)=[^&\s\"']+", re.IGNORECASE
+    ),
+}
 ADVICE = (
     "a secret must not stand in a configuration, which is saved and uploaded; leave it out, and log in with "
     "`hf auth login`, or set HF_TOKEN"
@@ -20,8 +31,10 @@ def names_secret(key: str) -> bool:
 
 
 def redacted(text: str) -> str:
-    """A message with stars in place of tokens of the Hub, and of user and password in an address."""
-    return SECRET_VALUE.sub("***", text)
+    """A text with stars in place of its secrets."""
+    for pattern in SECRETS.values():
+        text = pattern.sub("***", text)
+    return text
 
 
 def redacted_value(text: str) -> str:
@@ -31,7 +44,7 @@ def redacted_value(text: str) -> str:
 
 def secret_keys(values: Any, key: str = "") -> Iterator[str]:
     """The dotted keys of all secrets in nested plain values."""
-    if names_secret(key) or (isinstance(values, str) and SECRET_VALUE.search(values)):
+    if names_secret(key) or (isinstance(values, str) and redacted(values) != values):
         yield key
     elif isinstance(values, dict):
         for name, value in values.items():

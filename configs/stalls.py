@@ -24,7 +24,7 @@ PROJECT = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def library_timeout(seconds: int) -> timedelta:
-    """The timeout for torch's own collectives, whose message names no process: so late that ours comes first."""
+    """The timeout of torch's own collectives. Its message names no process, so it comes later than ours."""
     return timedelta(seconds=2 * seconds + 60)
 
 
@@ -50,12 +50,14 @@ def watched_for_stalls(seconds: int) -> Iterator[None]:
 
 
 def _watch(seconds: int, stopped: threading.Event) -> None:
-    from torch.distributed import distributed_c10d, get_rank, get_world_size
+    from torch.distributed import get_rank, get_world_size
 
-    store = distributed_c10d._get_default_store().clone()  # the main thread may wait on the other connection
+    from configs.compat import connect_to_store, operations_begun
+
+    store = connect_to_store()  # the main thread may wait on the other connection
     rank, number, since = get_rank(), -1, 0.0
     while not stopped.wait(PERIOD):
-        if (now := _operations()) != number:
+        if (now := operations_begun()) != number:
             number, since = now, time.monotonic()
         try:
             store.set(f"stalls/{rank}", json.dumps([number, _place()]))
@@ -93,14 +95,6 @@ def _end(seconds: int, late: str, place: str | None) -> None:
         message = f"\nstalled: {late}; {cause}. The same command resumes from what was saved\n"
         os.write(2, message.encode())
     os._exit(EXIT_CODE)
-
-
-def _operations() -> int:
-    """Number of collective operations that this process has begun, over all groups."""
-    from torch.distributed import distributed_c10d
-
-    groups: list[Any] = list(distributed_c10d._world.pg_map)
-    return sum(group._get_sequence_number_for_group() for group in groups)
 
 
 def _place() -> str:

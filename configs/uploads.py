@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from configs.files import write_text
+from configs.secrets import SECRETS
 
 # What a run leaves besides its model. A list of what is uploaded, because a user may put anything into the folder.
 RUN_FILES = ("config.yaml", "train_results.json", "token_layout.json")
@@ -34,15 +35,6 @@ MODEL_FILES = (
 # A path begins with / or ~ or a drive, or has a / inside. These may have one too:
 ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 REPO_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-
-# Bounded repetitions keep the search linear in long lines.
-SECRETS = {
-    "a token": re.compile(r"hf_[A-Za-z0-9]{20,}"),
-    "a password in an address": re.compile(r"[a-z][a-z0-9+.-]{1,20}://[^/\s@\"'<>]+@", re.IGNORECASE),
-    "a token in an address": re.compile(
-        r"[?&][\w.-]{0,40}(token|key|secret|password|signature|sig|credential)=[^&\s\"']", re.IGNORECASE
-    ),
-}
 
 
 def copy_run(source: Path, target: Path) -> None:
@@ -122,10 +114,3 @@ def _check_line(line: str, where: str, searched: dict[str, re.Pattern[str]]) -> 
             key = re.match(r'\s*"?(\w+)"?\s*:', line)
             named = f" ({key[1]})" if key and not pattern.search(key[1]) else ""
             raise ValueError(f"{where}{named}: holds {what}; remove it, then upload again")
-
-
-def without_secrets(text: str) -> str:
-    """A message of a library, without the secrets in it."""
-    for pattern in SECRETS.values():
-        text = pattern.sub("…", text)
-    return text

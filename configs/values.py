@@ -2,14 +2,13 @@
 
 import difflib
 import math
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from configs.problems import shown
+from configs.problems import listed, shown
 
 # The largest numbers of int64 and float32, for values that go to a library; our own fields have narrower ranges.
 LARGEST: dict[type, float] = {int: 2**63 - 1, float: 3.4e38}
@@ -77,7 +76,7 @@ def allowed_values(hint: Any, value: Any = None) -> str:
     """What a field accepts, in words; `value` is the one that does not fit."""
     origin, arguments = get_origin(hint), get_args(hint)
     if choices := [repr(choice) for choice in _choices(hint)]:
-        return _either(choices) if len(choices) < 10 else textwrap.shorten(", ".join(choices), 100, placeholder=" …")
+        return _either(choices) if len(choices) < 10 else listed(choices, 5)
     if origin is Annotated:
         return f"{allowed_values(arguments[0], value)} {_range(arguments[1:])}"
     if origin in (Union, UnionType):

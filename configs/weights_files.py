@@ -4,16 +4,14 @@ A header tells how large a model is, so a wrong configuration is refused before 
 """
 
 import math
-import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FLOATS = {"F64", "F32", "F16", "BF16"}
+from configs.problems import listed, one_line
 
-# Names that a message lists of each kind.
-SHOWN_NAMES = 3
+FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 class Stored(NamedTuple):
@@ -21,12 +19,6 @@ class Stored(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
-
-
-def listed(names: Collection[str], most: int = SHOWN_NAMES) -> str:
-    """Names for a message: the first `most` of them, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(list(names)[:most]) + more
 
 
 def read_header(path: str | Path) -> dict[str, Stored]:
@@ -44,7 +36,7 @@ def read_header(path: str | Path) -> dict[str, Stored]:
     except SafetensorError as error:
         reason = str(error).rpartition("header: ")[2]
         raise ValueError(
-            f"{path}: this weights file is damaged, or no safetensors file ({reason}); save or download it again"
+            f"{path}: this weights file is damaged, or is not a safetensors file ({reason}); save or download it again"
         ) from error
 
 
@@ -142,5 +134,5 @@ def in_our_words(where: str | Path) -> Iterator[None]:
     except (MemoryError, OSError):
         raise
     except Exception as error:
-        reason = textwrap.shorten(str(error).rpartition("Error: ")[2], 800, placeholder=" …") or type(error).__name__
+        reason = one_line(str(error).rpartition("Error: ")[2] or type(error).__name__, 800)
         raise ValueError(f"{where}: this cannot be loaded: {reason}") from error

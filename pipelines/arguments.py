@@ -38,7 +38,7 @@ def listed_labels(labels: Any) -> Sequence[Any]:
     """Class labels as a list: ids or names, one or a sequence, a tensor or an array of one axis.
 
     Raises:
-        ValueError: the labels are in another container, have more axes, or are none.
+        ValueError: the labels are in another container or have more axes, or there are none.
     """
     if isinstance(labels, Tensor | np.ndarray):
         if labels.ndim > 1 or (isinstance(labels, Tensor) and not _has_values(labels)):
@@ -59,10 +59,10 @@ def int64_codes(codes: Any) -> Tensor:
     """Codes `(N, h, w)` as a dense int64 tensor, on their device or the CPU.
 
     Args:
-        codes: a tensor, an array or nested lists of whole numbers; floats and booleans are none.
+        codes: a tensor, an array or nested lists of whole numbers; floats and booleans are refused.
 
     Raises:
-        ValueError: the values are no whole numbers, or the shape is another one.
+        ValueError: the values are not whole numbers, or the shape is another one.
     """
     if isinstance(codes, Tensor) and not _has_values(codes):
         raise ValueError(f"codes: received {described(codes)}, without values; {NEEDED}")
@@ -144,7 +144,7 @@ def require_loading(**values: Any) -> None:
 
 
 def require_dtype(dtype: Any) -> None:
-    """Refuses all but None, "auto", and a dtype in which the models can compute, or its name.
+    """Refuses all but None, "auto", and the dtypes in which the models can compute; a dtype may be given by name.
 
     Raises:
         ValueError: it is another value.
@@ -174,7 +174,7 @@ def shard_size(size: Any) -> dict[str, Any]:
     """The option `max_shard_size` of the models' `save_pretrained`; empty for None.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: it is not a size.
     """
     if size is None:
         return {}

@@ -3,7 +3,6 @@
 Usage: `python -m pipelines.build --tokenizer DIR --prior DIR --output_dir DIR`.
 """
 
-import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from configs import ConfigError, Problem, Section, run
 from configs.folder_lock import locked_folder
 from configs.hub import upload_errors
 from configs.model_folder import local_folder
+from configs.problems import one_line
 from configs.sections import upload_problems
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         message = f"received {config.prior!r}; its prior is incomplete (run stage2_prior.train to its end)"
         raise ConfigError([Problem("prior", message)]) from error
     except (OSError, ValueError) as error:
-        reason = textwrap.shorten(str(error).strip().partition("\n")[0], 300, placeholder=" …")
-        raise ConfigError([Problem("prior", f"received {config.prior!r}, which cannot be loaded: {reason}")]) from error
+        message = f"received {config.prior!r}, which cannot be loaded: {one_line(error)}"
+        raise ConfigError([Problem("prior", message)]) from error
     try:
         processor = load_image_processor(local_folder(config.tokenizer), vqgan.config)
     except (OSError, ValueError) as error:

@@ -3,7 +3,7 @@
 Shape letters: N images, h w code grid, L = h·w codes of an image, K codebook size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from configs.arguments import choice, described, instance, whole
-from configs.memory import shortage
+from configs.arguments import choice, instance, whole
 from configs.randomness import draw_seeds
 from pipelines import hub
 from pipelines.arguments import (
     int64_codes,
-    listed_labels,
     require_device,
     require_dtype,
     require_loading,
@@ -29,17 +26,11 @@ from pipelines.arguments import (
     require_upload,
     shard_size,
 )
-from pipelines.chunks import bytes_of_image, images_at_once
+from pipelines.chunks import images_at_once
+from pipelines.requests import condition_tokens, require_conditions, require_memory
+from pipelines.sampling import CodeSampler
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
-from stage2_prior import (
-    DecoderPool,
-    GuidanceSchedule,
-    SamplingOptions,
-    TokenLayout,
-    batch_size_that_fits,
-    require_callback,
-    sample,
-)
+from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, require_callback
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
@@ -81,8 +72,7 @@ class VQGANPipeline:
             )
         self.vqgan, self.prior = vqgan.eval(), prior.eval()
         self.image_processor, self.layout = image_processor, layout
-        self._progress_bar: dict[str, Any] = {}
-        self._decoders = DecoderPool(layout.length, layout.num_codes)
+        self._sampler = CodeSampler(layout)
 
     # ------------------------------------------------------------------ components and devices
 
@@ -124,14 +114,14 @@ class VQGANPipeline:
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Sets options of tqdm for the progress bar; `disable=True` hides it."""
-        self._progress_bar = kwargs
+        self._sampler.progress_bar = kwargs
 
     def compile(self) -> None:
         """Compiles the forward of the prior and the tokenizer's decoder with torch.compile.
 
         The first batch then takes some minutes longer. Later batches of the same size are faster.
         """
-        self._decoders.compiled = True
+        self._sampler.decoders.compiled = True
         self.vqgan.decoder.compile(dynamic=False)
 
     # ------------------------------------------------------------------ images
@@ -198,11 +188,13 @@ class VQGANPipeline:
             top_p=top_p,
             min_p=min_p,
         )
-        self._check_conditions(options, has_labels=class_labels is not None)
-        prompts = self._prompts(class_labels, num_images, num_images_per_label, output_type)
+        require_conditions(self.layout, options, has_labels=class_labels is not None)
+        prompts = condition_tokens(
+            class_labels, num_images, num_images_per_label, self.vqgan, self.layout, output_type
+        ).to(self.device)
         seeds = draw_seeds(len(prompts), generator).to(self.device)
         codes, images = [], []
-        for batch in self._sample(prompts, seeds, options, batch_size, callback_on_step_end):
+        for batch in self._sampler.batches(self.prior, prompts, seeds, options, batch_size, callback_on_step_end):
             codes.append(batch)
             if output_type != "codes":
                 images += self._decoded(batch, output_type)
@@ -243,7 +235,7 @@ class VQGANPipeline:
         choice("output_type", output_type, OUTPUT_TYPES[:3])
         codes = int64_codes(codes).to(self.device)
         pixels = codes[0].numel() * self.layout.downsampling_factor**2
-        self._require_memory("codes", codes, len(codes), pixels, output_type)
+        require_memory("codes", codes, len(codes), pixels, self.vqgan, self.layout, output_type)
         self.vqgan.check_codes(codes)
         return _join(self._decoded(codes, output_type), output_type)
 
@@ -351,88 +343,6 @@ class VQGANPipeline:
         return pipeline if where is None else pipeline.to(where)
 
     # ------------------------------------------------------------------ helpers
-
-    def _sample(
-        self,
-        prompts: Tensor,
-        seeds: Tensor,
-        options: SamplingOptions,
-        batch_size: int | None,
-        callback_on_step_end: Callable[[int, Tensor], None] | None,
-    ) -> Iterator[Tensor]:
-        """Yields codes int64 `(n, h, w)`, batch by batch. One progress bar covers all batches."""
-        length = self.layout.length
-        if batch_size is None:
-            batch_size = batch_size_that_fits(self.prior, length, options.guided)
-        batches = -(-len(prompts) // batch_size)
-        batch_size = -(-len(prompts) // batches)  # spread the images evenly over the batches
-        with (
-            self._decoders.borrow(self.prior, batch_size * (2 if options.guided else 1)) as decoder,
-            tqdm(total=batches * length, **{"desc": "sampling", "unit": "code", **self._progress_bar}) as bar,
-        ):
-            for labels, some_seeds in zip(prompts.split(batch_size), seeds.split(batch_size), strict=True):
-                count = len(labels)
-                # fill up the last batch: with one batch size, one recorded step serves all batches
-                fill = torch.arange(batch_size, device=labels.device).clamp(max=count - 1)
-
-                def on_step(position: int, chosen: Tensor, count: int = count) -> None:
-                    bar.update()
-                    if callback_on_step_end is not None:
-                        callback_on_step_end(position, chosen[:count].clone())
-
-                null = torch.full_like(labels, self.layout.null_token)
-                codes = sample(
-                    decoder,
-                    labels[fill],
-                    null[fill],
-                    some_seeds[fill],
-                    length,
-                    self.layout.num_codes,
-                    options,
-                    on_step,
-                )
-                yield codes[:count].view(-1, *self.layout.grid)
-
-    def _check_conditions(self, options: SamplingOptions, has_labels: bool) -> None:
-        """Checks that the prior has the null token if guidance or unconditional images need it."""
-        if not self.layout.has_null and (options.guided or not has_labels):
-            what = "guidance_scale" if has_labels else "class_labels"
-            raise ValueError(
-                f"{what}: this prior was trained without condition dropout, so it has not learnt the null token; "
-                "it needs class_labels and guidance_scale 1.0"
-            )
-        if options.guided and not has_labels:
-            raise ValueError(
-                f"guidance_scale: received {options.guidance_scale}; guidance needs class_labels (or use 1.0)"
-            )
-
-    def _prompts(self, class_labels: Any, num_images: Any, num_images_per_label: Any, output_type: str) -> Tensor:
-        """The condition tokens of the images, int64 `(N, 1)`."""
-        each = whole("num_images_per_label", num_images_per_label)
-        if class_labels is None:
-            if each != 1:
-                advice = "needs class_labels (use num_images for unconditional images)"
-                raise ValueError(f"num_images_per_label: received {described(each)}; {advice}")
-            count = 1 if num_images is None else whole("num_images", num_images)
-            self._require_memory("num_images", count, count, self.layout.pixels, output_type)
-            return torch.full((count, 1), self.layout.null_token, device=self.device)
-        if num_images is not None:
-            raise ValueError(
-                f"num_images: received {described(num_images)}; cannot be given with class_labels (use "
-                "num_images_per_label)"
-            )
-        labels = listed_labels(class_labels)
-        self._require_memory("class_labels", class_labels, len(labels), self.layout.pixels, output_type)
-        ids = self.layout.class_ids(labels)
-        self._require_memory("num_images_per_label", each, each * len(ids), self.layout.pixels, output_type)
-        return self.layout.class_tokens(ids.repeat_interleave(each))[:, None].to(self.device)
-
-    def _require_memory(self, name: str, received: Any, count: int, pixels: int, output_type: str) -> None:
-        """Refuses a request whose images cannot be in memory together."""
-        needed = count * bytes_of_image(self.vqgan, self.layout, pixels, output_type)
-        lack = shortage(needed, torch.device("cpu") if output_type in ("pil", "np") else self.device)
-        if lack is not None:
-            raise ValueError(f"{name}: received {described(received)}; {lack}; ask for fewer images at once")
 
     def _decoded(self, codes: Tensor, output_type: str) -> list[Any]:
         """Images of codes `(N, h, w)` in `[0, K)`, in parts that fit in memory. Refuses NaN or infinite pixels."""

@@ -114,8 +114,10 @@ class VQGANArchitecture:
 
     @property
     def num_weights(self) -> int:
-        """Parameters of the encoder and the decoder, and entries × width of a learnt codebook: close to, and at most,
-        the number of parameters of the model, which is not built for it."""
+        """Parameters of the encoder and the decoder, and entries × width of a learnt codebook.
+
+        The model has at least so many parameters, and few more. It is not built to count them.
+        """
         first, last, n = self.base_channels, self.widths[-1], self.num_res_blocks
         count = 2 * (_residual(last, last) * 2 + _attention(last))  # the middle of encoder and decoder
         count += _conv(self.in_channels, first) + _conv(self.widths[0], self.in_channels)

@@ -1,6 +1,5 @@
 """Loads a trained tokenizer for the commands, with errors that name the configuration field."""
 
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from configs import ConfigError, Problem
 from configs.files import read_json
 from configs.hub import is_repo_id
 from configs.model_folder import check_model_folder, local_folder
-from configs.problems import shown
+from configs.problems import one_line, shown
 from configs.weights_files import in_our_words, read_header, require_finite, require_fit
 from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
@@ -56,7 +55,7 @@ def load_tokenizer(name: str, field: str = "tokenizer", **changes: Any) -> VQGAN
             raise
         except (OSError, ValueError) as error:
             found = str(error).replace(f"{folder}/", "").removeprefix(f"{folder}: ")
-            reason = f"no tokenizer can be loaded from it: {textwrap.shorten(found, 320, placeholder=' …')}"
+            reason = f"no tokenizer can be loaded from it: {one_line(found, 320)}"
     raise ConfigError([Problem(field, f"received {name!r}; {reason}")])
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from configs.checksums import verify_checksums
 from configs.files import read_json
 from configs.model_folder import ADAPTER_CONFIG_NAME
-from configs.problems import shown
+from configs.problems import listed, shown
 from configs.sections import NonNegative, Positive
 from configs.values import read_value
-from configs.weights_files import FLOATS, Stored, listed, read_header, require_finite
+from configs.weights_files import FLOATS, Stored, read_header, require_finite
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Interval
 
 from configs import ConfigError, Problem
+from configs.checksums import sealed, unsealed
 from configs.files import read_json, write_json
-from stage2_prior.sealing import sealed, unsealed
 from stage2_prior.shards import ShardNotes
 from stage2_prior.vocabulary import TokenLayout
 

@@ -4,7 +4,6 @@ pretrained.py reads the files of a trained prior.
 """
 
 import copy
-import textwrap
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from configs import ConfigError, Problem
 from configs.hub import is_repo_id
 from configs.memory import is_out_of_memory, shortage
 from configs.model_folder import local_folder
+from configs.problems import one_line
 from stage2_prior.adapters import base_of_adapter, check_layout_of_adapter, merge_adapter
 from stage2_prior.pretrained import layout_of, load_causal_lm
 from stage2_prior.sampling.decoder import EagerDecoder
@@ -49,8 +49,8 @@ def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
     except Exception as error:  # each architecture raises its own exceptions
         if is_out_of_memory(error):
             raise
-        reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
-        raise ConfigError([Problem("model", f"{model['model_type']} refuses these settings: {reason}")]) from error
+        message = f"{model['model_type']} refuses these settings: {one_line(error, 200)}"
+        raise ConfigError([Problem("model", message)]) from error
 
 
 def check_size(model: dict[str, Any], layout: TokenLayout) -> None:

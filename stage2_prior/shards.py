@@ -15,10 +15,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from configs.checksums import Damaged
+from configs.checksums import Damaged, sealed, unsealed
 from configs.files import replacing
 from stage1_vqgan import SkippedImage
-from stage2_prior.sealing import sealed, unsealed
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -102,12 +101,8 @@ def write_shard(
     num_classes = int(labels.max(initial=-1)) + 1 if labels is not None else 0
     notes = ShardNotes(path.name, images, list(skipped), num_classes, len(codes), shard.checksum())
     batch = pa.RecordBatch.from_pydict(columns, metadata={NOTES_KEY: json.dumps(sealed(asdict(notes)))})
-    try:
-        with replacing(path) as file, pa.ipc.new_stream(file, batch.schema) as writer:
-            writer.write_batch(batch)
-    except OSError as error:  # a failed write does not know its file
-        error.filename = error.filename or str(path)
-        raise
+    with replacing(path) as file, pa.ipc.new_stream(file, batch.schema) as writer:
+        writer.write_batch(batch)
 
 
 def read_notes(path: Path) -> ShardNotes:

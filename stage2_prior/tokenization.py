@@ -68,7 +68,7 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
     started = time.perf_counter()
     notes = {}
     for split, source, num_views in (("train", train, config.num_views), ("validation", validation, 1)):
-        num_shards = _tokenize_split(config, processes, model, split, source, num_views)
+        num_shards = tokenize_split(config, processes, model, split, source, num_views)
         processes.wait_for_everyone()
         notes[split] = [read_notes(shard_path(folder, split, shard)) for shard in range(num_shards)]
         skipped = [image for shard in notes[split] for image in shard.skipped]
@@ -117,7 +117,7 @@ def _origin(config: Stage2Config, model: VQGANModel, train: Images, validation: 
     }
 
 
-def _tokenize_split(
+def tokenize_split(
     config: Stage2Config, processes: PartialState, model: VQGANModel, split: str, source: Images, num_views: int
 ) -> int:
     """Writes the missing shards of a split that belong to this process; returns the number of all shards."""

@@ -51,7 +51,7 @@ def run_on_two_processes(
     function: Callable[..., None], *arguments: Any, log: Path, environment: dict[str, str] | None = None
 ) -> None:
     """Calls a function in two processes of one job, with environment variables as `accelerate launch` sets them."""
-    process = start(_launch, (function, arguments, environment or {}), log)
+    process = start(launch_two, (function, arguments, environment or {}), log)
     assert end(process, log) == 0, log.read_text()[-4000:]
 
 
@@ -66,7 +66,7 @@ def _child(function: Callable[..., None], arguments: tuple, log: Path) -> None:
     function(*arguments)
 
 
-def _launch(function: Callable[..., None], arguments: tuple, environment: dict[str, str]) -> None:
+def launch_two(function: Callable[..., None], arguments: tuple, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -95,7 +95,7 @@ def test_recorded_steps_choose_the_codes_of_single_ones(make_pipeline, monkeypat
         monkeypatch.setattr(graphs, "use_decode_attention", lambda model: False)
     pipeline = make_pipeline(model_type)
     first, again = (generate(pipeline, range(20), **options).codes for _ in range(2))
-    ((_, decoder),) = pipeline._decoders._free
+    ((_, decoder),) = pipeline._sampler.decoders._free
     if DEVICE.type == "cuda":
         assert isinstance(decoder, graphs.GraphDecoder) and decoder.reads_exactly == exact
         counts, windows = zip(*decoder.graphs, strict=True)
@@ -104,7 +104,7 @@ def test_recorded_steps_choose_the_codes_of_single_ones(make_pipeline, monkeypat
     monkeypatch.setattr(decoders, "why_not_recordable", lambda prior, length: "a test")
     plain = make_pipeline(model_type)
     assert torch.equal(first, again) and torch.equal(generate(plain, range(20), **options).codes, first)
-    assert type(plain._decoders._free[0][1]) is EagerDecoder
+    assert type(plain._sampler.decoders._free[0][1]) is EagerDecoder
 
 
 def test_a_pipeline_that_moves_makes_the_same_images(make_pipeline):

@@ -40,7 +40,7 @@ def stall(late: int) -> None:
 
 @pytest.mark.parametrize("late", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_that_waits_too_long_ends_and_names_the_late_one(late, tmp_path):
-    process = forks.start(forks._launch, (stall, (late,), {}), tmp_path / "log.txt")
+    process = forks.start(forks.launch_two, (stall, (late,), {}), tmp_path / "log.txt")
     assert forks.end(process, tmp_path / "log.txt") == 1
     log = (tmp_path / "log.txt").read_text()
     where = r"last seen in stall \(tests/test_elastic.py:\d+\)"

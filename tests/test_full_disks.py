@@ -5,8 +5,10 @@ import shutil
 import subprocess
 
 import pytest
+from PIL import Image
 
 from configs.disk_space import DiskFull, is_disk_full, naming_full_disk, require_space
+from configs.files import write_png
 from tests import kill_runs
 
 GO_ON = "What was saved before is intact. Make space, then start the same command again: it goes on from there"
@@ -40,7 +42,7 @@ def test_a_run_without_space_goes_on_when_there_is_space(name, largest, undistur
 def test_needed_and_free_space_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 3_000_000))
     require_space(tmp_path, 3_000_000, "the checkpoint of step 7")
-    with pytest.raises(DiskFull, match=rf"the checkpoint of step 7 needs 3\.10MB in {tmp_path}, and only 3\.00MB are"):
+    with pytest.raises(DiskFull, match=rf"the checkpoint of step 7 needs 3\.1 MB in {tmp_path}, and only 3\.0 MB are"):
         require_space(tmp_path, 3_100_000, "the checkpoint of step 7")
 
 
@@ -59,6 +61,21 @@ def test_errors_of_all_libraries_are_recognised(tmp_path, error):
     wrapped = ValueError("saving failed")
     wrapped.__cause__ = error
     assert is_disk_full(wrapped) and not is_disk_full(OSError(2, "No such file"))
+
+
+def test_a_picture_is_whole_or_absent(tmp_path):
+    path = tmp_path / "samples.png"
+    write_png(path, Image.new("L", (2, 2), 7))
+    before = path.read_bytes()
+
+    class Growing:
+        def save(self, file, format):
+            file.write(before[:9])
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(DiskFull, match=r"samples\.png could not be written"):
+        write_png(path, Growing())
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_full_shared_memory_is_no_full_disk(tmp_path):

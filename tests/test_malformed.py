@@ -157,7 +157,7 @@ CASES = {
     "absurd image": (
         "stage1",
         "--model.image_size 1000000000",
-        {"model.image_size": "GiB for their pixels, but this machine has"},
+        {"model.image_size": "TB for their pixels, but this machine has"},
     ),
     "absurd global batch": (
         "stage2",

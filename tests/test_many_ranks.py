@@ -140,6 +140,6 @@ def test_each_shard_of_a_store_is_written_by_one_rank(ranks, monkeypatch, tmp_pa
     for rank in range(ranks):
         processes = SimpleNamespace(process_index=rank, num_processes=ranks, is_main_process=False)
         source = ImageSource([None] * 1013, None, None)
-        assert tokenization._tokenize_split(config, processes, model, "train", source, 2) == 21
+        assert tokenization.tokenize_split(config, processes, model, "train", source, 2) == 21
     assert len({name for name, _ in written}) == len(written) == 21
     assert np.array_equal(np.sort(np.concatenate([numbers for _, numbers in written])), np.arange(1013))

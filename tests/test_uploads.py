@@ -40,7 +40,7 @@ SOURCES = [path.name for path in tokenizer_sources()]
 TOKENIZER = ["checksums.json", "config.json", "model.safetensors", "preprocessor_config.json", *SOURCES]
 PRIOR = ["checksums.json", "config.json", "generation_config.json", "model.safetensors"]
 RUN = ["config.yaml", "train_results.json"]
-PROCESSOR = {"preprocessor_config.json", "image_processing_vqgan.py"}
+PROCESSOR = {"preprocessor_config.json", "image_processing_vqgan.py", "image_processing_squares.py"}
 PIPELINE = ["README.md", "checksums.json", "model_index.json", *SOURCES]
 PIPELINE += [f"vqgan/{name}" for name in TOKENIZER] + [f"prior/{name}" for name in PRIOR]
 
@@ -260,7 +260,7 @@ FAILURES = {
     "500": (http_error(HfHubHTTPError, 500), "refused by the server"),
     "offline": (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set"),
     "network": (ConnectionError("[Errno 111] Connection refused"), "Connection refused"),
-    "header": (RuntimeError(f"Illegal header value b'Bearer {TOKEN}\\n'"), "Illegal header value b'Bearer …"),
+    "header": (RuntimeError(f"Illegal header value b'Bearer {TOKEN}\\n'"), "Illegal header value b'Bearer ***"),
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from configs import ConfigError, Problem
-from configs.files import read_json
+from configs.files import read_json, write_png
 from configs.sections import NonNegativeFloat
 from configs.values import read_value
 from pipelines.evaluation.config import EvaluationConfig
@@ -47,12 +47,12 @@ def save_pictures(config: EvaluationConfig, pipeline: VQGANPipeline, samples: Te
     columns = min(config.grid_columns, config.samples_per_class)
     by_class = samples.view(-1, config.samples_per_class, *samples.shape[1:])
     rows = by_class[:MAX_CLASSES, :columns].flatten(0, 1)
-    image_grid(to_images(rows), columns, min_tile=48).save(folder / SAMPLES_NAME)
+    write_png(folder / SAMPLES_NAME, image_grid(to_images(rows), columns, min_tile=48))
     originals = validation[:: max(1, len(validation) // MAX_ORIGINALS)][:MAX_ORIGINALS]
     with torch.no_grad():
         reconstructions = pipeline.vqgan(originals.to(pipeline.device)).reconstruction.cpu()
     grid = image_grid(to_images(torch.cat([originals, reconstructions])), len(originals), min_tile=48)
-    grid.save(folder / RECONSTRUCTIONS_NAME)
+    write_png(folder / RECONSTRUCTIONS_NAME, grid)
 
 
 def weights_hash(pipeline: VQGANPipeline) -> str:

@@ -5,7 +5,6 @@ areas to `feature_size × feature_size`.
 """
 
 import json
-import textwrap
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from configs import ConfigError, Problem
 from configs.files import write_json
 from configs.memory import shortage
+from configs.problems import one_line
 from pipelines.chunks import bytes_of_image
 from pipelines.evaluation.classifiers import Classifier, ResNetClassifier, SupportVectorClassifier, class_metrics
 from pipelines.evaluation.config import EvaluationConfig
@@ -65,8 +65,7 @@ def load_pipeline(name: str) -> VQGANPipeline:
     try:
         return VQGANPipeline.from_pretrained(name, device="cuda" if torch.cuda.is_available() else "cpu")
     except (OSError, ValueError, SafetensorError) as error:
-        reason = textwrap.shorten(str(error).strip().partition("\n")[0], 180, placeholder=" …")
-        raise ConfigError([Problem("pipeline", f"received {name!r}; {reason}")]) from error
+        raise ConfigError([Problem("pipeline", f"received {name!r}; {one_line(error, 180)}")]) from error
 
 
 def require_room(config: EvaluationConfig, pipeline: VQGANPipeline) -> None:

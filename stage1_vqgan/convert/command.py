@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from configs import ConfigError, Problem
 from configs.checksums import write_checksums
-from configs.files import sync_folder, sync_tree
+from configs.disk_space import naming_full_disk
+from configs.files import new_file_mode, sync_folder, sync_tree
 from stage1_vqgan.convert import diffusers, llamagen, taming
 from stage1_vqgan.convert.config import ConvertConfig
 from stage1_vqgan.convert.files import refuse
@@ -118,8 +119,10 @@ def written_beside(output: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=above) as beside:
         folder = Path(beside) / "folder"
         folder.mkdir()
-        yield folder
-        sync_tree(folder)
+        with naming_full_disk(output):
+            yield folder
+            new_file_mode(folder)
+            sync_tree(folder)
         output.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(output)
         sync_folder(output.parent)

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from configs import ConfigError, Problem
-from configs.problems import shown
-from configs.weights_files import listed
+from configs.problems import listed, shown
 from configs.yaml_files import parse_yaml
 
 # Largest size of a configuration in bytes, and its largest number of values: aliases of YAML can multiply them.

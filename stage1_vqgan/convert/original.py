@@ -10,9 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from configs import ConfigError, Problem, unknown_key
-from configs.problems import shown
+from configs.problems import listed, shown
 from configs.values import read_value
-from configs.weights_files import listed
 from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.convert.names import count

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from configs import ConfigError, Problem
-from configs.problems import shown
-from configs.weights_files import listed
+from configs.problems import listed, shown
 from stage1_vqgan.convert.files import as_float32, read_mapping, read_tensors, refuse
 from stage1_vqgan.convert.original import Claim, Original, leave_out, read_claims, section
 

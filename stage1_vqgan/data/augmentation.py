@@ -7,7 +7,8 @@ from PIL import Image
 from torch import Tensor
 
 from stage1_vqgan.data.config import AugmentationConfig
-from stage1_vqgan.image_processing_vqgan import AspectRatio, crop_square, to_pil, to_pixels, to_square
+from stage1_vqgan.image_processing_squares import AspectRatio, crop_square, to_square
+from stage1_vqgan.image_processing_vqgan import to_pil, to_pixels
 
 # Number of random numbers that `augment` uses.
 NUM_DRAWS = 8

@@ -22,7 +22,7 @@ from stage1_vqgan.data.decoding import EncodedImage, SkippedImage, UndecodableIm
 from stage1_vqgan.data.indexed import ImageSource
 from stage1_vqgan.data.sources import Images
 from stage1_vqgan.data.transfer import to_device
-from stage1_vqgan.image_processing_vqgan import AspectRatio, normalize, resize, to_square
+from stage1_vqgan.image_processing_squares import AspectRatio, normalize, resize, to_square
 
 # A square with a side of up to this many times the image size is resized on the model's device. For images of 256
 # pixels that includes photos of 500×375. Larger squares would need too much memory, so the workers resize them.

@@ -1,17 +1,17 @@
 """Opens the splits of a source with `datasets`."""
 
-import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs.problems import one_line
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.files import ALLOWED, SourceFiles, class_folders
 from stage1_vqgan.data.tars import restrict_webdataset
 
-# A row group is read as a whole. A larger one than this, in bytes, may not be this many times as large as its file.
+# A row group is read as a whole. Above LARGE_GROUP bytes, it may be at most MAX_RATIO times as large as its file.
 LARGE_GROUP, MAX_RATIO = 2**26, 100
 
 
@@ -124,4 +124,4 @@ def _check_splits(config: DataConfig, splits: Collection[str]) -> None:
 def reason(error: Exception) -> str:
     """Type and text of an error of `datasets`, in one line."""
     cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {textwrap.shorten(str(cause), 300)}"
+    return f"{type(cause).__name__}: {one_line(cause)}"

@@ -1,10 +1,12 @@
-"""What `datasets` may do with the files in a tar: decode texts and whole numbers, and read what is there, all of it."""
+"""How `datasets` reads a tar: it decodes only texts and whole numbers, and a damaged tar is refused."""
 
 import os
 import tarfile
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
+
+from stage1_vqgan import compat
 
 # Extensions of labels. `datasets` would decode others too, among them torch, NumPy and msgpack files.
 DECODED = {"txt", "text", "transcript", "cls", "cls2", "index", "inx", "id"}
@@ -13,17 +15,12 @@ BLOCK = tarfile.BLOCKSIZE
 
 @cache
 def restrict_webdataset() -> None:
-    """Restricts the webdataset reader of `datasets` in this process. All other files in a tar stay bytes.
+    """Restricts what `datasets` does with tars in this process.
 
-    Compressed files (`0001.png.gz`) stay bytes too, because they may unpack to any size.
+    Files with another extension than DECODED stay bytes. So do compressed files (`0001.png.gz`), as they may unpack
+    to any size.
     """
-    from datasets.packaged_modules.webdataset import webdataset
-
-    reader: Any = webdataset.WebDataset
-    reader.DECODERS = {name: decode for name, decode in reader.DECODERS.items() if name in DECODED}
-    webdataset.EXTENSION_TO_COMPRESSION_FS_FILE_CLS = {}
-    read = reader._get_pipeline_from_tar.__func__
-    reader._get_pipeline_from_tar = classmethod(lambda cls, path, files: read(cls, path, _checked(path, files)))
+    compat.restrict_webdataset(DECODED, _checked)
 
 
 def _checked(path: str, files: Any) -> Iterator[tuple[str, Any]]:

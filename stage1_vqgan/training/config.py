@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from configs import Section, TrainingConfig, unknown_key
-from configs.machine import total_memory
-from configs.problems import shown
+from configs.memory import total_memory
+from configs.problems import in_bytes, shown
 from configs.sections import (
     LAUNCHED_WITH,
     MOST_PICTURES,
@@ -252,8 +252,8 @@ class Stage1Config(TrainingConfig):
         size, batch_size = model.image_size, self.device_batch_size(launched_processes())
         needed = max(4, 3 * self.dataloader_num_workers) * batch_size * model.in_channels * size**2
         if needed > (memory := total_memory()):
-            images = f"{batch_size:,} images of a batch need {needed / 2**30:,.0f} GiB for their pixels"
-            advice = f"this machine has {memory / 2**30:,.0f}; lower it or per_device_train_batch_size"
+            images = f"{batch_size:,} images of a batch need {in_bytes(needed)} for their pixels"
+            advice = f"this machine has {in_bytes(memory)}; lower it or per_device_train_batch_size"
             yield "model.image_size", size, f"{images}, but {advice}"
 
     def _model_fields(self) -> tuple[VQGANArchitecture, list[tuple[str, Any, str]]]:

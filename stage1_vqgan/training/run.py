@@ -21,8 +21,9 @@ from stage1_vqgan.data.loading import evaluation_loader, training_loader
 from stage1_vqgan.data.samplers import some_images, training_sampler
 from stage1_vqgan.data.skipped import SkippedImages
 from stage1_vqgan.data.sources import load_images
-from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor, image_grid
+from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
 from stage1_vqgan.modeling_vqgan import VQGANModel
+from stage1_vqgan.pictures import image_grid
 from stage1_vqgan.pretrained import load_vqgan
 from stage1_vqgan.reconstruction import evaluate_reconstruction
 from stage1_vqgan.training import checkpointing

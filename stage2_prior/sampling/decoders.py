@@ -1,7 +1,6 @@
 """Chooses the fastest decoder that supports a prior, and reuses it for later requests."""
 
 import logging
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -9,6 +8,7 @@ from functools import lru_cache
 import torch
 from transformers import PreTrainedModel
 
+from configs.problems import one_line
 from stage2_prior.sampling.decoder import Decoder, EagerDecoder
 from stage2_prior.sampling.graphs import GraphDecoder
 from stage2_prior.sampling.recording import ROWS, disagreement, state_of, why_not_recordable
@@ -44,7 +44,7 @@ def make_decoder(
             candidate = GraphDecoder(prior, ROWS, length, compiled=True) if compiled else kind(prior, ROWS, length)
             reason = disagreement(prior, candidate, length, num_codes)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+            reason = one_line(f"{type(error).__name__}: {error}", 200)
     if reason is None:
         return candidate.resized(num_rows)
     if compiled:

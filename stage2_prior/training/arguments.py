@@ -1,6 +1,5 @@
 """The arguments of Trainer, from the settings of stage 2."""
 
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -12,6 +11,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
 from configs import ConfigError, Problem, TrainingConfig
+from configs.problems import one_line
 from configs.sections import launched_processes
 from configs.stalls import library_timeout
 from stage2_prior.training.config import Stage2Config
@@ -59,8 +59,8 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" …")
-        raise ConfigError([Problem("training_arguments", f"transformers refuses these settings: {reason}")]) from error
+        message = f"transformers refuses these settings: {one_line(error, 200)}"
+        raise ConfigError([Problem("training_arguments", message)]) from error
 
 
 def _try(arguments: TrainingArguments) -> None:

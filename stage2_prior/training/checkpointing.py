@@ -25,7 +25,7 @@ from configs.checkpoints import Checkpoint
 from configs.checksums import Damaged
 from configs.files import read_json
 from configs.optimizer_states import load_optimizer_state, optimizer_state
-from configs.run_folder import ALLOW
+from configs.resumed_settings import ALLOW
 from configs.states import (
     fill,
     read_state,
@@ -57,7 +57,7 @@ def refusing_damage() -> Iterator[None]:
 def check_checkpoint(checkpoint: Checkpoint, config: Stage2Config, is_main_process: bool) -> list[dict[str, Any]]:
     """Checks a checkpoint before Trainer reads it, and returns the log history.
 
-    A missing average or missing best weights are new ones with `allow_config_changes`, which the main process says.
+    With `allow_config_changes`, a missing average or missing best weights begin anew; the main process says so.
 
     Raises:
         Damaged: the checkpoint holds a pickle, or a file is missing or malformed.

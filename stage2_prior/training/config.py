@@ -1,7 +1,6 @@
 """Settings of stage 2: writing the codes, and training the prior on them."""
 
 import re
-import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from annotated_types import Ge, Le, Lt
 
 from configs import Section, TrainingConfig, unknown_key
+from configs.problems import one_line
 from configs.sections import (
     LAUNCHED_WITH,
     MOST_PICTURES,
@@ -235,7 +235,7 @@ class Stage2Config(TrainingConfig):
                 key, value = settings.get(name, (name, None))
                 problems.append((f"model.{key}", value, f"not a value that {model_type} takes here"))
             except Exception as error:  # Each configuration class raises its own kind of error.
-                reason = textwrap.shorten(str(error.__cause__ or error), 180, placeholder=" …")
+                reason = one_line(error.__cause__ or error, 180)
                 problems.append(("model", None, f"{model_type} cannot have these settings: {reason}"))
         yield from problems
 

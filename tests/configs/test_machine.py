@@ -5,7 +5,8 @@ import resource
 import pytest
 
 from configs import ConfigError, load_config
-from configs.machine import most_workers, total_memory
+from configs.machine import most_workers
+from configs.memory import total_memory
 from pipelines.evaluation.config import EvaluationConfig
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.evaluate import ReconstructionConfig
@@ -66,7 +67,9 @@ def test_pixels_of_a_batch_must_fit(machine, monkeypatch):
     values = COMMANDS[Stage1Config] | {"model.in_channels": 1, "per_device_train_batch_size": 4}
     assert load_config(Stage1Config, None, values | {"model.image_size": 8192}).model["image_size"] == 8192  # 1 GiB
     for more in ({"model.image_size": 8208}, {"per_device_train_batch_size": 5}, {"dataloader_num_workers": 2}):
-        with pytest.raises(ConfigError, match=r"model.image_size: .* GiB for their pixels, but this machine has 1"):
+        with pytest.raises(
+            ConfigError, match=r"model.image_size: .* GB for their pixels, but this machine has 1\.1 GB;"
+        ):
             load_config(Stage1Config, None, {**values, "model.image_size": 8192, **more})
 
 

@@ -12,7 +12,8 @@ import pytest
 from configs import ConfigError, Section, load_config, run_folder
 from configs.checkpoints import unfinished_path
 from configs.folder_lock import OWNER_NAME
-from configs.run_folder import CONFIG_NAME, FREE_KEYS, LOG_NAME, RunFolder
+from configs.resumed_settings import FREE_KEYS
+from configs.run_folder import CONFIG_NAME, LOG_NAME, RunFolder
 
 
 @dataclass(kw_only=True)

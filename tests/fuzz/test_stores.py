@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from configs import ConfigError
+from configs.checksums import SEAL, sealed
 from stage2_prior import CodeStore
 from stage2_prior.code_store import claim_folder
-from stage2_prior.sealing import SEAL, sealed
 from stage2_prior.shards import NOTES_KEY, map_shard
 from tests.code_stores import ORIGIN, write_store
 from tests.fuzz.harness import cases, damaged, generator, in_processes, outcome

@@ -238,6 +238,7 @@ def test_saved_and_loaded_it_generates_the_same(tiny_pipeline, tmp_path):
 def test_what_the_folder_holds(tiny_runs):
     found = {str(path.relative_to(tiny_runs.pipeline)) for path in tiny_runs.pipeline.rglob("*") if path.is_file()}
     sources = {"configuration_vqgan.py", "modeling_vqgan.py", "image_processing_vqgan.py", "quantizers.py"}
+    sources.add("image_processing_squares.py")
     sources |= {path.name for path in (ROOT / "stage1_vqgan").glob("quantizer_*.py")}
     assert found >= {"model_index.json", "README.md", *sources}
     assert found >= {"vqgan/config.json", "vqgan/model.safetensors", "vqgan/preprocessor_config.json"}

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
 from transformers.integrations import WandbCallback
 
 from stage2_prior import compat
+from stage2_prior.training.trainer import PriorTrainer
 
 CONFIG = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 
@@ -85,3 +86,13 @@ def test_the_cache_argument_warns_of_nothing():
     decoder = EagerDecoder(AutoModelForCausalLM.from_config(CONFIG).eval(), 1, 2)
     with torch.inference_mode():
         decoder.read(slice(0, 1), torch.zeros(1, 1, dtype=torch.int64), 0)
+
+
+def test_trainer_calls_the_non_public_methods_that_ours_replaces():
+    """Otherwise Trainer would write pickles again, or would save elsewhere."""
+    source = inspect.getsource(Trainer)
+    replaced = [name for name in vars(PriorTrainer) if name.startswith("_") and hasattr(Trainer, name)]
+    saving = {f"_{verb}_{what}" for verb in ("save", "load") for what in ("optimizer_and_scheduler", "rng_state")}
+    assert saving | {"_save", "_save_checkpoint", "_load_from_checkpoint", "_get_output_dir"} <= set(replaced)
+    ours = [name for name in replaced if not name.startswith("__")]
+    assert [name for name in ours if f"self.{name}(" not in source] == []

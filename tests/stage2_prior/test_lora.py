@@ -20,9 +20,9 @@ from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import Stage2Config, TokenLayout, load_prior
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.prior import adapt_prior
-from stage2_prior.sealing import SEAL, sealed
 from stage2_prior.training.config import LoraConfig
 from stage2_prior.training.run import train
+from tests.resealing import edit_manifest
 from tests.tiny import RANDOM_PRIORS
 
 
@@ -107,10 +107,8 @@ def test_the_best_averaged_adapter_is_kept_over_an_interruption(make_config, tmp
 def test_other_classes_come_with_the_adapter(make_config, tiny_runs, tmp_path):
     store = tmp_path / "codes"
     shutil.copytree(tiny_runs.codes, store)
-    manifest = json.loads((store / "manifest.json").read_text())
-    del manifest[SEAL]
-    manifest["token_layout"]["class_names"] = [*"9876543210", *(f"new {number}" for number in range(30))]
-    (store / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    names = [*"9876543210", *(f"new {number}" for number in range(30))]
+    edit_manifest(store, lambda manifest: manifest["token_layout"].update(class_names=names))
     tuned = train(make_config(code_store=str(store)))
     layout = TokenLayout.from_pretrained(tmp_path / "prior")
     assert layout.num_classes == 40 and tuned.config.vocab_size == layout.vocab_size == 128

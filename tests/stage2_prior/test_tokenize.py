@@ -18,7 +18,7 @@ from configs import ConfigError
 from stage1_vqgan import DataConfig, VQGANImageProcessor, VQGANModel, decode, load_images
 from stage2_prior import CodeStore
 from stage2_prior.shards import check_shard
-from stage2_prior.tokenization import _tokenize_split, tokenize
+from stage2_prior.tokenization import tokenize, tokenize_split
 from tests.devices import DEVICE, assert_same_codes
 from tests.image_files import picture, write_parquet
 
@@ -226,8 +226,8 @@ def test_one_store_whoever_makes_it(packed, streaming):
     for rank in (2, 1):
         place = SimpleNamespace(process_index=rank, num_processes=3, is_main_process=False, device=DEVICE)
         train, validation = load_images(shared.data)
-        assert _tokenize_split(shared, place, model, "train", train, 2) == 6
-        assert _tokenize_split(shared, place, model, "validation", validation, 1) == 1
+        assert tokenize_split(shared, place, model, "train", train, 2) == 6
+        assert tokenize_split(shared, place, model, "validation", validation, 1) == 1
     made = {f"train-{shard:05d}.arrow" for shard in (1, 2, 4, 5)}
     assert set(contents(straight.folder.parent / "shared")) == made
     origin = json.loads((store.folder / "origin.json").read_text())

@@ -268,6 +268,8 @@ def test_the_output_is_a_tokenizer_like_any_other(tmp_path):
     carried = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     assert type(carried) is not VQGANModel
     assert torch.equal(carried.encode(images(1, 3, 16, 16)).codes, ours.encode(images(1, 3, 16, 16)).codes)
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {(tmp_path / "new").stat().st_mode}
 
 
 @pytest.mark.parametrize("num_layers, words", [(2, "starts from the weights of"), (1, "starts from random weights")])

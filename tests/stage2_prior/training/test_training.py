@@ -19,10 +19,10 @@ from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import CodeStore, Stage2Config, TokenLayout
-from stage2_prior.sealing import SEAL, sealed
 from stage2_prior.tokenize import tokenize
 from stage2_prior.training.run import train
 from stage2_prior.training.trainer import PriorTrainer, bits_per_pixel
+from tests.resealing import edit_manifest
 
 
 @pytest.fixture
@@ -220,12 +220,8 @@ def test_a_run_keeps_to_the_codes_of_its_tokenizer(make_config, tiny_runs, tmp_p
     shutil.copytree(tiny_runs.codes, store)
     config = make_config(code_store=str(store), output_dir=str(run), tokenizer=str(tmp_path / "gone"))
     train(config)
-    manifest = json.loads((store / "manifest.json").read_text())
-    del manifest[SEAL]
     fingerprint = TokenLayout.from_pretrained(run).tokenizer_fingerprint
-    (store / "manifest.json").write_text(
-        json.dumps(sealed(json.loads(json.dumps(manifest).replace(fingerprint, "another"))))
-    )
+    edit_manifest(store, lambda values: values.update(json.loads(json.dumps(values).replace(fingerprint, "another"))))
     for unfinished in (False, True):
         if unfinished:
             (run / "train_results.json").unlink()

@@ -1,0 +1,28 @@
+"""Pictures for people: many images in one."""
+
+from collections.abc import Iterable
+
+from PIL import Image
+
+BACKGROUND = "white"
+
+
+def image_grid(images: Iterable[Image.Image], columns: int, min_tile: int = 0, gap: int = 2) -> Image.Image:
+    """Arranges images of one size in a grid.
+
+    Args:
+        images: at least one image; all have the same size.
+        columns: number of images in a row.
+        min_tile: minimum width of an image in the grid, in pixels; smaller images are enlarged by a whole number.
+        gap: distance between images, in pixels.
+    """
+    images = list(images)
+    width, height = images[0].size
+    factor = max(1, -(-min_tile // width))
+    width, height = width * factor, height * factor
+    rows = -(-len(images) // columns)
+    grid = Image.new(images[0].mode, (columns * (width + gap) + gap, rows * (height + gap) + gap), BACKGROUND)
+    for index, image in enumerate(images):
+        tile = image.resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(tile, (gap + index % columns * (width + gap), gap + index // columns * (height + gap)))
+    return grid
