@@ -13,15 +13,14 @@ output_dir/
 import logging
 import os
 import re
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.checksums import Damaged, listing, verify_listing
-from configs.files import new_file_mode, read_json, sync_folder, sync_tree, write_json
-from configs.problems import ConfigError, Problem
+from configs.files import new_file_mode, read_json, remove_tree, sync_folder, sync_tree, write_json
+from configs.problems import ConfigError, Problem, one_line
 
 MARKER_NAME = "complete.json"
 UNFINISHED = "unfinished"
@@ -134,7 +133,7 @@ def publish(output_dir: str | Path, step: int, num_processes: int, seconds: floa
 
 def remove_unfinished(output_dir: str | Path) -> None:
     """Removes the remains of an interrupted save or removal."""
-    shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
+    remove_tree(Path(output_dir) / UNFINISHED)
 
 
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str, max_steps: int) -> Checkpoint | None:
@@ -196,7 +195,7 @@ def _newest_intact(output_dir: str | Path) -> Checkpoint | None:
             damaged.append(error)
             continue
         for problem in damaged if os.environ.get("RANK", "0") == "0" else []:
-            logger.warning("%s; resuming from the older %s", problem, checkpoint.path)
+            logger.warning("%s; resuming from the older %s", one_line(problem), checkpoint.path)
         return checkpoint
     if damaged:
         problems = [Problem("resume_from_checkpoint", str(error)) for error in damaged]

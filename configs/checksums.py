@@ -30,7 +30,7 @@ def checksum(path: str | Path) -> str:
     """The XXH3-128 checksum of a file, as 32 hexadecimal digits. A process reads an unchanged file once."""
     path = Path(path)
     status = path.stat()
-    identity = (str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns)
+    identity = (str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if identity not in _known:
         with open(path, "rb") as file:
             _known[identity] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]

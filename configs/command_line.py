@@ -15,7 +15,7 @@ from configs.disk_space import DiskFull, naming_full_disk
 from configs.interruption import Diverged, Stopped, sigterm_raises
 from configs.loader import load_config, to_dict
 from configs.memory import OUT_OF_MEMORY, is_out_of_memory, out_of_memory_advice
-from configs.problems import ConfigError, Problem, cut, shown
+from configs.problems import ConfigError, Problem, cut, printable, shown
 from configs.restarts import use_new_store
 from configs.secrets import ADVICE, names_secret
 from configs.yaml_files import parse_yaml
@@ -93,7 +93,7 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
             config = load_config(cls, *parse_arguments(arguments))
             use_new_store()
             try:
-                with naming_full_disk(Path.cwd()):
+                with naming_full_disk(written_folder(config)):
                     main(config)
             except DiskFull:
                 raise
@@ -102,8 +102,10 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
                 if refused is None:
                     raise
                 raise ConfigError([refused]) from error
-    except (ConfigError, Damaged) as error:
+    except ConfigError as error:
         _exit(error, 2)
+    except Damaged as error:
+        _exit(printable(str(error)), 2)
     except DiskFull as error:
         _exit(f"the disk is full: {error.strerror}. {MAKE_SPACE}", error.exit_code)
     except (Diverged, Stopped) as error:
@@ -114,6 +116,12 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
         if not is_out_of_memory(error):
             raise
         _exit(out_of_memory_advice(error, to_dict(config) if config else {}), OUT_OF_MEMORY)
+
+
+def written_folder(config: Any) -> Path:
+    """The folder in which a command writes its results; the current one if no key names it."""
+    keys = ("output_dir", "output", "code_store")
+    return Path(next((value for key in keys if isinstance(value := getattr(config, key, None), str)), "."))
 
 
 def _exit(message: object, code: int) -> NoReturn:

@@ -5,6 +5,7 @@ It is written under another name, synced to disk, and then renamed. Syncing the 
 
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with naming_full_disk(path), open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)  # a link of this name would be written through
+        with naming_full_disk(path), open(partial, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -65,6 +67,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: the file does not exist.
         ValueError: the file holds something else, or is larger than LARGEST_JSON.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: this is not a regular file; remove it")
     if (size := Path(path).stat().st_size) > LARGEST_JSON:
         raise ValueError(f"{path}: this file has {size:,} bytes; JSON files are read up to at most {LARGEST_JSON:,}")
     try:
@@ -84,6 +88,14 @@ def make_folder(folder: str | Path) -> Path:
     for created in missing:
         sync_folder(created.parent)
     return folder
+
+
+def remove_tree(path: str | Path) -> None:
+    """Removes a folder and everything in it, or a file, or a link but not what it leads to."""
+    path = Path(path)
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_folder(folder: str | Path) -> None:

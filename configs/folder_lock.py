@@ -1,6 +1,5 @@
 """A lock on a folder, so that only one job writes to it."""
 
-import json
 import os
 import socket
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from configs.files import make_folder, read_json
+from configs.files import make_folder, read_json, write_json
 from configs.problems import ConfigError, Problem
 
 LOCK_NAME = ".lock"
@@ -38,7 +37,7 @@ def locked_folder(folder: str | Path, config_key: str) -> Iterator[None]:
         raise ConfigError([Problem(config_key, f"{folder} is in use by {_owner(folder)}; {ADVICE}")]) from None
     try:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        (folder / OWNER_NAME).write_text(json.dumps(owner) + "\n")
+        write_json(folder / OWNER_NAME, owner)
         yield
     finally:
         (folder / OWNER_NAME).unlink(missing_ok=True)

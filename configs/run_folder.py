@@ -71,6 +71,7 @@ class RunFolder:
                 finish_interrupted(self.path)
             opened.enter_context(naming_full_disk(self.path))
             if holds_work(self.path):
+                self._require_settings()
                 self._require_same_settings(self.path)
             self._open = opened.pop_all()
         return self
@@ -102,6 +103,26 @@ class RunFolder:
     def seconds(self) -> float:
         """Time spent on the run so far, over all of its sessions."""
         return time.perf_counter() - self._started
+
+    def _require_settings(self) -> None:
+        if not (self.path / CONFIG_NAME).is_file() and not self.config.allow_config_changes:
+            message = f"{self.path} holds a run without its {CONFIG_NAME}, so its settings are unknown; restore it, or"
+            raise ConfigError([Problem("output_dir", f"{message} {ALLOW}")])
+
+    @contextlib.contextmanager
+    def loading_result(self) -> Iterator[None]:
+        """The model of a finished run is loaded inside this context.
+
+        Raises:
+            ConfigError: it cannot be loaded; the message says how to save it again.
+        """
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            advice = (
+                f"remove {self.path / RESULTS_NAME}, and the same command saves it again from the newest checkpoint"
+            )
+            raise ConfigError([Problem("output_dir", f"the finished model is damaged: {error}; {advice}")]) from error
 
     def report_if_finished(self) -> bool:
         """Whether the run was finished before; if so, reports it, and uploads the model if `push_to_hub` is set."""

@@ -170,6 +170,7 @@ class TrainingConfig(Section):
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if self.warmup_steps > self.max_steps:
             yield "warmup_steps", self.warmup_steps, f"must be at most max_steps ({self.max_steps})"
+        yield from folder_problems(self)
         yield from upload_problems(self)
         yield from worker_problems(self)
         yield from launcher_problems()
@@ -203,3 +204,16 @@ class TrainingConfig(Section):
                 known = tracker in LOGGER_TYPE_TO_CLASS
                 reason = f"the package {tracker} is not installed" if known else "there is no such tracker"
                 yield "report_to", self.report_to, f"{reason}; installed: {', '.join(installed)}"
+
+
+def folder_problems(config: Any) -> Iterable[tuple[str, Any, str]]:
+    """The problem of an output folder that is also an input: the run would replace what it reads."""
+    output = os.path.realpath(config.output_dir)
+    for key in ("model_name_or_path", "tokenizer", "code_store"):
+        name = getattr(config, key, None)
+        if isinstance(name, str) and os.path.realpath(name) == output:
+            yield (
+                "output_dir",
+                config.output_dir,
+                f"it is also {key}, which the run would replace; choose another",
+            )

@@ -9,7 +9,7 @@ The new files then move from `.saved` to their places, and weights of the old mo
 If a crash interrupts this, the next reader or writer of the folder goes on with it.
 """
 
-import shutil
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import rename, replace
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configs.checksums import Damaged, is_inside, write_checksums
 from configs.disk_space import naming_full_disk, require_space
-from configs.files import make_folder, new_file_mode, read_json, sync_folder, sync_tree, write_json
+from configs.files import make_folder, new_file_mode, read_json, remove_tree, sync_folder, sync_tree, write_json
 from configs.problems import shown
 
 SAVING, SAVED, NAMES = ".saving", ".saved", "files.json"
@@ -57,7 +57,7 @@ def replaced_files(folder: str | Path, needed: int = 0) -> Iterator[Path]:
             yield staged
             publish(folder)
     except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
+        remove_tree(staged)
         raise
 
 
@@ -66,7 +66,7 @@ def new_staging(folder: str | Path) -> Path:
     folder = Path(folder)
     finish_interrupted(folder)
     staged = folder / SAVING
-    shutil.rmtree(staged, ignore_errors=True)
+    remove_tree(staged)
     make_folder(staged)
     return staged
 
@@ -79,10 +79,11 @@ def publish(folder: str | Path) -> None:
     for parent in sorted(parents, reverse=True):  # a folder after its subfolders, whose checksums it lists
         write_checksums(parent)
     names = [path.relative_to(staged).as_posix() for path in sorted(staged.rglob("*")) if path.is_file()]
+    _require_one_disk(folder, names)
     write_json(staged / NAMES, {"files": names})
     new_file_mode(staged)
     sync_tree(staged)
-    shutil.rmtree(folder / SAVED, ignore_errors=True)  # remains of a replacement that has moved all files
+    remove_tree(folder / SAVED)  # remains of a replacement that has moved all files
     rename(staged, folder / SAVED)
     sync_folder(folder)
     finish_interrupted(folder)
@@ -97,21 +98,35 @@ def finish_interrupted(folder: str | Path) -> None:
     """
     folder = Path(folder)
     saved = folder / SAVED
-    if not (saved / NAMES).is_file():
+    if saved.is_symlink() or not (saved / NAMES).is_file():
         return
     names = _names(saved / NAMES, folder)
     parents = {(folder / name).parent for name in names}
     for parent in parents:
         parent.mkdir(parents=True, exist_ok=True)
-        for path in {path for pattern in WEIGHTS for path in parent.glob(pattern)}:
-            if path.relative_to(folder).as_posix() not in names:
-                path.unlink(missing_ok=True)
+        for path in _replaced_weights(parent, folder, names):
+            path.unlink(missing_ok=True)
     for name in names:
         with suppress(FileNotFoundError):  # moved before the crash, or by another process right now
             replace(saved / name, folder / name)
     for parent in parents:
         sync_folder(parent)
-    shutil.rmtree(saved, ignore_errors=True)
+    remove_tree(saved)
+
+
+def _replaced_weights(parent: Path, folder: Path, names: list[str]) -> set[Path]:
+    """The weights of an older model in a folder for which `names` has a new model."""
+    new = {folder / name for name in names}
+    if not new & {parent / mark for mark in ("config.json", "adapter_config.json")}:
+        return set()
+    return {path for pattern in WEIGHTS for path in parent.glob(pattern)} - new
+
+
+def _require_one_disk(folder: Path, names: list[str]) -> None:
+    for parent in {(folder / name).parent for name in names}:
+        if parent.exists() and parent.stat().st_dev != folder.stat().st_dev:
+            reason = f"is on another disk than {folder}, so its files cannot be replaced at once; move it there"
+            raise OSError(errno.EXDEV, reason, str(parent))
 
 
 def _names(path: Path, folder: Path) -> list[str]:
@@ -119,6 +134,6 @@ def _names(path: Path, folder: Path) -> list[str]:
     if not isinstance(names, list):
         raise Damaged(f"{path}: received {shown(names)}; must list the names of files; remove {path.parent}")
     for name in names:
-        if not isinstance(name, str) or not is_inside(name, folder):
+        if not isinstance(name, str) or not (is_inside(name, folder) and is_inside(name, path.parent)):
             raise Damaged(f"{path}: received {shown(name)}; may name only files inside; remove {path.parent}")
     return names

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from configs.checksums import verify_checksums
 from configs.files import write_text
 from configs.secrets import SECRETS
 
@@ -38,7 +39,12 @@ REPO_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def copy_run(source: Path, target: Path) -> None:
-    """Copies the files of a run that are uploaded: the model, its settings and its results."""
+    """Copies the files of a run that are uploaded: the model, its settings and its results.
+
+    Raises:
+        Damaged: a file of the model has changed since it was saved.
+    """
+    verify_checksums(source)
     copy_files(source, target, RUN_FILES + MODEL_FILES)
 
 

@@ -13,6 +13,7 @@ from configs.folder_lock import locked_folder
 from configs.hub import upload_errors
 from configs.model_folder import local_folder
 from configs.problems import one_line
+from configs.run_folder import holds_work
 from configs.sections import upload_problems
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def build(config: BuildConfig) -> "VQGANPipeline":
     if not (Path(config.prior) / "token_layout.json").is_file():
         message = f"received {config.prior!r}; this folder holds no trained prior (run stage2_prior.train first)"
         raise ConfigError([Problem("prior", message)])
+    require_own_folder(config)
     vqgan = load_tokenizer(config.tokenizer)
     try:
         prior, layout = load_prior(config.prior, "prior"), TokenLayout.from_pretrained(config.prior)
@@ -83,6 +85,19 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         with upload_errors(config.output_dir):
             print(pipeline.push_to_hub(str(config.hub_model_id), private=config.hub_private_repo))
     return pipeline
+
+
+def require_own_folder(config: BuildConfig) -> None:
+    """Refuses to build over the models themselves, or over another run.
+
+    Raises:
+        ConfigError: the pipeline would replace their files.
+    """
+    output = Path(config.output_dir).resolve()
+    written = {output, output / "vqgan", output / "prior"}
+    if holds_work(output) or written & {Path(part).resolve() for part in (config.tokenizer, config.prior)}:
+        message = f"received {config.output_dir!r}, where the pipeline would replace files of a training run"
+        raise ConfigError([Problem("output_dir", f"{message}; choose another folder")])
 
 
 if __name__ == "__main__":

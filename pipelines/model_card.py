@@ -51,7 +51,7 @@ def model_card(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout, n
     """The text of the card: facts about a pipeline, and code that loads it by `name`."""
     config = vqgan.config
     classes = layout.num_classes
-    shown = ", ".join(layout.class_names[:50]) + (", …" if classes > 50 else "")
+    shown = ", ".join(" ".join(name.split()) for name in layout.class_names[:50]) + (", …" if classes > 50 else "")
     card = ModelCard.from_template(
         ModelCardData(
             library_name="tessella",

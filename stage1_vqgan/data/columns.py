@@ -35,6 +35,8 @@ def encoded(item: dict[str, Any] | None, number: int) -> EncodedImage:
     if item is None:
         return EncodedImage(f"image {number}", b"")
     path, content = item["path"], item["bytes"]
+    if content is None and path is None:
+        return EncodedImage(f"image {number}", b"")
     if content is None and "://" in path:  # the Hub dataset consists of single files
         from datasets.utils.file_utils import xopen
 

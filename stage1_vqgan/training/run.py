@@ -60,7 +60,8 @@ def train(config: Stage1Config) -> VQGANModel:
         StopRequest() as request,
     ):
         if run.report_if_finished():
-            return load_vqgan(config.output_dir)
+            with run.loading_result():
+                return load_vqgan(config.output_dir)
         training = Training(run, request, accelerator)
         training.resume()
         training.steps()

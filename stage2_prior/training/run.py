@@ -78,7 +78,8 @@ def train(config: Stage2Config) -> PreTrainedModel:
     ):
         check_run(config, layout)
         if run.report_if_finished():
-            return load_prior(config.output_dir)
+            with run.loading_result():
+                return load_prior(config.output_dir)
         training = Training(run, request, arguments, store, layout)
         training.resume()
         training.steps()

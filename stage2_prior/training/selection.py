@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from configs.checksums import Damaged
-from configs.files import read_json, write_json
+from configs.files import read_json, remove_tree, write_json
 
 FOLDER = "best"
 EVALUATION_NAME = "evaluation.json"
@@ -62,7 +62,7 @@ class BestWeights:
 
     def restore(self, checkpoint: Path | None) -> None:
         """Restores the folder from the copy in a checkpoint; None empties it, for a new run."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_tree(self.path)
         if checkpoint is not None and (checkpoint / FOLDER).is_dir():
             shutil.copytree(checkpoint / FOLDER, self.path)
 

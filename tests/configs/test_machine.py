@@ -44,7 +44,7 @@ def test_each_limit_counts(machine, limits, most):
 
 COMMANDS = {
     Stage1Config: {"output_dir": "x", "max_steps": 9, "data.dataset": "digits", "loss.perceptual_weight": 0},
-    Stage2Config: {"output_dir": "x", "max_steps": 9, "data.dataset": "digits", "tokenizer": "x", "code_store": "y"},
+    Stage2Config: {"output_dir": "z", "max_steps": 9, "data.dataset": "digits", "tokenizer": "x", "code_store": "y"},
     ReconstructionConfig: {"model": "x", "data.dataset": "digits"},
     EvaluationConfig: {"pipeline": "x", "output_dir": "x", "data.dataset": "digits"},
 }

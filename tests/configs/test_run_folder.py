@@ -328,6 +328,7 @@ def test_settings_are_compared_with_those_of_the_checkpoints_run(config, tmp_pat
 
 def test_seconds_add_up_over_sessions(config):
     with RunFolder(config) as run:
+        run.begin(1)
         run._started -= 100
         checkpoint(run, 10)
     with RunFolder(config) as run:

@@ -225,7 +225,9 @@ def test_broken_headers_come_back_in_our_words(folder, layout, case):
         header = json.dumps({"lm_head.weight": {"dtype": "F32", **content}}).encode()
         content = struct.pack("<Q", len(header)) + header + bytes(4)
     (folder / "model.safetensors").write_bytes(content)
-    assert_refused(folder, layout, r"model\.safetensors: this weights file is damaged, or is not a safetensors file \(\w")
+    assert_refused(
+        folder, layout, r"model\.safetensors: this weights file is damaged, or is not a safetensors file \(\w"
+    )
 
 
 def test_checksums_find_every_changed_file(folder, layout):
