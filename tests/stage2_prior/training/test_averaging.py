@@ -117,6 +117,7 @@ def test_missing_and_damaged_states_are_refused(straight, make_config, name, tmp
     run, _ = straight
     config = make_config("damaged", output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
+    shutil.copy(run / "config.yaml", tmp_path)
     file = tmp_path / "checkpoint-4" / f"{name}.safetensors"
     for change in CHANGES.values():
         tensors = load_file(run / "checkpoint-4" / file.name)
@@ -150,6 +151,7 @@ def test_malformed_json_names_its_file(straight, make_config, name, content, tmp
     run, _ = straight
     config = make_config("damaged", output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
+    shutil.copy(run / "config.yaml", tmp_path)
     (tmp_path / "checkpoint-4" / name).unlink()
     if content is not None:
         (tmp_path / "checkpoint-4" / name).write_text(content)

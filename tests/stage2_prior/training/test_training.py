@@ -205,7 +205,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(make_config, tmp_path, wanted):
     marker = tmp_path / "prior" / "checkpoint-1" / "complete.json"
     marker.write_text('{"step": 1, "num_processes": 1, "seconds": 0}')
     with pytest.raises(ConfigError, match="resume_from_checkpoint: received"):
-        train(make_config(resume_from_checkpoint=wanted))
+        train(make_config(resume_from_checkpoint=wanted, allow_config_changes=True))
 
 
 @pytest.mark.parametrize("changes", [{"num_views": 5}, {"data.use_labels": False}], ids=str)
