@@ -4,13 +4,17 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from configs.checksums import checksum
 from configs.files import read_json, write_text
 from configs.folder_lock import locked_folder
 from configs.staging import finish_interrupted, replaced_files
+from stage1_vqgan import DataConfig, load_images
 from stage1_vqgan.data.columns import encoded
+from stage1_vqgan.data.indexed import ImageSource
 
 
 def _journal(folder: Path, *names: str) -> None:
@@ -101,4 +105,28 @@ def test_json_is_not_read_from_a_device(tmp_path: Path) -> None:
 
 
 def test_a_row_without_bytes_and_path_is_an_empty_image() -> None:
-    assert encoded({"bytes": None, "path": None}, 0).content == b""
+    assert encoded({"bytes": None, "path": None}, 0, True).content == b""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_of_a_parquet_file_opens_no_other_file(tmp_path: Path, datasets_cache: None, streaming: bool) -> None:
+    """Otherwise a stranger's data set could train a model on any picture of this machine, or open addresses."""
+    secret, data = tmp_path / "secret.png", tmp_path / "data"
+    data.mkdir()
+    Image.new("L", (16, 16), 200).save(secret)
+    rows = [{"bytes": secret.read_bytes(), "path": "own.png"}, {"bytes": None, "path": str(secret)}]
+    rows += [{"bytes": None, "path": "http://example.org/a.png"}, {"bytes": None, "path": None}]
+    table = pyarrow.table(
+        {"image": pyarrow.array(rows, pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}))}
+    )
+    pyarrow.parquet.write_table(table, data / "train.parquet")
+    config = DataConfig(
+        dataset=str(data), image_column="image", validation_split=None, validation_fraction=0.25, streaming=streaming
+    )
+    found = []
+    for source in load_images(config):
+        if isinstance(source, ImageSource):
+            found += source.encoded(range(len(source)))
+        else:
+            found += [image for image, _ in source.read()]
+    assert sorted(len(image.content) for image in found) == [0, 0, 0, len(secret.read_bytes())]

@@ -30,13 +30,16 @@ def undecoded() -> Any:
     return ImageFeature(decode=False)
 
 
-def encoded(item: dict[str, Any] | None, number: int) -> EncodedImage:
-    """An entry of an undecoded image column. Messages name it by its path, else by its number."""
+def encoded(item: dict[str, Any] | None, number: int, opens_paths: bool) -> EncodedImage:
+    """An entry of an undecoded image column. Messages name it by its path, else by its number.
+
+    An entry without bytes is empty if `opens_paths` is False, and is then skipped as an image that cannot be decoded.
+    """
     if item is None:
         return EncodedImage(f"image {number}", b"")
     path, content = item["path"], item["bytes"]
-    if content is None and path is None:
-        return EncodedImage(f"image {number}", b"")
+    if content is None and (path is None or not opens_paths):
+        return EncodedImage(path or f"image {number}", b"")
     if content is None and "://" in path:  # the Hub dataset consists of single files
         from datasets.utils.file_utils import xopen
 

@@ -19,11 +19,14 @@ class ImageSource:
         images: a list of PIL images, or a `datasets.Dataset` with one undecoded image column.
         labels: int64 `(n,)`, or None without labels.
         class_names: names of the classes 0 … C-1, or None without labels.
+        opens_paths: an image without bytes is read from its path. False for the files of a stranger, who could name
+            any file of this machine.
     """
 
     images: Any
     labels: np.ndarray | None
     class_names: list[str] | None
+    opens_paths: bool = True
 
     @property
     def num_images(self) -> int:
@@ -43,7 +46,7 @@ class ImageSource:
             return [EncodedImage(f"image {index}", self.images[index]) for index in indices]
         (column,) = self.images.column_names
         items = self.images[list(indices)][column]
-        return [encoded(item, index) for item, index in zip(items, indices, strict=True)]
+        return [encoded(item, index, self.opens_paths) for item, index in zip(items, indices, strict=True)]
 
     def select(self, rows: np.ndarray) -> "ImageSource":
         """The source of some of the images, by their numbers, int64 `(m,)`."""

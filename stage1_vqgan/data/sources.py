@@ -8,6 +8,7 @@ then found by the existing code.
 """
 
 import logging
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -40,6 +41,8 @@ def load_images(config: DataConfig) -> tuple[Images, Images]:
     files = find_files(config)
     splits = open_hub(config) if files is None else open_files(config, files)
     pair = _read_splits(config, splits)
+    if files is not None and files.kind != "images":
+        pair = replace(pair[0], opens_paths=False), replace(pair[1], opens_paths=False)
     if config.use_labels and not pair[0].has_labels:
         logger.warning("%s has no class labels: the model will be unconditional", config.dataset)
     return pair

@@ -28,6 +28,7 @@ class ImageStream:
         shuffle_buffer_size: number of images in memory from which a shuffled pass draws the next one.
         is_part: the images are a range of a longer stream. The range is found by counting from the beginning, so its
             files cannot be distributed over processes.
+        opens_paths: see `ImageSource`.
     """
 
     images: Any
@@ -37,6 +38,7 @@ class ImageStream:
     num_images: int | None
     shuffle_buffer_size: int = 1000
     is_part: bool = False
+    opens_paths: bool = True
 
     @property
     def has_labels(self) -> bool:
@@ -89,7 +91,10 @@ class ImageStream:
             items = rows[self.image_column]
             labels = rows[self.label_column] if self.label_column is not None else [None] * len(items)
             for item, label, number in zip(items, labels, numbers, strict=False):
-                yield encoded(item, number), None if self.label_column is None else self._checked(label)
+                yield (
+                    encoded(item, number, self.opens_paths),
+                    None if self.label_column is None else self._checked(label),
+                )
 
     def _checked(self, label: Any) -> int:
         if not isinstance(label, int) or label < 0 or (self.class_names and label >= len(self.class_names)):
