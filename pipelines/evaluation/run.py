@@ -54,6 +54,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         metrics = measure(config, pipeline, train, validation, samples, labels)
         metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
         metrics["inputs"] = inputs
+        (folder / METRICS_NAME).unlink(missing_ok=True)  # those of other settings must not stand beside new pictures
         save_pictures(config, pipeline, samples, validation.pixels())
         write_json(folder / METRICS_NAME, metrics)
     print(json.dumps({name: value for name, value in metrics.items() if name != "inputs"}, indent=2))
