@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,3 +72,24 @@ class Disk:
         path.mkdir()
         for name, child in self._names[number].items():
             self._write(child, path / name)
+
+
+class Crash(BaseException):
+    """The end of a process at a chosen operation."""
+
+
+def crash_after(calls: int, operations: list[tuple[Any, str]], patch: pytest.MonkeyPatch) -> None:
+    """Replaces functions, given as `(owner, name)`, by ones that raise `Crash` after so many calls of all together."""
+    left = [calls]
+
+    def crashing(function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not left[0]:
+                raise Crash
+            left[0] -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in operations:
+        patch.setattr(owner, name, crashing(getattr(owner, name)))

@@ -8,6 +8,7 @@ import pytest
 
 from configs import ConfigError, checkpoints as module
 from configs.checkpoints import complete_checkpoints, find_checkpoint, publish, remove_unfinished, unfinished_path
+from tests.power_cuts import Crash, crash_after
 
 
 def save(folder, step, total_limit=9, content="weights"):
@@ -156,33 +157,13 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_by_itself(t
         find_checkpoint(tmp_path, "latest", 20)
 
 
-class Crash(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("calls", range(24))
 def test_a_crash_at_any_point_leaves_a_complete_checkpoint(tmp_path, monkeypatch, calls):
     """Crashes a save that also removes a checkpoint, after each number of file operations."""
     save(tmp_path, 1)
-    left = [calls]
-
-    def crashing(function):
-        def call(*args, **kwargs):
-            if not left[0]:
-                raise Crash
-            left[0] -= 1
-            return function(*args, **kwargs)
-
-        return call
-
     with monkeypatch.context() as patch:
-        for owner, name in [
-            (os, "fsync"),
-            (module.Path, "rename"),
-            (os, "replace"),
-            (os, "unlink"),
-        ]:
-            patch.setattr(owner, name, crashing(getattr(owner, name)))
+        operations = [(os, "fsync"), (module.Path, "rename"), (os, "replace"), (os, "unlink")]
+        crash_after(calls, operations, patch)
         try:
             path = unfinished_path(tmp_path, 2)
             path.mkdir(parents=True)

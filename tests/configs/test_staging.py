@@ -11,7 +11,7 @@ from configs.checkpoints import complete_checkpoints, publish, read_checkpoint, 
 from configs.checksums import Damaged, verify_checksums
 from configs.files import write_json, write_text
 from configs.staging import finish_interrupted, replaced_files
-from tests.power_cuts import Disk
+from tests.power_cuts import Crash, Disk, crash_after
 
 
 def save(folder, version, shards=("model.safetensors",)):
@@ -63,30 +63,14 @@ def test_an_error_changes_nothing(tmp_path):
     assert contents(tmp_path) == ("old", NAMES["old"]) and not (tmp_path / ".saving").exists()
 
 
-class Crash(BaseException):
-    pass
-
-
 OPERATIONS = [(os, "fsync"), (staging, "rename"), (staging, "replace"), (os, "replace"), (os, "unlink"), (os, "rmdir")]
 
 
 @pytest.mark.parametrize("calls", range(0, 43, 2))
 def test_a_crash_at_any_point_leaves_the_old_or_the_new_files(tmp_path, monkeypatch, calls):
     save(tmp_path, "old", OLD_SHARDS)
-    left = [calls]
-
-    def crashing(function):
-        def call(*args, **kwargs):
-            if not left[0]:
-                raise Crash
-            left[0] -= 1
-            return function(*args, **kwargs)
-
-        return call
-
     with monkeypatch.context() as patch:
-        for owner, name in OPERATIONS:
-            patch.setattr(owner, name, crashing(getattr(owner, name)))
+        crash_after(calls, OPERATIONS, patch)
         try:
             save(tmp_path, "new")
         except Crash:
