@@ -15,6 +15,7 @@ from configs.model_folder import local_folder
 from configs.problems import one_line
 from configs.run_folder import holds_work
 from configs.sections import upload_problems
+from configs.staging import finish_interrupted
 
 if TYPE_CHECKING:
     from pipelines.pipeline_vqgan import VQGANPipeline
@@ -54,6 +55,7 @@ def build(config: BuildConfig) -> "VQGANPipeline":
     from stage1_vqgan import load_image_processor, load_tokenizer
     from stage2_prior import TokenLayout, load_prior
 
+    finish_interrupted(config.prior)
     if not (Path(config.prior) / "token_layout.json").is_file():
         message = f"received {config.prior!r}; this folder holds no trained prior (run stage2_prior.train first)"
         raise ConfigError([Problem("prior", message)])
