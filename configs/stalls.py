@@ -17,6 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from configs.problems import ConfigError, Problem
+
 EXIT_CODE = 6
 PERIOD = 1.0  # seconds between two reports of a process
 ANSWER = 10.0  # seconds; the store answers in milliseconds, unless the process that holds it has stalled
@@ -34,12 +36,21 @@ def watched_for_stalls(seconds: int) -> Iterator[None]:
     """Inside this context, a process that waits for another one for so many seconds ends with exit code 6.
 
     All processes of a group must open it, after the group has connected. A process that computes is never ended.
+
+    Raises:
+        ConfigError: the processes of a launcher have not connected, because accelerate found no GPU and was not told
+            to use CPUs. Each would train alone.
     """
     from torch import distributed
 
     from configs.compat import connect_to_store
 
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    size = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != str(size):
+        reason = f"the launcher started {started} processes, but they form groups of {size} (no GPU was found)"
+        raise ConfigError([Problem("ACCELERATE_USE_CPU", f"{reason}; set this variable to true to train on CPUs")])
+    if size == 1:
         yield
         return
     store = connect_to_store()  # the main thread may wait on the other connection

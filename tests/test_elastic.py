@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 
+from configs import ConfigError
 from configs.stalls import watched_for_stalls
 from tests import elastic_runs, forks, kill_runs
 from tests.devices import cpu_only
@@ -46,6 +47,14 @@ def test_a_process_that_waits_too_long_ends_and_names_the_late_one(late, tmp_pat
     where = r"last seen in stall \(tests/test_elastic.py:\d+\)"
     assert re.search(rf"^stalled: rank {late}, {where}; the other processes have waited for 5 seconds", log, re.M), log
     assert f"process {1 - late} terminated with exit code 6" in log, log
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch):
+    """As under torchrun on a machine without a GPU, where accelerate connects nothing unless it is told to use CPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = r"ACCELERATE_USE_CPU: the launcher started 2 processes.*groups of 1"
+    with pytest.raises(ConfigError, match=message), watched_for_stalls(seconds=5):
+        pytest.fail("it must not train")
 
 
 @pytest.fixture(scope="module")
