@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from configs.problems import ConfigError, Problem
+from configs.groups import joined_group
 
 EXIT_CODE = 6
 PERIOD = 1.0  # seconds between two reports of a process
@@ -38,19 +38,11 @@ def watched_for_stalls(seconds: int) -> Iterator[None]:
     All processes of a group must open it, after the group has connected. A process that computes is never ended.
 
     Raises:
-        ConfigError: the processes of a launcher have not connected, because accelerate found no GPU and was not told
-            to use CPUs. Each would train alone.
+        ConfigError: see `joined_group`.
     """
-    from torch import distributed
-
     from configs.compat import connect_to_store
 
-    size = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    started = os.environ.get("WORLD_SIZE", "1")
-    if started != str(size):
-        reason = f"the launcher started {started} processes, but they form groups of {size} (no GPU was found)"
-        raise ConfigError([Problem("ACCELERATE_USE_CPU", f"{reason}; set this variable to true to train on CPUs")])
-    if size == 1:
+    if joined_group() == 1:
         yield
         return
     store = connect_to_store()  # the main thread may wait on the other connection

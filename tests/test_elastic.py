@@ -3,6 +3,7 @@
 Two machines train as one does.
 """
 
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 
-from configs import ConfigError
+from configs import ConfigError, groups
 from configs.stalls import watched_for_stalls
 from tests import elastic_runs, forks, kill_runs
 from tests.devices import cpu_only
@@ -55,6 +56,18 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch):
     message = r"ACCELERATE_USE_CPU: the launcher started 2 processes.*groups of 1"
     with pytest.raises(ConfigError, match=message), watched_for_stalls(seconds=5):
         pytest.fail("it must not train")
+
+
+@pytest.mark.parametrize("fixed, method", [((3, 11), "fork"), ((99,), "forkserver")])
+def test_workers_of_a_group_are_forked_elsewhere_where_a_fork_may_hang(monkeypatch, fixed, method):
+    monkeypatch.setattr(groups, "FORKS_SAFELY", fixed)
+    before = multiprocessing.get_start_method()
+    try:
+        multiprocessing.set_start_method("fork", force=True)
+        groups.fork_workers_elsewhere()
+        assert multiprocessing.get_start_method() == method
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture(scope="module")
