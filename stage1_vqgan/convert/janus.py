@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import JanusVQVAE, JanusVQVAEConfig
-from transformers.models.janus.configuration_janus import JanusVisionConfig
+from transformers import JanusVisionConfig, JanusVQVAE, JanusVQVAEConfig
 
 from configs import ConfigError, Problem
 from configs.model_folder import weights_files
@@ -154,27 +153,24 @@ def _weights(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
 def _claims(values: dict[str, Any]) -> list[Claim]:
     """The claims of a configuration, of a JanusVQVAE or of a whole Janus. Keys that are missing have their defaults."""
     whole = "vq_config" in values
-    stated = section(values, "vq_config") if whole else values
-    values = values | {"vq_config": stated}
-    defaults = JanusVQVAEConfig().to_dict()
-    prefix = "vq_config." if whole else ""
-    known = {name: stated.get(name, defaults[name]) for name in (*FIELDS, *FIXED)}
-    claims = read_claims(known, prefix, FIELDS, FIXED)
-    levels = next(claim.value for claim in claims if claim.field == "channel_multiplier")
-    key, side = _side(values) if whole else ("num_patches", stated.get("num_patches", defaults["num_patches"]))
+    stated = JanusVQVAEConfig().to_dict() | (section(values, "vq_config") if whole else values)
+    known = {name: stated[name] for name in (*FIELDS, *FIXED)}
+    claims = read_claims(known, "vq_config." if whole else "", FIELDS, FIXED)
+    key, side = _side(values) if whole else ("num_patches", stated["num_patches"])
     try:
         side = read_value(Positive, side, strict=True)
     except ValueError as error:
         raise ConfigError([Problem(f"config: {key}", str(error))]) from None
-    return [*claims, Claim(key, "image_size", side * 2 ** max(0, len(levels) - 1))]
+    factor = 2 ** max(0, len(stated["channel_multiplier"]) - 1)
+    return [*claims, Claim(key, "image_size", side * factor)]
 
 
 def _side(values: dict[str, Any]) -> tuple[str, Any]:
-    """Codes on the side of a whole Janus's images. As the class does, it takes them from the vision tower."""
+    """Side of the grid of codes of a whole Janus, and its key. As in the class, the vision tower decides it."""
     vision = JanusVisionConfig().to_dict() | section({"vision_config": {}} | values, "vision_config")
     size, patch = vision["image_size"], vision["patch_size"]
     whole = type(size) is int and type(patch) is int and patch > 0
-    return "vision_config.image_size // patch_size", size // patch if whole else (size, patch)
+    return "vision_config.image_size // patch_size", size // patch if whole else [size, patch]
 
 
 def _notes(weights: Mapping[str, Tensor], inside: str) -> Iterator[str]:

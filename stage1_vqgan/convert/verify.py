@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from configs import ConfigError, Problem
@@ -156,6 +157,7 @@ def _rounding(model: VQGANModel, codes: Tensor) -> float:
 
 def _is_tie(model: VQGANModel, latents: Tensor, codes: Tensor, others: Tensor) -> Tensor:
     z = latents.double()
+    z = F.normalize(z, dim=1) if getattr(model.quantize, "l2_normalize", False) else z  # its length decides nothing
     entries = [model.quantize.lookup(indices).double() for indices in (codes, others)]
     near, far = ((z - entry).square().sum(1) for entry in entries)
     return far - near <= TOLERANCE * (z.square().sum(1) + entries[1].square().sum(1))
