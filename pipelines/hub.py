@@ -71,7 +71,7 @@ def save(
         if janus or (Path(folder) / JANUS / "config.json").is_file():
             from stage1_vqgan.convert.janus import write  # slow to import
 
-            write(vqgan, staged / JANUS, layout.grid, "janus")
+            write(vqgan, staged / JANUS, "janus")
         for source in tokenizer_sources():
             shutil.copy(source, staged)
         write_json(staged / INDEX_NAME, index)

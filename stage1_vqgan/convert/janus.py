@@ -5,7 +5,6 @@ last level only, counts the levels of its decoder from the other end, and decode
 takes entries of unit length, but its search compares with the entries as they are stored.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -72,13 +71,12 @@ def read(checkpoint: Path, config: Path | None) -> Original:
     )
 
 
-def write(model: VQGANModel, folder: Path, grid: tuple[int, int] | None = None, field: str = "checkpoint") -> list[str]:
+def write(model: VQGANModel, folder: Path, field: str = "checkpoint") -> list[str]:
     """Writes a tokenizer to a folder that `JanusVQVAE.from_pretrained` reads, in float32.
 
     Args:
         model: the tokenizer.
         folder: the folder.
-        grid: h and w of the codes to decode; by default those of images of the tokenizer's size.
         field: configuration field for the error.
 
     Returns:
@@ -87,12 +85,11 @@ def write(model: VQGANModel, folder: Path, grid: tuple[int, int] | None = None, 
     Raises:
         ConfigError: the tokenizer has a feature that a JanusVQVAE lacks.
     """
-    grid = grid or (model.config.grid_size, model.config.grid_size)
     rename = partial(to_theirs, rules=RULES, num_levels=len(model.config.widths))
     weights = renamed({name: value.float() for name, value in model.state_dict().items()}, rename)
-    _stock(model.config, weights, grid, field).save_pretrained(folder)
+    _stock(model.config, weights, field).save_pretrained(folder)
     return [
-        f"the JanusVQVAE decodes grids of {grid[0]}×{grid[1]} codes; its codebook has unit length",
+        f"the JanusVQVAE decodes grids of {model.config.grid_size}×{model.config.grid_size} codes only",
         "left out: the options of the codebook loss, which a JanusVQVAE does not have",
     ]
 
@@ -118,16 +115,15 @@ def reference(checkpoint: Path, model: VQGANModel) -> Reference:
     return run
 
 
-def _stock(
-    config: VQGANConfig, weights: dict[str, Tensor], grid: tuple[int, int] = (1, 1), field: str = "checkpoint"
-) -> JanusVQVAE:
+def _stock(config: VQGANConfig, weights: dict[str, Tensor], field: str = "checkpoint") -> JanusVQVAE:
     """The class of transformers with these weights, and with entries of unit length, in evaluation mode."""
-    if problems := [Problem(field, message) for message in _inexpressible(config, grid)]:
+    if problems := [Problem(field, message) for message in _inexpressible(config)]:
         raise ConfigError(problems)
-    settings = {name: getattr(config, name) for name in SAME}
+    settings: dict[str, Any] = {name: getattr(config, name) for name in SAME}
+    settings |= {"out_channels": config.in_channels, "num_patches": config.grid_size}
     settings["channel_multiplier"] = list(map(int, config.channel_multiplier))
     with torch.device("meta"):
-        stock = JanusVQVAE(JanusVQVAEConfig(**settings, out_channels=config.in_channels, num_patches=grid[0]))
+        stock = JanusVQVAE(JanusVQVAEConfig(**settings))
     stock.load_state_dict(weights | {CODEBOOK: unit_length(weights[CODEBOOK])}, assign=True)
     return stock.eval()
 
@@ -184,7 +180,7 @@ def _notes(weights: Mapping[str, Tensor], inside: str) -> Iterator[str]:
         )
 
 
-def _inexpressible(config: VQGANConfig, grid: tuple[int, int]) -> Iterator[str]:
+def _inexpressible(config: VQGANConfig) -> Iterator[str]:
     """What a JanusVQVAE lacks, in words."""
     if config.quantizer != "vq":
         yield f"its quantizer is {shown(config.quantizer)}; a JanusVQVAE only supports 'vq' with l2_normalize"
@@ -196,7 +192,5 @@ def _inexpressible(config: VQGANConfig, grid: tuple[int, int]) -> Iterator[str]:
     if attends != config.resolutions[-1:]:
         allowed = f"a JanusVQVAE attends at its last level only, [{config.resolutions[-1]}]"
         yield f"its attn_resolutions is {list(config.attn_resolutions)}; {allowed}"
-    if any(math.floor(part) != part for part in config.channel_multiplier):
+    if any(part % 1 for part in config.channel_multiplier):
         yield f"its channel_multiplier is {list(config.channel_multiplier)}; a JanusVQVAE only supports whole numbers"
-    if grid[0] != grid[1]:
-        yield f"its codes form a grid of {grid[0]}×{grid[1]}; a JanusVQVAE only decodes squares"
