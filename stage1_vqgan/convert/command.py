@@ -50,7 +50,11 @@ def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
     model = build_model(original)
     model.save_pretrained(folder)
     if model.config.in_channels in IMAGE_CHANNELS:
-        VQGANImageProcessor(model.config.image_size, model.config.in_channels).save_pretrained(folder)
+        try:
+            processor = VQGANImageProcessor(model.config.image_size, model.config.in_channels)
+        except ValueError as error:
+            raise ConfigError([Problem.of_error(error)]) from None
+        processor.save_pretrained(folder)
     if original.discriminator:
         save_file(original.discriminator, folder / DISCRIMINATOR_NAME)
     write_checksums(folder)

@@ -16,11 +16,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import JanusVQVAE
 
+from configs import ConfigError
 from configs.checksums import verify_checksums
 from pipelines import VQGANPipeline, hub
+from pipelines.build import BuildConfig, build
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import TokenLayout
 from tests.devices import DEVICE
+from tests.uploads import Hub
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,6 +177,23 @@ def test_what_a_download_of_the_pipeline_takes(carrying, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", download)
     VQGANPipeline.from_pretrained("me/mine")
     assert [path.name for path in (tmp_path / "cache/janus").iterdir()] == ["checksums.json"]
+
+
+def test_a_push_holds_it_only_on_request(carrying, tmp_path, monkeypatch):
+    repositories = Hub(tmp_path)
+    repositories.install(monkeypatch)
+    found = []
+    for options in ({"janus": True}, {}):
+        carrying.push_to_hub("me/mine", **options)
+        found.append([name for name in repositories.names("me/mine") if name.startswith("janus/")])
+    assert sorted(found[0]) == ["janus/checksums.json", "janus/config.json", "janus/model.safetensors"]
+    assert found[1] == []
+
+
+def test_build_refuses_a_tokenizer_that_does_not_fit(tiny_runs, tmp_path):
+    parts = {"tokenizer": str(tiny_runs.vqgan), "prior": str(tiny_runs.prior), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ConfigError, match="janus: its norm_num_groups is 4; a JanusVQVAE only supports 32"):
+        build(BuildConfig(**parts, janus=True))
 
 
 def test_a_tokenizer_that_does_not_fit(random_prior, tmp_path):

@@ -25,9 +25,19 @@ SETTINGS = {
     "quantizer_options": {"l2_normalize": True},
 }
 LAYOUTS = {
-    "three levels": {"channel_multiplier": [1, 1, 2], "attn_resolutions": [4], "embed_dim": 8},
-    "gray, two blocks, dropout": {"in_channels": 1, "num_res_blocks": 2, "dropout": 0.1},
-    "four channels, wide first level": {"in_channels": 4, "channel_multiplier": [2, 1], "latent_channels": 3},
+    "three levels, four channels": {
+        "in_channels": 4,
+        "channel_multiplier": [1, 1, 2],
+        "attn_resolutions": [4],
+        "embed_dim": 8,
+    },
+    "gray, wide first level, two blocks, dropout": {
+        "in_channels": 1,
+        "channel_multiplier": [2, 1],
+        "num_res_blocks": 2,
+        "latent_channels": 3,
+        "dropout": 0.1,
+    },
 }
 
 
@@ -158,6 +168,18 @@ def test_several_problems_at_once(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
+def test_latents_that_the_class_cannot_tell_apart(tmp_path, capsys):
+    """Its search adds their squares, so that long ones lose the difference between entries to rounding."""
+    model = tokenizer()
+    with torch.no_grad():
+        model.quant_conv.weight *= 2**24
+        model.quant_conv.bias *= 2**24
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(SystemExit):
+        command("--to janus --checkpoint {at}/ours --output {at}/out", tmp_path)
+    assert "the converted tokenizer differs" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def changed(**changes):
     return lambda folder, config: (folder / "config.json").write_text(json.dumps(config | changes))
 
@@ -192,6 +214,7 @@ def another_model(folder, config):
         (changed(num_res_blocks=2), "num_res_blocks: is 2, but the weights have 1"),
         (changed(num_patches="8"), "num_patches: received '8'"),
         (changed(num_patches=0), "num_patches: received 0"),
+        (changed(num_patches=2**31 - 1), "image_size: received 4294967294; allowed"),
         (changed(vq_config=[]), "vq_config: is missing; it must be a section"),
         (
             changed(vq_config={}, vision_config={"patch_size": 0}),
