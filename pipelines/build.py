@@ -28,6 +28,7 @@ class BuildConfig(Section):
     tokenizer: folder or Hub id of the tokenizer
     prior: output_dir of stage 2; an adapter is merged into its base prior
     output_dir: folder of the pipeline
+    janus: also save the tokenizer as a JanusVQVAE of transformers, in the subfolder janus
     push_to_hub: upload the pipeline
     hub_model_id: repository of the upload, as "user/name"
     hub_private_repo: make a new repository private; null leaves this to the Hub
@@ -36,6 +37,7 @@ class BuildConfig(Section):
     tokenizer: str
     prior: str
     output_dir: str
+    janus: bool = False
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
@@ -81,11 +83,11 @@ def build(config: BuildConfig) -> "VQGANPipeline":
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
     with locked_folder(config.output_dir, "output_dir"):
-        pipeline.save_pretrained(config.output_dir)
+        pipeline.save_pretrained(config.output_dir, janus=config.janus)
     print(f"pipeline saved in {Path(config.output_dir).resolve()}")
     if config.push_to_hub:
         with upload_errors(config.output_dir):
-            print(pipeline.push_to_hub(str(config.hub_model_id), private=config.hub_private_repo))
+            print(pipeline.push_to_hub(str(config.hub_model_id), config.hub_private_repo, janus=config.janus))
     return pipeline
 
 

@@ -5,6 +5,7 @@ README.md               model card
 *.py                    the tokenizer's model files, for AutoModel with trust_remote_code
 vqgan/                  config.json, model.safetensors, preprocessor_config.json
 prior/                  config.json, model.safetensors, generation_config.json
+janus/                  on request: config.json, model.safetensors of the tokenizer as a JanusVQVAE of transformers
 """
 
 import inspect
@@ -30,10 +31,10 @@ from pipelines.model_card import model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
 from stage2_prior import TokenLayout, load_causal_lm, without_adapters
 
-INDEX_NAME = "model_index.json"
+INDEX_NAME, JANUS = "model_index.json", "janus"
 
 # Files of an earlier upload that must not mix with those of a new one.
-STALE = ("vqgan/*.safetensors*", "prior/*.safetensors*")
+STALE = ("vqgan/*.safetensors*", "prior/*.safetensors*", f"{JANUS}/*")
 
 
 def save(
@@ -43,6 +44,7 @@ def save(
     image_processor: VQGANImageProcessor,
     layout: TokenLayout,
     name: str = "path/or/repository",
+    janus: bool = False,
     **options: Any,
 ) -> None:
     """Writes a pipeline's folder. Adapters of the prior are merged into the saved copy.
@@ -51,6 +53,7 @@ def save(
         folder: created if it does not exist.
         vqgan, prior, image_processor, layout: components of the pipeline.
         name: folder or Hub id in the example of the model card.
+        janus: also write `janus/`. A folder that has one gets a new one in any case.
         **options: passed to the models' `save_pretrained`, for instance `max_shard_size`.
     """
     prior = without_adapters(prior)
@@ -65,20 +68,31 @@ def save(
         vqgan.save_pretrained(staged / "vqgan", **options)
         image_processor.save_pretrained(staged / "vqgan")
         prior.save_pretrained(staged / "prior", **options)
+        if janus or (Path(folder) / JANUS / "config.json").is_file():
+            from stage1_vqgan.convert.janus import write  # slow to import
+
+            write(vqgan, staged / JANUS, "janus")
         for source in tokenizer_sources():
             shutil.copy(source, staged)
         write_json(staged / INDEX_NAME, index)
         (staged / "README.md").write_text(model_card(vqgan, prior, layout, name))
 
 
-def push(repo_id: str, components: dict[str, Any], private: bool | None, commit_message: str, **options: Any) -> str:
+def push(
+    repo_id: str,
+    components: dict[str, Any],
+    private: bool | None,
+    commit_message: str,
+    janus: bool = False,
+    **options: Any,
+) -> str:
     """Uploads a pipeline's folder to the Hugging Face Hub; see `VQGANPipeline.push_to_hub`."""
     api = HfApi(token=options.pop("token", None))
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     options = {"commit_message": commit_message, "delete_patterns": list(STALE), **options}
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "pipeline"
-        save(folder, **components, name=repo_id)
+        save(folder, **components, name=repo_id, janus=janus)
         check_upload(folder, api.token)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
@@ -102,7 +116,8 @@ def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:
     if not folder.is_dir():
         if not is_repo_id(str(name)):
             raise FileNotFoundError(f"there is no folder {str(name)!r}, and the name is not a valid Hub id")
-        wanted = [str(inside / path) for path in (INDEX_NAME, CHECKSUMS_NAME, "vqgan/*", "prior/*")]
+        names = (INDEX_NAME, CHECKSUMS_NAME, f"{JANUS}/{CHECKSUMS_NAME}", "vqgan/*", "prior/*")
+        wanted = [str(inside / name) for name in names]
         folder = Path(snapshot_download(str(name), allow_patterns=wanted, **download))
     folder /= inside
     finish_interrupted(folder)
