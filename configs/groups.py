@@ -8,6 +8,9 @@ from configs.problems import ConfigError, Problem
 
 FORKS_SAFELY = (3, 11, 10)
 
+# What the workers run, by name because nothing here imports another package. Otherwise each worker would import it anew.
+WORKERS_RUN = ["stage1_vqgan.data.loading", "stage2_prior.data"]
+
 
 def joined_group() -> int:
     """Number of processes in the group that this process has joined; 1 without a launcher.
@@ -36,4 +39,4 @@ def fork_workers_elsewhere() -> None:
     """
     if sys.version_info < FORKS_SAFELY and multiprocessing.get_start_method() == "fork":
         multiprocessing.set_start_method("forkserver", force=True)
-        multiprocessing.set_forkserver_preload(["datasets", "torch.utils.data"])
+        multiprocessing.set_forkserver_preload(WORKERS_RUN)
