@@ -44,6 +44,9 @@ def load_config(
             raise ConfigError([*error.problems, *problems], name) from None
         problems += repeated
     values = plain(values)  # an alias in the file then has a copy of its own, which an override does not share
+    for key, displaced in getattr(cls, "displaces", {}).items():
+        if key in (overrides or {}):
+            values.pop(displaced, None)
     problems += merge(values, plain(dict(overrides or {})))
     return build(cls, values, name or "command line", problems)
 
@@ -85,6 +88,7 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
         problems.append(Problem("", f"unknown keys {listed(foreign, 4)}: {question} This one is {about}"))
         values = {key: value for key, value in values.items() if key not in foreign}
     config = _read_section(cls, values, "", problems)
+    getattr(config, "settle", tuple)()
     if foreign:  # Missing keys and broken rules follow from the wrong file.
         problems = [problem for problem in problems if problem.message != NOT_GIVEN]
     else:

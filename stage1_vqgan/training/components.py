@@ -119,11 +119,11 @@ def build_perceptual(config: Stage1Config, device: torch.device) -> PerceptualLo
 
 
 def prepare_discriminator(in_channels: int, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
-    """The discriminator, compiled if possible and wrapped, and its optimizer; None if the adversarial weight is 0.
+    """The discriminator, compiled if possible and wrapped, and its optimizer; None if the run has no discriminator.
 
     In fine-tuning, it starts from the weights of the discriminator in the tokenizer's folder, if they fit.
     """
-    if not config.loss.adversarial_weight:
+    if not config.has_discriminator:
         return None, None
     settings = config.discriminator
     discriminator: nn.Module = PatchDiscriminator(

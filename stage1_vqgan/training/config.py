@@ -20,6 +20,8 @@ from configs.sections import (
     NonNegative,
     NonNegativeFloat,
     PositiveFloat,
+    Share,
+    in_steps,
     launched_processes,
 )
 from configs.values import read_value
@@ -47,8 +49,9 @@ class LossConfig(Section):
     codebook_weight: codebook and commitment terms
     adversarial_weight: multiplies the adaptive weight λ; 0 trains a VQ-VAE, without a discriminator
     adversarial_type: "hinge", "vanilla", "non_saturating" or "wasserstein"
-    discriminator_start_step: first step that trains the discriminator
-    adversarial_start_step: first step in which the generator has an adversarial term
+    discriminator_start_step: first step that trains the discriminator; below 1 a share of the run
+    adversarial_start_step: first step in which the generator has an adversarial term; below 1 a share of the run; a run
+        that ends before it trains no discriminator
     gradient_penalty_weight: WGAN-GP's penalty on the discriminator's gradients between images and reconstructions
     r1_weight: γ of the penalty on the discriminator's gradients at images
     lecam_weight: LeCam's penalty on the distance of the discriminator's logits from their moving averages
@@ -62,8 +65,8 @@ class LossConfig(Section):
     codebook_weight: PositiveFloat = 1.0
     adversarial_weight: NonNegativeFloat = 0.5
     adversarial_type: AdversarialType = "hinge"
-    discriminator_start_step: NonNegative = 0
-    adversarial_start_step: NonNegative = 0
+    discriminator_start_step: NonNegative | Share = 0
+    adversarial_start_step: NonNegative | Share = 0
     gradient_penalty_weight: NonNegativeFloat = 0.0
     r1_weight: NonNegativeFloat = 0.0
     lecam_weight: NonNegativeFloat = 0.0
@@ -146,6 +149,16 @@ class Stage1Config(TrainingConfig):
         from stage1_vqgan.configuration_vqgan import VQGANConfig
 
         return VQGANConfig(**self.model)
+
+    def settle(self) -> None:
+        super().settle()
+        for name in ("discriminator_start_step", "adversarial_start_step"):
+            setattr(self.loss, name, in_steps(getattr(self.loss, name), self.max_steps))
+
+    @property
+    def has_discriminator(self) -> bool:
+        """Whether the run trains a discriminator: the generator gets the adversarial term in at least one step."""
+        return self.loss.adversarial_weight > 0 and self.loss.adversarial_start_step < self.max_steps
 
     @property
     def codes_are_frozen(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from configs import ConfigError, Problem, check
+from configs.automatic import decided
 from configs.files import read_json
 from configs.interruption import StopRequest
 from configs.randomness import seed_from
@@ -68,7 +69,7 @@ def train(config: Stage2Config) -> PreTrainedModel:
         Diverged: a loss or a weight is not finite.
         Stopped: SIGTERM or Ctrl-C; a checkpoint was saved.
     """
-    config = check(config)
+    config = decided(check(config))
     store, layout = open_codes(config)
     arguments = training_arguments(config)
     with (
