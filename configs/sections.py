@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -25,7 +25,8 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 Momentum = Annotated[float, Ge(0), Lt(1)]
 Share = Annotated[float, Gt(0), Lt(1)]  # of the steps of a run
 if TYPE_CHECKING:  # "auto" is replaced before a value is used, in `settle` or by configs/automatic.py
-    AutoNumber, AutoSwitch = int, bool
+    AutoNumber: TypeAlias = int
+    AutoSwitch: TypeAlias = bool
 else:
     AutoNumber, AutoSwitch = NonNegative | Literal["auto"], bool | Literal["auto"]
 
@@ -52,7 +53,7 @@ class Section:
     displaces: ClassVar[dict[str, str]] = {}
 
     def settle(self) -> None:
-        """Replaces values that stand for others, such as a share of the run. The loader calls this before `problems`."""
+        """Replaces values that stand for others, such as a share of the run. Called before `problems`."""
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         """Broken rules across fields, as `(key, value received, what is allowed and what to do)`.
@@ -77,7 +78,7 @@ def upload_problems(config: Any) -> Iterable[tuple[str, Any, str]]:
 
 
 def in_steps(value: float, max_steps: int) -> int:
-    """A number of steps; a value below 1 is a share of `max_steps`, rounded up, as in transformers.TrainingArguments."""
+    """A number of steps. A value below 1 is a share of `max_steps`, as in transformers.TrainingArguments."""
     return math.ceil(value * max_steps) if value < 1 else int(value)
 
 
