@@ -11,7 +11,7 @@ from configs.files import write_text
 from configs.problems import ConfigError, Problem, cut, listed, shown, unknown_key
 from configs.secrets import ADVICE, secret_keys
 from configs.values import read_value
-from configs.yaml_files import DEEPEST, read_yaml, to_yaml
+from configs.yaml_files import DEEPEST, preset_of, read_yaml, to_yaml
 
 T = TypeVar("T")
 
@@ -38,6 +38,7 @@ def load_config(
     problems = list(found)
     values: dict[str, Any] = {}
     if name:
+        name = preset_of(getattr(cls, "preset", ""), name)
         try:
             values, repeated = read_yaml(name)
         except ConfigError as error:

@@ -133,6 +133,8 @@ class Stage1Config(TrainingConfig):
     trainable: "all", or "decoder", which freezes encoder and codebook, so that all codes stay the same
     """
 
+    preset: ClassVar[str] = "stage1"
+
     model: dict[str, Any] = field(default_factory=dict)
     model_name_or_path: str | None = None
     trainable: Literal["all", "decoder"] = "all"

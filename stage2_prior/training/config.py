@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Le, Lt
 
@@ -140,6 +140,8 @@ class Stage2Config(TrainingConfig):
 
     stage2_prior.tokenize reads the first four of these keys, data, seed and dataloader_num_workers.
     """
+
+    preset: ClassVar[str] = "stage2"
 
     tokenizer: str
     data: DataConfig
