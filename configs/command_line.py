@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from configs.checksums import Damaged
 from configs.disk_space import DiskFull, naming_full_disk
 from configs.interruption import Diverged, Stopped, sigterm_raises
-from configs.loader import load_config, to_dict
+from configs.loader import load_config, switches, to_dict
 from configs.memory import OUT_OF_MEMORY, is_out_of_memory, out_of_memory_advice
 from configs.problems import ConfigError, Problem, cut, printable, shown
 from configs.restarts import use_new_store
@@ -27,8 +27,14 @@ NO_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS}
 MAKE_SPACE = "What was saved before is intact. Make space, then start the same command again: it goes on from there"
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any], list[Problem]]:
+def parse_arguments(
+    arguments: Sequence[str], switches: Collection[str] = ()
+) -> tuple[str | None, dict[str, Any], list[Problem]]:
     """Splits command-line arguments and reads their values as YAML.
+
+    Args:
+        arguments: the words of the command line.
+        switches: the keys that may stand without a value, which is then true.
 
     Returns:
         The name of the YAML file or preset, `{dotted key: value}`, and the problems: an argument without a key, a key
@@ -54,7 +60,11 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any
         if names_secret(key):
             raise ConfigError([Problem(key, ADVICE)], "command line")
         if not equals:
-            if not rest or rest[0].startswith("--"):
+            alone = not rest or rest[0].startswith("--")
+            if alone and key in switches:
+                overrides[key] = True
+                continue
+            if alone:
                 problems.append(Problem(key, f"no value given; write --{cut(key, 100) or 'key'} VALUE"))
                 continue
             text = rest.pop(0)
@@ -85,12 +95,15 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
     if "--help" in arguments or "-h" in arguments:
         from configs.help_text import help_text
 
-        print(help_text(cls, command))
+        try:
+            print(help_text(cls, command, arguments))
+        except ConfigError as error:
+            _exit(error, 2)
         return
     config = None
     try:
         with sigterm_raises():
-            config = load_config(cls, *parse_arguments(arguments))
+            config = load_config(cls, *parse_arguments(arguments, switches(cls)))
             use_new_store()
             try:
                 with naming_full_disk(written_folder(config)):

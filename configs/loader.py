@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from configs.files import write_text
 from configs.problems import ConfigError, Problem, cut, listed, shown, unknown_key
@@ -147,6 +147,18 @@ def plain(value: Any, key: str = "", level: int = 0) -> Any:
             raise ConfigError([Problem(key, f"received the key {shown(wrong[0])}; keys must be words")])
         return {name: plain(item, f"{key}.{name}".lstrip("."), level + 1) for name, item in value.items()}
     return [plain(item, key, level + 1) for item in value] if isinstance(value, list | tuple) else value
+
+
+def switches(cls: type, prefix: str = "") -> set[str]:
+    """The dotted keys of a configuration that may be true or false."""
+    hints, found = get_type_hints(cls, include_extras=True), set()
+    for field in fields(cls):
+        key, hint = f"{prefix}{key_of(field)}", hints[field.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            found |= switches(hint, f"{key}.")
+        elif bool in (hint, *get_args(hint)):
+            found.add(key)
+    return found
 
 
 def save_config(config: Any, path: str | Path) -> None:

@@ -47,11 +47,13 @@ class Section:
     Attributes:
         refused: keys that a user may expect here, and why they do not exist.
         preset: name of the command's presets in their folders: `own/cpu` then stands for `own/cpu/stage1`.
+        fields_of: `{key: dataclass}`: `--help` describes the fields that the value of a key may have.
         displaces: `{key: other key}`: a key on the command line removes the other one from the file.
     """
 
     refused: ClassVar[dict[str, str]] = {}
     preset: ClassVar[str] = ""
+    fields_of: ClassVar[dict[str, type]] = {}
     displaces: ClassVar[dict[str, str]] = {}
 
     def settle(self) -> None:

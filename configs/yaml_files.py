@@ -214,11 +214,20 @@ def _read_text(name: str) -> str:
             return file.read(MOST_CHARACTERS + 1)
     if preset in preset_names():
         return preset_text(preset)
-    by_folder = groupby(preset_names(), lambda preset: preset.rpartition("/")[0])
-    known = ", ".join(f"{folder}/{{{','.join(Path(preset).name for preset in found)}}}" for folder, found in by_folder)
     if path.is_dir():
-        raise ConfigError([Problem("", f"is a folder; give a YAML file or a preset ({known})")], name)
-    names = {*preset_names(), *(name.rpartition("/")[0] for name in preset_names())}
-    nearest = difflib.get_close_matches(preset, names, n=1)
-    hint = f"; did you mean the preset '{nearest[0]}'?" if nearest else f" (presets: {known})"
-    raise ConfigError([Problem("", f"no file and no preset is called {shown(name)}{hint}")], name)
+        raise ConfigError([Problem("", f"is a folder; give a YAML file or a preset ({_all_presets()})")], name)
+    raise ConfigError([Problem("", unknown_preset(name, "no file and no preset"))], name)
+
+
+def unknown_preset(name: str, what: str) -> str:
+    """The message for an unknown name: the nearest preset, or all of them. `what` says what nothing is called so."""
+    preset = name.removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
+    folders = {known.rpartition("/")[0] for known in preset_names()}
+    nearest = difflib.get_close_matches(preset, [*preset_names(), *folders], n=1)
+    hint = f"; did you mean the preset '{nearest[0]}'?" if nearest else f" (presets: {_all_presets()})"
+    return f"{what} is called {shown(name)}{hint}"
+
+
+def _all_presets() -> str:
+    by_folder = groupby(preset_names(), lambda preset: preset.rpartition("/")[0])
+    return ", ".join(f"{folder}/{{{','.join(Path(name).name for name in found)}}}" for folder, found in by_folder)

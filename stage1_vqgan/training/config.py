@@ -125,15 +125,14 @@ class Stage1Config(TrainingConfig):
     torch_compile: compiles encoder, decoder, LPIPS and discriminator: faster steps after some minutes at the start; the
         discriminator is not compiled with "actnorm", loss.gradient_penalty_weight or loss.r1_weight
     num_sample_images: images in the reconstruction grid of every evaluation
-    model: fields of VQGANConfig: image_size, in_channels, base_channels, channel_multiplier, num_res_blocks,
-        attn_resolutions, norm_num_groups, dropout, latent_channels, embed_dim, num_embeddings, quantizer ("vq", "ema",
-        "gumbel", "fsq", "lfq"), quantizer_options
+    model: fields of VQGANConfig, see below
     model_name_or_path: fine-tunes the tokenizer in this folder or Hub repository, without k-means; `model` may then
         change fields that do not change the shapes of the weights, for instance image_size
     trainable: "all", or "decoder", which freezes encoder and codebook, so that all codes stay the same
     """
 
     preset: ClassVar[str] = "stage1"
+    fields_of: ClassVar[dict[str, type]] = {"model": VQGANArchitecture}
 
     model: dict[str, Any] = field(default_factory=dict)
     model_name_or_path: str | None = None
