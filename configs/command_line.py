@@ -24,16 +24,18 @@ T = TypeVar("T")
 
 # Errors of writing into a folder that exists.
 NO_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS}
+YAML_ENDINGS = (".yaml", ".yml")
 MAKE_SPACE = "What was saved before is intact. Make space, then start the same command again: it goes on from there"
 
 
 def parse_arguments(
-    arguments: Sequence[str], switches: Collection[str] = ()
+    arguments: Sequence[str], positional: str | None = None, switches: Collection[str] = ()
 ) -> tuple[str | None, dict[str, Any], list[Problem]]:
     """Splits command-line arguments and reads their values as YAML.
 
     Args:
         arguments: the words of the command line.
+        positional: key that the first argument sets if it follows no key; see `Section.positional`.
         switches: the keys that may stand without a value, which is then true.
 
     Returns:
@@ -50,10 +52,13 @@ def parse_arguments(
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            if name is None and len(rest) + 1 == len(arguments):
+            is_first = len(rest) + 1 == len(arguments)
+            if is_first and positional is not None and not argument.endswith(YAML_ENDINGS):
+                overrides[positional] = argument
+            elif is_first:
                 name = argument
             else:
-                reason = "follows no --key (only the first argument may be a config)"
+                reason = f"follows no --key (only the first argument may be a {positional or 'config'})"
                 problems.append(Problem("", f"{shown(argument)} {reason}"))
             continue
         key, equals, text = argument[2:].partition("=")
@@ -103,7 +108,8 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
     config = None
     try:
         with sigterm_raises():
-            config = load_config(cls, *parse_arguments(arguments, switches(cls)))
+            words = parse_arguments(arguments, getattr(cls, "positional", None), switches(cls))
+            config = load_config(cls, *words)
             use_new_store()
             try:
                 with naming_full_disk(written_folder(config)):

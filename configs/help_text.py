@@ -19,6 +19,9 @@ Values are written as in YAML: --key 1e-4, --key true, --key null, --key '[a, b]
 CONFIG = """
 CONFIG is a YAML file{presets}.
 """
+POSITIONAL = """
+{name} is the value of --{key}. A YAML file in its place is a CONFIG, which sets any of the keys.
+"""
 
 
 def help_text(cls: type, command: str, arguments: Sequence[str] = ()) -> str:
@@ -32,10 +35,11 @@ def help_text(cls: type, command: str, arguments: Sequence[str] = ()) -> str:
     Raises:
         ConfigError: the CONFIG cannot be read.
     """
-    named = [name for name in arguments[:1] if not name.startswith("-")]
     values: dict[str, Any] = {}
     lines = [usage(cls, command)]
-    for name in named:
+    for name in arguments[:1]:
+        if name.startswith("-") or getattr(cls, "positional", None) is not None:
+            break
         preset = preset_of(getattr(cls, "preset", ""), name)
         values = read_yaml(preset)[0]
         lines.append(f"The values are those of {preset}. A key that it does not set has its default.\n")
@@ -44,10 +48,18 @@ def help_text(cls: type, command: str, arguments: Sequence[str] = ()) -> str:
 
 def usage(cls: type, command: str) -> str:
     """How to call a command that reads a `cls`, and the presets that it accepts."""
+    first, about = _first_argument(cls)
+    return USAGE.format(command=command, arguments=f"{first} [--key value ...]", config=about)
+
+
+def _first_argument(cls: type) -> tuple[str, str]:
+    """The argument without a key, and what it means."""
+    key = getattr(cls, "positional", None)
+    if key is not None:
+        return key.upper(), POSITIONAL.format(name=key.upper(), key=key)
     keys = {key_of(field) for field in fields(cls)}  # type: ignore[arg-type]
     presets = [name for name in preset_names() if read_yaml(name)[0].keys() <= keys]
-    config = CONFIG.format(presets=", or one of these presets: " * bool(presets) + ", ".join(presets))
-    return USAGE.format(command=command, arguments="[CONFIG] [--key value ...]", config=config)
+    return "[CONFIG]", CONFIG.format(presets=", or one of these presets: " * bool(presets) + ", ".join(presets))
 
 
 def describe(cls: type, prefix: str = "", values: Any = None) -> list[str]:

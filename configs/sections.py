@@ -49,8 +49,11 @@ class Section:
         preset: name of the command's presets in their folders: `own/cpu` then stands for `own/cpu/stage1`.
         fields_of: `{key: dataclass}`: `--help` describes the fields that the value of a key may have.
         displaces: `{key: other key}`: a key on the command line removes the other one from the file.
+        positional: key that the first argument of the command sets if it follows no key and is no YAML file; None if
+            this argument names a YAML file or preset.
     """
 
+    positional: ClassVar[str | None] = None
     refused: ClassVar[dict[str, str]] = {}
     preset: ClassVar[str] = ""
     fields_of: ClassVar[dict[str, type]] = {}
