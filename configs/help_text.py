@@ -14,7 +14,8 @@ from configs.yaml_files import preset_names, preset_of, read_yaml, to_yaml
 USAGE = """usage: {command} {arguments}
 {config}
 A key sets one value and overrides CONFIG. Dots lead into a section: --section.key value.
-Values are written as in YAML: --key 1e-4, --key true, --key null, --key '[a, b]'. --key alone means --key true.
+Values are written as in YAML: --key 1e-4, --key true, --key null, --key '[a, b]'.
+A switch without a value means true: --push_to_hub.
 """
 CONFIG = """
 CONFIG is a YAML file{presets}.

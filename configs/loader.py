@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -174,7 +174,8 @@ def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems
     for name, value in values.items():
         if name not in known and f"{prefix}{name}" not in reported:
             refused = getattr(cls, "refused", {}).get(name)
-            message = f"received {shown(value)}; {refused}" if refused else unknown_key(name, known)
+            nested = next((key for key in _nested_keys(cls) if not prefix and key.endswith(f".{name}")), None)
+            message = f"received {shown(value)}; {refused}" if refused else unknown_key(name, known, nested)
             problems.append(Problem(f"{prefix}{name}", message))
     good: dict[str, Any] = {}
     for own_key, field in known.items():
@@ -202,6 +203,15 @@ def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems
     return cls(**good)
 
 
+def _nested_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys in the sections of a configuration."""
+    hints = get_type_hints(cls)
+    sections = {key_of(field): hints[field.name] for field in fields(cls) if is_dataclass(hints[field.name])}
+    for key, section in {**sections, **getattr(cls, "fields_of", {})}.items():
+        yield from (f"{prefix}{key}.{key_of(field)}" for field in fields(section))
+        yield from _nested_keys(section, f"{prefix}{key}.")
+
+
 def _stand_in(hint: Any) -> Any:
     """Any value of a type, so that the rules across keys can run."""
     candidates: list[Any] = [1, 0.5, "-", True, [], {}]
@@ -220,7 +230,9 @@ def _foreign_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
     resemble no key of `cls`.
     """
     known = [key_of(field) for field in fields(cls)]  # type: ignore[arg-type]
-    unknown = [str(key) for key in values if key not in known]
+    nested = {key.rpartition(".")[2] for key in _nested_keys(cls)}
+    elsewhere = nested | getattr(cls, "refused", {}).keys()
+    unknown = [str(key) for key in values if key not in known and key not in elsewhere]
     far = [key for key in unknown if not difflib.get_close_matches(key, known, n=1)]
     sections = [key for key in far if isinstance(values[key], Mapping)]
     many = len(unknown) >= 3 or len(sections) >= 2

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import to_dict
-from configs.problems import ConfigError, Problem, shown
+from configs.problems import ConfigError, Problem, listed, shown
 from configs.secrets import secret_keys
 from configs.yaml_files import read_yaml
 
@@ -46,7 +46,12 @@ def require_same_settings(config: Any, path: Path, warn: bool) -> None:
     """
     if not path.is_file():
         return
-    differences = list(_differences(_read(path), to_dict(config)))
+    old, new = _read(path), to_dict(config)
+    foreign = [key for key in old if key not in new]
+    if len(foreign) > 1 and new.keys() - old.keys():
+        message = f"received {shown(str(path.parent))}; it holds a run of another command, with {listed(foreign)}"
+        raise ConfigError([Problem("output_dir", f"{message}; choose another output_dir")])
+    differences = list(_differences(old, new))
     if not differences:
         return
     if config.allow_config_changes:

@@ -176,6 +176,11 @@ class TrainingConfig(Section):
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
 
+    refused: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("num_train_epochs", "epochs", "num_epochs"), "the length of a run is max_steps"),
+        **dict.fromkeys(("batch_size", "train_batch_size"), "write per_device_train_batch_size or global_batch_size"),
+        "lr": "write learning_rate",
+    }
     displaces: ClassVar[dict[str, str]] = {
         "warmup_steps": "warmup_ratio",
         "per_device_train_batch_size": "global_batch_size",

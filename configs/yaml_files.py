@@ -215,7 +215,10 @@ def _read_text(name: str) -> str:
     if preset in preset_names():
         return preset_text(preset)
     if path.is_dir():
-        raise ConfigError([Problem("", f"is a folder; give a YAML file or a preset ({_all_presets()})")], name)
+        advice = (
+            f"images are a value of --data.dataset, a CONFIG is one of these presets or a YAML file: {_all_presets()}"
+        )
+        raise ConfigError([Problem("", f"is a folder; {advice}")], name)
     raise ConfigError([Problem("", unknown_preset(name, "no file and no preset"))], name)
 
 
@@ -223,6 +226,8 @@ def unknown_preset(name: str, what: str) -> str:
     """The message for an unknown name: the nearest preset, or all of them. `what` says what nothing is called so."""
     preset = name.removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
     folders = {known.rpartition("/")[0] for known in preset_names()}
+    if inside := [known for known in preset_names() if known.startswith(f"{preset.rstrip('/')}/")]:
+        return f"{shown(name)} is a folder of presets; this command needs one of them: {', '.join(inside)}"
     nearest = difflib.get_close_matches(preset, [*preset_names(), *folders], n=1)
     hint = f"; did you mean the preset '{nearest[0]}'?" if nearest else f" (presets: {_all_presets()})"
     return f"{what} is called {shown(name)}{hint}"

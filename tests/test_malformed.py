@@ -65,7 +65,7 @@ CASES = {
     "unknown preset": ("stage1", "digit/stage1", {"": "did you mean the preset 'digits/stage1'?"}),
     "no such file": ("stage1", "nowhere.yaml", {"": "no file and no preset is called 'nowhere.yaml'"}),
     "long name": ("stage1", "$folder/" + "x" * 300, {"": "cannot be read: File name too long"}),
-    "folder": ("stage1", "$folder", {"": "is a folder; give a YAML file"}),
+    "folder": ("stage1", "$folder", {"": "is a folder; images are a value of --data.dataset"}),
     "not text": ("stage1", "$folder/picture.yaml", {"": "not a text file"}),
     "control character": ("stage1", "$folder/control.yaml", {"": "line 2: a control character"}),
     "tab": ("stage1", "$folder/tab.yaml", {"": "line 2, column 1: a tab; YAML is indented by spaces"}),
@@ -428,7 +428,7 @@ CASES = {
     "run that has not finished": (
         "evaluate",
         "--prior_run ./no",
-        {"": "no/train_results.json does not exist: that step has not finished"},
+        {"tokenizer_run": "no'; train_results.json is missing there: the step that writes it has not finished"},
     ),
     "run whose results are damaged": (
         "evaluate",

@@ -188,7 +188,7 @@ class Stage1Config(TrainingConfig):
         differentiated_twice = self.loss.gradient_penalty_weight or self.loss.r1_weight
         return self.torch_compile and self.discriminator.norm_type != "actnorm" and not differentiated_twice
 
-    refused: ClassVar[dict[str, str]] = {
+    refused: ClassVar[dict[str, str]] = TrainingConfig.refused | {
         "fp16": "stage 1 cannot train in float16: gradients of the adversarial term are taken unscaled; use bf16: true"
     }
 
