@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +215,7 @@ def _read_text(name: str) -> str:
         return preset_text(preset)
     if path.is_dir():
         advice = (
-            f"images are a value of --data.dataset, a CONFIG is one of these presets or a YAML file: {_all_presets()}"
+            f"images are a value of --data.dataset; a CONFIG is a YAML file, or a preset: {_all_presets()}"
         )
         raise ConfigError([Problem("", f"is a folder; {advice}")], name)
     raise ConfigError([Problem("", unknown_preset(name, "no file and no preset"))], name)
@@ -234,5 +233,5 @@ def unknown_preset(name: str, what: str) -> str:
 
 
 def _all_presets() -> str:
-    by_folder = groupby(preset_names(), lambda preset: preset.rpartition("/")[0])
-    return ", ".join(f"{folder}/{{{','.join(Path(name).name for name in found)}}}" for folder, found in by_folder)
+    """The folders of presets: each stands for the preset of the command."""
+    return ", ".join(dict.fromkeys(name.rpartition("/")[0] for name in preset_names()))

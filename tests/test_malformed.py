@@ -428,7 +428,7 @@ CASES = {
     "run that has not finished": (
         "evaluate",
         "--prior_run ./no",
-        {"tokenizer_run": "no'; train_results.json is missing there: the step that writes it has not finished"},
+        {"prior_run": "no'; train_results.json is missing there: the step that writes it has not finished"},
     ),
     "run whose results are damaged": (
         "evaluate",
