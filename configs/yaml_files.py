@@ -225,6 +225,8 @@ def unknown_preset(name: str, what: str) -> str:
     folders = {known.rpartition("/")[0] for known in preset_names()}
     if inside := [known for known in preset_names() if known.startswith(f"{preset.rstrip('/')}/")]:
         return f"{shown(name)} is a folder of presets; this command needs one of them: {', '.join(inside)}"
+    if "=" in name:
+        return f"{shown(name)} is no CONFIG; a key begins with two dashes: --{name.lstrip('-')}"
     nearest = difflib.get_close_matches(preset, [*preset_names(), *folders], n=1)
     hint = f"; did you mean the preset '{nearest[0]}'?" if nearest else f" (presets: {_all_presets()})"
     return f"{what} is called {shown(name)}{hint}"

@@ -63,6 +63,7 @@ CASES = {
     ),
     # ------------------------------------------------------------------ files
     "unknown preset": ("stage1", "digit/stage1", {"": "did you mean the preset 'digits/stage1'?"}),
+    "key without dashes": ("stage1", "max_steps=3", {"": "a key begins with two dashes: --max_steps=3"}),
     "no such file": ("stage1", "nowhere.yaml", {"": "no file and no preset is called 'nowhere.yaml'"}),
     "long name": ("stage1", "$folder/" + "x" * 300, {"": "cannot be read: File name too long"}),
     "folder": ("stage1", "$folder", {"": "is a folder; images are a value of --data.dataset"}),
@@ -409,6 +410,19 @@ CASES = {
         "tokenize",
         "--tokenizer ./no",
         {"tokenizer": "there is no such folder"},
+    ),
+    "tokenizer of a pipeline": (
+        "tokenize",
+        "--tokenizer $pipeline",
+        {"tokenizer": "holds no trained tokenizer (did you mean ./pipeline/vqgan?)"},
+    ),
+    "codes of other data": (
+        "stage2",
+        "--data.augmentation.rotate 5 --data.use_labels false",
+        {
+            "data.augmentation.rotate": "was written with 10.0, but the configuration has 5.0",
+            "data.use_labels": "was written with true, but the configuration has false",
+        },
     ),
     "missing codes": ("stage2", "--code_store ./no", {"code_store": "run stage2_prior.tokenize first"}),
     "codes of another tokenizer": (

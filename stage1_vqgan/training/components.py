@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from configs import ConfigError, Problem
-from configs.memory import shortage
+from configs.memory import SMALLER_BATCH, shortage
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
 from stage1_vqgan.training.config import Stage1Config
@@ -85,8 +85,7 @@ def check_training_memory(model: VQGANModel, config: Stage1Config, accelerator: 
     lack = shortage(states + count * each, accelerator.device)
     if lack is not None:
         key = "global_batch_size" if config.global_batch_size else "per_device_train_batch_size"
-        received = getattr(config, key)
-        raise ConfigError([Problem(key, f"received {received}; one step {lack}; choose a smaller batch")])
+        raise ConfigError([Problem(key, f"received {getattr(config, key)}; one step {lack}; {SMALLER_BATCH}")])
 
 
 def saved_activations(model: VQGANModel, itemsize: int) -> int:
