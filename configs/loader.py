@@ -91,7 +91,7 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
     config = _read_section(cls, values, "", problems)
     getattr(config, "settle", tuple)()
     if foreign:  # Missing keys and broken rules follow from the wrong file.
-        problems = [problem for problem in problems if problem.message != NOT_GIVEN]
+        problems = [problem for problem in problems if not problem.message.startswith(NOT_GIVEN)]
     else:
         wrong = {problem.key for problem in problems} - {""}
         rules = [problem for problem in _broken_rules(config, "problems") if not _concerns(problem, wrong)]
@@ -197,7 +197,7 @@ def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems
                 if key not in reported:
                     problems.append(Problem(key, str(error)))
         elif field.default is MISSING and field.default_factory is MISSING and key not in reported:
-            problems.append(Problem(key, NOT_GIVEN))
+            problems.append(Problem(key, f"{NOT_GIVEN}; write --{key} VALUE"))
         if field.default is MISSING and field.default_factory is MISSING:
             good[name] = _stand_in(hint)
     return cls(**good)

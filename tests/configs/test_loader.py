@@ -136,7 +136,7 @@ def test_all_problems_at_once_with_the_nearest_key():
     )  # no similar key, so all keys are listed
     assert "'fast'" in found["rate"] and "number" in found["rate"]
     assert "0" in found["inner.width"] and "from 1 to" in found["inner.width"]
-    assert found["steps"] == "is required and was not given"
+    assert found["steps"] == "is required and was not given; write --steps VALUE"
 
 
 @pytest.mark.parametrize("value", [-1, 0, float("nan"), float("inf"), None, [0.1]])
