@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -13,7 +13,7 @@ from configs.checksums import Damaged
 from configs.disk_space import DiskFull, naming_full_disk
 from configs.files import NO_WRITING
 from configs.interruption import Diverged, Stopped, sigterm_raises
-from configs.loader import load_config, to_dict
+from configs.loader import load_config, switches, to_dict
 from configs.memory import OUT_OF_MEMORY, is_out_of_memory, out_of_memory_advice
 from configs.problems import ConfigError, Problem, cut, printable, shown
 from configs.restarts import use_new_store
@@ -22,11 +22,19 @@ from configs.yaml_files import parse_yaml
 
 T = TypeVar("T")
 
+YAML_ENDINGS = (".yaml", ".yml")
 MAKE_SPACE = "What was saved before is intact. Make space, then start the same command again: it goes on from there"
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any], list[Problem]]:
+def parse_arguments(
+    arguments: Sequence[str], positional: str | None = None, switches: Collection[str] = ()
+) -> tuple[str | None, dict[str, Any], list[Problem]]:
     """Splits command-line arguments and reads their values as YAML.
+
+    Args:
+        arguments: the words of the command line.
+        positional: key that the first argument sets if it follows no key; see `Section.positional`.
+        switches: the keys that may stand without a value, which is then true.
 
     Returns:
         The name of the YAML file or preset, `{dotted key: value}`, and the problems: an argument without a key, a key
@@ -42,17 +50,24 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            if name is None and len(rest) + 1 == len(arguments):
+            is_first = len(rest) + 1 == len(arguments)
+            if is_first and positional is not None and not argument.endswith(YAML_ENDINGS):
+                overrides[positional] = argument
+            elif is_first:
                 name = argument
             else:
-                reason = "follows no --key (only the first argument may be a config)"
+                reason = f"follows no --key (only the first argument may be a {positional or 'config'})"
                 problems.append(Problem("", f"{shown(argument)} {reason}"))
             continue
         key, equals, text = argument[2:].partition("=")
         if names_secret(key):
             raise ConfigError([Problem(key, ADVICE)], "command line")
         if not equals:
-            if not rest or rest[0].startswith("--"):
+            alone = not rest or rest[0].startswith("--")
+            if alone and key in switches:
+                overrides[key] = True
+                continue
+            if alone:
                 problems.append(Problem(key, f"no value given; write --{cut(key, 100) or 'key'} VALUE"))
                 continue
             text = rest.pop(0)
@@ -83,12 +98,16 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
     if "--help" in arguments or "-h" in arguments:
         from configs.help_text import help_text
 
-        print(help_text(cls, command))
+        try:
+            print(help_text(cls, command, arguments))
+        except ConfigError as error:
+            _exit(error, 2)
         return
     config = None
     try:
         with sigterm_raises():
-            config = load_config(cls, *parse_arguments(arguments))
+            words = parse_arguments(arguments, getattr(cls, "positional", None), switches(cls))
+            config = load_config(cls, *words)
             use_new_store()
             try:
                 with naming_full_disk(written_folder(config)):

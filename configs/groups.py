@@ -8,7 +8,7 @@ from configs.problems import ConfigError, Problem
 
 FORKS_SAFELY = (3, 11, 10)
 
-# What the workers run. Otherwise each worker would import it anew. By name, because nothing here imports other packages.
+# What the workers run. Otherwise each would import it anew. By name, because nothing here imports other packages.
 WORKERS_RUN = ["stage1_vqgan.data.loading", "stage2_prior.data"]
 
 

@@ -32,7 +32,8 @@ class IndexSampler(Sampler[Any]):
         self, num_images: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world_size: int = 1
     ):
         if num_images < batch_size * world_size:
-            raise too_few(batch_size, f"{num_images} training images for {world_size} process(es)")
+            images = f"{num_images} training images for {world_size} process(es)"
+            raise too_few(batch_size, num_images // world_size, images, world_size)
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
 
@@ -53,7 +54,10 @@ class IndexSampler(Sampler[Any]):
             yield rows
 
 
-def too_few(batch_size: int, images: str) -> ConfigError:
-    """The error to raise when `images`, in words, are fewer than one global batch."""
-    message = f"received {batch_size}, but the data has only {images}; use a smaller batch"
+def too_few(batch_size: int, most: int, images: str, world_size: int) -> ConfigError:
+    """The error to raise when `images`, in words, are fewer than one global batch; a process has `most` of them."""
+    advice = f"use at most {most}" if most else "use fewer processes"
+    if most and world_size > 1:
+        advice += f" (or {most * world_size} for global_batch_size)"
+    message = f"received {batch_size}, but the data has only {images}; {advice}"
     return ConfigError([Problem("per_device_train_batch_size", message)])

@@ -2,16 +2,16 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from configs.files import write_text
 from configs.problems import ConfigError, Problem, cut, listed, shown, unknown_key
 from configs.secrets import ADVICE, secret_keys
 from configs.values import read_value
-from configs.yaml_files import DEEPEST, read_yaml, to_yaml
+from configs.yaml_files import DEEPEST, preset_of, read_yaml, to_yaml
 
 T = TypeVar("T")
 
@@ -38,12 +38,16 @@ def load_config(
     problems = list(found)
     values: dict[str, Any] = {}
     if name:
+        name = preset_of(getattr(cls, "preset", ""), name)
         try:
             values, repeated = read_yaml(name)
         except ConfigError as error:
             raise ConfigError([*error.problems, *problems], name) from None
         problems += repeated
     values = plain(values)  # an alias in the file then has a copy of its own, which an override does not share
+    for key, displaced in getattr(cls, "displaces", {}).items():
+        if key in (overrides or {}):
+            values.pop(displaced, None)
     problems += merge(values, plain(dict(overrides or {})))
     return build(cls, values, name or "command line", problems)
 
@@ -85,8 +89,9 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
         problems.append(Problem("", f"unknown keys {listed(foreign, 4)}: {question} This one is {about}"))
         values = {key: value for key, value in values.items() if key not in foreign}
     config = _read_section(cls, values, "", problems)
+    getattr(config, "settle", tuple)()
     if foreign:  # Missing keys and broken rules follow from the wrong file.
-        problems = [problem for problem in problems if problem.message != NOT_GIVEN]
+        problems = [problem for problem in problems if not problem.message.startswith(NOT_GIVEN)]
     else:
         wrong = {problem.key for problem in problems} - {""}
         rules = [problem for problem in _broken_rules(config, "problems") if not _concerns(problem, wrong)]
@@ -144,6 +149,18 @@ def plain(value: Any, key: str = "", level: int = 0) -> Any:
     return [plain(item, key, level + 1) for item in value] if isinstance(value, list | tuple) else value
 
 
+def switches(cls: type, prefix: str = "") -> set[str]:
+    """The dotted keys of a configuration that may be true or false."""
+    hints, found = get_type_hints(cls, include_extras=True), set()
+    for field in fields(cls):
+        key, hint = f"{prefix}{key_of(field)}", hints[field.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            found |= switches(hint, f"{key}.")
+        elif bool in (hint, *get_args(hint)):
+            found.add(key)
+    return found
+
+
 def save_config(config: Any, path: str | Path) -> None:
     """Writes all settings as YAML."""
     write_text(path, to_yaml(to_dict(config)))
@@ -157,7 +174,8 @@ def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems
     for name, value in values.items():
         if name not in known and f"{prefix}{name}" not in reported:
             refused = getattr(cls, "refused", {}).get(name)
-            message = f"received {shown(value)}; {refused}" if refused else unknown_key(name, known)
+            nested = next((key for key in _nested_keys(cls) if not prefix and key.endswith(f".{name}")), None)
+            message = f"received {shown(value)}; {refused}" if refused else unknown_key(name, known, nested)
             problems.append(Problem(f"{prefix}{name}", message))
     good: dict[str, Any] = {}
     for own_key, field in known.items():
@@ -179,10 +197,19 @@ def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems
                 if key not in reported:
                     problems.append(Problem(key, str(error)))
         elif field.default is MISSING and field.default_factory is MISSING and key not in reported:
-            problems.append(Problem(key, NOT_GIVEN))
+            problems.append(Problem(key, f"{NOT_GIVEN}; write --{key} VALUE"))
         if field.default is MISSING and field.default_factory is MISSING:
             good[name] = _stand_in(hint)
     return cls(**good)
+
+
+def _nested_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys in the sections of a configuration."""
+    hints = get_type_hints(cls)
+    sections = {key_of(field): hints[field.name] for field in fields(cls) if is_dataclass(hints[field.name])}
+    for key, section in {**sections, **getattr(cls, "fields_of", {})}.items():
+        yield from (f"{prefix}{key}.{key_of(field)}" for field in fields(section))
+        yield from _nested_keys(section, f"{prefix}{key}.")
 
 
 def _stand_in(hint: Any) -> Any:
@@ -203,7 +230,9 @@ def _foreign_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
     resemble no key of `cls`.
     """
     known = [key_of(field) for field in fields(cls)]  # type: ignore[arg-type]
-    unknown = [str(key) for key in values if key not in known]
+    nested = {key.rpartition(".")[2] for key in _nested_keys(cls)}
+    elsewhere = nested | getattr(cls, "refused", {}).keys()
+    unknown = [str(key) for key in values if key not in known and key not in elsewhere]
     far = [key for key in unknown if not difflib.get_close_matches(key, known, n=1)]
     sections = [key for key in far if isinstance(values[key], Mapping)]
     many = len(unknown) >= 3 or len(sections) >= 2

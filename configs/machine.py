@@ -12,6 +12,17 @@ WORKER_FILES = 10
 WORKERS_PER_CORE = 64  # no loader is faster with more, not even one that waits for a network
 
 
+MOST_USUAL_WORKERS = 8
+
+
+def usual_workers() -> int:
+    """The worker processes of one loader for `auto`: half of the cores, shared by the processes of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    shared = cores // (int(processes) if processes.isdecimal() and int(processes) else 1)
+    return min(max(1, shared // 2), MOST_USUAL_WORKERS, most_workers())
+
+
 def most_workers() -> int:
     """The largest number of worker processes that one loader can have."""
     limits = [WORKERS_PER_CORE * (os.cpu_count() or 1), total_memory() // WORKER_MEMORY]

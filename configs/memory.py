@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Fraction of the free memory that one batch may fill. The rest is a reserve, because the estimates are not exact.
 USABLE = 0.6
 
+SMALLER_BATCH = "choose a smaller batch, or raise gradient_accumulation_steps to split the global_batch_size"
+
 OUT_OF_MEMORY = 5  # exit code of a command that ran out of memory
 
 # Keys that determine how much memory a command needs, the most effective first.
@@ -134,11 +136,11 @@ def out_of_memory_advice(error: BaseException, values: dict[str, Any]) -> str:
     """
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     keys = ", ".join(_settings(values)) or "the size of the request"
+    split = "double gradient_accumulation_steps, which keeps the batch, or " if values.get("global_batch_size") else ""
     rank = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
-    return (
-        f"out of memory{rank}: {reason[:300]}\n"
-        f"Lower {keys}, or free memory. What was saved before is intact; the same command continues from it."
-    )
+    advice = f"{split}lower {keys}, or free memory"
+    kept = "What was saved before is intact; the same command continues from it."
+    return f"out of memory{rank}: {reason[:300]}\n{advice[0].upper()}{advice[1:]}. {kept}"
 
 
 def _settings(values: dict[str, Any]) -> Iterable[str]:

@@ -48,11 +48,19 @@ def local_folder(name: str) -> Path:
         OSError, ValueError: neither exists.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     if Path(name).is_dir():
         finish_interrupted(name)
         return Path(name)
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns="*/*"))
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns="*/*"))
+    except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        reason = "there is no such folder"
+        if not Path(name).parent.is_dir() or Path(name).parent == Path():  # it may be the name of a repository
+            unknown = isinstance(error, RepositoryNotFoundError)
+            reason += ", and the Hub " + ("shows you no such repository" if unknown else "cannot be asked for it")
+        raise FileNotFoundError(reason) from error
 
 
 def check_model_folder(folder: str | Path) -> dict[str, Stored]:

@@ -95,10 +95,10 @@ def in_bytes(count: int) -> str:
     return f"{count / 1000**power:,.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def unknown_key(key: str, allowed: Iterable[str]) -> str:
-    """The message for an unknown key: the nearest known key, or all of them."""
+def unknown_key(key: str, allowed: Iterable[str], nested: str | None = None) -> str:
+    """The message for an unknown key: `nested`, the same key in a section, or the nearest known key, or all of them."""
     allowed = sorted(allowed)
-    nearest = difflib.get_close_matches(str(key), allowed, n=1)
+    nearest = [nested] if nested else difflib.get_close_matches(str(key), allowed, n=1)
     if nearest:
         return f"unknown key; did you mean '{nearest[0]}'?"
     return f"unknown key; allowed: {listed(allowed, 10)}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import to_dict
-from configs.problems import ConfigError, Problem, shown
+from configs.problems import ConfigError, Problem, listed, shown
 from configs.secrets import secret_keys
 from configs.yaml_files import read_yaml
 
@@ -46,21 +46,23 @@ def require_same_settings(config: Any, path: Path, warn: bool) -> None:
     """
     if not path.is_file():
         return
-    differences = list(_differences(_read(path), to_dict(config)))
-    if not differences:
+    old, new = _read(path), to_dict(config)
+    foreign = [key for key in old if key not in new]
+    if len(foreign) > 1 and new.keys() - old.keys():
+        message = f"received {shown(str(path.parent))}; it holds a run of another command, with {listed(foreign)}"
+        raise ConfigError([Problem("output_dir", f"{message}; choose another output_dir")])
+    changed = list(differences(old, new))
+    if not changed:
         return
     if config.allow_config_changes:
         if warn:
-            changes = ", ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, old, new in differences)
+            changes = ", ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, old, new in changed)
             logger.warning("resuming with changed settings: %s", changes)
         return
     advice = f"choose another output_dir, remove {path.parent} to start over, or {ALLOW}"
     raise ConfigError(
         [Problem("output_dir", advice)]  # first, because a long list is cut
-        + [
-            Problem(key, f"the run was started with {shown(old)}, now it is {shown(new)}")
-            for key, old, new in differences
-        ],
+        + [Problem(key, f"the run was started with {shown(old)}, now it is {shown(new)}") for key, old, new in changed],
         f"{path.parent} holds a run with other settings",
     )
 
@@ -74,13 +76,13 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """`(key, old value, new value)` of the settings that differ and may not change."""
     for name in sorted({*old, *new}):
         key, before, after = f"{prefix}{name}", old.get(name), new.get(name)
         if key in FREE_KEYS:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{key}.")
+            yield from differences(before, after, f"{key}.")
         elif before != after:
             yield key, before, after

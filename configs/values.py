@@ -75,10 +75,10 @@ def _refusal(hint: Any, value: Any) -> str:
 def allowed_values(hint: Any, value: Any = None) -> str:
     """What a field accepts, in words; `value` is the one that does not fit."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if choices := [repr(choice) for choice in _choices(hint)]:
-        return _either(choices) if len(choices) < 10 else listed(choices, 5)
     if origin is Annotated:
         return f"{allowed_values(arguments[0], value)} {_range(arguments[1:])}"
+    if origin not in (Union, UnionType) and (choices := [repr(choice) for choice in _choices(hint)]):
+        return _either(choices) if len(choices) < 10 else listed(choices, 5)
     if origin in (Union, UnionType):
         kinds = [kind for kind in arguments if kind is not int or float not in arguments]
         return _either([allowed_values(kind, value) for kind in kinds])

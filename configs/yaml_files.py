@@ -6,8 +6,9 @@ out. It refuses a text before it builds any of its values.
 
 import difflib
 import re
+from collections.abc import Iterator
+from functools import cache
 from importlib.resources import files
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,30 @@ YamlReader.add_constructor(f"{TAG}int", YamlReader.construct_yaml_int)
 YamlWriter.add_implicit_resolver(f"{TAG}float", re.compile(rf"(?:{FLOAT})\Z"), list(PATTERNS["float"][1]))
 
 
+@cache
 def preset_names() -> list[str]:
     """Short names of the presets that ship with the package, such as `digits/stage1`."""
-    root = files("configs")
-    return sorted(
-        f"{folder.name}/{Path(entry.name).stem}"
-        for folder in root.iterdir()
-        if folder.is_dir() and folder.name != "accelerate"  # It holds settings of accelerate.
-        for entry in folder.iterdir()
-        if entry.name.endswith(".yaml")
-    )
+    folders = (entry for entry in files("configs").iterdir() if entry.is_dir())
+    return sorted(name for folder in folders if folder.name != "accelerate" for name in _presets_in(folder))
+
+
+def _presets_in(folder: Any) -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from (f"{folder.name}/{name}" for name in _presets_in(entry))
+        elif entry.name.endswith(".yaml"):
+            yield f"{folder.name}/{entry.name.removesuffix('.yaml')}"
+
+
+def preset_text(name: str) -> str:
+    """The YAML of a preset."""
+    return files("configs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def preset_of(kind: str, name: str) -> str:
+    """`own/cpu/stage1` for the kind "stage1" and the name `own/cpu`, if there is this preset; else the name itself."""
+    preset = f"{name.removeprefix('configs/').rstrip('/')}/{kind}"
+    return preset if preset in preset_names() and not Path(name).is_file() else name
 
 
 def parse_yaml(text: str) -> tuple[Any, list[Problem]]:
@@ -197,11 +212,26 @@ def _read_text(name: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read(MOST_CHARACTERS + 1)
     if preset in preset_names():
-        return files("configs").joinpath(f"{preset}.yaml").read_text(encoding="utf-8")
-    by_folder = groupby(preset_names(), lambda preset: preset.partition("/")[0])
-    known = ", ".join(f"{folder}/{{{','.join(Path(preset).name for preset in found)}}}" for folder, found in by_folder)
+        return preset_text(preset)
     if path.is_dir():
-        raise ConfigError([Problem("", f"is a folder; give a YAML file or a preset ({known})")], name)
-    nearest = difflib.get_close_matches(preset, preset_names(), n=1)
-    hint = f"; did you mean the preset '{nearest[0]}'?" if nearest else f" (presets: {known})"
-    raise ConfigError([Problem("", f"no file and no preset is called {shown(name)}{hint}")], name)
+        advice = f"images are a value of --data.dataset; a CONFIG is a YAML file, or a preset: {_all_presets()}"
+        raise ConfigError([Problem("", f"is a folder; {advice}")], name)
+    raise ConfigError([Problem("", unknown_preset(name, "no file and no preset"))], name)
+
+
+def unknown_preset(name: str, what: str) -> str:
+    """The message for an unknown name: the nearest preset, or all of them. `what` says what nothing is called so."""
+    preset = name.removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
+    folders = {known.rpartition("/")[0] for known in preset_names()}
+    if inside := [known for known in preset_names() if known.startswith(f"{preset.rstrip('/')}/")]:
+        return f"{shown(name)} is a folder of presets; this command needs one of them: {', '.join(inside)}"
+    if "=" in name:
+        return f"{shown(name)} is no CONFIG; a key begins with two dashes: --{name.lstrip('-')}"
+    nearest = difflib.get_close_matches(preset, [*preset_names(), *folders], n=1)
+    hint = f"; did you mean the preset '{nearest[0]}'?" if nearest else f" (presets: {_all_presets()})"
+    return f"{what} is called {shown(name)}{hint}"
+
+
+def _all_presets() -> str:
+    """The folders of presets: each stands for the preset of the command."""
+    return ", ".join(dict.fromkeys(name.rpartition("/")[0] for name in preset_names()))

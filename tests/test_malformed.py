@@ -63,9 +63,10 @@ CASES = {
     ),
     # ------------------------------------------------------------------ files
     "unknown preset": ("stage1", "digit/stage1", {"": "did you mean the preset 'digits/stage1'?"}),
+    "key without dashes": ("stage1", "max_steps=3", {"": "a key begins with two dashes: --max_steps=3"}),
     "no such file": ("stage1", "nowhere.yaml", {"": "no file and no preset is called 'nowhere.yaml'"}),
     "long name": ("stage1", "$folder/" + "x" * 300, {"": "cannot be read: File name too long"}),
-    "folder": ("stage1", "$folder", {"": "is a folder; give a YAML file"}),
+    "folder": ("stage1", "$folder", {"": "is a folder; images are a value of --data.dataset"}),
     "not text": ("stage1", "$folder/picture.yaml", {"": "not a text file"}),
     "control character": ("stage1", "$folder/control.yaml", {"": "line 2: a control character"}),
     "tab": ("stage1", "$folder/tab.yaml", {"": "line 2, column 1: a tab; YAML is indented by spaces"}),
@@ -410,6 +411,19 @@ CASES = {
         "--tokenizer ./no",
         {"tokenizer": "there is no such folder"},
     ),
+    "tokenizer of a pipeline": (
+        "tokenize",
+        "--tokenizer $pipeline",
+        {"tokenizer": "holds no trained tokenizer (did you mean ./pipeline/vqgan?)"},
+    ),
+    "codes of other data": (
+        "stage2",
+        "--data.augmentation.rotate 5 --data.use_labels false",
+        {
+            "data.augmentation.rotate": "was written with 10.0, but the configuration has 5.0",
+            "data.use_labels": "was written with true, but the configuration has false",
+        },
+    ),
     "missing codes": ("stage2", "--code_store ./no", {"code_store": "run stage2_prior.tokenize first"}),
     "codes of another tokenizer": (
         "stage2",
@@ -428,7 +442,7 @@ CASES = {
     "run that has not finished": (
         "evaluate",
         "--prior_run ./no",
-        {"": "no/train_results.json does not exist: that step has not finished"},
+        {"prior_run": "no'; train_results.json is missing there: the step that writes it has not finished"},
     ),
     "run whose results are damaged": (
         "evaluate",

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, TrainingArguments
 
 from configs import load_config, parse_arguments
 from configs.loader import key_of
-from configs.yaml_files import preset_names
+from configs.yaml_files import preset_names, preset_of
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig
 from pipelines.evaluate import EvaluationConfig
@@ -185,7 +185,8 @@ def test_launched_configurations_can_be_loaded(document):
         assert not problems
         assert overrides.keys() <= keys_of(CONFIGS[module]), f"{document}: {module}"
         if name is not None and name != "CONFIG":
-            assert name.removeprefix("configs/").removesuffix(".yaml") in preset_names(), f"{document}: {name}"
+            preset = preset_of(CONFIGS[module].preset, name).removeprefix("configs/").removesuffix(".yaml")
+            assert preset in preset_names(), f"{document}: {name}"
         if name != "CONFIG" and len(arguments) > 1 and "--help" not in arguments and "FOLDER" not in arguments:
             load_config(CONFIGS[module], name, overrides)
 
@@ -335,7 +336,8 @@ def test_maps_name_what_exists(document):
 def rooms(folder: Path) -> set[Path]:
     """What a map of this folder must name: its Python files, and the folders that hold any or settings."""
     files = {path for path in folder.glob("*.py") if not path.name.startswith("__")}
-    return files | {path.parent for ending in ("py", "yaml") for path in folder.glob(f"*/*.{ending}")}
+    inside = (path for ending in ("py", "yaml") for path in folder.rglob(f"*/*.{ending}"))
+    return files | {folder / path.relative_to(folder).parts[0] for path in inside}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
@@ -32,6 +32,8 @@ class EvaluationConfig(Section):
     dataloader_num_workers: processes that decode the real images; 0 decodes in the main process
     tokenizer_run, code_store, prior_run: folders of the earlier steps; the metrics include their recorded durations
     """
+
+    preset: ClassVar[str] = "evaluate"
 
     pipeline: str
     data: DataConfig

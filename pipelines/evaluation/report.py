@@ -9,6 +9,7 @@ from torch import Tensor
 
 from configs import ConfigError, Problem
 from configs.files import read_json, write_png
+from configs.problems import shown
 from configs.sections import NonNegativeFloat
 from configs.values import read_value
 from pipelines.evaluation.config import EvaluationConfig
@@ -72,23 +73,27 @@ def recorded_seconds(config: EvaluationConfig) -> dict[str, float]:
         ConfigError: a step has not recorded its duration.
     """
     places = {
-        "stage1": (config.tokenizer_run, "train_results.json", "train_runtime"),
-        "tokenize": (config.code_store, "manifest.json", "seconds"),
-        "stage2": (config.prior_run, "train_results.json", "train_runtime"),
+        "stage1": ("tokenizer_run", "train_results.json", "train_runtime"),
+        "tokenize": ("code_store", "manifest.json", "seconds"),
+        "stage2": ("prior_run", "train_results.json", "train_runtime"),
     }
-    named = {step: (Path(folder) / file, name) for step, (folder, file, name) in places.items() if folder is not None}
+    folders = {key: getattr(config, key) for key, _, _ in places.values() if getattr(config, key) is not None}
+    named = {
+        step: (key, Path(folders[key]) / file, name) for step, (key, file, name) in places.items() if key in folders
+    }
+    advice = "the step that writes it has not finished; run it to its end, or set this key to null"
     missing = [
-        Problem("", f"{path} does not exist: that step has not finished; run it to its end")
-        for path, _ in named.values()
+        Problem(key, f"received {shown(folders[key])}; {path.name} is missing there: {advice}")
+        for key, path, _ in named.values()
         if not path.is_file()
     ]
     if missing:
         raise ConfigError(missing, "recorded durations")
-    return {step: _seconds(path, name) for step, (path, name) in named.items()}
+    return {step: _seconds(*place) for step, place in named.items()}
 
 
-def _seconds(path: Path, name: str) -> float:
+def _seconds(key: str, path: Path, name: str) -> float:
     try:
         return float(read_value(NonNegativeFloat, read_json(path).get(name), strict=True))
     except ValueError as error:
-        raise ConfigError([Problem("", f"{path}: {name}: {error}; run that step to its end again")]) from error
+        raise ConfigError([Problem(key, f"{path}: {name}: {error}; run that step to its end again")]) from error

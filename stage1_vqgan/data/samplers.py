@@ -103,7 +103,8 @@ class StreamSampler(Sampler[list[ImageKey]]):
             length, epoch = read, epoch + 1
 
     def _too_few(self, length: int) -> ConfigError:
-        return too_few(self.batch_size, f"{length} training images for process {self.rank}")
+        images = f"{length} training images for process {self.rank}"
+        return too_few(self.batch_size, length, images, self.world_size)
 
 
 def training_sampler(

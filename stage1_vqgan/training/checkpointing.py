@@ -97,13 +97,17 @@ def _optimizers(trainer: VQGANTrainer) -> dict[str, tuple[Optimizer, nn.Module]]
 
 def _refuse_another_game(path: Path, trainer: VQGANTrainer) -> None:
     has, needs = any((path / name).exists() for name in OF_DISCRIMINATOR), trainer.discriminator is not None
-    if has != needs:
-        value, kind = trainer.config.loss.adversarial_weight, "with" if has else "without"
-        message = (
-            f"received {value}, but {path} is of a run {kind} a discriminator, and a run cannot change that; choose "
-            "another output_dir (model_name_or_path takes the model of a finished run)"
-        )
-        raise ConfigError([Problem("loss.adversarial_weight", message)])
+    config = trainer.config
+    starts_late = config.loss.adversarial_weight > 0 and not needs  # the saved discriminator is then not needed
+    if has == needs or starts_late:
+        return
+    loss, kind = config.loss, "with" if has else "without"
+    received = f"received {loss.adversarial_weight} (adversarial_start_step {loss.adversarial_start_step})"
+    message = (
+        f"{received}, but {path} is of a run {kind} a discriminator, and a run cannot change that; choose "
+        "another output_dir (model_name_or_path takes the model of a finished run)"
+    )
+    raise ConfigError([Problem("loss.adversarial_weight", message)])
 
 
 def state_to_check(trainer: VQGANTrainer) -> Iterable[tuple[str, Iterable[Tensor]]]:

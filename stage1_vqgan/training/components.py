@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from configs import ConfigError, Problem
-from configs.memory import shortage
+from configs.memory import SMALLER_BATCH, shortage
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
 from stage1_vqgan.training.config import Stage1Config
@@ -85,8 +85,7 @@ def check_training_memory(model: VQGANModel, config: Stage1Config, accelerator: 
     lack = shortage(states + count * each, accelerator.device)
     if lack is not None:
         key = "global_batch_size" if config.global_batch_size else "per_device_train_batch_size"
-        received = getattr(config, key)
-        raise ConfigError([Problem(key, f"received {received}; one step {lack}; choose a smaller batch")])
+        raise ConfigError([Problem(key, f"received {getattr(config, key)}; one step {lack}; {SMALLER_BATCH}")])
 
 
 def saved_activations(model: VQGANModel, itemsize: int) -> int:
@@ -119,11 +118,11 @@ def build_perceptual(config: Stage1Config, device: torch.device) -> PerceptualLo
 
 
 def prepare_discriminator(in_channels: int, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
-    """The discriminator, compiled if possible and wrapped, and its optimizer; None if the adversarial weight is 0.
+    """The discriminator, compiled if possible and wrapped, and its optimizer; None if the run has no discriminator.
 
     In fine-tuning, it starts from the weights of the discriminator in the tokenizer's folder, if they fit.
     """
-    if not config.loss.adversarial_weight:
+    if not config.has_discriminator:
         return None, None
     settings = config.discriminator
     discriminator: nn.Module = PatchDiscriminator(

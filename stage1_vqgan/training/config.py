@@ -20,6 +20,8 @@ from configs.sections import (
     NonNegative,
     NonNegativeFloat,
     PositiveFloat,
+    Share,
+    in_steps,
     launched_processes,
 )
 from configs.values import read_value
@@ -47,8 +49,9 @@ class LossConfig(Section):
     codebook_weight: codebook and commitment terms
     adversarial_weight: multiplies the adaptive weight λ; 0 trains a VQ-VAE, without a discriminator
     adversarial_type: "hinge", "vanilla", "non_saturating" or "wasserstein"
-    discriminator_start_step: first step that trains the discriminator
-    adversarial_start_step: first step in which the generator has an adversarial term
+    discriminator_start_step: first step that trains the discriminator; below 1 a share of the run
+    adversarial_start_step: first step in which the generator has an adversarial term; below 1 a share of the run; a run
+        that ends before it trains no discriminator
     gradient_penalty_weight: WGAN-GP's penalty on the discriminator's gradients between images and reconstructions
     r1_weight: γ of the penalty on the discriminator's gradients at images
     lecam_weight: LeCam's penalty on the distance of the discriminator's logits from their moving averages
@@ -62,8 +65,8 @@ class LossConfig(Section):
     codebook_weight: PositiveFloat = 1.0
     adversarial_weight: NonNegativeFloat = 0.5
     adversarial_type: AdversarialType = "hinge"
-    discriminator_start_step: NonNegative = 0
-    adversarial_start_step: NonNegative = 0
+    discriminator_start_step: NonNegative | Share = 0
+    adversarial_start_step: NonNegative | Share = 0
     gradient_penalty_weight: NonNegativeFloat = 0.0
     r1_weight: NonNegativeFloat = 0.0
     lecam_weight: NonNegativeFloat = 0.0
@@ -122,13 +125,14 @@ class Stage1Config(TrainingConfig):
     torch_compile: compiles encoder, decoder, LPIPS and discriminator: faster steps after some minutes at the start; the
         discriminator is not compiled with "actnorm", loss.gradient_penalty_weight or loss.r1_weight
     num_sample_images: images in the reconstruction grid of every evaluation
-    model: fields of VQGANConfig: image_size, in_channels, base_channels, channel_multiplier, num_res_blocks,
-        attn_resolutions, norm_num_groups, dropout, latent_channels, embed_dim, num_embeddings, quantizer ("vq", "ema",
-        "gumbel", "fsq", "lfq"), quantizer_options
+    model: fields of VQGANConfig, see below
     model_name_or_path: fine-tunes the tokenizer in this folder or Hub repository, without k-means; `model` may then
         change fields that do not change the shapes of the weights, for instance image_size
     trainable: "all", or "decoder", which freezes encoder and codebook, so that all codes stay the same
     """
+
+    preset: ClassVar[str] = "stage1"
+    fields_of: ClassVar[dict[str, type]] = {"model": VQGANArchitecture}
 
     model: dict[str, Any] = field(default_factory=dict)
     model_name_or_path: str | None = None
@@ -146,6 +150,16 @@ class Stage1Config(TrainingConfig):
         from stage1_vqgan.configuration_vqgan import VQGANConfig
 
         return VQGANConfig(**self.model)
+
+    def settle(self) -> None:
+        super().settle()
+        for name in ("discriminator_start_step", "adversarial_start_step"):
+            setattr(self.loss, name, in_steps(getattr(self.loss, name), self.max_steps))
+
+    @property
+    def has_discriminator(self) -> bool:
+        """Whether the run trains a discriminator: the generator gets the adversarial term in at least one step."""
+        return self.loss.adversarial_weight > 0 and self.loss.adversarial_start_step < self.max_steps
 
     @property
     def codes_are_frozen(self) -> bool:
@@ -174,7 +188,7 @@ class Stage1Config(TrainingConfig):
         differentiated_twice = self.loss.gradient_penalty_weight or self.loss.r1_weight
         return self.torch_compile and self.discriminator.norm_type != "actnorm" and not differentiated_twice
 
-    refused: ClassVar[dict[str, str]] = {
+    refused: ClassVar[dict[str, str]] = TrainingConfig.refused | {
         "fp16": "stage 1 cannot train in float16: gradients of the adversarial term are taken unscaled; use bf16: true"
     }
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from configs import check
+from configs.automatic import decided
 from configs.compat import reset_accelerate_state
 from configs.interruption import StopRequest
 from configs.randomness import seed_from
@@ -52,7 +53,7 @@ def train(config: Stage1Config) -> VQGANModel:
         Diverged: a loss or a weight is not finite.
         Stopped: SIGTERM or Ctrl-C; a checkpoint was saved.
     """
-    config = check(config)
+    config = decided(check(config))
     accelerator = build_accelerator(config)
     with (
         watched_for_stalls(config.ddp_timeout),
@@ -100,8 +101,12 @@ class Training:
         config: Stage1Config = run.config
         self.config = config
         loss, data = config.loss, config.data
-        if loss.adversarial_weight and loss.adversarial_start_step >= config.max_steps:
-            logger.warning("loss.adversarial_start_step is not below max_steps: no adversarial loss in this run")
+        if loss.adversarial_weight and not config.has_discriminator and accelerator.is_main_process:
+            logger.warning(
+                "loss.adversarial_start_step (%d) is not below max_steps (%d): this run has no discriminator and no "
+                "adversarial loss; --loss.adversarial_start_step 0.25 starts them after a quarter of the run",
+                *(loss.adversarial_start_step, config.max_steps),
+            )
         train_source, validation_source = load_images(data)
         self.trainer = VQGANTrainer(config, accelerator)
         model = self.trainer.average.config

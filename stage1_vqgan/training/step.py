@@ -45,7 +45,7 @@ class VQGANTrainer:
     Attributes:
         generator, optimizer: the tokenizer as accelerate wraps it, and its optimizer.
         average: moving average of the tokenizer's weights; it is evaluated and saved.
-        discriminator, discriminator_optimizer: None if the adversarial weight is 0.
+        discriminator, discriminator_optimizer: None if the run has no discriminator.
         perceptual: LPIPS; None if its weight is 0.
         monitor: counts how often each code is used.
         anchors: moving averages of the discriminator's logits, for LeCam's penalty.

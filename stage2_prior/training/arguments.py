@@ -19,6 +19,7 @@ from stage2_prior.training.config import Stage2Config
 # Our keys that Trainer does not get: this project resumes, removes old checkpoints and uploads without Trainer.
 OWN_KEYS = {
     "global_batch_size",
+    "warmup_ratio",
     "resume_from_checkpoint",
     "allow_config_changes",
     "ema_decay",

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Le, Lt
 
@@ -130,7 +130,8 @@ class Stage2Config(TrainingConfig):
     tokenize_batch_size: images on one device in one forward pass of the tokenizer
     model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; classes with
         new names get new embeddings
-    model: `model_type` of a causal language model in transformers, and fields of its configuration
+    model: `model_type` of a causal language model in transformers, and fields of its configuration, such as
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads and attention_dropout
     lora: trains an adapter of the prior in model_name_or_path; see lora.r
     condition_dropout: fraction of training sequences whose class is replaced by the null token, for guidance
     keep_best: save the weights of the evaluation with the lowest loss; false saves the last weights
@@ -140,6 +141,8 @@ class Stage2Config(TrainingConfig):
 
     stage2_prior.tokenize reads the first four of these keys, data, seed and dataloader_num_workers.
     """
+
+    preset: ClassVar[str] = "stage2"
 
     tokenizer: str
     data: DataConfig

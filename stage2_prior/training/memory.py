@@ -3,7 +3,7 @@
 from typing import Any
 
 from configs import ConfigError, Problem
-from configs.memory import shortage
+from configs.memory import SMALLER_BATCH, shortage
 from stage2_prior.training.config import Stage2Config
 from stage2_prior.vocabulary import TokenLayout
 
@@ -32,7 +32,7 @@ def check_training_memory(trainer: Any, config: Stage2Config, layout: TokenLayou
         raise ConfigError([Problem("model", message)])
     if lack := shortage(batch * saved_activations(trainer.model.config, layout), device):
         key = "global_batch_size" if config.global_batch_size else "per_device_train_batch_size"
-        message = f"received {getattr(config, key)}; one step {lack}; choose a smaller batch"
+        message = f"received {getattr(config, key)}; one step {lack}; {SMALLER_BATCH}"
         raise ConfigError([Problem(key, message)])
 
 

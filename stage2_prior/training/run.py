@@ -8,9 +8,12 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from configs import ConfigError, Problem, check
+from configs.automatic import decided
 from configs.files import read_json
 from configs.interruption import StopRequest
+from configs.problems import shown
 from configs.randomness import seed_from
+from configs.resumed_settings import differences
 from configs.run_folder import RunFolder, holds_work
 from configs.stalls import watched_for_stalls
 from stage2_prior.adapters import attach_adapter
@@ -68,7 +71,7 @@ def train(config: Stage2Config) -> PreTrainedModel:
         Diverged: a loss or a weight is not finite.
         Stopped: SIGTERM or Ctrl-C; a checkpoint was saved.
     """
-    config = check(config)
+    config = decided(check(config))
     store, layout = open_codes(config)
     arguments = training_arguments(config)
     with (
@@ -223,9 +226,9 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
     origin = store.manifest["origin"]
     wanted = {"num_views": config.num_views, "data": config.data.identity()}
     problems = [
-        Problem(key, f"{config.code_store} was written with {origin[key]!r}, but the configuration has {value!r}")
-        for key, value in wanted.items()
-        if origin[key] != value
+        Problem(key, f"{config.code_store} was written with {shown(old)}, but the configuration has {shown(new)}")
+        for key, old, new in differences(origin, wanted)
+        if key.partition(".")[0] in wanted
     ]
     tokenizer = Path(config.tokenizer) / "config.json"
     advice = f"choose another code_store than {config.code_store} and run stage2_prior.tokenize"

@@ -10,13 +10,17 @@ import torch
 
 import configs
 from configs import ConfigError, Section, load_config, parse_arguments, run, save_config, to_dict
+from configs.loader import switches
 from configs.problems import Problem
 from configs.sections import Positive, PositiveFloat
 from configs.values import read_value
 from configs.yaml_files import preset_names, read_yaml
 
-SHIPPED = sorted(path for path in Path(configs.__file__).parent.glob("*/*.yaml") if path.parent.name != "accelerate")
-SHORT_NAMES = [f"{path.parent.name}/{path.stem}" for path in SHIPPED]
+ROOT = Path(configs.__file__).parent
+SHIPPED = sorted(path for path in ROOT.rglob("*/*.yaml") if path.parent.name != "accelerate")
+SHORT_NAMES = [path.relative_to(ROOT).with_suffix("").as_posix() for path in SHIPPED]
+# what a user must give with a preset
+GIVEN = {name: {"data.dataset": "path/to/images"} if name.startswith("own/") else {} for name in SHORT_NAMES}
 
 
 @dataclass(kw_only=True)
@@ -87,6 +91,30 @@ def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path):
     assert config == Toy(steps=3, rate=0.1, inner=Inner(width=6, names=["a"]))
 
 
+@dataclass(kw_only=True)
+class Positional(Toy):
+    positional = "label"
+
+
+@pytest.mark.parametrize("label", ["runs/mine", "user/name", "2024", "."])
+def test_the_first_argument_may_set_a_key(label):
+    config = load_config(Positional, *parse_arguments([label, "--steps", "3"], "label"))
+    assert (config.label, config.steps) == (label, 3)
+
+
+def test_a_yaml_file_may_stand_in_place_of_the_first_argument(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("label: mine\nsteps: 2\n")
+    found: list[Positional] = []
+    run(Positional, found.append, "command", [str(tmp_path / "mine.yaml"), "--steps", "3"])
+    run(Positional, found.append, "command", ["mine", "--steps", "3"])
+    assert [(config.label, config.steps) for config in found] == [("mine", 3), ("mine", 3)]
+    with pytest.raises(SystemExit):
+        run(Positional, found.append, "command", ["mine", "yours", "--steps", "3"])
+    assert "'yours' follows no --key (only the first argument may be a label)" in capsys.readouterr().err
+    run(Positional, found.append, "command", ["--help"])
+    assert "usage: command LABEL [--key value ...]" in capsys.readouterr().out
+
+
 def test_malformed_command_lines_are_reported_together():
     arguments = ["--rate", "--flag", "true", "stray", "--label", "[1,", "--steps", "--inner.width", "0"]
     with pytest.raises(ConfigError) as caught:
@@ -108,7 +136,7 @@ def test_all_problems_at_once_with_the_nearest_key():
     )  # no similar key, so all keys are listed
     assert "'fast'" in found["rate"] and "number" in found["rate"]
     assert "0" in found["inner.width"] and "from 1 to" in found["inner.width"]
-    assert found["steps"] == "is required and was not given"
+    assert found["steps"] == "is required and was not given; write --steps VALUE"
 
 
 @pytest.mark.parametrize("value", [-1, 0, float("nan"), float("inf"), None, [0.1]])
@@ -308,6 +336,52 @@ def test_empty_yaml_is_an_empty_configuration(tmp_path):
     assert load_config(Toy, str(tmp_path / "c.yaml"), {"steps": 2}) == Toy(steps=2)
 
 
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--flag"], {"flag": True}),
+        (["--flag", "--label", "x"], {"flag": True, "label": "x"}),
+        (["--flag", "false"], {"flag": False}),
+        (["--flag=false"], {"flag": False}),
+    ],
+)
+def test_a_switch_without_a_value_is_true(arguments, expected):
+    assert switches(Toy) == {"flag"}
+    assert parse_arguments(["--rate", "1", *arguments], None, switches(Toy))[1:] == ({"rate": 1, **expected}, [])
+
+
+def test_only_a_switch_may_stand_without_a_value(capsys):
+    with pytest.raises(SystemExit):
+        run(Toy, pytest.fail, "toy", ["--flag", "--steps"])
+    assert "1 problem\n  - steps: no value given; write --steps VALUE" in capsys.readouterr().err
+
+
+def test_switches_are_found_in_sections():
+    found = switches(dataclass_of("stage1"))
+    assert found >= {"push_to_hub", "bf16", "hub_private_repo", "data.streaming", "data.augmentation.ten_crop"}
+    assert not found & {"max_steps", "seed", "data", "data.dataset", "model"}
+
+
+@pytest.mark.parametrize(
+    "overrides, key, words",
+    [
+        ({"dataset": "x"}, "dataset", "did you mean 'data.dataset'?"),
+        ({"image_size": 8, "attn": 1, "rotate": 2, "l1_weight": 3}, "rotate", "'data.augmentation.rotate'"),
+        ({"base_channels": 8}, "base_channels", "did you mean 'discriminator.base_channels'?"),
+        ({"num_train_epochs": 3, "batch_size": 2, "lr": 1}, "num_train_epochs", "received 3; the length of a run is"),
+        ({"batch_size": 3, "lr": 1, "epochs": 1}, "batch_size", "write per_device_train_batch_size"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_led_to_the_right_one(overrides, key, words):
+    assert words in problems(dataclass_of("stage1"), "digits/stage1", overrides)[key]
+
+
+def test_a_union_names_all_of_its_kinds():
+    found = problems(dataclass_of("stage1"), "digits/stage1", {"warmup_steps": 2.5, "dataloader_num_workers": "many"})
+    assert found["warmup_steps"].endswith("must be a whole number from 0 to 2147483647 or a number above 0 and below 1")
+    assert "a whole number from 0 to 2147483647 or 'auto'" in found["dataloader_num_workers"]
+
+
 def test_run_passes_the_configuration_to_main():
     received = []
     run(Toy, received.append, "toy", ["--steps", "2", "--rate=1e-1"])
@@ -339,7 +413,7 @@ def test_help_names_the_presets_of_the_command(capsys):
     for kind in ("stage1", "stage2", "evaluate"):
         run(dataclass_of(kind), pytest.fail, "command", ["--help"])
         line = next(line for line in capsys.readouterr().out.splitlines() if "presets: " in line)
-        expected = [name for name in SHORT_NAMES if f"/{kind}" in name]
+        expected = sorted(name for name in SHORT_NAMES if f"/{kind}" in name)
         assert line.partition("presets: ")[2].rstrip(".").split(", ") == expected
 
 
@@ -348,6 +422,8 @@ def keys_of(cls, prefix=""):
         kind = get_type_hints(cls)[each.name]
         key = f"{prefix}{each.metadata.get('key', each.name)}"
         yield from keys_of(kind, f"{key}.") if is_dataclass(kind) else [key]
+    for key, kind in getattr(cls, "fields_of", {}).items():
+        yield from keys_of(kind, f"{prefix}{key}.")
 
 
 @pytest.mark.parametrize("kind", ["stage1", "stage2", "evaluate", "reconstruct", "convert", "build"])
@@ -380,7 +456,7 @@ def dataclass_of(kind):
 @pytest.mark.parametrize("name", SHORT_NAMES)
 def test_shipped_configurations_load_and_survive_saving(name, tmp_path):
     cls = dataclass_of(name.rpartition("/")[2])
-    config = load_config(cls, name)
+    config = load_config(cls, name, GIVEN[name])
     save_config(config, tmp_path / "config.yaml")
     again = load_config(cls, str(tmp_path / "config.yaml"))
     assert again == config and to_dict(again) == to_dict(config)
@@ -392,7 +468,7 @@ def test_shipped_stage1_builds(name):
     from stage1_vqgan.training.config import logit_grid_size
     from stage1_vqgan.training.discriminator import PatchDiscriminator
 
-    config = load_config(dataclass_of("stage1"), name)
+    config = load_config(dataclass_of("stage1"), name, GIVEN[name])
     model_config, patch = config.vqgan_config(), config.discriminator
     size, grid = model_config.image_size, model_config.grid_size
     with torch.device("meta"):
@@ -419,7 +495,7 @@ def test_shipped_stage2_builds(name):
     from stage2_prior import TokenLayout
     from stage2_prior.prior import build_prior
 
-    config = load_config(dataclass_of("stage2"), name)
+    config = load_config(dataclass_of("stage2"), name, GIVEN[name])
     layout = TokenLayout(1024, ("a", "b"), (16, 16), 16, "fingerprint")
     with torch.device("meta"):
         prior = build_prior(config.model, layout)

@@ -82,6 +82,8 @@ def test_the_advice_names_the_keys_to_lower():
         "Lower per_device_train_batch_size (64), model, or free memory. What was saved before is intact; the same "
         "command continues from it.",
     ]
+    text = out_of_memory_advice(MemoryError("x"), {"global_batch_size": 64})
+    assert "Double gradient_accumulation_steps, which keeps the batch, or lower global_batch_size (64)" in text
 
 
 COMMAND = """

@@ -45,6 +45,17 @@ class Run(Section):
     model: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(kw_only=True)
+class Stage1Like(Run):
+    discriminator: Part = field(default_factory=Part)
+    codebook: int = 3
+
+
+@dataclass(kw_only=True)
+class Stage2Like(Run):
+    code_store: str = "x"
+
+
 @pytest.fixture
 def config(tmp_path):
     return Run(output_dir=str(tmp_path / "a" / "run"), model={"widths": [1, 2], "cost": 0.25})
@@ -369,3 +380,16 @@ def test_nothing_is_written_through_a_link_or_into_a_pipe(config, tmp_path, name
     with pytest.raises((OSError, ConfigError), match=name), RunFolder(config) as run:
         run.log(1, {"loss": 0.5})
     assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_the_folder_of_another_command_is_refused_in_one_sentence(tmp_path, allowed):
+    folder = str(tmp_path / "run")
+    first, second = Stage1Like(output_dir=folder), Stage2Like(output_dir=folder, allow_config_changes=allowed)
+    with RunFolder(first) as run:
+        run.begin(1)
+        run.finish(20, {})
+    with pytest.raises(ConfigError, match=r"1 problem\n  - output_dir: .* holds a run of another command") as caught:
+        opened(second)
+    assert "with discriminator, codebook; choose another output_dir" in str(caught.value)
+    assert opened(first)["global_step"] == 20

@@ -143,7 +143,7 @@ def damaged_preset(number: int) -> tuple[type, bytes]:
         else:
             lines.insert(draw.randrange(len(lines)), lines[place])
         data = "\n".join(lines).encode(errors="surrogatepass")
-    kind = next(kind for start, kind in CLASSES.items() if name.partition("/")[2].startswith(start))
+    kind = next(kind for start, kind in CLASSES.items() if name.rpartition("/")[2].startswith(start))
     return kind, data
 
 

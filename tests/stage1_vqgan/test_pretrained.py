@@ -189,3 +189,20 @@ def test_a_damaged_discriminator_is_refused(folder, tmp_path, damage):
     with pytest.raises(ConfigError, match=rf"model_name_or_path: .*{DISCRIMINATOR_NAME} cannot be used; remove it"):
         start_discriminator(discriminator(), str(folder))
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    "name, words, others",
+    [
+        ("runs/nope", "there is no such folder$", "Hub"),
+        ("someone/nope", "no such folder, and the Hub cannot be", "cache"),
+    ],
+)
+def test_a_path_that_does_not_exist_does_not_lead_to_the_hub(tmp_path, monkeypatch, name, words, others):
+    """A name of the form user/name is a path if its first folder exists."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_tokenizer(name)
+    assert others not in str(caught.value)

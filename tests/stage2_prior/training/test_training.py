@@ -210,7 +210,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(make_config, tmp_path, wanted):
 
 @pytest.mark.parametrize("changes", [{"num_views": 5}, {"data.use_labels": False}], ids=str)
 def test_codes_that_are_not_those_of_the_configuration_are_refused(make_config, changes):
-    with pytest.raises(ConfigError, match=next(iter(changes)).partition(".")[0] + r": .* was written with"):
+    with pytest.raises(ConfigError, match=next(iter(changes)) + r": .* was written with"):
         train(make_config(**changes))
 
 
