@@ -21,11 +21,15 @@ CONFIG is a YAML file{presets}.
 
 def help_text(cls: type, command: str) -> str:
     """The whole text for a command that reads a `cls`."""
+    return "\n".join([usage(cls, command), *describe(cls)])
+
+
+def usage(cls: type, command: str) -> str:
+    """How to call a command that reads a `cls`, and the presets that it accepts."""
     keys = {key_of(field) for field in fields(cls)}  # type: ignore[arg-type]
     presets = [name for name in preset_names() if read_yaml(name)[0].keys() <= keys]
     config = CONFIG.format(presets=", or one of these presets: " * bool(presets) + ", ".join(presets))
-    usage = USAGE.format(command=command, arguments="[CONFIG] [--key value ...]", config=config)
-    return "\n".join([usage, *describe(cls)])
+    return USAGE.format(command=command, arguments="[CONFIG] [--key value ...]", config=config)
 
 
 def describe(cls: type, prefix: str = "") -> list[str]:
