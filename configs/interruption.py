@@ -76,7 +76,9 @@ class CtrlC:
             return
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `tessella run` starts its commands with it blocked
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, {signal.SIGINT}
+        )  # `tessella run` starts its commands with it blocked
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a data loader's worker that has not called `leave_signals_to_main` yet

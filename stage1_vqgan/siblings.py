@@ -32,7 +32,7 @@ def import_own(name: str) -> ModuleType:
             sys.modules.pop(name, None)
             raise
     elif not _same_file(module.__file__, spec.origin):
-        found = module.__file__ or list(module.__path__)[0]
+        found = module.__file__ or next(iter(module.__path__))
         raise ImportError(f"{found} has the name of a package of tessella, `{name}`; rename it", name=name)
     return module
 
