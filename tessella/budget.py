@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from configs import ConfigError, Problem
 from configs.files import make_folder
 from configs.run_folder import LOG_NAME
 from tessella.processes import Child
@@ -16,43 +15,21 @@ from tessella.steps import Step
 # The trial takes this many steps. Only the later ones are timed: the first ones start processes and fill caches, and a
 # preset may add the adversarial loss after a share of the steps.
 TRIAL_STEPS, UNTIMED_STEPS = 16, 8
-FEWEST_STEPS = 20
 EVERY = {"max_steps": TRIAL_STEPS, "logging_steps": 1, "eval_steps": TRIAL_STEPS, "save_steps": TRIAL_STEPS}
 TRIAL_KEYS = {
     "train-tokenizer": {**EVERY, "warmup_steps": 0},
     "train-prior": {**EVERY, "warmup_steps": 0, "num_sample_images": 0},
 }
-TRIAL = ".trial"
 POLL_SECONDS = 0.05
 
 
-def steps_in(seconds: float, step: Step, folder: Path, gpus: int) -> int:
-    """How many optimizer steps of a training fit into a time.
+def seconds_per_step(step: Step, folder: Path, gpus: int) -> float:
+    """Time of one optimizer step, measured in a training of TRIAL_STEPS steps.
 
     Args:
-        seconds: for the training, with the trial in it.
         step: the training.
-        folder: folder of the whole run, for the files of the trial.
+        folder: folder of the trial, which is removed afterwards.
         gpus: number of GPUs.
-
-    Raises:
-        ConfigError: the time is too short.
-        SystemExit: the trial failed or was stopped, with its exit code.
-    """
-    started = time.monotonic()
-    each = seconds_per_step(step, make_folder(folder) / TRIAL, gpus)
-    count = int((seconds - (time.monotonic() - started)) / each)
-    print(f"      {each:.2f} seconds a step: {max(0, count):,} steps fit into {seconds / 60:.0f} minutes", flush=True)
-    if count < FEWEST_STEPS:
-        message = (
-            f"leaves {max(0, count)} steps of {each:.2f} seconds to {step.name}; give more time, or a smaller size"
-        )
-        raise ConfigError([Problem("budget", message)])
-    return count
-
-
-def seconds_per_step(step: Step, folder: Path, gpus: int) -> float:
-    """Time of one optimizer step, measured in a training of TRIAL_STEPS steps. Its folder is removed.
 
     Raises:
         SystemExit: the trial failed or was stopped; what it printed is printed.

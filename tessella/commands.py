@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def start(command: Command, arguments: Sequence[str]) -> None:
     """Runs the module of a command as `python -m` would, with a usage that names the command."""
-    import_own(command.module.partition(".")[0])
+    for package in sorted({each.module.partition(".")[0] for each in COMMANDS}):
+        import_own(package)
     command_line.started_as = f"tessella {command.name}"
     sys.argv = [command_line.started_as, *arguments]
     runpy.run_module(command.module, run_name="__main__", alter_sys=True)

@@ -6,16 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from configs import run
+from configs import ConfigError, Problem, run
 from configs.files import make_folder, read_json, write_json
-from tessella.budget import steps_in
+from tessella.budget import seconds_per_step
 from tessella.config import RunConfig
 from tessella.processes import Child, number_of_gpus
 from tessella.steps import Step, building_step, check, evaluation_step, push_step, training_steps
 
-# Of a budget in minutes: the share that is spent when the tokenizer is trained, and when the prior is.
+# Of a budget in minutes: the share that is spent when the tokenizer is trained, and when the prior is. A training gets
+# the smallest share in any case, for the steps before it may have taken longer than expected.
 SPENT_AFTER = {"train-tokenizer": 0.45, "train-prior": 0.9}
-PROGRESS_NAME = "progress.json"
+SMALLEST_SHARE = 0.2
+FEWEST_STEPS = 20
+PROGRESS_NAME, TRIAL_NAME = "progress.json", ".trial"
 
 
 def main(config: RunConfig) -> None:
@@ -89,17 +92,28 @@ class Progress:
         self.save()
 
     def within_budget(self, step: Step, title: str) -> None:
-        """Sets the max_steps of a training by the budget in minutes. Those found before are taken again."""
+        """Sets the max_steps of a training by the budget in minutes. Those found before are taken again.
+
+        Raises:
+            ConfigError: the budget is too short.
+            SystemExit: a training on trial failed or was stopped.
+        """
         minutes = self.config.minutes
         if minutes is None or step.name not in SPENT_AFTER:
             return
         found, key = self.values["max_steps"], f"{step.name} in {self.config.budget}"
         if key not in found:
             print(f"{title}: timing a few steps", flush=True)
-            seconds = 60 * minutes * SPENT_AFTER[step.name] - sum(self.values["seconds"].values())
             started = time.monotonic()
-            found[key] = steps_in(seconds, step, self.folder, self.gpus)
+            each = seconds_per_step(step, make_folder(self.folder) / TRIAL_NAME, self.gpus)
             self.spend(step, started)
+            left = minutes * SPENT_AFTER[step.name] - sum(self.values["seconds"].values()) / 60
+            left = max(left, minutes * SMALLEST_SHARE)
+            found[key] = int(60 * left / each)
+            print(f"      a step takes {each:.2f} s: {found[key]:,} steps in {left:.1f} minutes", flush=True)
+        if found[key] < FEWEST_STEPS:
+            message = f"received {self.config.budget!r}; leaves {found[key]} steps to {step.name}; give more time"
+            raise ConfigError([Problem("budget", message)])
         step.keys["max_steps"] = found[key]
 
     def spend(self, step: Step, started: float) -> None:
