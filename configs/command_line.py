@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from configs.checksums import Damaged
+from configs.ctrl_c import ctrl_c
 from configs.disk_space import DiskFull, naming_full_disk
-from configs.interruption import Diverged, Stopped, ctrl_c, sigterm_raises
+from configs.interruption import Diverged, Stopped, sigterm_raises
 from configs.loader import key_of, load_config, to_dict
 from configs.memory import OUT_OF_MEMORY, is_out_of_memory, out_of_memory_advice
 from configs.problems import ConfigError, Problem, cut, printable, shown

@@ -1,7 +1,7 @@
 """Trains image generators in two stages, and uses them. Command line: `tessella --help`."""
 
 import ast
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from stage1_vqgan import import_own
@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 # __init__.pyi lists the public names and their packages. Python imports each one on first use, so `import tessella` is
 # fast.
-_STUB = ast.parse(files(__name__).joinpath("__init__.pyi").read_text(encoding="utf-8"))
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
 _PACKAGES = {
     alias.name: str(line.module) for line in _STUB.body if isinstance(line, ast.ImportFrom) for alias in line.names
 }

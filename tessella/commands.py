@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from configs import command_line
-from configs.interruption import ctrl_c
+from configs.ctrl_c import ctrl_c
 from configs.problems import shown
 from stage1_vqgan import import_own
 from tessella import __version__
