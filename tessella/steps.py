@@ -10,13 +10,11 @@ from configs.yaml_files import to_yaml
 from pipelines.evaluate import EvaluationConfig
 from stage1_vqgan import Stage1Config
 from stage2_prior import Stage2Config
-from stage2_prior.manifest import read_manifest
 from tessella.config import RunConfig
 
 # Of an evaluation without and with a GPU: real images of each split, and generated images.
 REAL_IMAGES, SAMPLES = (1000, 5000), (200, 2000)
 NAMES = {"model.image_size": "size", "model.in_channels": "channels"}  # in a training, and here
-PUSHED = "pushed.json"
 MANY_GPUS = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 MOST_OF_A_CLASS, LEAST_OF_A_CLASS = 50, 4
 
@@ -123,6 +121,8 @@ def building_step(config: RunConfig) -> Step:
 
 def evaluation_step(config: RunConfig, gpus: int) -> Step:
     """The step that measures the pipeline and draws pictures. It fits the number of images and classes."""
+    from stage2_prior.manifest import read_manifest  # imports torch
+
     root = Path(config.output_dir)
     manifest = read_manifest(root / "codes")
     classes = len(manifest["token_layout"]["class_names"])
@@ -147,4 +147,4 @@ def evaluation_step(config: RunConfig, gpus: int) -> Step:
 def push_step(config: RunConfig) -> Step:
     """The step that uploads the pipeline."""
     root = Path(config.output_dir)
-    return Step("push", None, {"folder": str(root / "pipeline"), "hub_model_id": config.push}, root / PUSHED)
+    return Step("push", None, {"folder": str(root / "pipeline"), "hub_model_id": config.push}, root / "pipeline")
