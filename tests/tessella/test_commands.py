@@ -92,7 +92,7 @@ def crowded(tmp_path) -> Path:
         (["-m", "tessella", "evaluate", "--help"], "usage: tessella evaluate [CONFIG]"),
         (["-m", "stage1_vqgan.train", "--help"], "usage: accelerate launch -m stage1_vqgan.train [CONFIG]"),
         (["-m", "stage2_prior.tokenize", "--help"], "usage: accelerate launch -m stage2_prior.tokenize [CONFIG]"),
-        (["-c", "import tessella; print(tessella.DataConfig, tessella.TokenLayout)"], "stage1_vqgan.data.config"),
+        (["-c", "import tessella; print(tessella.DataConfig, tessella.Stage2Config)"], "stage1_vqgan.data.config"),
         (["-c", "import stage2_prior, configs.loader; print(configs.loader.build)"], "function build"),
         (["-c", "from stage1_vqgan import import_own; print(import_own('pipelines').__all__)"], "VQGANPipeline"),
     ],
