@@ -141,6 +141,8 @@ def written_folder(config: Any) -> Path:
 def _exit(message: object, code: int) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(2)  # All processes make the same mistake. When the first exits, the launcher ends the others.
+        if code > 128:  # They were stopped, and the first has said so.
+            sys.exit(code)
     print(f"\n{message}" if code > 2 else message, file=sys.stderr)
     sys.exit(code)
 

@@ -1,5 +1,11 @@
 """`tessella run`: its settings, the commands of its steps, and which of them it skips."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +18,8 @@ from tessella.config import RunConfig
 from tessella.processes import Child
 from tessella.run import Progress
 from tessella.steps import Step, training_steps
+
+ROOT = Path(__file__).parents[2]
 
 
 def config(**changes: Any) -> RunConfig:
@@ -217,3 +225,38 @@ def test_the_classes_of_an_evaluation_are_few_enough(monkeypatch):
         assert step.keys["num_components"] == 20
         assert ("data.use_labels" in step.keys) == (classes == 1)
     assert counts == {0: 200, 1: 50, 2: 50, 10: 20, 1000: 4}
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from tessella.processes import Child
+from tessella.steps import Step
+
+if __name__ == "__main__":
+    keys = {"output_dir": sys.argv[1], "max_steps": 100_000, "report_to": []}
+    child = Child(Step("train-tokenizer", "digits/stage1", keys, Path(), launched=True), gpus=2)
+    with child.running() as process:
+        sys.exit(child.exit_code(process))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_several_processes_are_stopped_in_one_line(number, tmp_path):
+    """`accelerate launch` alone would print tracebacks of its own."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "job.py").write_text(TWO_PROCESSES)
+    with open(tmp_path / "log.txt", "w") as log:
+        words = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "run")]
+        process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
+    while "3/100000" not in (tmp_path / "log.txt").read_text():
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()
+        time.sleep(0.1)
+    os.kill(process.pid, number)
+    assert process.wait() == 128 + number
+    last = (tmp_path / "log.txt").read_text().rpartition("stage 1:")[2]
+    assert re.search(
+        r"\nstopped after step \d+ of 100000, which is saved in .*; the same command resumes from there\n$", last
+    )
+    assert last.count("stopped after") == 1 and "Traceback" not in last
