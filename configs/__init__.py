@@ -8,6 +8,7 @@
 This package imports no other package of the project.
 """
 
+import configs.ctrl_c  # noqa: F401  # first, so that Ctrl-C while the others are imported is handled
 from configs.command_line import parse_arguments, run
 from configs.loader import check, load_config, save_config, to_dict
 from configs.problems import ConfigError, Problem, unknown_key

@@ -1,19 +1,20 @@
 """The parts that all commands share: parsing `CONFIG --key value …`, help, messages and exit codes."""
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import MISSING, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from configs.checksums import Damaged
+from configs.ctrl_c import ctrl_c
 from configs.disk_space import DiskFull, naming_full_disk
 from configs.files import NO_WRITING
 from configs.interruption import Diverged, Stopped, sigterm_raises
-from configs.loader import load_config, switches, to_dict
+from configs.loader import key_of, load_config, switches, to_dict
 from configs.memory import OUT_OF_MEMORY, is_out_of_memory, out_of_memory_advice
 from configs.problems import ConfigError, Problem, cut, printable, shown
 from configs.restarts import use_new_store
@@ -23,6 +24,7 @@ from configs.yaml_files import parse_yaml
 T = TypeVar("T")
 
 YAML_ENDINGS = (".yaml", ".yml")
+started_as: str | None = None  # how the user started the command, if not by the module itself
 MAKE_SPACE = "What was saved before is intact. Make space, then start the same command again: it goes on from there"
 
 
@@ -91,10 +93,11 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
     Args:
         cls: dataclass of the configuration.
         main: called with the checked configuration.
-        command: how users start the command, for `--help`.
+        command: how users start the module, for `--help`; `started_as` replaces it.
         arguments: by default those of the command line.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    ctrl_c.install()
+    arguments, command = sys.argv[1:] if arguments is None else list(arguments), started_as or command
     if "--help" in arguments or "-h" in arguments:
         from configs.help_text import help_text
 
@@ -103,6 +106,10 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
         except ConfigError as error:
             _exit(error, 2)
         return
+    if not arguments and (missing := required_keys(cls)):
+        from configs.help_text import usage
+
+        _exit(f"{usage(cls, command)}\nGive a CONFIG, or at least {', '.join(missing)}. --help explains all keys.", 2)
     config = None
     try:
         with sigterm_raises():
@@ -128,11 +135,18 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
     except (Diverged, Stopped) as error:
         _exit(error, error.exit_code)
     except KeyboardInterrupt:
-        _exit("stopped at once; the same command resumes from what was saved", 128 + signal.SIGINT)
+        _exit(ctrl_c.message, ctrl_c.exit_code)
     except Exception as error:
+        if ctrl_c.happened:  # a library has turned the KeyboardInterrupt into an error of its own
+            _exit(ctrl_c.message, ctrl_c.exit_code)
         if not is_out_of_memory(error):
             raise
         _exit(out_of_memory_advice(error, to_dict(config) if config else {}), OUT_OF_MEMORY)
+
+
+def required_keys(cls: type) -> list[str]:
+    """The keys without a default."""
+    return [key_of(each) for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING]  # type: ignore[arg-type]
 
 
 def written_folder(config: Any) -> Path:
@@ -144,6 +158,8 @@ def written_folder(config: Any) -> Path:
 def _exit(message: object, code: int) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(2)  # All processes make the same mistake. When the first exits, the launcher ends the others.
+        if code > 128:  # They were stopped, and the first has said so.
+            sys.exit(code)
     print(f"\n{message}" if code > 2 else message, file=sys.stderr)
     sys.exit(code)
 

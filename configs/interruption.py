@@ -14,10 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# The terminal sends one Ctrl-C to all processes, and a launcher forwards it to its workers once more. So a SIGINT that
-# follows the first one this soon is not a second Ctrl-C.
-SAME_KEYSTROKE_SECONDS = 1.0
-STDERR = 2
+from configs.ctrl_c import SAME_KEYSTROKE_SECONDS, STDERR
 
 
 class Stopped(Exception):

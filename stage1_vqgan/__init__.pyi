@@ -24,4 +24,5 @@ from .pretrained import (
     load_tokenizer as load_tokenizer,
     load_vqgan as load_vqgan,
 )
+from .siblings import import_own as import_own
 from .training.config import Stage1Config as Stage1Config

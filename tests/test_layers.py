@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ["configs", "stage1_vqgan", "stage2_prior", "pipelines", "benchmarks"]  # lowest first
+LAYERS = ["configs", "stage1_vqgan", "stage2_prior", "pipelines", "tessella", "benchmarks"]  # lowest first
 MODEL_FILES = ("configuration_", "modeling_", "quantizer", "image_processing_")
 FORBIDDEN_IN_MODEL_FILES = {"accelerate", "datasets", *LAYERS}
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
@@ -116,6 +116,8 @@ def test_imports_have_no_cycle():
 
 def test_importing_the_packages_loads_nothing_heavy():
     heavy = ["torch", "numpy", "transformers", "accelerate", "datasets", "lpips", "torchvision", "gradio", "PIL"]
-    code = f"import sys, pipelines, stage1_vqgan, stage2_prior; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        f"import sys, tessella, pipelines, stage1_vqgan, stage2_prior; print([m for m in {heavy} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

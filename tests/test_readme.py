@@ -29,9 +29,11 @@ from stage1_vqgan.evaluate import ReconstructionConfig
 from stage1_vqgan.quantizers import QUANTIZERS
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.prior import build_prior
+from tessella.commands import BY_NAME
+from tessella.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ["configs", "stage1_vqgan", "stage2_prior", "pipelines", "benchmarks"]
+PACKAGES = ["configs", "stage1_vqgan", "stage2_prior", "pipelines", "tessella", "benchmarks"]
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
@@ -46,6 +48,7 @@ CONFIGS = {
     "stage2_prior.train": Stage2Config,
     "pipelines.build": BuildConfig,
     "pipelines.evaluate": EvaluationConfig,
+    "tessella.run": RunConfig,
 }
 # Sections whose keys are those of other classes.
 FREE_SECTIONS = {
@@ -86,18 +89,27 @@ def code_spans(document: str) -> list[str]:
 def command_lines(document: str) -> list[list[str]]:
     """Words of every shell command in blocks and in the text, without comments."""
     in_blocks = "\n".join(block.text for block in blocks(document, "bash")).replace("\\\n", " ").splitlines()
-    in_text = [span for span in code_spans(document) if re.match(r"(python|accelerate|make|pip|--)\b|--\w", span)]
+    in_text = [
+        span for span in code_spans(document) if re.match(r"(python|accelerate|tessella|make|pip|--)\b|--\w", span)
+    ]
     return [words for line in in_blocks + in_text if (words := shlex.split(line, comments=True))]
 
 
 def launched(document: str) -> list[tuple[str, list[str]]]:
     """Modules of ours that are launched, and their arguments."""
-    return [
+    by_module = [
         (word, words[place + 2 :])
         for words in command_lines(document)
         for place, (flag, word) in enumerate(pairwise(words))
-        if flag == "-m" and word.partition(".")[0] in PACKAGES
+        if flag == "-m" and word.partition(".")[0] in PACKAGES and word != "tessella"
     ]
+    by_name = [
+        (BY_NAME[name].module, words[place + 2 :])
+        for words in command_lines(document)
+        for place, (word, name) in enumerate(pairwise(words))
+        if word == "tessella" and words[:place][-1:] in ([], ["-m"]) and name not in ("COMMAND", "--help")
+    ]
+    return by_module + by_name
 
 
 def keys_of(section: type, prefix: str = "") -> set[str]:

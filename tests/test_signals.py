@@ -4,15 +4,20 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from configs import command_line
 from configs.checkpoints import complete_checkpoints
 from configs.interruption import Stopped, StopRequest, leave_signals_to_main, sigterm_raises
 from tests import forks, kill_runs
 
+ROOT = Path(__file__).parents[1]
 POINTS = {"stage1": ("step", 9), "stage2": ("step", 7), "tokenize": ("shard", 3)}
 
 
@@ -40,6 +45,52 @@ def test_a_command_that_is_stopped_goes_on(name, number, exit_code, undisturbed,
         assert f"stopped after step {newest.step} of" in log and 4 <= newest.step <= 8
     assert kill_runs.run(name, tmp_path) == 0
     assert kill_runs.differences(name, undisturbed, tmp_path) == []
+
+
+# A module that a command imports. It waits for the signal, and swallows what Ctrl-C raises, as some libraries do.
+SLOW_MODULE = """
+import time
+print("importing", flush=True)
+try:
+    time.sleep(100)
+except BaseException:
+    pass
+"""
+
+
+@pytest.mark.parametrize("imported", ["torch", "psutil"])  # after the arguments are read, and before
+@pytest.mark.parametrize("command", ["stage1_vqgan.train", "tessella train-tokenizer"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(command, imported, tmp_path):
+    (tmp_path / f"{imported}.py").write_text(SLOW_MODULE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    words = [sys.executable, "-m", *command.split(), "digits/stage1", "--output_dir", str(tmp_path / "run")]
+    with subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "importing\n"
+        for _ in range(2):  # a launcher forwards the signal that the terminal has already sent
+            os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate()
+    assert (process.returncode, output) == (130, "")
+    assert errors == "\nstopped at once; the same command resumes from what was saved\n"
+
+
+def test_an_error_that_a_library_makes_of_ctrl_c_is_one_line(capsys):
+    def main(config):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise ImportError("numpy failed to import") from None
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            command_line.run(kill_runs.Nothing, main, "command", [])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nstopped at once; the same command resumes from what was saved\n"
 
 
 def test_a_second_ctrl_c_stops_at_once(undisturbed, tmp_path):
