@@ -1,6 +1,8 @@
 """Pictures for people: many images in one, and which images they show."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -10,6 +12,9 @@ GAP = 2  # pixels between two images
 
 # Font size of labels, in pixels, and width that they take at most.
 SMALLEST_FONT, LARGEST_FONT, WIDEST_LABEL = 13, 24, 240
+# Fonts of systems that have more letters than ASCII.
+FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf")
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def image_grid(images: Iterable[Image.Image], columns: int, min_tile: int = 0, gap: int = GAP) -> Image.Image:
@@ -36,12 +41,14 @@ def image_grid(images: Iterable[Image.Image], columns: int, min_tile: int = 0, g
 def with_row_labels(grid: Image.Image, labels: Sequence[str]) -> Image.Image:
     """A grid with a label on the left of each row; a label that is too long is cut.
 
+    Pillow's own font has only the letters of ASCII. Other letters need one of FONTS on this machine, or are boxes.
+
     Args:
         grid: a picture of `image_grid`.
         labels: one text for each row.
     """
     row = (grid.height - GAP) / len(labels)  # each row has one gap, and the last one a gap below it
-    font = ImageFont.load_default(max(SMALLEST_FONT, min(int(row) // 4, LARGEST_FONT)))
+    font = _font(max(SMALLEST_FONT, min(int(row) // 4, LARGEST_FONT)), "".join(labels))
     texts = [_fitting(" ".join(label.split()), font) for label in labels]
     margin = int(max(font.getlength(text) for text in texts)) + 8
     picture = Image.new(grid.mode, (margin + grid.width, grid.height), BACKGROUND)
@@ -52,7 +59,16 @@ def with_row_labels(grid: Image.Image, labels: Sequence[str]) -> Image.Image:
     return picture
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _font(size: int, text: str) -> Font:
+    """Pillow's own font if it has all letters of a text, else the first of FONTS that this machine has."""
+    if not text.isascii():
+        for name in FONTS:
+            with suppress(OSError):
+                return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def _fitting(text: str, font: Font) -> str:
     """The beginning of a text that is wider than WIDEST_LABEL."""
     if font.getlength(text) <= WIDEST_LABEL:
         return text

@@ -39,6 +39,7 @@ def test_each_row_has_its_label_beside_it(mode):
 def test_a_long_label_is_cut_and_takes_one_line():
     long, short = margin_of(["a very long name " * 20]), margin_of(["a very"])
     assert short.shape[1] < long.shape[1] <= WIDEST_LABEL + 8
+    assert (margin_of(["größe", "猫"]) < 128).any()  # also on a machine without other fonts
     assert margin_of(["two\nlines"]).tolist() == margin_of(["two lines"]).tolist()
 
 
