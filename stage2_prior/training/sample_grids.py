@@ -11,7 +11,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from configs import ConfigError, Problem
 from configs.run_folder import RunFolder
-from stage1_vqgan import VQGANImageProcessor, VQGANModel, image_grid, load_tokenizer, with_row_labels
+from stage1_vqgan import VQGANImageProcessor, VQGANModel, labelled_grid, load_tokenizer
 from stage2_prior.compat import log_to_wandb
 from stage2_prior.sampling.loop import sample_codes
 from stage2_prior.sampling.options import SamplingOptions
@@ -71,10 +71,10 @@ class SampleGrids(TrainerCallback):
         batches = codes.unflatten(1, self.layout.grid).split(DECODE_BATCH_SIZE)
         images = [image for batch in batches for image in self.processor.postprocess(tokenizer.decode_codes(batch))]
         tokenizer.to("cpu")
-        grid = image_grid(images, self.columns, min_tile=48)
-        if not self.layout.num_classes:
-            return grid
-        return with_row_labels(grid, self.layout.names_of(self.prompts[:: self.columns, 0]))
+        classes = self.prompts[:: self.columns, 0]
+        names = self.layout.names_of(classes) if self.layout.num_classes else [""] * len(classes)
+        rows = [(name, images[n * self.columns : (n + 1) * self.columns]) for n, name in enumerate(names)]
+        return labelled_grid(rows, self.columns, min_tile=48)
 
 
 def grid_prompts(layout: TokenLayout, num_images: int, columns: int) -> Tensor:
