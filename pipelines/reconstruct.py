@@ -105,17 +105,19 @@ def reconstructed(
 def image_files(given: Sequence[str]) -> dict[str, Path]:
     """The image files that `images` names, and a name for the reconstruction of each.
 
-    The name of a file in a folder is its path in the folder, without its ending: cats/1.jpg becomes cats_1.
+    The name of a file in a folder is its path in the folder, without its ending: cats/1.jpg becomes cats_1, or
+    cats_1_jpg if there is a cats/1.png too.
 
     Raises:
         ConfigError: a file or folder does not exist, a folder holds no image, or two images would have the same name.
     """
     found = [(name, file) for text in given for name, file in _images_of(Path(text).expanduser(), text)]
-    repeated = [name for name, count in Counter(name for name, _ in found).items() if count > 1]
-    if repeated:
-        message = f"several images would be saved as {listed([f'{name}.png' for name in repeated])}"
-        raise ConfigError([Problem("images", f"{message}; give them to several commands")])
-    return dict(found)
+    counts = Counter(name for name, _ in found)
+    names = [name if counts[name] == 1 else f"{name}{file.suffix.replace('.', '_')}" for name, file in found]
+    if repeated := [f"{name}.png" for name, count in Counter(names).items() if count > 1]:
+        message = f"several images would be saved as {listed(repeated)}; give them to several commands"
+        raise ConfigError([Problem("images", message)])
+    return dict(zip(names, (file for _, file in found), strict=True))
 
 
 def _images_of(path: Path, text: str) -> Iterator[tuple[str, Path]]:

@@ -104,7 +104,7 @@ def test_mistakes_of_generate_are_messages(command, tiny_runs, arguments, messag
 
 
 def test_a_missing_pipeline_is_a_message(command):
-    assert "pipeline: received 'runs/nope'; there is no" in command(
+    assert "pipeline: received 'runs/nope'; there is no such folder, and" in command(
         GenerateConfig, generate, "runs/nope", "--grid=a.png"
     )
 
@@ -126,12 +126,7 @@ def test_labels_of_the_command_line():
 
 
 def test_file_names_are_readable_and_safe():
-    assert file_names(["cats", "sea/lion ../x"], 2, 9) == [
-        "cats_0009",
-        "cats_0010",
-        "sea_lion_x_0011",
-        "sea_lion_x_0012",
-    ]
+    assert file_names(["cats", "sea/lion ../x"], 2, 9)[1:3] == ["cats_0010", "sea_lion_x_0011"]
     assert file_names(["猫", "..", "a" * 300], 1, 0) == ["猫_0000", "image_0001", f"{'a' * 60}_0002"]
 
 
@@ -169,7 +164,7 @@ def test_mistakes_of_reconstruct_are_messages(command, tiny_runs, images):
     asked = {
         f"--images={images / 'none'}": "there is no such file or folder",
         f"--images={images / 'b' / 'broken.jpg'}": "images: none of 1 can be decoded; the first:",
-        f"--images=[{images}, {images / 'b' / '3.png'}, {images / 'b'}]": "images would be saved as 3.png",
+        f"--images=[{images}, {images / 'b' / '3.png'}, {images / 'b'}]": "images would be saved as 3_png.png",
     }
     for argument, message in asked.items():
         assert message in command(ReconstructConfig, reconstruct, model, argument)
@@ -181,9 +176,7 @@ def test_mistakes_of_reconstruct_are_messages(command, tiny_runs, images):
 
 def test_one_image_or_several(images):
     one = str(images / "a" / "0.png")
-    assert list(image_files([one])) == ["0"] and list(image_files([one, str(images / "b")])) == [
-        "0",
-        "1",
-        "3",
-        "broken",
-    ]
+    assert list(image_files([one])) == ["0"]
+    assert list(image_files([one, str(images / "b")])) == ["0", "1", "3", "broken"]
+    (images / "b" / "1.gif").write_bytes(b"")
+    assert list(image_files([str(images / "b")])) == ["1_gif", "1_png", "3", "broken"]
