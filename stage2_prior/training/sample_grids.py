@@ -2,19 +2,17 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from configs import ConfigError, Problem
 from configs.run_folder import RunFolder
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, labelled_grid, load_tokenizer
-from stage2_prior.compat import log_to_wandb
 from stage2_prior.sampling.loop import sample_codes
 from stage2_prior.sampling.options import SamplingOptions
+from stage2_prior.training.trackers import track_image
 from stage2_prior.vocabulary import TokenLayout
 
 MOST_ROWS = 10  # a row for each class
@@ -32,7 +30,7 @@ class SampleGrids(TrainerCallback):
     The main process decodes the images.
 
     Args:
-        trainer: the prior's Trainer; its TensorBoard and Weights & Biases callbacks log the images.
+        trainer: the prior's Trainer; its TensorBoard, Weights & Biases and trackio callbacks log the images.
         run: the run, whose folder gets `samples/step_00001000.png`.
         layout: the token layout.
         tokenizer: folder or Hub id.
@@ -107,13 +105,3 @@ def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImage
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
     return tokenizer, processor
-
-
-def track_image(callbacks: list[TrainerCallback], name: str, image: Image.Image, step: int) -> None:
-    """Logs an image to the trackers among Trainer's callbacks that accept images."""
-    pixels = np.asarray(image.convert("RGB"))
-    for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_image(name, pixels, step, dataformats="HWC")
-        elif isinstance(callback, WandbCallback):
-            log_to_wandb(callback, name, pixels, step)
