@@ -130,10 +130,10 @@ def asked_labels(value: Any, names: Sequence[str]) -> list[int | str] | None:
         return value
     if not isinstance(value, str) or value in names:
         return [value]
-    if value == ALL:
+    if value == ALL and names:
         return list(range(len(names)))
     parts = [part.strip() for part in value.split(",")]
-    return [int(part) if part.isdecimal() and part not in names else part for part in parts]
+    return [int(part) if re.fullmatch("0|[1-9][0-9]*", part) and part not in names else part for part in parts]
 
 
 def file_names(names: Sequence[str], each: int, seed: int) -> list[str]:

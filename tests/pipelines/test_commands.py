@@ -118,11 +118,13 @@ def test_labels_of_the_command_line():
         "1,cats": [1, "cats"],
         "7": ["7"],
         "7,0": ["7", 0],
+        "010,-1": ["010", "-1"],
         "all": [0, 1, 2, 3],
     }
     assert {text: asked_labels(text, names) for text in asked} == asked
     assert asked_labels(3, names) == [3] and asked_labels([1, "cats"], names) == [1, "cats"]
     assert asked_labels(None, names) is None and asked_labels("all", ["some", "all"]) == ["all"]
+    assert asked_labels("all", []) == ["all"]  # not all of no classes
 
 
 def test_file_names_are_readable_and_safe():
