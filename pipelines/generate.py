@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le
 
 from configs import ConfigError, Problem, run
+from configs.files import write_png
 from configs.sections import BatchSize, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from pipelines.commands import ImageOutput, load_pipeline
 
 if TYPE_CHECKING:
     from pipelines.outputs import VQGANPipelineOutput
+    from pipelines.pipeline_vqgan import VQGANPipeline
 
 # Keys that `VQGANPipeline.generate` takes under the same names, and that each printed line repeats.
 SAMPLING_KEYS = (
@@ -87,24 +89,18 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
         ConfigError: the pipeline cannot be loaded, a class is unknown, an argument is out of range, or a file exists.
     """
     # These imports are slow, so they come after the check of the arguments.
-    from configs.files import write_png
     from stage1_vqgan import labelled_grid
 
     pipeline = load_pipeline(config.pipeline, config.device)
     settings = {key: getattr(config, key) for key in SAMPLING_KEYS}
     seed = secrets.randbelow(2**32) if config.seed is None else config.seed
     try:
-        labels = asked_labels(config.class_labels, pipeline.class_names)
-        ids = None if labels is None else pipeline.layout.class_ids(labels).tolist()
-        each = config.num_images_per_label if ids is not None else config.num_images or 1
-        names = ["image"] if ids is None else [pipeline.class_names[number] for number in ids]
-        if len(names) * each > MOST_IMAGES:
-            message = f"asks for {len(names) * each:,} images; one command makes at most {MOST_IMAGES:,}"
-            raise ValueError(f"{'num_images' if ids is None else 'num_images_per_label'}: {message}")
-        paths = config.images_of(file_names(names, each, seed))
-        out = pipeline.generate(
-            ids, config.num_images, config.num_images_per_label, seed=seed, batch_size=config.batch_size, **settings
-        )
+        classes = asked_classes(config, pipeline)
+        each = config.num_images_per_label if classes else config.num_images or 1
+        require_few(classes or [""], each, "num_images_per_label" if classes else "num_images")
+        paths = config.images_of(file_names(classes or ["image"], each, seed))
+        counts: dict[str, Any] = {"num_images": config.num_images, "num_images_per_label": config.num_images_per_label}
+        out = pipeline.generate(classes, **counts, seed=seed, batch_size=config.batch_size, **settings)
     except ConfigError:
         raise
     except ValueError as error:
@@ -112,27 +108,54 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
     for path, image in zip(paths, out.images if paths else [], strict=True):
         write_png(path, image)
     if config.grid is not None:
-        rows = [(names[n] if ids else "", out.images[n * each : (n + 1) * each]) for n in range(len(names))]
+        rows = [(name, out.images[n * each : (n + 1) * each]) for n, name in enumerate(classes or [""])]
         write_png(config.grid, labelled_grid(rows, columns=10))
     for number in range(len(out)):
         file = str(paths[number]) if paths else config.grid
-        label = None if ids is None else names[number // each]
+        label = classes[number // each] if classes else None
         print(json.dumps({"file": file, "label": label, "seed": seed + number, **settings}, ensure_ascii=False))
     return out
+
+
+def asked_classes(config: GenerateConfig, pipeline: "VQGANPipeline") -> list[str] | None:
+    """The names of the classes that `class_labels` asks for; None for images of no given class.
+
+    Raises:
+        ValueError: a class is unknown.
+    """
+    from pipelines.arguments import listed_labels
+
+    labels = asked_labels(config.class_labels, pipeline.class_names)
+    if labels is None:
+        return None
+    return [pipeline.class_names[number] for number in pipeline.layout.class_ids(listed_labels(labels)).tolist()]
+
+
+def require_few(classes: Sequence[str], each: int, key: str) -> None:
+    """Refuses more images than MOST_IMAGES.
+
+    Raises:
+        ValueError: there are more; `key` is the one to lower.
+    """
+    count = len(classes) * each
+    if count > MOST_IMAGES:
+        raise ValueError(f"{key}: received {each}, so {count:,} images; one command makes at most {MOST_IMAGES:,}")
 
 
 def asked_labels(value: Any, names: Sequence[str]) -> list[int | str] | None:
     """The classes that `class_labels` asks for, as names and ids.
 
-    A text that is the name of a class is this class, even if it holds commas.
+    A text that is the name of a class is this class, even if it holds commas. Outside of a list, a number is the name
+    of a class if there is one of this name, else an id.
     """
     if value is None or isinstance(value, list):
         return value
-    if not isinstance(value, str) or value in names:
-        return [value]
-    if value == ALL and names:
-        return list(range(len(names)))
-    parts = [part.strip() for part in value.split(",")]
+    text = str(value)
+    if text in names:
+        return [text]
+    if text == ALL and names:
+        return list(names)
+    parts = [part.strip() for part in text.split(",")]
     return [int(part) if re.fullmatch("0|[1-9][0-9]*", part) and part not in names else part for part in parts]
 
 

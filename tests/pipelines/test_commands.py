@@ -90,10 +90,14 @@ def test_generate_replaces_no_file_without_being_told(command, tiny_runs):
         (["--grid=a.jpg"], "grid: received 'a.jpg'; must be the name of a PNG file"),
         ([], "output_dir: give a folder for the images, or --grid samples.png"),
         (["--classes=3", "--grid=a.png"], "classes: received 3; the key is class_labels"),
+        (["--class_labels=[]", "--grid=a.png"], "class_labels: received an empty list; needs at least one"),
         (["--class_labels=77", "--grid=a.png"], "class_labels: received 77; allowed are ids 0 to 9"),
         (["--class_labels=eleven,3", "--grid=a.png"], "class_labels: received 'eleven'; allowed are ids 0 to 9"),
         (["--guidance_scale=2", "--grid=a.png"], "guidance_scale: received 2.0; guidance needs class_labels"),
-        (["--num_images=20000", "--grid=a.png"], "num_images: asks for 20,000 images; one command makes at most"),
+        (
+            ["--num_images=20000", "--grid=a.png"],
+            "num_images: received 20000, so 20,000 images; one command makes at most",
+        ),
         (["--class_labels=3", "--num_images=2", "--grid=a.png"], "num_images: received 2; cannot be given with"),
     ],
     ids=str,
@@ -119,10 +123,14 @@ def test_labels_of_the_command_line():
         "7": ["7"],
         "7,0": ["7", 0],
         "010,-1": ["010", "-1"],
-        "all": [0, 1, 2, 3],
+        "all": names,
     }
     assert {text: asked_labels(text, names) for text in asked} == asked
-    assert asked_labels(3, names) == [3] and asked_labels([1, "cats"], names) == [1, "cats"]
+    assert (
+        asked_labels(3, names) == [3]
+        and asked_labels(7, names) == ["7"]
+        and asked_labels([1, "cats"], names) == [1, "cats"]
+    )
     assert asked_labels(None, names) is None and asked_labels("all", ["some", "all"]) == ["all"]
     assert asked_labels("all", []) == ["all"]  # not all of no classes
 

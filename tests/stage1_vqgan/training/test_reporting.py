@@ -1,7 +1,5 @@
 """What a run reports: scalars, pictures and settings in TensorBoard, and a line for each evaluation."""
 
-from pathlib import Path
-
 from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,11 +26,3 @@ def test_tensorboard_gets_scalars_pictures_and_settings(tmp_path, capsys):
     shown = text.tensor_proto.string_val[0].decode().removeprefix("```yaml\n").removesuffix("```")
     (tmp_path / "shown.yaml").write_text(shown)
     assert load_config(type(config), str(tmp_path / "shown.yaml")) == config
-
-
-def test_a_run_says_where_its_logs_are(tmp_path, capsys):
-    for folder, trackers, expected in (("a", ["tensorboard"], True), ("b", [], False)):
-        config = stage1_config(tmp_path / folder, report_to=trackers)
-        with RunFolder(config) as run:
-            run.begin(1)
-        assert (f"tensorboard --logdir {Path(config.output_dir)}" in capsys.readouterr().out) is expected
