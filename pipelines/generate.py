@@ -113,7 +113,7 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
     for number in range(len(out)):
         file = str(paths[number]) if paths else config.grid
         label = classes[number // each] if classes else None
-        print(json.dumps({"file": file, "label": label, "seed": seed + number, **settings}, ensure_ascii=False))
+        print(json.dumps({"file": file, "label": label, "seed": seed + number, **settings}))
     return out
 
 

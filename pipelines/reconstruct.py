@@ -72,7 +72,7 @@ def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
             if number in shown:
                 originals.append(original)
                 reconstructions.append(reconstruction)
-        tqdm.write(json.dumps(lines[-1], ensure_ascii=False))
+        tqdm.write(json.dumps(lines[-1]))
     values = [line["psnr"] for line in lines if "psnr" in line]
     if not values:
         raise ConfigError([Problem("images", f"none of {len(lines)} can be decoded; the first: {lines[0]['error']}")])
