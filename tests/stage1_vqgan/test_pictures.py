@@ -20,7 +20,7 @@ def margin_of(labels: list[str], mode: str = "L") -> np.ndarray:
     grid = image_grid(tiles(len(labels), mode), 1, min_tile=TILE)
     picture = with_row_labels(grid, labels)
     width = picture.width - grid.width
-    assert picture.mode == mode and picture.height == grid.height
+    assert picture.mode == grid.mode and picture.height == grid.height
     assert np.array_equal(np.asarray(picture)[:, width:], np.asarray(grid))
     return np.asarray(picture.convert("L"))[:, :width]
 
