@@ -14,6 +14,8 @@ from configs.loader import key_of
 from configs.problems import SHOWN_PROBLEMS
 from pipelines.build import BuildConfig
 from pipelines.evaluation.config import EvaluationConfig
+from pipelines.generate import GenerateConfig
+from pipelines.reconstruct import ReconstructConfig
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.convert.config import ConvertConfig
@@ -33,6 +35,8 @@ COMMANDS: dict[str, tuple[type, list[str]]] = {
     "stage2_prior.train": (Stage2Config, ["digits/stage2", "--report_to=[]"]),
     "pipelines.build": (BuildConfig, ["--tokenizer=x", "--prior=y", "--output_dir=z"]),
     "pipelines.evaluate": (EvaluationConfig, ["digits/evaluate"]),
+    "pipelines.generate": (GenerateConfig, ["runs/x", "--grid=y.png"]),
+    "pipelines.reconstruct": (ReconstructConfig, ["runs/x", "--images=y"]),
 }
 
 
@@ -130,7 +134,7 @@ def command_line(number: int) -> tuple[type, list[str]]:
 
 def checked(kind: type, arguments: list[str]) -> Any:
     """What a command does before its work: a configuration, and for stage 2 the arguments of Trainer."""
-    config = load_config(kind, *parse_arguments(arguments))
+    config = load_config(kind, *parse_arguments(arguments, kind.positional))
     if isinstance(config, Stage2Config):
         training_arguments(config)
     return config
@@ -166,7 +170,7 @@ def test_an_argument_list_is_refused_or_gives_what_was_written(numbers, tmp_path
         save_config(found, tmp_path / "config.yaml")
         assert load_config(kind, str(tmp_path / "config.yaml")) == found, arguments
         assert TOKEN not in (tmp_path / "config.yaml").read_text()
-        for key, given in parse_arguments(arguments)[1].items():
+        for key, given in parse_arguments(arguments, kind.positional)[1].items():
             got = to_dict(found)
             for part in key.split("."):
                 got = got.get(part) if isinstance(got, dict) else got
