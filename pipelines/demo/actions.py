@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from pipelines.demo.mosaic import mosaic
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan.data.decoding import EncodedImage, decode
 
+ADVICE = "Upload a picture as PNG, JPEG, WebP or TIFF."
 LARGEST_SEED = 2**32 - 1
 
 
@@ -46,7 +48,7 @@ def generate(
     seed: int,
     guidance_scale: float,
     report: Callable[[int, int], None] = lambda done, total: None,
-    **options: float,
+    **options: Any,
 ) -> list[tuple[Image.Image, str]]:
     """Generates images. The j-th image of each class has the seed `seed` + j, so that it can be asked for alone.
 
@@ -73,7 +75,7 @@ def generate(
         raise ValueError("Choose at least one class; this prior was not trained to do without.")
     labels = [label for label in classes for _ in range(count)]
     total = len(labels or range(count)) * pipeline.layout.length
-    seeds = [seed + number for _ in classes or [None] for number in range(count)]
+    seeds = [seed + number for _ in classes or [0] for number in range(count)]
     sampled = 0
 
     def step(position: int, codes: Tensor) -> None:
@@ -105,9 +107,12 @@ def reconstruct(pipeline: VQGANPipeline, content: bytes | None) -> Reconstructio
     """
     if content is None:
         raise ValueError("Choose an image first.")
-    image = decode(EncodedImage("upload", content))
-    pixels = pipeline.image_processor.postprocess(pipeline.image_processor([image])["pixel_values"], "pt")
-    codes = pipeline.encode([image])
+    try:
+        image = decode(EncodedImage("upload", content))
+        pixels = pipeline.image_processor.postprocess(pipeline.image_processor(image)["pixel_values"], "pt")
+    except ValueError as error:
+        raise ValueError(f"This file cannot be used: {error}. {ADVICE}") from error
+    codes = pipeline.encode(image)
     decoded = pipeline.decode(codes, "pt").cpu()
     original, reconstruction = (pipeline.image_processor.postprocess(values * 2 - 1)[0] for values in (pixels, decoded))
     facts = "\n".join(f"- {fact}" for fact in [*_of_image(image), *_of_codes(pipeline, codes, pixels, decoded)])

@@ -19,12 +19,13 @@ from pipelines.pipeline_vqgan import VQGANPipeline
 SAME_SEED = "The same seed, class and options give the same image. The second image of a class has the next seed."
 OUT_OF_MEMORY = "There is not enough memory for this. Ask for fewer images."
 FAILED = "The app failed at this. Its log says why."
+WHAT_IT_SHOWS = "Upload an image to see what the tokenizer keeps of it: no generated image can be sharper than this."
 PICTURES = (
-    ("Original", "a square, as the tokenizer sees it"),
-    ("Reconstruction", "what the tokenizer makes of the codes"),
-    ("Codes", "each has its own colour, here and in every image"),
+    ("Original", "as the tokenizer sees it"),
+    ("Reconstruction", "from the codes alone"),
+    ("Codes", "each has its own colour"),
 )
-ONE_AT_A_TIME = {"concurrency_id": "models", "concurrency_limit": 1}
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
 KEPT_SECONDS = 3600  # uploads and results are deleted after this time
 SMALL = 128  # pixels; smaller images are shown with sharp pixels instead of blurred
 CSS = """
@@ -93,7 +94,7 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (ValueError, FloatingPointError) as error:
-        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+        raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
     except Exception as error:
         raise gr.Error(OUT_OF_MEMORY if is_out_of_memory(error) else FAILED) from error
 
@@ -187,18 +188,22 @@ def _generate_tab(pipeline: VQGANPipeline, most: int) -> None:
 def _reconstruct_tab(pipeline: VQGANPipeline, config: AppConfig) -> None:
     limits = f"up to {config.max_upload_megabytes} MB and {config.max_upload_megapixels} megapixels"
     with gr.Row():
-        upload = gr.File(label=f"An image, {limits}", file_types=["image"], type="binary", height=140)
+        with gr.Column():
+            upload = gr.File(label=f"An image, {limits}", file_types=["image"], type="binary", height=140)
+        with gr.Column():
+            facts = gr.Markdown(WHAT_IT_SHOWS)
     with gr.Row():
         pictures = [_picture(pipeline, *words) for words in PICTURES]
-    facts = gr.Markdown()
 
     def reconstruct(content: bytes | None) -> list[Any]:
         with errors_as_messages():
             result = actions.reconstruct(pipeline, content)
             return [result.original, result.reconstruction, result.mosaic, result.facts]
 
-    upload.upload(reconstruct, upload, [*pictures, facts], **ONE_AT_A_TIME)
-    upload.clear(lambda: [None] * 4, None, [*pictures, facts], queue=False, api_visibility="private")
+    upload.upload(reconstruct, upload, [*pictures, facts], show_progress_on=pictures, **ONE_AT_A_TIME)
+    upload.clear(
+        lambda: [None, None, None, WHAT_IT_SHOWS], None, [*pictures, facts], queue=False, api_visibility="private"
+    )
 
 
 def _picture(pipeline: VQGANPipeline, name: str, about: str) -> gr.Image:
