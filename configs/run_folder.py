@@ -157,6 +157,8 @@ class RunFolder:
             self._cut_log(checkpoint.step if checkpoint is not None else 0)
             if checkpoint is not None:
                 print(f"resuming from {checkpoint.path}")
+            if "tensorboard" in config.report_to:
+                print(f"follow the training: tensorboard --logdir {self.path}")
         return checkpoint
 
     def publish(self, step: int, num_processes: int) -> Path:
