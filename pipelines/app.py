@@ -17,6 +17,7 @@ class AppConfig(Section):
     """Opens a web page that generates images with a pipeline, and shows the codes of uploaded ones.
 
     pipeline: folder or Hub id of the pipeline
+    device: where to compute, such as "cpu" or "cuda"; null takes the GPU if there is one
     host: address to listen on; null is this machine alone (or what GRADIO_SERVER_NAME says), 0.0.0.0 is every network
     port: port to listen on; null is the first free one from 7860 up
     max_images: upper limit of the images of one request
@@ -28,6 +29,7 @@ class AppConfig(Section):
     positional = "pipeline"
 
     pipeline: str
+    device: str | None = None
     host: str | None = None
     port: Annotated[int, Ge(1), Le(65535)] | None = None
     max_images: Annotated[int, Ge(1), Le(1000)] = 16
@@ -46,10 +48,10 @@ def main(config: AppConfig) -> None:
     """
     if find_spec("gradio") is None:
         raise ConfigError([Problem("", NO_GRADIO)])
+    from pipelines.commands import load_pipeline
     from pipelines.demo.page import build_page, launch
-    from pipelines.evaluation.run import load_pipeline
 
-    page = build_page(load_pipeline(config.pipeline), config)
+    page = build_page(load_pipeline(config.pipeline, config.device), config)
     print(f"open {launch(page, config)} in a browser; Ctrl-C ends the app", flush=True)
     page.block_thread()
 

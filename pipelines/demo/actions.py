@@ -50,14 +50,14 @@ def generate(
     report: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> list[tuple[Image.Image, str]]:
-    """Generates images. The j-th image of each class has the seed `seed` + j, so that it can be asked for alone.
+    """Generates images. The n-th image has the seed `seed` + n, so that it can be asked for alone.
 
     Args:
         pipeline: the pipeline.
         most: upper limit of the images.
         classes: ids; without any, images of no given class, which are not guided.
         count: images of each class.
-        seed: seed of the first image of each class.
+        seed: seed of the first image.
         guidance_scale: see `VQGANPipeline.generate`.
         report: called after each step with the number of sampled codes, and that of all codes.
         **options: temperature and filters, see `VQGANPipeline.generate`.
@@ -73,9 +73,7 @@ def generate(
         raise ValueError(f"{len(classes)} classes with {count} images each are too many; allowed are {most} images")
     if not classes and not pipeline.layout.has_null:
         raise ValueError("Choose at least one class; this prior was not trained to do without.")
-    labels = [label for label in classes for _ in range(count)]
-    total = len(labels or range(count)) * pipeline.layout.length
-    seeds = [seed + number for _ in classes or [0] for number in range(count)]
+    total = len(classes or [0]) * count * pipeline.layout.length
     sampled = 0
 
     def step(position: int, codes: Tensor) -> None:
@@ -83,16 +81,12 @@ def generate(
         sampled += len(codes)
         report(sampled, total)
 
+    asked = {"class_labels": classes, "num_images_per_label": count, "guidance_scale": guidance_scale}
     out = pipeline.generate(
-        class_labels=labels or None,
-        num_images=None if labels else count,
-        guidance_scale=guidance_scale if labels else 1.0,
-        generator=[torch.Generator().manual_seed(number) for number in seeds],
-        callback_on_step_end=step,
-        **options,
+        **(asked if classes else {"num_images": count}), seed=seed, callback_on_step_end=step, **options
     )
-    names = [f"{pipeline.class_names[label]} · " for label in labels] or [""] * count
-    return [(image, f"{name}seed {number}") for image, name, number in zip(out.images, names, seeds, strict=True)]
+    names = [f"{name} · " for name in out.labels] if classes else [""] * count
+    return [(image, f"{name}seed {number}") for image, name, number in zip(out.images, names, out.seeds, strict=True)]
 
 
 def reconstruct(pipeline: VQGANPipeline, content: bytes | None) -> Reconstruction:

@@ -16,7 +16,7 @@ from pipelines.app import AppConfig
 from pipelines.demo import actions
 from pipelines.pipeline_vqgan import VQGANPipeline
 
-SAME_SEED = "The same seed, class and options give the same image. The second image of a class has the next seed."
+SAME_SEED = "The same seed, class and options give the same image. The next images have the next seeds."
 OUT_OF_MEMORY = "There is not enough memory for this. Ask for fewer images."
 FAILED = "The app failed at this. Its log says why."
 WHAT_IT_SHOWS = "Upload an image to see what the tokenizer keeps of it: no generated image can be sharper than this."

@@ -47,9 +47,11 @@ def captions(images: list[tuple[Image.Image, str]]) -> list[str]:
 
 def test_an_image_can_be_asked_for_again_by_its_caption(tiny_pipeline):
     images = actions.generate(tiny_pipeline, 8, [3, 7], 2, 41, 1.5, temperature=0.9)
-    assert captions(images) == ["3 · seed 41", "3 · seed 42", "7 · seed 41", "7 · seed 42"]
-    again = actions.generate(tiny_pipeline, 8, [7], 1, 42, 1.5, temperature=0.9)
+    assert captions(images) == ["3 · seed 41", "3 · seed 42", "7 · seed 43", "7 · seed 44"]
+    again = actions.generate(tiny_pipeline, 8, [7], 1, 44, 1.5, temperature=0.9)
     assert pixels(again) == pixels(images)[3:]
+    (direct,) = tiny_pipeline.generate("7", seed=44, guidance_scale=1.5, temperature=0.9).images
+    assert np.array_equal(direct, images[3][0])
     assert len({tuple(values) for values in pixels(images)}) > 2  # not one image for each class
 
 
