@@ -85,8 +85,11 @@ def generate(
     out = pipeline.generate(
         **(asked if classes else {"num_images": count}), seed=seed, callback_on_step_end=step, **options
     )
-    names = [f"{name} · " for name in out.labels] if classes else [""] * count
-    return [(image, f"{name}seed {number}") for image, name, number in zip(out.images, names, out.seeds, strict=True)]
+    names = [f"{name} · " for name in out.labels or []] or [""] * count
+    return [
+        (image, f"{name}seed {number}")
+        for number, (image, name) in enumerate(zip(out.images, names, strict=True), seed)
+    ]
 
 
 def reconstruct(pipeline: VQGANPipeline, content: bytes | None) -> Reconstruction:

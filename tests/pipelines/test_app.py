@@ -1,7 +1,6 @@
 """The demo app without its page: what it does with requests, and which it refuses."""
 
 import io
-import subprocess
 import sys
 import zlib
 
@@ -9,13 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import ConfigError, Section
-from configs.help_text import help_text
+from configs import ConfigError
 from pipelines.app import AppConfig, main
 from pipelines.demo import actions
 from pipelines.demo.mosaic import code_colours, mosaic
 from stage2_prior import TokenLayout
-from tests.test_cli import QUICK_ANSWERS
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -167,21 +164,6 @@ def test_a_mosaic_has_one_tile_for_each_code():
 
 
 # ---------------------------------------------------------------------- command
-
-
-def test_help_names_the_pipeline_and_imports_nothing_heavy(tmp_path):
-    code = QUICK_ANSWERS.replace('["torch",', '["gradio", "torch",')
-    done = subprocess.run(
-        [sys.executable, "-c", code, "pipelines.app", "--help"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert "-m pipelines.app PIPELINE [--key value ...]" in done.stdout, done.stderr
-    assert done.stdout.endswith("heavy modules []\n")
-
-
-def test_every_key_has_a_meaning():
-    assert issubclass(AppConfig, Section)
-    text = help_text(AppConfig, "command")
-    assert all(f"--{key} " in text for key in vars(AppConfig(pipeline="-")))
 
 
 def test_without_gradio_one_line_says_what_to_install(monkeypatch):
