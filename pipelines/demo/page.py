@@ -12,8 +12,8 @@ from PIL import Image
 
 from configs import ConfigError, Problem
 from configs.memory import is_out_of_memory
-from pipelines.app import AppConfig
 from pipelines.demo import actions
+from pipelines.demo.config import AppConfig
 from pipelines.pipeline_vqgan import VQGANPipeline
 
 SAME_SEED = "The same seed, class and options give the same image. The next images have the next seeds."
@@ -150,7 +150,7 @@ def _generate_tab(pipeline: VQGANPipeline, most: int) -> None:
             button = gr.Button("Generate", variant="primary", elem_id="generate")
         with gr.Column(scale=2):
             gallery = gr.Gallery(
-                label="Images", columns=4, format="png", object_fit="contain", height=560, elem_classes=_sharp(pipeline)
+                label="Images", columns=4, format="png", object_fit="contain", height=600, elem_classes=_sharp(pipeline)
             )
     bar = gr.Progress()
 
