@@ -65,7 +65,18 @@ def test_a_misspelt_key_is_a_message(tmp_path):
 
 
 # The import of each takes half a second or more.
-HEAVY = ["torch", "numpy", "transformers", "accelerate", "datasets", "huggingface_hub", "lpips", "torchvision", "PIL"]
+HEAVY = [
+    "torch",
+    "numpy",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "lpips",
+    "torchvision",
+    "PIL",
+    "gradio",
+]
 QUICK_ANSWERS = """
 import runpy, sys
 module, sys.argv[1:] = sys.argv[1], sys.argv[2:]
@@ -93,6 +104,7 @@ MISTAKES = {
     "pipeline": ("pipelines.build", "--tokeniser x", "did you mean 'tokenizer'?"),
     "generation": ("pipelines.generate", "runs/x --temperatur 3", "did you mean 'temperature'?"),
     "pictures of images": ("pipelines.reconstruct", "runs/x --imges y", "did you mean 'images'?"),
+    "demo app": ("pipelines.app", "runs/x --prot 1", "did you mean 'port'?"),
     "evaluation": ("pipelines.evaluate", "digits/evaluate --guidance 3", "did you mean 'guidance_scale'?"),
 }
 

@@ -21,6 +21,7 @@ from configs import load_config, parse_arguments
 from configs.loader import key_of
 from configs.yaml_files import preset_names, preset_of
 from pipelines import VQGANPipeline
+from pipelines.app import AppConfig
 from pipelines.build import BuildConfig
 from pipelines.evaluate import EvaluationConfig
 from pipelines.generate import GenerateConfig
@@ -48,6 +49,7 @@ CONFIGS = {
     "stage1_vqgan.train": Stage1Config,
     "stage2_prior.tokenize": Stage2Config,
     "stage2_prior.train": Stage2Config,
+    "pipelines.app": AppConfig,
     "pipelines.build": BuildConfig,
     "pipelines.evaluate": EvaluationConfig,
     "tessella.run": RunConfig,

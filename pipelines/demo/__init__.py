@@ -1,0 +1,1 @@
+"""The demo app: a web page on which people try a pipeline."""
