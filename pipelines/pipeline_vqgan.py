@@ -73,6 +73,7 @@ class VQGANPipeline:
         self.vqgan, self.prior = vqgan.eval(), prior.eval()
         self.image_processor, self.layout = image_processor, layout
         self._sampler = CodeSampler(layout)
+        self._origin: Path | None = None  # the folder that it was loaded from
 
     # ------------------------------------------------------------------ components and devices
 
@@ -255,6 +256,8 @@ class VQGANPipeline:
     ) -> None:
         """Saves the pipeline as a folder that `from_pretrained` loads and that the Hub accepts unchanged.
 
+        What you have written in its README.md stays.
+
         Args:
             save_directory: created if it does not exist. Adapters of the prior are merged into the saved copy.
             push_to_hub: upload the pipeline too.
@@ -262,14 +265,15 @@ class VQGANPipeline:
             max_shard_size: largest size of a file of weights, in bytes or as "5GB"; by default that of transformers.
 
         Raises:
-            ValueError: the prior has adapters that cannot be merged, or an argument has another type.
+            ValueError: the prior has adapters that cannot be merged, an argument has another type, or the folder holds
+                something else than a pipeline.
         """
         instance("save_directory", save_directory, (str, Path), "a path")
         instance("push_to_hub", push_to_hub, bool, "True or False")
         repo_id = Path(save_directory).name if repo_id is None else repo_id
         if push_to_hub:
             require_upload(repo_id, None, "-", {})
-        hub.save(save_directory, **self.components, **shard_size(max_shard_size))
+        hub.save(save_directory, **self.components, origin=self._origin, **shard_size(max_shard_size))
         if push_to_hub:
             self.push_to_hub(repo_id)
 
@@ -282,7 +286,8 @@ class VQGANPipeline:
             repo_id: "user/name"; the repository is created if it does not exist.
             private: whether to create the repository as private.
             commit_message: message of the upload's commit.
-            **kwargs: `token`, `revision` and other options of `huggingface_hub.HfApi.upload_folder`.
+            **kwargs: `token`, `revision` and other options of `huggingface_hub.HfApi.create_commit`. `license` is an
+                identifier of the Hub, such as "apache-2.0", for the model card.
 
         Returns:
             URL of the commit.
@@ -293,7 +298,7 @@ class VQGANPipeline:
             ValueError: a file to upload holds a secret or the path of your home folder.
         """
         require_upload(repo_id, private, commit_message, kwargs)
-        return hub.push(repo_id, self.components, private, commit_message, **kwargs)
+        return hub.push(repo_id, self.components, private, self._origin, commit_message=commit_message, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -340,6 +345,7 @@ class VQGANPipeline:
         where = require_device(device, device_map)
         folder = hub.find(pretrained_model_name_or_path, subfolder, **download)
         pipeline = cls(**hub.load(folder, dtype, attn_implementation, trust_remote_code))
+        pipeline._origin = folder
         return pipeline if where is None else pipeline.to(where)
 
     # ------------------------------------------------------------------ helpers
