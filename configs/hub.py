@@ -170,4 +170,6 @@ def _reason(error: Exception) -> str:
         return STATUS_ADVICE[401]
     if status in STATUS_ADVICE:
         return STATUS_ADVICE[status]
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # names only the file
+        return f"{one_line(error)} {_reason(error.__cause__)}"
     return one_line(error)

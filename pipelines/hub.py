@@ -202,7 +202,7 @@ def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:
     if not folder.is_dir():
         if not is_repo_id(str(name)):
             raise FileNotFoundError(f"there is no folder {str(name)!r}, and the name is not a valid Hub id")
-        wanted = [str(inside / path) for path in (INDEX_NAME, CHECKSUMS_NAME, "vqgan/*", "prior/*")]
+        wanted = [str(inside / path) for path in (INDEX_NAME, "config.json", CHECKSUMS_NAME, "vqgan/*", "prior/*")]
         folder = Path(snapshot_download(str(name), allow_patterns=wanted, **download))
     folder /= inside
     finish_interrupted(folder)

@@ -86,12 +86,12 @@ def _summary(folder: Path, config: VQGANConfig, layout: TokenLayout) -> str:
 
 
 def _use(folder: Path, name: str, layout: TokenLayout) -> list[str]:
-    arguments, comment = "num_images=4", ""
+    arguments, meaning = "num_images=4", ""
     if layout.num_classes:
         number = example_class(folder, layout)
         guidance = ", guidance_scale=1.5" if layout.has_null else ""
         arguments = f"class_labels=[{number}], num_images_per_label=4{guidance}"
-        comment = f"  # class {number}, {comment(layout.class_names[number])}"
+        meaning = f"  # class {number}, {comment(layout.class_names[number])}"
     return [
         "## Use",
         install_block(),
@@ -99,7 +99,7 @@ def _use(folder: Path, name: str, layout: TokenLayout) -> list[str]:
 from pipelines import VQGANPipeline
 
 pipe = VQGANPipeline.from_pretrained("{name}")
-images = pipe.generate({arguments}).images{comment}
+images = pipe.generate({arguments}).images{meaning}
 images[0].save("image.png")
 ```""",
     ]

@@ -98,9 +98,10 @@ class HubServer:
     Attributes:
         accounts: the tokens that it knows.
         repositories: by name.
-        requests: every request as `(method, path, body)`.
-        answers: every request as `METHOD kind of path -> status`.
+        said: what clients have sent besides files: paths, headers but Authorization, and bodies.
+        answers: every request as "METHOD route status".
         part_size: files above this size are uploaded in parts of it.
+        before: called with "METHOD path" before a request is handled.
     """
 
     def __init__(self, token: str = "hf_" + "t" * 30, name: str = "me"):
@@ -108,10 +109,10 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.moved: dict[str, str] = {}
         self.stored: dict[str, bytes] = {}
-        self.requests: list[tuple[str, str, bytes]] = []
+        self.said: list[bytes] = []
         self.answers: list[str] = []
         self.part_size = 2**20
-        self.before: Callable[[str, str], None] = lambda method, path: None
+        self.before: Callable[[str], None] = lambda request: None
         self._failures: list[tuple[str, Refused]] = []
         self._parts: dict[str, dict[int, bytes]] = {}
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -170,24 +171,22 @@ class HubServer:
         blobs = {path: Blob(content, Path(path).suffix not in REGULAR) for path, content in files.items()}
         return repository.commit(message, blobs)
 
-    def save(self, folder: Path) -> Path:
-        """Writes all files of all commits, and all that requests held, into a folder."""
+    def save(self, folder: Path, newest: bool = False) -> Path:
+        """Writes the files of all commits into a folder, as `repository/commit/path`; or of the newest, without it."""
         for name, repository in self.repositories.items():
-            for number, _, files in repository.commits:
+            for number, _, files in repository.commits[-1:] if newest else repository.commits:
                 for path, blob in files.items():
-                    target = folder / name / number / path
+                    target = folder / name / ("" if newest else number) / path
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(blob.content)
-        lines = [f"{method} {path} {body!r}" for method, path, body in self.requests if method != "PUT"]
-        (folder / "requests.txt").write_text("\n".join(lines))
         return folder
 
     # ------------------------------------------------------------------ used by the handler
 
-    def planted(self, method: str, path: str) -> None:
-        self.before(method, path)
+    def planted(self, request: str) -> None:
+        self.before(request)
         for index, (pattern, failure) in enumerate(self._failures):
-            if re.search(pattern, f"{method} {path}"):
+            if re.search(pattern, request):
                 del self._failures[index]
                 raise failure
 
@@ -216,6 +215,10 @@ class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionResetError):  # the client was killed
+            super().handle()
+
     def log_message(self, *arguments: Any) -> None:
         pass
 
@@ -226,10 +229,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Transfer-Encoding") == "chunked":
             self.body = b"".join(self._chunks())
         path = unquote(url.path)
-        self.hub.requests.append((self.command, self.path, self.body))
-        kind = "no such route"
+        self._listen()
+        kind = "planted"
         try:
-            self.hub.planted(self.command, path)
+            self.hub.planted(f"{self.command} {path}")
             for kind, method, pattern in ROUTES:
                 found = re.fullmatch(pattern, path)
                 if self.command in method.split() and found:
@@ -240,12 +243,18 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refused(404, "", "no such route")
         except Refused as refused:
             headers = {"X-Error-Code": refused.code, "X-Error-Message": str(refused), **refused.headers}
-            status, content = refused.status, {"error": str(refused), **getattr(refused, "content", {})}
+            status, content = refused.status, {"error": str(refused)}
         self.hub.answers.append(f"{self.command} {kind} {status}")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client was killed
             self._send(status, content, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
+
+    def _listen(self) -> None:
+        headers = [f"{name}: {value}" for name, value in self.headers.items() if name.lower() != "authorization"]
+        self.hub.said.append("\n".join([self.path, *headers]).encode())
+        if self.command != "PUT":
+            self.hub.said.append(self.body)
 
     def _chunks(self) -> Iterator[bytes]:
         while size := int(self.rfile.readline(), 16):

@@ -1,4 +1,4 @@
-"""The files of an evaluation: metrics.json, which also records the inputs, the two pictures, and the pipeline's card."""
+"""The files of an evaluation: metrics.json, which also records the inputs, two pictures, and the pipeline's card."""
 
 import hashlib
 import shutil
