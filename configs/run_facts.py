@@ -1,7 +1,6 @@
 """What the card of a model says about a training run: facts, settings and a picture of the losses."""
 
 import contextlib
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import yaml
 from configs.card import FACTS_FOLDER, FACTS_NAME, read_facts
 from configs.files import make_folder, read_json, write_json, write_png, write_text
 from configs.loss_curves import Panel, draw_curves
-from configs.sections import launched_processes
 from configs.uploads import REPO_ID, public_name, without_paths
 
 # Entries of train_results.json that are not results.
@@ -87,13 +85,3 @@ def _facts(run: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _is_result(key: str, value: Any) -> bool:
     return key not in NOT_RESULTS and isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def hardware() -> str:
-    """The processors of this run, in words: "8 × NVIDIA H200", or "2 CPU cores"."""
-    import torch
-
-    processes = launched_processes()
-    if torch.cuda.is_available():
-        return f"{processes} × {torch.cuda.get_device_name()}"
-    return f"{len(os.sched_getaffinity(0))} CPU cores" + (f", {processes} processes" if processes > 1 else "")

@@ -25,10 +25,10 @@ from configs.folder_lock import locked_folder
 from configs.hub import check_push, push_run
 from configs.interruption import Diverged, Stopped
 from configs.loader import save_config
+from configs.machine import hardware
 from configs.problems import ConfigError, Problem
 from configs.resumed_settings import ALLOW, require_same_settings
-from configs.run_facts import hardware
-from configs.sections import NonNegative
+from configs.sections import NonNegative, launched_processes
 from configs.staging import SAVING, finish_interrupted, replaced_files
 from configs.values import read_value
 
@@ -228,8 +228,9 @@ class RunFolder:
             step: optimizer steps done.
             results: further entries of train_results.json.
         """
-        written = {"global_step": step, "train_runtime": round(self.seconds, 1), "hardware": hardware(), **results}
-        write_json(self.path / RESULTS_NAME, written)
+        machine = hardware(launched_processes())
+        written = {"global_step": step, "train_runtime": round(self.seconds, 1), "hardware": machine}
+        write_json(self.path / RESULTS_NAME, {**written, **results})
         self._push()
 
     def stopped(self, step: int, signal_number: int) -> Stopped:

@@ -96,7 +96,8 @@ class HubServer:
     """The server, in a thread of this process.
 
     Attributes:
-        accounts: the tokens that it knows.
+        token: a token that may write.
+        accounts: by the tokens that it knows.
         repositories: by name.
         said: what clients have sent besides files: paths, headers but Authorization, and bodies.
         answers: every request as "METHOD route status".
@@ -105,7 +106,7 @@ class HubServer:
     """
 
     def __init__(self, token: str = "hf_" + "t" * 30, name: str = "me"):
-        self.accounts = {token: Account(name)}
+        self.token, self.accounts = token, {token: Account(name)}
         self.repositories: dict[str, Repository] = {}
         self.moved: dict[str, str] = {}
         self.stored: dict[str, bytes] = {}

@@ -177,8 +177,12 @@ class Training:
                 self.layout.save_pretrained(folder)
         if trainer.is_world_process_zero():
             step, loss = evaluation["step"], evaluation["eval_loss"]
-            results = {"model_step": step, "eval_loss": loss, "bits_per_pixel": bits_per_pixel(loss, self.layout)}
-            results["images_per_class"] = self.store.images_per_class()
+            results = {
+                "model_step": step,
+                "eval_loss": loss,
+                "bits_per_pixel": bits_per_pixel(loss, self.layout),
+                "images_per_class": self.store.images_per_class(),
+            }
             if is_exhausted(history, patience):
                 results["early_stopping_patience"] = patience
                 print(f"stopped at step {trainer.state.global_step}: no lower loss in the last {patience} evaluations")
