@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs import Section, run
+from configs import ConfigError, Problem, Section, run
 from configs.hub import check_push, push_folder, upload_errors
 from configs.sections import name_problem
 
@@ -33,9 +33,6 @@ class PushConfig(Section):
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if problem := name_problem(self.hub_model_id):
             yield "hub_model_id", self.hub_model_id, problem
-        if kind_of(Path(self.folder)) is None:
-            allowed = "must be the folder of a saved pipeline, or of a finished training of a tokenizer or a prior"
-            yield "folder", self.folder, allowed
 
 
 def kind_of(folder: Path) -> str | None:
@@ -54,10 +51,13 @@ def push(config: PushConfig) -> str:
         URL of the commit.
 
     Raises:
-        ConfigError: the upload failed.
+        ConfigError: the folder holds no model, or the upload failed.
     """
-    check_push(config)
     source = Path(config.folder)
+    if kind_of(source) is None:
+        allowed = "must be the folder of a saved pipeline, or of a finished training of a tokenizer or a prior"
+        raise ConfigError([Problem("folder", f"received {config.folder!r}; {allowed}")])
+    check_push(config)
     with upload_errors(config.folder, config.hub_model_id):
         url = _push(config, source)
     print(f"uploaded to {url}")
