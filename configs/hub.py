@@ -1,5 +1,6 @@
 """The Hugging Face Hub: valid repository names, checks before a training, and uploads in one commit."""
 
+import json
 import os
 import shlex
 import tempfile
@@ -61,7 +62,7 @@ def check_push(config: Any) -> None:
         if config.license is not None:
             ModelCard(f"---\nlicense: {config.license}\n---\n").validate()
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        message = f"received {config.license!r}; the Hub says: {_reason(error)}"
+        message = f"received {config.license!r}; {_words_of_hub(error)}"
         raise ConfigError([Problem("license", message)], "upload") from error
 
 
@@ -156,6 +157,14 @@ def upload_errors(output_dir: str | Path, repo_id: str | None) -> Iterator[None]
         message = f"the model is saved in {output_dir}, but was not uploaded: {_reason(error)}"
         command = shlex.join(["tessella", "push", os.fspath(output_dir), "--hub_model_id", str(repo_id)])
         raise ConfigError([Problem("push_to_hub", f"{message}. Then upload it: {command}")], "upload") from error
+
+
+def _words_of_hub(error: Exception) -> str:
+    """Why the Hub refuses the metadata of a card: it answers with a list of errors, as JSON."""
+    try:
+        return "; ".join(problem["message"] for problem in json.loads(str(error))["errors"])
+    except (ValueError, LookupError, TypeError):
+        return _reason(error)
 
 
 def _reason(error: Exception) -> str:

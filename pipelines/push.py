@@ -30,7 +30,7 @@ class PushConfig(Section):
     hub_private_repo: bool | None = None
     license: str | None = None
 
-    def problems(self) -> Iterable[tuple[str, Any, str]]:
+    def library_problems(self) -> Iterable[tuple[str, Any, str]]:
         if problem := name_problem(self.hub_model_id):
             yield "hub_model_id", self.hub_model_id, problem
 
