@@ -1,6 +1,5 @@
 """The parts that all commands share: parsing `CONFIG --key value …`, help, messages and exit codes."""
 
-import errno
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from configs.checksums import Damaged
 from configs.disk_space import DiskFull, naming_full_disk
+from configs.files import NO_WRITING
 from configs.interruption import Diverged, Stopped, sigterm_raises
 from configs.loader import load_config, to_dict
 from configs.memory import OUT_OF_MEMORY, is_out_of_memory, out_of_memory_advice
@@ -22,8 +22,6 @@ from configs.yaml_files import parse_yaml
 
 T = TypeVar("T")
 
-# Errors of writing into a folder that exists.
-NO_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS}
 YAML_ENDINGS = (".yaml", ".yml")
 MAKE_SPACE = "What was saved before is intact. Make space, then start the same command again: it goes on from there"
 

@@ -3,6 +3,7 @@
 It is written under another name, synced to disk, and then renamed. Syncing the folder makes the new name permanent.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,9 @@ from configs.disk_space import naming_full_disk
 
 # Largest JSON file in bytes. Its values take up to twenty times as much memory.
 LARGEST_JSON = 2**24
+
+# Errors of writing into a folder that exists.
+NO_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
@@ -41,6 +45,20 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Appends a line to a text file, which is created if needed. Never writes through a link or into a pipe.
+
+    Raises:
+        OSError: the path is a link, a pipe without a reader, or cannot be written.
+    """
+
+    def plain(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+    with open(path, "a", opener=plain) as file:
+        file.write(line + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -26,11 +26,14 @@ def locked_folder(folder: str | Path, config_key: str) -> Iterator[None]:
         config_key: the key that names the folder in the configuration, for the error message.
 
     Raises:
-        ConfigError: another process has locked the folder.
+        ConfigError: another process has locked the folder, or its lock is not a plain file.
         OSError: the folder cannot be created or written to.
     """
     folder = make_folder(folder)
-    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    path = folder / LOCK_NAME
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ConfigError([Problem(config_key, f"{path} is a link or no plain file; remove it")])
+    lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout:

@@ -20,7 +20,7 @@ from configs.checkpoints import (
     unfinished_path,
 )
 from configs.disk_space import naming_full_disk, require_space
-from configs.files import read_json, write_json, write_png, write_text
+from configs.files import append_line, read_json, write_json, write_png, write_text
 from configs.folder_lock import locked_folder
 from configs.hub import check_push, push_run
 from configs.interruption import Diverged, Stopped
@@ -210,8 +210,7 @@ class RunFolder:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl. Main process only."""
-        with open(self.path / LOG_NAME, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        append_line(self.path / LOG_NAME, json.dumps({"step": step, **values}))
 
     def save_image(self, name: str, image: Any, step: int) -> None:
         """Saves a PIL image as `name/step_00001000.png`. Main process only."""

@@ -17,7 +17,16 @@ from pathlib import Path
 
 from configs.checksums import Damaged, is_inside, write_checksums
 from configs.disk_space import naming_full_disk, require_space
-from configs.files import make_folder, new_file_mode, read_json, remove_tree, sync_folder, sync_tree, write_json
+from configs.files import (
+    NO_WRITING,
+    make_folder,
+    new_file_mode,
+    read_json,
+    remove_tree,
+    sync_folder,
+    sync_tree,
+    write_json,
+)
 from configs.problems import shown
 
 SAVING, SAVED, NAMES = ".saving", ".saved", "files.json"
@@ -100,6 +109,17 @@ def finish_interrupted(folder: str | Path) -> None:
     saved = folder / SAVED
     if saved.is_symlink() or not (saved / NAMES).is_file():
         return
+    try:
+        _move_all(saved, folder)
+    except OSError as error:
+        if error.errno not in NO_WRITING:
+            raise
+        advice = "make it writable, or copy it to a place that is"
+        reason = f"holds a model whose saving was interrupted, and is not writable, so the saving cannot end; {advice}"
+        raise OSError(error.errno, reason, str(folder)) from error
+
+
+def _move_all(saved: Path, folder: Path) -> None:
     names = _names(saved / NAMES, folder)
     parents = {(folder / name).parent for name in names}
     for parent in parents:

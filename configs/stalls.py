@@ -17,10 +17,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from configs.groups import joined_group
+
 EXIT_CODE = 6
 PERIOD = 1.0  # seconds between two reports of a process
 ANSWER = 10.0  # seconds; the store answers in milliseconds, unless the process that holds it has stalled
-PROJECT = f"{Path(__file__).parents[1]}{os.sep}"
+ROOT = f"{Path(__file__).parents[1]}{os.sep}"
+PACKAGES = tuple(f"{ROOT}{name}{os.sep}" for name in ("configs", "pipelines", "stage1_vqgan", "stage2_prior"))
 
 
 def library_timeout(seconds: int) -> timedelta:
@@ -33,14 +36,19 @@ def watched_for_stalls(seconds: int) -> Iterator[None]:
     """Inside this context, a process that waits for another one for so many seconds ends with exit code 6.
 
     All processes of a group must open it, after the group has connected. A process that computes is never ended.
-    """
-    from torch import distributed
 
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    Raises:
+        ConfigError: see `joined_group`.
+    """
+    from configs.compat import connect_to_store
+
+    if joined_group() == 1:
         yield
         return
+    store = connect_to_store()  # the main thread may wait on the other connection
+    _report(store)  # at once: the process may stall in its first second
     stopped = threading.Event()
-    thread = threading.Thread(target=_watch, args=(seconds, stopped), name="stalls", daemon=True)
+    thread = threading.Thread(target=_watch, args=(store, seconds, stopped), name="stalls", daemon=True)
     thread.start()
     try:
         yield
@@ -49,22 +57,30 @@ def watched_for_stalls(seconds: int) -> Iterator[None]:
         thread.join()
 
 
-def _watch(seconds: int, stopped: threading.Event) -> None:
+def _watch(store: Any, seconds: int, stopped: threading.Event) -> None:
     from torch.distributed import get_rank, get_world_size
 
-    from configs.compat import connect_to_store, operations_begun
-
-    store = connect_to_store()  # the main thread may wait on the other connection
     rank, number, since = get_rank(), -1, 0.0
     while not stopped.wait(PERIOD):
-        if (now := operations_begun()) != number:
-            number, since = now, time.monotonic()
         try:
-            store.set(f"stalls/{rank}", json.dumps([number, _place()]))
+            now = _report(store)
         except RuntimeError:  # the store died with its process, so torch's operations fail as well
             return
+        if now != number:
+            number, since = now, time.monotonic()
         if time.monotonic() - since >= seconds:
             _end_if_late(rank, number, _reports(store, get_world_size(), number), seconds)
+
+
+def _report(store: Any) -> int:
+    """Writes the number of operations and the place of this process to the store. Returns the number."""
+    from torch.distributed import get_rank
+
+    from configs.compat import operations_begun
+
+    number = operations_begun()
+    store.set(f"stalls/{get_rank()}", json.dumps([number, _place()]))
+    return number
 
 
 def _reports(store: Any, world_size: int, number: int) -> list[tuple[int, str]]:
@@ -98,7 +114,9 @@ def _end(seconds: int, late: str, place: str | None) -> None:
 
 
 def _place() -> str:
-    """The innermost line of this project that the main thread executes."""
+    """The innermost line of this project that the main thread executes, or of any code if none is of this project."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    ours = [entry for entry in traceback.extract_stack(frame) if entry.filename.startswith(PROJECT)]
-    return f"in {ours[-1].name} ({ours[-1].filename.removeprefix(PROJECT)}:{ours[-1].lineno})" if ours else "somewhere"
+    stack = [entry for entry in traceback.extract_stack(frame) if entry.filename != __file__]
+    ours = [entry for entry in stack if entry.filename.startswith(PACKAGES)]
+    innermost = (ours or stack)[-1]
+    return f"in {innermost.name} ({innermost.filename.removeprefix(ROOT)}:{innermost.lineno})"

@@ -16,6 +16,7 @@ from configs.model_folder import local_folder
 from configs.problems import one_line
 from configs.run_folder import holds_work
 from configs.sections import upload_problems
+from configs.staging import finish_interrupted
 
 if TYPE_CHECKING:
     from pipelines.pipeline_vqgan import VQGANPipeline
@@ -28,6 +29,7 @@ class BuildConfig(Section):
     tokenizer: folder or Hub id of the tokenizer
     prior: output_dir of stage 2; an adapter is merged into its base prior
     output_dir: folder of the pipeline
+    janus: also save the tokenizer as a JanusVQVAE of transformers, in the subfolder janus
     push_to_hub: upload the pipeline
     hub_model_id: repository of the upload, as "user/name"
     hub_private_repo: make a new repository private; null leaves this to the Hub
@@ -37,6 +39,7 @@ class BuildConfig(Section):
     tokenizer: str
     prior: str
     output_dir: str
+    janus: bool = False
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
@@ -59,6 +62,7 @@ def build(config: BuildConfig) -> "VQGANPipeline":
     from stage1_vqgan import load_image_processor, load_tokenizer
     from stage2_prior import TokenLayout, load_prior
 
+    finish_interrupted(config.prior)
     if not (Path(config.prior) / "token_layout.json").is_file():
         message = f"received {config.prior!r}; this folder holds no trained prior (run stage2_prior.train first)"
         raise ConfigError([Problem("prior", message)])
@@ -87,7 +91,8 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         raise ConfigError([Problem.of_error(error)]) from error
     license = config.license or run_license(Path(config.prior)) or run_license(Path(config.tokenizer))
     with locked_folder(config.output_dir, "output_dir"):
-        hub.save(config.output_dir, **pipeline.components, add_facts=partial(add_facts, config), license=license)
+        facts = partial(add_facts, config)
+        hub.save(config.output_dir, **pipeline.components, janus=config.janus, add_facts=facts, license=license)
     print(f"pipeline saved in {Path(config.output_dir).resolve()}")
     if config.push_to_hub:
         with upload_errors(config.output_dir, config.hub_model_id):

@@ -7,6 +7,7 @@ card/                   what the card shows, if it is known: pictures, metrics, 
 *.py                    the tokenizer's model files, for AutoModel with trust_remote_code
 vqgan/                  config.json, model.safetensors, preprocessor_config.json
 prior/                  config.json, model.safetensors, generation_config.json
+janus/                  on request: config.json, model.safetensors of the tokenizer as a JanusVQVAE of transformers
 """
 
 import inspect
@@ -33,7 +34,7 @@ from pipelines.model_card import PLACEHOLDER, model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
 from stage2_prior import TokenLayout, load_causal_lm, without_adapters
 
-INDEX_NAME = "model_index.json"
+INDEX_NAME, JANUS = "model_index.json", "janus"
 
 # The file by which the Hub counts downloads. No library knows the model_type, so nothing loads the folder as one model.
 CONFIG = {"model_type": "tessella_pipeline", "architectures": ["VQGANPipeline"]}
@@ -46,11 +47,12 @@ UPLOADED = {
     "": (INDEX_NAME, *ALLOWED, *MODEL_FILES),
     "vqgan": MODEL_FILES,
     "prior": MODEL_FILES,
+    JANUS: MODEL_FILES,
     FACTS_FOLDER: ("*.png", "*.json", "*.yaml"),
 }
 
 # Files of an earlier upload that must not mix with those of a new one.
-STALE = ("vqgan/*.safetensors*", "prior/*.safetensors*", "card/*")
+STALE = ("vqgan/*.safetensors*", "prior/*.safetensors*", f"{JANUS}/*", "card/*")
 
 
 def save(
@@ -61,6 +63,7 @@ def save(
     layout: TokenLayout,
     *,
     name: str = PLACEHOLDER,
+    janus: bool = False,
     origin: Path | None = None,
     add_facts: Callable[[Path], None] | None = None,
     license: str | None = None,
@@ -75,6 +78,7 @@ def save(
         folder: created if it does not exist.
         vqgan, prior, image_processor, layout: components of the pipeline.
         name: folder or Hub id in the examples of the model card.
+        janus: also write `janus/`. A folder that has one gets a new one in any case.
         origin: the folder that the pipeline was loaded from, whose card is copied if the weights are still the same.
         add_facts: writes what is known about the training into the folder that it is given; see `configs.run_facts`.
         license: an identifier of the Hub, for the card.
@@ -97,6 +101,10 @@ def save(
         vqgan.save_pretrained(staged / "vqgan", **options)
         image_processor.save_pretrained(staged / "vqgan")
         prior.save_pretrained(staged / "prior", **options)
+        if janus or (Path(folder) / JANUS / "config.json").is_file():
+            from stage1_vqgan.convert.janus import write  # slow to import
+
+            write(vqgan, staged / JANUS, "janus")
         for source in tokenizer_sources():
             shutil.copy(source, staged)
         write_json(staged / INDEX_NAME, index)
@@ -127,7 +135,8 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def _weights(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): checksum(path) for path in folder.glob("*/*.safetensors")}
+    files = [path for part in ("vqgan", "prior") for path in (folder / part).glob("*.safetensors")]
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in files}
 
 
 def require_place(folder: Path) -> None:
@@ -153,13 +162,18 @@ def _names(folder: Path) -> list[str]:
 
 
 def push(
-    repo_id: str, components: dict[str, Any], private: bool | None, origin: Path | None = None, **options: Any
+    repo_id: str,
+    components: dict[str, Any],
+    private: bool | None,
+    janus: bool = False,
+    origin: Path | None = None,
+    **options: Any,
 ) -> str:
     """Uploads a pipeline's folder to the Hugging Face Hub; see `VQGANPipeline.push_to_hub`."""
     license = options.pop("license", None)
 
     def write(folder: Path, name: str) -> None:
-        save(folder, **components, name=name, origin=origin, license=license)
+        save(folder, **components, name=name, janus=janus, origin=origin, license=license)
 
     return push_folder(repo_id, write, STALE, private, **options)
 
@@ -171,8 +185,8 @@ def push_saved(repo_id: str, source: Path, private: bool | None, license: str | 
         Damaged: a file of the models has changed since it was saved.
         ValueError: a file is a symbolic link, or holds a secret or the path of your home folder.
     """
-    for parent in (source, source / "vqgan", source / "prior"):
-        verify_checksums(parent)
+    for parent in ("", "vqgan", "prior", JANUS):
+        verify_checksums(source / parent)
 
     def write(folder: Path, name: str) -> None:
         for part, patterns in UPLOADED.items():
@@ -202,7 +216,8 @@ def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:
     if not folder.is_dir():
         if not is_repo_id(str(name)):
             raise FileNotFoundError(f"there is no folder {str(name)!r}, and the name is not a valid Hub id")
-        wanted = [str(inside / path) for path in (INDEX_NAME, "config.json", CHECKSUMS_NAME, "vqgan/*", "prior/*")]
+        names = (INDEX_NAME, "config.json", CHECKSUMS_NAME, f"{JANUS}/{CHECKSUMS_NAME}", "vqgan/*", "prior/*")
+        wanted = [str(inside / name) for name in names]
         folder = Path(snapshot_download(str(name), allow_patterns=wanted, **download))
     folder /= inside
     finish_interrupted(folder)

@@ -253,6 +253,7 @@ class VQGANPipeline:
         push_to_hub: bool = False,
         repo_id: str | None = None,
         max_shard_size: int | str | None = None,
+        janus: bool = False,
     ) -> None:
         """Saves the pipeline as a folder that `from_pretrained` loads and that the Hub accepts unchanged.
 
@@ -263,22 +264,30 @@ class VQGANPipeline:
             push_to_hub: upload the pipeline too.
             repo_id: repository of the upload; by default the name of the folder.
             max_shard_size: largest size of a file of weights, in bytes or as "5GB"; by default that of transformers.
+            janus: also save the tokenizer as a `JanusVQVAE` of transformers, in the subfolder "janus".
 
         Raises:
-            ValueError: the prior has adapters that cannot be merged, an argument has another type, or the folder holds
-                something else than a pipeline.
+            ValueError: the prior has adapters that cannot be merged, an argument has another type, the folder holds
+                something else than a pipeline, or a `JanusVQVAE` cannot hold the tokenizer.
         """
         instance("save_directory", save_directory, (str, Path), "a path")
         instance("push_to_hub", push_to_hub, bool, "True or False")
+        instance("janus", janus, bool, "True or False")
         repo_id = Path(save_directory).name if repo_id is None else repo_id
         if push_to_hub:
             require_upload(repo_id, None, "-", {})
-        hub.save(save_directory, **self.components, origin=self._origin, **shard_size(max_shard_size))
+        save: dict[str, Any] = {"janus": janus, "origin": self._origin, **shard_size(max_shard_size)}
+        hub.save(save_directory, **self.components, **save)
         if push_to_hub:
-            self.push_to_hub(repo_id)
+            self.push_to_hub(repo_id, janus=janus)
 
     def push_to_hub(
-        self, repo_id: str, private: bool | None = None, commit_message: str = "Upload pipeline", **kwargs: Any
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        commit_message: str = "Upload pipeline",
+        janus: bool = False,
+        **kwargs: Any,
     ) -> str:
         """Uploads the pipeline's folder, with its model card, to the Hugging Face Hub.
 
@@ -286,6 +295,7 @@ class VQGANPipeline:
             repo_id: "user/name"; the repository is created if it does not exist.
             private: whether to create the repository as private.
             commit_message: message of the upload's commit.
+            janus: also upload the tokenizer as a `JanusVQVAE`; see `save_pretrained`.
             **kwargs: `token`, `revision` and other options of `huggingface_hub.HfApi.create_commit`. `license` is an
                 identifier of the Hub, such as "apache-2.0", for the model card.
 
@@ -298,7 +308,9 @@ class VQGANPipeline:
             ValueError: a file to upload holds a secret or the path of your home folder.
         """
         require_upload(repo_id, private, commit_message, kwargs)
-        return hub.push(repo_id, self.components, private, self._origin, commit_message=commit_message, **kwargs)
+        instance("janus", janus, bool, "True or False")
+        options = {"commit_message": commit_message, **kwargs}
+        return hub.push(repo_id, self.components, private, janus, self._origin, **options)
 
     @classmethod
     def from_pretrained(

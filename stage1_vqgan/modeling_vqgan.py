@@ -40,6 +40,11 @@ class VQGANEncoderOutput(ModelOutput):
     quantized: Tensor | None = None
     codebook_loss: Tensor | None = None
 
+    @property
+    def image_tokens(self) -> Tensor | None:
+        """The codes, under the name that transformers gives them."""
+        return self.codes
+
 
 @dataclass
 class VQGANOutput(VQGANEncoderOutput):

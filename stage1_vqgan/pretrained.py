@@ -15,6 +15,7 @@ from configs.files import read_json
 from configs.hub import is_repo_id
 from configs.model_folder import check_model_folder, local_folder
 from configs.problems import one_line, shown
+from configs.staging import finish_interrupted
 from configs.weights_files import in_our_words, read_header, require_finite, require_fit
 from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
@@ -41,6 +42,7 @@ def load_tokenizer(name: str, field: str = "tokenizer", **changes: Any) -> VQGAN
         ConfigError: the folder or repository holds no tokenizer, its weights do not fit, or a field cannot change.
     """
     folder, advice, reason = Path(name), "train one with stage1_vqgan.train", ""
+    finish_interrupted(folder)
     if not folder.is_dir() and not is_repo_id(name):
         reason = f"there is no such folder ({advice})"
     elif folder.is_dir() and not (folder / "config.json").is_file():

@@ -18,6 +18,7 @@ from configs.hub import is_repo_id
 from configs.memory import is_out_of_memory, shortage
 from configs.model_folder import local_folder
 from configs.problems import one_line
+from configs.staging import finish_interrupted
 from stage2_prior.adapters import base_of_adapter, check_layout_of_adapter, merge_adapter
 from stage2_prior.pretrained import layout_of, load_causal_lm
 from stage2_prior.sampling.decoder import EagerDecoder
@@ -228,6 +229,7 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
 
 def _load_known(name: str) -> tuple[TokenLayout, PreTrainedModel]:
     """The layout and the weights of a trained prior."""
+    finish_interrupted(name)
     if not (Path(name) / LAYOUT_NAME).is_file() and (Path(name).is_dir() or not is_repo_id(name)):
         message = f"received {name!r}; it holds no trained prior (train one with stage2_prior.train)"
         raise ConfigError([Problem(BASE_KEY, message)])

@@ -3,6 +3,7 @@
 Two machines train as one does.
 """
 
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 
+from configs import ConfigError, groups
 from configs.stalls import watched_for_stalls
 from tests import elastic_runs, forks, kill_runs
 from tests.devices import cpu_only
@@ -46,6 +48,26 @@ def test_a_process_that_waits_too_long_ends_and_names_the_late_one(late, tmp_pat
     where = r"last seen in stall \(tests/test_elastic.py:\d+\)"
     assert re.search(rf"^stalled: rank {late}, {where}; the other processes have waited for 5 seconds", log, re.M), log
     assert f"process {1 - late} terminated with exit code 6" in log, log
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch):
+    """As under torchrun on a machine without a GPU, where accelerate connects nothing unless it is told to use CPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = r"ACCELERATE_USE_CPU: the launcher started 2 processes.*groups of 1"
+    with pytest.raises(ConfigError, match=message), watched_for_stalls(seconds=5):
+        pytest.fail("it must not train")
+
+
+@pytest.mark.parametrize("fixed, method", [((3, 11), "fork"), ((99,), "forkserver")])
+def test_workers_of_a_group_are_forked_elsewhere_where_a_fork_may_hang(monkeypatch, fixed, method):
+    monkeypatch.setattr(groups, "FORKS_SAFELY", fixed)
+    before = multiprocessing.get_start_method()
+    try:
+        multiprocessing.set_start_method("fork", force=True)
+        groups.fork_workers_elsewhere()
+        assert multiprocessing.get_start_method() == method
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +125,15 @@ def test_two_machines_train_as_one(two_ranks, tmp_path):
     assert kill_runs.differences("stage1", two_ranks, tmp_path) == []
 
 
+def places_of_stall(done: subprocess.CompletedProcess[str], rank: str) -> tuple[str, ...]:
+    """Where the late rank was and where the others waited, from the message."""
+    place = r"in (\w+ \((?:configs|stage1_vqgan|stage2_prior)/[\w/]+\.py:\d+\))"
+    message = rf"^stalled: rank {rank}, last seen {place}; .* \(ddp_timeout\) {place}\. The same command resumes"
+    (places,) = re.findall(message, done.stderr, re.M) or [done.stderr[-4000:]]
+    assert len(places) == 2, places
+    return places
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, fault", [("stage1", "1:stop:step:11"), ("stage2", "0:sleep:step:9")])
 def test_a_rank_that_stalls_is_named_and_the_run_goes_on(name, fault, two_ranks, tmp_path):
@@ -110,8 +141,7 @@ def test_a_rank_that_stalls_is_named_and_the_run_goes_on(name, fault, two_ranks,
     stalled = torchrun(name, tmp_path, fault, restarts=0)
     assert stalled.returncode == 1
     rank = fault[0]
-    (message,) = [line for line in stalled.stderr.splitlines() if line.startswith("stalled: ")]
-    assert message.startswith(f"stalled: rank {rank}, last seen in ") and "The same command resumes" in message
+    assert places_of_stall(stalled, rank)
     assert "exitcode  : 6" in stalled.stderr
     again = torchrun(name, tmp_path)
     assert again.returncode == 0, again.stderr[-4000:]
@@ -122,6 +152,7 @@ def test_a_rank_that_stalls_is_named_and_the_run_goes_on(name, fault, two_ranks,
 def test_tokenize_names_a_rank_that_stalls(two_ranks, tmp_path):
     kill_runs.prepare("tokenize", two_ranks, tmp_path)
     stalled = torchrun("tokenize", tmp_path, "1:stop:shard:1", restarts=1)
-    assert "stalled: rank 1, last seen in" in stalled.stderr, stalled.stderr[-4000:]
+    late, _ = places_of_stall(stalled, "1")
+    assert late.startswith("tokenize"), late  # it stopped in its first second
     assert stalled.returncode == 0, stalled.stderr[-4000:]  # the second attempt
     assert kill_runs.differences("tokenize", two_ranks, tmp_path) == []

@@ -15,16 +15,19 @@ from configs import ConfigError, Problem
 from configs.checksums import write_checksums
 from configs.disk_space import naming_full_disk
 from configs.files import new_file_mode, sync_folder, sync_tree
-from stage1_vqgan.convert import diffusers, llamagen, taming
+from stage1_vqgan.convert import diffusers, janus, llamagen, taming
 from stage1_vqgan.convert.config import ConvertConfig
 from stage1_vqgan.convert.files import refuse
 from stage1_vqgan.convert.original import Original, build_model
-from stage1_vqgan.convert.verify import diffusers_cases, stored_cases, verify
+from stage1_vqgan.convert.verify import library_cases, stored_cases, verify
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import DISCRIMINATOR_NAME, load_tokenizer, load_vqgan
 
-READERS = {"taming": taming.read, "llamagen": llamagen.read, "diffusers": diffusers.read}
+READERS = {"taming": taming.read, "llamagen": llamagen.read, "diffusers": diffusers.read, "janus": janus.read}
+WRITERS = {"diffusers": diffusers.write, "janus": janus.write}
+# Code bases that are installed libraries: the comparison runs them.
+REFERENCES = {"diffusers": diffusers.reference, "janus": janus.reference}
 IMAGE_CHANNELS = (1, 3)  # gray and RGB
 NO_DIFFUSERS = "diffusers is not installed: pip install 'tessella[convert]'"
 
@@ -47,7 +50,11 @@ def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
     model = build_model(original)
     model.save_pretrained(folder)
     if model.config.in_channels in IMAGE_CHANNELS:
-        VQGANImageProcessor(model.config.image_size, model.config.in_channels).save_pretrained(folder)
+        try:
+            processor = VQGANImageProcessor(model.config.image_size, model.config.in_channels)
+        except ValueError as error:
+            raise ConfigError([Problem.of_error(error)]) from None
+        processor.save_pretrained(folder)
     if original.discriminator:
         save_file(original.discriminator, folder / DISCRIMINATOR_NAME)
     write_checksums(folder)
@@ -58,7 +65,7 @@ def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
 def export(config: ConvertConfig, folder: Path) -> list[str]:
     """Converts a `VQGANModel` to another code base; returns lines for the user."""
     model = load_tokenizer(config.checkpoint, "checkpoint")
-    notes = diffusers.write(model, folder)
+    notes = WRITERS[str(config.target)](model, folder)
     return [*describe(model), *notes, *compare(config, model, folder)]
 
 
@@ -68,16 +75,16 @@ def compare(config: ConvertConfig, model: VQGANModel, other: Path) -> list[str]:
     Args:
         config: names the code base and the file to compare with.
         model: the tokenizer.
-        other: for diffusers, the folder of its VQModel; unused otherwise.
+        other: for diffusers and janus, the tokenizer in their form; unused otherwise.
     """
-    path = Path(config.verify) if config.verify else None
-    if "diffusers" not in (config.source, config.target):
+    path, kind = Path(config.verify) if config.verify else None, str(config.source or config.target)
+    if kind not in REFERENCES:
         return ["not compared: no --verify FILE"] if path is None else verify(model, stored_cases(path, model))
-    if find_spec("diffusers") is None:
+    if kind == "diffusers" and find_spec("diffusers") is None:
         if path is not None:
             raise ConfigError([Problem("verify", NO_DIFFUSERS)])
         return [f"not compared: {NO_DIFFUSERS}"]
-    return verify(model, diffusers_cases(other, path, model), allow_ties=True)
+    return verify(model, library_cases(REFERENCES[kind](other, model), path, model), allow_ties=True)
 
 
 def describe(model: VQGANModel) -> list[str]:

@@ -12,19 +12,19 @@ class ConvertConfig(Section):
     """Converts a tokenizer from or to another code base.
 
     from: code base of the checkpoint: "taming" (CompVis/taming-transformers, also the VQ models of latent-diffusion),
-        "llamagen" or "diffusers"
-    to: code base to convert a trained tokenizer to: "diffusers"
-    checkpoint: with `from`, the weights file, or the folder of a diffusers VQModel; with `to`, the folder or Hub id of
-        the trained tokenizer
+        "llamagen", "diffusers" or "janus" (JanusVQVAE of transformers, alone or in a whole Janus)
+    to: code base to convert a trained tokenizer to: "diffusers" or "janus"
+    checkpoint: with `from`, the weights file, or the folder of a diffusers VQModel or of a Janus; with `to`, the folder
+        or Hub id of the trained tokenizer
     config: YAML or JSON configuration of the checkpoint; fields that it lacks are read from the weights
     output: folder to create
     verify: safetensors file with inputs, codes and reconstructions of the original (io.input, io.indices, io.recon) to
-        compare with; for diffusers only the inputs are read, because the comparison runs diffusers itself, by default
-        on random inputs
+        compare with; for diffusers and janus only the inputs are read, because the comparison runs their classes, by
+        default on random inputs
     """
 
-    source: Literal["taming", "llamagen", "diffusers"] | None = field(default=None, metadata={"key": "from"})
-    target: Literal["diffusers"] | None = field(default=None, metadata={"key": "to"})
+    source: Literal["taming", "llamagen", "diffusers", "janus"] | None = field(default=None, metadata={"key": "from"})
+    target: Literal["diffusers", "janus"] | None = field(default=None, metadata={"key": "to"})
     checkpoint: str
     config: str | None = None
     output: str
@@ -33,5 +33,5 @@ class ConvertConfig(Section):
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if (self.source is None) == (self.target is None):
             yield "", None, "give either --from, the code base of the checkpoint, or --to, the code base to convert to"
-        elif self.config is not None and "diffusers" in (self.source, self.target):
+        elif self.config is not None and (self.target is not None or self.source == "diffusers"):
             yield "config", self.config, "the checkpoint is a folder with a config.json; leave this out"

@@ -20,6 +20,7 @@ from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.convert.files import as_float32, read_mapping, read_tensors, refuse
 from stage1_vqgan.convert.names import Rules, count, to_ours, to_theirs
 from stage1_vqgan.convert.original import Claim, Original, multiplier, read_claims, renamed
+from stage1_vqgan.convert.verify import Reference
 from stage1_vqgan.modeling_vqgan import VQGANModel
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -136,6 +137,20 @@ def write(model: VQGANModel, folder: Path) -> list[str]:
         {"format": "pt"},
     )
     return ["left out: dropout and the options of the codebook loss, which a VQModel does not have"]
+
+
+def reference(folder: Path, model: VQGANModel) -> Reference:
+    """The VQModel of diffusers in a folder; `model` is the tokenizer that was read from it or written to it."""
+    from diffusers import VQModel
+
+    theirs: Any = VQModel.from_pretrained(folder, low_cpu_mem_usage=False, local_files_only=True).float().eval()
+
+    def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        latents = theirs.encode(pixels).latents
+        codes = theirs.quantize(latents)[2][2].view(len(pixels), *latents.shape[2:])
+        return codes, theirs.decode(latents).sample
+
+    return run
 
 
 def _level_claims(values: dict[str, Any]) -> list[Claim]:

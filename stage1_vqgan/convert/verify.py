@@ -2,12 +2,13 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from configs import ConfigError, Problem
@@ -18,6 +19,9 @@ from stage1_vqgan.modeling_vqgan import VQGANModel
 TOLERANCE = 1e-5
 # Deep decoders amplify rounding further. So this many times the decoder's own float32 rounding error is allowed too.
 ROUNDINGS = 4
+
+# A tokenizer of another library: pixels `(B, C, H, W)` → codes `(B, h, w)` and reconstructions `(B, C, H, W)`.
+Reference = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -80,23 +84,15 @@ def stored_inputs(tensors: dict[str, Tensor], path: Path, model: VQGANModel) -> 
     return inputs
 
 
-def diffusers_cases(folder: Path, path: Path | None, model: VQGANModel) -> list[Case]:
-    """Codes and reconstructions that diffusers computes, for the images of a file or for random images.
+@torch.no_grad()
+def library_cases(reference: Reference, path: Path | None, model: VQGANModel) -> list[Case]:
+    """Codes and reconstructions that another library computes, for the images of a file or for random images.
 
     Raises:
         ConfigError: the file holds no images for this tokenizer.
     """
-    from diffusers import VQModel
-
     inputs = random_inputs(model) if path is None else stored_inputs(read_tensors(path, field="verify"), path, model)
-    theirs: Any = VQModel.from_pretrained(folder, low_cpu_mem_usage=False, local_files_only=True).float().eval()
-    cases = []
-    with torch.no_grad():
-        for name, pixels in inputs.items():
-            latents = theirs.encode(pixels).latents
-            codes = theirs.quantize(latents)[2][2].view(len(pixels), *latents.shape[2:])
-            cases.append(Case(name, pixels, codes, theirs.decode(latents).sample))
-    return cases
+    return [Case(name, pixels, *reference(pixels)) for name, pixels in inputs.items()]
 
 
 def random_inputs(model: VQGANModel) -> dict[str, Tensor]:
@@ -118,7 +114,7 @@ def verify(model: VQGANModel, cases: Sequence[Case], allow_ties: bool = False) -
         model: the tokenizer, after or before its conversion.
         cases: codes and reconstructions of the other code base.
         allow_ties: whether a code may differ if its entry is equally near to the latent up to rounding. Needed for
-            diffusers, which computes distances with larger rounding errors.
+            diffusers and Janus, which compute distances with larger rounding errors.
 
     Returns:
         A line with the differences for each case.
@@ -161,6 +157,7 @@ def _rounding(model: VQGANModel, codes: Tensor) -> float:
 
 def _is_tie(model: VQGANModel, latents: Tensor, codes: Tensor, others: Tensor) -> Tensor:
     z = latents.double()
+    z = F.normalize(z, dim=1) if getattr(model.quantize, "l2_normalize", False) else z  # its length decides nothing
     entries = [model.quantize.lookup(indices).double() for indices in (codes, others)]
     near, far = ((z - entry).square().sum(1) for entry in entries)
     return far - near <= TOLERANCE * (z.square().sum(1) + entries[1].square().sum(1))

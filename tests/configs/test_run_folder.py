@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -354,3 +355,18 @@ def test_a_start_that_is_refused_changes_nothing(config):
     del files["train_results.json"]
     left = {path.name: path.read_bytes() for path in Path(config.output_dir).iterdir() if path.is_file()}
     assert left == files
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_nothing_is_written_through_a_link_or_into_a_pipe(config, tmp_path, name, kind):
+    victim, planted = tmp_path / "victim", Path(config.output_dir) / name
+    victim.write_text("precious")
+    planted.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "link":
+        planted.symlink_to(victim)
+    else:
+        os.mkfifo(planted)
+    with pytest.raises((OSError, ConfigError), match=name), RunFolder(config) as run:
+        run.log(1, {"loss": 0.5})
+    assert victim.read_text() == "precious"

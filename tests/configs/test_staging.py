@@ -1,8 +1,10 @@
 """The files of a saved model are replaced together, whatever interrupts the replacement."""
 
+import errno
 import json
 import os
 import stat
+from unittest.mock import Mock
 
 import pytest
 
@@ -142,6 +144,16 @@ def test_a_text_file_survives_a_power_cut(tmp_path, monkeypatch):
     disk.after_sync = lambda disk: found.append((disk.restore(tmp_path / "restored") / "a.json").read_text())
     write_json(tmp_path / "a.json", {"new": 1})
     assert found == ["old", '{\n  "new": 1\n}\n']
+
+
+def test_an_interrupted_save_in_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_after(0, [(staging, "replace")], patch)
+        save(tmp_path, "new")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"interrupted, and is not writable.*copy it"):
+        patch.setattr(staging, "replace", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
+        finish_interrupted(tmp_path)
+    assert contents(tmp_path)[0] == "new"
 
 
 def test_files_have_the_permissions_of_a_new_file(tmp_path):

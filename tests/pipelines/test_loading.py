@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 
 from configs import ConfigError
 from configs.checksums import Damaged
+from configs.files import write_json
+from configs.staging import SAVED, replaced_files
 from pipelines import VQGANPipeline
+from pipelines.build import BuildConfig, build
 from stage1_vqgan import VQGANModel, load_tokenizer
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.training.config import LoraConfig
@@ -49,6 +52,25 @@ def save_adapter(tiny_runs, folder: Path) -> None:
         if parameter.requires_grad:
             parameter.data.normal_(std=0.5)
     model.save_pretrained(folder)
+
+
+def test_a_first_save_that_was_interrupted_is_completed_by_its_reader(tiny_runs, tmp_path):
+    """All files of the models still lie where they were written, as after a kill before the first was moved."""
+    parts = {"tokenizer": tiny_runs.vqgan, "prior": tiny_runs.prior}
+    for name, trained in parts.items():
+        with replaced_files(tmp_path / name) as staged:
+            for path in trained.iterdir():
+                if path.is_file() and path.name != "checksums.json":
+                    shutil.copy(path, staged)
+        saved = tmp_path / name / SAVED
+        saved.mkdir()
+        files = [path for path in (tmp_path / name).iterdir() if path.is_file()]
+        for path in files:
+            path.rename(saved / path.name)
+        write_json(saved / "files.json", {"files": [path.name for path in files]})
+    build(BuildConfig(**{name: str(tmp_path / name) for name in parts}, output_dir=str(tmp_path / "pipeline")))
+    for name in parts:
+        assert (tmp_path / name / "config.json").is_file() and not (tmp_path / name / SAVED).exists()
 
 
 # ---------------------------------------------------------------------- options

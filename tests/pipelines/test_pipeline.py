@@ -1,10 +1,7 @@
 """The pipeline: generation, the files of its folder, and arguments that it refuses."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -282,41 +279,6 @@ def test_the_code_of_the_card_runs(tiny_runs, tmp_path, monkeypatch):
     for block in blocks:
         exec(block.split("```")[0], names)
     assert len(names["images"]) == 4 and names["prior"].config.vocab_size == 64
-
-
-AUTO_MODEL = """
-import sys, torch
-from transformers import AutoImageProcessor, AutoModel
-root, pixels, result = sys.argv[1:]
-pixels, codes = torch.load(pixels), []
-for place in ({"pretrained_model_name_or_path": root + "/vqgan"},
-              {"pretrained_model_name_or_path": root, "subfolder": "vqgan"}):
-    model = AutoModel.from_pretrained(**place, trust_remote_code=True)
-    with torch.no_grad():
-        codes.append(model.encode(pixels).codes)
-processor = AutoImageProcessor.from_pretrained(root + "/vqgan", trust_remote_code=True)
-with torch.no_grad():
-    torch.save({"out": model(pixels).reconstruction, "codes": codes}, result)
-ours = {"configs", "stage1_vqgan", "stage2_prior", "pipelines"} & set(sys.modules)
-assert not ours, ours
-assert (processor.image_size, processor.num_channels) == (16, 1)
-assert (type(model).__name__, type(processor).__name__) == ("VQGANModel", "VQGANImageProcessor")
-"""
-
-
-def test_the_tokenizer_loads_without_this_package(tiny_runs, tiny_pipeline, images, tmp_path):
-    pixels = tiny_pipeline.image_processor(images)["pixel_values"]
-    torch.save(pixels, tmp_path / "pixels.pt")
-    arguments = [str(tiny_runs.pipeline), str(tmp_path / "pixels.pt"), str(tmp_path / "result.pt")]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", AUTO_MODEL, *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = torch.load(tmp_path / "result.pt")
-    with torch.no_grad():
-        for codes in result["codes"]:
-            assert torch.equal(codes, tiny_pipeline.vqgan.encode(pixels.to(DEVICE)).codes.cpu())
-        torch.testing.assert_close(result["out"], tiny_pipeline.vqgan(pixels.to(DEVICE)).reconstruction.cpu())
 
 
 def test_bfloat16(tiny_runs, images):
