@@ -1,4 +1,4 @@
-"""How many worker processes this machine can run. More are refused before the work begins."""
+"""This machine: how many worker processes it can run (more are refused before the work begins), and its processors."""
 
 import os
 import resource
@@ -31,3 +31,12 @@ def most_workers() -> int:
         if limit != resource.RLIM_INFINITY:
             limits.append(limit // each)
     return min(limits)
+
+
+def hardware(processes: int) -> str:
+    """The processors of a run of so many processes, in words: "8 × NVIDIA H200", or "2 CPU cores"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{processes} × {torch.cuda.get_device_name()}"
+    return f"{len(os.sched_getaffinity(0))} CPU cores" + (f", {processes} processes" if processes > 1 else "")

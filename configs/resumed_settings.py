@@ -28,6 +28,7 @@ FREE_KEYS = {
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
+    "license",
 }
 
 logger = logging.getLogger(__name__)

@@ -22,14 +22,14 @@ from configs.checkpoints import (
 from configs.disk_space import naming_full_disk, require_space
 from configs.files import append_line, read_json, write_json, write_png, write_text
 from configs.folder_lock import locked_folder
-from configs.hub import push_run
+from configs.hub import check_push, push_run
 from configs.interruption import Diverged, Stopped
 from configs.loader import save_config
+from configs.machine import hardware
 from configs.problems import ConfigError, Problem
 from configs.resumed_settings import ALLOW, require_same_settings
-from configs.sections import NonNegative
+from configs.sections import NonNegative, launched_processes
 from configs.staging import SAVING, finish_interrupted, replaced_files
-from configs.uploads import copy_run
 from configs.values import read_value
 
 CONFIG_NAME = "config.yaml"
@@ -50,14 +50,17 @@ class RunFolder:
     Args:
         config: the resolved settings.
         is_main_process: whether this process writes the files.
-        export: writes the files to upload from the folder of the run into another.
+        export: writes the files to upload from the folder of the run into another, for a repository of this name;
+            only a run with `push_to_hub` needs it.
 
     Raises:
-        ConfigError: on entering, if another job has the folder open; or if the folder holds a run that was started
-            with other settings, unless `config.allow_config_changes`.
+        ConfigError: on entering, if another job has the folder open; if the folder holds a run that was started with
+            other settings, unless `config.allow_config_changes`; or if the upload at the end would fail.
     """
 
-    def __init__(self, config: Any, is_main_process: bool = True, export: Callable[[Path, Path], None] = copy_run):
+    def __init__(
+        self, config: Any, is_main_process: bool = True, export: Callable[[Path, Path, str], None] | None = None
+    ):
         self.config, self.is_main_process, self._export = config, is_main_process, export
         self.path = Path(config.output_dir)
         self._open = contextlib.ExitStack()
@@ -73,6 +76,8 @@ class RunFolder:
             if holds_work(self.path):
                 self._require_settings()
                 self._require_same_settings(self.path)
+            if self.is_main_process and self.config.push_to_hub and self.results is None:
+                check_push(self.config)
             self._open = opened.pop_all()
         return self
 
@@ -222,8 +227,9 @@ class RunFolder:
             step: optimizer steps done.
             results: further entries of train_results.json.
         """
-        written = {"global_step": step, "train_runtime": round(self.seconds, 1), **results}
-        write_json(self.path / RESULTS_NAME, written)
+        machine = hardware(launched_processes())
+        written = {"global_step": step, "train_runtime": round(self.seconds, 1), "hardware": machine}
+        write_json(self.path / RESULTS_NAME, {**written, **results})
         self._push()
 
     def stopped(self, step: int, signal_number: int) -> Stopped:

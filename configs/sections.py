@@ -80,8 +80,19 @@ class Section:
 
 def upload_problems(config: Any) -> Iterable[tuple[str, Any, str]]:
     """Problems of `push_to_hub` and `hub_model_id`, in the form of `Section.problems`."""
-    if config.push_to_hub and not config.hub_model_id:
+    if not config.push_to_hub:
+        return
+    if not config.hub_model_id:
         yield "hub_model_id", config.hub_model_id, "push_to_hub needs the repository to push to, as 'user/name'"
+    elif problem := name_problem(config.hub_model_id):
+        yield "hub_model_id", config.hub_model_id, problem
+
+
+def name_problem(name: str) -> str | None:
+    """What is wrong with the name of a repository; None if the Hub accepts it."""
+    from configs.hub import is_repo_id
+
+    return None if is_repo_id(name) else "must be a name on the Hub, as 'user/name': letters, digits and - _ ."
 
 
 def in_steps(value: float, max_steps: int) -> int:
@@ -144,6 +155,7 @@ class TrainingConfig(Section):
     push_to_hub: upload the trained model at the end
     hub_model_id: repository of the upload, as "user/name"
     hub_private_repo: make a new repository private; null leaves this to the Hub
+    license: license of the model, an identifier of the Hub such as apache-2.0; its model card states it
     """
 
     output_dir: str
@@ -175,6 +187,7 @@ class TrainingConfig(Section):
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
+    license: str | None = None
 
     refused: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("num_train_epochs", "epochs", "num_epochs"), "the length of a run is max_steps"),

@@ -137,6 +137,8 @@ def _move_all(saved: Path, folder: Path) -> None:
 def _replaced_weights(parent: Path, folder: Path, names: list[str]) -> set[Path]:
     """The weights of an older model in a folder for which `names` has a new model."""
     new = {folder / name for name in names}
+    if parent / "model_index.json" in new:  # a pipeline, whose weights are in its subfolders
+        return set()
     if not new & {parent / mark for mark in ("config.json", "adapter_config.json")}:
         return set()
     return {path for pattern in WEIGHTS for path in parent.glob(pattern)} - new

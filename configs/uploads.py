@@ -107,7 +107,7 @@ def check_upload(folder: str | Path, token: str | bool | None = None) -> None:
     home = os.path.expanduser("~")  # "~" if it is unknown
     if len(Path(home).parts) > 1:
         searched["the path of your home folder"] = re.compile(rf"{re.escape(home)}(?![\w.-])")
-    for path in sorted(Path(folder).rglob("*")):
+    for path in sorted(Path(folder).rglob("*"), key=lambda path: (len(path.parts), path)):
         if path.is_file() and path.suffix != ".safetensors":
             text = path.read_text(encoding="utf-8", errors="replace")
             for number, line in enumerate(text.splitlines(), 1):

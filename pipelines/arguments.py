@@ -153,11 +153,14 @@ def require_dtype(dtype: Any) -> None:
         choice("dtype", dtype, ["auto", *DTYPES])
 
 
+NOT_FOR_USERS = {"self", "repo_id", "operations", "repo_type", "run_as_future", "_hot_reload"}
+
+
 def require_upload(repo_id: Any, private: Any, commit_message: Any, options: dict[str, Any]) -> None:
     """Refuses arguments of `VQGANPipeline.push_to_hub`, before anything is sent.
 
     Raises:
-        TypeError: an option is not one of `huggingface_hub.HfApi.upload_folder`.
+        TypeError: an option is neither `license` nor one of `huggingface_hub.HfApi.create_commit`.
         ValueError: an argument has another type, or the repository's name is not valid.
     """
     if not isinstance(repo_id, str) or not is_repo_id(repo_id):
@@ -165,7 +168,8 @@ def require_upload(repo_id: Any, private: Any, commit_message: Any, options: dic
     instance("private", private, (bool, NoneType), "True, False or None")
     instance("commit_message", commit_message, str, "text")
     instance("token", options.get("token"), (str, bool, NoneType), "text, True, False or None")
-    known = set(inspect.signature(HfApi.upload_folder).parameters) - {"self", "repo_id", "folder_path"} | {"token"}
+    instance("license", options.get("license"), (str, NoneType), "an identifier of the Hub")
+    known = set(inspect.signature(HfApi.create_commit).parameters) - NOT_FOR_USERS | {"token", "license"}
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"push_to_hub() got an unexpected keyword argument {unknown[0]!r}")
 

@@ -5,12 +5,13 @@ Usage: `python -m pipelines.build --tokenizer DIR --prior DIR --output_dir DIR`.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, Problem, Section, run
 from configs.folder_lock import locked_folder
-from configs.hub import upload_errors
+from configs.hub import check_push, upload_errors
 from configs.model_folder import local_folder
 from configs.problems import one_line
 from configs.run_folder import holds_work
@@ -32,6 +33,7 @@ class BuildConfig(Section):
     push_to_hub: upload the pipeline
     hub_model_id: repository of the upload, as "user/name"
     hub_private_repo: make a new repository private; null leaves this to the Hub
+    license: license of the models, an identifier of the Hub such as apache-2.0; the model card states it
     """
 
     tokenizer: str
@@ -41,6 +43,7 @@ class BuildConfig(Section):
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
+    license: str | None = None
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         yield from upload_problems(self)
@@ -53,6 +56,8 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         ConfigError: the folder holds no trained prior, or the prior was trained on codes of another tokenizer.
     """
     # These imports are slow, so they come after the check of the arguments.
+    from configs.run_facts import run_license
+    from pipelines import hub
     from pipelines.pipeline_vqgan import VQGANPipeline
     from stage1_vqgan import load_image_processor, load_tokenizer
     from stage2_prior import TokenLayout, load_prior
@@ -62,6 +67,8 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         message = f"received {config.prior!r}; this folder holds no trained prior (run stage2_prior.train first)"
         raise ConfigError([Problem("prior", message)])
     require_own_folder(config)
+    if config.push_to_hub:
+        check_push(config)
     vqgan = load_tokenizer(config.tokenizer)
     try:
         prior, layout = load_prior(config.prior, "prior"), TokenLayout.from_pretrained(config.prior)
@@ -82,26 +89,46 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         pipeline = VQGANPipeline(vqgan, prior, processor, layout)
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
+    license = config.license or run_license(Path(config.prior)) or run_license(Path(config.tokenizer))
     with locked_folder(config.output_dir, "output_dir"):
-        pipeline.save_pretrained(config.output_dir, janus=config.janus)
+        facts = partial(add_facts, config)
+        hub.save(config.output_dir, **pipeline.components, janus=config.janus, add_facts=facts, license=license)
     print(f"pipeline saved in {Path(config.output_dir).resolve()}")
     if config.push_to_hub:
-        with upload_errors(config.output_dir):
-            print(pipeline.push_to_hub(str(config.hub_model_id), config.hub_private_repo, janus=config.janus))
+        with upload_errors(config.output_dir, config.hub_model_id):
+            name, private = str(config.hub_model_id), config.hub_private_repo
+            print(f"uploaded to {hub.push_saved(name, Path(config.output_dir), private)}")
     return pipeline
 
 
+def add_facts(config: BuildConfig, folder: Path) -> None:
+    """Writes what the folders of both runs tell about the training into the facts of the pipeline's card."""
+    from configs.run_facts import collect_run
+    from stage1_vqgan import model_card as tokenizer
+    from stage2_prior import model_card as prior
+
+    if Path(config.tokenizer).is_dir():
+        collect_run(Path(config.tokenizer), folder, "tokenizer", tokenizer.PANELS, tokenizer.PICTURES)
+    collect_run(Path(config.prior), folder, "prior", prior.PANELS, prior.PICTURES)
+
+
 def require_own_folder(config: BuildConfig) -> None:
-    """Refuses to build over the models themselves, or over another run.
+    """Refuses to build over the models themselves, over another run, or into a folder that holds something else.
 
     Raises:
-        ConfigError: the pipeline would replace their files.
+        ConfigError: the pipeline would replace or join their files.
     """
+    from pipelines.hub import require_place
+
     output = Path(config.output_dir).resolve()
     written = {output, output / "vqgan", output / "prior"}
     if holds_work(output) or written & {Path(part).resolve() for part in (config.tokenizer, config.prior)}:
         message = f"received {config.output_dir!r}, where the pipeline would replace files of a training run"
         raise ConfigError([Problem("output_dir", f"{message}; choose another folder")])
+    try:
+        require_place(output)
+    except ValueError as error:
+        raise ConfigError([Problem("output_dir", f"received {config.output_dir!r}; {error}")]) from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Saves, loads and pushes a pipeline's folder.
 
 model_index.json        class, versions, token layout, tokenizer fingerprint
+config.json             names the class; the Hub counts the downloads of a repository by this file
 README.md               model card
+card/                   what the card shows, if it is known: pictures, metrics, settings and facts of the training
 *.py                    the tokenizer's model files, for AutoModel with trust_remote_code
 vqgan/                  config.json, model.safetensors, preprocessor_config.json
 prior/                  config.json, model.safetensors, generation_config.json
@@ -10,31 +12,47 @@ janus/                  on request: config.json, model.safetensors of the tokeni
 
 import inspect
 import shutil
-import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from configs.arguments import described
-from configs.checksums import CHECKSUMS_NAME, verify_checksums
-from configs.files import read_json, write_json
-from configs.hub import is_repo_id
+from configs.card import CARD_NAME, FACTS_FOLDER, write_card
+from configs.checksums import CHECKSUMS_NAME, checksum, verify_checksums
+from configs.files import make_folder, read_json, remove_tree, write_json
+from configs.hub import is_repo_id, push_folder
 from configs.staging import finish_interrupted, replaced_files
-from configs.uploads import check_upload
-from pipelines.model_card import model_card
+from configs.uploads import MODEL_FILES, copy_files
+from configs.versions import own_version
+from pipelines.model_card import PLACEHOLDER, model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
 from stage2_prior import TokenLayout, load_causal_lm, without_adapters
 
 INDEX_NAME, JANUS = "model_index.json", "janus"
 
+# The file by which the Hub counts downloads. No library knows the model_type, so nothing loads the folder as one model.
+CONFIG = {"model_type": "tessella_pipeline", "architectures": ["VQGANPipeline"]}
+
+# What an author may have put into the folder of a pipeline that is not yet built.
+ALLOWED = {CARD_NAME, "LICENSE", "LICENSE.txt", "LICENSE.md"}
+
+# What an upload of a saved pipeline holds, by its folders.
+UPLOADED = {
+    "": (INDEX_NAME, *ALLOWED, *MODEL_FILES),
+    "vqgan": MODEL_FILES,
+    "prior": MODEL_FILES,
+    JANUS: MODEL_FILES,
+    FACTS_FOLDER: ("*.png", "*.json", "*.yaml"),
+}
+
 # Files of an earlier upload that must not mix with those of a new one.
-STALE = ("vqgan/*.safetensors*", "prior/*.safetensors*", f"{JANUS}/*")
+STALE = ("vqgan/*.safetensors*", "prior/*.safetensors*", f"{JANUS}/*", "card/*")
 
 
 def save(
@@ -43,19 +61,34 @@ def save(
     prior: PreTrainedModel,
     image_processor: VQGANImageProcessor,
     layout: TokenLayout,
-    name: str = "path/or/repository",
+    *,
+    name: str = PLACEHOLDER,
     janus: bool = False,
+    origin: Path | None = None,
+    add_facts: Callable[[Path], None] | None = None,
+    license: str | None = None,
     **options: Any,
 ) -> None:
     """Writes a pipeline's folder. Adapters of the prior are merged into the saved copy.
 
+    What the author has written in an older README.md stays, see `configs.card`. Facts of a card stay with the weights
+    that they are about.
+
     Args:
         folder: created if it does not exist.
         vqgan, prior, image_processor, layout: components of the pipeline.
-        name: folder or Hub id in the example of the model card.
+        name: folder or Hub id in the examples of the model card.
         janus: also write `janus/`. A folder that has one gets a new one in any case.
+        origin: the folder that the pipeline was loaded from, whose card is copied if the weights are still the same.
+        add_facts: writes what is known about the training into the folder that it is given; see `configs.run_facts`.
+        license: an identifier of the Hub, for the card.
         **options: passed to the models' `save_pretrained`, for instance `max_shard_size`.
+
+    Raises:
+        ValueError: the folder holds something else than a pipeline.
     """
+    folder = Path(folder)
+    require_place(folder)
     prior = without_adapters(prior)
     index = {
         "_class_name": "VQGANPipeline",
@@ -75,26 +108,93 @@ def save(
         for source in tokenizer_sources():
             shutil.copy(source, staged)
         write_json(staged / INDEX_NAME, index)
-        (staged / "README.md").write_text(model_card(vqgan, prior, layout, name))
+        write_json(staged / "config.json", CONFIG)
+        _keep_card(staged, folder, origin)
+        if add_facts is not None:
+            remove_tree(staged / FACTS_FOLDER)
+            add_facts(staged)
+        write_card(staged, lambda license: model_card(staged, name, license), license)
+        remove_tree(folder / FACTS_FOLDER)  # the facts of other weights
+
+
+def _keep_card(staged: Path, folder: Path, origin: Path | None) -> None:
+    """Copies into a staged pipeline the facts of a card of the same weights, and the card that the author wrote."""
+    known = [place for place in (folder, origin) if place is not None and same_weights(place, staged)]
+    for place in known[:1]:
+        if (place / FACTS_FOLDER).is_dir():
+            shutil.copytree(place / FACTS_FOLDER, staged / FACTS_FOLDER)
+    for place in [folder, *known]:
+        if (place / CARD_NAME).is_file():
+            shutil.copyfile(place / CARD_NAME, staged / CARD_NAME)
+            return
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two pipeline folders hold the same files of weights."""
+    return bool(_weights(one)) and _weights(one) == _weights(other)
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    files = [path for part in ("vqgan", "prior") for path in (folder / part).glob("*.safetensors")]
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in files}
+
+
+def require_place(folder: Path) -> None:
+    """Refuses a folder that holds something else than a pipeline. A README.md and a LICENSE may be there.
+
+    Raises:
+        ValueError: names what the folder holds.
+    """
+    finish_interrupted(folder)
+    if (folder / INDEX_NAME).is_file():
+        found = read_json(folder / INDEX_NAME).get("_class_name")
+        if found == "VQGANPipeline":
+            return
+        raise ValueError(f"{folder} holds a {described(found)} of another library; choose another folder")
+    if others := [name for name in _names(folder) if name not in ALLOWED]:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ValueError(f"{folder} holds {others[0]}{more}, but no pipeline; choose an empty or a new folder")
+
+
+def _names(folder: Path) -> list[str]:
+    """What a folder holds, without hidden files."""
+    return sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
 
 
 def push(
     repo_id: str,
     components: dict[str, Any],
     private: bool | None,
-    commit_message: str,
     janus: bool = False,
+    origin: Path | None = None,
     **options: Any,
 ) -> str:
     """Uploads a pipeline's folder to the Hugging Face Hub; see `VQGANPipeline.push_to_hub`."""
-    api = HfApi(token=options.pop("token", None))
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    options = {"commit_message": commit_message, "delete_patterns": list(STALE), **options}
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "pipeline"
-        save(folder, **components, name=repo_id, janus=janus)
-        check_upload(folder, api.token)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+    license = options.pop("license", None)
+
+    def write(folder: Path, name: str) -> None:
+        save(folder, **components, name=name, janus=janus, origin=origin, license=license)
+
+    return push_folder(repo_id, write, STALE, private, **options)
+
+
+def push_saved(repo_id: str, source: Path, private: bool | None, license: str | None = None, **options: Any) -> str:
+    """Uploads the folder of a saved pipeline as it is, with its card; only the examples name the repository.
+
+    Raises:
+        Damaged: a file of the models has changed since it was saved.
+        ValueError: a file is a symbolic link, or holds a secret or the path of your home folder.
+    """
+    for parent in ("", "vqgan", "prior", JANUS):
+        verify_checksums(source / parent)
+
+    def write(folder: Path, name: str) -> None:
+        for part, patterns in UPLOADED.items():
+            if (source / part).is_dir():
+                copy_files(source / part, make_folder(folder / part), patterns)
+        write_card(folder, lambda license: model_card(folder, name, license), license)
+
+    return push_folder(repo_id, write, STALE, private, **options)
 
 
 def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:
@@ -116,7 +216,7 @@ def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:
     if not folder.is_dir():
         if not is_repo_id(str(name)):
             raise FileNotFoundError(f"there is no folder {str(name)!r}, and the name is not a valid Hub id")
-        names = (INDEX_NAME, CHECKSUMS_NAME, f"{JANUS}/{CHECKSUMS_NAME}", "vqgan/*", "prior/*")
+        names = (INDEX_NAME, "config.json", CHECKSUMS_NAME, f"{JANUS}/{CHECKSUMS_NAME}", "vqgan/*", "prior/*")
         wanted = [str(inside / name) for name in names]
         folder = Path(snapshot_download(str(name), allow_patterns=wanted, **download))
     folder /= inside
@@ -194,8 +294,4 @@ def tokenizer_sources() -> list[Path]:
 
 def versions() -> dict[str, str]:
     """Versions of this package, torch and transformers."""
-    try:
-        own = version("tessella")
-    except PackageNotFoundError:  # a clone that is not installed
-        own = "unknown"
-    return {"tessella": own, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"tessella": own_version(), "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,83 +1,163 @@
-"""The README.md of a pipeline on the Hub."""
+"""The README.md of a pipeline on the Hub. It is made from the files of the pipeline's folder."""
 
-from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedModel
+from pathlib import Path
+from typing import Any
 
-from stage1_vqgan import VQGANModel
+from configs.card import (
+    FACTS_FOLDER,
+    card_metadata,
+    cell,
+    comment,
+    install_block,
+    license_part,
+    measured,
+    part,
+    picture,
+    table,
+    training_part,
+    with_front_matter,
+)
+from configs.files import read_json
+from configs.run_facts import dataset_ids
+from configs.uploads import REPO_ID
+from stage1_vqgan import VQGANConfig
+from stage1_vqgan.model_card import CAPTION, WITHOUT_PACKAGE, detail_rows as tokenizer_rows, num_parameters
 from stage2_prior import TokenLayout
+from stage2_prior.model_card import TASK, class_blocks, detail_rows as prior_rows, example_class, prompt
 
-TEMPLATE = """---
-{{ card_data }}
----
+PLACEHOLDER = "path/or/repository"
+METRICS_NAME, SAMPLES_NAME, RECONSTRUCTIONS_NAME = "metrics.json", "samples.png", "reconstructions.png"
+TAGS = ("vqgan", "image-generation", "autoregressive")
 
-# {{ title }}
+MEANINGS = {
+    "class_accuracy": "share of the images to which a classifier of real images gives the class that was asked for",
+    "class_accuracy_real": "the same for real images",
+    "classification_accuracy_score": "accuracy, on real images, of a classifier trained on generated images",
+    "classification_accuracy_score_real": "the same, trained on as many real images",
+    "frechet_distance": "distance to real images in averaged pixels; lower is better; not the FID of the literature",
+    "frechet_distance_real": "the same for other real images",
+    "nearest_neighbour_ratio": "distance to the nearest training image; 1: as far as unseen images, near 0: copies",
+    "reconstruction_l1": "mean absolute error of reconstructions, pixels in [-1, 1]",
+    "psnr": "of reconstructions, in dB",
+    "ssim": "of reconstructions",
+    "codebook_usage": "share of the codes that occur",
+}
 
-Generates {{ size }}×{{ size }} {{ colour }} images in two stages: a VQGAN tokenizer turns an image into
-{{ length }} codes out of {{ num_codes }}, and a causal language model (`{{ model_type }}`) samples such codes.
-Made with tessella.
 
-## Use
+def model_card(folder: Path, name: str, license: str) -> str:
+    """A new card for the pipeline in a folder.
 
-```python
+    Args:
+        folder: the pipeline's folder; what its folder `card` holds is shown too.
+        name: folder or Hub id in the examples.
+        license: an identifier of the Hub.
+    """
+    layout = TokenLayout.from_dict(read_json(folder / "model_index.json")["token_layout"])
+    config = VQGANConfig.from_pretrained(folder / "vqgan")
+    metadata = card_metadata(license, dataset_ids(folder), TAGS, pipeline_tag=TASK, **_index(folder, name))
+    body = [
+        f"# {'Class-conditional image generator' if layout.num_classes else 'Image generator'}",
+        part("pictures", picture(folder, SAMPLES_NAME, "Generated images")),
+        part("use", _summary(folder, config, layout), *_use(folder, name, layout), *_use_without(folder, name, layout)),
+        part("details", "## Details", table(_details(folder, config, layout)), *class_blocks(folder, layout)),
+        training_part(folder),
+        _evaluation(folder),
+        license_part(license),
+        f"## Limits\n\n{LIMITS}",
+    ]
+    return with_front_matter(metadata, "\n" + "\n\n".join(body) + "\n")
+
+
+LIMITS = (
+    "The model generates images like those that it was trained on, with their gaps and their bias, and with errors of "
+    "its own. It may repeat parts of training images. It has not been examined for any use in which an error could "
+    "harm somebody."
+)
+
+
+def _summary(folder: Path, config: VQGANConfig, layout: TokenLayout) -> str:
+    size, colour = config.image_size, {1: "gray", 3: "colour"}.get(config.in_channels, f"{config.in_channels}-channel")
+    kind = cell(read_json(folder / "prior" / "config.json").get("model_type"))
+    return (
+        f"Generates {size}×{size} {colour} images in two stages: a VQGAN tokenizer turns an image into "
+        f"{layout.length} codes out of {layout.num_codes:,}, and a causal language model (`{kind}`) samples such "
+        "codes. Made with tessella."
+    )
+
+
+def _use(folder: Path, name: str, layout: TokenLayout) -> list[str]:
+    arguments, meaning = "num_images=4", ""
+    if layout.num_classes:
+        number = example_class(folder, layout)
+        guidance = ", guidance_scale=1.5" if layout.has_null else ""
+        arguments = f"class_labels=[{number}], num_images_per_label=4{guidance}"
+        meaning = f"  # class {number}, {comment(layout.class_names[number])}"
+    return [
+        "## Use",
+        install_block(),
+        f"""```python
 from pipelines import VQGANPipeline
 
-pipe = VQGANPipeline.from_pretrained("{{ name }}")
-images = pipe.generate({{ example }}).images
-```
-
-The prior alone is an ordinary causal language model. transformers loads it without other code:
-
-```python
-from transformers import AutoModelForCausalLM
-
-prior = AutoModelForCausalLM.from_pretrained("{{ name }}", subfolder="prior")
-```
-
-## Details
-
-| | |
-| --- | --- |
-| Code grid | {{ grid }} codes, one for {{ factor }}×{{ factor }} pixels |
-| Codebook | {{ num_codes }} entries of width {{ embed_dim }} |
-| Tokenizer | {{ vqgan_parameters }} parameters, fingerprint `{{ fingerprint }}` |
-| Prior | {{ prior_parameters }} parameters |
-| Prompt | {{ prompt }} |
-{% if class_names %}
-Classes: {{ class_names }}
-{% endif %}"""
+pipe = VQGANPipeline.from_pretrained("{name}")
+images = pipe.generate({arguments}).images{meaning}
+images[0].save("image.png")
+```""",
+    ]
 
 
-def model_card(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout, name: str) -> str:
-    """The text of the card: facts about a pipeline, and code that loads it by `name`."""
-    config = vqgan.config
-    classes = layout.num_classes
-    shown = ", ".join(" ".join(name.split()) for name in layout.class_names[:50]) + (", …" if classes > 50 else "")
-    card = ModelCard.from_template(
-        ModelCardData(
-            library_name="tessella",
-            pipeline_tag="unconditional-image-generation",
-            tags=["vqgan", "image-generation", "autoregressive", "tessella"],
-        ),
-        template_str=TEMPLATE,
-        name=name,
-        title="Class-conditional image generator" if classes else "Image generator",
-        size=config.image_size,
-        colour="gray" if config.in_channels == 1 else "colour",
-        length=layout.length,
-        num_codes=layout.num_codes,
-        model_type=prior.config.model_type,
-        example="class_labels=[0], num_images_per_label=4, guidance_scale=1.5" if classes else "num_images=4",
-        grid=f"{layout.grid[0]}×{layout.grid[1]}",
-        factor=layout.downsampling_factor,
-        embed_dim=config.embed_dim,
-        vqgan_parameters=f"{vqgan.num_parameters():,}",
-        prior_parameters=f"{prior.num_parameters():,}",
-        fingerprint=layout.tokenizer_fingerprint,
-        prompt=(
-            f"class c is token {layout.num_codes} + c; no class is token {layout.null_token}"
-            if classes
-            else f"always token {layout.null_token}"
-        ),
-        class_names=shown,
-    )
-    return str(card)
+def _use_without(folder: Path, name: str, layout: TokenLayout) -> list[str]:
+    first, what = prompt(folder, layout)
+    height, width = layout.grid
+    return [
+        "Without this package: transformers loads the prior without other code. The tokenizer brings its own Python "
+        "files, which `trust_remote_code=True` runs, so read them first.",
+        WITHOUT_PACKAGE,
+        f"""```python
+import torch
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM
+
+prior = AutoModelForCausalLM.from_pretrained("{name}", subfolder="prior")
+vqgan = AutoModel.from_pretrained("{name}", subfolder="vqgan", trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained("{name}", subfolder="vqgan", trust_remote_code=True)
+prompt = torch.full((4, 1), {first})  # {what}, four times
+codes = prior.generate(prompt, do_sample=True)[:, 1:].view(4, {height}, {width})
+images = processor.postprocess(vqgan.decode_codes(codes))
+images[0].save("image.png")
+```""",
+    ]
+
+
+def _details(folder: Path, config: VQGANConfig, layout: TokenLayout) -> list[tuple[str, str]]:
+    rows = [*tokenizer_rows(config, folder / "vqgan"), ("Prior", f"{num_parameters(folder / 'prior'):,} parameters")]
+    return rows + [row for row in prior_rows(layout) if row[0] == "Prompt"]
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    path = folder / FACTS_FOLDER / METRICS_NAME
+    return read_json(path) if path.is_file() else {}
+
+
+def _index(folder: Path, name: str) -> dict[str, Any]:
+    """The fields of the metadata that hold metrics."""
+    metrics = _metrics(folder)
+    shown = {key: metrics[key] for key in MEANINGS if key in metrics and not key.endswith("_real")}
+    if not shown:
+        return {}
+    data = str(metrics.get("data") or "unknown")
+    dataset_id = data if metrics.get("on_hub") and REPO_ID.fullmatch(data) else None
+    return {"model_name": name.split("/")[-1], "eval_results": measured(TASK, data, dataset_id, shown)}
+
+
+def _evaluation(folder: Path) -> str:
+    metrics = _metrics(folder)
+    rows = [(f"`{key}`", f"{metrics[key]:.4g}", text) for key, text in MEANINGS.items() if metrics.get(key) is not None]
+    shown = picture(folder, RECONSTRUCTIONS_NAME, "Images and their reconstructions", CAPTION)
+    if not rows:
+        return part("evaluation", "## Reconstructions" if shown else "", shown)
+    guidance = metrics.get("guidance_scale")
+    sampled = f"{metrics.get('num_samples', 0):,} generated images" + (f", guidance {guidance}" if guidance else "")
+    text = f"{sampled}, compared with held-out images of {cell(metrics.get('data') or 'the data set')}."
+    return part("evaluation", "## Evaluation", text, table(rows, ("metric", "value", "meaning")), shown)

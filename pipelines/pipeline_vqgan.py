@@ -58,6 +58,7 @@ class VQGANPipeline:
         self.vqgan, self.prior = vqgan.eval(), prior.eval()
         self.image_processor, self.layout = image_processor, layout
         self._sampler = CodeSampler(layout)
+        self._origin: Path | None = None  # the folder that it was loaded from
 
     # ------------------------------------------------------------------ components and devices
 
@@ -256,6 +257,8 @@ class VQGANPipeline:
     ) -> None:
         """Saves the pipeline as a folder that `from_pretrained` loads and that the Hub accepts unchanged.
 
+        What you have written in its README.md stays.
+
         Args:
             save_directory: created if it does not exist. Adapters of the prior are merged into the saved copy.
             push_to_hub: upload the pipeline too.
@@ -264,8 +267,8 @@ class VQGANPipeline:
             janus: also save the tokenizer as a `JanusVQVAE` of transformers, in the subfolder "janus".
 
         Raises:
-            ValueError: the prior has adapters that cannot be merged, an argument has another type, or a `JanusVQVAE`
-                cannot hold the tokenizer.
+            ValueError: the prior has adapters that cannot be merged, an argument has another type, the folder holds
+                something else than a pipeline, or a `JanusVQVAE` cannot hold the tokenizer.
         """
         instance("save_directory", save_directory, (str, Path), "a path")
         instance("push_to_hub", push_to_hub, bool, "True or False")
@@ -273,7 +276,8 @@ class VQGANPipeline:
         repo_id = Path(save_directory).name if repo_id is None else repo_id
         if push_to_hub:
             require_upload(repo_id, None, "-", {})
-        hub.save(save_directory, **self.components, janus=janus, **shard_size(max_shard_size))
+        save: dict[str, Any] = {"janus": janus, "origin": self._origin, **shard_size(max_shard_size)}
+        hub.save(save_directory, **self.components, **save)
         if push_to_hub:
             self.push_to_hub(repo_id, janus=janus)
 
@@ -292,7 +296,8 @@ class VQGANPipeline:
             private: whether to create the repository as private.
             commit_message: message of the upload's commit.
             janus: also upload the tokenizer as a `JanusVQVAE`; see `save_pretrained`.
-            **kwargs: `token`, `revision` and other options of `huggingface_hub.HfApi.upload_folder`.
+            **kwargs: `token`, `revision` and other options of `huggingface_hub.HfApi.create_commit`. `license` is an
+                identifier of the Hub, such as "apache-2.0", for the model card.
 
         Returns:
             URL of the commit.
@@ -304,7 +309,8 @@ class VQGANPipeline:
         """
         require_upload(repo_id, private, commit_message, kwargs)
         instance("janus", janus, bool, "True or False")
-        return hub.push(repo_id, self.components, private, commit_message, janus, **kwargs)
+        options = {"commit_message": commit_message, **kwargs}
+        return hub.push(repo_id, self.components, private, janus, self._origin, **options)
 
     @classmethod
     def from_pretrained(
@@ -351,6 +357,7 @@ class VQGANPipeline:
         where = require_device(device, device_map)
         folder = hub.find(pretrained_model_name_or_path, subfolder, **download)
         pipeline = cls(**hub.load(folder, dtype, attn_implementation, trust_remote_code))
+        pipeline._origin = folder
         return pipeline if where is None else pipeline.to(where)
 
     # ------------------------------------------------------------------ helpers

@@ -119,6 +119,11 @@ class CodeStore:
         """The rows of a split, "train" or "validation"."""
         return self._splits[name]
 
+    def images_per_class(self) -> list[int]:
+        """The number of training images of each class; empty without classes."""
+        views = int(self.manifest["origin"]["num_views"])
+        return [int(rows) // views for rows in self.split("train").rows_per_class()]
+
     def _check_files(self) -> None:
         """Compares the names of the shards with the manifest."""
         listed = {path.name for split in self._splits.values() for path in split.paths}
@@ -179,6 +184,14 @@ class CodeSplit:
             if labels is not None and shard_labels is not None:
                 labels[places] = shard_labels[offsets[places]]
         return codes, labels
+
+    def rows_per_class(self) -> np.ndarray:
+        """The number of rows of each class, int64 `(C,)`."""
+        counts = np.zeros(self.layout.num_classes, np.int64)
+        for _, labels in self._shards:
+            if labels is not None:
+                counts += np.bincount(labels, minlength=len(counts))
+        return counts
 
     def check(self, checksums: Sequence[str]) -> None:
         """Reads all codes and labels, and compares them with the checksum of each shard and the ranges of the layout.

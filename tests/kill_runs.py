@@ -9,17 +9,13 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
-from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -67,30 +63,6 @@ def run_stage2_longer(folder: Path) -> None:
     run_stage2(folder, max_steps=32, allow_config_changes=True)
 
 
-def run_push(folder: Path) -> None:
-    """Uploads the finished run of `run_stage1` to the folder `hub`. A commit shows all of its files at once."""
-
-    def upload(api: Any, repo_id: str, folder_path: str, **options: Any) -> str:
-        shutil.rmtree(folder / "incoming", ignore_errors=True)
-        (folder / "incoming").mkdir()
-        for path in sorted(Path(folder_path).iterdir()):
-            receive(path, folder / "incoming" / path.name)
-        shutil.rmtree(folder / "hub", ignore_errors=True)
-        (folder / "incoming").rename(folder / "hub")
-        return "commit"
-
-    def create(api: Any, repo_id: str, **options: Any) -> SimpleNamespace:
-        return SimpleNamespace(repo_id=repo_id)
-
-    with patch.multiple(HfApi, upload_folder=upload, create_repo=create):
-        run_stage1(folder, push_to_hub=True, hub_model_id="somebody/model")
-
-
-def receive(source: Path, target: Path) -> None:
-    """Stands for the transfer of one file."""
-    shutil.copyfile(source, target)
-
-
 def run_tokenize(folder: Path) -> None:
     """Writes a code store of several shards."""
     tokenization.tokenize(process_runs.stage2_config(folder, **COMMON, tokenize_batch_size=64))
@@ -123,7 +95,6 @@ POINTS = {
     "step": [(VQGANTrainer, "_update"), (stage2.PriorTrainer, "training_step")],  # before or after the optimizer step
     "write": [(os, "fsync"), (checkpoints.Path, "rename")],  # a checkpoint is partly on the disk
     "save": [(states, "save_file")],  # the files of a checkpoint are partly written
-    "upload": [(sys.modules[__name__], "receive")],
     "shard": [(tokenization, "write_shard"), (os, "replace")],
     # a model is partly written, or its files have partly replaced those of an older one
     "final": [
@@ -156,7 +127,7 @@ def _child(name: str, folder: Path, point: str | None, count: float, pause: floa
             setattr(owner, function, _counting(getattr(owner, function), left, pause))
     exit_code = 0
     try:
-        main = CHANGED[name.removesuffix("/changed")] if name.endswith("/changed") else {**RUNS, "push": run_push}[name]
+        main = CHANGED[name.removesuffix("/changed")] if name.endswith("/changed") else RUNS[name]
         command_line.run(Nothing, lambda _: main(folder), name, [])
     except SystemExit as error:
         exit_code = int(error.code or 0)
@@ -189,7 +160,7 @@ def run(
     """Runs until the end or until it is killed; returns the exit code (-9 if it was killed).
 
     Args:
-        name: a name in RUNS, "push", or one in CHANGED with "/changed" behind it.
+        name: a name in RUNS, or one in CHANGED with "/changed" behind it.
         folder: where the results of all stages lie.
         point, count: where the run is killed.
         largest_file: bytes; writing more into one file fails.

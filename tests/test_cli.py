@@ -105,6 +105,7 @@ MISTAKES = {
     "generation": ("pipelines.generate", "runs/x --temperatur 3", "did you mean 'temperature'?"),
     "pictures of images": ("pipelines.reconstruct", "runs/x --imges y", "did you mean 'images'?"),
     "demo app": ("pipelines.app", "runs/x --prot 1", "did you mean 'port'?"),
+    "upload": ("pipelines.push", "runs/x --hub_modle_id me/x", "did you mean 'hub_model_id'?"),
     "evaluation": ("pipelines.evaluate", "digits/evaluate --guidance 3", "did you mean 'guidance_scale'?"),
 }
 
@@ -112,7 +113,7 @@ MISTAKES = {
 @pytest.mark.parametrize("module", sorted({module for module, _, _ in MISTAKES.values()}))
 def test_help_imports_nothing_heavy(module, tmp_path):
     done = python(["-c", QUICK_ANSWERS, module, "--help"], tmp_path)
-    assert re.search(rf"-m {module} (\[CONFIG\]|PIPELINE|MODEL) \[--key", done.stdout)
+    assert re.search(rf"-m {module} (\[CONFIG\]|PIPELINE|MODEL|FOLDER) \[--key", done.stdout)
     assert done.stdout.endswith("heavy modules []\n"), done.stderr
 
 

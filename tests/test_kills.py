@@ -73,26 +73,6 @@ def test_a_killed_save_leaves_the_old_or_the_new_model(count, undisturbed, chang
 
 
 @pytest.mark.slow
-def test_a_killed_upload_is_repeated_by_the_same_command(undisturbed, tmp_path):
-    def hub(folder):
-        return {path.name: path.read_bytes() for path in (folder / "hub").iterdir()}
-
-    whole = shutil.copytree(undisturbed, tmp_path / "whole")
-    assert kill_runs.run("push", whole) == 0, (whole / "log.txt").read_text()[-3000:]
-    expected = hub(whole)
-    assert {"config.json", "model.safetensors", "checksums.json"} <= expected.keys()
-    for count in range(1, len(expected) + 1, 2):
-        folder = shutil.copytree(undisturbed, tmp_path / str(count))
-        assert kill_runs.run("push", folder, "upload", count) == -9
-        assert not (folder / "hub").exists()
-        assert kill_runs.weights("stage1", folder) == kill_runs.weights("stage1", undisturbed)
-        assert kill_runs.run("push", folder) == 0
-        found = hub(folder)
-        assert found.keys() == expected.keys()
-        assert [name for name in found if found[name] != expected[name] and name != "config.yaml"] == []
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FINAL)
 def test_thirty_kills_of_final_saves(name, undisturbed, changed, tmp_path):
     old, new, rng = kill_runs.weights(name, undisturbed), changed(name), random.Random(name)

@@ -25,6 +25,7 @@ from pipelines.app import AppConfig
 from pipelines.build import BuildConfig
 from pipelines.evaluate import EvaluationConfig
 from pipelines.generate import GenerateConfig
+from pipelines.push import PushConfig
 from pipelines.reconstruct import ReconstructConfig
 from stage1_vqgan import Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.convert.config import ConvertConfig
@@ -55,6 +56,7 @@ CONFIGS = {
     "tessella.run": RunConfig,
     "pipelines.generate": GenerateConfig,
     "pipelines.reconstruct": ReconstructConfig,
+    "pipelines.push": PushConfig,
 }
 # Sections whose keys are those of other classes.
 FREE_SECTIONS = {

@@ -1,6 +1,7 @@
-"""The files of an evaluation: metrics.json, which also records the inputs, and the two pictures."""
+"""The files of an evaluation: metrics.json, which also records the inputs, two pictures, and the pipeline's card."""
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import torch
 from torch import Tensor
 
 from configs import ConfigError, Problem
-from configs.files import read_json, write_png
+from configs.card import FACTS_FOLDER, write_card
+from configs.files import make_folder, read_json, write_json, write_png
 from configs.problems import shown
 from configs.sections import NonNegativeFloat
+from configs.uploads import REPO_ID, public_name
 from configs.values import read_value
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.real_images import RealImages
+from pipelines.model_card import MEANINGS, PLACEHOLDER, model_card
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import labelled_grid, reconstruction_grid, spread
 
@@ -58,6 +62,26 @@ def save_pictures(config: EvaluationConfig, pipeline: VQGANPipeline, samples: Te
     with torch.no_grad():
         reconstructions = pipeline.vqgan(originals.to(pipeline.device)).reconstruction.cpu()
     write_png(folder / RECONSTRUCTIONS_NAME, reconstruction_grid(to_images(originals), to_images(reconstructions)))
+
+
+def update_card(config: EvaluationConfig, metrics: dict[str, Any]) -> None:
+    """Shows metrics and pictures in the card of the evaluated pipeline, if it is a folder in which we may write."""
+    folder, name = Path(config.pipeline), config.data.dataset
+    if not folder.is_dir():
+        return
+    shown = {key: metrics[key] for key in (*MEANINGS, "num_samples") if key in metrics}
+    on_hub = bool(REPO_ID.fullmatch(name)) and public_name(name) == name
+    shown |= {"guidance_scale": config.guidance_scale, "data": public_name(name), "on_hub": on_hub}
+    try:
+        target = make_folder(folder / FACTS_FOLDER)
+        for picture in (SAMPLES_NAME, RECONSTRUCTIONS_NAME):
+            shutil.copyfile(Path(config.output_dir) / picture, target / picture)
+        write_json(target / METRICS_NAME, shown)
+        write_card(folder, lambda license: model_card(folder, PLACEHOLDER, license))
+    except OSError as error:
+        print(f"the card of {folder} does not show the metrics: {error}")
+    else:
+        print(f"{folder / 'README.md'} shows the metrics; `tessella push {folder} --hub_model_id NAME` uploads it")
 
 
 def weights_hash(pipeline: VQGANPipeline) -> str:

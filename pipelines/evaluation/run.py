@@ -24,7 +24,14 @@ from pipelines.evaluation.classifiers import Classifier, ResNetClassifier, Suppo
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.metrics import area_features, frechet_distances, nearest_distance
 from pipelines.evaluation.real_images import RealImages, read_real_images
-from pipelines.evaluation.report import METRICS_NAME, recorded_seconds, save_pictures, saved_metrics, weights_hash
+from pipelines.evaluation.report import (
+    METRICS_NAME,
+    recorded_seconds,
+    save_pictures,
+    saved_metrics,
+    update_card,
+    weights_hash,
+)
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import load_images
 from stage1_vqgan.reconstruction import evaluate_reconstruction
@@ -56,6 +63,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         (folder / METRICS_NAME).unlink(missing_ok=True)  # those of other settings must not stand beside new pictures
         save_pictures(config, pipeline, samples, validation)
         write_json(folder / METRICS_NAME, metrics)
+    update_card(config, metrics)
     print(json.dumps({name: value for name, value in metrics.items() if name != "inputs"}, indent=2))
     return metrics
 

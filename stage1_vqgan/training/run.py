@@ -23,6 +23,7 @@ from stage1_vqgan.data.samplers import some_images, training_sampler
 from stage1_vqgan.data.skipped import SkippedImages
 from stage1_vqgan.data.sources import load_images
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
+from stage1_vqgan.model_card import export_tokenizer
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pictures import reconstruction_grid
 from stage1_vqgan.pretrained import load_vqgan
@@ -57,7 +58,7 @@ def train(config: Stage1Config) -> VQGANModel:
     accelerator = build_accelerator(config)
     with (
         watched_for_stalls(config.ddp_timeout),
-        RunFolder(config, accelerator.is_main_process) as run,
+        RunFolder(config, accelerator.is_main_process, export_tokenizer) as run,
         StopRequest() as request,
     ):
         if run.report_if_finished():

@@ -27,6 +27,7 @@ OWN_KEYS = {
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
+    "license",
 }
 
 

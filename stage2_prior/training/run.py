@@ -105,7 +105,7 @@ class Training:
         self, run: RunFolder, request: StopRequest, arguments: TrainingArguments, store: CodeStore, layout: TokenLayout
     ):
         config: Stage2Config = run.config
-        self.config, self.run, self.layout = config, run, layout
+        self.config, self.run, self.layout, self.store = config, run, layout, store
         set_seed(config.seed)
         self.callback = RunCallback(run, request)
         self.average, self.best = WeightAverage(config.average_decay, config.ema_decay > 0), BestWeights(run.path)
@@ -182,7 +182,12 @@ class Training:
                 self.layout.save_pretrained(folder)
         if trainer.is_world_process_zero():
             step, loss = evaluation["step"], evaluation["eval_loss"]
-            results = {"model_step": step, "eval_loss": loss, "bits_per_pixel": bits_per_pixel(loss, self.layout)}
+            results = {
+                "model_step": step,
+                "eval_loss": loss,
+                "bits_per_pixel": bits_per_pixel(loss, self.layout),
+                "images_per_class": self.store.images_per_class(),
+            }
             if is_exhausted(history, patience):
                 results["early_stopping_patience"] = patience
                 print(f"stopped at step {trainer.state.global_step}: no lower loss in the last {patience} evaluations")

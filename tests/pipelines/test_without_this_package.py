@@ -23,7 +23,7 @@ from pipelines.build import BuildConfig, build
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import TokenLayout
 from tests.devices import DEVICE
-from tests.uploads import Hub
+from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -179,13 +179,13 @@ def test_what_a_download_of_the_pipeline_takes(carrying, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "cache/janus").iterdir()] == ["checksums.json"]
 
 
-def test_a_push_holds_it_only_on_request(carrying, tmp_path, monkeypatch):
-    repositories = Hub(tmp_path)
-    repositories.install(monkeypatch)
+def test_a_push_holds_it_only_on_request(carrying, monkeypatch):
     found = []
-    for options in ({"janus": True}, {}):
-        carrying.push_to_hub("me/mine", **options)
-        found.append([name for name in repositories.names("me/mine") if name.startswith("janus/")])
+    with HubServer() as repositories:
+        repositories.use(monkeypatch)
+        for options in ({"janus": True}, {}):
+            carrying.push_to_hub("me/mine", token=repositories.token, **options)
+            found.append([name for name in repositories.names("me/mine") if name.startswith("janus/")])
     assert sorted(found[0]) == ["janus/checksums.json", "janus/config.json", "janus/model.safetensors"]
     assert found[1] == []
 

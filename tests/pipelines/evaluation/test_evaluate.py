@@ -1,12 +1,15 @@
 """The evaluation of a whole pipeline, and reading the real images."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -22,7 +25,7 @@ from tests.image_files import picture, write_parquet
 @pytest.fixture
 def config(tiny_runs, tmp_path) -> EvaluationConfig:
     values = {
-        "pipeline": str(tiny_runs.pipeline),
+        "pipeline": str(shutil.copytree(tiny_runs.pipeline, tmp_path / "pipeline")),
         "output_dir": str(tmp_path / "evaluation"),
         "data": {"dataset": "digits"},
         "samples_per_class": 5,
@@ -63,6 +66,15 @@ def test_evaluation_of_a_pipeline(config, tiny_runs, tmp_path):
     samples, reconstructions = (Image.open(folder / f"{name}.png") for name in ("samples", "reconstructions"))
     assert samples.height == 10 * tile + 2 and samples.width > 3 * tile + 2  # labels stand on the left
     assert reconstructions.height == 2 * (64 + 2) + 2 and reconstructions.width > 16 * (64 + 2) + 2
+
+    pipeline = Path(config.pipeline)
+    card = ModelCard.load(pipeline / "README.md")
+    shown = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert shown == pytest.approx({name: metrics[name] for name in shown}, abs=1e-6) and len(shown) == 8
+    assert f"| `class_accuracy_real` | {metrics['class_accuracy_real']:.4g} |" in card.text
+    for name in ("samples.png", "reconstructions.png"):
+        assert f"(card/{name})" in card.text
+        assert (pipeline / "card" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_an_evaluation_is_not_made_twice(config, tmp_path):

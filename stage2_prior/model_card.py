@@ -1,0 +1,139 @@
+"""The card of a prior that is uploaded alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.card import (
+    card_metadata,
+    cell,
+    comment,
+    install_block,
+    license_part,
+    part,
+    picture,
+    read_facts,
+    table,
+    training_part,
+    with_front_matter,
+)
+from configs.files import read_json
+from configs.loss_curves import Panel
+from configs.model_folder import ADAPTER_CONFIG_NAME
+from configs.run_facts import dataset_ids
+from stage2_prior.vocabulary import FILE_NAME, TokenLayout
+
+PANELS = [Panel("Cross-entropy of a code (nats)", {"loss": "training", "eval_loss": "validation"})]
+PICTURES = {"samples": "samples.png"}
+TASK = "unconditional-image-generation"  # the Hub knows no task for classes
+SHOWN_CLASSES = 1000
+
+
+def prior_card(folder: Path, name: str, license: str) -> str:
+    """A new card for the prior in a folder.
+
+    Args:
+        folder: holds the model, its token layout and the facts of its run.
+        name: folder or Hub id in the examples.
+        license: an identifier of the Hub.
+    """
+    layout = TokenLayout.from_pretrained(folder)
+    metadata: dict[str, Any] = {"pipeline_tag": TASK}
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        metadata["base_model"] = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    body = [
+        "# Prior over the codes of images",
+        part("pictures", picture(folder, PICTURES["samples"], "Generated images", "Images of its codes.")),
+        part("use", summary(layout), *use_blocks(folder, layout, name)),
+        part("details", "## Details", table(detail_rows(layout)), *class_blocks(folder, layout)),
+        training_part(folder),
+        license_part(license),
+        f"## Limits\n\n{LIMITS}",
+    ]
+    tags = ["autoregressive", "image-generation"]
+    return with_front_matter(
+        card_metadata(license, dataset_ids(folder), tags, **metadata), "\n" + "\n\n".join(body) + "\n"
+    )
+
+
+LIMITS = (
+    "The prior writes codes of images like those that it was trained on. It may repeat parts of them. The codes mean "
+    "something only to the tokenizer with the fingerprint above."
+)
+
+
+def summary(layout: TokenLayout) -> str:
+    """One paragraph: what the prior does."""
+    return (
+        f"A causal language model that writes images as {layout.length} codes out of {layout.num_codes:,}. A tokenizer "
+        f"with the fingerprint `{layout.tokenizer_fingerprint}` turns them into pixels."
+    )
+
+
+def prompt(folder: Path, layout: TokenLayout) -> tuple[int, str]:
+    """The token of an example's prompt, and what it means."""
+    if not layout.num_classes:
+        return layout.null_token, "the only prompt"
+    number = example_class(folder, layout)
+    return layout.num_codes + number, f"class {number}, {comment(layout.class_names[number])}"
+
+
+def use_blocks(folder: Path, layout: TokenLayout, name: str) -> list[str]:
+    """Examples with transformers alone, and with this package."""
+    first, what = prompt(folder, layout)
+    height, width = layout.grid
+    return [
+        "## Use",
+        "It is an ordinary causal language model. transformers loads it without other code:",
+        f"""```python
+import torch
+from transformers import AutoModelForCausalLM
+
+prior = AutoModelForCausalLM.from_pretrained("{name}")
+prompt = torch.full((4, 1), {first})  # {what}, four times
+codes = prior.generate(prompt, do_sample=True)[:, 1:].view(4, {height}, {width})
+```""",
+        "tessella joins it with its tokenizer:",
+        install_block(),
+        f"""```bash
+hf download {name} --local-dir prior
+python -m pipelines.build --tokenizer TOKENIZER --prior prior --output_dir pipeline
+```""",
+    ]
+
+
+def detail_rows(layout: TokenLayout) -> list[tuple[str, str]]:
+    """Rows for a table of facts."""
+    prompt = f"always token {layout.null_token}"
+    if layout.num_classes:
+        prompt = f"class c is token {layout.num_codes} + c"
+        prompt += f"; no class is token {layout.null_token}" if layout.has_null else ""
+    return [("Code grid", f"{layout.grid[0]}×{layout.grid[1]} codes"), ("Prompt", prompt), ("Layout", f"`{FILE_NAME}`")]
+
+
+def class_blocks(folder: Path, layout: TokenLayout) -> list[str]:
+    """A table of the classes: id, name and, if the facts hold it, the number of images."""
+    if not layout.num_classes:
+        return []
+    return ["### Classes", class_table(layout.class_names, read_facts(folder).get("images_per_class"))]
+
+
+def example_class(folder: Path, layout: TokenLayout) -> int:
+    """The id of a class that examples use: the first one with images."""
+    counts = read_facts(folder).get("images_per_class") or [1]
+    return next((number for number, count in enumerate(counts[: layout.num_classes]) if count), 0)
+
+
+def class_table(names: Sequence[str], counts: Sequence[int] | None) -> str:
+    """A table of class ids, names and numbers of training images."""
+    rows = [(number, cell(name)) for number, name in enumerate(names[:SHOWN_CLASSES])]
+    if counts is None or len(counts) != len(names):
+        text = table(rows, ("id", "name"))
+    else:
+        text = table(
+            [(*row, f"{count:,}") for row, count in zip(rows, counts, strict=False)], ("id", "name", "training images")
+        )
+    hidden = len(names) - SHOWN_CLASSES
+    more = f"\n\n{hidden:,} more classes are in the token layout." if hidden > 0 else ""
+    tag = "<details open>" if len(names) <= 20 else "<details>"
+    return f"{tag}<summary>{len(names):,} classes</summary>\n\n{text}{more}\n\n</details>"
