@@ -9,9 +9,11 @@ A sequence is `[condition] + codes in raster order`.
 """
 
 import json
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +39,7 @@ FILE_NAME = "token_layout.json"
 PAD_TO_MULTIPLE_OF = 64
 
 Count = Annotated[int, Ge(1)]
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class TokenLayout:
         instance("has_null", self.has_null, bool, "True or False")
         plain = {
             "num_codes": whole("num_codes", self.num_codes, most=LARGEST),
-            "class_names": tuple(self.class_names),
+            "class_names": tuple(map(one_form, self.class_names)),
             "grid": tuple(whole("grid", side, most=LARGEST) for side in self.grid),
             "downsampling_factor": whole("downsampling_factor", self.downsampling_factor, most=LARGEST),
         }
@@ -120,10 +123,10 @@ class TokenLayout:
             raise ValueError(f"class_labels: received {described(labels)}; must be a list of ids or names")
         ids = []
         for label in labels:
-            if isinstance(label, str) and label in self.class_names:
-                ids.append(self.class_names.index(label))
+            if isinstance(label, str) and one_form(label) in self._ids:
+                ids.append(self._ids[one_form(label)])
             elif is_number(label, Integral) and 0 <= int(label) < self.num_classes:
-                ids.append(int(label))
+                ids.append(self._id_of_number(int(label)))
             elif self.num_classes == 0:
                 raise ValueError("class_labels: this prior is unconditional; use num_images instead")
             else:
@@ -131,6 +134,25 @@ class TokenLayout:
                 allowed = f"allowed are ids 0 to {self.num_classes - 1} or names: {names}"
                 raise ValueError(f"class_labels: received {described(label)}; {allowed}")
         return torch.tensor(ids, dtype=torch.int64)
+
+    def _id_of_number(self, number: int) -> int:
+        """The number, if it is an id and no name of another class.
+
+        Raises:
+            ValueError: another class has this number as its name.
+        """
+        for other, name in enumerate(self.class_names):
+            if other != number and WHOLE_NUMBER.fullmatch(name) and int(name) == number:
+                raise ValueError(
+                    f"class_labels: received {number}, which has two readings: class {name!r} (id {other}), and id "
+                    f"{number} (class {self.class_names[number]!r}); write the name as text, {name!r} or "
+                    f"{self.class_names[number]!r}"
+                )
+        return number
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {name: number for number, name in reversed(list(enumerate(self.class_names)))}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values for JSON. `tokens` lists the ranges of tokens in order."""
@@ -215,6 +237,11 @@ class TokenLayout:
                     f"token_layout.{field}: received {getattr(self, field)}, but the tokenizer has {value}; "
                     "restore the layout that was saved with the prior"
                 )
+
+
+def one_form(name: str) -> str:
+    """A class name in Unicode's composed form (NFC). Folders of a Mac name the same letters by other characters."""
+    return unicodedata.normalize("NFC", name)
 
 
 @cache

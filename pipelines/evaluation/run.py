@@ -115,7 +115,7 @@ def generate_samples(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple
         out = pipeline.generate(num_images=config.samples_per_class, generator=generator, output_type="pt")
         return out.images.cpu() * 2 - 1, None
     out = pipeline.generate(
-        class_labels=list(classes),
+        class_labels=pipeline.class_names,
         num_images_per_label=config.samples_per_class,
         guidance_scale=config.guidance_scale,
         generator=generator,

@@ -1,12 +1,13 @@
 """Finds the columns of a split that hold images and labels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import EncodedImage
 
-WEBDATASET_LABEL = "cls"
+# Columns that are labels by their names, if no column is declared as one: of a table, and of a tar.
+LABEL_NAMES = ("label", "cls")
 NO_LABELS = "set data.use_labels to false to train without labels"
 
 
@@ -48,7 +49,7 @@ def encoded(item: dict[str, Any] | None, number: int, opens_paths: bool) -> Enco
     return EncodedImage(path or f"image {number}", path if content is None else content)
 
 
-def allowed_labels(names: list[str] | None) -> str:
+def allowed_labels(names: Sequence[str] | None) -> str:
     """The allowed values of a label column, in words; `names` are the class names of a `ClassLabel`."""
     numbers = "class numbers from 0 up, or class names"
     if names is not None:
@@ -84,7 +85,9 @@ def _label_column(config: DataConfig, features: Mapping[str, Any]) -> str | None
     found = [name for name in names if isinstance(features[name], ClassLabel)]
     if config.label_column is None and len(found) > 1:
         raise data_problem("label_column", f"several columns hold class labels; name one: {', '.join(found)}")
-    column = config.label_column or next(iter(found), WEBDATASET_LABEL if WEBDATASET_LABEL in names else None)
-    if column is not None and column not in names:
+    known = [name for name in names if name in LABEL_NAMES or name.endswith(".cls")]
+    column = config.label_column or next(iter(found or known), None)
+    is_key = column is not None and column.startswith("json.") and "json" in names
+    if column is not None and column not in names and not is_key:
         raise data_problem("label_column", f"received {column!r}; the columns are {', '.join(names)}")
     return column

@@ -156,6 +156,13 @@ def readable_formats() -> list[str]:
     return [name for name in Image.ID if name in Image.OPEN and name not in REFUSED_FORMATS]
 
 
+@cache
+def readable_extensions() -> set[str]:
+    """Extensions of these formats, such as ".png"."""
+    formats = readable_formats()
+    return {extension for extension, name in Image.registered_extensions().items() if name in formats}
+
+
 @contextmanager
 def _undecodable() -> Iterator[None]:
     """Turns every exception inside into an `UndecodableImage`."""

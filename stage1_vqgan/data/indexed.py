@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from stage1_vqgan.data.columns import NO_LABELS, allowed_labels, encoded, find_columns, undecoded
+from stage1_vqgan.data.columns import NO_LABELS, encoded, find_columns, undecoded
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import EncodedImage
+from stage1_vqgan.data.labels import JSON, json_column, read_labels
 
 
 @dataclass(frozen=True)
@@ -86,46 +87,7 @@ def _to_source(config: DataConfig, split: Any, names: list[str] | None = None) -
     image_column, label_column = find_columns(config, split.features)
     images = split.select_columns([image_column]).cast_column(image_column, undecoded())
     if label_column is None:
+        label_column = json_column(config, split.features, lambda: split.select_columns([JSON])[0][JSON])
+    if label_column is None:
         return ImageSource(images, None, None)
-    return ImageSource(images, *_labels(split, label_column, names))
-
-
-def _labels(split: Any, column: str, names: list[str] | None) -> tuple[np.ndarray, list[str]]:
-    """Labels, int64 `(n,)`, and class names. If `names` are given, the labels are renumbered to match them."""
-    from datasets import ClassLabel
-
-    feature = split.features[column]
-    own_names = feature.names if isinstance(feature, ClassLabel) else None
-    missing = split.data.column(column).null_count
-    if missing:
-        raise data_problem("label_column", f"{missing} of {len(split)} rows of {column!r} have no label; {NO_LABELS}")
-    values = np.asarray(split.with_format("numpy")[column][:])
-    if values.ndim != 1 or values.dtype.kind not in "iuUO":
-        raise data_problem("label_column", f"received {column!r}, which holds {feature}; {allowed_labels(own_names)}")
-    if values.dtype.kind in "UO":
-        own_names, values = np.unique(values.astype(str), return_inverse=True)
-        own_names = own_names.tolist()
-    top = len(own_names) if own_names is not None else np.iinfo(np.int64).max
-    if values.min() < 0 or values.max() >= top:
-        wrong = int(values.min()) if values.min() < 0 else int(values.max())
-        raise data_problem("label_column", f"{column!r} holds {wrong}; {allowed_labels(own_names)}")
-    values = values.astype(np.int64)
-    if names is None:
-        return values, own_names or [str(number) for number in range(int(values.max()) + 1)]
-    if own_names is not None and own_names != names:
-        used = {own_names[number] for number in np.unique(values)}
-        unknown = sorted(used - set(names))
-        if unknown:
-            message = f"the validation split has classes that the training split lacks: {_few(unknown)}"
-            raise data_problem("label_column", message)
-        values = np.array([names.index(name) if name in used else -1 for name in own_names])[values]
-    elif values.max() >= len(names):
-        raise data_problem(
-            "label_column",
-            f"the validation split has class {values.max()}, the training split only 0 to {len(names) - 1}",
-        )
-    return values, names
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return ImageSource(images, *read_labels(split, label_column, names))

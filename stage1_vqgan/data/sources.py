@@ -17,6 +17,7 @@ from PIL import Image
 from stage1_vqgan.data.config import DataConfig
 from stage1_vqgan.data.files import find_files
 from stage1_vqgan.data.indexed import ImageSource, image_sources
+from stage1_vqgan.data.labels import warn_of_classes
 from stage1_vqgan.data.splits import Split, open_files, open_hub
 from stage1_vqgan.data.streamed import ImageStream, image_streams
 
@@ -41,10 +42,12 @@ def load_images(config: DataConfig) -> tuple[Images, Images]:
     files = find_files(config)
     splits = open_hub(config) if files is None else open_files(config, files)
     pair = _read_splits(config, splits)
-    if files is not None and files.kind != "images":
+    if files is not None and files.kind not in ("images", "list"):
         pair = replace(pair[0], opens_paths=False), replace(pair[1], opens_paths=False)
     if config.use_labels and not pair[0].has_labels:
         logger.warning("%s has no class labels: the model will be unconditional", config.dataset)
+    elif isinstance(pair[0], ImageSource) and pair[0].labels is not None:
+        warn_of_classes(pair[0].labels, pair[0].class_names or [])
     return pair
 
 
