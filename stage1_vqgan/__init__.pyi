@@ -10,6 +10,7 @@ from .data.decoding import (
     decode as decode,
 )
 from .data.indexed import ImageSource as ImageSource
+from .data.labels import warn_of_empty_classes as warn_of_empty_classes
 from .data.loading import keyed_loader as keyed_loader
 from .data.samplers import TrainingSampler as TrainingSampler
 from .data.skipped import too_many_skipped as too_many_skipped

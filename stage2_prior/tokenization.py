@@ -6,9 +6,11 @@ write the manifest.
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
@@ -19,17 +21,19 @@ from configs.stalls import library_timeout, watched_for_stalls
 from stage1_vqgan import (
     ImageDataset,
     Images,
+    ImageStream,
     SkippedImage,
     VQGANImageProcessor,
     VQGANModel,
     load_images,
     load_tokenizer,
     too_many_skipped,
+    warn_of_empty_classes,
 )
 from stage2_prior.code_store import CodeStore, claim_folder, images_per_shard, shard_path
 from stage2_prior.encoding import encode_shard, split_into_shards
 from stage2_prior.manifest import MANIFEST_NAME, write_manifest
-from stage2_prior.shards import ShardNotes, read_notes, write_shard
+from stage2_prior.shards import ShardNotes, map_shard, read_notes, write_shard
 from stage2_prior.training.config import Stage2Config
 from stage2_prior.vocabulary import TokenLayout
 
@@ -74,6 +78,9 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
         skipped = [image for shard in notes[split] for image in shard.skipped]
         _check_skipped(config, split, skipped, sum(shard.images for shard in notes[split]))
     layout = _token_layout(model, _class_names(train, notes))
+    layout = replace(layout, class_counts=_class_counts(folder, layout, len(notes["train"]), config.num_views))
+    if isinstance(train, ImageStream) and not all(layout.class_counts):  # an indexed source has told it before
+        warn_of_empty_classes(layout.class_names, layout.class_counts)
 
     if processes.is_main_process:
         seconds = time.perf_counter() - started
@@ -161,6 +168,16 @@ def _class_names(train: Images, notes: dict[str, list[ShardNotes]]) -> list[str]
         message = f"the validation split has class {counts['validation'] - 1}, the training split only"
         raise ConfigError([Problem("data.label_column", f"{message} 0 to {counts['train'] - 1}")])
     return train.class_names or [str(number) for number in range(counts["train"])]
+
+
+def _class_counts(folder: Path, layout: TokenLayout, num_shards: int, num_views: int) -> tuple[int, ...]:
+    """Number of training images of each class."""
+    counts = np.zeros(layout.num_classes, dtype=np.int64)
+    for shard in range(num_shards):
+        labels = map_shard(shard_path(folder, "train", shard))[0].labels
+        if labels is not None:
+            counts += np.bincount(labels, minlength=layout.num_classes)
+    return tuple((counts // num_views).tolist())
 
 
 def _check_skipped(config: Stage2Config, split: str, skipped: list[SkippedImage], num_images: int) -> None:

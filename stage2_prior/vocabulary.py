@@ -12,7 +12,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from numbers import Integral
 from pathlib import Path
@@ -53,6 +53,8 @@ class TokenLayout:
         downsampling_factor: pixels of the image's side per code.
         tokenizer_fingerprint: fingerprint of the tokenizer that computed the codes.
         has_null: whether training includes the null token: the prior is unconditional, or has condition dropout.
+        class_counts: number of training images of each class; empty if it is unknown. A fact about the data, so layouts
+            with other counts are equal.
 
     Raises:
         ValueError: a field has another type, or a number is below 1.
@@ -64,6 +66,7 @@ class TokenLayout:
     downsampling_factor: Count
     tokenizer_fingerprint: str
     has_null: bool = True
+    class_counts: tuple[Annotated[int, Ge(0)], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         instance("class_names", self.class_names, (list, tuple), "a tuple of names")
@@ -74,11 +77,16 @@ class TokenLayout:
             raise ValueError(f"grid: received {described(self.grid)}; must be h and w, two whole numbers")
         instance("tokenizer_fingerprint", self.tokenizer_fingerprint, str, "text")
         instance("has_null", self.has_null, bool, "True or False")
+        instance("class_counts", self.class_counts, (list, tuple), "a tuple of numbers")
+        if len(self.class_counts) not in (0, len(self.class_names)):
+            counts = f"{len(self.class_counts)} numbers for {len(self.class_names)} classes"
+            raise ValueError(f"class_counts: received {counts}; must have one for each, or none")
         plain = {
             "num_codes": whole("num_codes", self.num_codes, most=LARGEST),
             "class_names": tuple(map(one_form, self.class_names)),
             "grid": tuple(whole("grid", side, most=LARGEST) for side in self.grid),
             "downsampling_factor": whole("downsampling_factor", self.downsampling_factor, most=LARGEST),
+            "class_counts": tuple(whole("class_counts", count, least=0, most=2**40) for count in self.class_counts),
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
@@ -231,10 +239,10 @@ class TokenLayout:
             "grid": (config.grid_size, config.grid_size),
             "downsampling_factor": config.downsampling_factor,
         }
-        for field, value in has.items():
-            if getattr(self, field) != value:
+        for name, value in has.items():
+            if getattr(self, name) != value:
                 raise ValueError(
-                    f"token_layout.{field}: received {getattr(self, field)}, but the tokenizer has {value}; "
+                    f"token_layout.{name}: received {getattr(self, name)}, but the tokenizer has {value}; "
                     "restore the layout that was saved with the prior"
                 )
 

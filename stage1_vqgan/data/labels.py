@@ -115,20 +115,24 @@ def warn_of_classes(labels: np.ndarray, names: Sequence[str]) -> None:
         names: names of the classes.
     """
     counts = np.bincount(labels, minlength=len(names))
-    empty = [name for name, count in zip(names, counts, strict=True) if not count]
-    if empty:
-        message = "%d of the %d classes have no training images, so the prior cannot learn them: %s"
-        logger.warning(message, len(empty), len(names), few(empty))
-    moved = [
-        f"{name!r} has the id {number}" for number, name in enumerate(names) if is_whole(name) and int(name) != number
-    ]
-    if moved:
-        logger.warning("class names that are numbers but not their ids, so ask for them by name: %s", few(moved))
-    if len(names) - len(empty) > max(10, len(labels) // 2):
+    warn_of_empty_classes(names, counts.tolist())
+    others = [f"{name} (id {id_})" for id_, name in enumerate(names) if is_whole(name) and int(name) != id_]
+    if others:
+        message = "the ids of these classes are not the numbers that name them, so ask for them by name: %s"
+        logger.warning(message, few(others))
+    if np.count_nonzero(counts) > max(10, len(labels) // 2):
         message = (
             "there are %d classes for %d training images; if the labels are captions, set data.use_labels to false"
         )
         logger.warning(message, len(names), len(labels))
+
+
+def warn_of_empty_classes(names: Sequence[str], counts: Sequence[int]) -> None:
+    """Warns of classes without training images; `counts` are the numbers of images."""
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    if empty:
+        message = "%d of the %d classes have no training images, so a prior cannot learn them: %s"
+        logger.warning(message, len(empty), len(names), few(empty))
 
 
 def few(names: Iterable[str]) -> str:

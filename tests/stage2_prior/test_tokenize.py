@@ -76,6 +76,8 @@ def test_manifest_says_what_the_codes_are(tiny_runs):
         "train": {"images": 1437, "rows": 2874, "shard_rows": [2874], "skipped": []},
         "validation": {"images": 360, "rows": 360, "shard_rows": [360], "skipped": []},
     }
+    train_labels = load_digits().target[np.arange(1797) % 5 != 0]
+    assert manifest["token_layout"]["class_counts"] == np.bincount(train_labels).tolist()
     assert manifest["origin"] == {
         "tokenizer_fingerprint": fingerprint,
         "data": tiny_runs.stage2.data.identity(),
@@ -274,5 +276,6 @@ def test_too_many_broken_images(packed, streaming):
 def test_labels_of_validation_beyond_training(packed, tmp_path, streaming):
     rows = {"picture": [picture(5)], "y": [3]}
     write_parquet(tmp_path / "data" / "val.parquet", rows, y=datasets.Value("int64"))
-    with pytest.raises(ConfigError, match=r"label_column: the validation split has class 3, the training .* 0 to 2"):
+    told = r"class 3, the training .* 0 to 2" if streaming else r"classes that the training split lacks: 3"
+    with pytest.raises(ConfigError, match=f"label_column: the validation split has {told}"):
         tokenize(packed("codes", streaming))
