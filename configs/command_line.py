@@ -24,11 +24,18 @@ T = TypeVar("T")
 
 # Errors of writing into a folder that exists.
 NO_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS}
+YAML_ENDINGS = (".yaml", ".yml")
 MAKE_SPACE = "What was saved before is intact. Make space, then start the same command again: it goes on from there"
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any], list[Problem]]:
+def parse_arguments(
+    arguments: Sequence[str], positional: str | None = None
+) -> tuple[str | None, dict[str, Any], list[Problem]]:
     """Splits command-line arguments and reads their values as YAML.
+
+    Args:
+        arguments: the words of the command line.
+        positional: key that the first argument sets if it follows no key; see `Section.positional`.
 
     Returns:
         The name of the YAML file or preset, `{dotted key: value}`, and the problems: an argument without a key, a key
@@ -44,10 +51,13 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            if name is None and len(rest) + 1 == len(arguments):
+            is_first = len(rest) + 1 == len(arguments)
+            if is_first and positional is not None and not argument.endswith(YAML_ENDINGS):
+                overrides[positional] = argument
+            elif is_first:
                 name = argument
             else:
-                reason = "follows no --key (only the first argument may be a config)"
+                reason = f"follows no --key (only the first argument may be a {positional or 'config'})"
                 problems.append(Problem("", f"{shown(argument)} {reason}"))
             continue
         key, equals, text = argument[2:].partition("=")
@@ -90,7 +100,7 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
     config = None
     try:
         with sigterm_raises():
-            config = load_config(cls, *parse_arguments(arguments))
+            config = load_config(cls, *parse_arguments(arguments, getattr(cls, "positional", None)))
             use_new_store()
             try:
                 with naming_full_disk(written_folder(config)):

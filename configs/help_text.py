@@ -17,15 +17,26 @@ Values are written as in YAML: --key 1e-4, --key true, --key null, --key '[a, b]
 CONFIG = """
 CONFIG is a YAML file{presets}.
 """
+POSITIONAL = """
+{name} is the value of --{key}. A YAML file in its place is a CONFIG, which sets any of the keys.
+"""
 
 
 def help_text(cls: type, command: str) -> str:
     """The whole text for a command that reads a `cls`."""
+    first, about = _first_argument(cls)
+    usage = USAGE.format(command=command, arguments=f"{first} [--key value ...]", config=about)
+    return "\n".join([usage, *describe(cls)])
+
+
+def _first_argument(cls: type) -> tuple[str, str]:
+    """The argument without a key, and what it means."""
+    key = getattr(cls, "positional", None)
+    if key is not None:
+        return key.upper(), POSITIONAL.format(name=key.upper(), key=key)
     keys = {key_of(field) for field in fields(cls)}  # type: ignore[arg-type]
     presets = [name for name in preset_names() if read_yaml(name)[0].keys() <= keys]
-    config = CONFIG.format(presets=", or one of these presets: " * bool(presets) + ", ".join(presets))
-    usage = USAGE.format(command=command, arguments="[CONFIG] [--key value ...]", config=config)
-    return "\n".join([usage, *describe(cls)])
+    return "[CONFIG]", CONFIG.format(presets=", or one of these presets: " * bool(presets) + ", ".join(presets))
 
 
 def describe(cls: type, prefix: str = "") -> list[str]:

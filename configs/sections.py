@@ -39,8 +39,11 @@ class Section:
 
     Attributes:
         refused: keys that a user may expect here, and why they do not exist.
+        positional: key that the first argument of the command sets if it follows no key and is no YAML file; None if
+            this argument names a YAML file or preset.
     """
 
+    positional: ClassVar[str | None] = None
     refused: ClassVar[dict[str, str]] = {}
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:

@@ -1,3 +1,4 @@
 """The pipeline: the prior samples codes, the tokenizer decodes them into images."""
 
-from .pipeline_vqgan import VQGANPipeline as VQGANPipeline, VQGANPipelineOutput as VQGANPipelineOutput
+from .outputs import VQGANPipelineOutput as VQGANPipelineOutput
+from .pipeline_vqgan import VQGANPipeline as VQGANPipeline

@@ -4,7 +4,6 @@ Shape letters: N images, h w code grid, L = h·w codes of an image, K codebook s
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from configs.arguments import choice, instance, whole
-from configs.randomness import draw_seeds
 from pipelines import hub
 from pipelines.arguments import (
     int64_codes,
@@ -27,25 +24,13 @@ from pipelines.arguments import (
     shard_size,
 )
 from pipelines.chunks import images_at_once
-from pipelines.requests import condition_tokens, require_conditions, require_memory
+from pipelines.outputs import VQGANPipelineOutput, pipeline_text
+from pipelines.requests import condition_tokens, image_seeds, require_conditions, require_memory
 from pipelines.sampling import CodeSampler
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, require_callback
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
-
-
-@dataclass
-class VQGANPipelineOutput(ModelOutput):
-    """Output of [`VQGANPipeline.generate`].
-
-    Attributes:
-        images: list of N PIL images; or float32 array `(N, H, W, C)` or tensor `(N, C, H, W)` in [0, 1]; or None.
-        codes: int64 `(N, h, w)`.
-    """
-
-    images: Any = None
-    codes: Tensor | None = None
 
 
 class VQGANPipeline:
@@ -96,6 +81,9 @@ class VQGANPipeline:
         """The dtype of the weights."""
         return self.prior.dtype
 
+    def __repr__(self) -> str:
+        return pipeline_text(self.vqgan, self.prior, self.layout)
+
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of their ids; empty for an unconditional pipeline."""
@@ -140,6 +128,7 @@ class VQGANPipeline:
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        seed: int | list[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         batch_size: int | None = None,
@@ -162,8 +151,12 @@ class VQGANPipeline:
             top_k: sample from the k most likely codes; 0 samples from all.
             top_p: sample from the most likely codes whose probabilities add up to top_p.
             min_p: exclude codes less than min_p times as likely as the most likely one.
-            generator: one generator, which draws a seed for each image, or a list with one generator for each image.
-                In float32, an image depends only on its seed, its label and the options, not on the other images.
+            seed: the seed of the first image; the next images have seed + 1, seed + 2, …. Or a list with the seed of
+                each image. In float32, an image depends only on its seed, its label and the options, not on the other
+                images. From 0 to 2**63 - 1.
+            generator: in place of seed: one generator, which draws a seed for each image, or a list with one generator
+                for each image. So seed=0 and a generator with manual_seed(0) make different images. Without seed and
+                generator, torch's global generator draws the seeds.
             output_type: "pil", "np" (N, H, W, C), "pt" (N, C, H, W), both in [0, 1], or "codes" (not decoded).
             batch_size: images sampled at once; by default as many as fit in memory, at most 64 on a CPU, 256 on CUDA.
             callback_on_step_end: called after each step with the position and the codes `(n,)` sampled there.
@@ -192,13 +185,20 @@ class VQGANPipeline:
         prompts = condition_tokens(
             class_labels, num_images, num_images_per_label, self.vqgan, self.layout, output_type
         ).to(self.device)
-        seeds = draw_seeds(len(prompts), generator).to(self.device)
+        seeds = image_seeds(len(prompts), seed, generator)
         codes, images = [], []
-        for batch in self._sampler.batches(self.prior, prompts, seeds, options, batch_size, callback_on_step_end):
+        for batch in self._sampler.batches(
+            self.prior, prompts, seeds.to(self.device), options, batch_size, callback_on_step_end
+        ):
             codes.append(batch)
             if output_type != "codes":
                 images += self._decoded(batch, output_type)
-        return VQGANPipelineOutput(images=_join(images, output_type), codes=torch.cat(codes))
+        return VQGANPipelineOutput(
+            images=_join(images, output_type),
+            codes=torch.cat(codes),
+            labels=None if class_labels is None else self.layout.names_of(prompts[:, 0]),
+            seeds=seeds.tolist(),
+        )
 
     __call__ = generate
 

@@ -7,10 +7,13 @@ from torch import Tensor
 
 from configs.arguments import described, whole
 from configs.memory import shortage
+from configs.randomness import draw_seeds
 from pipelines.arguments import listed_labels
 from pipelines.chunks import bytes_of_image
 from stage1_vqgan import VQGANModel
 from stage2_prior import SamplingOptions, TokenLayout
+
+LARGEST_SEED = 2**63 - 1
 
 
 def require_conditions(layout: TokenLayout, options: SamplingOptions, has_labels: bool) -> None:
@@ -59,6 +62,27 @@ def condition_tokens(
     ids = layout.class_ids(labels)
     require_memory("num_images_per_label", each, each * len(ids), layout.pixels, vqgan, layout, kind)
     return layout.class_tokens(ids.repeat_interleave(each))[:, None]
+
+
+def image_seeds(count: int, seed: Any, generator: Any) -> Tensor:
+    """The seed of each image, int64 `(N,)` on the CPU.
+
+    Args:
+        count: N, the number of images.
+        seed, generator: see `VQGANPipeline.generate`.
+
+    Raises:
+        ValueError: both are given, a seed is not a whole number from 0 to 2**63 - 1, or a list has another length.
+    """
+    if seed is None:
+        return draw_seeds(count, generator)
+    if generator is not None:
+        raise ValueError(f"seed: received {described(seed)}, and a generator as well; pass only one of them")
+    if not isinstance(seed, list | tuple):
+        return torch.arange(count) + whole("seed", seed, least=0, most=LARGEST_SEED + 1 - count)
+    if len(seed) != count:
+        raise ValueError(f"seed: received a list of {len(seed)} for {count} images; needs one each, or one number")
+    return torch.tensor([whole("seed", one, least=0, most=LARGEST_SEED) for one in seed])
 
 
 def require_memory(

@@ -19,7 +19,12 @@ from .data.streamed import ImageStream as ImageStream
 from .image_processing_squares import normalize as normalize
 from .image_processing_vqgan import VQGANImageProcessor as VQGANImageProcessor
 from .modeling_vqgan import VQGANModel as VQGANModel
-from .pictures import image_grid as image_grid
+from .pictures import (
+    image_grid as image_grid,
+    reconstruction_grid as reconstruction_grid,
+    spread as spread,
+    with_row_labels as with_row_labels,
+)
 from .pretrained import (
     load_image_processor as load_image_processor,
     load_tokenizer as load_tokenizer,

@@ -1,13 +1,23 @@
-"""Pictures for people: many images in one."""
+"""Pictures for people: many images in one, and which images they show."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import TypeAlias
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-BACKGROUND = "white"
+BACKGROUND, INK = "white", "black"
+GAP = 2  # pixels between two images
+
+# Font size of labels, in pixels, and width that they take at most.
+SMALLEST_FONT, LARGEST_FONT, WIDEST_LABEL = 13, 24, 240
+# Fonts of systems that have more letters than ASCII.
+FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf")
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def image_grid(images: Iterable[Image.Image], columns: int, min_tile: int = 0, gap: int = 2) -> Image.Image:
+def image_grid(images: Iterable[Image.Image], columns: int, min_tile: int = 0, gap: int = GAP) -> Image.Image:
     """Arranges images of one size in a grid.
 
     Args:
@@ -26,3 +36,88 @@ def image_grid(images: Iterable[Image.Image], columns: int, min_tile: int = 0, g
         tile = image.resize((width, height), Image.Resampling.NEAREST)
         grid.paste(tile, (gap + index % columns * (width + gap), gap + index // columns * (height + gap)))
     return grid
+
+
+def with_row_labels(grid: Image.Image, labels: Sequence[str]) -> Image.Image:
+    """A grid with a label on the left of each row; a label that is too long is cut.
+
+    Pillow's own font has only the letters of ASCII. Other letters need one of FONTS on this machine, or are boxes.
+
+    Args:
+        grid: a picture of `image_grid`.
+        labels: one text for each row.
+    """
+    row = (grid.height - GAP) / len(labels)  # each row has one gap, and the last one a gap below it
+    font = _font(max(SMALLEST_FONT, min(int(row) // 4, LARGEST_FONT)), "".join(labels))
+    texts = [_fitting(" ".join(label.split()), font) for label in labels]
+    margin = int(max(font.getlength(text) for text in texts)) + 8
+    picture = Image.new(grid.mode, (margin + grid.width, grid.height), BACKGROUND)
+    picture.paste(grid, (margin, 0))
+    draw = ImageDraw.Draw(picture)
+    for number, text in enumerate(texts):
+        draw.text((margin - 4, GAP + (number + 0.5) * row), text, fill=INK, font=font, anchor="rm")
+    return picture
+
+
+def _font(size: int, text: str) -> Font:
+    """Pillow's own font if it has all letters of a text, else the first of FONTS that this machine has."""
+    if not text.isascii():
+        for name in FONTS:
+            with suppress(OSError):
+                return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def _fitting(text: str, font: Font) -> str:
+    """The beginning of a text that is wider than WIDEST_LABEL."""
+    if font.getlength(text) <= WIDEST_LABEL:
+        return text
+    while font.getlength(f"{text}…") > WIDEST_LABEL:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def reconstruction_grid(
+    originals: Sequence[Image.Image], reconstructions: Sequence[Image.Image], columns: int = 16, min_tile: int = 64
+) -> Image.Image:
+    """Originals above their reconstructions, in as many pairs of rows as needed.
+
+    Args:
+        originals, reconstructions: equally many images of one size, at least one.
+        columns: number of pairs in two rows.
+        min_tile: see `image_grid`.
+    """
+    empty = Image.new(originals[0].mode, originals[0].size, BACKGROUND)
+    columns = min(columns, len(originals))
+    tiles: list[Image.Image] = []
+    for start in range(0, len(originals), columns):
+        for row in (originals, reconstructions):
+            images = list(row[start : start + columns])
+            tiles += images + [empty] * (columns - len(images))
+    rows = len(tiles) // columns
+    return with_row_labels(image_grid(tiles, columns, min_tile), ["original", "reconstruction"] * (rows // 2))
+
+
+def spread(total: int, count: int, labels: np.ndarray | None = None) -> list[int]:
+    """Numbers of at most `count` images, spread evenly over the classes, and over the images of each class.
+
+    Args:
+        total: number of images.
+        count: number of images to choose, at least 1.
+        labels: the class of each image, int64 `(total,)`; None spreads them over all images.
+
+    Returns:
+        Different numbers from 0 to total - 1, in the order of classes, then of images.
+    """
+    if labels is None:
+        return _evenly(np.arange(total), count).tolist()
+    classes = _evenly(np.unique(labels), count)
+    shares = [count // len(classes) + (place < count % len(classes)) for place in range(len(classes))]
+    chosen = [
+        _evenly(np.flatnonzero(labels == one), share) for one, share in zip(classes.tolist(), shares, strict=True)
+    ]
+    return np.concatenate(chosen).tolist()
+
+
+def _evenly(values: np.ndarray, count: int) -> np.ndarray:
+    return values[np.linspace(0, len(values) - 1, min(count, len(values))).astype(int)]

@@ -8,6 +8,7 @@
 A sequence is `[condition] + codes in raster order`.
 """
 
+import difflib
 import json
 import re
 import unicodedata
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from configs.arguments import described, instance, is_number, whole
 from configs.files import read_json, write_json
+from configs.problems import cut, listed
 from configs.randomness import Numbers
 from configs.sections import LARGEST
 
@@ -120,6 +122,10 @@ class TokenLayout:
         """Tokens of int64 class labels `(B,)`, a tensor or an array."""
         return labels + self.num_codes
 
+    def names_of(self, tokens: Tensor) -> list[str]:
+        """Class names of condition tokens `(B,)`; the null token has none."""
+        return [self.class_names[token - self.num_codes] for token in tokens.tolist()]
+
     def class_ids(self, labels: Sequence[Any]) -> Tensor:
         """Class ids, int64 `(B,)`, of labels that are ids or names.
 
@@ -138,9 +144,7 @@ class TokenLayout:
             elif self.num_classes == 0:
                 raise ValueError("class_labels: this prior is unconditional; use num_images instead")
             else:
-                names = ", ".join(self.class_names[:20]) + (", …" if self.num_classes > 20 else "")
-                allowed = f"allowed are ids 0 to {self.num_classes - 1} or names: {names}"
-                raise ValueError(f"class_labels: received {described(label)}; {allowed}")
+                raise ValueError(f"class_labels: {unknown_label(label, self.class_names)}")
         return torch.tensor(ids, dtype=torch.int64)
 
     def _id_of_number(self, number: int) -> int:
@@ -250,6 +254,15 @@ class TokenLayout:
 def one_form(name: str) -> str:
     """A class name in Unicode's composed form (NFC). Folders of a Mac name the same letters by other characters."""
     return unicodedata.normalize("NFC", name)
+
+
+def unknown_label(label: Any, names: Sequence[str]) -> str:
+    """The message for an unknown class label: the ids, the first names, and the names that are most like it."""
+    shown = listed([cut(name, 40) for name in names], 10)
+    message = f"received {described(label)}; allowed are ids 0 to {len(names) - 1} or names: {shown}"
+    by_letters = {name.casefold(): name for name in names}
+    near = difflib.get_close_matches(one_form(label).casefold(), by_letters, n=3) if isinstance(label, str) else []
+    return message + f"; did you mean {' or '.join(repr(by_letters[name]) for name in near)}?" * bool(near)
 
 
 @cache

@@ -12,8 +12,9 @@ from configs.files import read_json, write_png
 from configs.sections import NonNegativeFloat
 from configs.values import read_value
 from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.real_images import RealImages
 from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import image_grid
+from stage1_vqgan import image_grid, reconstruction_grid, spread, with_row_labels
 
 METRICS_NAME = "metrics.json"
 SAMPLES_NAME = "samples.png"
@@ -34,25 +35,29 @@ def saved_metrics(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None
     return metrics if metrics.get("inputs") == inputs else None
 
 
-def save_pictures(config: EvaluationConfig, pipeline: VQGANPipeline, samples: Tensor, validation: Tensor) -> None:
+def save_pictures(config: EvaluationConfig, pipeline: VQGANPipeline, samples: Tensor, validation: RealImages) -> None:
     """Writes samples.png, a row for each class, and reconstructions.png, originals above their reconstructions.
+
+    Of many classes, samples.png shows some that are spread evenly over all.
 
     Args:
         config: settings of the evaluation.
         pipeline: the evaluated pipeline.
         samples: generated images, float32 `(N, C, H, W)` in [-1, 1], sorted by class.
-        validation: real images, in the same form.
+        validation: real images.
     """
     folder, to_images = Path(config.output_dir), pipeline.image_processor.postprocess
     columns = min(config.grid_columns, config.samples_per_class)
     by_class = samples.view(-1, config.samples_per_class, *samples.shape[1:])
-    rows = by_class[:MAX_CLASSES, :columns].flatten(0, 1)
-    write_png(folder / SAMPLES_NAME, image_grid(to_images(rows), columns, min_tile=48))
-    originals = validation[:: max(1, len(validation) // MAX_ORIGINALS)][:MAX_ORIGINALS]
+    shown = spread(len(by_class), MAX_CLASSES)
+    grid = image_grid(to_images(by_class[shown, :columns].flatten(0, 1)), columns, min_tile=48)
+    if pipeline.class_names:
+        grid = with_row_labels(grid, [pipeline.class_names[number] for number in shown])
+    write_png(folder / SAMPLES_NAME, grid)
+    originals = validation.pixels()[spread(len(validation), MAX_ORIGINALS, validation.labels)]
     with torch.no_grad():
         reconstructions = pipeline.vqgan(originals.to(pipeline.device)).reconstruction.cpu()
-    grid = image_grid(to_images(torch.cat([originals, reconstructions])), len(originals), min_tile=48)
-    write_png(folder / RECONSTRUCTIONS_NAME, grid)
+    write_png(folder / RECONSTRUCTIONS_NAME, reconstruction_grid(to_images(originals), to_images(reconstructions)))
 
 
 def weights_hash(pipeline: VQGANPipeline) -> str:

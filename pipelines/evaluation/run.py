@@ -55,7 +55,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
         metrics["inputs"] = inputs
         (folder / METRICS_NAME).unlink(missing_ok=True)  # those of other settings must not stand beside new pictures
-        save_pictures(config, pipeline, samples, validation.pixels())
+        save_pictures(config, pipeline, samples, validation)
         write_json(folder / METRICS_NAME, metrics)
     print(json.dumps({name: value for name, value in metrics.items() if name != "inputs"}, indent=2))
     return metrics

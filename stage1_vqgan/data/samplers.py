@@ -19,6 +19,7 @@ from stage1_vqgan.data.dataset import ImageKey
 from stage1_vqgan.data.indexed import ImageSource
 from stage1_vqgan.data.sources import Images
 from stage1_vqgan.data.streamed import ImageStream
+from stage1_vqgan.pictures import spread
 
 T = TypeVar("T")
 
@@ -148,10 +149,9 @@ class EveryImage(Sampler[ImageKey]):
 
 
 def some_images(source: Images, count: int) -> list[ImageKey]:
-    """Keys of at most `count` images: spread evenly over an indexed source, the first ones of a stream."""
+    """Keys of at most `count` images: spread over the classes of an indexed source, the first ones of a stream."""
     if isinstance(source, ImageSource):
-        chosen = range(0, len(source), max(1, len(source) // count))[:count]
-        return [ImageKey(0, number) for number in chosen]
+        return [ImageKey(0, number) for number in spread(len(source), count, source.labels)]
     with closing(source.read()) as items:
         return [ImageKey(0, number, 0, encoded) for number, (encoded, _) in zip(range(count), items, strict=False)]
 

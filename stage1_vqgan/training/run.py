@@ -23,7 +23,7 @@ from stage1_vqgan.data.skipped import SkippedImages
 from stage1_vqgan.data.sources import load_images
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.pictures import image_grid
+from stage1_vqgan.pictures import reconstruction_grid
 from stage1_vqgan.pretrained import load_vqgan
 from stage1_vqgan.reconstruction import evaluate_reconstruction
 from stage1_vqgan.training import checkpointing
@@ -230,9 +230,9 @@ class Training:
         if len(shown.indices):
             originals = shown.images(model.device)
             with torch.no_grad():
-                pairs = torch.cat([originals, model(originals).reconstruction])
+                reconstructions = model(originals).reconstruction
             processor = VQGANImageProcessor(dataset.image_size, dataset.num_channels)
-            grid = image_grid(processor.postprocess(pairs), len(originals), min_tile=64)
+            grid = reconstruction_grid(processor.postprocess(originals), processor.postprocess(reconstructions))
             reporter.image("reconstructions", grid, self.step)
 
     def save(self, interval: LogInterval) -> None:

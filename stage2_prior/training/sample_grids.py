@@ -10,15 +10,14 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from configs import ConfigError, Problem
-from configs.randomness import draw_seeds
 from configs.run_folder import RunFolder
-from stage1_vqgan import VQGANImageProcessor, VQGANModel, image_grid, load_tokenizer
+from stage1_vqgan import VQGANImageProcessor, VQGANModel, image_grid, load_tokenizer, with_row_labels
 from stage2_prior.compat import log_to_wandb
 from stage2_prior.sampling.loop import sample_codes
 from stage2_prior.sampling.options import SamplingOptions
 from stage2_prior.vocabulary import TokenLayout
 
-COLUMNS = 10
+MOST_ROWS = 10  # a row for each class
 GUIDANCE_SCALE = 1.5  # as in the model card's example
 
 # Number of images decoded at once: the activations of a decoder are larger than those of a prior.
@@ -28,7 +27,7 @@ DECODE_BATCH_SIZE = 8
 class SampleGrids(TrainerCallback):
     """Samples from the evaluated weights, and saves the images in the folder of the run and in the trackers.
 
-    A column shows one class, out of up to ten that are spread evenly over all classes. Classes are guided if the prior
+    A row shows one class, out of up to ten that are spread evenly over all classes. Classes are guided if the prior
     learns the null token. All processes sample the same images, because a forward needs the shards of all processes.
     The main process decodes the images.
 
@@ -38,7 +37,7 @@ class SampleGrids(TrainerCallback):
         layout: the token layout.
         tokenizer: folder or Hub id.
         num_images: images in a grid.
-        seed: `pipe.generate(generator=torch.Generator().manual_seed(seed), …)` gives the same images.
+        seed: `pipe.generate(labels, seed=seed, guidance_scale=1.5)` gives the same images.
 
     Raises:
         ConfigError: the tokenizer is missing, or the codes are of another tokenizer.
@@ -47,9 +46,10 @@ class SampleGrids(TrainerCallback):
     def __init__(self, trainer: Any, run: RunFolder, layout: TokenLayout, tokenizer: str, num_images: int, seed: int):
         self.trainer, self.run, self.layout = trainer, run, layout
         self.tokenizer, self.processor = load_decoder(tokenizer, layout)
-        self.columns = min(COLUMNS, num_images, layout.num_classes or COLUMNS)
+        rows = min(MOST_ROWS, num_images, layout.num_classes or MOST_ROWS)
+        self.columns = -(-num_images // rows)
         self.prompts = grid_prompts(layout, num_images, self.columns)
-        self.seeds = draw_seeds(num_images, torch.Generator().manual_seed(seed))
+        self.seeds = seed + torch.arange(num_images)
         guided = layout.has_null and layout.num_classes > 0
         self.options = SamplingOptions(guidance_scale=GUIDANCE_SCALE if guided else 1.0)
 
@@ -71,15 +71,19 @@ class SampleGrids(TrainerCallback):
         batches = codes.unflatten(1, self.layout.grid).split(DECODE_BATCH_SIZE)
         images = [image for batch in batches for image in self.processor.postprocess(tokenizer.decode_codes(batch))]
         tokenizer.to("cpu")
-        return image_grid(images, self.columns, min_tile=48)
+        grid = image_grid(images, self.columns, min_tile=48)
+        if not self.layout.num_classes:
+            return grid
+        return with_row_labels(grid, self.layout.names_of(self.prompts[:: self.columns, 0]))
 
 
 def grid_prompts(layout: TokenLayout, num_images: int, columns: int) -> Tensor:
-    """Condition tokens of the images of a grid, row by row: int64 `(N, 1)`."""
+    """Condition tokens of the images of a grid, row by row, each row of one class: int64 `(N, 1)`."""
     if not layout.num_classes:
         return torch.full((num_images, 1), layout.null_token)
-    classes = torch.arange(columns) * layout.num_classes // columns
-    return layout.class_tokens(classes[torch.arange(num_images) % columns])[:, None]
+    rows = -(-num_images // columns)
+    classes = torch.arange(rows) * layout.num_classes // rows
+    return layout.class_tokens(classes.repeat_interleave(columns)[:num_images])[:, None]
 
 
 def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImageProcessor]:

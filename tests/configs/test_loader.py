@@ -87,6 +87,30 @@ def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path):
     assert config == Toy(steps=3, rate=0.1, inner=Inner(width=6, names=["a"]))
 
 
+@dataclass(kw_only=True)
+class Positional(Toy):
+    positional = "label"
+
+
+@pytest.mark.parametrize("label", ["runs/mine", "user/name", "2024", "."])
+def test_the_first_argument_may_set_a_key(label):
+    config = load_config(Positional, *parse_arguments([label, "--steps", "3"], "label"))
+    assert (config.label, config.steps) == (label, 3)
+
+
+def test_a_yaml_file_may_stand_in_place_of_the_first_argument(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("label: mine\nsteps: 2\n")
+    found: list[Positional] = []
+    run(Positional, found.append, "command", [str(tmp_path / "mine.yaml"), "--steps", "3"])
+    run(Positional, found.append, "command", ["mine", "--steps", "3"])
+    assert [(config.label, config.steps) for config in found] == [("mine", 3), ("mine", 3)]
+    with pytest.raises(SystemExit):
+        run(Positional, found.append, "command", ["mine", "yours", "--steps", "3"])
+    assert "'yours' follows no --key (only the first argument may be a label)" in capsys.readouterr().err
+    run(Positional, found.append, "command", ["--help"])
+    assert "usage: command LABEL [--key value ...]" in capsys.readouterr().out
+
+
 def test_malformed_command_lines_are_reported_together():
     arguments = ["--rate", "--flag", "true", "stray", "--label", "[1,", "--steps", "--inner.width", "0"]
     with pytest.raises(ConfigError) as caught:

@@ -295,6 +295,7 @@ CALLBACKS = {
     "text": (lambda: "print", REFUSED),
 }
 OUTPUT = {
+    "seed": Argument(constant(None), either(None), near={"beside the generator": (lambda: 7, REFUSED)}),
     "generator": Argument(seeded, either(None), near=GENERATORS),
     "batch_size": Argument(constant(None), optional(whole(1, 1e999))),
     "callback_on_step_end": Argument(constant(None), either(None), near=CALLBACKS),

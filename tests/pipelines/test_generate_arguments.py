@@ -1,6 +1,7 @@
 """Arguments that `generate` refuses. The message names the argument, the value and what is allowed."""
 
 import pytest
+import torch
 
 # {argument: value}, words of the message
 GENERATE = {
@@ -41,6 +42,17 @@ GENERATE = {
     "output type": ({"output_type": "png"}, "output_type: received 'png'; allowed are 'pil', 'np', 'pt', 'codes'"),
     "batch size": ({"batch_size": 0}, "batch_size: received 0; must be a whole number from 1 up"),
     "seed for a generator": ({"generator": 7}, "generator: received 7; needs a torch.Generator"),
+    "seed negative": ({"seed": -1}, "seed: received -1; must be a whole number from 0 to 9223372036854775807"),
+    "seed true": ({"seed": True}, "seed: received True; must be a whole number"),
+    "seed half": ({"seed": 0.5}, "seed: received 0.5; must be a whole number"),
+    "seed as text": ({"seed": "0"}, "seed: received '0'; must be a whole number"),
+    "seed that leaves no room": ({"seed": 2**63 - 2, "num_images": 3}, "seed: received 9223372036854775806; must be"),
+    "seeds in a list": ({"seed": [1, 2], "num_images": 3}, "seed: received a list of 2 for 3 images; needs one each"),
+    "seed in a list": ({"seed": [1, None], "num_images": 2}, "seed: received None; must be a whole number"),
+    "seed and generator": (
+        {"seed": 0, "generator": torch.Generator()},
+        "seed: received 0, and a generator as well; pass only one of them",
+    ),
     "generators": ({"num_images": 2, "generator": []}, "generator: received a list of 0 for 2 images"),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from configs import ConfigError
+from configs.randomness import draw_seeds
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
@@ -67,6 +69,44 @@ def test_one_generator_makes_the_first_images_again(tiny_pipeline):
         for count in (6, 2)
     )
     assert len(many.unique(dim=0)) > 1 and torch.equal(many[:2], few)
+
+
+def test_an_image_is_made_again_alone_from_its_label_and_seed(tiny_pipeline):
+    options = {"guidance_scale": 2.0, "top_p": 0.95, "output_type": "codes"}
+    for source in ({"seed": 5}, {"generator": seeded()}, {"seed": [3, 2**63 - 1, 3, 0, 8, 8]}, {}):
+        out = tiny_pipeline.generate([3, "7"], num_images_per_label=3, **source, **options)
+        assert len(out) == 6 and out.labels == ["3", "3", "3", "7", "7", "7"]
+        for n in (0, 1, 4):
+            alone = tiny_pipeline.generate(out.labels[n], seed=out.seeds[n], **options)
+            assert torch.equal(alone.codes[0], out.codes[n]) and alone.seeds == [out.seeds[n]]
+        assert torch.equal(tiny_pipeline.generate(out.labels, seed=out.seeds, **options).codes, out.codes)
+
+
+def test_one_seed_counts_up_and_a_generator_draws(tiny_pipeline):
+    """So the seed 0 and a generator with the seed 0 make different images."""
+    counted = tiny_pipeline.generate(num_images=4, seed=2, output_type="codes")
+    drawn = tiny_pipeline.generate(num_images=4, generator=seeded(2), output_type="codes")
+    assert counted.seeds == [2, 3, 4, 5] and counted.labels is None
+    assert drawn.seeds == draw_seeds(4, seeded(2)).tolist() != counted.seeds
+    assert len(torch.cat([counted.codes, drawn.codes]).unique(dim=0)) == 8
+    later = tiny_pipeline.generate(num_images=2, seed=4, output_type="codes").codes
+    assert torch.equal(later, counted.codes[2:])
+
+
+def test_a_pipeline_and_its_output_describe_themselves(tiny_pipeline):
+    parameters = sum(weight.numel() for weight in tiny_pipeline.prior.parameters())
+    text = repr(tiny_pipeline)
+    for fact in ("16×16 pixels, 1 channel, 4×4 codes", "classes: 10 (0, 1", f"LlamaForCausalLM, {parameters:,} param"):
+        assert fact in text
+    assert f"device: {tiny_pipeline.device}, float32" in text and len(text.splitlines()) == 7
+    out = tiny_pipeline.generate([3, 7], num_images_per_label=4, seed=0)
+    for fact in ("8 PIL images, L, 16×16", "torch.int64 (8, 4, 4)", "3 (4), 7 (4)", "seeds: 0, 1, 2, 3 and 4 more"):
+        assert fact in repr(out)
+    assert (len(out), out[0] is out.images, out[1] is out.codes) == (8, True, True)
+    free = tiny_pipeline.generate(num_images=2, output_type="np", seed=0)
+    assert "labels" not in repr(free) and "float32 (2, 16, 16, 1)" in repr(free) and len(free) == 2
+    again = pickle.loads(pickle.dumps(out))
+    assert (len(again), again.labels, again.seeds) == (8, out.labels, out.seeds)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,18 @@ def test_other_labels_are_refused(layout, label):
         layout.class_ids([0, label])
 
 
+def test_a_misspelt_name_is_answered_with_the_nearest_ones_and_few_others():
+    names = ("cats", "dogs", *(f"bird number {n} with a long name" for n in range(1000)))
+    with pytest.raises(ValueError) as caught:
+        TokenLayout(32, names, (4, 4), 4, "").class_ids(["Cats"])
+    message = str(caught.value)
+    assert message.endswith("with a long name and 992 more; did you mean 'cats'?") and len(message) < 500
+    with pytest.raises(ValueError, match=r"names: ant, bee, cat, dog, elk; did you mean 'dog'\?$"):
+        TokenLayout(32, ("ant", "bee", "cat", "dog", "elk"), (4, 4), 4, "").class_ids(["doge"])
+    with pytest.raises(ValueError, match="did you mean 'sea lion' or 'sea lions'"):
+        TokenLayout(32, ("sea lion", "wolf", "sea lions"), (4, 4), 4, "").class_ids(["sea lian"])
+
+
 def test_an_unconditional_layout_has_no_labels():
     with pytest.raises(ValueError, match="num_images"):
         make(32, 0).class_ids([0])

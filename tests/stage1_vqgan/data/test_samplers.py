@@ -146,7 +146,10 @@ def test_some_images(streams, tmp_path):
     assert [value_of(key.encoded) for key in some_images(streams[0], 3)] == values(streams[0])[:3]
     assert len(some_images(streams[1], 1000)) == len(values(streams[1]))
     folder = write_folder(tmp_path / "a", {f"{n:02}.png": n for n in range(13)})
-    assert [key.image for key in some_images(load_images(DataConfig(dataset=folder))[0], 3)] == [0, 4, 8]
+    assert [key.image for key in some_images(load_images(DataConfig(dataset=folder))[0], 3)] == [0, 5, 11]
+    classes = write_folder(tmp_path / "b", {f"{'x' if n < 12 else 'y'}/{n:02}.png": n for n in range(15)})
+    source = load_images(DataConfig(dataset=classes))[0]
+    assert [int(source.labels[key.image]) for key in some_images(source, 4)] == [0, 0, 1, 1]
 
 
 def test_a_batch_larger_than_an_epoch(streams):

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import ConfigError, load_config
 from pipelines.build import BuildConfig, build
-from stage1_vqgan import image_grid
+from stage1_vqgan import image_grid, with_row_labels
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.training.run import train
 from stage2_prior.training.sample_grids import grid_prompts, load_decoder
@@ -44,14 +43,13 @@ def grids(config: Stage2Config) -> dict[str, bytes]:
 
 
 def test_a_grid_shows_what_the_pipeline_generates(with_grids, tiny_runs, tmp_path):
-    """Two rows of ten classes. The last grid shows samples of the weights that are saved as the prior."""
+    """Ten rows of two images. The last grid shows samples of the weights that are saved as the prior."""
     pipeline = build(
         BuildConfig(tokenizer=str(tiny_runs.vqgan), prior=with_grids.output_dir, output_dir=str(tmp_path / "pipeline"))
     )
     pipeline.to(DEVICE).set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(7)
-    out = pipeline.generate(class_labels=[*range(10)] * 2, guidance_scale=1.5, generator=generator)
-    expected = np.asarray(image_grid(out.images, 10, min_tile=48))
+    out = pipeline.generate(range(10), num_images_per_label=2, guidance_scale=1.5, seed=7)
+    expected = np.asarray(with_row_labels(image_grid(out.images, 2, min_tile=48), [str(digit) for digit in range(10)]))
     path = Path(with_grids.output_dir) / "samples" / "step_00000004.png"
     assert np.array_equal(np.asarray(Image.open(path)), expected)
     assert set(grids(with_grids)) == {"step_00000002.png", "step_00000004.png"}
@@ -104,9 +102,10 @@ def test_another_tokenizer_is_refused(tiny_runs, tmp_path):
         load_decoder(str(folder), layout)
 
 
-def test_columns_are_classes_spread_evenly(layout):
-    assert grid_prompts(layout, 7, 5).squeeze(1).tolist() == [40, 41, 42, 43, 44, 40, 41]
+def test_rows_are_classes_spread_evenly(layout):
+    assert grid_prompts(layout, 10, 2).squeeze(1).tolist() == [40, 40, 41, 41, 42, 42, 43, 43, 44, 44]
+    assert grid_prompts(layout, 7, 2).squeeze(1).tolist() == [40, 40, 41, 41, 42, 42, 43]
     many = replace(layout, class_names=tuple(map(str, range(1000))))
-    assert grid_prompts(many, 4, 4).squeeze(1).tolist() == [40, 290, 540, 790]
+    assert grid_prompts(many, 4, 1).squeeze(1).tolist() == [40, 290, 540, 790]
     unconditional = replace(layout, class_names=())
     assert grid_prompts(unconditional, 3, 3).squeeze(1).tolist() == [40] * 3

@@ -1,0 +1,64 @@
+"""What `VQGANPipeline.generate` returns, and how a pipeline and its output describe themselves."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from configs.arguments import described
+from configs.problems import cut, listed
+from stage1_vqgan import VQGANModel
+from stage2_prior import TokenLayout
+
+
+@dataclass(repr=False)
+class VQGANPipelineOutput(ModelOutput):
+    """Output of [`VQGANPipeline.generate`]. `len(out)` is N, the number of images.
+
+    Attributes:
+        images: list of N PIL images; or float32 array `(N, H, W, C)` or tensor `(N, C, H, W)` in [0, 1]; or None.
+        codes: int64 `(N, h, w)`.
+        labels: the class name of each image; None for images of no given class.
+        seeds: the seed of each image, from 0 to 2**63 - 1. `generate(out.labels[n], seed=out.seeds[n])` with the same
+            options makes image n again.
+    """
+
+    images: Any = None
+    codes: Tensor | None = None
+    labels: list[str] | None = None
+    seeds: list[int] | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.codes is None else len(self.codes)
+
+    def __repr__(self) -> str:
+        lines = [f"codes: {described(self.codes)}"]
+        if isinstance(self.images, list):
+            image = self.images[0]
+            lines.insert(0, f"images: {len(self.images)} PIL images, {image.mode}, {image.width}×{image.height}")
+        elif self.images is not None:
+            lines.insert(0, f"images: {described(self.images)}")
+        if self.labels is not None:
+            counts = Counter(self.labels)
+            lines.append(f"labels: {listed([f'{cut(name, 40)} ({count})' for name, count in counts.items()], 8)}")
+        if self.seeds is not None:
+            lines.append(f"seeds: {listed([str(seed) for seed in self.seeds], 4)}")
+        return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
+
+
+def pipeline_text(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout) -> str:
+    """A pipeline in a few lines: its images, its classes, its models, and where they compute."""
+    config, (height, width), factor = vqgan.config, layout.grid, layout.downsampling_factor
+    channels = f"{config.in_channels} channel{'s' * (config.in_channels > 1)}"
+    names = listed([cut(name, 40) for name in layout.class_names], 8)
+    lines = [
+        f"images: {width * factor}×{height * factor} pixels, {channels}, {height}×{width} codes",
+        f"classes: {layout.num_classes} ({names})" if names else "classes: none",
+        f"vqgan: {config.quantizer}, {config.num_embeddings:,} codes, {vqgan.num_parameters():,} parameters",
+        f"prior: {type(prior).__name__}, {prior.num_parameters():,} parameters",
+        f"device: {prior.device}, {str(prior.dtype).removeprefix('torch.')}",
+    ]
+    return "\n  ".join(["VQGANPipeline(", *lines]) + "\n)"
