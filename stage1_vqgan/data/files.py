@@ -16,6 +16,8 @@ from typing import Literal
 from PIL import Image
 
 from configs import ConfigError
+from configs.problems import one_line
+from stage1_vqgan.data.arrays import array_extensions, extension_of, plugin_hint, slices_of
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import readable_formats
 
@@ -91,19 +93,20 @@ def class_folders(files: Sequence[Path], root: Path) -> list[str] | None:
 def _folder(root: Path, config: DataConfig) -> SourceFiles:
     formats = readable_formats()
     extensions = {extension for extension, name in Image.registered_extensions().items() if name in formats}
+    extensions |= array_extensions()
     kinds: dict[str, list[Path]] = {"parquet": [], "tar": [], "images": [], "": []}
     for file in _files_below(root):
-        extension = file.suffix.lower()
+        extension = extension_of(file)
         kind = "images" if extension in extensions else extension[1:] if extension in (".parquet", ".tar") else ""
-        kinds[kind].append(file)
+        kinds[kind] += _images_of(file) if kind == "images" else [file]
     others = kinds.pop("")
     match [(kind, files) for kind, files in kinds.items() if files]:
         case []:
-            found = f"; {_count(others, 'other file')}" if others else ""
+            found = f"; {_count(others, 'other file')}{plugin_hint(others)}" if others else ""
             raise _problem(f"received {config.dataset!r}; this folder holds no images{found} ({ALLOWED})")
         case [("images", files)]:
             if others:
-                others_listed = _count(others, "file")
+                others_listed = _count(others, "file") + plugin_hint(others)
                 logger.warning("%s: left out, because their extensions are not of images: %s", root, others_listed)
             return _image_folder(root, files, config)
         case [(kind, files)]:
@@ -114,6 +117,14 @@ def _folder(root: Path, config: DataConfig) -> SourceFiles:
                 f"received {config.dataset!r}; it holds files of several kinds ({found}); "
                 "give a pattern or a sub-folder"
             )
+
+
+def _images_of(file: Path) -> Iterable[Path]:
+    """A file itself, or the slices of a volume."""
+    try:
+        return slices_of(file)
+    except Exception as error:  # nibabel raises exceptions of several types
+        raise _problem(f"{file} cannot be read: {one_line(error)}; repair or remove it") from error
 
 
 def _image_folder(root: Path, images: Sequence[Path], config: DataConfig) -> SourceFiles:

@@ -92,7 +92,7 @@ class ImageStream:
             labels = rows[self.label_column] if self.label_column is not None else [None] * len(items)
             for item, label, number in zip(items, labels, numbers, strict=False):
                 yield (
-                    encoded(item, number, self.opens_paths),
+                    encoded(item, number, self.opens_paths, self.images.features[self.image_column]),
                     None if self.label_column is None else self._checked(label),
                 )
 
@@ -176,7 +176,7 @@ def _to_stream(config: DataConfig, split: Split) -> ImageStream:
         raise data_problem("streaming", f"{config.dataset!r} does not declare its columns; set data.streaming to false")
     image_column, label_column = find_columns(config, features)
     columns = [column for column in (image_column, label_column) if column is not None]
-    images = split.dataset.select_columns(columns).cast_column(image_column, undecoded())
+    images = split.dataset.select_columns(columns).cast_column(image_column, undecoded(features[image_column]))
     names = None
     if label_column is not None:
         feature = features[label_column]
