@@ -32,8 +32,8 @@ TRANSPOSITIONS = {
 def pixels_of(image: Image.Image | np.ndarray, num_channels: int, value_range: ValueRange | None = None) -> Tensor:
     """Converts an image to 8-bit pixels with `num_channels` channels; see `convert_mode` and `to_levels`.
 
-    The gray pages of a TIFF are its channels if they are as many as `num_channels`. Of other files with several pages,
-    the first page is the image.
+    The gray pages of a TIFF are its channels if they are as many as `num_channels`. For gray or RGB, the first page of
+    another file with several pages is the image.
 
     Args:
         image: image in any mode of Pillow, or array `(H, W)` or `(H, W, C)`.
@@ -75,13 +75,19 @@ def _picture_pixels(image: Image.Image, num_channels: int, value_range: ValueRan
 
 
 def _gray_pages(image: Image.Image, num_channels: int) -> np.ndarray | None:
-    """The gray pages of a TIFF as an array `(H, W, C)`; None if they are not `num_channels`, at least 2."""
-    if num_channels < 2 or image.format != "TIFF" or getattr(image, "n_frames", 1) != num_channels:
+    """The gray pages of a TIFF as an array `(H, W, C)`; None if they are not `num_channels`, at least 2.
+
+    Raises:
+        ValueError: the gray pages are fewer or more, and gray is not converted to so many channels.
+    """
+    count = getattr(image, "n_frames", 1) if image.format == "TIFF" and num_channels > 1 else 1
+    if count == 1 or len(image.getbands()) != 1 or count != num_channels == 3:
         return None
+    if count != num_channels:
+        raise ValueError(f"image: received {count} gray pages, but the tokenizer has {num_channels} channels")
     pages = [values_of(page) for page in ImageSequence.Iterator(image)]
     image.seek(0)  # type: ignore[attr-defined]
-    is_stack = all(page.ndim == 2 and page.shape == pages[0].shape for page in pages)
-    return np.stack(pages, -1) if is_stack else None
+    return np.stack(pages, -1)
 
 
 def values_of(image: Image.Image) -> np.ndarray:

@@ -39,7 +39,7 @@ def to_levels(values: np.ndarray, value_range: ValueRange | None = None) -> np.n
         ValueError: the values are not numbers, one is not finite, or the dtype has no range of its own.
     """
     if values.dtype.kind not in "buif":
-        raise ValueError(f"image: received values of type {values.dtype}; needs a full grid of numbers")
+        raise ValueError("image: received rows of different lengths, or values that are no numbers")
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
     if values.dtype == np.uint8 and not (value_range and value_range.of_bytes):

@@ -142,7 +142,7 @@ def to_numbers(rows: Any, dtype: str) -> np.ndarray:
     try:
         return np.asarray(rows, dtype=dtype)
     except (TypeError, ValueError):
-        return np.asarray([None], dtype=object)
+        return np.asarray([[None]], dtype=object)
 
 
 def _read_npy(content: bytes) -> np.ndarray:
@@ -172,7 +172,7 @@ def _read_dicom(content: bytes) -> np.ndarray:
         raise ValueError(f"the DICOM file declares {pixels:,} pixels, more than PIL.Image.MAX_IMAGE_PIXELS")
     stored = data.pixel_array
     if data.PhotometricInterpretation == "MONOCHROME1":  # its lowest value is white
-        stored = (-1 if data.PixelRepresentation else 2**data.BitsStored - 1) - stored.astype(np.int32)
+        stored = ~stored if data.PixelRepresentation else stored.dtype.type(2**data.BitsStored - 1) - stored
     return apply_rescale(stored, data).astype(np.float32) if "RescaleSlope" in data else stored
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from stage1_vqgan.data.arrays import channels_last, missing_plugin, read_array, read_slice
-from stage1_vqgan.image_processing_pixels import loses_bits, orientation, pixels_of
+from stage1_vqgan.image_processing_pixels import loses_bits, orientation, pixels_of, values_of
 from stage1_vqgan.image_processing_values import ADVICE, ValueRange, described, to_levels
 
 # Markers of a JPEG: start of a frame (sequential, progressive) and of its pixels.
@@ -103,11 +103,11 @@ def decode_pixels(encoded: EncodedImage, num_channels: int, value_range: ValueRa
         return pixels_of(image, num_channels, value_range)
 
 
-def decode_values(encoded: EncodedImage, num_channels: int) -> Image.Image | np.ndarray:
-    """Decodes an image without scaling its values: what `decode_pixels` starts from.
+def decode_values(encoded: EncodedImage, num_channels: int) -> np.ndarray:
+    """Decodes the values of an image as they are stored, which `decode_pixels` scales; of several pages the first.
 
     Returns:
-        An image of Pillow, or an array `(H, W)` or `(H, W, C)`.
+        Numbers of any type, `(H, W)` or `(H, W, C)`.
 
     Raises:
         UndecodableImage: see `decode_pixels`.
@@ -115,9 +115,10 @@ def decode_values(encoded: EncodedImage, num_channels: int) -> Image.Image | np.
     with _undecodable():
         content = _content(encoded)
         image = _decoded(content, num_channels, keep_bits=True)
-        if isinstance(image, Image.Image):
-            image.load()
-        return image
+        values = values_of(image) if isinstance(image, Image.Image) else image
+        if values.dtype.kind not in "buif":
+            to_levels(values)  # states the problem
+        return values
 
 
 def _content(encoded: EncodedImage) -> bytes | Image.Image | np.ndarray:

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 from configs.files import read_json, write_json
@@ -16,7 +15,6 @@ from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import EncodedImage, UndecodableImage, decode_values
 from stage1_vqgan.data.indexed import ImageSource
 from stage1_vqgan.data.sources import Images
-from stage1_vqgan.image_processing_pixels import values_of
 from stage1_vqgan.image_processing_values import ValueRange, read_range
 
 # Images that are looked at before a training, and that "auto" measures at most.
@@ -58,10 +56,7 @@ class Values:
     def add(self, encoded: EncodedImage, num_channels: int) -> None:
         """Adds an image, or the reason why it cannot be decoded."""
         try:
-            image = decode_values(encoded, num_channels)
-            values = values_of(image) if isinstance(image, Image.Image) else image
-            if values.dtype.kind not in "buif":
-                raise UndecodableImage("no full grid of numbers")
+            values = decode_values(encoded, num_channels)
         except UndecodableImage as error:
             self.reasons.append(f"{encoded.name}: {error}")
             return
@@ -72,7 +67,8 @@ class Values:
 
     def __str__(self) -> str:
         types = ", ".join(sorted(self.types))
-        return f"{self.images:,} images hold {types} from {self.low:g} to {self.high:g}"
+        count = "1 image holds" if self.images == 1 else f"{self.images:,} images hold"
+        return f"{count} {types} from {self.low:g} to {self.high:g}"
 
 
 def training_range(
@@ -97,6 +93,8 @@ def training_range(
     if config.value_range == "auto":
         return _measured(train, num_channels, quiet)
     values = survey(train, num_channels, LOOKED_AT)
+    if not values.images:
+        raise data_problem("dataset", f"none of {len(values.reasons)} images can be used: {_few(values.reasons)}")
     if not values.low < values.high or values.types.keys() == {"bool"}:
         return read_range(config.value_range)
     if config.value_range is None:
@@ -108,10 +106,15 @@ def training_range(
         low, high = map(float, config.value_range)
         if values.high <= low or values.low >= high:
             raise data_problem("value_range", f"received [{low:g}, {high:g}], but {values}; {_advice(values)}")
+        if not quiet:
+            _warn_of_bytes(values)
     levels = round(255 * (min(values.high, high) - max(values.low, low)) / (high - low)) + 1
     if levels < FEW_LEVELS and not quiet:
-        which = "of the training set" if config.value_range is None else f"(data.value_range is [{low:g}, {high:g}])"
-        logger.warning("%s %s: that is %d of 256 levels; %s", values, which, max(1, levels), _advice(values))
+        which = "that of their type" if config.value_range is None else "data.value_range"
+        logger.warning(
+            "the training images use %d of 256 levels: %s, and the range is [%g, %g], %s; %s",
+            *(max(1, levels), values, low, high, which, _advice(values)),
+        )
     return read_range(config.value_range, config.value_range is not None and values.of_bytes)
 
 
@@ -148,13 +151,25 @@ def save_measured(path: Path, config: DataConfig, found: ValueRange | None) -> N
 def _measured(train: Images, num_channels: int, quiet: bool) -> ValueRange:
     values = survey(train, num_channels, MEASURED, progress=not quiet)
     if not values.low < values.high:
-        found = str(values) if values.images else f"no image can be decoded ({'; '.join(values.reasons[:3])})"
+        found = str(values) if values.images else f"no image can be used: {_few(values.reasons)}"
         raise data_problem("value_range", f"received 'auto', but {found}; give [lowest, highest]")
     if not quiet:
+        _warn_of_bytes(values)
         which = "the first" if not isinstance(train, ImageSource) else "evenly spread"
         share = f" ({which} of {train.num_images:,})" if train.num_images and train.num_images > MEASURED else ""
         print(f"data.value_range auto: {values}{share}; the tokenizer keeps this range")
     return ValueRange(values.low, values.high, values.of_bytes)
+
+
+def _warn_of_bytes(values: Values) -> None:
+    count = sum(values.types[name] for name in BYTES)
+    if count and not values.of_bytes:
+        message = "%d of %d images have 8 bits: data.value_range is not for them, their 0 is black and their 255 white"
+        logger.warning(message, count, values.images)
+
+
+def _few(reasons: list[str]) -> str:
+    return "; ".join(reasons[:3]) + ("; …" if len(reasons) > 3 else "")
 
 
 def _advice(values: Values) -> str:
