@@ -17,6 +17,7 @@ from .data.skipped import too_many_skipped as too_many_skipped
 from .data.sources import Images as Images, load_images as load_images
 from .data.streamed import ImageStream as ImageStream
 from .image_processing_squares import normalize as normalize
+from .image_processing_values import ValueRange as ValueRange
 from .image_processing_vqgan import VQGANImageProcessor as VQGANImageProcessor
 from .modeling_vqgan import VQGANModel as VQGANModel
 from .pictures import (
@@ -29,5 +30,6 @@ from .pretrained import (
     load_image_processor as load_image_processor,
     load_tokenizer as load_tokenizer,
     load_vqgan as load_vqgan,
+    trained_range as trained_range,
 )
 from .training.config import Stage1Config as Stage1Config

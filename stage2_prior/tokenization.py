@@ -28,6 +28,7 @@ from stage1_vqgan import (
     load_images,
     load_tokenizer,
     too_many_skipped,
+    trained_range,
     warn_of_empty_classes,
 )
 from stage2_prior.code_store import CodeStore, claim_folder, images_per_shard, shard_path
@@ -60,6 +61,7 @@ def tokenize(config: Stage2Config) -> CodeStore:
 def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
     model = load_tokenizer(config.tokenizer).to(processes.device)
     check_aspect_ratio(config)
+    trained_range(config.data, config.tokenizer)
     train, validation = load_images(config.data)
     folder, origin = Path(config.code_store), _origin(config, model, train, validation)
     if processes.is_main_process:
@@ -136,6 +138,7 @@ def tokenize_split(
         config.seed,
         first_view_plain=True,
         aspect_ratio=config.data.aspect_ratio,
+        value_range=trained_range(config.data, config.tokenizer),
     )
     num_images, num_shards = source.num_images, 0
     skipped: list[SkippedImage] = []

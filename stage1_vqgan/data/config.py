@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from annotated_types import Interval
+from annotated_types import Interval, Len
 
 from configs import ConfigError, Problem, Section
 from configs.sections import Fraction, Positive
@@ -66,6 +66,9 @@ class DataConfig(Section):
         on a folder of images, whose files are always read on demand
     shuffle_buffer_size: number of encoded images of a stream in memory, from which the next image is drawn
     aspect_ratio: "crop" resizes the shorter side and crops a square; "pad" resizes the longer side and pads with white
+    value_range: the pixel values that become black and white, one range for all images: null takes that of the type
+        (8 bits 0 to 255, 16 bits 0 to 65535; floats and signed numbers have none), [low, high] is taken, "auto"
+        measures the training images; the tokenizer keeps the range
     max_skipped_fraction: images that cannot be decoded are skipped; the run stops when they exceed this fraction of
         their split
     """
@@ -82,11 +85,19 @@ class DataConfig(Section):
     shuffle_buffer_size: Positive = 1000
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     aspect_ratio: Literal["crop", "pad"] = "crop"
+    value_range: Annotated[list[float], Len(2, 2)] | Literal["auto"] | None = None
     max_skipped_fraction: Fraction = 0.01
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        if isinstance(self.value_range, list) and not self.value_range[0] < self.value_range[1]:
+            yield "value_range", self.value_range, "the first number must be below the second"
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine which images the data set contains, and how they are prepared."""
-        return {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}
+        settings = {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}
+        if self.value_range is None:  # so that the codes of 8-bit images stay valid
+            del settings["value_range"]
+        return settings
 
 
 def data_problem(key: str, message: str) -> ConfigError:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from configs import ConfigError
+from configs.problems import one_line
+from stage1_vqgan.data.arrays import array_extensions, extension_of, plugin_hint, slices_of
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import readable_extensions
 from stage1_vqgan.data.labels import class_name, few
@@ -119,21 +121,22 @@ def _saved(root: Path, config: DataConfig) -> SourceFiles | None:
 
 
 def _folder(root: Path, config: DataConfig) -> SourceFiles:
-    extensions = readable_extensions()
+    extensions = readable_extensions() | array_extensions()
     kinds: dict[str, list[Path]] = {"parquet": [], "tar": [], "images": [], "list": [], "": []}
     for file in _files_below(root):
-        extension = file.suffix.lower()
-        kinds["images" if extension in extensions else PACKED.get(extension, "")].append(file)
+        extension = extension_of(file)
+        is_image = extension in extensions
+        kinds["images" if is_image else PACKED.get(extension, "")] += _images_of(file) if is_image else [file]
     lists = kinds.pop("list")
     metadata = [file for file in lists if file.name in METADATA_NAMES]
     others = sorted({*kinds.pop(""), *lists} - {*metadata})
     match [(kind, files) for kind, files in kinds.items() if files]:
         case []:
-            found = f"; {_count(others, 'other file')}" if others else ""
+            found = f"; {_count(others, 'other file')}{plugin_hint(others)}" if others else ""
             raise _problem(f"received {config.dataset!r}; this folder holds no images{found} ({ALLOWED})")
         case [("images", files)]:
             if others:
-                others_listed = _count(others, "file")
+                others_listed = _count(others, "file") + plugin_hint(others)
                 logger.warning("%s: left out, because their extensions are not of images: %s", root, others_listed)
             if others and len(lists) > len(metadata) and not metadata:
                 hint = "is a list of labels read if it is named metadata.csv, or if data.dataset names it"
@@ -148,6 +151,14 @@ def _folder(root: Path, config: DataConfig) -> SourceFiles:
                 f"received {config.dataset!r}; it holds files of several kinds ({found}); "
                 "give a pattern or a sub-folder"
             )
+
+
+def _images_of(file: Path) -> Iterable[Path]:
+    """A file itself, or the slices of a volume."""
+    try:
+        return slices_of(file)
+    except Exception as error:  # nibabel raises exceptions of several types
+        raise _problem(f"{file} cannot be read: {one_line(error)}; repair or remove it") from error
 
 
 def _image_folder(

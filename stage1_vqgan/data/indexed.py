@@ -46,8 +46,8 @@ class ImageSource:
         if isinstance(self.images, list):
             return [EncodedImage(f"image {index}", self.images[index]) for index in indices]
         (column,) = self.images.column_names
-        items = self.images[list(indices)][column]
-        return [encoded(item, index, self.opens_paths) for item, index in zip(items, indices, strict=True)]
+        items, feature = self.images[list(indices)][column], self.images.features[column]
+        return [encoded(item, index, self.opens_paths, feature) for item, index in zip(items, indices, strict=True)]
 
     def select(self, rows: np.ndarray) -> "ImageSource":
         """The source of some of the images, by their numbers, int64 `(m,)`."""
@@ -85,7 +85,7 @@ def _to_source(config: DataConfig, split: Any, names: list[str] | None = None) -
     if not len(split):
         raise data_problem("dataset", f"{config.dataset!r} has a split without images")
     image_column, label_column = find_columns(config, split.features)
-    images = split.select_columns([image_column]).cast_column(image_column, undecoded())
+    images = split.select_columns([image_column]).cast_column(image_column, undecoded(split.features[image_column]))
     if label_column is None:
         label_column = json_column(config, split.features, lambda: split.select_columns([JSON])[0][JSON])
     if label_column is None:

@@ -93,7 +93,7 @@ class ImageStream:
             labels = _labels(rows, self.label_column)
             for item, label, number in zip(items, labels, numbers, strict=False):
                 yield (
-                    encoded(item, number, self.opens_paths),
+                    encoded(item, number, self.opens_paths, self.images.features[self.image_column]),
                     None if self.label_column is None else self._checked(label),
                 )
 
@@ -188,7 +188,7 @@ def _to_stream(config: DataConfig, split: Split) -> ImageStream:
         label_column = json_column(config, features, lambda: _first(split.dataset, JSON))
     stored = label_column if label_column is None or label_column in features else JSON
     columns = [column for column in (image_column, stored) if column is not None]
-    images = split.dataset.select_columns(columns).cast_column(image_column, undecoded())
+    images = split.dataset.select_columns(columns).cast_column(image_column, undecoded(features[image_column]))
     names = None
     if label_column is not None and stored is not None:
         feature = features.get(label_column)

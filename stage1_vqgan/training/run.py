@@ -20,11 +20,13 @@ from stage1_vqgan.data.dataset import ImageBatch, ImageDataset
 from stage1_vqgan.data.loading import evaluation_loader, training_loader
 from stage1_vqgan.data.samplers import some_images, training_sampler
 from stage1_vqgan.data.skipped import SkippedImages
-from stage1_vqgan.data.sources import load_images
+from stage1_vqgan.data.sources import Images, load_images
+from stage1_vqgan.data.value_range import measured_once, save_measured, training_range
+from stage1_vqgan.image_processing_values import ValueRange
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pictures import reconstruction_grid
-from stage1_vqgan.pretrained import load_vqgan
+from stage1_vqgan.pretrained import load_vqgan, recorded_range, trained_range
 from stage1_vqgan.reconstruction import evaluate_reconstruction
 from stage1_vqgan.training import checkpointing
 from stage1_vqgan.training.codebook import initialise_codebook
@@ -105,6 +107,7 @@ class Training:
         train_source, validation_source = load_images(data)
         self.trainer = VQGANTrainer(config, accelerator)
         model = self.trainer.average.config
+        self.value_range = self._value_range(train_source, model.in_channels)
         self.train_set = ImageDataset(
             train_source,
             model.image_size,
@@ -113,9 +116,14 @@ class Training:
             config.seed,
             aspect_ratio=data.aspect_ratio,
             keep_batch_size=True,
+            value_range=self.value_range,
         )
         self.validation_set = ImageDataset(
-            validation_source, model.image_size, model.in_channels, aspect_ratio=data.aspect_ratio
+            validation_source,
+            model.image_size,
+            model.in_channels,
+            aspect_ratio=data.aspect_ratio,
+            value_range=self.value_range,
         )
         self.skipped = SkippedImages(
             data.max_skipped_fraction,
@@ -127,10 +135,21 @@ class Training:
         self.step = 0
         self.metrics: dict[str, float] = {}
 
+    def _value_range(self, train_source: Images, channels: int) -> ValueRange | None:
+        """The range of the run: that of the tokenizer to fine-tune, that of an interrupted run, or a new one."""
+        data, base = self.config.data, self.config.model_name_or_path
+        if base is not None and self.config.codes_are_frozen:
+            return trained_range(data, base)
+        recorded = None if base is None else recorded_range(base)
+        is_quiet = not self.accelerator.is_main_process
+        return measured_once(self.run.path, data) or training_range(data, train_source, channels, recorded, is_quiet)
+
     def resume(self) -> None:
         """Loads the checkpoint to resume from, if the run has one."""
         self.accelerator.wait_for_everyone()  # all must have read the folder before the main process changes it
         checkpoint = self.run.begin(self.accelerator.num_processes)
+        if self.accelerator.is_main_process:
+            save_measured(self.run.path, self.config.data, self.value_range)
         if checkpoint is not None:
             checkpointing.load(checkpoint.path, self.accelerator, self.trainer)
             self.step = checkpoint.step
@@ -250,7 +269,14 @@ class Training:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]
         if self.accelerator.is_main_process:
             size, channels = model.config.image_size, model.config.in_channels
-            processor = VQGANImageProcessor(size, channels, aspect_ratio=self.config.data.aspect_ratio)
+            found = self.value_range
+            processor = VQGANImageProcessor(
+                size,
+                channels,
+                self.config.data.aspect_ratio,
+                None if found is None else [found.low, found.high],
+                found is not None and found.of_bytes,
+            )
             with self.run.replaced_model(model.get_memory_footprint()) as folder:
                 model.save_pretrained(folder)
                 processor.save_pretrained(folder)

@@ -10,7 +10,7 @@ from PIL import Image, PngImagePlugin, features
 
 from stage1_vqgan import EncodedImage, ImageDataset, ImageKey, ImageSource
 from stage1_vqgan.data.decoding import UndecodableImage, decode_pixels
-from stage1_vqgan.image_processing_vqgan import convert_mode
+from stage1_vqgan.image_processing_pixels import convert_mode
 from tests.fuzz.harness import cases, damaged, generator, in_processes, outcome
 
 MODES = {

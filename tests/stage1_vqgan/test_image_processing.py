@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from stage1_vqgan import VQGANImageProcessor, image_grid, normalize
+from stage1_vqgan.image_processing_pixels import convert_mode, to_pil, to_pixels
 from stage1_vqgan.image_processing_squares import resize, resize_in_floats, to_square
-from stage1_vqgan.image_processing_vqgan import convert_mode, to_pil, to_pixels
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 4, 3), dtype=np.uint8)

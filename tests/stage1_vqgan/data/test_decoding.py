@@ -12,8 +12,8 @@ from torchvision.io import decode_jpeg
 
 from stage1_vqgan import EncodedImage, VQGANImageProcessor, decode
 from stage1_vqgan.data.decoding import UndecodableImage, decode_pixels
+from stage1_vqgan.image_processing_pixels import convert_mode
 from stage1_vqgan.image_processing_squares import to_square
-from stage1_vqgan.image_processing_vqgan import convert_mode, to_8_bit
 
 RNG = np.random.default_rng(0)
 # smooth, so that lossy formats change little
