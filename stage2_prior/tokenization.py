@@ -17,16 +17,20 @@ from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem, check
 from configs.folder_lock import locked_folder
+from configs.opening import print_facts
 from configs.stalls import library_timeout, watched_for_stalls
 from stage1_vqgan import (
+    LOOKED_AT_FIRST,
     ImageDataset,
     Images,
     ImageStream,
     SkippedImage,
     VQGANImageProcessor,
     VQGANModel,
+    data_facts,
     load_images,
     load_tokenizer,
+    look,
     too_many_skipped,
     trained_range,
     warn_of_empty_classes,
@@ -71,6 +75,8 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
         processes.print(f"{folder} already holds these codes; nothing to do")
         return CodeStore(folder)
 
+    if processes.is_main_process:
+        _tell(config, model, train, validation)
     started = time.perf_counter()
     notes = {}
     for split, source, num_views in (("train", train, config.num_views), ("validation", validation, 1)):
@@ -95,6 +101,19 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
         )
     processes.wait_for_everyone()
     return CodeStore(folder)
+
+
+def _tell(config: Stage2Config, model: VQGANModel, train: Images, validation: Images) -> None:
+    """Prints the first lines: what the data hold, and what becomes of them."""
+    tokenizer, limit = model.config, config.data.max_skipped_fraction
+    looked = look(train, LOOKED_AT_FIRST, tokenizer.in_channels, trained_range(config.data, config.tokenizer))
+    facts = data_facts(train, validation, looked, tokenizer.image_size, limit)
+    facts["codes"] = (
+        f"{tokenizer.grid_size**2:,} of each image, out of {tokenizer.num_embeddings:,}; views of an image: "
+    )
+    facts["codes"] += str(config.num_views)
+    facts["device"] = str(model.device)
+    print_facts(facts | {"tokenizer": config.tokenizer, "code store": config.code_store})
 
 
 def check_aspect_ratio(config: Stage2Config) -> None:

@@ -121,6 +121,17 @@ def decode_values(encoded: EncodedImage, num_channels: int) -> np.ndarray:
         return values
 
 
+def mode_of(encoded: EncodedImage) -> str:
+    """Pillow's mode of an image, such as "RGB"; "array" for numbers that Pillow does not read."""
+    try:
+        with _undecodable():
+            content = _content(encoded)
+            image = _open(content) if isinstance(content, bytes) else content
+            return image.mode if isinstance(image, Image.Image) else "array"
+    except UndecodableImage:
+        return "array"
+
+
 def _content(encoded: EncodedImage) -> bytes | Image.Image | np.ndarray:
     """The bytes of a file, or a decoded image."""
     if not isinstance(encoded.content, str):

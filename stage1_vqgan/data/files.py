@@ -139,8 +139,8 @@ def _folder(root: Path, config: DataConfig) -> SourceFiles:
                 others_listed = _count(others, "file") + plugin_hint(others)
                 logger.warning("%s: left out, because their extensions are not of images: %s", root, others_listed)
             if others and len(lists) > len(metadata) and not metadata:
-                hint = "is a list of labels read if it is named metadata.csv, or if data.dataset names it"
-                logger.warning("%s: of these files, %s", root, hint)
+                hint = f"is read only if its name is {' or '.join(METADATA_NAMES)}, or if data.dataset names it"
+                logger.warning("%s: a list of labels among these files %s", root, hint)
             splits, roots = _image_folder(root, files, config)
             return SourceFiles("images", splits, roots, metadata)
         case [(kind, files)]:

@@ -120,11 +120,10 @@ def warn_of_classes(labels: np.ndarray, names: Sequence[str]) -> None:
     if others:
         message = "the ids of these classes are not the numbers that name them, so ask for them by name: %s"
         logger.warning(message, few(others))
-    if np.count_nonzero(counts) > max(10, len(labels) // 2):
-        message = (
-            "there are %d classes for %d training images; if the labels are captions, set data.use_labels to false"
-        )
-        logger.warning(message, len(names), len(labels))
+    used = np.count_nonzero(counts)
+    if used > max(10, len(labels) // 2):
+        message = "%d training images have %d different labels; if they are captions, set data.use_labels to false"
+        logger.warning(message, len(labels), used)
 
 
 def warn_of_empty_classes(names: Sequence[str], counts: Sequence[int]) -> None:

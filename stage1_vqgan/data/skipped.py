@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -137,7 +138,15 @@ def too_many_skipped(
     if len(skipped) > MAX_LISTED:
         listed.append(f"      and {len(skipped) - MAX_LISTED} more")
     counts = f"received {max_fraction:g}, but {len(skipped)} of the {num_images:,} {what} cannot be used"
-    return Problem("data.max_skipped_fraction", "\n".join([f"{counts}; {advice}:", *listed]))
+    enough = f"{smallest_fraction(len(skipped), num_images):g} is enough for these"
+    return Problem("data.max_skipped_fraction", "\n".join([f"{counts}; {advice} ({enough}):", *listed]))
+
+
+def smallest_fraction(skipped: int, num_images: int) -> float:
+    """The smallest `max_skipped_fraction` of at most three decimals, or more for a large split, that allows so many."""
+    decimals = max(3, len(str(num_images)))
+    fraction = math.ceil(skipped / num_images * 10**decimals) / 10**decimals
+    return min(1.0, fraction)
 
 
 def _read(path: Path) -> set[str]:

@@ -13,11 +13,13 @@ from accelerate.utils import InitProcessGroupKwargs
 from configs import check
 from configs.compat import reset_accelerate_state
 from configs.interruption import StopRequest
+from configs.opening import print_facts, run_facts
 from configs.randomness import seed_from
 from configs.run_folder import RunFolder
 from configs.stalls import library_timeout, watched_for_stalls
 from stage1_vqgan.data.dataset import ImageBatch, ImageDataset
 from stage1_vqgan.data.loading import evaluation_loader, training_loader
+from stage1_vqgan.data.overview import LOOKED_AT_FIRST, data_facts, look
 from stage1_vqgan.data.samplers import some_images, training_sampler
 from stage1_vqgan.data.skipped import SkippedImages
 from stage1_vqgan.data.sources import Images, load_images
@@ -160,12 +162,24 @@ class Training:
         Raises:
             ConfigError, Diverged, Stopped: see `train`.
         """
+        if self.accelerator.is_main_process:
+            self.tell()
         with Reporter(self.accelerator, self.run, self.step) as reporter:
             batches = self._training_batches()
             if self.step == self.config.max_steps:  # the last session was stopped after its last save
                 self.evaluate(reporter)
             else:
                 self._loop(batches, reporter)
+
+    def tell(self) -> None:
+        """Prints the first lines: what the data hold, and facts about the run."""
+        config, source, train_set = self.config, self.train_set.source, self.train_set
+        looked = look(source, LOOKED_AT_FIRST, train_set.num_channels, self.value_range)
+        limit = config.data.max_skipped_fraction
+        facts = data_facts(source, self.validation_set.source, looked, train_set.image_size, limit)
+        models = {"tokenizer": self.trainer.model, "discriminator": self.trainer.discriminator}
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        print_facts(facts | run_facts(config, device, processes, models, source.num_images, "reconstructions"))
 
     def _training_batches(self) -> Iterator[ImageBatch]:
         """The batches of the remaining steps. A new run first initialises its codebook from the first batches."""

@@ -97,7 +97,10 @@ class TestWarnings:
     def test_captions(self, tmp_path, caplog):
         rows = {"picture": [picture(n) for n in range(20)], "label": [f"a picture of {n}" for n in range(20)]}
         load_images(DataConfig(dataset=write_parquet(tmp_path / "a.parquet", rows, label=datasets.Value("string"))))
-        assert "if the labels are captions, set data.use_labels to false" in caplog.text
+        assert (
+            "19 training images have 19 different labels; if they are captions, set data.use_labels to false"
+            in caplog.text
+        )
 
     def test_nothing_is_said_of_usual_classes(self, tmp_path, caplog):
         folder = write_folder(tmp_path, {f"{kind}/{n}.png": n for kind in range(12) for n in range(3)})
@@ -127,7 +130,10 @@ class TestFolderWords:
         folder = write_folder(tmp_path, {f"{n}.png": n for n in range(4)})
         (tmp_path / "labels.csv").write_text("file_name,label\n")
         load_images(DataConfig(dataset=folder))
-        assert "a list of labels read if it is named metadata.csv, or if data.dataset names it" in caplog.text
+        assert (
+            "a list of labels among these files is read only if its name is metadata.csv or metadata.jsonl"
+            in caplog.text
+        )
 
 
 class TestColumns:
