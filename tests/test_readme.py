@@ -25,6 +25,7 @@ from pipelines.build import BuildConfig
 from pipelines.evaluate import EvaluationConfig
 from stage1_vqgan import Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.convert.config import ConvertConfig
+from stage1_vqgan.data.__main__ import DataReportConfig
 from stage1_vqgan.evaluate import ReconstructionConfig
 from stage1_vqgan.quantizers import QUANTIZERS
 from stage2_prior import Stage2Config, TokenLayout
@@ -40,6 +41,7 @@ DOCUMENTS = [
 ]
 CONFIGS = {
     "stage1_vqgan.convert": ConvertConfig,
+    "stage1_vqgan.data": DataReportConfig,
     "stage1_vqgan.evaluate": ReconstructionConfig,
     "stage1_vqgan.train": Stage1Config,
     "stage2_prior.tokenize": Stage2Config,

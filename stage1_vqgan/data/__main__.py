@@ -3,7 +3,9 @@
 Usage: `python -m stage1_vqgan.data CONFIG`, with a configuration of stage 1, or with `--data.dataset NAME` alone.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from configs import ConfigError, run
 from configs.opening import print_facts
@@ -26,6 +28,10 @@ class DataReportConfig(Stage1Config):
     num_inspected: Positive = 300
     contact_sheet: str | None = "contact_sheet.png"
 
+    def size_problems(self, size: int) -> Iterable[tuple[str, Any, str]]:
+        """None: the losses, whose rules these are, are not computed."""
+        return ()
+
 
 def report(config: DataReportConfig) -> None:
     """Prints facts about the data set, and writes the contact sheet.
@@ -40,12 +46,14 @@ def report(config: DataReportConfig) -> None:
     from stage1_vqgan.data.overview import data_facts, look
     from stage1_vqgan.data.sources import load_images
     from stage1_vqgan.data.value_range import training_range
+    from stage1_vqgan.pretrained import load_tokenizer, recorded_range
 
-    model = config.vqgan_config()
+    base = config.model_name_or_path
+    model = config.vqgan_config() if base is None else load_tokenizer(base, "model_name_or_path", **config.model).config
     train, validation = load_images(config.data)
     problem, value_range = None, None
     try:
-        value_range = training_range(config.data, train, model.in_channels)
+        value_range = training_range(config.data, train, model.in_channels, recorded_range(base) if base else None)
     except ConfigError as error:  # the report shows the values that have no range
         problem = error
     looked = look(train, config.num_inspected, model.in_channels, value_range)

@@ -128,7 +128,8 @@ def _looked_at(looked: Looked) -> str:
     if looked.images == looked.total:
         return f"all {looked.images:,} training images"
     where = "spread evenly over" if looked.are_spread else "the first of"
-    return f"{looked.images:,} images, {where} {_number(looked.total)} training images"
+    total = _number(looked.total) + " of" * (looked.total is None)
+    return f"{looked.images:,} images, {where} {total} training images"
 
 
 def _classes(train: Images, looked: Looked) -> str:
