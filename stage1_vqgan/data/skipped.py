@@ -132,7 +132,7 @@ def too_many_skipped(
         what: name of the images in the message.
         advice: what the user can do, for the message.
     """
-    if len(skipped) <= max_fraction * num_images:
+    if not skipped or len(skipped) / num_images <= max_fraction:
         return None
     listed = [f"      {image.name}: {image.reason}" for image in skipped[:MAX_LISTED]]
     if len(skipped) > MAX_LISTED:
@@ -143,10 +143,10 @@ def too_many_skipped(
 
 
 def smallest_fraction(skipped: int, num_images: int) -> float:
-    """The smallest `max_skipped_fraction` of at most three decimals, or more for a large split, that allows so many."""
-    decimals = max(3, len(str(num_images)))
-    fraction = math.ceil(skipped / num_images * 10**decimals) / 10**decimals
-    return min(1.0, fraction)
+    """The smallest `max_skipped_fraction` of three digits that allows so many, at least 1, to be skipped."""
+    share = skipped / num_images
+    scale = 10 ** (2 - math.floor(math.log10(share)))
+    return min(1.0, math.ceil(share * scale) / scale)
 
 
 def _read(path: Path) -> set[str]:
