@@ -175,7 +175,7 @@ def tokenize_split(
             if num_images is not None and processes.num_processes == 1:
                 _check_skipped(config, split, skipped, num_images)
             labels = encoded.labels if source.has_labels else None
-            write_shard(path, encoded.codes, labels, encoded.images, encoded.skipped)
+            write_shard(path, encoded.codes, labels, encoded.images, encoded.skipped, encoded.columns)
     return num_shards
 
 

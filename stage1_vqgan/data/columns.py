@@ -25,6 +25,21 @@ def find_columns(config: DataConfig, features: Mapping[str, Any]) -> tuple[str, 
     return _image_column(config, features), _label_column(config, features) if config.use_labels else None
 
 
+def require_kept(config: DataConfig, features: Mapping[str, Any]) -> None:
+    """Checks `data.columns`.
+
+    Raises:
+        ConfigError: a column does not exist, or holds neither text nor numbers.
+    """
+    from datasets import ClassLabel, Value
+
+    for name in config.columns:
+        if name not in features:
+            raise data_problem("columns", f"received {name!r}; the columns are {', '.join(features)}")
+        if not isinstance(features[name], Value | ClassLabel):
+            raise data_problem("columns", f"{name!r} holds {features[name]}; only text and numbers can be kept")
+
+
 def undecoded(feature: Any = None) -> Any:
     """The `datasets` feature that reads a column of images without decoding: as bytes, or as nested lists of numbers.
 

@@ -12,6 +12,9 @@ from configs.sections import Fraction, Positive
 # These settings do not change the images, so an interrupted code store may continue with other values.
 FREE_KEYS = {"shuffle_buffer_size", "max_skipped_fraction"}
 
+# The columns of every code store.
+STORED = ("codes", "label")
+
 
 @dataclass(kw_only=True)
 class AugmentationConfig(Section):
@@ -61,6 +64,7 @@ class DataConfig(Section):
         a stream the first images, which needs a stream of known length
     image_column, label_column: names of columns; by default the only image column, and the class label column if there
         is one (in a tar file "cls")
+    columns: further columns to keep in a code store, such as [style, text]; text and numbers only
     use_labels: false ignores the labels and gives an unconditional model
     streaming: read parquet files, tar files or a Hub dataset from front to back, without a copy on disk; has no effect
         on a folder of images, whose files are always read on demand
@@ -80,6 +84,7 @@ class DataConfig(Section):
     validation_fraction: Annotated[float, Interval(gt=0, le=0.5)] = 0.05
     image_column: str | None = None
     label_column: str | None = None
+    columns: list[str] = field(default_factory=list)
     use_labels: bool = True
     streaming: bool = False
     shuffle_buffer_size: Positive = 1000
@@ -91,12 +96,16 @@ class DataConfig(Section):
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if isinstance(self.value_range, list) and not self.value_range[0] < self.value_range[1]:
             yield "value_range", self.value_range, "the first number must be below the second"
+        if len(set(self.columns)) < len(self.columns) or set(self.columns) & set(STORED):
+            yield "columns", self.columns, f"a name may stand here once, and {' and '.join(STORED)} are stored anyway"
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine which images the data set contains, and how they are prepared."""
         settings = {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}
         if self.value_range is None:  # so that the codes of 8-bit images stay valid
             del settings["value_range"]
+        if not self.columns:
+            del settings["columns"]
         return settings
 
 

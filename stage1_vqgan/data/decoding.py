@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from struct import unpack_from
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,10 +38,12 @@ class EncodedImage(NamedTuple):
         name: name for messages: its path, or its number in the source.
         content: the bytes of a file, the path of a file, or a decoded image: of Pillow, or an array `(H, W)`,
             `(H, W, C)` or `(C, H, W)`.
+        columns: of a stream, the values of the columns that `data.columns` keeps; an `ImageSource` has them itself.
     """
 
     name: str
     content: bytes | str | Image.Image | np.ndarray
+    columns: dict[str, Any] | None = None
 
 
 class SkippedImage(NamedTuple):

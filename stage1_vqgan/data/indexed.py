@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from stage1_vqgan.data.columns import NO_LABELS, encoded, find_columns, undecoded
+from stage1_vqgan.data.columns import NO_LABELS, encoded, find_columns, require_kept, undecoded
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import EncodedImage
 from stage1_vqgan.data.labels import JSON, json_column, read_labels
@@ -22,12 +22,14 @@ class ImageSource:
         class_names: names of the classes 0 … C-1, or None without labels.
         opens_paths: an image without bytes is read from its path. False for the files of a stranger, who could name
             any file of this machine.
+        columns: a `datasets.Dataset` of the columns that `data.columns` keeps, or None.
     """
 
     images: Any
     labels: np.ndarray | None
     class_names: list[str] | None
     opens_paths: bool = True
+    columns: Any = None
 
     @property
     def num_images(self) -> int:
@@ -51,7 +53,13 @@ class ImageSource:
 
     def select(self, rows: np.ndarray) -> "ImageSource":
         """The source of some of the images, by their numbers, int64 `(m,)`."""
-        return replace(self, images=self.images.select(rows), labels=None if self.labels is None else self.labels[rows])
+        labels, columns = self.labels, self.columns
+        return replace(
+            self,
+            images=self.images.select(rows),
+            labels=None if labels is None else labels[rows],
+            columns=None if columns is None else columns.select(rows),
+        )
 
 
 def image_sources(config: DataConfig, train: Any, validation: Any | None) -> tuple[ImageSource, ImageSource]:
@@ -88,6 +96,7 @@ def _to_source(config: DataConfig, split: Any, names: list[str] | None = None) -
     images = split.select_columns([image_column]).cast_column(image_column, undecoded(split.features[image_column]))
     if label_column is None:
         label_column = json_column(config, split.features, lambda: split.select_columns([JSON])[0][JSON])
-    if label_column is None:
-        return ImageSource(images, None, None)
-    return ImageSource(images, *read_labels(split, label_column, names))
+    require_kept(config, split.features)
+    columns = split.select_columns(config.columns) if config.columns else None
+    labels, own_names = (None, None) if label_column is None else read_labels(split, label_column, names)
+    return ImageSource(images, labels, own_names, columns=columns)

@@ -179,8 +179,8 @@ def _skipped(looked: Looked, max_skipped: float) -> str:
     if not looked.skipped:
         return "none"
     text = f"{len(looked.skipped)} of {looked.images:,} cannot be used"
-    needed = smallest_fraction(len(looked.skipped), looked.images)
-    if needed > max_skipped:
+    if len(looked.skipped) / looked.images > max_skipped:
+        needed = smallest_fraction(len(looked.skipped), looked.images)
         text += f"; to train without them, set data.max_skipped_fraction to {needed:g}"
     shown = [f"{image.name}: {image.reason}" for image in looked.skipped[:MOST_SKIPPED]]
     more = len(looked.skipped) - len(shown)

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image
 
-from stage1_vqgan.data.config import DataConfig
+from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.files import find_files
 from stage1_vqgan.data.indexed import ImageSource, image_sources
 from stage1_vqgan.data.labels import warn_of_classes
@@ -37,6 +37,8 @@ def load_images(config: DataConfig) -> tuple[Images, Images]:
     Raises:
         ConfigError: the source, a split or a column does not exist, or a label is not a class of the training split.
     """
+    if config.dataset == DIGITS and config.columns:
+        raise data_problem("columns", f"received {config.columns}; {DIGITS!r} has no further columns")
     if config.dataset == DIGITS:
         return _load_digits(config)
     files = find_files(config)

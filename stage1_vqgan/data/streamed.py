@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from stage1_vqgan.data.columns import allowed_labels, encoded, find_columns, undecoded
+from stage1_vqgan.data.columns import allowed_labels, encoded, find_columns, require_kept, undecoded
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import EncodedImage
 from stage1_vqgan.data.labels import JSON, class_name, is_whole, json_column, json_label
@@ -30,6 +30,7 @@ class ImageStream:
         is_part: the images are a range of a longer stream. The range is found by counting from the beginning, so its
             files cannot be distributed over processes.
         opens_paths: see `ImageSource`.
+        columns: names of the columns that `data.columns` keeps; each `EncodedImage` holds their values.
     """
 
     images: Any
@@ -40,6 +41,7 @@ class ImageStream:
     shuffle_buffer_size: int = 1000
     is_part: bool = False
     opens_paths: bool = True
+    columns: tuple[str, ...] = ()
 
     @property
     def has_labels(self) -> bool:
@@ -91,11 +93,12 @@ class ImageStream:
         for rows in _batches(files):
             items = rows[self.image_column]
             labels = _labels(rows, self.label_column)
-            for item, label, number in zip(items, labels, numbers, strict=False):
-                yield (
-                    encoded(item, number, self.opens_paths, self.images.features[self.image_column]),
-                    None if self.label_column is None else self._checked(label),
-                )
+            feature = self.images.features[self.image_column]
+            for place, (item, label, number) in enumerate(zip(items, labels, numbers, strict=False)):
+                image = encoded(item, number, self.opens_paths, feature)
+                if self.columns:
+                    image = image._replace(columns={name: rows[name][place] for name in self.columns})
+                yield image, None if self.label_column is None else self._checked(label)
 
     def _checked(self, label: Any) -> int:
         label = int(label) if isinstance(label, str) and is_whole(label) else label
@@ -187,7 +190,8 @@ def _to_stream(config: DataConfig, split: Split) -> ImageStream:
     if label_column is None:
         label_column = json_column(config, features, lambda: _first(split.dataset, JSON))
     stored = label_column if label_column is None or label_column in features else JSON
-    columns = [column for column in (image_column, stored) if column is not None]
+    require_kept(config, features)
+    columns = list(dict.fromkeys(column for column in (image_column, stored, *config.columns) if column is not None))
     images = split.dataset.select_columns(columns).cast_column(image_column, undecoded(features[image_column]))
     names = None
     if label_column is not None and stored is not None:
@@ -195,7 +199,8 @@ def _to_stream(config: DataConfig, split: Split) -> ImageStream:
         names = [class_name(name) for name in feature.names] if isinstance(feature, ClassLabel) else None
         if names is None:
             _require_numbers(split, label_column, stored)
-    return ImageStream(images, image_column, label_column, names, split.num_images, config.shuffle_buffer_size)
+    kept, size = tuple(config.columns), config.shuffle_buffer_size
+    return ImageStream(images, image_column, label_column, names, split.num_images, size, columns=kept)
 
 
 def _first(stream: Any, column: str) -> Any:
