@@ -121,7 +121,7 @@ def warn_of_classes(labels: np.ndarray, names: Sequence[str]) -> None:
         message = "the ids of these classes are not the numbers that name them, so ask for them by name: %s"
         logger.warning(message, few(others))
     used = np.count_nonzero(counts)
-    if used > max(10, len(labels) // 2):
+    if used > max(10, 2 * len(labels) // 3):
         message = "%d training images have %d different labels; if they are captions, set data.use_labels to false"
         logger.warning(message, len(labels), used)
 

@@ -157,6 +157,15 @@ class TestColumns:
         streamed = load_images(DataConfig(dataset=str(tmp_path / "a.parquet"), use_labels=False, streaming=True))
         assert sorted(value for source in streamed for value, _ in read(source)) == list(range(8))
 
+    def test_columns_that_may_be_labels_are_named(self, tmp_path, caplog):
+        rows = {"picture": [picture(1)] * 4, "kind": [1, 2] * 2, "size": [0.5] * 4, "text": ["a"] * 4}
+        kinds = {"kind": "int64", "size": "float32", "text": "string"}
+        path = write_parquet(
+            tmp_path / "a.parquet", rows, **{name: datasets.Value(kind) for name, kind in kinds.items()}
+        )
+        assert not load_images(DataConfig(dataset=path))[0].has_labels
+        assert "if one of the columns kind, text holds classes, name it: data.label_column" in caplog.text
+
     def test_other_types_are_refused_by_name(self, tmp_path):
         rows = {"picture": [picture(1)] * 4, "label": [0.5] * 4}
         path = write_parquet(tmp_path / "a.parquet", rows, label=datasets.Value("float32"))
