@@ -265,6 +265,53 @@ def test_save_and_load(tmp_path):
     assert loaded(RGB)["pixel_values"].shape == (1, 1, 24, 24)
 
 
+def test_a_range_of_values(tmp_path):
+    """Floats, arrays and 16 bits are values of the range; 8-bit images are pictures, as `postprocess` makes them."""
+    VQGANImageProcessor(4, 1, value_range=[-1000, 400]).save_pretrained(tmp_path)
+    processor = VQGANImageProcessor.from_pretrained(tmp_path)
+    assert processor.value_range == [-1000, 400]
+    values = np.array([[-2000, -1000, -300, 0], [399, 400, 401, 9000]] * 2)
+    expected = (values.clip(-1000, 400) + 1000) / 700 - 1
+    tensor = torch.from_numpy(values).float()
+    images = [values, values.astype(np.int16), values.astype(np.float32), tensor, tensor[None], values[..., None]]
+    for image in [*images, Image.fromarray(values.astype(np.float32)), Image.fromarray(values.astype(np.int32))]:
+        found = processor(image)["pixel_values"][0, 0].numpy()
+        assert np.abs(found - expected).max() <= 1 / 255 + 1e-6
+    picture = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 17)
+    pixels = processor(picture)["pixel_values"]
+    assert torch.equal(pixels, VQGANImageProcessor(4, 1)(picture)["pixel_values"])
+    assert processor.postprocess(pixels)[0].tobytes() == picture.tobytes()
+    in_units = processor.to_values(processor.postprocess(pixels, "np"))
+    assert in_units.min() == -1000 and in_units.max() == 400
+    assert torch.equal(processor(in_units)["pixel_values"], pixels)
+    of_bytes = VQGANImageProcessor(4, 1, value_range=[0, 51], value_range_of_bytes=True)
+    assert of_bytes(picture)["pixel_values"].flatten().tolist()[:4] == pytest.approx([-1, -1 / 3, 1 / 3, 1])
+    with pytest.raises(ValueError, match="transparency, which has no place in a value_range"):
+        of_bytes(Image.new("LA", (4, 4)))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        processor(tensor / 0)
+
+
+def test_16_bits_and_masks_have_a_range_of_their_own():
+    processor = VQGANImageProcessor(2, 1)
+    deep = np.array([[0, 257], [32896, 65535]], np.uint16)
+    assert ((processor(deep)["pixel_values"] + 1) * 127.5).round().flatten().tolist() == [0, 1, 128, 255]
+    assert processor(deep > 300)["pixel_values"].flatten().tolist() == [-1, -1, 1, 1]
+    for wrong in (deep.astype(np.int32), deep.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"no range of their own: give a value_range|needs \[0, 1\]"):
+            processor(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[1], [2, 1], [1, 1], [0, np.nan], [0, np.inf], [0, 1e-320], "auto", [True, 2], ["0", "1"], 5]
+)
+def test_a_wrong_range_is_refused(wrong):
+    with pytest.raises(ValueError, match="value_range: received"):
+        VQGANImageProcessor(value_range=wrong)
+    with pytest.raises(ValueError, match="value_range_of_bytes: received"):
+        VQGANImageProcessor(value_range_of_bytes=True)
+
+
 def test_aspect_ratio_is_a_setting_of_the_processor(tmp_path):
     wide = np.zeros((10, 20, 3), dtype=np.uint8)
     VQGANImageProcessor(20, 3, "pad").save_pretrained(tmp_path)
