@@ -49,6 +49,11 @@ class Values:
         return self.low >= 0 and self.high <= 255 and self.types.keys() <= BYTES | WIDE
 
     @property
+    def without_range(self) -> int:
+        """Number of images that need a configured range, because their type has none."""
+        return 0 if self.of_bytes else sum(self.types[name] for name in self.types.keys() - BYTES - {"uint16"})
+
+    @property
     def images(self) -> int:
         """Number of decoded images."""
         return self.types.total()
@@ -97,7 +102,7 @@ def training_range(
         raise data_problem("dataset", f"none of {len(values.reasons)} images can be used: {_few(values.reasons)}")
     found = read_range(config.value_range, config.value_range is not None and values.of_bytes)
     if found is None:
-        _require_own_range(values)
+        _require_own_range(values, config.max_skipped_fraction)
     elif values.high < found.low or values.low > found.high:
         raise data_problem("value_range", f"received {config.value_range}, but {values}; {_advice(values)}")
     if not quiet:
@@ -148,8 +153,8 @@ def _measured(train: Images, num_channels: int, quiet: bool) -> ValueRange:
     return ValueRange(values.low, values.high, values.of_bytes)
 
 
-def _require_own_range(values: Values) -> None:
-    if not values.of_bytes and values.types.keys() - BYTES - {"uint16"}:
+def _require_own_range(values: Values, max_skipped_fraction: float) -> None:
+    if values.without_range > max_skipped_fraction * values.images:
         reason = "such numbers have no range of their own"
         raise data_problem("value_range", f"received null, but {values}; {reason}; {_advice(values)}")
 
@@ -158,7 +163,7 @@ def _warn(values: Values, found: ValueRange | None) -> None:
     """Warns of a set that uses few of the 256 levels, and of 8-bit images for which the range does not hold."""
     low, high = found[:2] if found else (0, 1 if values.types.keys() == {"bool"} else 255 if values.of_bytes else 65535)
     levels = round(255 * (min(values.high, high) - max(values.low, low)) / (high - low)) + 1
-    if values.low < values.high and levels < FEW_LEVELS:
+    if values.low < values.high and levels < FEW_LEVELS and (found or not values.without_range):
         which = "data.value_range" if found else "that of their type"
         logger.warning(
             "the training images use %d of 256 levels: %s, and the range is [%g, %g], %s; %s",

@@ -42,6 +42,9 @@ def pages(count, dtype=np.uint8):
     return file(first, "TIFF", save_all=True, append_images=others)
 
 
+UNEQUAL = file(Image.fromarray(GRAY), "TIFF", save_all=True, append_images=[Image.new("L", (s, 5)) for s in (4, 6)])
+
+
 def stack(count):
     return np.stack([GRAY // (n + 1) for n in range(count)], -1)
 
@@ -57,6 +60,7 @@ USED = {
     "three pages": (pages(3), 3, stack(3)),
     "first of three pages": (pages(3), 1, GRAY[..., None]),
     "first of five pages": (pages(5), 3, np.dstack([GRAY] * 3)),
+    "first of three pages of several sizes": (UNEQUAL, 3, np.dstack([GRAY] * 3)),
     "array": (npy(stack(6)), 6, stack(6)),
     "array, channels first": (npy(stack(6).transpose(2, 0, 1)), 6, stack(6)),
     "array of two": (npy(stack(2)), 2, stack(2)),
@@ -67,6 +71,11 @@ REFUSED = {
     "rgba as five": (file(np.dstack([RGB, ALPHA])), 5, "received 4 channels, but the tokenizer has 5"),
     "gray as six": (file(GRAY), 6, "received 1 channels, but the tokenizer has 6"),
     "five pages as four": (pages(5), 4, "received 5 gray pages, but the tokenizer has 4"),
+    "unequal pages": (
+        file(Image.fromarray(GRAY), "TIFF", save_all=True, append_images=[Image.new("L", (4, 5))]),
+        2,
+        "received pages of several sizes or colours",
+    ),
     "gray array as two": (npy(GRAY), 2, "received 1 channels, but the tokenizer has 2"),
     "array of two as gray": (npy(stack(2)), 1, "received shape (12, 10, 2); neither its first nor its last axis"),
     "objects": (npy(np.array([[None]])), 1, "holds Python objects, which are never read"),

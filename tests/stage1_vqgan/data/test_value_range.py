@@ -169,6 +169,14 @@ def test_bytes_among_other_images_are_pictures(tmp_path, caplog):
     assert np.array_equal(decode_pixels(mixed.encoded([0])[0], 1, found)[..., 0], GRAY)
 
 
+def test_a_few_images_without_a_range_are_skipped(caplog):
+    images = [Image.fromarray(GRAY)] * 9 + [Image.fromarray(GRAY.astype(np.float32))]
+    source = ImageSource(images, None, None)
+    assert training_range(config("x", max_skipped_fraction=0.1), source, 1) is None and not caplog.text
+    with pytest.raises(ConfigError, match="float32, uint8 from 0 to 255; such numbers have no range of their own"):
+        training_range(config("x"), source, 1)
+
+
 def test_a_stream_is_measured_from_its_beginning(tmp_path):
     source = parquet(tmp_path, TWELVE_BITS.tolist(), nested(pa.uint16()))
     settings = config(source, streaming=True)
