@@ -31,6 +31,7 @@ from .pretrained import (
     load_image_processor as load_image_processor,
     load_tokenizer as load_tokenizer,
     load_vqgan as load_vqgan,
+    require_range as require_range,
     trained_range as trained_range,
 )
 from .training.config import Stage1Config as Stage1Config

@@ -81,13 +81,16 @@ def _gray_pages(image: Image.Image, num_channels: int) -> np.ndarray | None:
         ValueError: the gray pages are fewer or more, and gray is not converted to so many channels.
     """
     count = getattr(image, "n_frames", 1) if image.format == "TIFF" and num_channels > 1 else 1
-    if count == 1 or len(image.getbands()) != 1 or count != num_channels == 3:
+    if count == 1 or not _is_gray(image) or count != num_channels == 3:
         return None
     if count != num_channels:
         raise ValueError(f"image: received {count} gray pages, but the tokenizer has {num_channels} channels")
-    pages = [values_of(page) for page in ImageSequence.Iterator(image)]
+    kinds, pages = zip(*((_is_gray(page), values_of(page)) for page in ImageSequence.Iterator(image)), strict=True)
     image.seek(0)  # type: ignore[attr-defined]
-    return np.stack(pages, -1)
+    is_stack = all(kinds) and len({page.shape for page in pages}) == 1
+    if not is_stack and num_channels != 3:
+        raise ValueError("image: received pages of several sizes or colours, which cannot be the channels of an image")
+    return np.stack(pages, -1) if is_stack else None
 
 
 def values_of(image: Image.Image) -> np.ndarray:
@@ -103,6 +106,10 @@ def values_of(image: Image.Image) -> np.ndarray:
 def _narrowed(values: np.ndarray) -> np.ndarray:
     """Pillow reads some 16-bit files as 32 bits: int32 in [0, 65535] → uint16. Other values stay int32."""
     return values.astype(np.uint16) if values.size and values.min() >= 0 and values.max() <= 65535 else values
+
+
+def _is_gray(image: Image.Image) -> bool:
+    return image.mode in ("1", "L") or _is_deep(image)
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -130,7 +130,16 @@ def trained_range(data: DataConfig, name: str) -> ValueRange | None:
     Raises:
         ConfigError: `data.value_range` is another range.
     """
-    found, wanted = recorded_range(name), data.value_range
+    return require_range(data, recorded_range(name), name)
+
+
+def require_range(data: DataConfig, found: ValueRange | None, name: str) -> ValueRange | None:
+    """Returns `found`, the range with which the tokenizer `name` was trained.
+
+    Raises:
+        ConfigError: `data.value_range` is another range.
+    """
+    wanted = data.value_range
     has = None if found is None else [found.low, found.high]
     if wanted not in (None, has) and not (wanted == "auto" and found is not None):
         with_range = "the range of the dtype (null)" if has is None else f"{has}"

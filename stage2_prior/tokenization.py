@@ -65,7 +65,6 @@ def tokenize(config: Stage2Config) -> CodeStore:
 def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
     model = load_tokenizer(config.tokenizer).to(processes.device)
     check_aspect_ratio(config)
-    trained_range(config.data, config.tokenizer)
     train, validation = load_images(config.data)
     folder, origin = Path(config.code_store), _origin(config, model, train, validation)
     if processes.is_main_process:
@@ -134,7 +133,12 @@ def check_aspect_ratio(config: Stage2Config) -> None:
 
 
 def _origin(config: Stage2Config, model: VQGANModel, train: Images, validation: Images) -> dict[str, Any]:
-    """The settings and data that determine the codes of a store."""
+    """The settings and data that determine the codes of a store.
+
+    Raises:
+        ConfigError: `data.value_range` is not the range with which the tokenizer was trained.
+    """
+    found = trained_range(config.data, config.tokenizer)
     return {
         "tokenizer_fingerprint": model.config.fingerprint,
         "data": config.data.identity(),
@@ -142,6 +146,7 @@ def _origin(config: Stage2Config, model: VQGANModel, train: Images, validation: 
         "seed": config.seed,
         "images": [source.num_images for source in (train, validation)],
         "class_names": train.class_names,
+        "value_range": None if found is None else list(found),
     }
 
 

@@ -27,7 +27,7 @@ from pipelines.evaluation.metrics import area_features, frechet_distances, neare
 from pipelines.evaluation.real_images import RealImages, read_real_images
 from pipelines.evaluation.report import METRICS_NAME, recorded_seconds, save_pictures, saved_metrics, weights_hash
 from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import load_images
+from stage1_vqgan import load_images, require_range
 from stage1_vqgan.reconstruction import evaluate_reconstruction
 
 
@@ -86,6 +86,7 @@ def require_room(config: EvaluationConfig, pipeline: VQGANPipeline) -> None:
 
 def read_splits(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple[RealImages, RealImages]:
     """The real images of the training and of the validation split."""
+    require_range(config.data, pipeline.image_processor.values, config.pipeline)
     train, validation = (
         read_real_images(
             source,

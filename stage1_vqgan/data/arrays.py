@@ -23,6 +23,7 @@ NUMBERS = {
 MEDICAL = "pip install 'tessella[medical]'"
 PLUGINS = {
     ".dcm": ("pydicom", MEDICAL),
+    ".dicom": ("pydicom", MEDICAL),
     ".nii": ("nibabel", MEDICAL),
     ".nii.gz": ("nibabel", MEDICAL),
     ".heic": ("pillow_heif", "pip install pillow-heif"),
@@ -39,7 +40,10 @@ def extension_of(file: Path) -> str:
 
 def array_extensions() -> set[str]:
     """Extensions of the files that are read here, with what is installed."""
-    return {".npy", *(extension for extension in (".dcm", ".nii", ".nii.gz") if missing_plugin(extension) is None)}
+    return {
+        ".npy",
+        *(extension for extension in (".dcm", ".dicom", ".nii", ".nii.gz") if missing_plugin(extension) is None),
+    }
 
 
 def missing_plugin(extension: str) -> str | None:

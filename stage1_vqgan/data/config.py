@@ -9,8 +9,9 @@ from annotated_types import Interval, Len
 from configs import ConfigError, Problem, Section
 from configs.sections import Fraction, Positive
 
-# These settings do not change the images, so an interrupted code store may continue with other values.
-FREE_KEYS = {"shuffle_buffer_size", "max_skipped_fraction"}
+# These settings do not change the images, so an interrupted code store may continue with other values. The range of
+# values is that of the tokenizer.
+FREE_KEYS = {"shuffle_buffer_size", "max_skipped_fraction", "value_range"}
 
 # The columns of every code store.
 STORED = ("codes", "label")
@@ -102,9 +103,7 @@ class DataConfig(Section):
     def identity(self) -> dict[str, Any]:
         """The settings that determine which images the data set contains, and how they are prepared."""
         settings = {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}
-        if self.value_range is None:  # so that the codes of 8-bit images stay valid
-            del settings["value_range"]
-        if not self.columns:
+        if not self.columns:  # so that the codes of earlier stores stay valid
             del settings["columns"]
         return settings
 

@@ -49,6 +49,11 @@ class Values:
         return self.low >= 0 and self.high <= 255 and self.types.keys() <= BYTES | WIDE
 
     @property
+    def without_range(self) -> int:
+        """Number of images that need a configured range, because their type has none."""
+        return 0 if self.of_bytes else sum(self.types[name] for name in self.types.keys() - BYTES - {"uint16"})
+
+    @property
     def images(self) -> int:
         """Number of decoded images."""
         return self.types.total()
@@ -95,27 +100,14 @@ def training_range(
     values = survey(train, num_channels, LOOKED_AT)
     if not values.images:
         raise data_problem("dataset", f"none of {len(values.reasons)} images can be used: {_few(values.reasons)}")
-    if not values.low < values.high or values.types.keys() == {"bool"}:
-        return read_range(config.value_range)
-    if config.value_range is None:
-        if not values.of_bytes and values.types.keys() - BYTES - {"uint16"}:
-            reason = "such numbers have no range of their own"
-            raise data_problem("value_range", f"received null, but {values}; {reason}; {_advice(values)}")
-        low, high = 0.0, 255.0 if values.of_bytes else 65535.0
-    else:
-        low, high = map(float, config.value_range)
-        if values.high <= low or values.low >= high:
-            raise data_problem("value_range", f"received [{low:g}, {high:g}], but {values}; {_advice(values)}")
-        if not quiet:
-            _warn_of_bytes(values)
-    levels = round(255 * (min(values.high, high) - max(values.low, low)) / (high - low)) + 1
-    if levels < FEW_LEVELS and not quiet:
-        which = "that of their type" if config.value_range is None else "data.value_range"
-        logger.warning(
-            "the training images use %d of 256 levels: %s, and the range is [%g, %g], %s; %s",
-            *(max(1, levels), values, low, high, which, _advice(values)),
-        )
-    return read_range(config.value_range, config.value_range is not None and values.of_bytes)
+    found = read_range(config.value_range, config.value_range is not None and values.of_bytes)
+    if found is None:
+        _require_own_range(values, config.max_skipped_fraction)
+    elif values.high < found.low or values.low > found.high:
+        raise data_problem("value_range", f"received {config.value_range}, but {values}; {_advice(values)}")
+    if not quiet:
+        _warn(values, found)
+    return found
 
 
 def survey(source: Images, num_channels: int, count: int, progress: bool = False) -> Values:
@@ -154,16 +146,31 @@ def _measured(train: Images, num_channels: int, quiet: bool) -> ValueRange:
         found = str(values) if values.images else f"no image can be used: {_few(values.reasons)}"
         raise data_problem("value_range", f"received 'auto', but {found}; give [lowest, highest]")
     if not quiet:
-        _warn_of_bytes(values)
+        _warn(values, ValueRange(values.low, values.high))
         which = "the first" if not isinstance(train, ImageSource) else "evenly spread"
         share = f" ({which} of {train.num_images:,})" if train.num_images and train.num_images > MEASURED else ""
         print(f"data.value_range auto: {values}{share}; the tokenizer keeps this range")
     return ValueRange(values.low, values.high, values.of_bytes)
 
 
-def _warn_of_bytes(values: Values) -> None:
+def _require_own_range(values: Values, max_skipped_fraction: float) -> None:
+    if values.without_range > max_skipped_fraction * values.images:
+        reason = "such numbers have no range of their own"
+        raise data_problem("value_range", f"received null, but {values}; {reason}; {_advice(values)}")
+
+
+def _warn(values: Values, found: ValueRange | None) -> None:
+    """Warns of a set that uses few of the 256 levels, and of 8-bit images for which the range does not hold."""
+    low, high = found[:2] if found else (0, 1 if values.types.keys() == {"bool"} else 255 if values.of_bytes else 65535)
+    levels = round(255 * (min(values.high, high) - max(values.low, low)) / (high - low)) + 1
+    if values.low < values.high and levels < FEW_LEVELS and (found or not values.without_range):
+        which = "data.value_range" if found else "that of their type"
+        logger.warning(
+            "the training images use %d of 256 levels: %s, and the range is [%g, %g], %s; %s",
+            *(levels, values, low, high, which, _advice(values)),
+        )
     count = sum(values.types[name] for name in BYTES)
-    if count and not values.of_bytes:
+    if found and count and not values.of_bytes:
         message = "%d of %d images have 8 bits: data.value_range is not for them, their 0 is black and their 255 white"
         logger.warning(message, count, values.images)
 
@@ -173,6 +180,8 @@ def _few(reasons: list[str]) -> str:
 
 
 def _advice(values: Values) -> str:
+    if not values.low < values.high:
+        return "set data.value_range to the values that shall be black and white"
     return f"set data.value_range to [{values.low:g}, {values.high:g}] or a range you know, or to 'auto'"
 
 

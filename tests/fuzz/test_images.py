@@ -113,7 +113,7 @@ def check(numbers):
         if isinstance(found, UndecodableImage):
             reason = str(found)
             assert reason and len(reason) < 300 and "\n" not in reason and "object at 0x" not in reason, number
-            assert kind not in ("whole", "tail"), (number, reason)
+            assert kind not in ("whole", "tail") or "float32" in reason, (number, reason)  # floats need a range
         else:
             used += 1
             expected = reference(content, channels)
