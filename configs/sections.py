@@ -205,7 +205,7 @@ class TrainingConfig(Section):
         for tracker in self.report_to:
             if tracker not in installed:
                 known = tracker in LOGGER_TYPE_TO_CLASS
-                reason = f"the package {tracker} is not installed" if known else "there is no such tracker"
+                reason = f"it is not installed (pip install {tracker})" if known else "there is no such tracker"
                 yield "report_to", self.report_to, f"{reason}; installed: {', '.join(installed)}"
 
 

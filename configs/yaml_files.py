@@ -163,6 +163,11 @@ def to_yaml(values: Any, **options: Any) -> str:
     return yaml.dump(values, Dumper=YamlWriter, sort_keys=False, **options)
 
 
+def as_code(values: Any) -> str:
+    """Plain values as a block of YAML in Markdown, which TensorBoard shows as text."""
+    return f"```yaml\n{to_yaml(values)}```"
+
+
 def read_yaml(name: str) -> tuple[dict[str, Any], list[Problem]]:
     """Reads a YAML file, or a preset by its short name or by its path in the repository.
 

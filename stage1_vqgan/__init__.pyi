@@ -23,6 +23,7 @@ from .image_processing_vqgan import VQGANImageProcessor as VQGANImageProcessor
 from .modeling_vqgan import VQGANModel as VQGANModel
 from .pictures import (
     image_grid as image_grid,
+    labelled_grid as labelled_grid,
     reconstruction_grid as reconstruction_grid,
     spread as spread,
     with_row_labels as with_row_labels,

@@ -79,25 +79,39 @@ def _fitting(text: str, font: Font) -> str:
     return f"{text}…"
 
 
+def labelled_grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: int = 16, min_tile: int = 64
+) -> Image.Image:
+    """Rows of images with labels. A row of more than `columns` images goes on in the next line.
+
+    Args:
+        rows: label and images of each row, at least one image; all images have the same size. Without any label, the
+            picture has no margin.
+        columns: largest number of images in a line.
+        min_tile: see `image_grid`.
+    """
+    columns = min(columns, max(len(images) for _, images in rows))
+    tiles: list[Image.Image] = []
+    labels: list[str] = []
+    for label, images in rows:
+        for start in range(0, len(images), columns):
+            part = list(images[start : start + columns])
+            empty = Image.new(part[0].mode, part[0].size, BACKGROUND)
+            tiles += part + [empty] * (columns - len(part))
+            labels.append(label if start == 0 else "")
+    grid = image_grid(tiles, columns, min_tile)
+    return with_row_labels(grid, labels) if any(labels) else grid
+
+
 def reconstruction_grid(
     originals: Sequence[Image.Image], reconstructions: Sequence[Image.Image], columns: int = 16, min_tile: int = 64
 ) -> Image.Image:
-    """Originals above their reconstructions, in as many pairs of rows as needed.
-
-    Args:
-        originals, reconstructions: equally many images of one size, at least one.
-        columns: number of pairs in two rows.
-        min_tile: see `image_grid`.
-    """
-    empty = Image.new(originals[0].mode, originals[0].size, BACKGROUND)
-    columns = min(columns, len(originals))
-    tiles: list[Image.Image] = []
+    """Originals above their reconstructions, in as many pairs of rows as needed; the arguments of `labelled_grid`."""
+    rows = []
     for start in range(0, len(originals), columns):
-        for row in (originals, reconstructions):
-            images = list(row[start : start + columns])
-            tiles += images + [empty] * (columns - len(images))
-    rows = len(tiles) // columns
-    return with_row_labels(image_grid(tiles, columns, min_tile), ["original", "reconstruction"] * (rows // 2))
+        for label, images in (("original", originals), ("reconstruction", reconstructions)):
+            rows.append((label, images[start : start + columns]))
+    return labelled_grid(rows, columns, min_tile)
 
 
 def spread(total: int, count: int, labels: np.ndarray | None = None) -> list[int]:

@@ -50,10 +50,9 @@ def evaluate_reconstruction(
         out = model(images)
         reconstruction = out.reconstruction.float().clamp(-1, 1)
         absolute = F.l1_loss(reconstruction, images, reduction="none").flatten(1).mean(1)
-        squared = F.mse_loss(reconstruction, images, reduction="none").flatten(1).mean(1)
-        psnr = 10 * torch.log10(4 / squared.clamp(min=1e-10))
+        ratio = peak_signal_to_noise(reconstruction, images)
         similarity = structural_similarity(reconstruction, images)
-        totals[:3] += torch.stack([absolute.sum(), psnr.sum(), similarity.sum()]).to(precision)
+        totals[:3] += torch.stack([absolute.sum(), ratio.sum(), similarity.sum()]).to(precision)
         totals[3] += len(images)
         counts += torch.bincount(out.codes.flatten(), minlength=len(counts))
     model.train(was_training)
@@ -72,6 +71,16 @@ def evaluate_reconstruction(
     if math.isnan(metrics["ssim"]):  # the images are smaller than SSIM's window
         del metrics["ssim"]
     return metrics | ({"skipped": skipped} if skipped else {})
+
+
+def peak_signal_to_noise(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """PSNR of each image in dB, float32 `(B,)`, at most 106 (equal images).
+
+    Args:
+        reconstruction, images: `(B, C, H, W)` in [-1, 1].
+    """
+    squared = F.mse_loss(reconstruction, images, reduction="none").flatten(1).mean(1)
+    return 10 * torch.log10(4 / squared.clamp(min=1e-10))
 
 
 def structural_similarity(reconstruction: Tensor, images: Tensor) -> Tensor:

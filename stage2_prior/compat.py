@@ -9,11 +9,9 @@ from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.integrations import WandbCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 
 def cache_argument(prior: PreTrainedModel) -> str:
@@ -48,10 +46,9 @@ def without_data() -> AbstractContextManager[Any]:
     return FakeTensorMode()
 
 
-def log_to_wandb(callback: WandbCallback, name: str, pixels: np.ndarray, step: int) -> None:
-    """Logs an image, uint8 `(H, W, 3)`, to the Weights & Biases run of Trainer, if Trainer has opened one."""
-    if callback._wandb is not None:
-        callback._wandb.log({name: callback._wandb.Image(pixels), "train/global_step": step})
+def tracker_of(callback: TrainerCallback) -> Any:
+    """The module wandb or trackio of a callback of Trainer, with the run that Trainer has opened; None for others."""
+    return getattr(callback, "_wandb", None) or getattr(callback, "_trackio", None)
 
 
 def trace(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:

@@ -23,6 +23,8 @@ from configs.yaml_files import preset_names
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig
 from pipelines.evaluate import EvaluationConfig
+from pipelines.generate import GenerateConfig
+from pipelines.reconstruct import ReconstructConfig
 from stage1_vqgan import Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.convert.config import ConvertConfig
 from stage1_vqgan.data.__main__ import DataReportConfig
@@ -48,6 +50,8 @@ CONFIGS = {
     "stage2_prior.train": Stage2Config,
     "pipelines.build": BuildConfig,
     "pipelines.evaluate": EvaluationConfig,
+    "pipelines.generate": GenerateConfig,
+    "pipelines.reconstruct": ReconstructConfig,
 }
 # Sections whose keys are those of other classes.
 FREE_SECTIONS = {
@@ -183,7 +187,9 @@ def test_launched_configurations_can_be_loaded(document):
             unknown = {word for word in arguments if word.startswith("--")} - {f"--{o}" for o in options_of(module)}
             assert not unknown, f"{document}: {module} has no {unknown}"
             continue
-        name, overrides, problems = parse_arguments([word for word in arguments if word != "--help"])
+        name, overrides, problems = parse_arguments(
+            [word for word in arguments if word != "--help"], CONFIGS[module].positional
+        )
         assert not problems
         assert overrides.keys() <= keys_of(CONFIGS[module]), f"{document}: {module}"
         if name is not None and name != "CONFIG":

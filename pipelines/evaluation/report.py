@@ -14,7 +14,7 @@ from configs.values import read_value
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.real_images import RealImages
 from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import image_grid, reconstruction_grid, spread, with_row_labels
+from stage1_vqgan import labelled_grid, reconstruction_grid, spread
 
 METRICS_NAME = "metrics.json"
 SAMPLES_NAME = "samples.png"
@@ -50,10 +50,9 @@ def save_pictures(config: EvaluationConfig, pipeline: VQGANPipeline, samples: Te
     columns = min(config.grid_columns, config.samples_per_class)
     by_class = samples.view(-1, config.samples_per_class, *samples.shape[1:])
     shown = spread(len(by_class), MAX_CLASSES)
-    grid = image_grid(to_images(by_class[shown, :columns].flatten(0, 1)), columns, min_tile=48)
-    if pipeline.class_names:
-        grid = with_row_labels(grid, [pipeline.class_names[number] for number in shown])
-    write_png(folder / SAMPLES_NAME, grid)
+    names = pipeline.class_names or [""]
+    rows = [(names[number], to_images(by_class[number, :columns])) for number in shown]
+    write_png(folder / SAMPLES_NAME, labelled_grid(rows, columns, min_tile=48))
     originals = validation.pixels()[spread(len(validation), MAX_ORIGINALS, validation.labels)]
     with torch.no_grad():
         reconstructions = pipeline.vqgan(originals.to(pipeline.device)).reconstruction.cpu()

@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem
 from configs.files import write_json
 from configs.memory import shortage
-from configs.problems import one_line
 from pipelines.chunks import bytes_of_image
+from pipelines.commands import load_pipeline
 from pipelines.evaluation.classifiers import Classifier, ResNetClassifier, SupportVectorClassifier, class_metrics
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.metrics import area_features, frechet_distances, nearest_distance
@@ -59,14 +58,6 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         write_json(folder / METRICS_NAME, metrics)
     print(json.dumps({name: value for name, value in metrics.items() if name != "inputs"}, indent=2))
     return metrics
-
-
-def load_pipeline(name: str) -> VQGANPipeline:
-    """Loads the pipeline, on the GPU if the machine has one."""
-    try:
-        return VQGANPipeline.from_pretrained(name, device="cuda" if torch.cuda.is_available() else "cpu")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError([Problem("pipeline", f"received {name!r}; {one_line(error, 180)}")]) from error
 
 
 def require_room(config: EvaluationConfig, pipeline: VQGANPipeline) -> None:

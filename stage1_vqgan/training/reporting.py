@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from configs import to_dict
 from configs.run_folder import RunFolder
+from configs.yaml_files import as_code
 
 
 class LogInterval:
@@ -83,6 +85,17 @@ class Reporter:
             smoothing=0.05,
         )
         accelerator.init_trackers("tessella-stage1")
+        if accelerator.is_main_process:
+            self._settings()
+
+    def _settings(self) -> None:
+        """Gives the settings to the trackers: TensorBoard as a text, the others as their configuration."""
+        settings = to_dict(self.run.config)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_text("config", as_code(settings))  # type: ignore[attr-defined]
+            else:
+                tracker.store_init_configuration(settings)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Logs scalars by names like `loss/l1`."""
@@ -90,6 +103,12 @@ class Reporter:
             return
         self.accelerator.log(values, step=step)
         self.run.log(step, values)
+
+    def evaluation(self, metrics: dict[str, float], step: int) -> None:
+        """Logs the metrics of an evaluation, and prints them in a line."""
+        self.scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
+        if self.accelerator.is_main_process:
+            self.bar.write(f"step {step}: {', '.join(f'{name} {value:.4g}' for name, value in metrics.items())}")
 
     def show(self, values: dict[str, float]) -> None:
         """Shows values beside the progress bar."""
@@ -105,6 +124,10 @@ class Reporter:
             log_images: Any = getattr(tracker, "log_images", None)
             if tracker.name == "tensorboard":
                 log_images({name: pixels}, step=step, dataformats="NHWC")
+            elif tracker.name == "trackio":  # accelerate has no call for it
+                from trackio import Image as TrackedImage
+
+                tracker.log({name: TrackedImage(pixels[0])}, step=step)
             elif log_images is not None:
                 log_images({name: list(pixels)}, step=step)
 

@@ -256,7 +256,7 @@ class Training:
         batches = self.skipped.watch("validation", loader)
         self.metrics = evaluate_reconstruction(model, batches, lambda total: accelerator.reduce(total, "sum"))
         self.skipped.exchange()
-        reporter.scalars({f"eval/{name}": value for name, value in self.metrics.items()}, self.step)
+        reporter.evaluation(self.metrics, self.step)
         if not accelerator.is_main_process:
             return
         shown = dataset.__getitems__(some_images(dataset.source, config.num_sample_images))

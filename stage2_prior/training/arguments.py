@@ -41,6 +41,7 @@ def training_arguments(config: Stage2Config) -> TrainingArguments:
         "eval_strategy": "steps",
         "prediction_loss_only": True,
         "save_strategy": "steps",
+        "project": "tessella-stage2",  # of trackio; wandb reads WANDB_PROJECT
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
         "ddp_timeout": int(library_timeout(config.ddp_timeout).total_seconds()),
         # Trainer would take a GPU even if accelerate was launched with --cpu

@@ -27,6 +27,7 @@ from stage2_prior.training.memory import check_training_memory
 from stage2_prior.training.sample_grids import SampleGrids
 from stage2_prior.training.selection import BestWeights, Selection, evaluations, is_exhausted
 from stage2_prior.training.sharding import check_sharding
+from stage2_prior.training.trackers import SettingsOnTrackers
 from stage2_prior.training.trainer import PriorTrainer, bits_per_pixel
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
 
@@ -120,6 +121,7 @@ class Training:
         check_sharding(self.trainer, config.ema_decay)
         check_training_memory(self.trainer, config, layout)
         best = self.best if config.keep_best else None
+        self.trainer.add_callback(SettingsOnTrackers(self.trainer, config))
         self.trainer.add_callback(Selection(self.trainer, best, config.early_stopping_patience))
         if config.num_sample_images:
             number, seed = config.num_sample_images, config.seed

@@ -2,19 +2,17 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from configs import ConfigError, Problem
 from configs.run_folder import RunFolder
-from stage1_vqgan import VQGANImageProcessor, VQGANModel, image_grid, load_tokenizer, with_row_labels
-from stage2_prior.compat import log_to_wandb
+from stage1_vqgan import VQGANImageProcessor, VQGANModel, labelled_grid, load_tokenizer
 from stage2_prior.sampling.loop import sample_codes
 from stage2_prior.sampling.options import SamplingOptions
+from stage2_prior.training.trackers import track_image
 from stage2_prior.vocabulary import TokenLayout
 
 MOST_ROWS = 10  # a row for each class
@@ -32,7 +30,7 @@ class SampleGrids(TrainerCallback):
     The main process decodes the images.
 
     Args:
-        trainer: the prior's Trainer; its TensorBoard and Weights & Biases callbacks log the images.
+        trainer: the prior's Trainer; its TensorBoard, Weights & Biases and trackio callbacks log the images.
         run: the run, whose folder gets `samples/step_00001000.png`.
         layout: the token layout.
         tokenizer: folder or Hub id.
@@ -71,10 +69,10 @@ class SampleGrids(TrainerCallback):
         batches = codes.unflatten(1, self.layout.grid).split(DECODE_BATCH_SIZE)
         images = [image for batch in batches for image in self.processor.postprocess(tokenizer.decode_codes(batch))]
         tokenizer.to("cpu")
-        grid = image_grid(images, self.columns, min_tile=48)
-        if not self.layout.num_classes:
-            return grid
-        return with_row_labels(grid, self.layout.names_of(self.prompts[:: self.columns, 0]))
+        classes = self.prompts[:: self.columns, 0]
+        names = self.layout.names_of(classes) if self.layout.num_classes else [""] * len(classes)
+        rows = [(name, images[n * self.columns : (n + 1) * self.columns]) for n, name in enumerate(names)]
+        return labelled_grid(rows, self.columns, min_tile=48)
 
 
 def grid_prompts(layout: TokenLayout, num_images: int, columns: int) -> Tensor:
@@ -107,13 +105,3 @@ def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImage
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
     return tokenizer, processor
-
-
-def track_image(callbacks: list[TrainerCallback], name: str, image: Image.Image, step: int) -> None:
-    """Logs an image to the trackers among Trainer's callbacks that accept images."""
-    pixels = np.asarray(image.convert("RGB"))
-    for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_image(name, pixels, step, dataformats="HWC")
-        elif isinstance(callback, WandbCallback):
-            log_to_wandb(callback, name, pixels, step)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stage1_vqgan import image_grid, reconstruction_grid, spread, with_row_labels
+from stage1_vqgan import image_grid, labelled_grid, reconstruction_grid, spread, with_row_labels
 from stage1_vqgan.pictures import WIDEST_LABEL
 
 TILE = 48
@@ -63,3 +63,14 @@ def test_the_chosen_images_are_spread_over_the_classes():
     assert spread(13, 3) == [0, 6, 12] and spread(2, 8) == [0, 1] and spread(1, 1, np.array([4])) == [0]
     many = np.arange(5000) % 1000
     assert len(set(many[spread(5000, 16, many)])) == 16
+
+
+def test_a_long_row_goes_on_below_and_only_its_first_line_is_labelled():
+    images = tiles(4, "L")
+    picture = np.asarray(labelled_grid([("cats", images[:3]), ("dogs", images[3:])], columns=2, min_tile=8))
+    left = picture.shape[1] - (2 * 10 + 2)
+    places = [(0, 0), (0, 1), (1, 0), (2, 0)]
+    for image, (row, column) in zip(images, places, strict=True):
+        top, start = 2 + row * 10, left + 2 + column * 10
+        assert np.array_equal(picture[top : top + 8, start : start + 8], np.asarray(image))
+    assert labelled_grid([("", images)], columns=4, min_tile=8).size == (4 * 10 + 2, 12)  # no label, no margin

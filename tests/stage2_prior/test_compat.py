@@ -6,14 +6,16 @@ import sys
 import weakref
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
-from transformers.integrations import WandbCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, Trainer
+from transformers.integrations import TrackioCallback, WandbCallback
 
+from pipelines.build import BuildConfig
 from stage2_prior import compat
+from stage2_prior.training.trackers import SettingsOnTrackers, track_image
 from stage2_prior.training.trainer import PriorTrainer
 
 CONFIG = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
@@ -41,16 +43,24 @@ def test_operations_without_data_are_counted():
     assert counter.get_total_flops() == 2 * 2**60
 
 
-def test_pictures_reach_the_run_that_trainer_has_opened(monkeypatch):
-    """The callback keeps the module wandb in `_wandb`, or None if logging is off."""
-    logged = []
-    fake = SimpleNamespace(Image=lambda pixels: pixels.shape, log=logged.append)
-    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    callback = WandbCallback()
-    assert callback._wandb is fake
-    compat.log_to_wandb(callback, "samples", np.zeros((2, 3, 3), np.uint8), 7)
+@pytest.mark.parametrize(("name", "kind"), [("wandb", WandbCallback), ("trackio", TrackioCallback)])
+def test_pictures_and_settings_reach_the_run_that_trainer_has_opened(monkeypatch, name, kind):
+    """The callback keeps the module wandb in `_wandb`, or None if logging is off; and trackio in `_trackio`."""
+    logged: list = []
+    settings: dict = {}
+    config = SimpleNamespace(update=lambda values, allow_val_change: settings.update(values))
+    fake = SimpleNamespace(Image=lambda pixels: pixels.shape, log=logged.append, config=config)
+    monkeypatch.setattr(f"transformers.integrations.integration_utils.is_{name}_available", lambda: True)
+    monkeypatch.setitem(sys.modules, name, fake)
+    callback = kind()
+    assert compat.tracker_of(callback) is fake and compat.tracker_of(PrinterCallback()) is None
+    track_image([callback, PrinterCallback()], "samples", Image.new("L", (3, 2)), 7)
     assert logged == [{"samples": (2, 3, 3), "train/global_step": 7}]
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[PrinterCallback(), callback]))
+    SettingsOnTrackers(trainer, BuildConfig(tokenizer="a", prior="b", output_dir="c")).on_train_begin(
+        None, SimpleNamespace(is_world_process_zero=True), None
+    )
+    assert settings["config"]["tokenizer"] == "a"
 
 
 def test_a_trace_repeats_operations_on_other_inputs_and_shapes():

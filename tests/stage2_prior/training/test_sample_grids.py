@@ -59,6 +59,9 @@ def test_trackers_get_the_grids(with_grids):
     (folder,) = (Path(with_grids.output_dir) / "runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
     assert [image.step for image in events.Images("samples")] == [2, 4]
+    (event,) = events.Tensors("config/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert text.startswith("```yaml\n") and "num_sample_images: 20\n" in text
 
 
 def test_a_run_is_the_same_with_and_without_grids(with_grids, make_config):

@@ -1,0 +1,88 @@
+"""What the commands generate and reconstruct share: where their images go, and how a pipeline is loaded."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs import ConfigError, Problem, Section
+from configs.problems import listed, one_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.pipeline_vqgan import VQGANPipeline
+
+
+@dataclass(kw_only=True)
+class ImageOutput(Section):
+    """Where the images of a command go.
+
+    output_dir: folder for the images, a PNG file for each
+    grid: PNG file that shows all images together, with labels
+    overwrite: replace files that exist; otherwise the command refuses to start
+    device: where to compute, such as "cpu" or "cuda"; null takes the GPU if there is one
+    """
+
+    output_dir: str | None = None
+    grid: str | None = None
+    overwrite: bool = False
+    device: str | None = None
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        if self.grid is not None and not self.grid.lower().endswith(".png"):
+            yield "grid", self.grid, "must be the name of a PNG file, such as samples.png"
+
+    def images_of(self, names: list[str]) -> list[Path]:
+        """The paths in `output_dir` of images with these names; creates the folders of all images, and checks them.
+
+        Raises:
+            ConfigError: a file exists, unless `overwrite`.
+        """
+        paths = [] if self.output_dir is None else [Path(self.output_dir, f"{name}.png") for name in names]
+        self._refuse("output_dir", paths)
+        self._refuse("grid", [] if self.grid is None else [Path(self.grid)])
+        for path in (*paths[:1], *([] if self.grid is None else [Path(self.grid)])):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return paths
+
+    def _refuse(self, key: str, paths: list[Path]) -> None:
+        found = [path.name for path in paths if path.exists()]
+        if found and not self.overwrite:
+            message = f"received {getattr(self, key)!r}, which would replace {listed(found)}"
+            raise ConfigError([Problem(key, f"{message}; choose another name, or add --overwrite true")])
+
+
+def device_of(name: str | None) -> "torch.device":
+    """The device that the key `device` names; for null the GPU if the machine has one, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    import torch
+
+    from pipelines.arguments import require_device
+
+    try:
+        named = require_device(name, None)
+    except ValueError as error:
+        raise ConfigError([Problem.of_error(error)]) from error
+    return named or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_pipeline(name: str, device: str | None = None) -> "VQGANPipeline":
+    """Loads the pipeline that the key `pipeline` names, on the device of the key `device`.
+
+    Raises:
+        ConfigError: it cannot be loaded, or there is no such device.
+    """
+    from safetensors import SafetensorError
+
+    from pipelines.pipeline_vqgan import VQGANPipeline
+
+    there = device_of(device)
+    try:
+        return VQGANPipeline.from_pretrained(name, device=there)
+    except (OSError, ValueError, SafetensorError) as error:
+        where = "" if Path(name).is_dir() else "there is no such folder, and it cannot be loaded from the Hub: "
+        raise ConfigError([Problem("pipeline", f"received {name!r}; {where}{one_line(error, 180)}")]) from error

@@ -1,0 +1,169 @@
+"""Command that generates images with a pipeline.
+
+Usage: `python -m pipelines.generate PIPELINE --class_labels cats,dogs --output_dir DIR`.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from configs import ConfigError, Problem, run
+from configs.files import write_png
+from configs.sections import BatchSize, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from pipelines.commands import ImageOutput, load_pipeline
+
+if TYPE_CHECKING:
+    from pipelines.outputs import VQGANPipelineOutput
+    from pipelines.pipeline_vqgan import VQGANPipeline
+
+# Keys that `VQGANPipeline.generate` takes under the same names, and that each printed line repeats.
+SAMPLING_KEYS = (
+    "guidance_scale",
+    "guidance_schedule",
+    "guidance_power",
+    "guidance_interval",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+)
+ALL = "all"
+MOST_IMAGES = 10_000
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(ImageOutput):
+    """Generates images with a pipeline, and prints a JSON line for each: its file, label, seed and settings.
+
+    pipeline: folder or Hub id of the pipeline
+    class_labels: names or ids of classes: one, several with commas (cats,dogs), a list, or "all"; null makes images of
+        no given class
+    num_images: number of images without class_labels; by default 1
+    num_images_per_label: number of images of each class
+    seed: seed of the first image, the next ones have seed + 1, seed + 2, …; null chooses one by chance
+    guidance_scale: strength of the guidance towards the class; 1 is no guidance, 1.5 to 3 is usual
+    guidance_schedule, guidance_power, guidance_interval: growth of the guidance, and the part of the codes that it acts
+        on, as in VQGANPipeline.generate
+    temperature: below 1 gives more typical images, above 1 more varied ones; 0 always takes the most likely code
+    top_k, top_p, min_p: sample from the k most likely codes (0 is all), from the most likely ones that add up to this
+        probability, from codes at least this many times as likely as the most likely one
+    batch_size: images sampled at once; null takes as many as fit in memory
+    """
+
+    positional = "pipeline"
+    refused: ClassVar[dict[str, str]] = {
+        "classes": "the key is class_labels",
+        "count": "the key is num_images_per_label, or num_images without class_labels",
+    }
+
+    pipeline: str
+    class_labels: int | str | list[int | str] | None = None
+    num_images: Positive | None = None
+    num_images_per_label: Positive = 1
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] | None = None
+    guidance_scale: NonNegativeFloat = 1.0
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    guidance_power: PositiveFloat = 1.0
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    temperature: NonNegativeFloat = 1.0
+    top_k: NonNegative = 0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    min_p: Fraction = 0.0
+    batch_size: BatchSize | None = None
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        yield from super().problems()
+        if self.output_dir is None and self.grid is None:
+            yield "output_dir", None, "give a folder for the images, or --grid samples.png for one picture of all"
+
+
+def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
+    """Generates and saves the images, and prints their lines.
+
+    Raises:
+        ConfigError: the pipeline cannot be loaded, a class is unknown, an argument is out of range, or a file exists.
+    """
+    # These imports are slow, so they come after the check of the arguments.
+    from stage1_vqgan import labelled_grid
+
+    pipeline = load_pipeline(config.pipeline, config.device)
+    settings = {key: getattr(config, key) for key in SAMPLING_KEYS}
+    seed = secrets.randbelow(2**32) if config.seed is None else config.seed
+    try:
+        classes = asked_classes(config, pipeline)
+        each = config.num_images_per_label if classes else config.num_images or 1
+        require_few(classes or [""], each, "num_images_per_label" if classes else "num_images")
+        paths = config.images_of(file_names(classes or ["image"], each, seed))
+        counts: dict[str, Any] = {"num_images": config.num_images, "num_images_per_label": config.num_images_per_label}
+        out = pipeline.generate(classes, **counts, seed=seed, batch_size=config.batch_size, **settings)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError([Problem.of_error(error)]) from error
+    for path, image in zip(paths, out.images if paths else [], strict=True):
+        write_png(path, image)
+    if config.grid is not None:
+        rows = [(name, out.images[n * each : (n + 1) * each]) for n, name in enumerate(classes or [""])]
+        write_png(config.grid, labelled_grid(rows, columns=10))
+    for number in range(len(out)):
+        file = str(paths[number]) if paths else config.grid
+        label = classes[number // each] if classes else None
+        print(json.dumps({"file": file, "label": label, "seed": seed + number, **settings}, ensure_ascii=False))
+    return out
+
+
+def asked_classes(config: GenerateConfig, pipeline: "VQGANPipeline") -> list[str] | None:
+    """The names of the classes that `class_labels` asks for; None for images of no given class.
+
+    Raises:
+        ValueError: a class is unknown.
+    """
+    from pipelines.arguments import listed_labels
+
+    labels = asked_labels(config.class_labels, pipeline.class_names)
+    if labels is None:
+        return None
+    return [pipeline.class_names[number] for number in pipeline.layout.class_ids(listed_labels(labels)).tolist()]
+
+
+def require_few(classes: Sequence[str], each: int, key: str) -> None:
+    """Refuses more images than MOST_IMAGES.
+
+    Raises:
+        ValueError: there are more; `key` is the one to lower.
+    """
+    count = len(classes) * each
+    if count > MOST_IMAGES:
+        raise ValueError(f"{key}: received {each}, so {count:,} images; one command makes at most {MOST_IMAGES:,}")
+
+
+def asked_labels(value: Any, names: Sequence[str]) -> list[int | str] | None:
+    """The classes that `class_labels` asks for, as names and ids.
+
+    A text that is the name of a class is this class, even if it holds commas. Outside of a list, a number is the name
+    of a class if there is one of this name, else an id.
+    """
+    if value is None or isinstance(value, list):
+        return value
+    text = str(value)
+    if text in names:
+        return [text]
+    if text == ALL and names:
+        return list(names)
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) if re.fullmatch("0|[1-9][0-9]*", part) and part not in names else part for part in parts]
+
+
+def file_names(names: Sequence[str], each: int, seed: int) -> list[str]:
+    """A name for each image: its class, as far as file names allow, and its seed."""
+    words = [re.sub(r"[^\w-]+", "_", name)[:60].strip("_") or "image" for name in names for _ in range(each)]
+    return [f"{word}_{number:04d}" for number, word in enumerate(words, seed)]
+
+
+if __name__ == "__main__":
+    run(GenerateConfig, generate, "python -m pipelines.generate")
