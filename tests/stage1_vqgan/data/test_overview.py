@@ -56,7 +56,7 @@ def test_the_dry_run_of_a_folder(folder, tmp_path, capsys):
     assert "7 smaller than 16" in facts["sizes"] and facts["modes"] == "RGB (7), I;16 (7), L (6)"
     assert facts["values"] == "uint8 from 5 to 245; uint16 from 100 to 700"
     assert facts["skipped"].startswith(
-        "1 of 21 cannot be used; to train without them, set data.max_skipped_fraction to 0.048:"
+        "1 of 21 cannot be used; to train without them, set data.max_skipped_fraction to 0.0477:"
     )
     assert facts["skipped"].endswith("1.png: the file is empty")
     assert facts["become"] == "16×16 (crop), channels: 3" and facts["contact sheet"] == str(sheet)
@@ -69,9 +69,9 @@ def test_the_dry_run_of_a_folder(folder, tmp_path, capsys):
 def test_the_number_that_is_suggested_is_enough(folder):
     source = load_images(DataConfig(dataset=str(folder), validation_fraction=0.125))[0]
     looked = look(source, 100, 3)
-    for limit, word in [(0.0, "0.048"), (0.048, "cannot be used:")]:
+    for limit, word in [(0.0, "0.0477"), (0.0477, "cannot be used:")]:
         assert word in data_facts(source, source, looked, 16, limit)["skipped"]
-    assert len(looked.skipped) <= 0.048 * len(source)
+    assert len(looked.skipped) <= 0.0477 * len(source)
 
 
 def test_a_part_of_a_set_is_said_to_be_one(capsys):
