@@ -93,7 +93,7 @@ def measure(source: Images, args: argparse.Namespace, workers: int) -> dict[str,
     dataset = ImageDataset(source, args.image_size, 3, augmentation, keep_batch_size=True)
     assert isinstance(source, ImageSource)
     files = [encoded.content for encoded in source.encoded(range(min(len(source), 1000)))]
-    contents = [read(content) for content in files if not isinstance(content, Image.Image)]
+    contents = [read(content) for content in files if isinstance(content, bytes | str)]
     ways: dict[str, Callable[[], Speed]] = {
         "load": lambda: decoding_speed(load, contents, workers, args.seconds),
         "loader": lambda: loading_speed(dataset, args.batch_size, workers, args.seconds, images=False),

@@ -10,12 +10,15 @@ from .data.decoding import (
     decode as decode,
 )
 from .data.indexed import ImageSource as ImageSource
+from .data.labels import warn_of_empty_classes as warn_of_empty_classes
 from .data.loading import keyed_loader as keyed_loader
+from .data.overview import LOOKED_AT_FIRST as LOOKED_AT_FIRST, data_facts as data_facts, look as look
 from .data.samplers import TrainingSampler as TrainingSampler
 from .data.skipped import too_many_skipped as too_many_skipped
 from .data.sources import Images as Images, load_images as load_images
 from .data.streamed import ImageStream as ImageStream
 from .image_processing_squares import normalize as normalize
+from .image_processing_values import ValueRange as ValueRange
 from .image_processing_vqgan import VQGANImageProcessor as VQGANImageProcessor
 from .modeling_vqgan import VQGANModel as VQGANModel
 from .pictures import (
@@ -29,6 +32,8 @@ from .pretrained import (
     load_image_processor as load_image_processor,
     load_tokenizer as load_tokenizer,
     load_vqgan as load_vqgan,
+    require_range as require_range,
+    trained_range as trained_range,
 )
 from .siblings import import_own as import_own
 from .training.config import Stage1Config as Stage1Config

@@ -18,17 +18,15 @@ def shared_memory(num_bytes: int) -> torch.UntypedStorage:
     return torch.UntypedStorage._new_shared(num_bytes)
 
 
-def restrict_webdataset(decoded: set[str], check: Callable[[str, Any], Iterator[tuple[str, Any]]]) -> None:
-    """Restricts the webdataset reader of `datasets` in this process. All other files in a tar stay bytes.
+def replace_webdataset_reader(samples: Callable[[str, Any], Iterator[dict[str, Any]]], image_field: str) -> None:
+    """Replaces the reader of `datasets` for tars in this process. The class around it infers the types of the fields.
 
     Args:
-        decoded: extensions of the files that it may decode.
-        check: receives the path of a tar and its pairs of a name and an open file, and yields those pairs.
+        samples: receives the path of a tar and its pairs of a name and an open file, and yields its samples.
+        image_field: a field that is an image, beside those whose names are extensions of images.
     """
     from datasets.packaged_modules.webdataset import webdataset
 
     reader: Any = webdataset.WebDataset
-    reader.DECODERS = {name: decode for name, decode in reader.DECODERS.items() if name in decoded}
-    webdataset.EXTENSION_TO_COMPRESSION_FS_FILE_CLS = {}
-    read = reader._get_pipeline_from_tar.__func__
-    reader._get_pipeline_from_tar = classmethod(lambda cls, path, files: read(cls, path, check(path, files)))
+    reader.IMAGE_EXTENSIONS = [*reader.IMAGE_EXTENSIONS, image_field]
+    reader._get_pipeline_from_tar = staticmethod(samples)

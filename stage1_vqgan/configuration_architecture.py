@@ -18,7 +18,8 @@ class VQGANArchitecture:
     Args:
         image_size: side in pixels of the square images the tokenizer is trained on. The model is fully
             convolutional: other sizes work as long as the downsampling factor divides them.
-        in_channels: image channels; training and the image processor take 1 (gray) and 3 (RGB).
+        in_channels: image channels: 1 (gray), 2 (gray, alpha), 3 (RGB), 4 (RGBA), or more for data that are no
+            pictures.
         base_channels: width of the first level.
         channel_multiplier: width of each level as a multiple of `base_channels`; every level but the first halves
             the resolution, so the downsampling factor is `2 ** (len(channel_multiplier) - 1)`.

@@ -43,7 +43,7 @@ def evaluate(config: ReconstructionConfig) -> dict[str, float]:
     from stage1_vqgan.data.loading import evaluation_loader
     from stage1_vqgan.data.skipped import SkippedImages
     from stage1_vqgan.data.sources import load_images
-    from stage1_vqgan.pretrained import load_tokenizer
+    from stage1_vqgan.pretrained import load_tokenizer, trained_range
     from stage1_vqgan.reconstruction import evaluate_reconstruction
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +51,11 @@ def evaluate(config: ReconstructionConfig) -> dict[str, float]:
     model.to(device)  # type: ignore[arg-type]
     source = load_images(config.data)[0 if config.split == "train" else 1]
     dataset = ImageDataset(
-        source, model.config.image_size, model.config.in_channels, aspect_ratio=config.data.aspect_ratio
+        source,
+        model.config.image_size,
+        model.config.in_channels,
+        aspect_ratio=config.data.aspect_ratio,
+        value_range=trained_range(config.data, config.model),
     )
     loader = evaluation_loader(dataset, config.per_device_eval_batch_size, config.dataloader_num_workers)
     skipped = SkippedImages(config.data.max_skipped_fraction, {config.split: source.num_images})

@@ -18,6 +18,8 @@ from configs.problems import one_line, shown
 from configs.staging import finish_interrupted
 from configs.weights_files import in_our_words, read_header, require_finite, require_fit
 from stage1_vqgan.configuration_vqgan import VQGANConfig
+from stage1_vqgan.data.config import DataConfig
+from stage1_vqgan.image_processing_values import ValueRange
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.quantizers import QUANTIZERS, option_problems
@@ -109,6 +111,46 @@ def load_image_processor(folder: str | Path, config: VQGANConfig) -> VQGANImageP
         if type(value) is not int or value != wanted:
             raise ValueError(f"{path}: {field}: received {shown(value)}, but the tokenizer has {wanted}; restore it")
     return processor
+
+
+def recorded_range(name: str) -> ValueRange | None:
+    """The range of pixel values with which the tokenizer of a folder or Hub repository was trained.
+
+    None if it was that of the dtype, or if the tokenizer was saved without an image processor.
+    """
+    try:
+        return VQGANImageProcessor.from_pretrained(name).values
+    except OSError:
+        return None
+
+
+def trained_range(data: DataConfig, name: str) -> ValueRange | None:
+    """The range for images that a trained tokenizer encodes: the one with which it was trained.
+
+    Args:
+        data: null and "auto" take this range.
+        name: folder or Hub id of the tokenizer.
+
+    Raises:
+        ConfigError: `data.value_range` is another range.
+    """
+    return require_range(data, recorded_range(name), name)
+
+
+def require_range(data: DataConfig, found: ValueRange | None, name: str) -> ValueRange | None:
+    """Returns `found`, the range with which the tokenizer `name` was trained.
+
+    Raises:
+        ConfigError: `data.value_range` is another range.
+    """
+    wanted = data.value_range
+    has = None if found is None else [found.low, found.high]
+    if wanted not in (None, has) and not (wanted == "auto" and found is not None):
+        with_range = "the range of the dtype (null)" if has is None else f"{has}"
+        advice = "leave data.value_range out" + (f", or write value_range into its {PROCESSOR_NAME}" if not has else "")
+        message = f"received {wanted!r}, but {name} was trained with {with_range}; {advice}"
+        raise ConfigError([Problem("data.value_range", message)])
+    return found
 
 
 def _checked(name: str, config: VQGANConfig, changes: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from configs import ConfigError, Problem
 from configs.checksums import Damaged
@@ -104,9 +105,10 @@ class CodeStore:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.layout = TokenLayout.from_dict(self.manifest["token_layout"])
-        summaries = self.manifest["splits"].items()
+        columns = self.manifest["origin"]["data"].get("columns", ())
         self._splits = {
-            name: CodeSplit(self.folder, name, summary["shard_rows"], self.layout) for name, summary in summaries
+            name: CodeSplit(self.folder, name, summary["shard_rows"], self.layout, columns)
+            for name, summary in self.manifest["splits"].items()
         }
         self._check_files()
         for name, split in self._splits.items():
@@ -146,11 +148,14 @@ class CodeSplit:
         name: "train" or "validation".
         shard_rows: number of rows of each shard.
         layout: token layout of the codes.
+        columns: names of the columns of the data set that the store keeps.
     """
 
-    def __init__(self, folder: Path, name: str, shard_rows: Sequence[int], layout: TokenLayout):
+    def __init__(
+        self, folder: Path, name: str, shard_rows: Sequence[int], layout: TokenLayout, columns: Sequence[str] = ()
+    ):
         self.paths = [shard_path(folder, name, shard) for shard in range(len(shard_rows))]
-        self.layout = layout
+        self.layout, self.columns = layout, tuple(columns)
         self.ends = np.cumsum(shard_rows, dtype=np.int64)
         self.starts = self.ends - shard_rows
 
@@ -174,11 +179,11 @@ class CodeSplit:
         """
         shards = np.searchsorted(self.ends, rows, side="right")
         offsets = rows - self.starts[shards]
-        first_codes, first_labels = self._shards[0]
+        first_codes, first_labels, _ = self._shards[0]
         codes = np.empty((len(rows), first_codes.shape[1]), first_codes.dtype)
         labels = None if first_labels is None else np.empty(len(rows), first_labels.dtype)
         for shard in np.unique(shards):
-            shard_codes, shard_labels = self._shards[shard]
+            shard_codes, shard_labels, _ = self._shards[shard]
             places = np.flatnonzero(shards == shard)
             codes[places] = shard_codes[offsets[places]]
             if labels is not None and shard_labels is not None:
@@ -188,10 +193,20 @@ class CodeSplit:
     def rows_per_class(self) -> np.ndarray:
         """The number of rows of each class, int64 `(C,)`."""
         counts = np.zeros(self.layout.num_classes, np.int64)
-        for _, labels in self._shards:
+        for shard in self._shards:
+            labels = shard.labels
             if labels is not None:
                 counts += np.bincount(labels, minlength=len(counts))
         return counts
+
+    def read_columns(self, rows: np.ndarray) -> dict[str, list[Any]]:
+        """The kept columns (`data.columns`) of rows in any order: text or numbers, None where a value is missing.
+
+        Args:
+            rows: int64 `(n,)`, row numbers of the split.
+        """
+        tables = [shard.columns for shard in self._shards]
+        return pa.concat_tables(tables).take(rows).to_pydict() if self.columns else {}
 
     def check(self, checksums: Sequence[str]) -> None:
         """Reads all codes and labels, and compares them with the checksum of each shard and the ranges of the layout.
@@ -220,7 +235,9 @@ class CodeSplit:
         for path, start, end in zip(self.paths, self.starts, self.ends, strict=True):
             shard, _ = map_shard(path)
             layout = self.layout
-            form = described(end - start, layout.length, code_dtype(layout.num_codes), layout.num_classes > 0)
+            form = described(
+                end - start, layout.length, code_dtype(layout.num_codes), layout.num_classes > 0, self.columns
+            )
             if shard.form != form:
                 raise Damaged(f"{path}: holds {shard.form}; the manifest says {form}")
             shards.append(shard)

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -43,12 +44,14 @@ class EncodedShard(NamedTuple):
     Attributes:
         codes: uint16 or uint32 `(rows, L)`.
         labels: int64 `(rows,)`, -1 without labels.
+        columns: the columns that `data.columns` keeps, `rows` long; None if it keeps none.
         images: number of images in the shard's range of the split.
         skipped: the images in this range that could not be decoded.
     """
 
     codes: np.ndarray
     labels: np.ndarray
+    columns: pa.Table | None
     images: int
     skipped: list[SkippedImage]
 
@@ -86,10 +89,11 @@ def encode_shard(
         progress: advanced by one for every encoded view.
     """
     labels: dict[int, int] = {}
+    columns: dict[int, dict[str, Any] | None] = {}
 
     def keys() -> Iterator[ImageKey]:
         for number, encoded, label in images:  # views of one image are adjacent, so it is decoded once
-            labels[number] = label
+            labels[number], columns[number] = label, None if encoded is None else encoded.columns
             yield from (ImageKey(0, number, view, encoded) for view in range(num_views))
 
     loader = keyed_loader(dataset, keys(), batch_size, num_workers, pin_memory=model.device.type == "cuda")
@@ -105,5 +109,24 @@ def encode_shard(
     rows = torch.cat(codes).cpu().numpy().astype(code_dtype(model.config.num_embeddings))
     rows = rows[~np.isin(torch.cat(numbers).numpy(), list(skipped))]  # an image keeps all of its views or none
     rows = rearrange(rows, "(image view) code -> (view image) code", view=num_views)
-    kept = np.array([label for number, label in labels.items() if number not in skipped], dtype=np.int64)
-    return EncodedShard(rows, np.tile(kept, num_views), len(labels), list(skipped.values()))
+    numbers_kept = [number for number in labels if number not in skipped]
+    kept = np.array([labels[number] for number in numbers_kept], dtype=np.int64)
+    table = kept_columns(dataset.source, numbers_kept, [columns[number] for number in numbers_kept])
+    table = None if table is None else pa.concat_tables([table] * num_views)
+    return EncodedShard(rows, np.tile(kept, num_views), table, len(labels), list(skipped.values()))
+
+
+def kept_columns(source: Images, numbers: list[int], rows: list[dict[str, Any] | None]) -> pa.Table | None:
+    """The columns that `data.columns` keeps, of some images; None if it keeps none.
+
+    Args:
+        source: the images.
+        numbers: their numbers, for a source that is read by number.
+        rows: their columns, for a stream.
+    """
+    if isinstance(source, ImageSource):
+        return None if source.columns is None else source.columns.with_format("arrow")[numbers]
+    if not source.columns:
+        return None
+    schema = pa.schema([(name, source.images.features[name].pa_type) for name in source.columns])
+    return pa.Table.from_pylist(rows, schema=schema)

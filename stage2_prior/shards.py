@@ -1,6 +1,7 @@
 """A shard of the code store: an Arrow file with one record batch, which `datasets.Dataset.from_file` also opens.
 
-Columns: `codes`, a fixed-size list of uint16 (uint32 above 65,536 codes), and, for labeled images, `label`, int64.
+Columns: `codes`, a fixed-size list of uint16 (uint32 above 65,536 codes), for labeled images `label`, int64, and then
+the columns of the data set that `data.columns` keeps, text or numbers.
 The metadata of the schema holds notes about the images, and a checksum of the columns.
 """
 
@@ -54,27 +55,32 @@ class Shard(NamedTuple):
     Attributes:
         codes: uint16 or uint32 `(rows, L)`.
         labels: int64 `(rows,)`, or None without labels.
+        columns: further columns of the data set, or None.
     """
 
     codes: np.ndarray
     labels: np.ndarray | None
+    columns: pa.Table | None = None
 
     def checksum(self) -> str:
-        """The XXH3-128 checksum of codes and labels, as 32 hexadecimal digits. It reads all of them."""
+        """The XXH3-128 checksum of codes, labels and columns, as 32 hexadecimal digits. It reads all of them."""
         digest = xxhash.xxh3_128(self.codes.data)
         digest.update(b"" if self.labels is None else self.labels.data)
+        digest.update(b"" if self.columns is None else json.dumps(self.columns.to_pydict(), default=str).encode())
         return digest.hexdigest()
 
     @property
     def form(self) -> str:
         """Shape and dtype in words."""
         rows, length = self.codes.shape
-        return described(rows, length, self.codes.dtype, self.labels is not None)
+        names = () if self.columns is None else tuple(self.columns.column_names)
+        return described(rows, length, self.codes.dtype, self.labels is not None, names)
 
 
-def described(rows: int, length: int, dtype: np.dtype, with_labels: bool) -> str:
+def described(rows: int, length: int, dtype: np.dtype, with_labels: bool, columns: Sequence[str] = ()) -> str:
     """Shape and dtype of a shard in words."""
-    return f"{rows:,} rows of {length:,} codes ({dtype}) with{'' if with_labels else 'out'} labels"
+    text = f"{rows:,} rows of {length:,} codes ({dtype}) with{'' if with_labels else 'out'} labels"
+    return text + (f" and with the columns {', '.join(columns)}" if columns else "")
 
 
 def code_dtype(num_codes: int) -> np.dtype:
@@ -83,7 +89,12 @@ def code_dtype(num_codes: int) -> np.dtype:
 
 
 def write_shard(
-    path: Path, codes: np.ndarray, labels: np.ndarray | None, images: int, skipped: Sequence[SkippedImage] = ()
+    path: Path,
+    codes: np.ndarray,
+    labels: np.ndarray | None,
+    images: int,
+    skipped: Sequence[SkippedImage] = (),
+    kept: pa.Table | None = None,
 ) -> None:
     """Writes one shard atomically: a file with a shard's name is complete.
 
@@ -93,11 +104,14 @@ def write_shard(
         labels: int64 `(rows,)`, or None.
         images: number of images in the shard's range of the split.
         skipped: the images in this range that could not be decoded.
+        kept: further columns of the rows, or None.
     """
-    shard = Shard(np.ascontiguousarray(codes), None if labels is None else np.ascontiguousarray(labels, np.int64))
+    shard = Shard(np.ascontiguousarray(codes), None if labels is None else np.ascontiguousarray(labels, np.int64), kept)
     columns = {"codes": pa.FixedSizeListArray.from_arrays(pa.array(shard.codes.reshape(-1)), codes.shape[1])}
     if shard.labels is not None:
         columns["label"] = pa.array(shard.labels)
+    if kept is not None:
+        columns |= {name: kept[name].combine_chunks() for name in kept.column_names}
     num_classes = int(labels.max(initial=-1)) + 1 if labels is not None else 0
     notes = ShardNotes(path.name, images, list(skipped), num_classes, len(codes), shard.checksum())
     batch = pa.RecordBatch.from_pydict(columns, metadata={NOTES_KEY: json.dumps(sealed(asdict(notes)))})
@@ -157,22 +171,25 @@ def check_shard(path: Path) -> ShardNotes:
 
 def _shard(batch: pa.RecordBatch, path: Path) -> Shard:
     schema = batch.schema
+    num_own = 2 if schema.names[:2] == COLUMNS else 1
     codes_type: Any = schema.field(0).type if len(schema) else None
     allowed = [pa.uint16(), pa.uint32()]
     if (
-        schema.names not in (COLUMNS[:1], COLUMNS)
+        schema.names[:num_own] != COLUMNS[:num_own]
         or not pa.types.is_fixed_size_list(codes_type)
         or codes_type.value_type not in allowed
-        or (len(schema) == 2 and schema.field(1).type != pa.int64())
+        or (num_own == 2 and schema.field(1).type != pa.int64())
+        or any(pa.types.is_nested(field.type) for field in list(schema)[num_own:])
     ):
         columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
         raise Damaged(f"{path}: holds the columns {columns}; allowed are codes (lists of uint16) and label (int64)")
     lists = batch.column(0)
-    labels = batch.column(1) if len(schema) == 2 else None
+    labels = batch.column(1) if num_own == 2 else None
     if lists.null_count or lists.values.null_count or (labels is not None and labels.null_count):
         raise Damaged(f"{path}: values are missing (null)")
     codes = lists.flatten().to_numpy(zero_copy_only=True).reshape(len(lists), codes_type.list_size)
-    return Shard(codes, None if labels is None else labels.to_numpy(zero_copy_only=True))
+    kept = pa.Table.from_batches([batch]).select(schema.names[num_own:]) if len(schema) > num_own else None
+    return Shard(codes, None if labels is None else labels.to_numpy(zero_copy_only=True), kept)
 
 
 def _notes(schema: pa.Schema, path: Path) -> ShardNotes:

@@ -6,30 +6,39 @@ write the manifest.
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem, check
 from configs.folder_lock import locked_folder
+from configs.opening import print_facts
 from configs.stalls import library_timeout, watched_for_stalls
 from stage1_vqgan import (
+    LOOKED_AT_FIRST,
     ImageDataset,
     Images,
+    ImageStream,
     SkippedImage,
     VQGANImageProcessor,
     VQGANModel,
+    data_facts,
     load_images,
     load_tokenizer,
+    look,
     too_many_skipped,
+    trained_range,
+    warn_of_empty_classes,
 )
 from stage2_prior.code_store import CodeStore, claim_folder, images_per_shard, shard_path
 from stage2_prior.encoding import encode_shard, split_into_shards
 from stage2_prior.manifest import MANIFEST_NAME, write_manifest
-from stage2_prior.shards import ShardNotes, read_notes, write_shard
+from stage2_prior.shards import ShardNotes, map_shard, read_notes, write_shard
 from stage2_prior.training.config import Stage2Config
 from stage2_prior.vocabulary import TokenLayout
 
@@ -65,6 +74,8 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
         processes.print(f"{folder} already holds these codes; nothing to do")
         return CodeStore(folder)
 
+    if processes.is_main_process:
+        _tell(config, model, train, validation)
     started = time.perf_counter()
     notes = {}
     for split, source, num_views in (("train", train, config.num_views), ("validation", validation, 1)):
@@ -74,6 +85,9 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
         skipped = [image for shard in notes[split] for image in shard.skipped]
         _check_skipped(config, split, skipped, sum(shard.images for shard in notes[split]))
     layout = _token_layout(model, _class_names(train, notes))
+    layout = replace(layout, class_counts=_class_counts(folder, layout, len(notes["train"]), config.num_views))
+    if isinstance(train, ImageStream) and not all(layout.class_counts):  # an indexed source has told it before
+        warn_of_empty_classes(layout.class_names, layout.class_counts)
 
     if processes.is_main_process:
         seconds = time.perf_counter() - started
@@ -86,6 +100,19 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
         )
     processes.wait_for_everyone()
     return CodeStore(folder)
+
+
+def _tell(config: Stage2Config, model: VQGANModel, train: Images, validation: Images) -> None:
+    """Prints the first lines: what the data hold, and what becomes of them."""
+    tokenizer, limit = model.config, config.data.max_skipped_fraction
+    looked = look(train, LOOKED_AT_FIRST, tokenizer.in_channels, trained_range(config.data, config.tokenizer))
+    facts = data_facts(train, validation, looked, tokenizer.image_size, limit)
+    facts["codes"] = (
+        f"{tokenizer.grid_size**2:,} of each image, out of {tokenizer.num_embeddings:,}; views of an image: "
+    )
+    facts["codes"] += str(config.num_views)
+    facts["device"] = str(model.device)
+    print_facts(facts | {"tokenizer": config.tokenizer, "code store": config.code_store})
 
 
 def check_aspect_ratio(config: Stage2Config) -> None:
@@ -106,7 +133,12 @@ def check_aspect_ratio(config: Stage2Config) -> None:
 
 
 def _origin(config: Stage2Config, model: VQGANModel, train: Images, validation: Images) -> dict[str, Any]:
-    """The settings and data that determine the codes of a store."""
+    """The settings and data that determine the codes of a store.
+
+    Raises:
+        ConfigError: `data.value_range` is not the range with which the tokenizer was trained.
+    """
+    found = trained_range(config.data, config.tokenizer)
     return {
         "tokenizer_fingerprint": model.config.fingerprint,
         "data": config.data.identity(),
@@ -114,6 +146,7 @@ def _origin(config: Stage2Config, model: VQGANModel, train: Images, validation: 
         "seed": config.seed,
         "images": [source.num_images for source in (train, validation)],
         "class_names": train.class_names,
+        "value_range": None if found is None else list(found),
     }
 
 
@@ -129,6 +162,7 @@ def tokenize_split(
         config.seed,
         first_view_plain=True,
         aspect_ratio=config.data.aspect_ratio,
+        value_range=trained_range(config.data, config.tokenizer),
     )
     num_images, num_shards = source.num_images, 0
     skipped: list[SkippedImage] = []
@@ -146,7 +180,7 @@ def tokenize_split(
             if num_images is not None and processes.num_processes == 1:
                 _check_skipped(config, split, skipped, num_images)
             labels = encoded.labels if source.has_labels else None
-            write_shard(path, encoded.codes, labels, encoded.images, encoded.skipped)
+            write_shard(path, encoded.codes, labels, encoded.images, encoded.skipped, encoded.columns)
     return num_shards
 
 
@@ -161,6 +195,16 @@ def _class_names(train: Images, notes: dict[str, list[ShardNotes]]) -> list[str]
         message = f"the validation split has class {counts['validation'] - 1}, the training split only"
         raise ConfigError([Problem("data.label_column", f"{message} 0 to {counts['train'] - 1}")])
     return train.class_names or [str(number) for number in range(counts["train"])]
+
+
+def _class_counts(folder: Path, layout: TokenLayout, num_shards: int, num_views: int) -> tuple[int, ...]:
+    """Number of training images of each class."""
+    counts = np.zeros(layout.num_classes, dtype=np.int64)
+    for shard in range(num_shards):
+        labels = map_shard(shard_path(folder, "train", shard))[0].labels
+        if labels is not None:
+            counts += np.bincount(labels, minlength=layout.num_classes)
+    return tuple((counts // num_views).tolist())
 
 
 def _check_skipped(config: Stage2Config, split: str, skipped: list[SkippedImage], num_images: int) -> None:

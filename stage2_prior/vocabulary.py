@@ -10,9 +10,11 @@ A sequence is `[condition] + codes in raster order`.
 
 import difflib
 import json
+import re
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +41,7 @@ FILE_NAME = "token_layout.json"
 PAD_TO_MULTIPLE_OF = 64
 
 Count = Annotated[int, Ge(1)]
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class TokenLayout:
         downsampling_factor: pixels of the image's side per code.
         tokenizer_fingerprint: fingerprint of the tokenizer that computed the codes.
         has_null: whether training includes the null token: the prior is unconditional, or has condition dropout.
+        class_counts: number of training images of each class; empty if it is unknown. A fact about the data, so layouts
+            with other counts are equal.
 
     Raises:
         ValueError: a field has another type, or a number is below 1.
@@ -63,6 +68,7 @@ class TokenLayout:
     downsampling_factor: Count
     tokenizer_fingerprint: str
     has_null: bool = True
+    class_counts: tuple[Annotated[int, Ge(0)], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         instance("class_names", self.class_names, (list, tuple), "a tuple of names")
@@ -73,11 +79,16 @@ class TokenLayout:
             raise ValueError(f"grid: received {described(self.grid)}; must be h and w, two whole numbers")
         instance("tokenizer_fingerprint", self.tokenizer_fingerprint, str, "text")
         instance("has_null", self.has_null, bool, "True or False")
+        instance("class_counts", self.class_counts, (list, tuple), "a tuple of numbers")
+        if len(self.class_counts) not in (0, len(self.class_names)):
+            counts = f"{len(self.class_counts)} numbers for {len(self.class_names)} classes"
+            raise ValueError(f"class_counts: received {counts}; must have one for each, or none")
         plain = {
             "num_codes": whole("num_codes", self.num_codes, most=LARGEST),
-            "class_names": tuple(self.class_names),
+            "class_names": tuple(map(one_form, self.class_names)),
             "grid": tuple(whole("grid", side, most=LARGEST) for side in self.grid),
             "downsampling_factor": whole("downsampling_factor", self.downsampling_factor, most=LARGEST),
+            "class_counts": tuple(whole("class_counts", count, least=0, most=2**40) for count in self.class_counts),
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
@@ -126,15 +137,34 @@ class TokenLayout:
             raise ValueError(f"class_labels: received {described(labels)}; must be a list of ids or names")
         ids = []
         for label in labels:
-            if isinstance(label, str) and label in self.class_names:
-                ids.append(self.class_names.index(label))
+            if isinstance(label, str) and one_form(label) in self._ids:
+                ids.append(self._ids[one_form(label)])
             elif is_number(label, Integral) and 0 <= int(label) < self.num_classes:
-                ids.append(int(label))
+                ids.append(self._id_of_number(int(label)))
             elif self.num_classes == 0:
                 raise ValueError("class_labels: this prior is unconditional; use num_images instead")
             else:
                 raise ValueError(f"class_labels: {unknown_label(label, self.class_names)}")
         return torch.tensor(ids, dtype=torch.int64)
+
+    def _id_of_number(self, number: int) -> int:
+        """The number, if it is an id and no name of another class.
+
+        Raises:
+            ValueError: another class has this number as its name.
+        """
+        for other, name in enumerate(self.class_names):
+            if other != number and WHOLE_NUMBER.fullmatch(name) and int(name) == number:
+                raise ValueError(
+                    f"class_labels: received {number}, which has two readings: class {name!r} (id {other}), and id "
+                    f"{number} (class {self.class_names[number]!r}); write the name as text, {name!r} or "
+                    f"{self.class_names[number]!r}"
+                )
+        return number
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {name: number for number, name in reversed(list(enumerate(self.class_names)))}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values for JSON. `tokens` lists the ranges of tokens in order."""
@@ -213,12 +243,17 @@ class TokenLayout:
             "grid": (config.grid_size, config.grid_size),
             "downsampling_factor": config.downsampling_factor,
         }
-        for field, value in has.items():
-            if getattr(self, field) != value:
+        for name, value in has.items():
+            if getattr(self, name) != value:
                 raise ValueError(
-                    f"token_layout.{field}: received {getattr(self, field)}, but the tokenizer has {value}; "
+                    f"token_layout.{name}: received {getattr(self, name)}, but the tokenizer has {value}; "
                     "restore the layout that was saved with the prior"
                 )
+
+
+def one_form(name: str) -> str:
+    """A class name in Unicode's composed form (NFC). Folders of a Mac name the same letters by other characters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def unknown_label(label: Any, names: Sequence[str]) -> str:
@@ -226,7 +261,7 @@ def unknown_label(label: Any, names: Sequence[str]) -> str:
     shown = listed([cut(name, 40) for name in names], 10)
     message = f"received {described(label)}; allowed are ids 0 to {len(names) - 1} or names: {shown}"
     by_letters = {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(label.casefold(), by_letters, n=3) if isinstance(label, str) else []
+    near = difflib.get_close_matches(one_form(label).casefold(), by_letters, n=3) if isinstance(label, str) else []
     return message + f"; did you mean {' or '.join(repr(by_letters[name]) for name in near)}?" * bool(near)
 
 

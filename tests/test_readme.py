@@ -29,6 +29,7 @@ from pipelines.push import PushConfig
 from pipelines.reconstruct import ReconstructConfig
 from stage1_vqgan import Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.convert.config import ConvertConfig
+from stage1_vqgan.data.__main__ import DataReportConfig
 from stage1_vqgan.evaluate import ReconstructionConfig
 from stage1_vqgan.quantizers import QUANTIZERS
 from stage2_prior import Stage2Config, TokenLayout
@@ -46,6 +47,7 @@ DOCUMENTS = [
 ]
 CONFIGS = {
     "stage1_vqgan.convert": ConvertConfig,
+    "stage1_vqgan.data": DataReportConfig,
     "stage1_vqgan.evaluate": ReconstructionConfig,
     "stage1_vqgan.train": Stage1Config,
     "stage2_prior.tokenize": Stage2Config,

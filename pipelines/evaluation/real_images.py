@@ -68,7 +68,13 @@ def read_real_images(
             labels[key.image] = label
             yield key
 
-    dataset = ImageDataset(source, processor.image_size, processor.num_channels, aspect_ratio=processor.aspect_ratio)
+    dataset = ImageDataset(
+        source,
+        processor.image_size,
+        processor.num_channels,
+        aspect_ratio=processor.aspect_ratio,
+        value_range=processor.values,
+    )
     loader = keyed_loader(dataset, keys(), BATCH_SIZE, num_workers)
     batches = list(tqdm(loader, desc="reading real images", unit="batch"))
     skipped = [image for batch in batches for image in batch.skipped]

@@ -33,7 +33,7 @@ from pipelines.evaluation.report import (
     weights_hash,
 )
 from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import load_images
+from stage1_vqgan import load_images, require_range
 from stage1_vqgan.reconstruction import evaluate_reconstruction
 
 
@@ -85,6 +85,7 @@ def require_room(config: EvaluationConfig, pipeline: VQGANPipeline) -> None:
 
 def read_splits(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple[RealImages, RealImages]:
     """The real images of the training and of the validation split."""
+    require_range(config.data, pipeline.image_processor.values, config.pipeline)
     train, validation = (
         read_real_images(
             source,
@@ -114,7 +115,7 @@ def generate_samples(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple
         out = pipeline.generate(num_images=config.samples_per_class, generator=generator, output_type="pt")
         return out.images.cpu() * 2 - 1, None
     out = pipeline.generate(
-        class_labels=list(classes),
+        class_labels=pipeline.class_names,
         num_images_per_label=config.samples_per_class,
         guidance_scale=config.guidance_scale,
         generator=generator,

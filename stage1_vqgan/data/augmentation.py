@@ -3,12 +3,13 @@
 import math
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from stage1_vqgan.data.config import AugmentationConfig
+from stage1_vqgan.image_processing_pixels import to_pil, to_pixels
 from stage1_vqgan.image_processing_squares import AspectRatio, crop_square, to_square
-from stage1_vqgan.image_processing_vqgan import to_pil, to_pixels
 
 # Number of random numbers that `augment` uses.
 NUM_DRAWS = 8
@@ -47,13 +48,19 @@ def augment(
         return to_square(pixels, size, aspect_ratio, zoom, position, max_side), flips
     pixels = to_square(pixels, size, aspect_ratio, zoom, position)
     angle, shift_x, shift_y, scale = (2 * draws[4:] - 1).tolist()
-    image = affine(
-        to_pil((pixels.flip(1) if flips else pixels).numpy()),
-        math.radians(angle * config.rotate),
-        1 + scale * config.scale,
-        (shift_x * config.translate * size, shift_y * config.translate * size),
-    )
-    return to_pixels(image), False
+    pixels = pixels.flip(1) if flips else pixels
+    # Pillow would multiply colours by alpha, so channels that are not gray or RGB are transformed one by one
+    parts = [pixels] if pixels.shape[2] in (1, 3) else pixels.split(1, 2)
+    moved = [
+        affine(
+            to_pil(part.numpy()),
+            math.radians(angle * config.rotate),
+            1 + scale * config.scale,
+            (shift_x * config.translate * size, shift_y * config.translate * size),
+        )
+        for part in parts
+    ]
+    return torch.cat([to_pixels(image) for image in moved], 2), False
 
 
 def ten_crop(square: Tensor, size: int, view: int) -> Tensor:

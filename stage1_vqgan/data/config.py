@@ -4,13 +4,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from annotated_types import Interval
+from annotated_types import Interval, Len
 
 from configs import ConfigError, Problem, Section
 from configs.sections import Fraction, Positive
 
-# These settings do not change the images, so an interrupted code store may continue with other values.
-FREE_KEYS = {"shuffle_buffer_size", "max_skipped_fraction"}
+# These settings do not change the images, so an interrupted code store may continue with other values. The range of
+# values is that of the tokenizer.
+FREE_KEYS = {"shuffle_buffer_size", "max_skipped_fraction", "value_range"}
+
+# The columns of every code store.
+STORED = ("codes", "label")
 
 
 @dataclass(kw_only=True)
@@ -61,11 +65,15 @@ class DataConfig(Section):
         a stream the first images, which needs a stream of known length
     image_column, label_column: names of columns; by default the only image column, and the class label column if there
         is one (in a tar file "cls")
+    columns: further columns to keep in a code store, such as [style, text]; text and numbers only
     use_labels: false ignores the labels and gives an unconditional model
     streaming: read parquet files, tar files or a Hub dataset from front to back, without a copy on disk; has no effect
         on a folder of images, whose files are always read on demand
     shuffle_buffer_size: number of encoded images of a stream in memory, from which the next image is drawn
     aspect_ratio: "crop" resizes the shorter side and crops a square; "pad" resizes the longer side and pads with white
+    value_range: the pixel values that become black and white, one range for all images: null takes that of the type
+        (8 bits 0 to 255, 16 bits 0 to 65535; floats and signed numbers have none), [low, high] is taken, "auto"
+        measures the training images; the tokenizer keeps the range
     max_skipped_fraction: images that cannot be decoded are skipped; the run stops when they exceed this fraction of
         their split
     """
@@ -77,16 +85,27 @@ class DataConfig(Section):
     validation_fraction: Annotated[float, Interval(gt=0, le=0.5)] = 0.05
     image_column: str | None = None
     label_column: str | None = None
+    columns: list[str] = field(default_factory=list)
     use_labels: bool = True
     streaming: bool = False
     shuffle_buffer_size: Positive = 1000
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     aspect_ratio: Literal["crop", "pad"] = "crop"
+    value_range: Annotated[list[float], Len(2, 2)] | Literal["auto"] | None = None
     max_skipped_fraction: Fraction = 0.01
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        if isinstance(self.value_range, list) and not self.value_range[0] < self.value_range[1]:
+            yield "value_range", self.value_range, "the first number must be below the second"
+        if len(set(self.columns)) < len(self.columns) or set(self.columns) & set(STORED):
+            yield "columns", self.columns, f"a name may stand here once, and {' and '.join(STORED)} are stored anyway"
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine which images the data set contains, and how they are prepared."""
-        return {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}
+        settings = {key: value for key, value in asdict(self).items() if key not in FREE_KEYS}
+        if not self.columns:  # so that the codes of earlier stores stay valid
+            del settings["columns"]
+        return settings
 
 
 def data_problem(key: str, message: str) -> ConfigError:

@@ -23,6 +23,7 @@ from stage1_vqgan.data.indexed import ImageSource
 from stage1_vqgan.data.sources import Images
 from stage1_vqgan.data.transfer import to_device
 from stage1_vqgan.image_processing_squares import AspectRatio, normalize, resize, to_square
+from stage1_vqgan.image_processing_values import ValueRange
 
 # A square with a side of up to this many times the image size is resized on the model's device. For images of 256
 # pixels that includes photos of 500×375. Larger squares would need too much memory, so the workers resize them.
@@ -88,13 +89,14 @@ class ImageDataset(Dataset):
     Attributes:
         source: the images.
         image_size: side of the squares in pixels.
-        num_channels: 1 (gray) or 3 (RGB).
+        num_channels: number of channels of the squares.
         augmentation: None does not augment; then only the `image` of a key matters.
         seed: seed of the augmentation.
         first_view_plain: do not augment view 0; without effect with ten_crop.
         aspect_ratio: see `to_square`.
         keep_batch_size: replace an image that cannot be decoded by another view of the next image of the batch.
             Otherwise it is left out, and the batch may be empty.
+        value_range: the pixel values that become black and white; None takes the range of the dtype.
     """
 
     source: Images
@@ -105,6 +107,7 @@ class ImageDataset(Dataset):
     first_view_plain: bool = False
     aspect_ratio: AspectRatio = "crop"
     keep_batch_size: bool = False
+    value_range: ValueRange | None = None
 
     @property
     def max_side(self) -> int:
@@ -142,7 +145,7 @@ class ImageDataset(Dataset):
             used = [place for place in range(len(keys)) if place not in skipped]
             if self.keep_batch_size:
                 for place, stand_in, key in _stand_ins(keys, used, skipped):
-                    image = decode_pixels(encoded[stand_in], self.num_channels)
+                    image = decode_pixels(encoded[stand_in], self.num_channels, self.value_range)
                     sides[place], flips[place] = self._put(memory[place], image, key, self._draws([key])[0])
                     images[place] = key.image
             else:
@@ -164,7 +167,7 @@ class ImageDataset(Dataset):
 
     def _decode(self, encoded: EncodedImage) -> Tensor | UndecodableImage:
         try:
-            pixels = decode_pixels(encoded, self.num_channels)
+            pixels = decode_pixels(encoded, self.num_channels, self.value_range)
         except UndecodableImage as error:
             return error
         if self.augmentation is not None and self.augmentation.ten_crop:  # all views are crops of this square

@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from struct import unpack_from
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
-from stage1_vqgan.image_processing_vqgan import convert_mode, orientation, to_pixels
+from stage1_vqgan.data.arrays import channels_last, missing_plugin, read_array, read_slice
+from stage1_vqgan.image_processing_pixels import loses_bits, orientation, pixels_of, values_of
+from stage1_vqgan.image_processing_values import ADVICE, ValueRange, described, to_levels
 
 # Markers of a JPEG: start of a frame (sequential, progressive) and of its pixels.
 START_OF_FRAME, START_OF_SCAN = (0xC0, 0xC2), 0xDA
@@ -33,11 +36,14 @@ class EncodedImage(NamedTuple):
 
     Attributes:
         name: name for messages: its path, or its number in the source.
-        content: the bytes of a file, the path of a file, or a decoded image.
+        content: the bytes of a file, the path of a file, or a decoded image: of Pillow, or an array `(H, W)`,
+            `(H, W, C)` or `(C, H, W)`.
+        columns: of a stream, the values of the columns that `data.columns` keeps; an `ImageSource` has them itself.
     """
 
     name: str
-    content: bytes | str | Image.Image
+    content: bytes | str | Image.Image | np.ndarray
+    columns: dict[str, Any] | None = None
 
 
 class SkippedImage(NamedTuple):
@@ -53,49 +59,143 @@ class UndecodableImage(ValueError):
 
 
 def decode(encoded: EncodedImage) -> Image.Image:
-    """Decodes an image; of an animation or a file of several pages, the first one.
+    """Decodes an image that Pillow reads; of an animation or a file of several pages, the first one.
 
     Raises:
         UndecodableImage: the file cannot be decoded, or declares more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
-    if isinstance(encoded.content, Image.Image):
-        return encoded.content
     with _undecodable():
+        if isinstance(encoded.content, np.ndarray):
+            return Image.fromarray(encoded.content)
+        if isinstance(encoded.content, Image.Image):
+            return encoded.content
         image = _open(read(encoded.content))
         image.load()
         return image
 
 
-def decode_pixels(encoded: EncodedImage, num_channels: int) -> Tensor:
-    """Decodes an image into upright 8-bit pixels, see `convert_mode`.
+def decode_pixels(encoded: EncodedImage, num_channels: int, value_range: ValueRange | None = None) -> Tensor:
+    """Decodes an image into upright 8-bit pixels, see `pixels_of`.
 
     torchvision decodes plain JPEGs, because it is faster than Pillow and returns the same pixels. Pillow decodes all
     other files, and the JPEGs that torchvision refuses.
 
     Args:
         encoded: image to decode.
-        num_channels: 1 (gray) or 3 (RGB).
+        num_channels: number of channels of the result.
+        value_range: the values that become black and white; None takes the range of the dtype.
 
     Returns:
         uint8 `(H, W, C)`.
 
     Raises:
         UndecodableImage: the file cannot be decoded, declares more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or has
-            values out of range.
+            other channels, or values without a range.
     """
     with _undecodable():
-        if isinstance(encoded.content, Image.Image):
-            return to_pixels(convert_mode(encoded.content, num_channels))
-        content = read(encoded.content)
-        image = None if _is_bare_jpeg(content, num_channels) else _open(content)
-        if image is None or _is_plain_jpeg(image, num_channels):
-            try:
-                pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)).permute(1, 2, 0)
-            except RuntimeError:
-                pass  # Pillow decodes the file, or states why it cannot
-            else:
-                return pixels if pixels.shape[2] == num_channels else pixels.expand(-1, -1, num_channels)
-        return to_pixels(convert_mode(image or _open(content), num_channels))
+        content = _content(encoded)
+        if isinstance(content, bytes):
+            pixels = _plain_jpeg(content, num_channels)
+            if pixels is not None:
+                is_in_range = value_range is not None and value_range.of_bytes
+                return torch.from_numpy(to_levels(pixels.numpy(), value_range)) if is_in_range else pixels
+        image = _decoded(content, num_channels, keep_bits=value_range is not None)
+        if isinstance(image, np.ndarray) and value_range is None:
+            image = _small_numbers(image)
+        return pixels_of(image, num_channels, value_range)
+
+
+def decode_values(encoded: EncodedImage, num_channels: int) -> np.ndarray:
+    """Decodes the values of an image as they are stored, which `decode_pixels` scales; of several pages the first.
+
+    Returns:
+        Numbers of any type, `(H, W)` or `(H, W, C)`.
+
+    Raises:
+        UndecodableImage: see `decode_pixels`.
+    """
+    with _undecodable():
+        content = _content(encoded)
+        image = _decoded(content, num_channels, keep_bits=True)
+        values = values_of(image) if isinstance(image, Image.Image) else image
+        if values.dtype.kind not in "buif":
+            to_levels(values)  # states the problem
+        return values
+
+
+def mode_of(encoded: EncodedImage) -> str:
+    """Pillow's mode of an image, such as "RGB"; "array" for numbers that Pillow does not read."""
+    try:
+        with _undecodable():
+            content = _content(encoded)
+            image = _open(content) if isinstance(content, bytes) else content
+            return image.mode if isinstance(image, Image.Image) else "array"
+    except UndecodableImage:
+        return "array"
+
+
+def _content(encoded: EncodedImage) -> bytes | Image.Image | np.ndarray:
+    """The bytes of a file, or a decoded image."""
+    if not isinstance(encoded.content, str):
+        return encoded.content
+    array = read_slice(encoded.content)
+    return read(encoded.content) if array is None else array
+
+
+def _decoded(content: bytes | Image.Image | np.ndarray, num_channels: int, keep_bits: bool) -> Image.Image | np.ndarray:
+    """An image of Pillow, or an array with its channels last.
+
+    `keep_bits` reads colours of 16 bits as such; Pillow alone reduces them to 8 bits.
+    """
+    array = read_array(content) if isinstance(content, bytes) else content
+    if isinstance(array, np.ndarray):
+        return channels_last(array, num_channels)
+    if not isinstance(content, bytes):
+        return content
+    image = _open(content)
+    return _deep_colours(content, image.format) if keep_bits and loses_bits(image) else image
+
+
+def _deep_colours(content: bytes, file_format: str | None) -> np.ndarray:
+    """The colours of a 16-bit PNG, uint16 `(H, W, C)`.
+
+    Raises:
+        ValueError: it is another file, of which nothing here reads 16 bits.
+    """
+    if file_format != "PNG":
+        advice = "save it as 16-bit PNG or as .npy, or one file for each channel"
+        raise ValueError(f"image: received 16-bit colours in {file_format}, which are read as 8 bits; {advice}")
+    stored = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return decode_png(stored, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+
+
+def _small_numbers(image: np.ndarray) -> np.ndarray:
+    """Numbers of 32 or 64 bits, as lists of Python numbers become, in [0, 255] → uint8.
+
+    Raises:
+        ValueError: a number is outside [0, 255].
+    """
+    if image.dtype.kind not in "iu" or image.dtype.itemsize < 4 or not image.size:
+        return image
+    if image.min() < 0 or image.max() > 255:
+        raise ValueError(
+            f"image: received {described(image)}; whole numbers are taken as 8 bits, 0 to 255, unless their column "
+            f"declares uint16: {ADVICE}"
+        )
+    return image.astype(np.uint8)
+
+
+def _plain_jpeg(content: bytes, num_channels: int) -> Tensor | None:
+    """The pixels of a plain JPEG, uint8 `(H, W, C)`, decoded by torchvision; None if Pillow must decode the file."""
+    if num_channels not in (1, 3) or not content.startswith(b"\xff\xd8"):
+        return None
+    if not _is_bare_jpeg(content, num_channels) and not _is_plain_jpeg(_open(content), num_channels):
+        return None
+    try:
+        pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)).permute(1, 2, 0)
+    except RuntimeError:
+        return None  # Pillow decodes the file, or states why it cannot
+    return pixels if pixels.shape[2] == num_channels else pixels.expand(-1, -1, num_channels)
 
 
 def _is_bare_jpeg(content: bytes, num_channels: int) -> bool:
@@ -151,9 +251,20 @@ def _open(content: bytes) -> Image.Image:
 
 @cache
 def readable_formats() -> list[str]:
-    """The formats of Pillow that are read, the most common ones first."""
+    """The formats of Pillow that are read, the most common ones first; HEIC too if pillow-heif is installed."""
     Image.init()
+    if missing_plugin(".heic") is None:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     return [name for name in Image.ID if name in Image.OPEN and name not in REFUSED_FORMATS]
+
+
+@cache
+def readable_extensions() -> set[str]:
+    """Extensions of these formats, such as ".png"."""
+    formats = readable_formats()
+    return {extension for extension, name in Image.registered_extensions().items() if name in formats}
 
 
 @contextmanager

@@ -8,22 +8,27 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal
-
-from PIL import Image
+from typing import Literal, get_args
 
 from configs import ConfigError
+from configs.problems import one_line
+from stage1_vqgan.data.arrays import array_extensions, extension_of, plugin_hint, slices_of
 from stage1_vqgan.data.config import DataConfig, data_problem
-from stage1_vqgan.data.decoding import readable_formats
+from stage1_vqgan.data.decoding import readable_extensions
+from stage1_vqgan.data.labels import class_name, few
+from stage1_vqgan.data.lists import METADATA_NAMES, READERS
 
 SPLIT_NAMES = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 ALLOWED = (
     "give 'digits', a folder of images, .parquet or .tar files, one such file, a pattern such as 'data/*.tar', "
-    "or a Hub dataset id"
+    "a list of images (.csv, .jsonl, .txt), a folder of save_to_disk, or a Hub dataset id"
 )
+PackedKind = Literal["parquet", "tar", "list"]
+# The kind of a file by its extension.
+PACKED: dict[str, PackedKind] = {".parquet": "parquet", ".tar": "tar", **dict.fromkeys(READERS, "list")}
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +38,16 @@ class SourceFiles:
     """The files of a source, by split.
 
     Attributes:
-        kind: kind of all files.
+        kind: kind of all files; a "list" names images, and "saved" is a folder of `Dataset.save_to_disk`.
         splits: paths of the files of every split, sorted.
         roots: for images, the folder of every split whose sub-folders are classes.
+        metadata: for images, the files metadata.csv and metadata.jsonl beside them.
     """
 
-    kind: Literal["parquet", "tar", "images"]
+    kind: Literal["images", "saved"] | PackedKind
     splits: dict[str, list[Path]]
-    roots: dict[str, Path]
+    roots: dict[str, Path] = field(default_factory=dict)
+    metadata: list[Path] = field(default_factory=list)
 
 
 def find_files(config: DataConfig) -> SourceFiles | None:
@@ -52,19 +59,19 @@ def find_files(config: DataConfig) -> SourceFiles | None:
     name = config.dataset
     path = Path(name).expanduser()
     if path.is_dir():
-        return _folder(path, config)
+        return _saved(path, config) or _folder(path, config)
     if path.is_file():
-        return SourceFiles(_packed_kind([path], name), {config.train_split: [path]}, {})
+        return SourceFiles(_packed_kind([path], name), {config.train_split: [path]})
     if glob.has_magic(name):
         files = sorted(Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
         if not files:
             raise _problem(f"received {name!r}; no file matches this pattern")
         kind = _packed_kind(files, name)
         if config.validation_split is None:
-            return SourceFiles(kind, {config.train_split: files}, {})
+            return SourceFiles(kind, {config.train_split: files})
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-        return SourceFiles(kind, _splits_of_names(files, root, config), {})
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in (".parquet", ".tar"):
+        return SourceFiles(kind, _splits_of_names(files, root, config))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in PACKED:
         raise _problem(f"received {name!r}; there is no such file or folder ({ALLOWED})")
     return None
 
@@ -85,29 +92,59 @@ def class_folders(files: Sequence[Path], root: Path) -> list[str] | None:
             f"{root} holds {folders} sub-folder{'s' * (folders > 1)} of images, which are classes, and "
             f"{_count(flat, 'image')} beside them; move them into a sub-folder, or set data.use_labels to false"
         )
-    return [names[0] for names in parts]
+    _tell_of_folders(root, parts)
+    return [class_name(names[0]) for names in parts]
+
+
+def _tell_of_folders(root: Path, parts: Sequence[tuple[str, ...]]) -> None:
+    """Warns of folders that may not be the classes that the user has in mind."""
+    tops = list(dict.fromkeys(names[0] for names in parts))
+    nested = list(dict.fromkeys("/".join(names[:-1]) for names in parts if len(names) > 2))
+    if nested and len(tops) == 1:
+        message = "%s: all images lie in the one folder %s, so they have no classes; if its folders are classes (%s), "
+        logger.warning(message + "set data.dataset to %s", root, tops[0], few(nested), root / tops[0])
+    elif nested:
+        logger.warning("%s: a class is a whole folder, with the folders in it (%s)", root, few(nested))
+    splits = [name for name in tops if name.lower() in SPLIT_NAMES]
+    if splits and len(tops) > 1:
+        message = "%s: %s counts as a class, because other folders there are no splits; move it away if it is a split"
+        logger.warning(message, root, ", ".join(splits))
+
+
+def _saved(root: Path, config: DataConfig) -> SourceFiles | None:
+    """The splits of a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`; None if it is no such folder."""
+    if (root / "dataset_dict.json").is_file():
+        return SourceFiles("saved", {path.parent.name: [path.parent] for path in sorted(root.glob("*/state.json"))})
+    if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
+        return SourceFiles("saved", {config.train_split: [root]})
+    return None
 
 
 def _folder(root: Path, config: DataConfig) -> SourceFiles:
-    formats = readable_formats()
-    extensions = {extension for extension, name in Image.registered_extensions().items() if name in formats}
-    kinds: dict[str, list[Path]] = {"parquet": [], "tar": [], "images": [], "": []}
+    extensions = readable_extensions() | array_extensions()
+    kinds: dict[str, list[Path]] = {"parquet": [], "tar": [], "images": [], "list": [], "": []}
     for file in _files_below(root):
-        extension = file.suffix.lower()
-        kind = "images" if extension in extensions else extension[1:] if extension in (".parquet", ".tar") else ""
-        kinds[kind].append(file)
-    others = kinds.pop("")
+        extension = extension_of(file)
+        is_image = extension in extensions
+        kinds["images" if is_image else PACKED.get(extension, "")] += _images_of(file) if is_image else [file]
+    lists = kinds.pop("list")
+    metadata = [file for file in lists if file.name in METADATA_NAMES]
+    others = sorted({*kinds.pop(""), *lists} - {*metadata})
     match [(kind, files) for kind, files in kinds.items() if files]:
         case []:
-            found = f"; {_count(others, 'other file')}" if others else ""
+            found = f"; {_count(others, 'other file')}{plugin_hint(others)}" if others else ""
             raise _problem(f"received {config.dataset!r}; this folder holds no images{found} ({ALLOWED})")
         case [("images", files)]:
             if others:
-                others_listed = _count(others, "file")
+                others_listed = _count(others, "file") + plugin_hint(others)
                 logger.warning("%s: left out, because their extensions are not of images: %s", root, others_listed)
-            return _image_folder(root, files, config)
+            if others and len(lists) > len(metadata) and not metadata:
+                hint = f"is read only if its name is {' or '.join(METADATA_NAMES)}, or if data.dataset names it"
+                logger.warning("%s: a list of labels among these files %s", root, hint)
+            splits, roots = _image_folder(root, files, config)
+            return SourceFiles("images", splits, roots, metadata)
         case [(kind, files)]:
-            return SourceFiles(kind, _splits_of_names(files, root, config), {})  # type: ignore[arg-type]
+            return SourceFiles(kind, _splits_of_names(files, root, config))  # type: ignore[arg-type]
         case several:
             found = "; ".join(f"{kind}: {_count(files, 'file')}" for kind, files in several)
             raise _problem(
@@ -116,18 +153,37 @@ def _folder(root: Path, config: DataConfig) -> SourceFiles:
             )
 
 
-def _image_folder(root: Path, images: Sequence[Path], config: DataConfig) -> SourceFiles:
+def _images_of(file: Path) -> Iterable[Path]:
+    """A file itself, or the slices of a volume."""
+    try:
+        return slices_of(file)
+    except Exception as error:  # nibabel raises exceptions of several types
+        raise _problem(f"{file} cannot be read: {one_line(error)}; repair or remove it") from error
+
+
+def _image_folder(
+    root: Path, images: Sequence[Path], config: DataConfig
+) -> tuple[dict[str, list[Path]], dict[str, Path]]:
+    """Images and root of every split."""
     splits: dict[str, list[Path]] = {}
+    roots: dict[str, Path] = {}
     for image in images:
         parts = image.relative_to(root).parts
-        splits.setdefault(parts[0] if len(parts) > 1 else "", []).append(image)
+        name = _split_name(parts[0]) if len(parts) > 1 else ""
+        splits.setdefault(name, []).append(image)
+        roots[name] = root / parts[0]
     named = splits.keys() - {""}
     if not named or not named <= SPLIT_NAMES | {config.train_split, config.validation_split}:
-        return SourceFiles("images", {config.train_split: list(images)}, {config.train_split: root})
+        return {config.train_split: list(images)}, {config.train_split: root}
     if "" in splits:
         beside = _count(splits[""], "image")
         raise _problem(f"{root} holds the splits {sorted(named)}, and {beside} beside them; move them into a split")
-    return SourceFiles("images", splits, {name: root / name for name in splits})
+    return splits, roots
+
+
+def _split_name(word: str) -> str:
+    """The name of a split: `Train` and `TEST` are `train` and `test`, other words stay as they are."""
+    return word.lower() if word.lower() in SPLIT_NAMES else word
 
 
 def _splits_of_names(files: Sequence[Path], root: Path, config: DataConfig) -> dict[str, list[Path]]:
@@ -137,7 +193,7 @@ def _splits_of_names(files: Sequence[Path], root: Path, config: DataConfig) -> d
     splits: dict[str, list[Path]] = {}
     for file in files:
         relative = file.relative_to(root).with_suffix("")
-        words = [word for part in relative.parts for word in (part, *re.split(r"[-._ 0-9]+", part))]
+        words = [_split_name(word) for part in relative.parts for word in (part, *re.split(r"[-._ 0-9]+", part))]
         splits.setdefault(next((word for word in words if word in known), ""), []).append(file)
     if splits.keys() == {""}:
         return {config.train_split: splits[""]}
@@ -163,12 +219,14 @@ def _leads_back(folder: Path) -> bool:
     return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
-def _packed_kind(files: Sequence[Path], name: str) -> Literal["parquet", "tar"]:
+def _packed_kind(files: Sequence[Path], name: str) -> PackedKind:
     suffixes = {file.suffix.lower() for file in files}
-    for kind in ("parquet", "tar"):
-        if suffixes == {f".{kind}"}:
-            return kind  # type: ignore[return-value]
-    raise _problem(f"received {name!r}; files must be all .parquet or all .tar, not {', '.join(sorted(suffixes))}")
+    kinds = {PACKED.get(suffix) for suffix in suffixes}
+    for kind in get_args(PackedKind):
+        if kinds == {kind}:
+            return kind
+    allowed = "files must be all .parquet, all .tar or all lists of images"
+    raise _problem(f"received {name!r}; {allowed} ({', '.join(READERS)}), not {', '.join(sorted(suffixes))}")
 
 
 def _count(files: Sequence[Path], noun: str) -> str:

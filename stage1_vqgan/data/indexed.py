@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from stage1_vqgan.data.columns import NO_LABELS, allowed_labels, encoded, find_columns, undecoded
+from stage1_vqgan.data.columns import NO_LABELS, encoded, find_columns, require_kept, undecoded
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import EncodedImage
+from stage1_vqgan.data.labels import JSON, json_column, read_labels
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class ImageSource:
         class_names: names of the classes 0 … C-1, or None without labels.
         opens_paths: an image without bytes is read from its path. False for the files of a stranger, who could name
             any file of this machine.
+        columns: a `datasets.Dataset` of the columns that `data.columns` keeps, or None.
     """
 
     images: Any
     labels: np.ndarray | None
     class_names: list[str] | None
     opens_paths: bool = True
+    columns: Any = None
 
     @property
     def num_images(self) -> int:
@@ -45,12 +48,18 @@ class ImageSource:
         if isinstance(self.images, list):
             return [EncodedImage(f"image {index}", self.images[index]) for index in indices]
         (column,) = self.images.column_names
-        items = self.images[list(indices)][column]
-        return [encoded(item, index, self.opens_paths) for item, index in zip(items, indices, strict=True)]
+        items, feature = self.images[list(indices)][column], self.images.features[column]
+        return [encoded(item, index, self.opens_paths, feature) for item, index in zip(items, indices, strict=True)]
 
     def select(self, rows: np.ndarray) -> "ImageSource":
         """The source of some of the images, by their numbers, int64 `(m,)`."""
-        return replace(self, images=self.images.select(rows), labels=None if self.labels is None else self.labels[rows])
+        labels, columns = self.labels, self.columns
+        return replace(
+            self,
+            images=self.images.select(rows),
+            labels=None if labels is None else labels[rows],
+            columns=None if columns is None else columns.select(rows),
+        )
 
 
 def image_sources(config: DataConfig, train: Any, validation: Any | None) -> tuple[ImageSource, ImageSource]:
@@ -84,48 +93,10 @@ def _to_source(config: DataConfig, split: Any, names: list[str] | None = None) -
     if not len(split):
         raise data_problem("dataset", f"{config.dataset!r} has a split without images")
     image_column, label_column = find_columns(config, split.features)
-    images = split.select_columns([image_column]).cast_column(image_column, undecoded())
+    images = split.select_columns([image_column]).cast_column(image_column, undecoded(split.features[image_column]))
     if label_column is None:
-        return ImageSource(images, None, None)
-    return ImageSource(images, *_labels(split, label_column, names))
-
-
-def _labels(split: Any, column: str, names: list[str] | None) -> tuple[np.ndarray, list[str]]:
-    """Labels, int64 `(n,)`, and class names. If `names` are given, the labels are renumbered to match them."""
-    from datasets import ClassLabel
-
-    feature = split.features[column]
-    own_names = feature.names if isinstance(feature, ClassLabel) else None
-    missing = split.data.column(column).null_count
-    if missing:
-        raise data_problem("label_column", f"{missing} of {len(split)} rows of {column!r} have no label; {NO_LABELS}")
-    values = np.asarray(split.with_format("numpy")[column][:])
-    if values.ndim != 1 or values.dtype.kind not in "iuUO":
-        raise data_problem("label_column", f"received {column!r}, which holds {feature}; {allowed_labels(own_names)}")
-    if values.dtype.kind in "UO":
-        own_names, values = np.unique(values.astype(str), return_inverse=True)
-        own_names = own_names.tolist()
-    top = len(own_names) if own_names is not None else np.iinfo(np.int64).max
-    if values.min() < 0 or values.max() >= top:
-        wrong = int(values.min()) if values.min() < 0 else int(values.max())
-        raise data_problem("label_column", f"{column!r} holds {wrong}; {allowed_labels(own_names)}")
-    values = values.astype(np.int64)
-    if names is None:
-        return values, own_names or [str(number) for number in range(int(values.max()) + 1)]
-    if own_names is not None and own_names != names:
-        used = {own_names[number] for number in np.unique(values)}
-        unknown = sorted(used - set(names))
-        if unknown:
-            message = f"the validation split has classes that the training split lacks: {_few(unknown)}"
-            raise data_problem("label_column", message)
-        values = np.array([names.index(name) if name in used else -1 for name in own_names])[values]
-    elif values.max() >= len(names):
-        raise data_problem(
-            "label_column",
-            f"the validation split has class {values.max()}, the training split only 0 to {len(names) - 1}",
-        )
-    return values, names
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        label_column = json_column(config, split.features, lambda: split.select_columns([JSON])[0][JSON])
+    require_kept(config, split.features)
+    columns = split.select_columns(config.columns) if config.columns else None
+    labels, own_names = (None, None) if label_column is None else read_labels(split, label_column, names)
+    return ImageSource(images, labels, own_names, columns=columns)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -131,13 +132,21 @@ def too_many_skipped(
         what: name of the images in the message.
         advice: what the user can do, for the message.
     """
-    if len(skipped) <= max_fraction * num_images:
+    if not skipped or len(skipped) / num_images <= max_fraction:
         return None
     listed = [f"      {image.name}: {image.reason}" for image in skipped[:MAX_LISTED]]
     if len(skipped) > MAX_LISTED:
         listed.append(f"      and {len(skipped) - MAX_LISTED} more")
     counts = f"received {max_fraction:g}, but {len(skipped)} of the {num_images:,} {what} cannot be used"
-    return Problem("data.max_skipped_fraction", "\n".join([f"{counts}; {advice}:", *listed]))
+    enough = f"{smallest_fraction(len(skipped), num_images):g} is enough for these"
+    return Problem("data.max_skipped_fraction", "\n".join([f"{counts}; {advice} ({enough}):", *listed]))
+
+
+def smallest_fraction(skipped: int, num_images: int) -> float:
+    """The smallest `max_skipped_fraction` of three digits that allows so many, at least 1, to be skipped."""
+    share = skipped / num_images
+    scale = 10 ** (2 - math.floor(math.log10(share)))
+    return min(1.0, math.ceil(share * scale) / scale)
 
 
 def _read(path: Path) -> set[str]:

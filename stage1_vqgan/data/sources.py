@@ -8,19 +8,28 @@ then found by the existing code.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from stage1_vqgan.data.config import DataConfig
+from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.files import find_files
 from stage1_vqgan.data.indexed import ImageSource, image_sources
+from stage1_vqgan.data.labels import few, warn_of_classes
 from stage1_vqgan.data.splits import Split, open_files, open_hub
 from stage1_vqgan.data.streamed import ImageStream, image_streams
 
 DIGITS = "digits"
+# Types of columns that may hold labels.
+LABEL_TYPES = {
+    "string",
+    "large_string",
+    "bool",
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +45,30 @@ def load_images(config: DataConfig) -> tuple[Images, Images]:
     Raises:
         ConfigError: the source, a split or a column does not exist, or a label is not a class of the training split.
     """
+    if config.dataset == DIGITS and config.columns:
+        raise data_problem("columns", f"received {config.columns}; {DIGITS!r} has no further columns")
     if config.dataset == DIGITS:
         return _load_digits(config)
     files = find_files(config)
     splits = open_hub(config) if files is None else open_files(config, files)
     pair = _read_splits(config, splits)
-    if files is not None and files.kind != "images":
+    if files is not None and files.kind not in ("images", "list"):
         pair = replace(pair[0], opens_paths=False), replace(pair[1], opens_paths=False)
     if config.use_labels and not pair[0].has_labels:
-        logger.warning("%s has no class labels: the model will be unconditional", config.dataset)
+        _warn_of_no_labels(config, splits[config.train_split].dataset.features)
+    elif isinstance(pair[0], ImageSource) and pair[0].labels is not None:
+        warn_of_classes(pair[0].labels, pair[0].class_names or [])
     return pair
+
+
+def _warn_of_no_labels(config: DataConfig, features: Mapping[str, Any]) -> None:
+    """Says that a model will be unconditional, and which columns may hold labels."""
+    from datasets import Value
+
+    names = [name for name, kind in features.items() if isinstance(kind, Value) and not name.startswith("__")]
+    names = [name for name in names if name != config.image_column and features[name].dtype in LABEL_TYPES]
+    hint = f"; if one of the columns {few(names)} holds classes, name it: data.label_column" if names else ""
+    logger.warning("%s has no class labels: the model will be unconditional%s", config.dataset, hint)
 
 
 def _read_splits(config: DataConfig, splits: dict[str, Split]) -> tuple[Images, Images]:

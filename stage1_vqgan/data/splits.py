@@ -1,18 +1,22 @@
 """Opens the splits of a source with `datasets`."""
 
+import logging
 from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from configs.problems import one_line
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.files import ALLOWED, SourceFiles, class_folders
+from stage1_vqgan.data.labels import few, numbered
+from stage1_vqgan.data.lists import columns_of, read_list, require_files, with_metadata
 from stage1_vqgan.data.tars import restrict_webdataset
 
 # A row group is read as a whole. Above LARGE_GROUP bytes, it may be at most MAX_RATIO times as large as its file.
 LARGE_GROUP, MAX_RATIO = 2**26, 100
+
+logger = logging.getLogger(__name__)
 
 
 class Split(NamedTuple):
@@ -33,9 +37,14 @@ def open_files(config: DataConfig, files: SourceFiles) -> dict[str, Split]:
     """
     _check_splits(config, files.splits)
     wanted = [name for name in (config.train_split, config.validation_split) if name is not None]
+    if config.validation_split is None and len(files.splits) > 1:
+        unused = few(sorted(files.splits.keys() - {config.train_split}))
+        message = "%s: the splits %s are not used; data.validation_split names the one to evaluate on"
+        logger.warning(message, config.dataset, unused)
     if files.kind == "images":
         return _open_images(config, files, wanted)
-    return {name: _open_packed(config, files.kind, files.splits[name]) for name in wanted}
+    open_split = {"list": _open_lists, "saved": _open_saved}.get(files.kind, _open_packed)
+    return {name: open_split(config, files.kind, files.splits[name]) for name in wanted}
 
 
 def open_hub(config: DataConfig) -> dict[str, Split]:
@@ -57,21 +66,59 @@ def open_hub(config: DataConfig) -> dict[str, Split]:
 
 
 def _open_images(config: DataConfig, files: SourceFiles, wanted: Sequence[str]) -> dict[str, Split]:
-    from datasets import ClassLabel, Dataset, Features, Image as ImageFeature
-
     splits = {}
     with_labels = config.use_labels
     for name in wanted:
-        columns: dict[str, list] = {"image": [str(file) for file in files.splits[name]]}
-        features: dict[str, Any] = {"image": ImageFeature(decode=False)}
-        classes = class_folders(files.splits[name], files.roots[name]) if with_labels else None
-        if name == config.train_split:
-            with_labels = classes is not None and len(set(classes)) > 1  # a single folder is not a class label
-        if with_labels and classes is not None:
-            names, labels = np.unique(classes, return_inverse=True)
-            columns["label"], features["label"] = labels.tolist(), ClassLabel(names=names.tolist())
-        splits[name] = Split(Dataset.from_dict(columns, features=Features(features)), len(columns["image"]))
+        images, columns = files.splits[name], dict[str, list]()
+        if files.metadata:
+            lists, everything = _beside(files.metadata, files.roots[name]), set(chain(*files.splits.values()))
+            images, rows, unlisted = with_metadata(images, everything, lists)
+            columns = columns_of(rows)
+            if unlisted:
+                logger.warning("%s: left out, because no metadata file lists them: %d images", name, len(unlisted))
+        in_list = config.label_column or "label"
+        classes = class_folders(images, files.roots[name]) if with_labels and in_list not in columns else None
+        if name == config.train_split and classes is not None and len(set(classes)) == 1:
+            with_labels, classes = False, None  # a single folder is not a class label
+        splits[name] = _split_of_paths(images, columns, classes)
     return splits
+
+
+def _beside(metadata: Sequence[Path], root: Path) -> list[Path]:
+    """The metadata files that may list images below a folder: those in it, and in the folders above it."""
+    return [path for path in metadata if path.parent.is_relative_to(root) or root.is_relative_to(path.parent)]
+
+
+def _split_of_paths(images: Sequence[Path], columns: dict[str, list], classes: Sequence[str] | None) -> Split:
+    """The split of some image files, with the columns of their lists and their classes."""
+    from datasets import ClassLabel, Dataset, Image as ImageFeature
+
+    data = {"image": [str(image) for image in images]}
+    data |= {name: values for name, values in columns.items() if name != "image"}
+    if classes is not None:
+        labels, names = numbered(classes)
+        data["label"] = labels.tolist()
+    dataset = Dataset.from_dict(data).cast_column("image", ImageFeature(decode=False))
+    return Split(dataset if classes is None else dataset.cast_column("label", ClassLabel(names=names)), len(images))
+
+
+def _open_lists(config: DataConfig, kind: str, files: Sequence[Path]) -> Split:
+    rows: dict[Path, dict[str, Any]] = {}
+    for file in files:
+        listed = read_list(file)
+        require_files(file, list(listed))
+        rows |= listed
+    return _split_of_paths(list(rows), columns_of(list(rows.values())), None)
+
+
+def _open_saved(config: DataConfig, kind: str, files: Sequence[Path]) -> Split:
+    from datasets import load_from_disk
+
+    try:
+        dataset = load_from_disk(str(files[0]))
+    except Exception as error:  # datasets raises exceptions of many types for files that it cannot load
+        raise data_problem("dataset", f"{files[0]} cannot be loaded: {reason(error)}") from error
+    return Split(dataset, len(dataset))
 
 
 def _open_packed(config: DataConfig, kind: str, files: Sequence[Path]) -> Split:
@@ -81,8 +128,9 @@ def _open_packed(config: DataConfig, kind: str, files: Sequence[Path]) -> Split:
     rows = _parquet_rows(config, files) if kind == "parquet" else None
     builder = "parquet" if kind == "parquet" else "webdataset"
     names = {"train": [str(file) for file in files]}
+    types = {"features": _plain_features(files[0])} if kind == "parquet" else {}
     try:
-        dataset = datasets.load_dataset(builder, data_files=names, split="train", streaming=config.streaming)
+        dataset = datasets.load_dataset(builder, data_files=names, split="train", streaming=config.streaming, **types)
     except Exception as error:  # datasets raises exceptions of many types for files that it cannot load
         form = "" if kind == "parquet" else " (for every image, a tar holds the same files, such as 0001.jpg, 0001.cls)"
         raise data_problem("dataset", f"{config.dataset!r} cannot be loaded{form}: {reason(error)}") from error
@@ -107,6 +155,28 @@ def _parquet_rows(config: DataConfig, files: Sequence[Path]) -> int:
     if not rows:
         raise data_problem("dataset", f"{config.dataset!r} has a split without images")
     return rows
+
+
+def _plain_features(file: Path) -> Any:
+    """The features of a parquet file if a column is a view of texts or bytes, which `datasets` cannot cast; else None.
+
+    A view (`string_view`, `binary_view`) holds the same values as `string` and `binary`, laid out in another way.
+    """
+    import pyarrow.parquet
+    from datasets import Features
+
+    schema = pyarrow.parquet.read_schema(file)
+    plain = pyarrow.schema([entry.with_type(_plain_type(entry.type)) for entry in schema], schema.metadata)
+    return None if plain == schema else Features.from_arrow_schema(plain)
+
+
+def _plain_type(kind: Any) -> Any:
+    import pyarrow
+
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.struct([kind.field(n).with_type(_plain_type(kind.field(n).type)) for n in range(len(kind))])
+    views = {pyarrow.string_view(): pyarrow.string(), pyarrow.binary_view(): pyarrow.binary()}
+    return views.get(kind, kind)
 
 
 def _stated_size(stream: Any, name: str) -> int | None:

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from stage1_vqgan.data.columns import allowed_labels, encoded, find_columns, undecoded
+from stage1_vqgan.data.columns import allowed_labels, encoded, find_columns, require_kept, undecoded
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import EncodedImage
+from stage1_vqgan.data.labels import JSON, class_name, is_whole, json_column, json_label
 from stage1_vqgan.data.splits import Split, reason
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ class ImageStream:
         is_part: the images are a range of a longer stream. The range is found by counting from the beginning, so its
             files cannot be distributed over processes.
         opens_paths: see `ImageSource`.
+        columns: names of the columns that `data.columns` keeps; each `EncodedImage` holds their values.
     """
 
     images: Any
@@ -39,6 +41,7 @@ class ImageStream:
     shuffle_buffer_size: int = 1000
     is_part: bool = False
     opens_paths: bool = True
+    columns: tuple[str, ...] = ()
 
     @property
     def has_labels(self) -> bool:
@@ -89,18 +92,27 @@ class ImageStream:
         numbers = count()
         for rows in _batches(files):
             items = rows[self.image_column]
-            labels = rows[self.label_column] if self.label_column is not None else [None] * len(items)
-            for item, label, number in zip(items, labels, numbers, strict=False):
-                yield (
-                    encoded(item, number, self.opens_paths),
-                    None if self.label_column is None else self._checked(label),
-                )
+            labels = _labels(rows, self.label_column)
+            feature = self.images.features[self.image_column]
+            for place, (item, label, number) in enumerate(zip(items, labels, numbers, strict=False)):
+                image = encoded(item, number, self.opens_paths, feature)
+                if self.columns:
+                    image = image._replace(columns={name: rows[name][place] for name in self.columns})
+                yield image, None if self.label_column is None else self._checked(label)
 
     def _checked(self, label: Any) -> int:
+        label = int(label) if isinstance(label, str) and is_whole(label) else label
         if not isinstance(label, int) or label < 0 or (self.class_names and label >= len(self.class_names)):
             message = f"the stream holds the label {label!r}; {allowed_labels(self.class_names)}"
             raise data_problem("label_column", message)
         return label
+
+
+def _labels(rows: dict[str, Any], column: str | None) -> list[Any]:
+    """The labels of a batch of rows, as they are stored; None without labels."""
+    if column is None:
+        return [None] * len(next(iter(rows.values())))
+    return rows[column] if column in rows else [json_label(text, column) for text in rows[JSON]]
 
 
 def _batches(files: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -169,22 +181,44 @@ def image_streams(config: DataConfig, train: Split, validation: Split | None) ->
 
 
 def _to_stream(config: DataConfig, split: Split) -> ImageStream:
-    from datasets import ClassLabel, Value
+    from datasets import ClassLabel
 
     features = split.dataset.features
     if features is None:
         raise data_problem("streaming", f"{config.dataset!r} does not declare its columns; set data.streaming to false")
     image_column, label_column = find_columns(config, features)
-    columns = [column for column in (image_column, label_column) if column is not None]
-    images = split.dataset.select_columns(columns).cast_column(image_column, undecoded())
+    if label_column is None:
+        label_column = json_column(config, features, lambda: _first(split.dataset, JSON))
+    stored = label_column if label_column is None or label_column in features else JSON
+    require_kept(config, features)
+    columns = list(dict.fromkeys(column for column in (image_column, stored, *config.columns) if column is not None))
+    images = split.dataset.select_columns(columns).cast_column(image_column, undecoded(features[image_column]))
     names = None
-    if label_column is not None:
-        feature = features[label_column]
-        names = feature.names if isinstance(feature, ClassLabel) else None
-        if names is None and not (isinstance(feature, Value) and "int" in feature.dtype):
-            raise data_problem(
-                "label_column",
-                f"received {label_column!r}, which holds {feature}; the labels of a stream must be class numbers, "
-                "because a stream is not searched for class names (set data.streaming or data.use_labels to false)",
-            )
-    return ImageStream(images, image_column, label_column, names, split.num_images, config.shuffle_buffer_size)
+    if label_column is not None and stored is not None:
+        feature = features.get(label_column)
+        names = [class_name(name) for name in feature.names] if isinstance(feature, ClassLabel) else None
+        if names is None:
+            _require_numbers(split, label_column, stored)
+    kept, size = tuple(config.columns), config.shuffle_buffer_size
+    return ImageStream(images, image_column, label_column, names, split.num_images, size, columns=kept)
+
+
+def _first(stream: Any, column: str) -> Any:
+    """The first value of a column."""
+    return next((rows[column][0] for rows in _batches([stream.select_columns([column])])), None)
+
+
+def _require_numbers(split: Split, label_column: str, stored: str) -> None:
+    """Refuses labels that are words, by the first of them.
+
+    Raises:
+        ConfigError: the first label is not a whole number.
+    """
+    value = _first(split.dataset, stored)
+    (label,) = _labels({stored: [value]}, label_column)
+    if isinstance(label, bool) or not (isinstance(label, int) or (isinstance(label, str) and is_whole(label))):
+        raise data_problem(
+            "label_column",
+            f"received {label_column!r}, which holds {label!r}; the labels of a stream must be class numbers, "
+            "because a stream is not searched for class names (set data.streaming or data.use_labels to false)",
+        )

@@ -1,26 +1,105 @@
-"""How `datasets` reads a tar: it decodes only texts and whole numbers, and a damaged tar is refused."""
+"""How a tar of webdataset's layout is read: files of one name are a sample, and a damaged tar is refused.
+
+`0001.jpg` and `0001.cls` are the sample 0001 with the fields jpg and cls. By webdataset's rule, a field begins at the
+first dot of a file's name. In `scan.v1.0001.png` it begins at the last one; the names in the tar show which rule fits.
+"""
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import groupby, islice
 from typing import Any
 
 from stage1_vqgan import compat
+from stage1_vqgan.data.decoding import readable_extensions
 
-# Extensions of labels. `datasets` would decode others too, among them torch, NumPy and msgpack files.
-DECODED = {"txt", "text", "transcript", "cls", "cls2", "index", "inx", "id"}
+# Fields that are texts; all others stay bytes. `datasets` would decode torch, NumPy and msgpack files among others.
+TEXTS = {"txt", "text", "transcript", "cls", "cls2", "index", "inx", "id", "json"}
 BLOCK = tarfile.BLOCKSIZE
+IMAGE = "image"  # the field of the only image of a sample, where some are .jpg and others .png
+MOST_PEEKED = 256  # files whose names show the rule
+
+Rule = Callable[[str], tuple[str, str]]
 
 
 @cache
 def restrict_webdataset() -> None:
-    """Restricts what `datasets` does with tars in this process.
+    """Lets `datasets` read tars by this module in this process.
 
-    Files with another extension than DECODED stay bytes. So do compressed files (`0001.png.gz`), as they may unpack
-    to any size.
+    Compressed files (`0001.png.gz`) stay as they are, because they may unpack to any size.
     """
-    compat.restrict_webdataset(DECODED, _checked)
+    compat.replace_webdataset_reader(samples, IMAGE)
+
+
+def samples(path: str, files: Any) -> Iterator[dict[str, Any]]:
+    """The samples of a tar: `{field: text or bytes}`, with `__key__` and `__url__`.
+
+    Args:
+        path: path of the tar.
+        files: its pairs of a name and an open file.
+
+    Raises:
+        ValueError: a sample has a field twice, a text is not UTF-8, or the tar is damaged, see `_checked`.
+    """
+    rule = _fitting_rule(_first_names(path))
+    named = ((*rule(name), file) for name, file in _checked(path, files) if "." in os.path.basename(name))
+    for key, members in groupby(named, key=lambda member: member[0]):
+        sample: dict[str, Any] = {}
+        for _, field, file in members:
+            if field in sample:
+                raise ValueError(f"{path} holds two files {key}.{field}")
+            content = file.read()
+            is_text = field.rpartition(".")[2].lower() in TEXTS
+            sample[field] = content.decode("utf-8-sig").strip() if is_text else content
+        yield {**sample, "__key__": key, "__url__": path}
+
+
+def _first_dot(name: str) -> tuple[str, str]:
+    folder, slash, file = name.rpartition("/")
+    stem, _, field = file.partition(".")
+    return folder + slash + stem, field
+
+
+def _last_dot(name: str) -> tuple[str, str]:
+    key, _, field = name.rpartition(".")
+    return key, field
+
+
+def _one_image(rule: Rule) -> Rule:
+    """The rule that gives images of any extension one field."""
+
+    def changed(name: str) -> tuple[str, str]:
+        key, field = rule(name)
+        return key, IMAGE if f".{field.lower()}" in readable_extensions() else field
+
+    return changed
+
+
+RULES: list[Rule] = [_first_dot, _last_dot, _one_image(_first_dot), _one_image(_last_dot)]
+
+
+def _fitting_rule(names: Sequence[str]) -> Rule:
+    """The first of the rules by which most samples have the same fields."""
+
+    def fit(rule: Rule) -> float:
+        fields = [tuple(rule(name)[1] for name in group) for _, group in groupby(names, key=lambda name: rule(name)[0])]
+        return Counter(fields).most_common(1)[0][1] / len(fields) if len(fields) > 1 else 0
+
+    return max(RULES, key=fit)
+
+
+def _first_names(path: str) -> list[str]:
+    """Names of the first files of a tar on this machine; none of a remote or damaged one, which reading will refuse."""
+    if not os.path.isfile(path):
+        return []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            names = [member.name for member in islice(tar, MOST_PEEKED) if member.isfile()]
+    except (tarfile.TarError, OSError, ValueError, EOFError):
+        return []
+    return [name for name in names if "." in os.path.basename(name) and not os.path.basename(name).startswith(".")]
 
 
 def _checked(path: str, files: Any) -> Iterator[tuple[str, Any]]:

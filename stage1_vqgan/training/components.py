@@ -98,8 +98,8 @@ def saved_activations(model: VQGANModel, itemsize: int) -> int:
     return 2 * blocks * numbers * itemsize
 
 
-def build_perceptual(config: Stage1Config, device: torch.device) -> PerceptualLoss | None:
-    """LPIPS; None if its weight is 0.
+def build_perceptual(config: Stage1Config, channels: int, accelerator: Accelerator) -> PerceptualLoss | None:
+    """LPIPS; None if its weight is 0. Says which of the image's channels it compares, if not all.
 
     Raises:
         ConfigError: its weights are missing or damaged.
@@ -111,7 +111,10 @@ def build_perceptual(config: Stage1Config, device: torch.device) -> PerceptualLo
         perceptual = PerceptualLoss(loss.lpips_backbone, loss.lpips_weights)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError([Problem("loss", str(error))]) from error
-    perceptual.to(device, memory_format=memory_format(config))  # type: ignore[call-overload]
+    if channels == 2 or channels > 3:
+        part = "the first channel" if channels == 2 else "the first three channels"
+        accelerator.print(f"LPIPS compares {part} of {channels}; the other losses compare all")
+    perceptual.to(accelerator.device, memory_format=memory_format(config))  # type: ignore[call-overload]
     if config.torch_compile:
         perceptual.compile(fullgraph=True, dynamic=False)
     return perceptual

@@ -35,6 +35,8 @@ Backbone = Literal["vgg", "alex", "squeeze"]
 AdversarialType = Literal["hinge", "vanilla", "non_saturating", "wasserstein"]
 NormType = Literal["batch", "group", "actnorm"]
 
+MOST_CHANNELS = 2**10  # of an image
+
 # Smallest image side that passes every pooling layer of the LPIPS backbone.
 LPIPS_MIN_SIZE: dict[Backbone, int] = {"vgg": 16, "alex": 32, "squeeze": 32}
 
@@ -218,8 +220,8 @@ class Stage1Config(TrainingConfig):
         yield from wrong
         if self.model_name_or_path is not None:  # `components.build_tokenizer` checks the rest
             return
-        if model.in_channels not in (1, 3):
-            yield "model.in_channels", model.in_channels, "images have 1 channel (gray) or 3 (RGB)"
+        if model.in_channels > MOST_CHANNELS:
+            yield "model.in_channels", model.in_channels, f"images have at most {MOST_CHANNELS} channels"
         if "model.image_size" not in {key for key, _, _ in wrong}:
             yield from self._memory_problems(model)
         names = {key.removeprefix("model.") for key, _, _ in wrong}

@@ -37,6 +37,9 @@ def weighted_sum(terms: Mapping[str, Tensor], weights: Any) -> Tensor:
 class PerceptualLoss(nn.Module):
     """LPIPS distance, with frozen weights.
 
+    Its networks know colour images. Gray images get three equal channels, and so does the first channel of images with
+    two. Of more than three channels, it compares the first three, which are the colours of RGBA.
+
     Under autocast the backbones "vgg" and "alex" compute in its precision. The features are compared in float32.
 
     Args:
@@ -69,7 +72,7 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Mean distance of two batches `(B, C, H, W)` in [-1, 1], a scalar. Gray images get three equal channels."""
+        """Mean distance of two batches `(B, C, H, W)` in [-1, 1], a scalar."""
         with torch.autocast(images.device.type, enabled=False) if self.in_float32 else contextlib.nullcontext():
             pair = zip(self._features(reconstruction), self._features(images), strict=True)
             distances = [
@@ -80,7 +83,8 @@ class PerceptualLoss(nn.Module):
 
     def _features(self, images: Tensor) -> Iterator[Tensor]:
         """Activations of the backbone at the depths that LPIPS compares."""
-        x = self.lpips.scaling_layer(images.expand(-1, 3, -1, -1))
+        known = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+        x = self.lpips.scaling_layer(known)
         for depth in range(1, self.lpips.net.N_slices + 1):
             x = self.lpips.net.get_submodule(f"slice{depth}")(x)
             yield x

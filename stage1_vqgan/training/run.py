@@ -14,19 +14,23 @@ from configs import check
 from configs.automatic import decided
 from configs.compat import reset_accelerate_state
 from configs.interruption import StopRequest
+from configs.opening import print_facts, run_facts
 from configs.randomness import seed_from
 from configs.run_folder import RunFolder
 from configs.stalls import library_timeout, watched_for_stalls
 from stage1_vqgan.data.dataset import ImageBatch, ImageDataset
 from stage1_vqgan.data.loading import evaluation_loader, training_loader
+from stage1_vqgan.data.overview import LOOKED_AT_FIRST, data_facts, look
 from stage1_vqgan.data.samplers import some_images, training_sampler
 from stage1_vqgan.data.skipped import SkippedImages
-from stage1_vqgan.data.sources import load_images
+from stage1_vqgan.data.sources import Images, load_images
+from stage1_vqgan.data.value_range import measured_once, save_measured, training_range
+from stage1_vqgan.image_processing_values import ValueRange
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
 from stage1_vqgan.model_card import export_tokenizer
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pictures import reconstruction_grid
-from stage1_vqgan.pretrained import load_vqgan
+from stage1_vqgan.pretrained import load_vqgan, recorded_range, trained_range
 from stage1_vqgan.reconstruction import evaluate_reconstruction
 from stage1_vqgan.training import checkpointing
 from stage1_vqgan.training.codebook import initialise_codebook
@@ -111,6 +115,7 @@ class Training:
         train_source, validation_source = load_images(data)
         self.trainer = VQGANTrainer(config, accelerator)
         model = self.trainer.average.config
+        self.value_range = self._value_range(train_source, model.in_channels)
         self.train_set = ImageDataset(
             train_source,
             model.image_size,
@@ -119,9 +124,14 @@ class Training:
             config.seed,
             aspect_ratio=data.aspect_ratio,
             keep_batch_size=True,
+            value_range=self.value_range,
         )
         self.validation_set = ImageDataset(
-            validation_source, model.image_size, model.in_channels, aspect_ratio=data.aspect_ratio
+            validation_source,
+            model.image_size,
+            model.in_channels,
+            aspect_ratio=data.aspect_ratio,
+            value_range=self.value_range,
         )
         self.skipped = SkippedImages(
             data.max_skipped_fraction,
@@ -133,10 +143,21 @@ class Training:
         self.step = 0
         self.metrics: dict[str, float] = {}
 
+    def _value_range(self, train_source: Images, channels: int) -> ValueRange | None:
+        """The range of the run: that of the tokenizer to fine-tune, that of an interrupted run, or a new one."""
+        data, base = self.config.data, self.config.model_name_or_path
+        if base is not None and self.config.codes_are_frozen:
+            return trained_range(data, base)
+        recorded = None if base is None else recorded_range(base)
+        is_quiet = not self.accelerator.is_main_process
+        return measured_once(self.run.path, data) or training_range(data, train_source, channels, recorded, is_quiet)
+
     def resume(self) -> None:
         """Loads the checkpoint to resume from, if the run has one."""
         self.accelerator.wait_for_everyone()  # all must have read the folder before the main process changes it
         checkpoint = self.run.begin(self.accelerator.num_processes)
+        if self.accelerator.is_main_process:
+            save_measured(self.run.path, self.config.data, self.value_range)
         if checkpoint is not None:
             checkpointing.load(checkpoint.path, self.accelerator, self.trainer)
             self.step = checkpoint.step
@@ -147,12 +168,24 @@ class Training:
         Raises:
             ConfigError, Diverged, Stopped: see `train`.
         """
+        if self.accelerator.is_main_process:
+            self.tell()
         with Reporter(self.accelerator, self.run, self.step) as reporter:
             batches = self._training_batches()
             if self.step == self.config.max_steps:  # the last session was stopped after its last save
                 self.evaluate(reporter)
             else:
                 self._loop(batches, reporter)
+
+    def tell(self) -> None:
+        """Prints the first lines: what the data hold, and facts about the run."""
+        config, source, train_set = self.config, self.train_set.source, self.train_set
+        looked = look(source, LOOKED_AT_FIRST, train_set.num_channels, self.value_range)
+        limit = config.data.max_skipped_fraction
+        facts = data_facts(source, self.validation_set.source, looked, train_set.image_size, limit)
+        models = {"tokenizer": self.trainer.model, "discriminator": self.trainer.discriminator}
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        print_facts(facts | run_facts(config, device, processes, models, source.num_images, "reconstructions"))
 
     def _training_batches(self) -> Iterator[ImageBatch]:
         """The batches of the remaining steps. A new run first initialises its codebook from the first batches."""
@@ -256,7 +289,14 @@ class Training:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]
         if self.accelerator.is_main_process:
             size, channels = model.config.image_size, model.config.in_channels
-            processor = VQGANImageProcessor(size, channels, aspect_ratio=self.config.data.aspect_ratio)
+            found = self.value_range
+            processor = VQGANImageProcessor(
+                size,
+                channels,
+                self.config.data.aspect_ratio,
+                None if found is None else [found.low, found.high],
+                found is not None and found.of_bytes,
+            )
             with self.run.replaced_model(model.get_memory_footprint()) as folder:
                 model.save_pretrained(folder)
                 processor.save_pretrained(folder)

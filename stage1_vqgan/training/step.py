@@ -59,8 +59,8 @@ class VQGANTrainer:
         model.to(memory_format=memory_format(config))  # type: ignore[call-arg]
         self.average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
         self.generator, self.optimizer = prepare_generator(model, config, accelerator)
-        self.perceptual = build_perceptual(config, accelerator.device)
         channels = model.config.in_channels
+        self.perceptual = build_perceptual(config, channels, accelerator)
         self.discriminator, self.discriminator_optimizer = prepare_discriminator(channels, config, accelerator)
         self.adversarial = ADVERSARIAL_LOSSES[config.loss.adversarial_type]
         self.monitor = CodebookMonitor(model.config.num_embeddings, accelerator.device)

@@ -11,6 +11,7 @@ from configs import ConfigError, Problem, check
 from configs.automatic import decided
 from configs.files import read_json
 from configs.interruption import StopRequest
+from configs.opening import print_facts, run_facts
 from configs.problems import shown
 from configs.randomness import seed_from
 from configs.resumed_settings import differences
@@ -158,6 +159,8 @@ class Training:
             ConfigError, Diverged, Stopped: see `train`.
         """
         trainer = self.trainer
+        if trainer.is_world_process_zero():
+            self.tell()
         with refusing_damage():
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint is not None else None)
         step, signal_number = trainer.state.global_step, self.callback.signal_number
@@ -165,6 +168,19 @@ class Training:
             raise self.run.stopped(step, signal_number)
         if not any(logs["step"] == step for logs in evaluations(trainer.state.log_history)):
             trainer.evaluate()
+
+    def tell(self) -> None:
+        """Prints the first lines: what the code store holds, and facts about the run."""
+        config, layout, trainer = self.config, self.layout, self.trainer
+        train, validation = (self.store.split(name) for name in ("train", "validation"))
+        facts = {
+            "sequences": f"{len(train):,} for training, {len(validation):,} for validation, in {config.code_store}",
+            "codes": f"{layout.length:,} in each, out of {layout.num_codes:,}",
+            "classes": f"{layout.num_classes:,}" if layout.num_classes else "none: the prior is unconditional",
+        }
+        device, processes = trainer.args.device, trainer.accelerator.num_processes
+        pictures = "samples" if config.num_sample_images else ""
+        print_facts(facts | run_facts(config, device, processes, {"prior": trainer.model}, len(train), pictures))
 
     def finish(self) -> PreTrainedModel:
         """Saves the best or the last weights and the results; returns the prior."""

@@ -234,7 +234,7 @@ IMAGES = {
     "two channels": (lambda: BYTES.expand(2, 2, 16, 16), REFUSED),
     "int64": (lambda: BYTES.long(), REFUSED),
     "complex": (lambda: BYTES.to(torch.complex64), REFUSED),
-    "booleans": (lambda: BYTES > 9, REFUSED),
+    "booleans": (lambda: BYTES > 9, (BYTES > 9).byte() * 255),
     "no pixels": (lambda: BYTES[..., :0], REFUSED),
     "no images": (lambda: BYTES[:0], REFUSED),
     "nested lists": (lambda: [[BYTES[0]]], REFUSED),
@@ -450,7 +450,9 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
                 "image_size": Argument(
                     constant(16), lambda value: value if type(value) is int and 1 <= value <= 65536 else REFUSED
                 ),
-                "num_channels": Argument(constant(1), either(1, 3)),
+                "num_channels": Argument(
+                    constant(1), lambda value: value if type(value) is int and 1 <= value <= 1024 else REFUSED
+                ),
                 "aspect_ratio": Argument(constant("crop"), either("crop", "pad")),
             },
         ),

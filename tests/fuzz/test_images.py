@@ -10,7 +10,7 @@ from PIL import Image, PngImagePlugin, features
 
 from stage1_vqgan import EncodedImage, ImageDataset, ImageKey, ImageSource
 from stage1_vqgan.data.decoding import UndecodableImage, decode_pixels
-from stage1_vqgan.image_processing_vqgan import convert_mode
+from stage1_vqgan.image_processing_pixels import convert_mode
 from tests.fuzz.harness import cases, damaged, generator, in_processes, outcome
 
 MODES = {
@@ -113,7 +113,7 @@ def check(numbers):
         if isinstance(found, UndecodableImage):
             reason = str(found)
             assert reason and len(reason) < 300 and "\n" not in reason and "object at 0x" not in reason, number
-            assert kind not in ("whole", "tail"), (number, reason)
+            assert kind not in ("whole", "tail") or "float32" in reason, (number, reason)  # floats need a range
         else:
             used += 1
             expected = reference(content, channels)

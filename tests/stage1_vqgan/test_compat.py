@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets.packaged_modules.webdataset import webdataset
 
-from stage1_vqgan.compat import restrict_webdataset, shared_memory
+from stage1_vqgan.compat import replace_webdataset_reader, shared_memory
 
 
 def write(storage, value):
@@ -35,25 +35,25 @@ def test_shared_memory_takes_no_pages_before_it_is_written():
     assert process.memory_info().rss - before > 2**26
 
 
-def test_datasets_reads_the_files_of_a_tar_as_the_check_yields_them(tmp_path, monkeypatch):
+def test_datasets_infers_the_types_of_the_samples_that_the_reader_yields(tmp_path, monkeypatch, datasets_cache):
     reader = webdataset.WebDataset
-    for owner, name in ((reader, "DECODERS"), (webdataset, "EXTENSION_TO_COMPRESSION_FS_FILE_CLS")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(reader, "_get_pipeline_from_tar", vars(reader)["_get_pipeline_from_tar"])
+    for name in ("IMAGE_EXTENSIONS", "_get_pipeline_from_tar"):
+        monkeypatch.setattr(reader, name, vars(reader)[name])
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in ("1.cls", "1.npy", "1.txt.gz", "2.cls"):
+        for name in ("1.cls", "2.cls"):
             entry = tarfile.TarInfo(name)
             entry.size = 1
             tar.addfile(entry, io.BytesIO(b"7"))
     seen = []
 
-    def check(path, files):
+    def samples(path, files):
         seen.append(path)
-        return ((name, file) for name, file in files if name != "2.cls")
+        for name, file in files:
+            yield {"image": b"pixels", "cls": f"{name}: {file.read()}", "__key__": name, "__url__": path}
 
-    restrict_webdataset({"cls"}, check)
+    replace_webdataset_reader(samples, "image")
     path = str(tmp_path / "a.tar")
-    files = webdataset.datasets.DownloadManager().iter_archive(path)
-    (example,) = reader._get_pipeline_from_tar(path, files)
-    assert (example["cls"], example["npy"], example["txt.gz"]) == (7, b"7", b"7")
-    assert seen == [path]
+    rows = webdataset.datasets.load_dataset("webdataset", data_files={"train": [path]}, split="train")
+    assert rows["cls"][:] == ["1.cls: b'7'", "2.cls: b'7'"] and set(seen) == {path}
+    assert rows.cast_column("image", webdataset.datasets.Image(decode=False))[1]["image"]["bytes"] == b"pixels"
+    assert isinstance(rows.features["image"], webdataset.datasets.Image)

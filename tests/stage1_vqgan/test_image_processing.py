@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from stage1_vqgan import VQGANImageProcessor, image_grid, normalize
+from stage1_vqgan.image_processing_pixels import convert_mode, to_pil, to_pixels
 from stage1_vqgan.image_processing_squares import resize, resize_in_floats, to_square
-from stage1_vqgan.image_processing_vqgan import convert_mode, to_pil, to_pixels
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 4, 3), dtype=np.uint8)
@@ -46,7 +46,7 @@ def test_to_pil(image, expected):
         ("cat.png", "str"),
         ([[0, 1]], "list"),
         (np.zeros(4), "shape"),
-        (np.zeros((4, 4, 2)), "shape"),
+        (np.zeros((4, 4, 6)), "shape"),
         (np.zeros((3, 4, 5)), "shape"),  # arrays are channels-last
         (torch.zeros(6, 5, 3), "shape"),  # tensors are channels-first
         (np.full((4, 4), 1.5), "floats from 1.5"),
@@ -98,8 +98,8 @@ def test_16_bits_become_8(dtype):
     assert found.tolist() == [[0, 1], [200, 255]]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB", "I", "LA", "RGBA"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_every_mode_becomes_8_bit_pixels(mode, channels):
     white = Image.new("RGB", (5, 4), (255, 255, 255))
     image = Image.new("I", (5, 4), 65535) if mode == "I" else white.convert(mode)
@@ -228,8 +228,8 @@ def test_preprocess_refuses():
         processor.preprocess(RGB, do_resize=False)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_postprocess(channels):
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA"), (7, "RGB")])
+def test_postprocess(channels, mode):
     images = torch.linspace(-2, 2, 2 * channels * 6 * 4).view(2, channels, 6, 4)
     processor = VQGANImageProcessor(num_channels=channels)
     expected = (images.clamp(-1, 1) + 1) / 2
@@ -240,9 +240,9 @@ def test_postprocess(channels):
     assert as_array.shape == (2, 6, 4, channels) and as_array.dtype == np.float32
     np.testing.assert_allclose(as_array, expected.permute(0, 2, 3, 1).numpy())
     as_pil = processor.postprocess(images)
-    assert [image.mode for image in as_pil] == ["L" if channels == 1 else "RGB"] * 2
-    found = np.stack([np.asarray(image).reshape(6, 4, channels) for image in as_pil])
-    assert np.abs(found / 255 - as_array).max() <= 0.5 / 255 + 1e-6
+    assert [image.mode for image in as_pil] == [mode] * 2
+    found = np.stack([np.asarray(image).reshape(6, 4, -1) for image in as_pil])  # of 7 channels the first three
+    assert np.abs(found / 255 - as_array[..., : len(mode)]).max() <= 0.5 / 255 + 1e-6
     with pytest.raises(ValueError, match="'jpeg'"):
         processor.postprocess(images, "jpeg")
 
@@ -263,6 +263,53 @@ def test_save_and_load(tmp_path):
     loaded = VQGANImageProcessor.from_pretrained(tmp_path)
     assert (loaded.image_size, loaded.num_channels, loaded.aspect_ratio) == (24, 1, "crop")
     assert loaded(RGB)["pixel_values"].shape == (1, 1, 24, 24)
+
+
+def test_a_range_of_values(tmp_path):
+    """Floats, arrays and 16 bits are values of the range; 8-bit images are pictures, as `postprocess` makes them."""
+    VQGANImageProcessor(4, 1, value_range=[-1000, 400]).save_pretrained(tmp_path)
+    processor = VQGANImageProcessor.from_pretrained(tmp_path)
+    assert processor.value_range == [-1000, 400]
+    values = np.array([[-2000, -1000, -300, 0], [399, 400, 401, 9000]] * 2)
+    expected = (values.clip(-1000, 400) + 1000) / 700 - 1
+    tensor = torch.from_numpy(values).float()
+    images = [values, values.astype(np.int16), values.astype(np.float32), tensor, tensor[None], values[..., None]]
+    for image in [*images, Image.fromarray(values.astype(np.float32)), Image.fromarray(values.astype(np.int32))]:
+        found = processor(image)["pixel_values"][0, 0].numpy()
+        assert np.abs(found - expected).max() <= 1 / 255 + 1e-6
+    picture = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 17)
+    pixels = processor(picture)["pixel_values"]
+    assert torch.equal(pixels, VQGANImageProcessor(4, 1)(picture)["pixel_values"])
+    assert processor.postprocess(pixels)[0].tobytes() == picture.tobytes()
+    in_units = processor.to_values(processor.postprocess(pixels, "np"))
+    assert in_units.min() == -1000 and in_units.max() == 400
+    assert torch.equal(processor(in_units)["pixel_values"], pixels)
+    of_bytes = VQGANImageProcessor(4, 1, value_range=[0, 51], value_range_of_bytes=True)
+    assert of_bytes(picture)["pixel_values"].flatten().tolist()[:4] == pytest.approx([-1, -1 / 3, 1 / 3, 1])
+    with pytest.raises(ValueError, match="transparency, which has no place in a value_range"):
+        of_bytes(Image.new("LA", (4, 4)))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        processor(tensor / 0)
+
+
+def test_16_bits_and_masks_have_a_range_of_their_own():
+    processor = VQGANImageProcessor(2, 1)
+    deep = np.array([[0, 257], [32896, 65535]], np.uint16)
+    assert ((processor(deep)["pixel_values"] + 1) * 127.5).round().flatten().tolist() == [0, 1, 128, 255]
+    assert processor(deep > 300)["pixel_values"].flatten().tolist() == [-1, -1, 1, 1]
+    for wrong in (deep.astype(np.int32), deep.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"no range of their own: give a value_range|needs \[0, 1\]"):
+            processor(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[1], [2, 1], [1, 1], [0, np.nan], [0, np.inf], [0, 1e-320], "auto", [True, 2], ["0", "1"], 5]
+)
+def test_a_wrong_range_is_refused(wrong):
+    with pytest.raises(ValueError, match="value_range: received"):
+        VQGANImageProcessor(value_range=wrong)
+    with pytest.raises(ValueError, match="value_range_of_bytes: received"):
+        VQGANImageProcessor(value_range_of_bytes=True)
 
 
 def test_aspect_ratio_is_a_setting_of_the_processor(tmp_path):

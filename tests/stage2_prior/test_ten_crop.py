@@ -20,8 +20,8 @@ from stage1_vqgan import (
     decode,
     load_images,
 )
+from stage1_vqgan.image_processing_pixels import convert_mode, to_pixels
 from stage1_vqgan.image_processing_squares import to_square
-from stage1_vqgan.image_processing_vqgan import convert_mode, to_pixels
 from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
 from tests.devices import DEVICE, assert_same_codes

@@ -76,6 +76,8 @@ def test_manifest_says_what_the_codes_are(tiny_runs):
         "train": {"images": 1437, "rows": 2874, "shard_rows": [2874], "skipped": []},
         "validation": {"images": 360, "rows": 360, "shard_rows": [360], "skipped": []},
     }
+    train_labels = load_digits().target[np.arange(1797) % 5 != 0]
+    assert manifest["token_layout"]["class_counts"] == np.bincount(train_labels).tolist()
     assert manifest["origin"] == {
         "tokenizer_fingerprint": fingerprint,
         "data": tiny_runs.stage2.data.identity(),
@@ -274,5 +276,65 @@ def test_too_many_broken_images(packed, streaming):
 def test_labels_of_validation_beyond_training(packed, tmp_path, streaming):
     rows = {"picture": [picture(5)], "y": [3]}
     write_parquet(tmp_path / "data" / "val.parquet", rows, y=datasets.Value("int64"))
-    with pytest.raises(ConfigError, match=r"label_column: the validation split has class 3, the training .* 0 to 2"):
+    told = r"class 3, the training .* 0 to 2" if streaming else r"classes that the training split lacks: 3"
+    with pytest.raises(ConfigError, match=f"label_column: the validation split has {told}"):
         tokenize(packed("codes", streaming))
+
+
+class TestColumns:
+    """`data.columns` keeps further columns of the data set beside the codes."""
+
+    STYLES = ("oil", "ink", None)
+
+    @pytest.fixture
+    def config(self, tiny_runs, tmp_path, datasets_cache):
+        kinds = {name: datasets.Value(kind) for name, kind in [("style", "string"), ("age", "int64"), ("y", "int64")]}
+        for split, count in [("train", 11), ("val", 3)]:
+            numbers = range(count)
+            rows = {"picture": [picture(10 * n) for n in numbers], "y": [n % 2 for n in numbers]}
+            rows |= {"style": [self.STYLES[n % 3] for n in numbers], "age": [n**2 for n in numbers]}
+            write_parquet(tmp_path / "data" / f"{split}.parquet", rows, **kinds)
+
+        def make(columns=("style", "age"), **changes):
+            data = DataConfig(dataset=str(tmp_path / "data"), validation_split="val", label_column="y", **changes)
+            data.columns, data.augmentation.horizontal_flip = list(columns), True
+            return replace(tiny_runs.stage2, data=data, code_store=str(tmp_path / "codes"))
+
+        return make
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_they_stand_beside_the_codes_of_their_images(self, config, monkeypatch, streaming):
+        monkeypatch.setattr(stage2_prior.code_store, "SHARD_ROWS", 8)  # 4 images with 2 views
+        split = tokenize(config(streaming=streaming)).split("train")
+        labels = split.read(np.arange(22))[1]
+        kept = split.read_columns(np.arange(22))
+        roots = [round(age**0.5) for age in kept["age"]]
+        assert sorted(roots) == sorted([*range(11)] * 2) and len(split.paths) == 3
+        assert kept["style"] == [self.STYLES[n % 3] for n in roots] and labels.tolist() == [n % 2 for n in roots]
+        assert split.read_columns(np.array([21, 0, 9]))["age"] == [kept["age"][row] for row in (21, 0, 9)]
+        assert datasets.Dataset.from_file(str(split.paths[0])).column_names == ["codes", "label", "style", "age"]
+
+    def test_a_changed_value_is_damage(self, config):
+        store = tokenize(config())
+        path = store.split("train").paths[0]
+        path.write_bytes(path.read_bytes().replace(b"oilink", b"oilinc", 1))
+        with pytest.raises(ConfigError, match="its contents have changed"):
+            CodeStore(store.folder)
+
+    def test_a_store_without_them_is_another_one(self, config):
+        tokenize(config())
+        with pytest.raises(ConfigError, match="code_store"):
+            tokenize(config(columns=()))
+
+    @pytest.mark.parametrize(
+        ("columns", "words"),
+        [
+            (["picture"], "'picture' holds Image"),
+            (["size"], "received 'size'; the columns are picture, "),
+            (["label"], "codes and label are stored anyway"),
+            (["age", "age"], "a name may stand here once"),
+        ],
+    )
+    def test_columns_that_cannot_be_kept(self, config, columns, words):
+        with pytest.raises(ConfigError, match=rf"data\.columns: .*{words}"):
+            tokenize(config(columns=columns))

@@ -1,5 +1,7 @@
 """The token layout: the meaning of tokens, labels to tokens, and saving as JSON."""
 
+import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -52,6 +54,26 @@ def test_a_name_that_looks_like_a_number_is_a_name():
     assert TokenLayout(32, ("9", "8"), (4, 4), 4, "").class_ids(["8", 0]).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("names", [("1", "2", "3"), ("01", "02", "03"), ("3", "2", "1")])
+def test_a_number_with_two_readings_is_refused(names):
+    """Such as the id 1 of the class "2", while another class is named "1"."""
+    layout = TokenLayout(32, names, (4, 4), 4, "")
+    assert layout.class_ids(list(names)).tolist() == [0, 1, 2]
+    number = 1 if names[0] != "3" else 2
+    other, of_id = next(name for name in names if int(name) == number), names[number]
+    with pytest.raises(ValueError, match=rf"received {number}, which has two readings: class '{other}' .* '{of_id}'"):
+        layout.class_ids([number])
+
+
+def test_a_number_that_is_its_own_name_is_an_id():
+    assert TokenLayout(32, ("0", "1", "2"), (4, 4), 4, "").class_ids([2, np.int64(0)]).tolist() == [2, 0]
+
+
+def test_names_are_the_same_in_every_unicode_form():
+    for saved, asked in itertools.product(["caf\u00e9", "cafe\u0301"], repeat=2):
+        assert TokenLayout(32, ("tea", saved), (4, 4), 4, "").class_ids([asked]).tolist() == [1]
+
+
 @pytest.mark.parametrize("label", [5, -1, True, np.True_, 1.0, "fox", "", None], ids=repr)
 def test_other_labels_are_refused(layout, label):
     with pytest.raises(ValueError, match=r"class_labels: received .* 0 to 4 or names: ant, bee, cat, dog, elk"):
@@ -92,6 +114,7 @@ def test_round_trips(tmp_path, num_classes):
         *(("class_names", value) for value in ("abc", [1], None, {"a": 1})),
         *(("tokenizer_fingerprint", value) for value in (None, 3)),
         *(("has_null", value) for value in ("yes", 1, None)),
+        *(("class_counts", value) for value in ([1, 2, -1], ["1", "2", "3"], 3, None)),
         ("conditions", []),
     ],
     ids=repr,
@@ -103,6 +126,13 @@ def test_fields_of_another_kind_are_refused(tmp_path, field, value):
     (tmp_path / "token_layout.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=rf"token_layout\.{field}(\.\d)?: received"):
         TokenLayout.from_pretrained(tmp_path)
+
+
+def test_counts_are_as_many_as_classes_and_no_part_of_the_meaning(layout):
+    counted = dataclasses.replace(layout, class_counts=(1, 0, 3, 4, 5))
+    assert counted == layout and TokenLayout.from_dict(counted.to_dict()).class_counts == (1, 0, 3, 4, 5)
+    with pytest.raises(ValueError, match="class_counts: received 2 numbers for 5 classes"):
+        dataclasses.replace(layout, class_counts=(1, 2))
 
 
 @pytest.mark.parametrize("field", ["num_codes", "class_names", "grid", "downsampling_factor", "tokenizer_fingerprint"])

@@ -18,8 +18,8 @@ from stage1_vqgan import (
 from stage1_vqgan.data.augmentation import NUM_DRAWS, affine, augment
 from stage1_vqgan.data.decoding import UndecodableImage
 from stage1_vqgan.data.loading import training_loader
+from stage1_vqgan.image_processing_pixels import to_pixels
 from stage1_vqgan.image_processing_squares import to_square
-from stage1_vqgan.image_processing_vqgan import to_pixels
 
 
 def noise_images(count=12, size=(14, 10), mode="RGB"):

@@ -27,6 +27,7 @@ SKIPPED = {
     "made_empty.png": "the file is empty",
     "made_text.jpg": "no image format that Pillow knows",
     "made_wrong_header.jpg": "no image format that Pillow knows",
+    "hopper.pfm": "float32 from 1 to 255; such numbers have no range of their own",
 }
 # width and height (upright), and what was done
 USED = {
@@ -52,7 +53,6 @@ USED = {
     "multipage.tiff": (10, 10, "first page"),
     "hopper_g4.tif": (128, 128, "1 bit"),
     "hopper_16bit.pgm": (128, 128, "16-bit gray, 65535 is white"),
-    "hopper.pfm": (128, 128, "floats in [0, 255]"),
     "hopper_1bit.pbm": (128, 128, "1 bit"),
     "la.tga": (64, 64, "gray, alpha on white"),
     "transparent.webp": (200, 150, "alpha on white"),
@@ -103,7 +103,7 @@ def test_the_table_is_complete():
     with open(FOLDER / "index.csv") as file:
         index = {row["file"]: row for row in csv.DictReader(file)}
     assert SKIPPED.keys() | USED.keys() == index.keys() and len(index) == 41
-    assert {name for name, row in index.items() if row["converts_to_rgb"] == "yes"} == USED.keys()
+    assert {name for name, row in index.items() if row["converts_to_rgb"] == "yes"} == USED.keys() | {"hopper.pfm"}
     for name, (width, height, _) in USED.items():
         sides = (int(index[name]["width"]), int(index[name]["height"]))
         assert (width, height) == (sides[::-1] if index[name]["exif_orientation"] == "6" else sides)
@@ -153,4 +153,4 @@ def test_as_one_batch(aspect_ratio):
     batch = dataset.__getitems__([ImageKey(0, index) for index in range(len(names))])
     assert {image.name for image in batch.skipped} == SKIPPED.keys()
     assert {names[index] for index in batch.indices} == USED.keys()
-    assert batch.images().shape == (31, 3, 32, 32)
+    assert batch.images().shape == (len(USED), 3, 32, 32)

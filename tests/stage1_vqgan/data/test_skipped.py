@@ -10,7 +10,14 @@ from configs import ConfigError, check
 from stage1_vqgan import DataConfig
 from stage1_vqgan.data.dataset import ImageBatch
 from stage1_vqgan.data.decoding import SkippedImage
-from stage1_vqgan.data.skipped import FILE_NAME, MAX_LISTED, MAX_WARNINGS, SkippedImages
+from stage1_vqgan.data.skipped import (
+    FILE_NAME,
+    MAX_LISTED,
+    MAX_WARNINGS,
+    SkippedImages,
+    smallest_fraction,
+    too_many_skipped,
+)
 
 
 def batch(*bad, good=8):
@@ -73,9 +80,22 @@ def test_too_many_of_a_split(tmp_path):
     (problem,) = caught.value.problems
     assert problem.key == "data.max_skipped_fraction"
     assert "received 0.01, but 50 of the 1,000 train images cannot be used" in problem.message
+    assert "(0.05 is enough for these)" in problem.message
     assert problem.message.count(".jpg: reason") == MAX_LISTED
     assert "0.jpg: reason 0" in problem.message and "and 30 more" in problem.message
     assert len(records(tmp_path)) == 51  # recorded before the run stops
+
+
+@pytest.mark.parametrize(
+    ("bad", "total"),
+    [(1, 7), (3, 276), (1, 3), (12, 38), (7, 1_281_167), (5, 5), (1, 100), (29, 50), (1_234_561, 9_999_999)],
+)
+def test_the_suggested_fraction_is_enough_and_not_much_more(bad, total):
+    fraction = smallest_fraction(bad, total)
+    assert bad / total <= float(f"{fraction:g}") <= min(1, 1.01 * bad / total)
+    skipped = [SkippedImage(n, str(n), "") for n in range(bad)]
+    assert too_many_skipped(skipped, total, fraction, "images") is None
+    assert f"({fraction:g} is enough for these)" in too_many_skipped(skipped, total, 0, "images").message
 
 
 def test_none_allowed_and_all_allowed(tmp_path):

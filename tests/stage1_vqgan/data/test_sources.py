@@ -225,10 +225,11 @@ class TestPacked:
         key, message = problem(**config, image_column="number")
         assert key == "data.image_column" and "not images but Value('int32')" in message
         train, validation = load_images(DataConfig(**config, image_column="mask", label_column="number"))
-        assert sorted(read(train) + read(validation)) == [(100, 3), (101, 1), (102, 0), (103, 3)]
+        ids = {0: 0, 1: 1, 3: 3 if streaming else 2}  # a stream does not know which numbers occur
+        assert sorted(read(train) + read(validation)) == [(100 + n, ids[label]) for n, label in enumerate([3, 1, 0, 3])]
         for column in ("no_such", "ratio"):
             key, message = problem(**config, image_column="mask", label_column=column)
-            assert key == "data.label_column" and f"received {column!r}" in message
+            assert key == "data.label_column" and f"{column!r}" in message
 
     def test_several_columns_of_class_labels_ask_for_a_choice(self, tmp_path, streaming):
         rows = {"picture": [picture(1)] * 4, "fine": [0, 1, 0, 1], "coarse": [0, 0, 1, 1]}
@@ -247,9 +248,9 @@ class TestPacked:
 
 
 def test_a_file_of_another_kind(tmp_path):
-    (tmp_path / "notes.txt").write_text("no images")
-    key, message = problem(dataset=str(tmp_path / "notes.txt"))
-    assert key == "data.dataset" and "all .parquet or all .tar, not .txt" in message
+    (tmp_path / "notes.doc").write_text("no images")
+    key, message = problem(dataset=str(tmp_path / "notes.doc"))
+    assert key == "data.dataset" and "all .tar or all lists of images (.csv" in message and "not .doc" in message
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "nowhere.parquet", "nowhere/*.tar"])
@@ -303,8 +304,8 @@ class TestLabels:
     def test_plain_numbers_are_counted_before_the_split(self, tmp_path):
         config = self.write(tmp_path, [3] + [0] * 19)  # class 3 is only in the held-out images
         train, validation = load_images(DataConfig(**config, validation_fraction=0.1))
-        assert train.class_names == validation.class_names == ["0", "1", "2", "3"]
-        assert validation.labels.tolist() == [3, 0]
+        assert train.class_names == validation.class_names == ["0", "3"]
+        assert validation.labels.tolist() == [1, 0]
 
     def test_words_become_classes(self, tmp_path):
         config = self.write(tmp_path, ["dog", "ant", "dog", "cat"], ["cat", "dog"], datasets.Value("string"))
@@ -344,7 +345,7 @@ class TestLabels:
     def test_validation_beyond_training(self, tmp_path):
         config = self.write(tmp_path, [0, 1, 1], [0, 2])
         assert problem(**config, validation_split="val")[1] == (
-            "the validation split has class 2, the training split only 0 to 1"
+            "the validation split has classes that the training split lacks: 2"
         )
 
     def test_validation_without_labels(self, tmp_path):

@@ -136,6 +136,15 @@ def test_perceptual_loss_repeats_gray(perceptual):
     torch.testing.assert_close(perceptual(a, b), perceptual(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)))
 
 
+def test_perceptual_loss_of_other_channels(perceptual):
+    """RGBA is compared by its colours, as are the first three of more channels; gray with alpha by its gray."""
+    a, b = (
+        torch.rand(2, 2, 6, 32, 32, generator=torch.Generator().manual_seed(0), device="cpu").mul(2).sub(1).to(DEVICE)
+    )
+    assert torch.equal(perceptual(a, b), perceptual(a[:, :3], b[:, :3]))
+    assert torch.equal(perceptual(a[:, :2], b[:, :2]), perceptual(a[:, :1], b[:, :1]))
+
+
 def perceptual_and_gradient(loss, mixed):
     images, noise = (torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(DEVICE)
     x = (images + 0.1 * noise).requires_grad_()

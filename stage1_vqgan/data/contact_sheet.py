@@ -1,0 +1,65 @@
+"""The contact sheet of a data set: images as the tokenizer sees them, in a row for each class."""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import numpy as np
+from PIL import Image
+
+from stage1_vqgan.data.dataset import ImageDataset, ImageKey
+from stage1_vqgan.data.indexed import ImageSource
+from stage1_vqgan.data.overview import some_labeled_images
+from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
+from stage1_vqgan.pictures import BACKGROUND, image_grid, spread, with_row_labels
+
+COLUMNS, ROWS, MIN_TILE = 8, 12, 64
+
+
+def contact_sheet(dataset: ImageDataset) -> Image.Image | None:
+    """A picture of training images, up to 8 of each of up to 12 classes; None if no image can be decoded.
+
+    Args:
+        dataset: prepares the images: size, channels, range of values. Without augmentation.
+    """
+    tiles: list[Image.Image] = []
+    labels = []
+    processor = VQGANImageProcessor(dataset.image_size, dataset.num_channels)
+    for name, group in groupby(_keys(dataset), key=lambda entry: entry[0]):
+        for keys in _in_rows([key for _, key in group]):
+            batch = dataset.__getitems__(keys)
+            if len(batch.indices):
+                images = processor.postprocess(batch.images())
+                empty = Image.new(images[0].mode, images[0].size, BACKGROUND)
+                tiles += images + [empty] * (COLUMNS - len(images))
+                labels.append(name)
+    if not tiles:
+        return None
+    grid = image_grid(tiles, COLUMNS, MIN_TILE)
+    return with_row_labels(grid, labels) if any(labels) else grid
+
+
+def _in_rows(keys: list[ImageKey]) -> list[list[ImageKey]]:
+    return [keys[start : start + COLUMNS] for start in range(0, len(keys), COLUMNS)]
+
+
+def _keys(dataset: ImageDataset) -> list[tuple[str, ImageKey]]:
+    """Class names and keys of the images to show, sorted by class."""
+    source = dataset.source
+    if isinstance(source, ImageSource):
+        labels = np.zeros(len(source), dtype=np.int64) if source.labels is None else source.labels
+        chosen = [(label, ImageKey(0, number)) for label, number in _numbers(labels)]
+    else:
+        first = some_labeled_images(source, COLUMNS * ROWS)
+        chosen = [(label or 0, ImageKey(0, number, 0, encoded)) for number, encoded, label in first]
+        chosen.sort(key=lambda entry: entry[0])
+    names = source.class_names
+    return [(names[label] if names else str(label) * source.has_labels, key) for label, key in chosen]
+
+
+def _numbers(labels: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Labels and numbers of the images to show, for labels int64 `(n,)`: spread over the classes and within each."""
+    classes = np.unique(labels)
+    shown = classes[spread(len(classes), ROWS)]
+    for label in shown.tolist():
+        of_class = np.flatnonzero(labels == label)
+        yield from ((label, int(of_class[n])) for n in spread(len(of_class), COLUMNS * (ROWS // len(shown))))
