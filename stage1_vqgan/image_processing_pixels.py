@@ -58,7 +58,7 @@ def pixels_of(image: Image.Image | np.ndarray, num_channels: int, value_range: V
         raise ValueError(f"image: received shape {image.shape}; needs (H, W) or (H, W, channels), none of them 0")
     levels, channels = to_levels(image, value_range), image.shape[2]
     if channels == num_channels:
-        return torch.from_numpy(np.ascontiguousarray(levels))
+        return torch.from_numpy(np.array(levels, order="C"))  # a copy: the array may be read-only
     if num_channels not in (1, 3) or channels not in (1, 3, 4):
         raise ValueError(_channels_problem(channels, num_channels))
     return to_pixels(convert_mode(to_pil(levels), num_channels))

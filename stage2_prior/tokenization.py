@@ -146,7 +146,7 @@ def _origin(config: Stage2Config, model: VQGANModel, train: Images, validation: 
         "seed": config.seed,
         "images": [source.num_images for source in (train, validation)],
         "class_names": train.class_names,
-        "value_range": None if found is None else list(found),
+        **({} if found is None else {"value_range": list(found)}),
     }
 
 

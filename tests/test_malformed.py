@@ -187,7 +187,7 @@ CASES = {
         "--model.norm_num_groups 7",
         {"model.norm_num_groups": "it does not divide 32"},
     ),
-    "channels": ("stage1", "--model.in_channels 2", {"model.in_channels": "images have 1 channel (gray) or 3 (RGB)"}),
+    "channels": ("stage1", "--model.in_channels 2000", {"model.in_channels": "images have at most 1024 channels"}),
     "levels": ("stage1", "--model.channel_multiplier [1,0]", {"model.channel_multiplier": "positive numbers"}),
     "no levels": ("stage1", "--model.channel_multiplier []", {"model.channel_multiplier": "positive numbers"}),
     "half a channel": ("stage1", "--model.channel_multiplier [1,1.3]", {"model.channel_multiplier": "must be whole"}),

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from annotated_types import Interval, Len
+from annotated_types import Interval
 
 from configs import ConfigError, Problem, Section
 from configs.sections import Fraction, Positive
@@ -91,12 +91,15 @@ class DataConfig(Section):
     shuffle_buffer_size: Positive = 1000
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     aspect_ratio: Literal["crop", "pad"] = "crop"
-    value_range: Annotated[list[float], Len(2, 2)] | Literal["auto"] | None = None
+    value_range: list[float] | str | None = None
     max_skipped_fraction: Fraction = 0.01
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
-        if isinstance(self.value_range, list) and not self.value_range[0] < self.value_range[1]:
-            yield "value_range", self.value_range, "the first number must be below the second"
+        given = self.value_range
+        is_pair = isinstance(given, list) and len(given) == 2 and given[0] < given[1]
+        if given is not None and given != "auto" and not is_pair:
+            allowed = "must be null, 'auto' or [low, high], the values that become black and white, low below high"
+            yield "value_range", given, allowed
         if len(set(self.columns)) < len(self.columns) or set(self.columns) & set(STORED):
             yield "columns", self.columns, f"a name may stand here once, and {' and '.join(STORED)} are stored anyway"
 

@@ -100,7 +100,10 @@ def training_range(
     values = survey(train, num_channels, LOOKED_AT)
     if not values.images:
         raise data_problem("dataset", f"none of {len(values.reasons)} images can be used: {_few(values.reasons)}")
-    found = read_range(config.value_range, config.value_range is not None and values.of_bytes)
+    try:
+        found = read_range(config.value_range, config.value_range is not None and values.of_bytes)
+    except ValueError as error:  # numbers that are too large, or too close to each other
+        raise data_problem("value_range", str(error).removeprefix("value_range: ")) from error
     if found is None:
         _require_own_range(values, config.max_skipped_fraction)
     elif values.high < found.low or values.low > found.high:

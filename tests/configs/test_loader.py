@@ -253,7 +253,7 @@ STAGE1 = {
         ({"model.fingerprint": "abc"}, "model.fingerprint", "unknown"),
         ({"model.image_size": 15}, "model.image_size", "received 15; must be divisible by the downsampling factor 2"),
         ({"model.norm_num_groups": 3}, "model.norm_num_groups", "received 3; must divide"),
-        ({"model.in_channels": 2}, "model.in_channels", "received 2; images have 1 channel"),
+        ({"model.in_channels": 2000}, "model.in_channels", "received 2000; images have at most 1024 channels"),
         ({"model.num_embeddings": "many"}, "model.num_embeddings", "a whole number"),
         ({"data.augmentation.rotate": 200}, "data.augmentation.rotate", "180"),
         ({"data.augmentation.rotat": 20}, "data.augmentation.rotat", "did you mean 'rotate'"),

@@ -156,6 +156,7 @@ def test_a_set_that_uses_little_of_its_range_is_named(tmp_path, caplog):
         training_range(settings, load_images(settings)[0], 1)
         assert words in caplog.text and bool(words) == bool(caplog.text), name
         assert not words or "set data.value_range to [0, " in caplog.text
+    assert "received [0, 1e+31]; needs two numbers" in refusal(tmp_path / "bits", [0, 1e31])
     assert "received [5000, 6000], but" in refusal(tmp_path / "bits", [5000, 6000])
 
 
@@ -184,7 +185,7 @@ def test_a_stream_is_measured_from_its_beginning(tmp_path):
     assert str(values) == "3 images hold uint16 from 0 to 4080"
 
 
-@pytest.mark.parametrize("setting", [[2, 1], [1, 1], [1], [0, "a"], "all"])
+@pytest.mark.parametrize("setting", [[2, 1], [1, 1], [1], [0, "a"], "all", 5])
 def test_a_wrong_setting_is_refused(setting):
     with pytest.raises(ConfigError, match=r"value_range"):
         load_config(DataConfig, overrides={"dataset": "digits", "value_range": setting})
