@@ -21,6 +21,7 @@ from stage1_vqgan.evaluate import ReconstructionConfig
 from stage1_vqgan.quantizers import QUANTIZERS
 from stage2_prior import Stage2Config
 from stage2_prior.training.arguments import training_arguments
+from tessella.config import RunConfig
 from tests.fuzz.harness import cases, generator, outcome
 from tests.fuzz.test_yaml import BOMB
 
@@ -33,6 +34,7 @@ COMMANDS: dict[str, tuple[type, list[str]]] = {
     "stage2_prior.train": (Stage2Config, ["digits/stage2", "--report_to=[]"]),
     "pipelines.build": (BuildConfig, ["--tokenizer=x", "--prior=y", "--output_dir=z"]),
     "pipelines.evaluate": (EvaluationConfig, ["digits/evaluate"]),
+    "tessella.run": (RunConfig, ["--data=digits", "--output_dir=x"]),
 }
 
 
