@@ -23,6 +23,7 @@ from stage1_vqgan.evaluate import ReconstructionConfig
 from stage1_vqgan.quantizers import QUANTIZERS
 from stage2_prior import Stage2Config
 from stage2_prior.training.arguments import training_arguments
+from tessella.config import RunConfig
 from tests.fuzz.harness import cases, generator, outcome
 from tests.fuzz.test_yaml import BOMB
 
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[type, list[str]]] = {
     "pipelines.evaluate": (EvaluationConfig, ["digits/evaluate"]),
     "pipelines.generate": (GenerateConfig, ["runs/x", "--grid=y.png"]),
     "pipelines.reconstruct": (ReconstructConfig, ["runs/x", "--images=y"]),
+    "tessella.run": (RunConfig, ["--data=digits", "--output_dir=x"]),
 }
 
 
