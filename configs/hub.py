@@ -56,7 +56,7 @@ def check_push(config: Any) -> None:
         repo_id = api.create_repo(config.hub_model_id, private=config.hub_private_repo, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        message = f"received {config.hub_model_id!r}; the upload at the end would fail: {_reason(error)}"
+        message = f"received {config.hub_model_id!r}; an upload would fail: {_reason(error)}"
         raise ConfigError([Problem("hub_model_id", message)], "upload") from error
     try:
         if config.license is not None:

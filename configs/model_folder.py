@@ -71,8 +71,9 @@ def check_model_folder(folder: str | Path) -> dict[str, Stored]:
 
     Raises:
         FileNotFoundError: there is no config.json, or there are no weights, or only pickled ones.
-        ValueError: the folder holds an adapter, a file differs from checksums.json, the index names shards elsewhere,
-            a file is damaged, or a configuration names code, other files, or sizes far above those of the weights.
+        ValueError: the folder holds an adapter or a pipeline, a file differs from checksums.json, the index names shards
+            elsewhere, a file is damaged, or a configuration names code, other files, or sizes far above those of the
+            weights.
     """
     folder = Path(folder)
     if (folder / ADAPTER_CONFIG_NAME).is_file():
@@ -80,6 +81,8 @@ def check_model_folder(folder: str | Path) -> dict[str, Stored]:
             f"{folder}: this folder holds an adapter of another model, not a model; pipelines.build merges an adapter "
             "into its prior"
         )
+    if (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder}: this folder holds a pipeline; its tokenizer is in vqgan, its prior in prior")
     files = weights_files(folder)
     verify_checksums(folder, ["config.json", *(path.name for path in files)])
     stored = read_headers(files)

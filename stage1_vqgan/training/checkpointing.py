@@ -102,7 +102,7 @@ def _refuse_another_game(path: Path, trainer: VQGANTrainer) -> None:
     if has == needs or starts_late:
         return
     loss, kind = config.loss, "with" if has else "without"
-    received = f"received {loss.adversarial_weight} (adversarial_start_step {loss.adversarial_start_step})"
+    received = f"received {loss.adversarial_weight} (start at step {loss.adversarial_start_step})"
     message = (
         f"{received}, but {path} is of a run {kind} a discriminator, and a run cannot change that; choose "
         "another output_dir (model_name_or_path takes the model of a finished run)"

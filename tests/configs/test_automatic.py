@@ -93,6 +93,8 @@ def test_a_run_that_ends_before_the_adversarial_start_has_no_discriminator(tmp_p
     for name in ("model", "average"):
         pair = [load_file(folder / f"{name}.safetensors") for folder in (early, never)]
         assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[1])
+    with pytest.raises(ConfigError, match=r"loss.adversarial_weight: .* step 5\), but .* without a discriminator"):
+        train(settings(tmp_path / "early", max_steps=9, allow_config_changes=True))
     written = read_yaml(str(tmp_path / "early" / "config.yaml"))[0]
     assert (written["bf16"], written["dataloader_num_workers"], written["warmup_steps"]) == (False, 1, 1)
 

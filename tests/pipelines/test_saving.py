@@ -10,6 +10,7 @@ from configs.card import front_matter
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
 from pipelines.hub import model_card
+from stage1_vqgan import load_tokenizer
 from stage2_prior import TokenLayout
 
 
@@ -81,3 +82,8 @@ def test_examples_use_a_class_that_has_images(folder):
     card = model_card(folder, "me/digits", "mit")
     assert "generate(class_labels=[3]," in card and f"torch.full((4, 1), {layout.num_codes + 3})  # class 3, 3" in card
     assert "| 0 | 0 | 0 |" in card and "| 3 | 3 | 7 |" in card
+
+
+def test_a_pipeline_is_no_tokenizer(folder):
+    with pytest.raises(ConfigError, match="this folder holds a pipeline; its tokenizer is in vqgan"):
+        load_tokenizer(str(folder))

@@ -131,6 +131,14 @@ def test_a_discriminator_cannot_come_or_go(tmp_path, before, after, kind):
     assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path)] == [3]
 
 
+def test_a_saved_discriminator_is_left_out_of_a_run_that_ends_before_its_start(copied):
+    interrupt(copied, 3)
+    late = {"loss.adversarial_start_step": 6, "loss.discriminator_start_step": 0, "allow_config_changes": True}
+    train(make_config(copied, **late))
+    assert not (copied / "checkpoint-6" / "discriminator.safetensors").exists()
+    assert (copied / "checkpoint-3" / "discriminator.safetensors").exists()
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resuming_is_exact(straight, copied, num_workers):
     interrupt(copied, after=3)
