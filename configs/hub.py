@@ -36,13 +36,15 @@ def is_repo_id(name: str) -> bool:
     return True
 
 
-def check_push(config: Any) -> None:
+def check_push(repo_id: str, private: bool | None = None, license: str | None = None) -> None:
     """Creates the repository of a later upload, and asks the Hub whether the login may write to it.
 
     A run calls it before it trains, in its main process.
 
     Args:
-        config: has `hub_model_id`, `hub_private_repo` and `license`.
+        repo_id: the repository.
+        private: whether to create it as private; None leaves this to the Hub.
+        license: an identifier of a license, which the Hub must know.
 
     Raises:
         ConfigError: an upload would fail.
@@ -53,16 +55,15 @@ def check_push(config: Any) -> None:
     api = HfApi()
     try:
         api.whoami()
-        repo_id = api.create_repo(config.hub_model_id, private=config.hub_private_repo, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)
+        api.auth_check(api.create_repo(repo_id, private=private, exist_ok=True).repo_id, write=True)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        message = f"received {config.hub_model_id!r}; an upload would fail: {_reason(error)}"
+        message = f"received {repo_id!r}; an upload would fail: {_reason(error)}"
         raise ConfigError([Problem("hub_model_id", message)], "upload") from error
     try:
-        if config.license is not None:
-            ModelCard(f"---\nlicense: {config.license}\n---\n").validate()
+        if license is not None:
+            ModelCard(f"---\nlicense: {license}\n---\n").validate()
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        message = f"received {config.license!r}; {_words_of_hub(error)}"
+        message = f"received {license!r}; {_words_of_hub(error)}"
         raise ConfigError([Problem("license", message)], "upload") from error
 
 

@@ -71,9 +71,9 @@ def check_model_folder(folder: str | Path) -> dict[str, Stored]:
 
     Raises:
         FileNotFoundError: there is no config.json, or there are no weights, or only pickled ones.
-        ValueError: the folder holds an adapter or a pipeline, a file differs from checksums.json, the index names shards
-            elsewhere, a file is damaged, or a configuration names code, other files, or sizes far above those of the
-            weights.
+        ValueError: the folder holds an adapter or a pipeline, a file differs from checksums.json, the index names
+            shards elsewhere, a file is damaged, or a configuration names code, other files, or sizes far above those
+            of the weights.
     """
     folder = Path(folder)
     if (folder / ADAPTER_CONFIG_NAME).is_file():

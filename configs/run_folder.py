@@ -77,7 +77,7 @@ class RunFolder:
                 self._require_settings()
                 self._require_same_settings(self.path)
             if self.is_main_process and self.config.push_to_hub and self.results is None:
-                check_push(self.config)
+                check_push(self.config.hub_model_id, self.config.hub_private_repo, self.config.license)
             self._open = opened.pop_all()
         return self
 

@@ -68,7 +68,7 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         raise ConfigError([Problem("prior", message)])
     require_own_folder(config)
     if config.push_to_hub:
-        check_push(config)
+        check_push(str(config.hub_model_id), config.hub_private_repo, config.license)
     vqgan = load_tokenizer(config.tokenizer)
     try:
         prior, layout = load_prior(config.prior, "prior"), TokenLayout.from_pretrained(config.prior)

@@ -57,7 +57,7 @@ def push(config: PushConfig) -> str:
     if kind_of(source) is None:
         allowed = "must be the folder of a saved pipeline, or of a finished training of a tokenizer or a prior"
         raise ConfigError([Problem("folder", f"received {config.folder!r}; {allowed}")])
-    check_push(config)
+    check_push(config.hub_model_id, config.hub_private_repo, config.license)
     with upload_errors(config.folder, config.hub_model_id):
         url = _push(config, source)
     print(f"uploaded to {url}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from configs import ConfigError, Problem, run
 from configs.files import make_folder, read_json, write_json
+from configs.hub import check_push
 from tessella.budget import seconds_per_step
 from tessella.config import RunConfig
 from tessella.processes import Child, number_of_gpus
@@ -25,7 +26,7 @@ def main(config: RunConfig) -> None:
     """Runs all steps that have not finished.
 
     Raises:
-        ConfigError: the settings of a step are wrong.
+        ConfigError: the settings of a step are wrong, or an upload would fail.
         SystemExit: a step failed or was stopped, with its exit code.
     """
     gpus = number_of_gpus()
@@ -34,6 +35,8 @@ def main(config: RunConfig) -> None:
         if config.steps is not None:
             step.keys["max_steps"] = config.steps
     check(trainings)
+    if config.push is not None:
+        check_push(config.push)  # now, not after hours of training
     steps: list[Callable[[], Step]] = [
         *(lambda step=step: step for step in trainings),  # type: ignore[misc]
         lambda: building_step(config),

@@ -18,6 +18,7 @@ from tessella.config import RunConfig
 from tessella.processes import Child
 from tessella.run import Progress
 from tessella.steps import Step, training_steps
+from tests.hub_server import HubServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,8 +162,18 @@ def test_a_finished_step_is_skipped(world, capsys):
     assert "[1/5] train-tokenizer: done before" in capsys.readouterr().out
     (world.folder / "prior" / "train_results.json").unlink()  # then all that follows runs again
     assert world.start() == ["train-prior", "build", "evaluate"]
-    assert world.start(push="me/model") == ["push"]
     assert world.start(size=32) == ALL
+
+
+def test_the_hub_is_asked_before_the_first_step(world, monkeypatch):
+    with HubServer() as hub:
+        hub.use(monkeypatch)
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        with pytest.raises(ConfigError, match="received 'you/model'; an upload would fail: your token must not write"):
+            world.start(push="you/model")
+        assert world.ran == []
+        assert world.start() == ALL
+        assert world.start(push="me/model") == ["push"]
 
 
 def test_a_step_that_fails_ends_the_run_with_its_code_and_goes_on_later(world, capsys):
