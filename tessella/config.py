@@ -30,6 +30,7 @@ class RunConfig(Section):
     budget: "30 minutes" or "2 hours" for all steps together, or "2000 steps" for each training; by default the steps of
         the presets. Minutes become steps after a few steps have been timed
     push: upload the pipeline to this repository of the Hugging Face Hub, as "user/name"
+    license: license of the uploaded model, an identifier of the Hub such as apache-2.0
     stage1, stage2: presets or YAML files of both trainings; by default own/cpu without a GPU, else own/64, own/128 or
         own/256, the first that is at least `size`
     """
@@ -41,6 +42,7 @@ class RunConfig(Section):
     classes: bool = True
     budget: str | None = None
     push: str | None = None
+    license: str | None = None
     stage1: str | None = None
     stage2: str | None = None
 

@@ -36,7 +36,7 @@ def main(config: RunConfig) -> None:
             step.keys["max_steps"] = config.steps
     check(trainings)
     if config.push is not None:
-        check_push(config.push)  # now, not after hours of training
+        check_push(config.push, license=config.license)  # now, not after hours of training
     steps: list[Callable[[], Step]] = [
         *(lambda step=step: step for step in trainings),  # type: ignore[misc]
         lambda: building_step(config),

@@ -147,4 +147,5 @@ def evaluation_step(config: RunConfig, gpus: int) -> Step:
 def push_step(config: RunConfig) -> Step:
     """The step that uploads the pipeline."""
     root = Path(config.output_dir)
-    return Step("push", None, {"folder": str(root / "pipeline"), "hub_model_id": config.push}, root / "pipeline")
+    keys = {"folder": str(root / "pipeline"), "hub_model_id": config.push, "license": config.license}
+    return Step("push", None, keys, root / "pipeline")
