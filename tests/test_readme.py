@@ -83,13 +83,13 @@ class Block(NamedTuple):
 
 
 def blocks(document: str, language: str) -> list[Block]:
-    pattern = rf"(?:<!-- (.*?) -->\s*)?^```{language}\n(.*?)^```"
+    pattern = rf"(?:<!-- (.*?) -->\s*)?^ *```{language}\n(.*?)^ *```"
     return [Block(*found) for found in re.findall(pattern, text_of(document), re.MULTILINE | re.DOTALL)]
 
 
 def prose(document: str) -> str:
     """The text without its fenced blocks."""
-    return re.sub(r"^```.*?^```", "", text_of(document), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^ *```.*?^ *```", "", text_of(document), flags=re.MULTILINE | re.DOTALL)
 
 
 def code_spans(document: str) -> list[str]:
@@ -178,6 +178,9 @@ def test_python_blocks_run(document, runs):
 
 def test_the_front_page_runs_python_and_commands():
     assert [block for block in blocks("README.md", "python") if not block.comment.startswith("not run")]
+    assert {"stage1_vqgan.data", "tessella.run", "pipelines.generate"} <= {
+        module for module, _ in launched("README.md")
+    }
     assert {"stage1_vqgan.train", "stage2_prior.tokenize", "stage2_prior.train", "pipelines.build"} <= {
         module for module, _ in launched("README.md")
     }

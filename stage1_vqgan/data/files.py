@@ -23,8 +23,8 @@ from stage1_vqgan.data.lists import METADATA_NAMES, READERS
 
 SPLIT_NAMES = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 ALLOWED = (
-    "give 'digits', a folder of images, .parquet or .tar files, one such file, a pattern such as 'data/*.tar', "
-    "a list of images (.csv, .jsonl, .txt), a folder of save_to_disk, or a Hub dataset id"
+    "give 'digits', a folder or a list of images, .parquet or .tar files, a pattern ('data/*.tar'), a folder of "
+    "save_to_disk, or a Hub dataset id"
 )
 PackedKind = Literal["parquet", "tar", "list"]
 # The kind of a file by its extension.

@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from configs import ConfigError
+from configs.problems import shown
 from stage1_vqgan.data.columns import NO_LABELS, allowed_labels
 from stage1_vqgan.data.config import DataConfig, data_problem
 
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+LONGEST_NAME = 200  # characters of a class name
 JSON = "json"  # the column of a tar that holds JSON files
 
 logger = logging.getLogger(__name__)
@@ -86,7 +89,10 @@ def json_column(config: DataConfig, features: Mapping[str, Any], read_first: Cal
     """
     if not config.use_labels or JSON not in features:
         return None
-    keys = _json(read_first(), JSON)
+    try:
+        keys = _json(read_first(), JSON)
+    except ConfigError:
+        return None
     if "label" in keys:
         return f"{JSON}.label"
     logger.warning("no key of the JSON files is named label; one of %s may be: data.label_column json.KEY", few(keys))
@@ -102,8 +108,7 @@ def _json(text: str | bytes | None, column: str) -> dict[str, Any]:
     try:
         value = {} if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
-        shown = str(text)[:60]
-        raise data_problem("label_column", f"{column!r}: {shown!r} is not JSON; {NO_LABELS}") from error
+        raise data_problem("label_column", f"{column!r}: {shown(text)} is not JSON; {NO_LABELS}") from error
     return value if isinstance(value, dict) else {}
 
 
@@ -157,6 +162,10 @@ def _values(split: Any, column: str, declared: list[str] | None) -> np.ndarray:
     if values.ndim != 1 or values.dtype.kind not in "iuU":
         holds = split.features.get(column, "other values")
         raise data_problem("label_column", f"{column!r} holds {holds}; {allowed_labels(declared)}")
+    longest = values.dtype.itemsize // 4 if values.dtype.kind == "U" else 0
+    if longest > LONGEST_NAME:
+        message = f"{column!r} holds a label of {longest:,} characters; allowed are {LONGEST_NAME}"
+        raise data_problem("label_column", f"{message} ({NO_LABELS})")
     if values.dtype.kind in "iu":
         _require_range(values, declared, column)
     elif all(map(is_whole, texts := np.unique(values).tolist())):

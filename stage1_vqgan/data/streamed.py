@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from configs.problems import shown
 from stage1_vqgan.data.columns import allowed_labels, encoded, find_columns, require_kept, undecoded
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import EncodedImage
@@ -103,7 +104,7 @@ class ImageStream:
     def _checked(self, label: Any) -> int:
         label = int(label) if isinstance(label, str) and is_whole(label) else label
         if not isinstance(label, int) or label < 0 or (self.class_names and label >= len(self.class_names)):
-            message = f"the stream holds the label {label!r}; {allowed_labels(self.class_names)}"
+            message = f"the stream holds the label {shown(label)}; {allowed_labels(self.class_names)}"
             raise data_problem("label_column", message)
         return label
 
@@ -219,6 +220,6 @@ def _require_numbers(split: Split, label_column: str, stored: str) -> None:
     if isinstance(label, bool) or not (isinstance(label, int) or (isinstance(label, str) and is_whole(label))):
         raise data_problem(
             "label_column",
-            f"received {label_column!r}, which holds {label!r}; the labels of a stream must be class numbers, "
+            f"received {label_column!r}, which holds {shown(label)}; the labels of a stream must be class numbers, "
             "because a stream is not searched for class names (set data.streaming or data.use_labels to false)",
         )

@@ -50,10 +50,15 @@ def samples(path: str, files: Any) -> Iterator[dict[str, Any]]:
         for _, field, file in members:
             if field in sample:
                 raise ValueError(f"{path} holds two files {key}.{field}")
-            content = file.read()
-            is_text = field.rpartition(".")[2].lower() in TEXTS
-            sample[field] = content.decode("utf-8-sig").strip() if is_text else content
+            sample[field] = _text_or_bytes(field.rpartition(".")[2].lower(), file.read())
         yield {**sample, "__key__": key, "__url__": path}
+
+
+def _text_or_bytes(extension: str, content: bytes) -> str | bytes:
+    """The content of a file; JSON that is no UTF-8 is refused later, if its labels are wanted."""
+    if extension not in TEXTS:
+        return content
+    return content.decode("utf-8-sig", errors="replace" if extension == "json" else "strict").strip()
 
 
 def _first_dot(name: str) -> tuple[str, str]:

@@ -100,10 +100,7 @@ def training_range(
     values = survey(train, num_channels, LOOKED_AT)
     if not values.images:
         raise data_problem("dataset", f"none of {len(values.reasons)} images can be used: {_few(values.reasons)}")
-    try:
-        found = read_range(config.value_range, config.value_range is not None and values.of_bytes)
-    except ValueError as error:  # numbers that are too large, or too close to each other
-        raise data_problem("value_range", str(error).removeprefix("value_range: ")) from error
+    found = _configured(config, values)
     if found is None:
         _require_own_range(values, config.max_skipped_fraction)
     elif values.high < found.low or values.low > found.high:
@@ -141,6 +138,13 @@ def save_measured(path: Path, config: DataConfig, found: ValueRange | None) -> N
     """Keeps a range that "auto" measured, so that a resumed run does not measure it again."""
     if config.value_range == "auto" and found is not None:
         write_json(path / FILE_NAME, {"value_range": [found.low, found.high], "value_range_of_bytes": found.of_bytes})
+
+
+def _configured(config: DataConfig, values: Values) -> ValueRange | None:
+    try:
+        return read_range(config.value_range, config.value_range is not None and values.of_bytes)
+    except ValueError as error:  # numbers that are too large, or too close to each other
+        raise data_problem("value_range", str(error).removeprefix("value_range: ")) from error
 
 
 def _measured(train: Images, num_channels: int, quiet: bool) -> ValueRange:

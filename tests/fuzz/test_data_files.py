@@ -169,7 +169,7 @@ TARS = {
     "cut between files": (lambda path: cut(path, 2048), "is cut short"),
     "cut in a header": (lambda path: cut(path, 2300), "is cut short"),
     "cut in a file": (lambda path: cut(path, 2600), "unexpected end of data"),
-    "digits without end": (lambda path: members(path, with_others("cls", b"9" * 5000)), "Exceeds the limit"),
+    "digits without end": (lambda path: members(path, with_others("cls", b"9" * 5000)), "data.label_column: "),
 }
 
 

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from concurrent.futures import as_completed
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -138,6 +139,20 @@ def test_progress_is_shown_and_a_full_queue_refuses(client, monkeypatch):
     assert [(step.index, step.length, step.desc, step.unit) for step in progress] == [(3, 16, "sampling", "codes")]
     go_on.set()
     assert [job.result(WAIT_SECONDS) for job in (first, *others) if job.future is not refused] == [[], []]
+
+
+@pytest.mark.parametrize(
+    "changes, hidden",
+    [({}, set()), ({"has_null": False}, {"Guidance"}), ({"class_names": ()}, {"Classes", "Guidance"})],
+)
+def test_what_a_prior_cannot_is_hidden(tiny_pipeline, monkeypatch, changes, hidden):
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'tessella[demo]'")
+    from pipelines.demo.page import build_page
+
+    monkeypatch.setattr(tiny_pipeline, "layout", replace(tiny_pipeline.layout, **changes))
+    components = build_page(tiny_pipeline, AppConfig(pipeline="someone/digits")).config["components"]
+    visible = {component["props"].get("label"): component["props"].get("visible") for component in components}
+    assert {label for label in ("Classes", "Guidance", "Seed", "Top-k") if not visible[label]} == hidden
 
 
 def test_a_port_in_use_is_a_message(address, tiny_pipeline):

@@ -288,10 +288,17 @@ class TestColumns:
 
     @pytest.fixture
     def config(self, tiny_runs, tmp_path, datasets_cache):
-        kinds = {name: datasets.Value(kind) for name, kind in [("style", "string"), ("age", "int64"), ("y", "int64")]}
+        kinds = {
+            name: datasets.Value(kind)
+            for name, kind in [("style", "string"), ("age", "int64"), ("y", "int64"), ("few", "int64")]
+        }
         for split, count in [("train", 11), ("val", 3)]:
             numbers = range(count)
-            rows = {"picture": [picture(10 * n) for n in numbers], "y": [n % 2 for n in numbers]}
+            rows = {
+                "picture": [picture(10 * n) for n in numbers],
+                "y": [n % 2 for n in numbers],
+                "few": [(0, 1, 3)[n % 3] for n in numbers],
+            }
             rows |= {"style": [self.STYLES[n % 3] for n in numbers], "age": [n**2 for n in numbers]}
             write_parquet(tmp_path / "data" / f"{split}.parquet", rows, **kinds)
 
@@ -313,6 +320,13 @@ class TestColumns:
         assert kept["style"] == [self.STYLES[n % 3] for n in roots] and labels.tolist() == [n % 2 for n in roots]
         assert split.read_columns(np.array([21, 0, 9]))["age"] == [kept["age"][row] for row in (21, 0, 9)]
         assert datasets.Dataset.from_file(str(split.paths[0])).column_names == ["codes", "label", "style", "age"]
+
+    def test_the_classes_of_a_stream_are_counted(self, config, caplog):
+        """Class 2 is in no training image; an indexed source would not have made it a class."""
+        wanted = config(columns=(), streaming=True)
+        wanted.data.label_column = "few"
+        assert tokenize(wanted).layout.class_counts == (4, 4, 0, 3)
+        assert "1 of the 4 classes have no training images, so a prior cannot learn them: 2" in caplog.text
 
     def test_a_changed_value_is_damage(self, config):
         store = tokenize(config())
