@@ -33,8 +33,6 @@ def collect_run(run: Path, folder: Path, name: str, panels: list[Panel], picture
         write_text(target / f"{name}.yaml", yaml.safe_dump(public, sort_keys=False))
     facts = read_facts(folder)
     facts.setdefault("runs", {})[name] = _facts(run, settings)
-    if counts := _results(run).get("images_per_class"):
-        facts["images_per_class"] = counts
     write_json(target / FACTS_NAME, facts)
     with contextlib.suppress(FileNotFoundError):
         image = draw_curves(run / "metrics.jsonl", panels)

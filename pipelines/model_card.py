@@ -58,8 +58,8 @@ def model_card(folder: Path, name: str, license: str) -> str:
     body = [
         f"# {'Class-conditional image generator' if layout.num_classes else 'Image generator'}",
         part("pictures", picture(folder, SAMPLES_NAME, "Generated images")),
-        part("use", _summary(folder, config, layout), *_use(folder, name, layout), *_use_without(folder, name, layout)),
-        part("details", "## Details", table(_details(folder, config, layout)), *class_blocks(folder, layout)),
+        part("use", _summary(folder, config, layout), *_use(name, layout), *_use_without(name, layout)),
+        part("details", "## Details", table(_details(folder, config, layout)), *class_blocks(layout)),
         training_part(folder),
         _evaluation(folder),
         license_part(license),
@@ -85,10 +85,10 @@ def _summary(folder: Path, config: VQGANConfig, layout: TokenLayout) -> str:
     )
 
 
-def _use(folder: Path, name: str, layout: TokenLayout) -> list[str]:
+def _use(name: str, layout: TokenLayout) -> list[str]:
     arguments, meaning = "num_images=4", ""
     if layout.num_classes:
-        number = example_class(folder, layout)
+        number = example_class(layout)
         guidance = ", guidance_scale=1.5" if layout.has_null else ""
         arguments = f"class_labels=[{number}], num_images_per_label=4{guidance}"
         meaning = f"  # class {number}, {comment(layout.class_names[number])}"
@@ -105,8 +105,8 @@ images[0].save("image.png")
     ]
 
 
-def _use_without(folder: Path, name: str, layout: TokenLayout) -> list[str]:
-    first, what = prompt(folder, layout)
+def _use_without(name: str, layout: TokenLayout) -> list[str]:
+    first, what = prompt(layout)
     height, width = layout.grid
     return [
         "Without this package: transformers loads the prior without other code. The tokenizer brings its own Python "

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from configs import ConfigError, Problem
 from configs.checksums import Damaged
@@ -121,11 +120,6 @@ class CodeStore:
         """The rows of a split, "train" or "validation"."""
         return self._splits[name]
 
-    def images_per_class(self) -> list[int]:
-        """The number of training images of each class; empty without classes."""
-        views = int(self.manifest["origin"]["num_views"])
-        return [int(rows) // views for rows in self.split("train").rows_per_class()]
-
     def _check_files(self) -> None:
         """Compares the names of the shards with the manifest."""
         listed = {path.name for split in self._splits.values() for path in split.paths}
@@ -189,24 +183,6 @@ class CodeSplit:
             if labels is not None and shard_labels is not None:
                 labels[places] = shard_labels[offsets[places]]
         return codes, labels
-
-    def rows_per_class(self) -> np.ndarray:
-        """The number of rows of each class, int64 `(C,)`."""
-        counts = np.zeros(self.layout.num_classes, np.int64)
-        for shard in self._shards:
-            labels = shard.labels
-            if labels is not None:
-                counts += np.bincount(labels, minlength=len(counts))
-        return counts
-
-    def read_columns(self, rows: np.ndarray) -> dict[str, list[Any]]:
-        """The kept columns (`data.columns`) of rows in any order: text or numbers, None where a value is missing.
-
-        Args:
-            rows: int64 `(n,)`, row numbers of the split.
-        """
-        tables = [shard.columns for shard in self._shards]
-        return pa.concat_tables(tables).take(rows).to_pydict() if self.columns else {}
 
     def check(self, checksums: Sequence[str]) -> None:
         """Reads all codes and labels, and compares them with the checksum of each shard and the ranges of the layout.

@@ -12,7 +12,6 @@ from configs.card import (
     license_part,
     part,
     picture,
-    read_facts,
     table,
     training_part,
     with_front_matter,
@@ -44,8 +43,8 @@ def prior_card(folder: Path, name: str, license: str) -> str:
     body = [
         "# Prior over the codes of images",
         part("pictures", picture(folder, PICTURES["samples"], "Generated images", "Images of its codes.")),
-        part("use", summary(layout), *use_blocks(folder, layout, name)),
-        part("details", "## Details", table(detail_rows(layout)), *class_blocks(folder, layout)),
+        part("use", summary(layout), *use_blocks(layout, name)),
+        part("details", "## Details", table(detail_rows(layout)), *class_blocks(layout)),
         training_part(folder),
         license_part(license),
         f"## Limits\n\n{LIMITS}",
@@ -70,17 +69,17 @@ def summary(layout: TokenLayout) -> str:
     )
 
 
-def prompt(folder: Path, layout: TokenLayout) -> tuple[int, str]:
+def prompt(layout: TokenLayout) -> tuple[int, str]:
     """The token of an example's prompt, and what it means."""
     if not layout.num_classes:
         return layout.null_token, "the only prompt"
-    number = example_class(folder, layout)
+    number = example_class(layout)
     return layout.num_codes + number, f"class {number}, {comment(layout.class_names[number])}"
 
 
-def use_blocks(folder: Path, layout: TokenLayout, name: str) -> list[str]:
+def use_blocks(layout: TokenLayout, name: str) -> list[str]:
     """Examples with transformers alone, and with this package."""
-    first, what = prompt(folder, layout)
+    first, what = prompt(layout)
     height, width = layout.grid
     return [
         "## Use",
@@ -111,23 +110,22 @@ def detail_rows(layout: TokenLayout) -> list[tuple[str, str]]:
     return [("Code grid", f"{layout.grid[0]}×{layout.grid[1]} codes"), ("Prompt", prompt), ("Layout", f"`{FILE_NAME}`")]
 
 
-def class_blocks(folder: Path, layout: TokenLayout) -> list[str]:
-    """A table of the classes: id, name and, if the facts hold it, the number of images."""
+def class_blocks(layout: TokenLayout) -> list[str]:
+    """A table of the classes: id, name and, if the layout knows it, the number of images."""
     if not layout.num_classes:
         return []
-    return ["### Classes", class_table(layout.class_names, read_facts(folder).get("images_per_class"))]
+    return ["### Classes", class_table(layout.class_names, layout.class_counts)]
 
 
-def example_class(folder: Path, layout: TokenLayout) -> int:
+def example_class(layout: TokenLayout) -> int:
     """The id of a class that examples use: the first one with images."""
-    counts = read_facts(folder).get("images_per_class") or [1]
-    return next((number for number, count in enumerate(counts[: layout.num_classes]) if count), 0)
+    return next((number for number, count in enumerate(layout.class_counts) if count), 0)
 
 
-def class_table(names: Sequence[str], counts: Sequence[int] | None) -> str:
+def class_table(names: Sequence[str], counts: Sequence[int]) -> str:
     """A table of class ids, names and numbers of training images."""
     rows = [(number, cell(name)) for number, name in enumerate(names[:SHOWN_CLASSES])]
-    if counts is None or len(counts) != len(names):
+    if len(counts) != len(names):
         text = table(rows, ("id", "name"))
     else:
         text = table(

@@ -202,7 +202,6 @@ class Training:
                 "model_step": step,
                 "eval_loss": loss,
                 "bits_per_pixel": bits_per_pixel(loss, self.layout),
-                "images_per_class": self.store.images_per_class(),
             }
             if is_exhausted(history, patience):
                 results["early_stopping_patience"] = patience
