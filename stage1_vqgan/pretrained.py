@@ -48,8 +48,6 @@ def load_tokenizer(name: str, field: str = "tokenizer", **changes: Any) -> VQGAN
     if not folder.is_dir() and not is_repo_id(name):
         reason = f"there is no such folder ({advice})"
     elif folder.is_dir() and not (folder / "config.json").is_file():
-        inside = folder / "vqgan"
-        advice = f"did you mean {inside}?" if (inside / "config.json").is_file() else advice
         reason = f"this folder holds no trained tokenizer ({advice})"
     else:
         try:

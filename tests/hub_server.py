@@ -134,6 +134,7 @@ class HubServer:
 
     def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Lets huggingface_hub in this process speak to the server."""
+        import transformers.utils.hub
         from huggingface_hub import constants, hf_api
 
         for name, value in {
@@ -144,6 +145,9 @@ class HubServer:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", self.address)
+        monkeypatch.setattr(
+            transformers.utils.hub, "_hf_api", None, raising=False
+        )  # made with the address at first use
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
     def environment(self, home: Path) -> dict[str, str]:

@@ -414,7 +414,7 @@ CASES = {
     "tokenizer of a pipeline": (
         "tokenize",
         "--tokenizer $pipeline",
-        {"tokenizer": "holds no trained tokenizer (did you mean ./pipeline/vqgan?)"},
+        {"tokenizer": "this folder holds a pipeline; its tokenizer is in vqgan, its prior in prior"},
     ),
     "codes of other data": (
         "stage2",

@@ -130,7 +130,7 @@ def test_each_shard_of_a_store_is_written_by_one_rank(ranks, monkeypatch, tmp_pa
 
     def encode(model, dataset, images, *_):
         numbers = np.array([image.number for image in images])
-        return EncodedShard(numbers, numbers, len(numbers), [])
+        return EncodedShard(numbers, numbers, None, len(numbers), [])
 
     monkeypatch.setattr(tokenization, "images_per_shard", lambda views: 50)
     monkeypatch.setattr(tokenization, "encode_shard", encode)

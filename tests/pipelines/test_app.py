@@ -3,6 +3,7 @@
 import io
 import sys
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from configs import ConfigError
 from pipelines.app import AppConfig, main
 from pipelines.demo import actions
 from pipelines.demo.mosaic import code_colours, mosaic
-from stage2_prior import TokenLayout
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -83,7 +83,7 @@ def test_a_wrong_request_is_refused(tiny_pipeline, classes, count, seed, message
 
 
 def test_a_prior_that_needs_a_class_asks_for_one(tiny_pipeline, monkeypatch):
-    layout = TokenLayout(**{**vars(tiny_pipeline.layout), "has_null": False})
+    layout = replace(tiny_pipeline.layout, has_null=False)
     monkeypatch.setattr(tiny_pipeline, "layout", layout)
     assert not actions.can_guide(tiny_pipeline)
     with pytest.raises(ValueError, match="Choose at least one class"):

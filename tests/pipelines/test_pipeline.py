@@ -301,11 +301,11 @@ def test_the_card_states_facts(tiny_runs, tiny_pipeline):
         "16 codes out of 32",
         "(`llama`)",
         "| Code grid | 4×4 codes, one for 4×4 pixels |",
-        "| Codebook | 32 entries of width 4 |",
+        "| Codebook | 32 entries of width 4, quantizer `vq` |",
         f"| Tokenizer | {parameters['vqgan']:,} parameters, fingerprint `{fingerprint}` |",
         f"| Prior | {parameters['prior']:,} parameters |",
         "class c is token 32 + c; no class is token 42",
-        "Classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
+        *(f"| {digit} | {digit} | {count} |" for digit, count in enumerate(tiny_pipeline.layout.class_counts)),
     ):
         assert fact in body.replace("\n", " ") or fact in body
 

@@ -108,7 +108,7 @@ def test_other_classes_come_with_the_adapter(make_config, tiny_runs, tmp_path):
     store = tmp_path / "codes"
     shutil.copytree(tiny_runs.codes, store)
     names = [*"9876543210", *(f"new {number}" for number in range(30))]
-    edit_manifest(store, lambda manifest: manifest["token_layout"].update(class_names=names))
+    edit_manifest(store, lambda manifest: manifest["token_layout"].update(class_names=names, class_counts=()))
     tuned = train(make_config(code_store=str(store)))
     layout = TokenLayout.from_pretrained(tmp_path / "prior")
     assert layout.num_classes == 40 and tuned.config.vocab_size == layout.vocab_size == 128
