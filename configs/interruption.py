@@ -109,13 +109,21 @@ def leave_signals_to_main(worker_id: int) -> None:
 
     The main process still needs their batches for the current step. A SIGTERM to the worker itself still ends it,
     because the data loader stops its workers in this way. A worker whose parent died during the start ends here:
-    torch watches the parent only later, so the worker would wait forever.
+    torch watches the parent only later, so the worker would wait forever. torch watches the process that forked the
+    worker. If that is a server process, the worker itself waits for the end of its parent.
     """
     parent = multiprocessing.parent_process()
     is_forked = multiprocessing.get_start_method() == "fork"
     if parent is not None and is_forked and os.getppid() != parent.pid:
         os._exit(1)
+    if parent is not None and not is_forked:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

@@ -169,3 +169,31 @@ def test_in_another_thread_nothing_is_caught():
     thread.start()
     thread.join()
     assert found == [None]
+
+
+SERVED = """
+import multiprocessing, os, sys, time
+from configs.interruption import leave_signals_to_main
+
+def work():
+    leave_signals_to_main(0)
+    print(os.getpid(), flush=True)
+    time.sleep(10**6)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    multiprocessing.Process(target=work, daemon=True).start()
+    time.sleep(10**6)
+"""
+
+
+def test_a_worker_of_a_server_process_does_not_outlive_a_run_that_was_killed(tmp_path):
+    """torch watches only the server, which lives as long as its workers."""
+    (tmp_path / "run.py").write_text(SERVED)
+    command, environment = [sys.executable, str(tmp_path / "run.py")], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        worker = int(run.stdout.readline())
+        run.kill()
+        run.communicate(timeout=120)  # the output ends when the worker and the server have ended
+    assert not Path(f"/proc/{worker}").exists() or "zombie" in Path(f"/proc/{worker}/status").read_text()
