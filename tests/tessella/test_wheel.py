@@ -67,6 +67,11 @@ def test_the_sdist_can_be_tested_and_built(built):
     assert names >= files_of_packages() | others | {".github/images/digits_samples.png", "benchmarks/run.py"}
 
 
+def without_this_clone() -> dict[str, str]:
+    """Environment variables with which neither Python nor pip finds the sources of this clone."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
 @pytest.fixture(scope="module")
 def tessella(built) -> Path:
     """The console script in a new environment, which has the wheel and borrows the libraries of this one."""
@@ -75,7 +80,7 @@ def tessella(built) -> Path:
     libraries = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     (wheel,) = built.glob("*.whl")
     install = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install"]
-    subprocess.run([*install, "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    subprocess.run([*install, "--quiet", "--no-deps", "--no-index", str(wheel)], env=without_this_clone(), check=True)
     (libraries / "libraries.pth").write_text(sysconfig.get_paths()["purelib"])
     return folder / "bin" / "tessella"
 
@@ -99,12 +104,10 @@ def crowded(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_the_wheel_runs_where_names_are_taken_is_stopped_and_goes_on(tessella, crowded):
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-
     def start(*arguments: str) -> subprocess.Popen:
         words = [str(tessella), *arguments]
         return subprocess.Popen(
-            words, cwd=crowded, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            words, cwd=crowded, env=without_this_clone(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
         )  # fmt: skip
 
