@@ -143,7 +143,11 @@ def test_progress_is_shown_and_a_full_queue_refuses(client, monkeypatch):
 
 @pytest.mark.parametrize(
     "changes, hidden",
-    [({}, set()), ({"has_null": False}, {"Guidance"}), ({"class_names": ()}, {"Classes", "Guidance"})],
+    [
+        ({}, set()),
+        ({"has_null": False}, {"Guidance"}),
+        ({"class_names": (), "class_counts": ()}, {"Classes", "Guidance"}),
+    ],
 )
 def test_what_a_prior_cannot_is_hidden(tiny_pipeline, monkeypatch, changes, hidden):
     pytest.importorskip("gradio", reason="needs gradio: pip install 'tessella[demo]'")
