@@ -147,5 +147,6 @@ def evaluation_step(config: RunConfig, gpus: int) -> Step:
 def push_step(config: RunConfig) -> Step:
     """The step that uploads the pipeline."""
     root = Path(config.output_dir)
-    keys = {"folder": str(root / "pipeline"), "hub_model_id": config.push, "license": config.license}
+    keys = {"folder": str(root / "pipeline"), "hub_model_id": config.push}
+    keys |= {} if config.license is None else {"license": config.license}
     return Step("push", None, keys, root / "pipeline")
