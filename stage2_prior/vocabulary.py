@@ -8,7 +8,6 @@
 A sequence is `[condition] + codes in raster order`.
 """
 
-import difflib
 import json
 import re
 import unicodedata
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from configs.arguments import described, instance, is_number, whole
 from configs.files import read_json, write_json
-from configs.problems import cut, listed
+from configs.problems import cut, did_you_mean, listed, nearest
 from configs.randomness import Numbers
 from configs.sections import LARGEST
 
@@ -261,8 +260,8 @@ def unknown_label(label: Any, names: Sequence[str]) -> str:
     shown = listed([cut(name, 40) for name in names], 10)
     message = f"received {described(label)}; allowed are ids 0 to {len(names) - 1} or names: {shown}"
     by_letters = {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(one_form(label).casefold(), by_letters, n=3) if isinstance(label, str) else []
-    return message + f"; did you mean {' or '.join(repr(by_letters[name]) for name in near)}?" * bool(near)
+    near = nearest(one_form(label).casefold(), by_letters, 3) if isinstance(label, str) else []
+    return message + did_you_mean([by_letters[name] for name in near])
 
 
 @cache

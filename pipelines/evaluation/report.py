@@ -17,13 +17,16 @@ from configs.uploads import REPO_ID, public_name
 from configs.values import read_value
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.real_images import RealImages
-from pipelines.model_card import MEANINGS, PLACEHOLDER, model_card
+from pipelines.model_card import (
+    MEANINGS,
+    METRICS_NAME,
+    PLACEHOLDER,
+    RECONSTRUCTIONS_NAME,
+    SAMPLES_NAME,
+    model_card,
+)
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import labelled_grid, reconstruction_grid, spread
-
-METRICS_NAME = "metrics.json"
-SAMPLES_NAME = "samples.png"
-RECONSTRUCTIONS_NAME = "reconstructions.png"
 
 # Limits of the pictures: rows of samples.png, and originals in reconstructions.png.
 MAX_CLASSES, MAX_ORIGINALS = 20, 16
