@@ -17,8 +17,8 @@ from configs.card import (
     training_part,
     with_front_matter,
 )
+from configs.card_facts import dataset_ids
 from configs.files import read_json
-from configs.run_facts import dataset_ids
 from configs.uploads import REPO_ID
 from stage1_vqgan import VQGANConfig
 from stage1_vqgan.model_card import CAPTION, WITHOUT_PACKAGE, detail_rows as tokenizer_rows, num_parameters
