@@ -8,7 +8,7 @@ from PIL import Image
 
 from stage1_vqgan.data.dataset import ImageDataset, ImageKey
 from stage1_vqgan.data.indexed import ImageSource
-from stage1_vqgan.data.sources import some_images
+from stage1_vqgan.data.sources import peek
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
 from stage1_vqgan.pictures import labelled_grid, spread
 
@@ -37,7 +37,7 @@ def _keys(dataset: ImageDataset) -> list[tuple[str, ImageKey]]:
         labels = np.zeros(len(source), dtype=np.int64) if source.labels is None else source.labels
         chosen = [(label, ImageKey(0, number)) for label, number in _numbers(labels)]
     else:
-        first = some_images(source, COLUMNS * ROWS)
+        first = peek(source, COLUMNS * ROWS)
         chosen = [(label or 0, ImageKey(0, number, 0, encoded)) for number, encoded, label in first]
         chosen.sort(key=lambda entry: entry[0])
     names = source.class_names

@@ -16,7 +16,7 @@ from stage1_vqgan.data.decoding import (
 )
 from stage1_vqgan.data.indexed import ImageSource
 from stage1_vqgan.data.skipped import smallest_fraction
-from stage1_vqgan.data.sources import Images, some_images
+from stage1_vqgan.data.sources import Images, peek
 from stage1_vqgan.image_processing_values import ValueRange
 
 # Images that are decoded at the start of a training.
@@ -75,7 +75,7 @@ def look(source: Images, count: int, channels: int, value_range: ValueRange | No
         value_range: the pixel values that become black and white; None takes the range of the dtype.
     """
     looked = Looked(source.num_images, isinstance(source, ImageSource))
-    for number, encoded, label in some_images(source, count):
+    for number, encoded, label in peek(source, count):
         looked.add(number, encoded, channels, value_range)
         if label is not None:
             looked.labels[label] += 1

@@ -66,7 +66,7 @@ def load_images(config: DataConfig) -> tuple[Images, Images]:
     return pair
 
 
-def some_images(source: Images, count: int) -> Iterator[tuple[int, EncodedImage, int | None]]:
+def peek(source: Images, count: int) -> Iterator[tuple[int, EncodedImage, int | None]]:
     """Number, image and label of at most `count` images: spread evenly over a source, the first ones of a stream."""
     if isinstance(source, ImageSource):
         for number in spread(len(source), count):

@@ -12,7 +12,7 @@ from configs.files import read_json, write_json
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import EncodedImage, UndecodableImage, decode_values
 from stage1_vqgan.data.indexed import ImageSource
-from stage1_vqgan.data.sources import Images, some_images
+from stage1_vqgan.data.sources import Images, peek
 from stage1_vqgan.image_processing_values import ValueRange, read_range
 
 # Images that are looked at before a training, and that "auto" measures at most.
@@ -119,7 +119,7 @@ def survey(source: Images, num_channels: int, count: int, progress: bool = False
     """
     values = Values()
     total = count if source.num_images is None else min(count, source.num_images)
-    images = some_images(source, count)
+    images = peek(source, count)
     for _, encoded, _ in tqdm(images, total=total, desc="measuring values", unit="image", disable=not progress):
         values.add(encoded, num_channels)
     return values
