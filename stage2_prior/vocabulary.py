@@ -9,8 +9,6 @@ A sequence is `[condition] + codes in raster order`.
 """
 
 import json
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from configs.arguments import described, instance, is_number, whole
 from configs.files import read_json, write_json
+from configs.names import is_whole, one_form
 from configs.problems import cut, did_you_mean, listed, nearest
 from configs.randomness import Numbers
 from configs.sections import LARGEST
@@ -40,7 +39,6 @@ FILE_NAME = "token_layout.json"
 PAD_TO_MULTIPLE_OF = 64
 
 Count = Annotated[int, Ge(1)]
-WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -152,14 +150,24 @@ class TokenLayout:
         Raises:
             ValueError: another class has this number as its name.
         """
-        for other, name in enumerate(self.class_names):
-            if other != number and WHOLE_NUMBER.fullmatch(name) and int(name) == number:
+        for other in self._ids_by_number.get(number, ()):
+            if other != number:
+                name = self.class_names[other]
                 raise ValueError(
                     f"class_labels: received {number}, which has two readings: class {name!r} (id {other}), and id "
                     f"{number} (class {self.class_names[number]!r}); write the name as text, {name!r} or "
                     f"{self.class_names[number]!r}"
                 )
         return number
+
+    @cached_property
+    def _ids_by_number(self) -> dict[int, list[int]]:
+        """The ids of the classes whose names are a number."""
+        ids: dict[int, list[int]] = {}
+        for id_, name in enumerate(self.class_names):
+            if is_whole(name):
+                ids.setdefault(int(name), []).append(id_)
+        return ids
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -248,11 +256,6 @@ class TokenLayout:
                     f"token_layout.{name}: received {getattr(self, name)}, but the tokenizer has {value}; "
                     "restore the layout that was saved with the prior"
                 )
-
-
-def one_form(name: str) -> str:
-    """A class name in Unicode's composed form (NFC). Folders of a Mac name the same letters by other characters."""
-    return unicodedata.normalize("NFC", name)
 
 
 def unknown_label(label: Any, names: Sequence[str]) -> str:

@@ -7,19 +7,17 @@ then words. So the folders 0 … 11 have the ids 0 … 11, and the labels 3, 70 
 
 import json
 import logging
-import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from configs import ConfigError
+from configs.names import is_whole, one_form
 from configs.problems import listed, shown
 from stage1_vqgan.data.columns import NO_LABELS, allowed_labels
 from stage1_vqgan.data.config import DataConfig, data_problem
 
-WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 LONGEST_NAME = 200  # characters of a class name
 MOST_NAMED = 10  # classes or folders in a message
 JSON = "json"  # the column of a tar that holds JSON files
@@ -29,17 +27,12 @@ logger = logging.getLogger(__name__)
 
 def class_name(label: Any) -> str:
     """The name of a class. Accents that are letters of their own and composed letters become one form (NFC)."""
-    return unicodedata.normalize("NFC", str(label))
+    return one_form(str(label))
 
 
 def in_order(names: Iterable[str]) -> list[str]:
     """The different names: whole numbers by value, then words."""
     return sorted(set(names), key=lambda name: (0, int(name), name) if is_whole(name) else (1, 0, name))
-
-
-def is_whole(name: str) -> bool:
-    """Whether a name is a whole number."""
-    return WHOLE_NUMBER.fullmatch(name) is not None
 
 
 def numbered(labels: np.ndarray | Sequence[Any]) -> tuple[np.ndarray, list[str]]:
