@@ -38,7 +38,8 @@ def most_workers() -> int:
 def hardware(processes: int) -> str:
     """The processors of a run of so many processes, in words: "8 × NVIDIA H200", or "2 CPU cores"."""
     import torch
+    from accelerate.utils import parse_flag_from_env
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         return f"{processes} × {torch.cuda.get_device_name()}"
     return f"{num_cores()} CPU cores" + (f", {processes} processes" if processes > 1 else "")
