@@ -188,9 +188,9 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """The facts.json of a card; empty if there is none."""
-    path = folder / FACTS_FOLDER / FACTS_NAME
+def read_facts(folder: Path, name: str = FACTS_NAME) -> dict[str, Any]:
+    """A file of the facts of a card; empty if there is none."""
+    path = folder / FACTS_FOLDER / name
     return read_json(path) if path.is_file() else {}
 
 

@@ -1,6 +1,5 @@
 """YAML and overrides → a dataclass. Reports all problems together, and the nearest valid key for each unknown one."""
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from configs.files import write_text
-from configs.problems import ConfigError, Problem, cut, listed, shown, unknown_key
+from configs.problems import ConfigError, Problem, cut, listed, nearest, shown, unknown_key
 from configs.secrets import ADVICE, secret_keys
 from configs.values import read_value
 from configs.yaml_files import DEEPEST, preset_of, read_yaml, to_yaml
@@ -233,7 +232,7 @@ def _foreign_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
     nested = {key.rpartition(".")[2] for key in _nested_keys(cls)}
     elsewhere = nested | getattr(cls, "refused", {}).keys()
     unknown = [str(key) for key in values if key not in known and key not in elsewhere]
-    far = [key for key in unknown if not difflib.get_close_matches(key, known, n=1)]
+    far = [key for key in unknown if not nearest(key, known)]
     sections = [key for key in far if isinstance(values[key], Mapping)]
     many = len(unknown) >= 3 or len(sections) >= 2
     return unknown if many and 2 * len(far) >= len(unknown) else []

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-LOG_NAME = "metrics.jsonl"
+from configs.run_folder import LOG_NAME
 
 
 def print_facts(facts: Mapping[str, str]) -> None:

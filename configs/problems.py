@@ -98,7 +98,16 @@ def in_bytes(count: int) -> str:
 def unknown_key(key: str, allowed: Iterable[str], nested: str | None = None) -> str:
     """The message for an unknown key: `nested`, the same key in a section, or the nearest known key, or all of them."""
     allowed = sorted(allowed)
-    nearest = [nested] if nested else difflib.get_close_matches(str(key), allowed, n=1)
-    if nearest:
-        return f"unknown key; did you mean '{nearest[0]}'?"
+    if found := [nested] if nested else nearest(str(key), allowed):
+        return f"unknown key{did_you_mean(found)}"
     return f"unknown key; allowed: {listed(allowed, 10)}"
+
+
+def nearest(received: Any, known: Iterable[str], most: int = 1) -> list[str]:
+    """At most `most` of the known names that resemble what was received, the most similar first."""
+    return difflib.get_close_matches(received, list(known), n=most) if isinstance(received, str) else []
+
+
+def did_you_mean(names: Sequence[str], what: str = "") -> str:
+    """The end of a message, which suggests names; empty without any. `what` says what they are."""
+    return f"; did you mean {what}{' or '.join(map(repr, names))}?" if names else ""

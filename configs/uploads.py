@@ -88,6 +88,11 @@ def public_name(text: str) -> str:
     return "~" if is_home else name
 
 
+def public_dataset(name: str) -> dict[str, Any]:
+    """What a card says of a data set: its public name, and whether this is its id on the Hub."""
+    return {"data": public_name(name) or None, "on_hub": bool(REPO_ID.fullmatch(name)) and public_name(name) == name}
+
+
 def check_upload(folder: str | Path, token: str | bool | None = None) -> None:
     """Refuses a folder to upload whose text files hold a secret or the path of the home folder.
 

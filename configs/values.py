@@ -1,6 +1,5 @@
 """Checks one value against the type of its field."""
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
@@ -8,7 +7,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from configs.problems import listed, shown
+from configs.problems import did_you_mean, listed, nearest, shown
 
 # The largest numbers of int64 and float32, for values that go to a library; our own fields have narrower ranges.
 LARGEST: dict[type, float] = {int: 2**63 - 1, float: 3.4e38}
@@ -68,8 +67,7 @@ def _leaf_problem(leaf: Any) -> str | None:
 def _refusal(hint: Any, value: Any) -> str:
     message = f"received {shown(value)}; must be {allowed_values(hint, value)}"
     choices = [str(choice) for choice in _choices(hint)]
-    nearest = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
-    return message + (f"; did you mean '{nearest[0]}'?" if nearest else "")
+    return message + did_you_mean(nearest(value, choices))
 
 
 def allowed_values(hint: Any, value: Any = None) -> str:

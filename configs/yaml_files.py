@@ -4,7 +4,6 @@ The reader bounds its time and memory: by the length of the text, and by the num
 out. It refuses a text before it builds any of its values.
 """
 
-import difflib
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from configs.problems import ConfigError, Problem, shown
+from configs.problems import ConfigError, Problem, did_you_mean, nearest, shown
 
 # Far above any configuration: the longest preset has 2,000 characters and 60 values.
 MOST_CHARACTERS = 100_000
@@ -232,9 +231,8 @@ def unknown_preset(name: str, what: str) -> str:
         return f"{shown(name)} is a folder of presets; this command needs one of them: {', '.join(inside)}"
     if "=" in name:
         return f"{shown(name)} is no CONFIG; a key begins with two dashes: --{name.lstrip('-')}"
-    nearest = difflib.get_close_matches(preset, [*preset_names(), *folders], n=1)
-    hint = f"; did you mean the preset '{nearest[0]}'?" if nearest else f" (presets: {_all_presets()})"
-    return f"{what} is called {shown(name)}{hint}"
+    hint = did_you_mean(nearest(preset, [*preset_names(), *folders]), "the preset ")
+    return f"{what} is called {shown(name)}{hint or f' (presets: {_all_presets()})'}"
 
 
 def _all_presets() -> str:

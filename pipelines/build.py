@@ -56,7 +56,7 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         ConfigError: the folder holds no trained prior, or the prior was trained on codes of another tokenizer.
     """
     # These imports are slow, so they come after the check of the arguments.
-    from configs.run_facts import run_license
+    from configs.card_facts import run_license
     from pipelines import hub
     from pipelines.pipeline_vqgan import VQGANPipeline
     from stage1_vqgan import load_image_processor, load_tokenizer
@@ -103,7 +103,7 @@ def build(config: BuildConfig) -> "VQGANPipeline":
 
 def add_facts(config: BuildConfig, folder: Path) -> None:
     """Writes what the folders of both runs tell about the training into the facts of the pipeline's card."""
-    from configs.run_facts import collect_run
+    from configs.card_facts import collect_run
     from stage1_vqgan import model_card as tokenizer
     from stage2_prior import model_card as prior
 

@@ -80,7 +80,7 @@ def save(
         name: folder or Hub id in the examples of the model card.
         janus: also write `janus/`. A folder that has one gets a new one in any case.
         origin: the folder that the pipeline was loaded from, whose card is copied if the weights are still the same.
-        add_facts: writes what is known about the training into the folder that it is given; see `configs.run_facts`.
+        add_facts: writes what is known about the training into the folder that it is given; see `configs.card_facts`.
         license: an identifier of the Hub, for the card.
         **options: passed to the models' `save_pretrained`, for instance `max_shard_size`.
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from configs.card import (
-    FACTS_FOLDER,
     card_metadata,
     cell,
     comment,
@@ -13,12 +12,13 @@ from configs.card import (
     measured,
     part,
     picture,
+    read_facts,
     table,
     training_part,
     with_front_matter,
 )
+from configs.card_facts import dataset_ids
 from configs.files import read_json
-from configs.run_facts import dataset_ids
 from configs.uploads import REPO_ID
 from stage1_vqgan import VQGANConfig
 from stage1_vqgan.model_card import CAPTION, WITHOUT_PACKAGE, detail_rows as tokenizer_rows, num_parameters
@@ -135,14 +135,9 @@ def _details(folder: Path, config: VQGANConfig, layout: TokenLayout) -> list[tup
 # ---------------------------------------------------------------------- evaluation
 
 
-def _metrics(folder: Path) -> dict[str, Any]:
-    path = folder / FACTS_FOLDER / METRICS_NAME
-    return read_json(path) if path.is_file() else {}
-
-
 def _index(folder: Path, name: str) -> dict[str, Any]:
     """The fields of the metadata that hold metrics."""
-    metrics = _metrics(folder)
+    metrics = read_facts(folder, METRICS_NAME)
     shown = {key: metrics[key] for key in MEANINGS if key in metrics and not key.endswith("_real")}
     if not shown:
         return {}
@@ -152,7 +147,7 @@ def _index(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _evaluation(folder: Path) -> str:
-    metrics = _metrics(folder)
+    metrics = read_facts(folder, METRICS_NAME)
     rows = [(f"`{key}`", f"{metrics[key]:.4g}", text) for key, text in MEANINGS.items() if metrics.get(key) is not None]
     shown = picture(folder, RECONSTRUCTIONS_NAME, "Images and their reconstructions", CAPTION)
     if not rows:

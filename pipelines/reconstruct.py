@@ -121,16 +121,13 @@ def image_files(given: Sequence[str]) -> dict[str, Path]:
 
 
 def _images_of(path: Path, text: str) -> Iterator[tuple[str, Path]]:
-    from PIL import Image
-
-    from stage1_vqgan.data.decoding import readable_formats
+    from stage1_vqgan.data.decoding import readable_extensions
 
     if path.is_file():
         yield path.stem, path
         return
-    formats = readable_formats()
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in formats}
-    files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in endings and file.is_file()]
+    extensions = readable_extensions()
+    files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in extensions and file.is_file()]
     if not files:
         reason = "this folder holds no images" if path.is_dir() else "there is no such file or folder"
         raise ConfigError([Problem("images", f"received {text!r}; {reason}")])

@@ -17,9 +17,9 @@ from configs.card import (
     with_front_matter,
     write_card,
 )
+from configs.card_facts import collect_run, dataset_ids, run_license
 from configs.loss_curves import Panel
 from configs.model_folder import weights_files
-from configs.run_facts import collect_run, dataset_ids, run_license
 from configs.uploads import copy_run
 from configs.weights_files import read_headers
 from stage1_vqgan.configuration_vqgan import VQGANConfig

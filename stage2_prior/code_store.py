@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from configs import ConfigError, Problem
 from configs.checksums import Damaged
 from configs.files import read_json, write_json
+from configs.problems import listed
 from stage2_prior.manifest import MANIFEST_NAME, read_manifest, store_problem
 from stage2_prior.shards import Shard, check_shard, code_dtype, described, map_shard
 from stage2_prior.vocabulary import TokenLayout
@@ -122,13 +124,13 @@ class CodeStore:
 
     def _check_files(self) -> None:
         """Compares the names of the shards with the manifest."""
-        listed = {path.name for split in self._splits.values() for path in split.paths}
+        expected = {path.name for split in self._splits.values() for path in split.paths}
         found = {path.name for path in self.folder.glob("*.arrow")}
-        if missing := sorted(listed - found):
-            raise store_problem(f"{self.folder} lacks {_few(missing)}; {REPAIR}")
-        if extra := sorted(found - listed):
+        if missing := sorted(expected - found):
+            raise store_problem(f"{self.folder} lacks {listed(missing, 5)}; {REPAIR}")
+        if extra := sorted(found - expected):
             raise store_problem(
-                f"{self.folder} holds {_few(extra)}, which the manifest does not list; remove what is extra"
+                f"{self.folder} holds {listed(extra, 5)}, which the manifest does not list; remove what is extra"
             )
 
 
@@ -184,6 +186,15 @@ class CodeSplit:
                 labels[places] = shard_labels[offsets[places]]
         return codes, labels
 
+    def read_columns(self, rows: np.ndarray) -> dict[str, list[Any]]:
+        """The kept columns (`data.columns`) of rows in any order: text or numbers, None where a value is missing.
+
+        Args:
+            rows: int64 `(n,)`, row numbers of the split.
+        """
+        tables = [shard.columns for shard in self._shards]
+        return pa.concat_tables(tables).take(rows).to_pydict() if self.columns else {}
+
     def check(self, checksums: Sequence[str]) -> None:
         """Reads all codes and labels, and compares them with the checksum of each shard and the ranges of the layout.
 
@@ -218,7 +229,3 @@ class CodeSplit:
                 raise Damaged(f"{path}: holds {shard.form}; the manifest says {form}")
             shards.append(shard)
         return shards
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

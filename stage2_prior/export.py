@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from configs.card import write_card
+from configs.card_facts import collect_run, run_license
 from configs.checksums import write_checksums
 from configs.hub import is_repo_id
-from configs.run_facts import collect_run, run_license
 from configs.uploads import RUN_FILES, copy_files, copy_run
 from stage2_prior.adapters import base_of_adapter
 from stage2_prior.model_card import PANELS, PICTURES, prior_card

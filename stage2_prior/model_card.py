@@ -16,10 +16,10 @@ from configs.card import (
     training_part,
     with_front_matter,
 )
+from configs.card_facts import dataset_ids
 from configs.files import read_json
 from configs.loss_curves import Panel
 from configs.model_folder import ADAPTER_CONFIG_NAME
-from configs.run_facts import dataset_ids
 from stage2_prior.vocabulary import FILE_NAME, TokenLayout
 
 PANELS = [Panel("Cross-entropy of a code (nats)", {"loss": "training", "eval_loss": "validation"})]

@@ -8,10 +8,7 @@
 A sequence is `[condition] + codes in raster order`.
 """
 
-import difflib
 import json
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
@@ -26,7 +23,8 @@ from torch import Tensor
 
 from configs.arguments import described, instance, is_number, whole
 from configs.files import read_json, write_json
-from configs.problems import cut, listed
+from configs.names import is_whole, one_form
+from configs.problems import cut, did_you_mean, listed, nearest
 from configs.randomness import Numbers
 from configs.sections import LARGEST
 
@@ -41,7 +39,6 @@ FILE_NAME = "token_layout.json"
 PAD_TO_MULTIPLE_OF = 64
 
 Count = Annotated[int, Ge(1)]
-WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -153,14 +150,24 @@ class TokenLayout:
         Raises:
             ValueError: another class has this number as its name.
         """
-        for other, name in enumerate(self.class_names):
-            if other != number and WHOLE_NUMBER.fullmatch(name) and int(name) == number:
+        for other in self._ids_by_number.get(number, ()):
+            if other != number:
+                name = self.class_names[other]
                 raise ValueError(
                     f"class_labels: received {number}, which has two readings: class {name!r} (id {other}), and id "
                     f"{number} (class {self.class_names[number]!r}); write the name as text, {name!r} or "
                     f"{self.class_names[number]!r}"
                 )
         return number
+
+    @cached_property
+    def _ids_by_number(self) -> dict[int, list[int]]:
+        """The ids of the classes whose names are a number."""
+        ids: dict[int, list[int]] = {}
+        for id_, name in enumerate(self.class_names):
+            if is_whole(name):
+                ids.setdefault(int(name), []).append(id_)
+        return ids
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -251,18 +258,13 @@ class TokenLayout:
                 )
 
 
-def one_form(name: str) -> str:
-    """A class name in Unicode's composed form (NFC). Folders of a Mac name the same letters by other characters."""
-    return unicodedata.normalize("NFC", name)
-
-
 def unknown_label(label: Any, names: Sequence[str]) -> str:
     """The message for an unknown class label: the ids, the first names, and the names that are most like it."""
     shown = listed([cut(name, 40) for name in names], 10)
     message = f"received {described(label)}; allowed are ids 0 to {len(names) - 1} or names: {shown}"
     by_letters = {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(one_form(label).casefold(), by_letters, n=3) if isinstance(label, str) else []
-    return message + f"; did you mean {' or '.join(repr(by_letters[name]) for name in near)}?" * bool(near)
+    near = nearest(one_form(label).casefold(), by_letters, 3) if isinstance(label, str) else []
+    return message + did_you_mean([by_letters[name] for name in near])
 
 
 @cache

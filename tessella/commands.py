@@ -1,6 +1,5 @@
 """The command `tessella`: a table of commands, each of them an entry point of another package."""
 
-import difflib
 import runpy
 import sys
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from typing import NamedTuple, NoReturn
 
 from configs import command_line
 from configs.ctrl_c import ctrl_c
-from configs.problems import shown
+from configs.problems import did_you_mean, nearest, shown
 from stage1_vqgan import import_own
 from tessella import __version__
 
@@ -78,10 +77,10 @@ def refuse(name: str) -> NoReturn:
     if not name:
         print(USAGE, end="", file=sys.stderr)
         sys.exit(2)
-    close = difflib.get_close_matches(name, [word for command in COMMANDS for word in spellings(command)], n=1)
+    close = nearest(name, [word for command in COMMANDS for word in spellings(command)])
     names = [command.name for command in COMMANDS if close and close[0] in spellings(command)]
-    advice = f"did you mean {' or '.join(map(repr, names))}?" if names else f"commands: {', '.join(BY_NAME)}"
-    print(f"tessella: there is no command {shown(name)}; {advice}", file=sys.stderr)
+    advice = did_you_mean(names) or f"; commands: {', '.join(BY_NAME)}"
+    print(f"tessella: there is no command {shown(name)}{advice}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -206,7 +206,7 @@ CASES = {
     "option beside its section": (
         "stage1",
         "--model.l2_normalize true",
-        {"model.l2_normalize": "did you mean model.quantizer_options.l2_normalize?"},
+        {"model.l2_normalize": "did you mean 'model.quantizer_options.l2_normalize'?"},
     ),
     "text in an option": (
         "stage1",

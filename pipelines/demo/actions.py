@@ -1,6 +1,5 @@
 """What the demo app does with a request. Errors are ValueErrors whose text is for the visitor of the page."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from configs.arguments import whole
 from pipelines.demo.mosaic import mosaic
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan.data.decoding import EncodedImage, decode
+from stage1_vqgan.reconstruction import peak_signal_to_noise
 
 ADVICE = "Upload a picture as PNG, JPEG, WebP or TIFF."
 LARGEST_SEED = 2**32 - 1
@@ -106,12 +106,12 @@ def reconstruct(pipeline: VQGANPipeline, content: bytes | None) -> Reconstructio
         raise ValueError("Choose an image first.")
     try:
         image = decode(EncodedImage("upload", content))
-        pixels = pipeline.image_processor.postprocess(pipeline.image_processor(image)["pixel_values"], "pt")
+        pixels = pipeline.image_processor(image)["pixel_values"]
     except ValueError as error:
         raise ValueError(f"This file cannot be used: {error}. {ADVICE}") from error
     codes = pipeline.encode(image)
-    decoded = pipeline.decode(codes, "pt").cpu()
-    original, reconstruction = (pipeline.image_processor.postprocess(values * 2 - 1)[0] for values in (pixels, decoded))
+    decoded = pipeline.decode(codes, "pt").cpu() * 2 - 1
+    original, reconstruction = pipeline.image_processor.postprocess(torch.cat([pixels, decoded]))
     facts = "\n".join(f"- {fact}" for fact in [*_of_image(image), *_of_codes(pipeline, codes, pixels, decoded)])
     return Reconstruction(original, reconstruction, mosaic(codes[0].cpu().numpy()), facts)
 
@@ -124,10 +124,8 @@ def _of_image(image: Image.Image) -> list[str]:
 
 def _of_codes(pipeline: VQGANPipeline, codes: Tensor, pixels: Tensor, decoded: Tensor) -> list[str]:
     count, different, num_codes = codes.numel(), len(codes.unique()), pipeline.layout.num_codes
-    error = torch.nn.functional.mse_loss(decoded, pixels).item()
-    closeness = f"{-10 * math.log10(error):.1f} dB (higher is closer)" if error else "infinite: the images are equal"
     return [
         f"**Codes**: {count} in a grid of {codes.shape[1]}×{codes.shape[2]}; {different} different ones of the "
         f"{num_codes} in the codebook",
-        f"**PSNR** of the reconstruction: {closeness}",
+        f"**PSNR** of the reconstruction: {peak_signal_to_noise(decoded, pixels).item():.1f} dB (higher is closer)",
     ]

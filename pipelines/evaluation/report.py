@@ -13,17 +13,20 @@ from configs.card import FACTS_FOLDER, write_card
 from configs.files import make_folder, read_json, write_json, write_png
 from configs.problems import shown
 from configs.sections import NonNegativeFloat
-from configs.uploads import REPO_ID, public_name
+from configs.uploads import public_dataset
 from configs.values import read_value
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.real_images import RealImages
-from pipelines.model_card import MEANINGS, PLACEHOLDER, model_card
+from pipelines.model_card import (
+    MEANINGS,
+    METRICS_NAME,
+    PLACEHOLDER,
+    RECONSTRUCTIONS_NAME,
+    SAMPLES_NAME,
+    model_card,
+)
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import labelled_grid, reconstruction_grid, spread
-
-METRICS_NAME = "metrics.json"
-SAMPLES_NAME = "samples.png"
-RECONSTRUCTIONS_NAME = "reconstructions.png"
 
 # Limits of the pictures: rows of samples.png, and originals in reconstructions.png.
 MAX_CLASSES, MAX_ORIGINALS = 20, 16
@@ -66,12 +69,11 @@ def save_pictures(config: EvaluationConfig, pipeline: VQGANPipeline, samples: Te
 
 def update_card(config: EvaluationConfig, metrics: dict[str, Any]) -> None:
     """Shows metrics and pictures in the card of the evaluated pipeline, if it is a folder in which we may write."""
-    folder, name = Path(config.pipeline), config.data.dataset
+    folder = Path(config.pipeline)
     if not folder.is_dir():
         return
     shown = {key: metrics[key] for key in (*MEANINGS, "num_samples") if key in metrics}
-    on_hub = bool(REPO_ID.fullmatch(name)) and public_name(name) == name
-    shown |= {"guidance_scale": config.guidance_scale, "data": public_name(name), "on_hub": on_hub}
+    shown |= {"guidance_scale": config.guidance_scale, **public_dataset(config.data.dataset)}
     try:
         target = make_folder(folder / FACTS_FOLDER)
         for picture in (SAMPLES_NAME, RECONSTRUCTIONS_NAME):

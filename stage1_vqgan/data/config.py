@@ -63,8 +63,8 @@ class DataConfig(Section):
         the training split
     validation_fraction: fraction of the training images to hold out: every n-th image, n = 1 / validation_fraction; of
         a stream the first images, which needs a stream of known length
-    image_column, label_column: names of columns; by default the only image column, and the class label column if there
-        is one (in a tar file "cls")
+    image_column, label_column: names of columns; by default the only image column, and the column that is declared as
+        labels or named label (in a tar "cls", or the key label of "json", which is the column "json.label")
     columns: further columns to keep in a code store, such as [style, text]; text and numbers only
     use_labels: false ignores the labels and gives an unconditional model
     streaming: read parquet files, tar files or a Hub dataset from front to back, without a copy on disk; has no effect

@@ -8,9 +8,9 @@ from PIL import Image
 
 from stage1_vqgan.data.dataset import ImageDataset, ImageKey
 from stage1_vqgan.data.indexed import ImageSource
-from stage1_vqgan.data.overview import some_labeled_images
+from stage1_vqgan.data.sources import peek
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
-from stage1_vqgan.pictures import BACKGROUND, image_grid, spread, with_row_labels
+from stage1_vqgan.pictures import labelled_grid, spread
 
 COLUMNS, ROWS, MIN_TILE = 8, 12, 64
 
@@ -21,25 +21,13 @@ def contact_sheet(dataset: ImageDataset) -> Image.Image | None:
     Args:
         dataset: prepares the images: size, channels, range of values. Without augmentation.
     """
-    tiles: list[Image.Image] = []
-    labels = []
+    rows: list[tuple[str, list[Image.Image]]] = []
     processor = VQGANImageProcessor(dataset.image_size, dataset.num_channels)
     for name, group in groupby(_keys(dataset), key=lambda entry: entry[0]):
-        for keys in _in_rows([key for _, key in group]):
-            batch = dataset.__getitems__(keys)
-            if len(batch.indices):
-                images = processor.postprocess(batch.images())
-                empty = Image.new(images[0].mode, images[0].size, BACKGROUND)
-                tiles += images + [empty] * (COLUMNS - len(images))
-                labels.append(name)
-    if not tiles:
-        return None
-    grid = image_grid(tiles, COLUMNS, MIN_TILE)
-    return with_row_labels(grid, labels) if any(labels) else grid
-
-
-def _in_rows(keys: list[ImageKey]) -> list[list[ImageKey]]:
-    return [keys[start : start + COLUMNS] for start in range(0, len(keys), COLUMNS)]
+        batch = dataset.__getitems__([key for _, key in group])
+        if len(batch.indices):
+            rows.append((name, processor.postprocess(batch.images())))
+    return labelled_grid(rows, COLUMNS, MIN_TILE) if rows else None
 
 
 def _keys(dataset: ImageDataset) -> list[tuple[str, ImageKey]]:
@@ -49,7 +37,7 @@ def _keys(dataset: ImageDataset) -> list[tuple[str, ImageKey]]:
         labels = np.zeros(len(source), dtype=np.int64) if source.labels is None else source.labels
         chosen = [(label, ImageKey(0, number)) for label, number in _numbers(labels)]
     else:
-        first = some_labeled_images(source, COLUMNS * ROWS)
+        first = peek(source, COLUMNS * ROWS)
         chosen = [(label or 0, ImageKey(0, number, 0, encoded)) for number, encoded, label in first]
         chosen.sort(key=lambda entry: entry[0])
     names = source.class_names

@@ -69,9 +69,11 @@ def decode(encoded: EncodedImage) -> Image.Image:
             return Image.fromarray(encoded.content)
         if isinstance(encoded.content, Image.Image):
             return encoded.content
-        image = _open(read(encoded.content))
+        content = read(encoded.content)
+        image = _open(content)
+        loses = loses_bits(image)
         image.load()
-        return image
+        return _open(content) if loses else image  # after loading, the image processor could not see it and refuse
 
 
 def decode_pixels(encoded: EncodedImage, num_channels: int, value_range: ValueRange | None = None) -> Tensor:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from configs import ConfigError
-from configs.problems import one_line
+from configs.problems import listed, one_line
 from stage1_vqgan.data.arrays import array_extensions, extension_of, plugin_hint, slices_of
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import readable_extensions
-from stage1_vqgan.data.labels import class_name, few
+from stage1_vqgan.data.labels import MOST_NAMED, class_name
 from stage1_vqgan.data.lists import METADATA_NAMES, READERS
 
 SPLIT_NAMES = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
@@ -102,9 +102,9 @@ def _tell_of_folders(root: Path, parts: Sequence[tuple[str, ...]]) -> None:
     nested = list(dict.fromkeys("/".join(names[:-1]) for names in parts if len(names) > 2))
     if nested and len(tops) == 1:
         message = "%s: all images lie in the one folder %s, so they have no classes; if its folders are classes (%s), "
-        logger.warning(message + "set data.dataset to %s", root, tops[0], few(nested), root / tops[0])
+        logger.warning(message + "set data.dataset to %s", root, tops[0], listed(nested, MOST_NAMED), root / tops[0])
     elif nested:
-        logger.warning("%s: a class is a whole folder, with the folders in it (%s)", root, few(nested))
+        logger.warning("%s: a class is a whole folder, with the folders in it (%s)", root, listed(nested, MOST_NAMED))
     splits = [name for name in tops if name.lower() in SPLIT_NAMES]
     if splits and len(tops) > 1:
         message = "%s: %s counts as a class, because other folders there are no splits; move it away if it is a split"

@@ -7,20 +7,19 @@ then words. So the folders 0 … 11 have the ids 0 … 11, and the labels 3, 70 
 
 import json
 import logging
-import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from configs import ConfigError
-from configs.problems import shown
+from configs.names import is_whole, one_form
+from configs.problems import listed, shown
 from stage1_vqgan.data.columns import NO_LABELS, allowed_labels
 from stage1_vqgan.data.config import DataConfig, data_problem
 
-WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 LONGEST_NAME = 200  # characters of a class name
+MOST_NAMED = 10  # classes or folders in a message
 JSON = "json"  # the column of a tar that holds JSON files
 
 logger = logging.getLogger(__name__)
@@ -28,17 +27,12 @@ logger = logging.getLogger(__name__)
 
 def class_name(label: Any) -> str:
     """The name of a class. Accents that are letters of their own and composed letters become one form (NFC)."""
-    return unicodedata.normalize("NFC", str(label))
+    return one_form(str(label))
 
 
 def in_order(names: Iterable[str]) -> list[str]:
     """The different names: whole numbers by value, then words."""
     return sorted(set(names), key=lambda name: (0, int(name), name) if is_whole(name) else (1, 0, name))
-
-
-def is_whole(name: str) -> bool:
-    """Whether a name is a whole number."""
-    return WHOLE_NUMBER.fullmatch(name) is not None
 
 
 def numbered(labels: np.ndarray | Sequence[Any]) -> tuple[np.ndarray, list[str]]:
@@ -95,7 +89,10 @@ def json_column(config: DataConfig, features: Mapping[str, Any], read_first: Cal
         return None
     if "label" in keys:
         return f"{JSON}.label"
-    logger.warning("no key of the JSON files is named label; one of %s may be: data.label_column json.KEY", few(keys))
+    logger.warning(
+        "no key of the JSON files is named label; one of %s may be: data.label_column json.KEY",
+        listed(keys, MOST_NAMED),
+    )
     return None
 
 
@@ -124,7 +121,7 @@ def warn_of_classes(labels: np.ndarray, names: Sequence[str]) -> None:
     others = [f"{name} (id {id_})" for id_, name in enumerate(names) if is_whole(name) and int(name) != id_]
     if others:
         message = "the ids of these classes are not the numbers that name them, so ask for them by name: %s"
-        logger.warning(message, few(others))
+        logger.warning(message, listed(others, MOST_NAMED))
     used = np.count_nonzero(counts)
     if used > max(10, 2 * len(labels) // 3):
         message = "%d training images have %d different labels; if they are captions, set data.use_labels to false"
@@ -136,13 +133,7 @@ def warn_of_empty_classes(names: Sequence[str], counts: Sequence[int]) -> None:
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if empty:
         message = "%d of the %d classes have no training images, so a prior cannot learn them: %s"
-        logger.warning(message, len(empty), len(names), few(empty))
-
-
-def few(names: Iterable[str]) -> str:
-    """Up to ten names, and how many there are more."""
-    names = list(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        logger.warning(message, len(empty), len(names), listed(empty, MOST_NAMED))
 
 
 def _values(split: Any, column: str, declared: list[str] | None) -> np.ndarray:
@@ -189,8 +180,8 @@ def _require_range(values: np.ndarray, names: Sequence[str] | None, column: str)
 def _require_different(names: Sequence[str], column: str) -> None:
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(set(names)) < len(names) else []
     if twice:
-        message = f"{column!r} declares classes that differ only in their Unicode form: {few(twice)}; rename them"
-        raise data_problem("label_column", message)
+        message = f"{column!r} declares classes that differ only in their Unicode form: {listed(twice, MOST_NAMED)}"
+        raise data_problem("label_column", f"{message}; rename them")
 
 
 def _renumbered(ids: np.ndarray, own_names: Sequence[str], names: Sequence[str]) -> np.ndarray:
@@ -198,7 +189,7 @@ def _renumbered(ids: np.ndarray, own_names: Sequence[str], names: Sequence[str])
     used = [own_names[number] for number in np.unique(ids)]
     unknown = [name for name in used if name not in set(names)]
     if unknown:
-        message = f"the validation split has classes that the training split lacks: {few(unknown)}"
+        message = f"the validation split has classes that the training split lacks: {listed(unknown, MOST_NAMED)}"
         raise data_problem("label_column", message)
     of_name = {name: number for number, name in enumerate(names)}
     return np.array([of_name.get(name, -1) for name in own_names], dtype=np.int64)[ids]

@@ -1,10 +1,8 @@
 """What a data set holds, in words: for the dry run `python -m stage1_vqgan.data`, and for the start of a training."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 
@@ -18,9 +16,8 @@ from stage1_vqgan.data.decoding import (
 )
 from stage1_vqgan.data.indexed import ImageSource
 from stage1_vqgan.data.skipped import smallest_fraction
-from stage1_vqgan.data.sources import Images
+from stage1_vqgan.data.sources import Images, peek
 from stage1_vqgan.image_processing_values import ValueRange
-from stage1_vqgan.pictures import spread
 
 # Images that are decoded at the start of a training.
 LOOKED_AT_FIRST = 32
@@ -78,23 +75,11 @@ def look(source: Images, count: int, channels: int, value_range: ValueRange | No
         value_range: the pixel values that become black and white; None takes the range of the dtype.
     """
     looked = Looked(source.num_images, isinstance(source, ImageSource))
-    for number, encoded, label in some_labeled_images(source, count):
+    for number, encoded, label in peek(source, count):
         looked.add(number, encoded, channels, value_range)
         if label is not None:
             looked.labels[label] += 1
     return looked
-
-
-def some_labeled_images(source: Images, count: int) -> Iterator[tuple[int, EncodedImage, int | None]]:
-    """Number, image and label of the images that `look` looks at."""
-    if isinstance(source, ImageSource):
-        for number in spread(len(source), count):
-            label = None if source.labels is None else int(source.labels[number])
-            yield number, source.encoded([number])[0], label
-        return
-    with closing(source.read()) as items:
-        for number, (encoded, label) in enumerate(islice(items, count)):
-            yield number, encoded, label
 
 
 def data_facts(

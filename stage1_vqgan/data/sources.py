@@ -8,19 +8,24 @@ then found by the existing code.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
+from configs.problems import listed
 from stage1_vqgan.data.config import DataConfig, data_problem
+from stage1_vqgan.data.decoding import EncodedImage
 from stage1_vqgan.data.files import find_files
 from stage1_vqgan.data.indexed import ImageSource, image_sources
-from stage1_vqgan.data.labels import few, warn_of_classes
+from stage1_vqgan.data.labels import MOST_NAMED, warn_of_classes
 from stage1_vqgan.data.splits import Split, open_files, open_hub
 from stage1_vqgan.data.streamed import ImageStream, image_streams
+from stage1_vqgan.pictures import spread
 
 DIGITS = "digits"
 # Types of columns that may hold labels.
@@ -61,13 +66,29 @@ def load_images(config: DataConfig) -> tuple[Images, Images]:
     return pair
 
 
+def peek(source: Images, count: int) -> Iterator[tuple[int, EncodedImage, int | None]]:
+    """Number, image and label of at most `count` images: spread evenly over a source, the first ones of a stream."""
+    if isinstance(source, ImageSource):
+        for number in spread(len(source), count):
+            label = None if source.labels is None else int(source.labels[number])
+            yield number, source.encoded([number])[0], label
+        return
+    with closing(source.read()) as items:
+        for number, (encoded, label) in enumerate(islice(items, count)):
+            yield number, encoded, label
+
+
 def _warn_of_no_labels(config: DataConfig, features: Mapping[str, Any]) -> None:
     """Says that a model will be unconditional, and which columns may hold labels."""
     from datasets import Value
 
     names = [name for name, kind in features.items() if isinstance(kind, Value) and not name.startswith("__")]
     names = [name for name in names if name != config.image_column and features[name].dtype in LABEL_TYPES]
-    hint = f"; if one of the columns {few(names)} holds classes, name it: data.label_column" if names else ""
+    hint = (
+        f"; if one of the columns {listed(names, MOST_NAMED)} holds classes, name it: data.label_column"
+        if names
+        else ""
+    )
     logger.warning("%s has no class labels: the model will be unconditional%s", config.dataset, hint)
 
 

@@ -6,10 +6,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.problems import one_line
+from configs.problems import listed, one_line
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.files import ALLOWED, SourceFiles, class_folders
-from stage1_vqgan.data.labels import few, numbered
+from stage1_vqgan.data.labels import MOST_NAMED, numbered
 from stage1_vqgan.data.lists import columns_of, read_list, require_files, with_metadata
 from stage1_vqgan.data.tars import restrict_webdataset
 
@@ -38,7 +38,7 @@ def open_files(config: DataConfig, files: SourceFiles) -> dict[str, Split]:
     _check_splits(config, files.splits)
     wanted = [name for name in (config.train_split, config.validation_split) if name is not None]
     if config.validation_split is None and len(files.splits) > 1:
-        unused = few(sorted(files.splits.keys() - {config.train_split}))
+        unused = listed(sorted(files.splits.keys() - {config.train_split}), MOST_NAMED)
         message = "%s: the splits %s are not used; data.validation_split names the one to evaluate on"
         logger.warning(message, config.dataset, unused)
     if files.kind == "images":

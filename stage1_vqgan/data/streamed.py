@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from configs.names import is_whole
 from configs.problems import shown
 from stage1_vqgan.data.columns import allowed_labels, encoded, find_columns, require_kept, undecoded
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import EncodedImage
-from stage1_vqgan.data.labels import JSON, class_name, is_whole, json_column, json_label
+from stage1_vqgan.data.labels import JSON, class_name, json_column, json_label
 from stage1_vqgan.data.splits import Split, reason
 
 T = TypeVar("T")

@@ -2,9 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from configs.files import read_json, write_json
 from stage1_vqgan.data.config import DataConfig, data_problem
 from stage1_vqgan.data.decoding import EncodedImage, UndecodableImage, decode_values
 from stage1_vqgan.data.indexed import ImageSource
-from stage1_vqgan.data.sources import Images
+from stage1_vqgan.data.sources import Images, peek
 from stage1_vqgan.image_processing_values import ValueRange, read_range
 
 # Images that are looked at before a training, and that "auto" measures at most.
@@ -121,7 +119,8 @@ def survey(source: Images, num_channels: int, count: int, progress: bool = False
     """
     values = Values()
     total = count if source.num_images is None else min(count, source.num_images)
-    for encoded in tqdm(_some(source, count), total=total, desc="measuring values", unit="image", disable=not progress):
+    images = peek(source, count)
+    for _, encoded, _ in tqdm(images, total=total, desc="measuring values", unit="image", disable=not progress):
         values.add(encoded, num_channels)
     return values
 
@@ -190,14 +189,3 @@ def _advice(values: Values) -> str:
     if not values.low < values.high:
         return "set data.value_range to the values that shall be black and white"
     return f"set data.value_range to [{values.low:g}, {values.high:g}] or a range you know, or to 'auto'"
-
-
-def _some(source: Images, count: int) -> Iterator[EncodedImage]:
-    if isinstance(source, ImageSource):
-        for number in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist():
-            yield from source.encoded([number])
-        return
-    stream = source.read()
-    for encoded, _ in islice(stream, count):
-        yield encoded
-    stream.close()

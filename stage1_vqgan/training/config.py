@@ -5,14 +5,13 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
 from configs import Section, TrainingConfig, unknown_key
 from configs.memory import total_memory
-from configs.problems import in_bytes, shown
+from configs.problems import in_bytes, nearest, shown
 from configs.sections import (
     LAUNCHED_WITH,
     MOST_PICTURES,
@@ -288,11 +287,11 @@ class Stage1Config(TrainingConfig):
 
 
 def _unknown_field(name: str, fields_of_model: Collection[str]) -> str:
-    if not get_close_matches(str(name), fields_of_model, n=1):
+    if not nearest(name, fields_of_model):
         from stage1_vqgan.quantizers import QUANTIZERS  # slow to import, so only for a name that resembles no field
 
         if any(name == option.name for kind in QUANTIZERS.values() for option in fields(kind.Options)):
-            return f"unknown key; did you mean model.quantizer_options.{name}?"
+            return unknown_key(name, fields_of_model, f"model.quantizer_options.{name}")
     return unknown_key(name, fields_of_model)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from configs import ConfigError, load_config, save_config
 from configs.automatic import decided, has_bfloat16
 from configs.index_sampler import IndexSampler
-from configs.machine import usual_workers
+from configs.machine import hardware, usual_workers
 from configs.yaml_files import read_yaml
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.training.run import train
@@ -107,3 +107,14 @@ def test_too_few_images_name_the_batch_that_fits():
     with pytest.raises(ConfigError, match="use fewer processes"):
         IndexSampler(3, 64, 0, 1, 0, world_size=4)
     assert len(list(IndexSampler(38, 38, 0, 3, 0))) == 3
+
+
+def test_a_run_on_the_cpus_of_a_machine_with_a_gpu_names_its_cpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert hardware(8) == "8 × NVIDIA H200"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)  # macOS has none
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    assert hardware(2) == "6 CPU cores, 2 processes"

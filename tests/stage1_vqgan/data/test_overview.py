@@ -61,7 +61,7 @@ def test_the_dry_run_of_a_folder(folder, tmp_path, capsys):
     assert facts["skipped"].endswith("1.png: the file is empty")
     assert facts["become"] == "16×16 (crop), channels: 3" and facts["contact sheet"] == str(sheet)
     tiles = np.asarray(Image.open(sheet).convert("RGB"))
-    rows = [set(map(tuple, tiles[int((row + 0.5) * len(tiles) / 3), -66 * 7 - 30 : -33 : 66])) for row in range(3)]
+    rows = [set(map(tuple, tiles[int((row + 0.5) * len(tiles) / 3), -66 * 6 - 30 :: 66])) for row in range(3)]
     assert rows[1] == {(10, 245, 5)}  # the class 10, all of one colour
     assert all(pixel[0] < 4 for pixel in rows[0]) and (255, 255, 255) in rows[2]  # nearly black; a place left empty
 

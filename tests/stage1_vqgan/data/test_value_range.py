@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from configs import ConfigError, load_config
-from stage1_vqgan import DataConfig, EncodedImage, ImageSource, load_images
+from stage1_vqgan import DataConfig, EncodedImage, ImageSource, VQGANImageProcessor, decode, load_images
 from stage1_vqgan.data import value_range
 from stage1_vqgan.data.decoding import UndecodableImage, decode_pixels
 from stage1_vqgan.data.value_range import measured_once, save_measured, survey, training_range
@@ -206,3 +206,11 @@ def test_colours_of_16_bits():
     content = EncodedImage("x", b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     assert np.array_equal(decode_pixels(content, 3), RGB >> 4)
     assert torch.equal(decode_pixels(content, 3, ValueRange(0, 4080)), torch.from_numpy(RGB))
+    with pytest.raises(ValueError, match="16-bit colours, which Pillow reads as 8 bits"):
+        VQGANImageProcessor(16, 3, value_range=[0, 4080])(decode(content))  # it was read as a picture of 8 bits
+    assert torch.equal(VQGANImageProcessor(16, 3)(decode(content))["pixel_values"] * 127.5 + 127.5, levels_of(RGB >> 4))
+
+
+def levels_of(pixels):
+    """Pixels `(H, W, C)` as float32 `(1, C, H, W)`."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float()

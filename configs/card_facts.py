@@ -10,7 +10,8 @@ import yaml
 from configs.card import FACTS_FOLDER, FACTS_NAME, read_facts
 from configs.files import make_folder, read_json, write_json, write_png, write_text
 from configs.loss_curves import Panel, draw_curves
-from configs.uploads import REPO_ID, public_name, without_paths
+from configs.run_folder import CONFIG_NAME, LOG_NAME, RESULTS_NAME
+from configs.uploads import public_dataset, without_paths
 
 # Entries of train_results.json that are not results.
 NOT_RESULTS = {"global_step", "train_runtime", "hardware", "model_step", "images", "early_stopping_patience"}
@@ -35,7 +36,7 @@ def collect_run(run: Path, folder: Path, name: str, panels: list[Panel], picture
     facts.setdefault("runs", {})[name] = _facts(run, settings)
     write_json(target / FACTS_NAME, facts)
     with contextlib.suppress(FileNotFoundError):
-        image = draw_curves(run / "metrics.jsonl", panels)
+        image = draw_curves(run / LOG_NAME, panels)
         if image is not None:
             write_png(target / f"{name}_losses.png", image)
     for source, file in pictures.items():
@@ -55,24 +56,22 @@ def run_license(run: Path) -> str | None:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    path = run / "config.yaml"
+    path = run / CONFIG_NAME
     values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return values if isinstance(values, dict) else {}
 
 
 def _results(run: Path) -> dict[str, Any]:
-    path = run / "train_results.json"
+    path = run / RESULTS_NAME
     return read_json(path) if path.is_file() else {}
 
 
 def _facts(run: Path, settings: dict[str, Any]) -> dict[str, Any]:
     results = _results(run)
     data = settings.get("data") or {}
-    dataset = str(data.get("dataset") or "")
     batch = settings.get("global_batch_size")
     return {
-        "data": public_name(dataset) or None,
-        "on_hub": bool(REPO_ID.fullmatch(dataset)) and public_name(dataset) == dataset,
+        **public_dataset(str(data.get("dataset") or "")),
         "steps": results.get("global_step"),
         "batch": batch or settings.get("per_device_train_batch_size"),
         "seconds": results.get("train_runtime"),
