@@ -177,7 +177,7 @@ def _counted(counter: Counter[str]) -> list[str]:
 
 def _skipped(looked: Looked, max_skipped: float) -> str:
     if not looked.skipped:
-        return "none"
+        return "none" if looked.images == looked.total else "none of these"
     text = f"{len(looked.skipped)} of {looked.images:,} cannot be used"
     if len(looked.skipped) / looked.images > max_skipped:
         needed = smallest_fraction(len(looked.skipped), looked.images)
