@@ -35,6 +35,7 @@ def main(config: RunConfig) -> None:
         if config.steps is not None:
             step.keys["max_steps"] = config.steps
     check(trainings)
+    make_folder(config.output_dir)  # fails here, not in each step
     if config.push is not None:
         check_push(config.push, license=config.license)  # now, not after hours of training
     steps: list[Callable[[], Step]] = [
@@ -134,7 +135,10 @@ class Progress:
 def stop(title: str, code: int, on_request: bool) -> None:
     """Exits with the exit code of a step. A step that was stopped on request has said so in its last line."""
     if not on_request:
-        advice = "mend what it says above, then start the same command again: what has finished is skipped"
+        advice = (
+            "mend what it says above, then start the same command again: what has finished is skipped; "
+            "a key that `tessella run` does not have goes into the step's own command, above"
+        )
         print(f"{title} ended with exit code {code}; {advice}", file=sys.stderr)
     sys.exit(code)
 

@@ -147,5 +147,7 @@ def evaluation_step(config: RunConfig, gpus: int) -> Step:
 def push_step(config: RunConfig) -> Step:
     """The step that uploads the pipeline."""
     root = Path(config.output_dir)
-    keys = {"folder": str(root / "pipeline"), "hub_model_id": config.push, "license": config.license}
+    keys = {"folder": str(root / "pipeline"), "hub_model_id": config.push}
+    if config.license is not None:
+        keys["license"] = config.license
     return Step("push", None, keys, root / "pipeline")
