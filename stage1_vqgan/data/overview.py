@@ -120,6 +120,11 @@ def data_facts(
     return {name: text for name, text in facts.items() if text}
 
 
+def become(image_size: int, num_channels: int, aspect_ratio: str) -> str:
+    """What the tokenizer gets of every image."""
+    return f"{image_size}×{image_size} ({aspect_ratio}), channels: {num_channels}"
+
+
 def _number(count: int | None) -> str:
     return "an unknown number" if count is None else f"{count:,}"
 

@@ -136,3 +136,4 @@ def test_a_training_says_the_same_first(tiny_runs, capsys, tmp_path):
     assert facts["images"] == "1,437 for training, 360 for validation" and "0 (136), 1 (154)" in facts["classes"]
     assert facts["parameters"] == f"tokenizer {num_trained(model):,}"  # it ends before the discriminator would start
     assert facts["pictures"].startswith(f"{tmp_path / 'run'}/reconstructions")
+    assert re.fullmatch(r"(\d+)×\1 \(crop\), channels: 1", facts["become"])
