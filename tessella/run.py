@@ -1,5 +1,6 @@
 """From a folder of images to a model: `tessella run CONFIG [--key value ...]`."""
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -48,7 +49,9 @@ def main(config: RunConfig) -> None:
     progress = Progress(config, gpus, len(steps))
     for number, describe in enumerate(steps, 1):
         progress.do(number, describe())
-    print(f"\nThe model is in {Path(config.output_dir, 'pipeline')}, metrics and pictures are in {config.output_dir}.")
+    pipeline = str(Path(config.output_dir, "pipeline"))
+    print(f"\nThe model is in {pipeline}, metrics and pictures are in {config.output_dir}.")
+    print(f"More images: tessella generate {shlex.quote(pipeline)} --num_images 16 --grid images.png")
 
 
 class Progress:

@@ -162,7 +162,9 @@ ALL = ["train-tokenizer", "tokenize", "train-prior", "build", "evaluate"]
 def test_a_finished_step_is_skipped(world, capsys):
     assert world.start() == ALL
     assert world.start() == []
-    assert "[1/5] train-tokenizer: done before" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "[1/5] train-tokenizer: done before" in said
+    assert f"tessella generate {world.folder / 'pipeline'} --num_images 16" in said
     (world.folder / "prior" / "train_results.json").unlink()  # then all that follows runs again
     assert world.start() == ["train-prior", "build", "evaluate"]
     assert world.start(size=32) == ALL
