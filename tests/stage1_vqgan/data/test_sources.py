@@ -268,7 +268,11 @@ def test_a_hub_dataset_out_of_reach(streaming):
 
 def test_a_folder_is_opened_without_a_progress_bar(tmp_path, capsys):
     folder = write_folder(tmp_path, {f"{'ab'[n % 2]}/{n}.png": n for n in range(8)})
-    load_images(DataConfig(dataset=folder))
+    datasets.enable_progress_bars()
+    try:
+        load_images(DataConfig(dataset=folder))
+    finally:
+        datasets.disable_progress_bars()
     assert capsys.readouterr().err == ""
 
 
