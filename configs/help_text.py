@@ -55,6 +55,9 @@ def usage(cls: type, command: str) -> str:
 
 def _first_argument(cls: type) -> tuple[str, str]:
     """The argument without a key, and what it means."""
+    words = getattr(cls, "words", None)
+    if words is not None:
+        return words, ""
     key = getattr(cls, "positional", None)
     if key is not None:
         return key.upper(), POSITIONAL.format(name=key.upper(), key=key)

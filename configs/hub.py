@@ -54,17 +54,17 @@ def check_push(repo_id: str, private: bool | None = None, license: str | None = 
 
     api = HfApi()
     try:
-        api.whoami()
-        api.auth_check(api.create_repo(repo_id, private=private, exist_ok=True).repo_id, write=True)
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        message = f"received {repo_id!r}; an upload would fail: {_reason(error)}"
-        raise ConfigError([Problem("hub_model_id", message)], "upload") from error
-    try:
         if license is not None:
             ModelCard(f"---\nlicense: {license}\n---\n").validate()
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         message = f"received {license!r}; {_words_of_hub(error)}"
         raise ConfigError([Problem("license", message)], "upload") from error
+    try:
+        api.whoami()
+        api.auth_check(api.create_repo(repo_id, private=private, exist_ok=True).repo_id, write=True)
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        message = f"received {repo_id!r}; an upload would fail: {_reason(error)}"
+        raise ConfigError([Problem("hub_model_id", message)], "upload") from error
 
 
 def push_run(config: Any, export: Callable[[Path, Path, str], None] | None) -> str:

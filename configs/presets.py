@@ -25,6 +25,8 @@ class PresetsConfig(Section):
     The names of the keys may be left out: `copy own/cpu mine`.
     """
 
+    words = "[list | print NAME | copy NAME PATH]"  # the arguments without keys, in the usage
+
     action: Literal["list", "print", "copy"] = "list"
     name: str | None = None
     path: str | None = None

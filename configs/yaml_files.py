@@ -218,7 +218,8 @@ def _read_text(name: str) -> str:
     if preset in preset_names():
         return preset_text(preset)
     if path.is_dir():
-        advice = f"images are a value of --data.dataset; a CONFIG is a YAML file, or a preset: {_all_presets()}"
+        images = "images are a value of --data.dataset (--data of `tessella run`)"
+        advice = f"{images}; a CONFIG is a YAML file, or a preset: {_all_presets()}"
         raise ConfigError([Problem("", f"is a folder; {advice}")], name)
     raise ConfigError([Problem("", unknown_preset(name, "no file and no preset"))], name)
 

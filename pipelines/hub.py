@@ -222,7 +222,9 @@ def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:
     folder /= inside
     finish_interrupted(folder)
     if not (folder / INDEX_NAME).is_file():
-        raise FileNotFoundError(f"{folder} holds no pipeline: {INDEX_NAME} is missing")
+        below = folder / "pipeline"  # of a run of all steps
+        hint = f"; did you mean {below}?" if (below / INDEX_NAME).is_file() else ""
+        raise FileNotFoundError(f"{folder} holds no pipeline: {INDEX_NAME} is missing{hint}")
     return folder
 
 

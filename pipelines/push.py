@@ -56,7 +56,9 @@ def push(config: PushConfig) -> str:
     source = Path(config.folder)
     if kind_of(source) is None:
         allowed = "must be the folder of a saved pipeline, or of a finished training of a tokenizer or a prior"
-        raise ConfigError([Problem("folder", f"received {config.folder!r}; {allowed}")])
+        below = source / "pipeline"  # of a run of all steps
+        hint = f"; did you mean {below}?" if kind_of(below) else ""
+        raise ConfigError([Problem("folder", f"received {config.folder!r}; {allowed}{hint}")])
     check_push(config.hub_model_id, config.hub_private_repo, config.license)
     with upload_errors(config.folder, config.hub_model_id):
         url = _push(config, source)

@@ -1,5 +1,6 @@
 """From a folder of images to a model: `tessella run CONFIG [--key value ...]`."""
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def main(config: RunConfig) -> None:
         if config.steps is not None:
             step.keys["max_steps"] = config.steps
     check(trainings)
+    make_folder(config.output_dir)  # fails here, not in each step
     if config.push is not None:
         check_push(config.push, license=config.license)  # now, not after hours of training
     steps: list[Callable[[], Step]] = [
@@ -47,7 +49,9 @@ def main(config: RunConfig) -> None:
     progress = Progress(config, gpus, len(steps))
     for number, describe in enumerate(steps, 1):
         progress.do(number, describe())
-    print(f"\nThe model is in {Path(config.output_dir, 'pipeline')}, metrics and pictures are in {config.output_dir}.")
+    pipeline = str(Path(config.output_dir, "pipeline"))
+    print(f"\nThe model is in {pipeline}, metrics and pictures are in {config.output_dir}.")
+    print(f"More images: tessella generate {shlex.quote(pipeline)} --num_images 16 --grid images.png")
 
 
 class Progress:
@@ -134,7 +138,10 @@ class Progress:
 def stop(title: str, code: int, on_request: bool) -> None:
     """Exits with the exit code of a step. A step that was stopped on request has said so in its last line."""
     if not on_request:
-        advice = "mend what it says above, then start the same command again: what has finished is skipped"
+        advice = (
+            "mend what it says above, then start the same command again: what has finished is skipped; "
+            "a key that `tessella run` does not have goes into the step's own command, above"
+        )
         print(f"{title} ended with exit code {code}; {advice}", file=sys.stderr)
     sys.exit(code)
 

@@ -148,5 +148,6 @@ def push_step(config: RunConfig) -> Step:
     """The step that uploads the pipeline."""
     root = Path(config.output_dir)
     keys = {"folder": str(root / "pipeline"), "hub_model_id": config.push}
-    keys |= {} if config.license is None else {"license": config.license}
+    if config.license is not None:
+        keys["license"] = config.license
     return Step("push", None, keys, root / "pipeline")

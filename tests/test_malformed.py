@@ -66,7 +66,11 @@ CASES = {
     "key without dashes": ("stage1", "max_steps=3", {"": "a key begins with two dashes: --max_steps=3"}),
     "no such file": ("stage1", "nowhere.yaml", {"": "no file and no preset is called 'nowhere.yaml'"}),
     "long name": ("stage1", "$folder/" + "x" * 300, {"": "cannot be read: File name too long"}),
-    "folder": ("stage1", "$folder", {"": "is a folder; images are a value of --data.dataset"}),
+    "folder": (
+        "stage1",
+        "$folder",
+        {"": "is a folder; images are a value of --data.dataset (--data of `tessella run`)"},
+    ),
     "not text": ("stage1", "$folder/picture.yaml", {"": "not a text file"}),
     "control character": ("stage1", "$folder/control.yaml", {"": "line 2: a control character"}),
     "tab": ("stage1", "$folder/tab.yaml", {"": "line 2, column 1: a tab; YAML is indented by spaces"}),

@@ -314,6 +314,7 @@ def test_names_and_licenses_are_checked_before_training(hub, author, runs, tmp_p
         train_tokenizer(config)
     with pytest.raises(ConfigError, match=r"license: received 'apache'; \"license\" must be one of"):
         train_tokenizer(replace(config, hub_model_id="me/vqgan", license="apache"))
+    assert "me/vqgan" not in hub.repositories
     with pytest.raises(ConfigError, match=r"hub_model_id: received 'me/a--b'; must be a name on the Hub"):
         train_tokenizer(replace(config, hub_model_id="me/a--b"))
     assert not (tmp_path / "run" / "config.yaml").exists()

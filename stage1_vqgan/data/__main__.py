@@ -43,7 +43,7 @@ def report(config: DataReportConfig) -> None:
     from configs.files import write_png
     from stage1_vqgan.data.contact_sheet import contact_sheet
     from stage1_vqgan.data.dataset import ImageDataset
-    from stage1_vqgan.data.overview import data_facts, look
+    from stage1_vqgan.data.overview import become, data_facts, look
     from stage1_vqgan.data.sources import load_images
     from stage1_vqgan.data.value_range import training_range
     from stage1_vqgan.pretrained import load_tokenizer, recorded_range
@@ -58,9 +58,7 @@ def report(config: DataReportConfig) -> None:
         problem = error
     looked = look(train, config.num_inspected, model.in_channels, value_range)
     facts = data_facts(train, validation, looked, model.image_size, config.data.max_skipped_fraction)
-    facts["become"] = (
-        f"{model.image_size}×{model.image_size} ({config.data.aspect_ratio}), channels: {model.in_channels}"
-    )
+    facts["become"] = become(model.image_size, model.in_channels, config.data.aspect_ratio)
     if model.in_channels > 1 and looked.modes and looked.modes.keys() <= GRAY_MODES:
         facts["become"] += "; these images are gray, so model.in_channels 1 would do"
     if config.contact_sheet is not None:

@@ -105,6 +105,11 @@ def data_facts(
     return {name: text for name, text in facts.items() if text}
 
 
+def become(image_size: int, num_channels: int, aspect_ratio: str) -> str:
+    """What the tokenizer gets of every image."""
+    return f"{image_size}×{image_size} ({aspect_ratio}), channels: {num_channels}"
+
+
 def _number(count: int | None) -> str:
     return "an unknown number" if count is None else f"{count:,}"
 
@@ -162,7 +167,7 @@ def _counted(counter: Counter[str]) -> list[str]:
 
 def _skipped(looked: Looked, max_skipped: float) -> str:
     if not looked.skipped:
-        return "none"
+        return "none" if looked.images == looked.total else "none of these"
     text = f"{len(looked.skipped)} of {looked.images:,} cannot be used"
     if len(looked.skipped) / looked.images > max_skipped:
         needed = smallest_fraction(len(looked.skipped), looked.images)

@@ -59,7 +59,8 @@ def open_hub(config: DataConfig) -> dict[str, Split]:
     try:
         splits = datasets.load_dataset(config.dataset, name=config.dataset_config_name, streaming=config.streaming)
     except Exception as error:  # datasets raises exceptions of many types for a source that it cannot load
-        raise data_problem("dataset", f"{config.dataset!r} cannot be loaded: {reason(error)} ({ALLOWED})") from error
+        nothing_here = f"there is no file or folder {config.dataset!r}, and as a Hub dataset it cannot be loaded"
+        raise data_problem("dataset", f"{nothing_here}: {reason(error)} ({ALLOWED})") from error
     _check_splits(config, splits)
     sizes = {name: len(split) if not config.streaming else _stated_size(split, name) for name, split in splits.items()}
     return {name: Split(split, sizes[name]) for name, split in splits.items()}
@@ -92,14 +93,19 @@ def _beside(metadata: Sequence[Path], root: Path) -> list[Path]:
 def _split_of_paths(images: Sequence[Path], columns: dict[str, list], classes: Sequence[str] | None) -> Split:
     """The split of some image files, with the columns of their lists and their classes."""
     from datasets import ClassLabel, Dataset, Image as ImageFeature
+    from datasets.table import table_cast
 
     data = {"image": [str(image) for image in images]}
     data |= {name: values for name, values in columns.items() if name != "image"}
     if classes is not None:
         labels, names = numbered(classes)
         data["label"] = labels.tolist()
-    dataset = Dataset.from_dict(data).cast_column("image", ImageFeature(decode=False))
-    return Split(dataset if classes is None else dataset.cast_column("label", ClassLabel(names=names)), len(images))
+    dataset = Dataset.from_dict(data)
+    features = dataset.features.copy()
+    features["image"] = ImageFeature(decode=False)
+    if classes is not None:
+        features["label"] = ClassLabel(names=names)
+    return Split(Dataset(table_cast(dataset.data, features.arrow_schema)), len(images))  # `cast` shows a progress bar
 
 
 def _open_lists(config: DataConfig, kind: str, files: Sequence[Path]) -> Split:

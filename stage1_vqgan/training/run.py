@@ -20,7 +20,7 @@ from configs.run_folder import RunFolder
 from configs.stalls import library_timeout, watched_for_stalls
 from stage1_vqgan.data.dataset import ImageBatch, ImageDataset
 from stage1_vqgan.data.loading import evaluation_loader, training_loader
-from stage1_vqgan.data.overview import LOOKED_AT_FIRST, data_facts, look
+from stage1_vqgan.data.overview import LOOKED_AT_FIRST, become, data_facts, look
 from stage1_vqgan.data.samplers import some_images, training_sampler
 from stage1_vqgan.data.skipped import SkippedImages
 from stage1_vqgan.data.sources import Images, load_images
@@ -183,6 +183,7 @@ class Training:
         looked = look(source, LOOKED_AT_FIRST, train_set.num_channels, self.value_range)
         limit = config.data.max_skipped_fraction
         facts = data_facts(source, self.validation_set.source, looked, train_set.image_size, limit)
+        facts["become"] = become(train_set.image_size, train_set.num_channels, config.data.aspect_ratio)
         models = {"tokenizer": self.trainer.model, "discriminator": self.trainer.discriminator}
         device, processes = self.accelerator.device, self.accelerator.num_processes
         print_facts(facts | run_facts(config, device, processes, models, source.num_images, "reconstructions"))

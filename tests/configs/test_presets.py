@@ -38,6 +38,11 @@ def test_the_list_has_the_first_line_of_every_header(capsys, words):
         assert len(header) > 20 and f"# {header.strip()}\n" in (ROOT / f"{name}.yaml").read_text()
 
 
+def test_the_usage_names_the_words(capsys):
+    presets("--help")
+    assert "usage: presets [list | print NAME | copy NAME PATH]" in capsys.readouterr().out
+
+
 def test_print_shows_the_file(capsys):
     presets("print", "own/cpu/stage1")
     assert capsys.readouterr().out == (ROOT / "own/cpu/stage1.yaml").read_text()

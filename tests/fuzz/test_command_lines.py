@@ -1,7 +1,9 @@
 """Argument lists of every command: each is refused in our words, or gives a configuration that can be saved."""
 
+import math
 import os
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
@@ -10,7 +12,7 @@ from unittest import mock
 from transformers import LlamaConfig, TrainingArguments
 
 from configs import ConfigError, load_config, parse_arguments, save_config, to_dict
-from configs.loader import key_of
+from configs.loader import key_of, switches
 from configs.problems import SHOWN_PROBLEMS
 from pipelines.build import BuildConfig
 from pipelines.evaluation.config import EvaluationConfig
@@ -134,9 +136,13 @@ def command_line(number: int) -> tuple[type, list[str]]:
     return kind, arguments
 
 
+def parsed(kind: type, arguments: list[str]) -> tuple:
+    return parse_arguments(arguments, kind.positional, switches(kind))
+
+
 def checked(kind: type, arguments: list[str]) -> Any:
     """What a command does before its work: a configuration, and for stage 2 the arguments of Trainer."""
-    config = load_config(kind, *parse_arguments(arguments, kind.positional))
+    config = load_config(kind, *parsed(kind, arguments))
     if isinstance(config, Stage2Config):
         training_arguments(config)
     return config
@@ -172,8 +178,12 @@ def test_an_argument_list_is_refused_or_gives_what_was_written(numbers, tmp_path
         save_config(found, tmp_path / "config.yaml")
         assert load_config(kind, str(tmp_path / "config.yaml")) == found, arguments
         assert TOKEN not in (tmp_path / "config.yaml").read_text()
-        for key, given in parse_arguments(arguments, kind.positional)[1].items():
+        for key, given in parsed(kind, arguments)[1].items():
             got = to_dict(found)
             for part in key.split("."):
                 got = got.get(part) if isinstance(got, dict) else got
+            if key == "warmup_ratio" and given is not None:
+                given, got = given or 0, found.warmup_steps
+            if re.search("_steps$|_step$|warmup_ratio", key) and type(given) is float and 0 < given < 1:
+                given = math.ceil(given * found.max_steps)  # a share of the run
             assert same(given, got), (arguments, key, given, got)

@@ -18,6 +18,7 @@ from configs.files import write_json
 from configs.staging import SAVED, replaced_files
 from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
+from pipelines.push import PushConfig, push
 from stage1_vqgan import VQGANModel, load_tokenizer
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.training.config import LoraConfig
@@ -36,6 +37,13 @@ print(type(VQGANPipeline.from_pretrained(sys.argv[1], trust_remote_code=True).pr
 def folder(tiny_runs, tmp_path) -> Path:
     """A copy of the tiny pipeline, without checksums."""
     return without_checksums(shutil.copytree(tiny_runs.pipeline, tmp_path / "pipeline"))
+
+
+def test_the_folder_of_a_whole_run_is_a_hint_at_its_pipeline(folder):
+    with pytest.raises(FileNotFoundError, match=f"holds no pipeline: .*; did you mean {folder}"):
+        VQGANPipeline.from_pretrained(folder.parent)
+    with pytest.raises(ConfigError, match=f"folder: received .*; did you mean {folder}"):
+        push(PushConfig(folder=str(folder.parent), hub_model_id="me/model"))
 
 
 def greedy(pipeline: VQGANPipeline) -> torch.Tensor:

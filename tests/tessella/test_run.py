@@ -88,6 +88,9 @@ def test_the_commands_are_those_of_the_command_line():
     assert made[0].command(8).startswith("accelerate launch --multi_gpu --num_machines 1")
     assert "--num_processes 8 -m tessella train-tokenizer digits/stage1" in made[0].command(8)
     assert steps.building_step(config()).command(8).startswith("tessella build --tokenizer out/vqgan")
+    push = "tessella push --folder out/pipeline --hub_model_id me/model"
+    assert steps.push_step(config(push="me/model")).command(0) == push
+    assert steps.push_step(config(push="me/model", license="mit")).command(0) == f"{push} --license mit"
 
 
 def test_mistakes_of_all_steps_are_told_before_the_first():
@@ -159,7 +162,9 @@ ALL = ["train-tokenizer", "tokenize", "train-prior", "build", "evaluate"]
 def test_a_finished_step_is_skipped(world, capsys):
     assert world.start() == ALL
     assert world.start() == []
-    assert "[1/5] train-tokenizer: done before" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "[1/5] train-tokenizer: done before" in said
+    assert f"tessella generate {world.folder / 'pipeline'} --num_images 16" in said
     (world.folder / "prior" / "train_results.json").unlink()  # then all that follows runs again
     assert world.start() == ["train-prior", "build", "evaluate"]
     assert world.start(size=32) == ALL
@@ -184,6 +189,13 @@ def test_a_step_that_fails_ends_the_run_with_its_code_and_goes_on_later(world, c
     assert "[2/5] tokenize ended with exit code 4" in capsys.readouterr().err
     world.codes.clear()
     assert world.start() == ALL[1:]
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_first_step(world):
+    (world.folder / "file").touch()
+    with pytest.raises(FileExistsError):  # a command makes a message of it
+        run.main(config(output_dir=str(world.folder / "file")))
+    assert world.ran == []
 
 
 def test_a_step_that_was_stopped_adds_no_line(world, capsys):

@@ -79,7 +79,8 @@ def test_a_part_of_a_set_is_said_to_be_one(capsys):
     looked = look(train, 20, 1)
     facts = data_facts(train, validation, looked, 16, 0.01)
     assert facts["looked at"] == "20 images, spread evenly over 1,437 training images" and looked.images == 20
-    assert facts["skipped"] == "none" and facts["sizes"] == "8×8 (width×height); 20 smaller than 16, which are enlarged"
+    assert facts["skipped"] == "none of these"
+    assert facts["sizes"] == "8×8 (width×height); 20 smaller than 16, which are enlarged"
 
 
 def test_a_stream_is_not_counted(tmp_path):
@@ -135,3 +136,4 @@ def test_a_training_says_the_same_first(tiny_runs, capsys, tmp_path):
     assert facts["images"] == "1,437 for training, 360 for validation" and "0 (136), 1 (154)" in facts["classes"]
     assert facts["parameters"] == f"tokenizer {num_trained(model):,}"  # it ends before the discriminator would start
     assert facts["pictures"].startswith(f"{tmp_path / 'run'}/reconstructions")
+    assert re.fullmatch(r"(\d+)×\1 \(crop\), channels: 1", facts["become"])

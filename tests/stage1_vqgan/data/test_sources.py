@@ -262,7 +262,18 @@ def test_no_such_source(name):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_hub_dataset_out_of_reach(streaming):
     key, message = problem(dataset="no-such-user/no-such-dataset", streaming=streaming)
-    assert key == "data.dataset" and "cannot be loaded" in message and "a Hub dataset id" in message
+    assert key == "data.dataset" and "there is no file or folder 'no-such-user/no-such-dataset', and" in message
+    assert "cannot be loaded" in message and "a Hub dataset id" in message
+
+
+def test_a_folder_is_opened_without_a_progress_bar(tmp_path, capsys):
+    folder = write_folder(tmp_path, {f"{'ab'[n % 2]}/{n}.png": n for n in range(8)})
+    datasets.enable_progress_bars()
+    try:
+        load_images(DataConfig(dataset=folder))
+    finally:
+        datasets.disable_progress_bars()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("streaming", [False, True])
