@@ -192,7 +192,7 @@ def _stand_ins(
 ) -> Iterator[tuple[int, int, ImageKey]]:
     """For each place of a skipped image: the place of the next decodable image, and the key of another view of it."""
     if not used:
-        listed = "\n".join(f"  {image.name}: {image.reason}" for image in skipped.values())
+        listed = "\n".join(f"  {image.name}: {image.reason}" for image in list(skipped.values())[:3])
         raise UndecodableImage(f"none of the {len(keys)} images of a batch can be decoded:\n{listed}")
     times = Counter[int]()
     for place in skipped:

@@ -8,8 +8,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_wor
 
 from configs.interruption import leave_signals_to_main
 from stage1_vqgan.compat import shared_memory
+from stage1_vqgan.data.config import data_problem
 from stage1_vqgan.data.dataset import ImageBatch, ImageDataset, ImageKey
-from stage1_vqgan.data.decoding import SkippedImage
+from stage1_vqgan.data.decoding import SkippedImage, UndecodableImage
 from stage1_vqgan.data.samplers import EveryImage
 
 # Number of batches that each worker prepares ahead.
@@ -100,6 +101,13 @@ class BatchLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[ImageBatch]:  # type: ignore[override]
+        """Raises a ConfigError if none of the images of a batch can be decoded."""
+        try:
+            yield from self._batches()
+        except UndecodableImage as error:  # of a worker, it carries the worker's traceback
+            raise data_problem("dataset", str(error).rpartition("UndecodableImage: ")[2]) from error
+
+    def _batches(self) -> Iterator[ImageBatch]:
         if not self.num_workers:
             yield from super().__iter__()
             return

@@ -18,6 +18,7 @@ from configs.opening import print_facts, run_facts
 from configs.randomness import seed_from
 from configs.run_folder import RunFolder
 from configs.stalls import library_timeout, watched_for_stalls
+from stage1_vqgan.data.config import data_problem
 from stage1_vqgan.data.dataset import ImageBatch, ImageDataset
 from stage1_vqgan.data.loading import evaluation_loader, training_loader
 from stage1_vqgan.data.overview import LOOKED_AT_FIRST, become, data_facts, look
@@ -181,6 +182,10 @@ class Training:
         """Prints the first lines: what the data hold, and facts about the run."""
         config, source, train_set = self.config, self.train_set.source, self.train_set
         looked = look(source, LOOKED_AT_FIRST, train_set.num_channels, self.value_range)
+        if looked.images == len(looked.skipped) > 0:
+            image = looked.skipped[0]
+            message = f"none of {looked.images} images can be used; {image.name}: {image.reason}"
+            raise data_problem("dataset", message)
         limit = config.data.max_skipped_fraction
         facts = data_facts(source, self.validation_set.source, looked, train_set.image_size, limit)
         facts["become"] = become(train_set.image_size, train_set.num_channels, config.data.aspect_ratio)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from configs import ConfigError
 from stage1_vqgan import (
     AugmentationConfig,
     EncodedImage,
@@ -254,3 +255,11 @@ def test_any_allowed_change_repeats_the_border(angle, scale, shift):
     for sign in (1, -1):
         found = affine(Image.new("L", (16, 16), 200), np.radians(angle), scale, (sign * 16 * shift, 16 * shift))
         assert set(np.asarray(found).flatten()) == {200}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_batch_without_a_decodable_image_is_one_message(num_workers):
+    loader = keyed_loader(with_bad_images(keep_batch_size=True), [ImageKey(0, index) for index in BAD], 3, num_workers)
+    with pytest.raises(ConfigError, match=r"data.dataset: none of the 3 images of a batch") as caught:
+        list(loader)
+    assert "Traceback" not in str(caught.value)

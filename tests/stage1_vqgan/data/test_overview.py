@@ -1,6 +1,7 @@
 """The dry run and the first lines of a training: they say what the data hold."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,3 +138,10 @@ def test_a_training_says_the_same_first(tiny_runs, capsys, tmp_path):
     assert facts["parameters"] == f"tokenizer {num_trained(model):,}"  # it ends before the discriminator would start
     assert facts["pictures"].startswith(f"{tmp_path / 'run'}/reconstructions")
     assert re.fullmatch(r"(\d+)×\1 \(crop\), channels: 1", facts["become"])
+
+
+def test_a_training_without_a_usable_image_ends_at_once(tiny_runs, tmp_path):
+    config = replace(check(tiny_runs.stage1), output_dir=str(tmp_path / "run"), dataloader_num_workers=1)
+    config.model = {**config.model, "in_channels": 5}
+    with pytest.raises(ConfigError, match=r"data.dataset: none of 32 images can be used; .*, but the tokenizer has 5"):
+        train(check(config))
