@@ -3,6 +3,7 @@
 Shape letters: B batch, D code width, h w code grid, K codebook size, N = B·h·w latents.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -47,12 +48,12 @@ class QuantizerOptions:
         yield from ()
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """Maps each latent to one of K codes.
 
     A subclass implements `quantize` (latents → codes) and `entries` (codes → latents), and declares its `Options`. One
-    that learns outside of gradients also overrides `prepare`, `observe` or `update`. All methods compute in float32,
-    even under autocast.
+    that learns outside of gradients also overrides `prepare`, `observe` or `update`; one that gives a latent several
+    codes overrides `grids`. All methods compute in float32, even under autocast.
 
     Args:
         num_embeddings: K.
@@ -61,20 +62,25 @@ class Quantizer(nn.Module):
     """
 
     Options: type[QuantizerOptions] = QuantizerOptions
-    # Whether the entries are points in latent space that k-means may initialize and a restart may move (move_entries).
-    has_codebook = False
 
     def __init__(self, num_embeddings: int, embed_dim: int, options: Any):
         super().__init__()
         self.num_embeddings, self.embed_dim, self.options = num_embeddings, embed_dim, options
 
+    @abstractmethod
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantizes float32 latents `(N, D)`; returns quantized `(N, D)`, int64 codes `(N,)` and the loss, a scalar."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entries(self, codes: Tensor) -> Tensor:
         """The quantized latents that int64 codes `(…)` stand for, float32 `(…, D)`."""
-        raise NotImplementedError
+
+    def grids(self, height: int, width: int) -> tuple[tuple[int, int, int], ...]:
+        """The grids of codes of an image whose latents are `(D, height, width)`, in the order of the flat sequence.
+
+        Each is `(h, w, depth)`: h × w positions in raster order, with `depth` codes each.
+        """
+        return ((height, width, 1),)
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantizes latents `(B, D, h, w)`; see [`QuantizerOutput`]."""
@@ -103,6 +109,36 @@ class Quantizer(nn.Module):
 
     def update(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Called after every optimizer step; `reduce` sums a tensor over processes."""
+
+
+class CodebookQuantizer(Quantizer):
+    """A quantizer whose codes stand for K points in latent space: k-means may place them, and a restart may move them.
+
+    A subclass implements `quantize`, `codebook`, `entry_weights` and `move_entries`.
+    """
+
+    # Whether only the direction of an entry matters: k-means and restarts then stay on the unit sphere.
+    l2_normalize = False
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The entries as `quantize` and the decoder use them, float32 `(K, D)`."""
+
+    @abstractmethod
+    def entry_weights(self) -> list[Tensor]:
+        """The weights with one row for each entry. A restart sets what the optimizer recalls of moved rows to 0."""
+
+    @abstractmethod
+    def move_entries(self, codes: Tensor, rows: Tensor) -> None:
+        """Moves the entries of different int64 codes `(M,)` to `rows` `(M, D)`, and forgets statistics about them."""
+
+    def place_entries(self, centres: Tensor) -> None:
+        """Moves all entries to `centres` `(K, D)`, before the first step."""
+        self.move_entries(torch.arange(self.num_embeddings, device=centres.device), centres)
+
+    def entries(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self.codebook)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 
-from .quantizer_base import Quantizer, QuantizerOutput, nearest_code
+from .quantizer_base import CodebookQuantizer, Quantizer, QuantizerOutput, nearest_code
 from .quantizer_ema import EMAQuantizer
 from .quantizer_fsq import FSQuantizer
 from .quantizer_gumbel import GumbelQuantizer
@@ -79,6 +79,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 __all__ = [
     "QUANTIZERS",
+    "CodebookQuantizer",
     "Quantizer",
     "QuantizerOutput",
     "VectorQuantizer",

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.quantizers import VectorQuantizer, nearest_code
+from stage1_vqgan.quantizers import CodebookQuantizer, nearest_code
 from stage1_vqgan.reconstruction import codebook_perplexity, codebook_usage
 
 
@@ -65,14 +65,20 @@ def initialise_codebook(
         accelerator: gathers the latents.
         seed: seed of k-means.
     """
-    quantizers = cast(VectorQuantizer, model.quantize), cast(VectorQuantizer, average.quantize)
+    quantizers = codebook_of(model), codebook_of(average)
     # Gather batch by batch, so that the order of the latents does not depend on the number of processes.
     latents = torch.cat([accelerator.gather(latent_rows(average.encode(images).latents)) for images in batches])
-    num_codes = model.config.num_embeddings
-    centres = kmeans(latents, num_codes, quantizers[0].l2_normalize, seed)
+    centres = kmeans(latents, model.config.num_embeddings, quantizers[0].l2_normalize, seed)
     centres = broadcast(centres)  # sums on two GPUs can differ by rounding
     for quantizer in quantizers:
-        quantizer.move_entries(torch.arange(num_codes, device=centres.device), centres)
+        quantizer.place_entries(centres)
+
+
+def codebook_of(model: VQGANModel) -> CodebookQuantizer:
+    """The model's quantizer, which must have a codebook."""
+    quantizer = model.quantize
+    assert isinstance(quantizer, CodebookQuantizer), f"{type(quantizer).__name__} has no entries to move"
+    return quantizer
 
 
 def latent_rows(latents: Tensor | None) -> Tensor:
@@ -120,8 +126,8 @@ class CodebookMonitor(nn.Module):
     @torch.no_grad()
     def restart(
         self,
-        quantizer: VectorQuantizer,
-        average: VectorQuantizer,
+        quantizer: CodebookQuantizer,
+        average: CodebookQuantizer,
         optimizer: torch.optim.Optimizer,
         latents: Tensor,
         reduce: Callable[[Tensor], Tensor],
@@ -152,10 +158,10 @@ class CodebookMonitor(nn.Module):
             order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
             dead = dead[: len(candidates)]
             rows = candidates[order[: len(dead)].to(candidates.device)]
-            weight = quantizer.embedding.weight
             for moved in (quantizer, average):
                 moved.move_entries(dead, rows)
-            for value in optimizer.state.get(weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
-                    value[dead] = 0
+            for weight in quantizer.entry_weights():
+                for value in optimizer.state.get(weight, {}).values():
+                    if isinstance(value, Tensor) and value.shape == weight.shape:
+                        value[dead] = 0
         return torch.tensor(float(len(dead)), device=latents.device)

@@ -16,7 +16,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from configs.randomness import seed_from
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.training.codebook import CodebookMonitor, latent_rows
+from stage1_vqgan.quantizers import CodebookQuantizer
+from stage1_vqgan.training.codebook import CodebookMonitor, codebook_of, latent_rows
 from stage1_vqgan.training.components import (
     build_perceptual,
     build_tokenizer,
@@ -74,7 +75,7 @@ class VQGANTrainer:
     @property
     def codebook_is_trained(self) -> bool:
         """Whether the quantizer has codebook entries that k-means may initialise and that may be restarted."""
-        return self.model.quantize.has_codebook and not self.config.codes_are_frozen
+        return isinstance(self.model.quantize, CodebookQuantizer) and not self.config.codes_are_frozen
 
     def step(self, images: Tensor, micro_step: int) -> dict[str, Tensor]:
         """One forward of the generator, then one update of the generator and one of the discriminator.
@@ -226,8 +227,8 @@ class VQGANTrainer:
         if not self.codebook_is_trained or not interval or step % interval or is_last:
             return {}
         restarted = self.monitor.restart(
-            cast(Any, self.model.quantize),
-            cast(Any, self.average.quantize),
+            codebook_of(self.model),
+            codebook_of(self.average),
             self.optimizer.optimizer,
             latent_rows(latents.detach()),
             self._sum,
