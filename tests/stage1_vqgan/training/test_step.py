@@ -364,7 +364,7 @@ def test_dead_codes_restart_at_the_interval():
 
 def test_restarted_codes_come_from_all_batches_of_the_step():
     accelerator = Accelerator(gradient_accumulation_steps=4)
-    changes = {"gradient_accumulation_steps": 4, "codebook.restart_interval": 1}
+    changes = {"gradient_accumulation_steps": 4, "codebook.restart_interval": 1, "learning_rate": 1e-12}
     trainer = VQGANTrainer(make_config(**changes), accelerator)
     trainer.set_learning_rate(0)
     weight = trainer.model.quantize.embedding.weight
