@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .quantizer_base import entropy, mean_over_processes, straight_through, unit_length
+from .quantizer_base import entropy, mean_over_processes, unit_length
 from .quantizer_lfq import LFQuantizer, LFQuantizerOptions
 
 
@@ -38,7 +38,8 @@ class BSQuantizer(LFQuantizer):
         loss = self.options.commitment_cost * (u - corners).square().sum(1).mean()
         if self.options.entropy_weight and self.training:
             loss = loss + self.options.entropy_weight * self.entropy_loss(u)
-        return straight_through(u, corners), codes, loss
+        # straight-through on the signs, so the gradient is multiplied by 1/√D like the signs
+        return corners + (u - u.detach()) / self.embed_dim**0.5, codes, loss
 
     def entries(self, codes: Tensor) -> Tensor:
         return super().entries(codes) / self.embed_dim**0.5
