@@ -3,6 +3,7 @@
 Shape letters: B batch, D code width, h w code grid, K codebook size, N = B·h·w latents.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, distributed, nn
+from torch.utils.checkpoint import checkpoint
 
 # Number of scores (latents × entries) that the search computes at once. On a CPU they fit in the cache of a core; other
 # devices need more parallel work.
 CPU_SCORES, DEVICE_SCORES = 2**20, 2**27
+# The same for a softmax over all entries with its gradient, which needs several tensors of this size.
+SOFTMAX_SCORES = 2**22
 
 
 @dataclass
@@ -47,12 +51,12 @@ class QuantizerOptions:
         yield from ()
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """Maps each latent to one of K codes.
 
     A subclass implements `quantize` (latents → codes) and `entries` (codes → latents), and declares its `Options`. One
-    that learns outside of gradients also overrides `prepare`, `observe` or `update`. All methods compute in float32,
-    even under autocast.
+    that learns outside of gradients also overrides `prepare`, `observe` or `update`; one that gives a latent several
+    codes overrides `grids`. All methods compute in float32, even under autocast.
 
     Args:
         num_embeddings: K.
@@ -61,20 +65,25 @@ class Quantizer(nn.Module):
     """
 
     Options: type[QuantizerOptions] = QuantizerOptions
-    # Whether the entries are points in latent space that k-means may initialize and a restart may move (move_entries).
-    has_codebook = False
 
     def __init__(self, num_embeddings: int, embed_dim: int, options: Any):
         super().__init__()
         self.num_embeddings, self.embed_dim, self.options = num_embeddings, embed_dim, options
 
+    @abstractmethod
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantizes float32 latents `(N, D)`; returns quantized `(N, D)`, int64 codes `(N,)` and the loss, a scalar."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entries(self, codes: Tensor) -> Tensor:
         """The quantized latents that int64 codes `(…)` stand for, float32 `(…, D)`."""
-        raise NotImplementedError
+
+    def grids(self, height: int, width: int) -> tuple[tuple[int, int, int], ...]:
+        """The grids of codes of an image whose latents are `(D, height, width)`, in the order of the flat sequence.
+
+        Each is `(h, w, depth)`: h × w positions in raster order, with `depth` codes each.
+        """
+        return ((height, width, 1),)
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantizes latents `(B, D, h, w)`; see [`QuantizerOutput`]."""
@@ -105,6 +114,36 @@ class Quantizer(nn.Module):
         """Called after every optimizer step; `reduce` sums a tensor over processes."""
 
 
+class CodebookQuantizer(Quantizer):
+    """A quantizer whose codes stand for K points in latent space: k-means may place them, and a restart may move them.
+
+    A subclass implements `quantize`, `codebook`, `entry_weights` and `move_entries`.
+    """
+
+    # Whether only the direction of an entry matters: k-means and restarts then stay on the unit sphere.
+    l2_normalize = False
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The entries as `quantize` and the decoder use them, float32 `(K, D)`."""
+
+    @abstractmethod
+    def entry_weights(self) -> list[Tensor]:
+        """The weights with one row for each entry. A restart sets what the optimizer recalls of moved rows to 0."""
+
+    @abstractmethod
+    def move_entries(self, codes: Tensor, rows: Tensor) -> None:
+        """Moves the entries of different int64 codes `(M,)` to `rows` `(M, D)`, and forgets statistics about them."""
+
+    def place_entries(self, centres: Tensor) -> None:
+        """Moves all entries to `centres` `(K, D)`, before the first step."""
+        self.move_entries(torch.arange(self.num_embeddings, device=centres.device), centres)
+
+    def entries(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self.codebook)
+
+
 @torch.no_grad()
 def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
     """Index of the codebook entry nearest to each latent in squared distance.
@@ -122,12 +161,18 @@ def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
     """
     latents, codebook = latents.float(), codebook.float()
     queries = F.pad(latents, (0, 1), value=1.0)
-    entries = torch.cat([codebook, -0.5 * codebook.square().sum(1, keepdim=True)], dim=1)
+    return most_similar_code(queries, torch.cat([codebook, -0.5 * codebook.square().sum(1, keepdim=True)], dim=1))
+
+
+@torch.no_grad()
+def most_similar_code(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the codebook entry with the largest inner product with each latent; otherwise like `nearest_code`."""
+    latents, codebook = latents.float(), codebook.float()
     num_scores = CPU_SCORES if latents.device.type == "cpu" else DEVICE_SCORES
-    chunks = queries.split(max(1, num_scores // len(codebook)))
-    scores = queries.new_empty(len(chunks[0]), len(codebook))
+    chunks = latents.split(max(1, num_scores // len(codebook)))
+    scores = latents.new_empty(len(chunks[0]), len(codebook))
     # on a CPU, max is twice as fast as argmax
-    return torch.cat([torch.mm(chunk, entries.T, out=scores[: len(chunk)]).max(1).indices for chunk in chunks])
+    return torch.cat([torch.mm(chunk, codebook.T, out=scores[: len(chunk)]).max(1).indices for chunk in chunks])
 
 
 def straight_through(z: Tensor, quantized: Tensor) -> Tensor:
@@ -136,6 +181,37 @@ def straight_through(z: Tensor, quantized: Tensor) -> Tensor:
     Source: Bengio et al. 2013, "Estimating or propagating gradients through stochastic neurons".
     """
     return z + (quantized - z).detach()
+
+
+def in_chunks(function: Callable[..., tuple[Tensor, ...]], z: Tensor, codebook: Tensor) -> list[tuple[Tensor, ...]]:
+    """The results of `function(rows, codebook)` for chunks of latents `(N, D)`, without an N × K matrix in memory.
+
+    The intermediate results of a chunk are freed, and computed again in the backward pass.
+    """
+    chunks = z.split(max(1, SOFTMAX_SCORES // len(codebook)))
+    return [checkpoint(function, rows, codebook, use_reentrant=False, preserve_rng_state=False) for rows in chunks]
+
+
+def entropy_loss(z: Tensor, codebook: Tensor, logits: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Mean over latents of the entropy of their softmax over codes, minus the entropy of the mean softmax of the
+    batch of all processes; a scalar in [-ln K, ln K].
+
+    Args:
+        z: `(N, D)`.
+        codebook: `(K, D)`.
+        logits: rows `(n, D)` and the codebook → logits `(n, K)` of the softmax.
+
+    Source: Jansen et al. 2019, "Coincidence, categorization, and consolidation"; Yu et al. 2024, "Language model
+    beats diffusion", equation 5.
+    """
+
+    def sums(rows: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
+        probabilities = logits(rows, codebook).softmax(1)
+        return entropy(probabilities).sum(), probabilities.sum(0)
+
+    parts = in_chunks(sums, z, codebook)
+    mean_entropy, mean_softmax = (sum(part) / len(z) for part in zip(*parts, strict=True))
+    return mean_entropy - entropy(mean_over_processes(mean_softmax))
 
 
 def entropy(probabilities: Tensor) -> Tensor:

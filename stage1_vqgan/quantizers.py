@@ -12,20 +12,26 @@ from typing import Any, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 
-from .quantizer_base import Quantizer, QuantizerOutput, nearest_code
+from .quantizer_base import CodebookQuantizer, Quantizer, QuantizerOutput, nearest_code
+from .quantizer_bsq import BSQuantizer
 from .quantizer_ema import EMAQuantizer
 from .quantizer_fsq import FSQuantizer
 from .quantizer_gumbel import GumbelQuantizer
+from .quantizer_ibq import IBQuantizer
 from .quantizer_lfq import LFQuantizer
+from .quantizer_simvq import SimVQuantizer
 from .quantizer_vq import VectorQuantizer
 
 # `VQGANConfig.quantizer` → class.
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "vq": VectorQuantizer,
     "ema": EMAQuantizer,
+    "simvq": SimVQuantizer,
+    "ibq": IBQuantizer,
     "gumbel": GumbelQuantizer,
     "fsq": FSQuantizer,
     "lfq": LFQuantizer,
+    "bsq": BSQuantizer,
 }
 
 
@@ -79,6 +85,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 __all__ = [
     "QUANTIZERS",
+    "CodebookQuantizer",
     "Quantizer",
     "QuantizerOutput",
     "VectorQuantizer",

@@ -13,9 +13,9 @@ from accelerate import Accelerator, PartialState
 
 from configs import load_config
 from stage1_vqgan import Stage1Config
-from stage1_vqgan.quantizers import VectorQuantizer, build_quantizer
+from stage1_vqgan.quantizers import CodebookQuantizer, build_quantizer
 from stage1_vqgan.training import components, run as stage1
-from stage1_vqgan.training.codebook import CodebookMonitor, kmeans, latent_rows
+from stage1_vqgan.training.codebook import Candidates, CodebookMonitor, kmeans, latent_rows
 from stage1_vqgan.training.config import LossConfig
 from stage1_vqgan.training.run import Training
 from stage1_vqgan.training.step import VQGANTrainer
@@ -181,9 +181,9 @@ def run_quantizer(folder: Path, name: str, codes: int, width: int, options: dict
     def reduce(value: torch.Tensor) -> torch.Tensor:
         return accelerator.reduce(value.clone(), "sum")
 
-    if isinstance(quantizer, VectorQuantizer):
+    if isinstance(quantizer, CodebookQuantizer):
         centres = kmeans(latent_rows(everything[0]), codes, quantizer.l2_normalize, seed=0)
-        quantizer.move_entries(torch.arange(codes), centres)
+        quantizer.place_entries(centres)
     restarted = 0
     for step, z in enumerate(latents):
         quantizer.prepare(step / 50, seeds[share])
@@ -195,9 +195,10 @@ def run_quantizer(folder: Path, name: str, codes: int, width: int, options: dict
             optimizer.step()
             optimizer.zero_grad()
         quantizer.update(reduce)
-        if isinstance(quantizer, VectorQuantizer) and step % 5 == 4:
-            arguments = (quantizer, quantizer, optimizer, latent_rows(z), reduce, accelerator.gather)
-            restarted += int(monitor.restart(*arguments, seed=step))
+        if isinstance(quantizer, CodebookQuantizer) and step % 5 == 4:
+            candidates = Candidates(codes)
+            candidates.add(accelerator.gather(latent_rows(z)), seed=step)
+            restarted += int(monitor.restart(quantizer, quantizer, optimizer, candidates.rows(), reduce))
     leave(folder, f"quantizer {name} {'-'.join(options)}", {**quantizer.state_dict(), "restarted": restarted})
 
 

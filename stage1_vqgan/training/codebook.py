@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.quantizers import VectorQuantizer, nearest_code
+from stage1_vqgan.quantizers import CodebookQuantizer, nearest_code
 from stage1_vqgan.reconstruction import codebook_perplexity, codebook_usage
 
 
@@ -65,19 +65,64 @@ def initialise_codebook(
         accelerator: gathers the latents.
         seed: seed of k-means.
     """
-    quantizers = cast(VectorQuantizer, model.quantize), cast(VectorQuantizer, average.quantize)
+    quantizers = codebook_of(model), codebook_of(average)
     # Gather batch by batch, so that the order of the latents does not depend on the number of processes.
     latents = torch.cat([accelerator.gather(latent_rows(average.encode(images).latents)) for images in batches])
-    num_codes = model.config.num_embeddings
-    centres = kmeans(latents, num_codes, quantizers[0].l2_normalize, seed)
+    centres = kmeans(latents, model.config.num_embeddings, quantizers[0].l2_normalize, seed)
     centres = broadcast(centres)  # sums on two GPUs can differ by rounding
     for quantizer in quantizers:
-        quantizer.move_entries(torch.arange(num_codes, device=centres.device), centres)
+        quantizer.place_entries(centres)
+
+
+def codebook_of(model: VQGANModel) -> CodebookQuantizer:
+    """The model's quantizer, which must have a codebook."""
+    quantizer = model.quantize
+    assert isinstance(quantizer, CodebookQuantizer), f"{type(quantizer).__name__} has no entries to move"
+    return quantizer
 
 
 def latent_rows(latents: Tensor | None) -> Tensor:
     """Latents `(B, D, h, w)` as rows `(B·h·w, D)`."""
     return rearrange(cast(Tensor, latents), "B D h w -> (B h w) D")
+
+
+class Candidates:
+    """A random sample of the latents of the batches since the last optimizer step; a restart moves entries onto them.
+
+    Call `add` for every batch of a step that ends with a restart. The sample is empty after `rows`, so a checkpoint
+    between two steps holds none of it.
+
+    Args:
+        most: number of latents that are kept at most; K is enough for every restart.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self._draws: Tensor | None = None
+        self._rows: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, latents: Tensor, seed: int) -> None:
+        """Adds the latents of a batch. Each draws a number, and the `most` latents with the lowest numbers stay.
+
+        Args:
+            latents: `(N, D)` of all processes, in the order of their ranks:
+                `accelerator.gather(latent_rows(out.latents.detach()))`. So the sample does not depend on the number of
+                processes, and is the same on each.
+            seed: seed of the draws, another one for each batch: `seed_from(config.seed, micro_step)`.
+        """
+        draws = torch.rand(len(latents), generator=torch.Generator().manual_seed(seed)).to(latents.device)
+        rows = latents.float()
+        if self._draws is not None and self._rows is not None:
+            draws, rows = torch.cat([self._draws, draws]), torch.cat([self._rows, rows])
+        order = draws.argsort(stable=True)[: self.most]
+        self._draws, self._rows = draws[order], rows[order]
+
+    def rows(self) -> Tensor:
+        """The sample in random order, float32 `(≤ most, D)`; the next batch begins a new one."""
+        assert self._rows is not None, "no batch was added"
+        rows, self._draws, self._rows = self._rows, None, None
+        return rows
 
 
 class CodebookMonitor(nn.Module):
@@ -120,42 +165,37 @@ class CodebookMonitor(nn.Module):
     @torch.no_grad()
     def restart(
         self,
-        quantizer: VectorQuantizer,
-        average: VectorQuantizer,
+        quantizer: CodebookQuantizer,
+        average: CodebookQuantizer,
         optimizer: torch.optim.Optimizer,
-        latents: Tensor,
+        candidates: Tensor,
         reduce: Callable[[Tensor], Tensor],
-        gather: Callable[[Tensor], Tensor],
-        seed: int,
     ) -> Tensor:
-        """Moves every code that was not used since the last restart onto a random latent.
+        """Moves the entry of every code that was not used since the last restart onto a latent.
 
         Call it after the optimizer step.
 
         Args:
             quantizer, average: the quantizer in training and its moving average; both get the new entries.
             optimizer: the moments of the moved entries are set to 0.
-            latents: `(N, D)` of this process's batch.
+            candidates: latents `(N, D)` in random order, the same on all processes, see [`Candidates`]. The first code
+                takes the first of them; if there are fewer than unused codes, the last codes stay.
             reduce: sums over processes.
-            gather: concatenates over processes, in the order of their ranks.
-            seed: seed of the choice of latents.
 
         Returns:
             Number of moved codes, a scalar.
         """
         dead = (reduce(self.recent) == 0).nonzero().flatten()
         self.recent = torch.zeros_like(self.recent)
+        rows = candidates[: len(dead)]
+        if quantizer.l2_normalize:
+            rows = F.normalize(rows, dim=-1)
+        dead = dead[: len(rows)]
         if len(dead):
-            candidates = gather(latents.float())
-            if quantizer.l2_normalize:
-                candidates = F.normalize(candidates, dim=-1)
-            order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
-            dead = dead[: len(candidates)]
-            rows = candidates[order[: len(dead)].to(candidates.device)]
-            weight = quantizer.embedding.weight
             for moved in (quantizer, average):
                 moved.move_entries(dead, rows)
-            for value in optimizer.state.get(weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
-                    value[dead] = 0
-        return torch.tensor(float(len(dead)), device=latents.device)
+            for weight in quantizer.entry_weights():
+                for value in optimizer.state.get(weight, {}).values():
+                    if isinstance(value, Tensor) and value.shape == weight.shape:
+                        value[dead] = 0
+        return torch.tensor(float(len(dead)), device=candidates.device)

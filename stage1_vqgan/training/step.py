@@ -16,7 +16,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from configs.randomness import seed_from
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.training.codebook import CodebookMonitor, latent_rows
+from stage1_vqgan.quantizers import CodebookQuantizer
+from stage1_vqgan.training.codebook import Candidates, CodebookMonitor, codebook_of, latent_rows
 from stage1_vqgan.training.components import (
     build_perceptual,
     build_tokenizer,
@@ -48,6 +49,7 @@ class VQGANTrainer:
         discriminator, discriminator_optimizer: None if the run has no discriminator.
         perceptual: LPIPS; None if its weight is 0.
         monitor: counts how often each code is used.
+        candidates: latents of this step, onto which it may move unused codes.
         anchors: moving averages of the discriminator's logits, for LeCam's penalty.
     """
 
@@ -64,6 +66,7 @@ class VQGANTrainer:
         self.discriminator, self.discriminator_optimizer = prepare_discriminator(channels, config, accelerator)
         self.adversarial = ADVERSARIAL_LOSSES[config.loss.adversarial_type]
         self.monitor = CodebookMonitor(model.config.num_embeddings, accelerator.device)
+        self.candidates = Candidates(model.config.num_embeddings)
         self.anchors = LecamAnchors(accelerator.device)
 
     @property
@@ -74,7 +77,7 @@ class VQGANTrainer:
     @property
     def codebook_is_trained(self) -> bool:
         """Whether the quantizer has codebook entries that k-means may initialise and that may be restarted."""
-        return self.model.quantize.has_codebook and not self.config.codes_are_frozen
+        return isinstance(self.model.quantize, CodebookQuantizer) and not self.config.codes_are_frozen
 
     def step(self, images: Tensor, micro_step: int) -> dict[str, Tensor]:
         """One forward of the generator, then one update of the generator and one of the discriminator.
@@ -130,10 +133,15 @@ class VQGANTrainer:
             self.monitor.update(out.codes)
             if not self.config.codes_are_frozen:
                 quantizer.observe(out.latents, out.codes)
+            restarts = self._restarts_codes_after(step + 1)
+            if restarts:
+                latents = self.accelerator.gather(latent_rows(out.latents.detach()))
+                self.candidates.add(latents, seed_from(self.config.seed, micro_step))
             if self.accelerator.sync_gradients:
                 quantizer.update(self._sum)
                 self._update_average(step)
-                metrics |= self._restart_dead_codes(out.latents, step + 1)
+                if restarts:
+                    metrics |= self._restart_dead_codes()
         metrics |= {f"loss/{name}": term for name, term in terms.items()}
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -219,20 +227,22 @@ class VQGANTrainer:
         for average, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
             average.copy_(buffer)
 
-    def _restart_dead_codes(self, latents: Tensor, step: int) -> dict[str, Tensor]:
-        """Moves unused codes onto latents, every `restart_interval` steps."""
+    def _restarts_codes_after(self, step: int) -> bool:
+        """Whether unused codes are moved after this number of steps: every `restart_interval` steps.
+
+        Not after the last step, because the decoder would never train on moved codes.
+        """
         interval = self.config.codebook.restart_interval
-        is_last = step == self.config.max_steps  # skip the last step: the decoder would never train on moved codes
-        if not self.codebook_is_trained or not interval or step % interval or is_last:
-            return {}
+        return bool(self.codebook_is_trained and interval and step % interval == 0 and step < self.config.max_steps)
+
+    def _restart_dead_codes(self) -> dict[str, Tensor]:
+        """Moves unused codes onto latents of this step."""
         restarted = self.monitor.restart(
-            cast(Any, self.model.quantize),
-            cast(Any, self.average.quantize),
+            codebook_of(self.model),
+            codebook_of(self.average),
             self.optimizer.optimizer,
-            latent_rows(latents.detach()),
+            self.candidates.rows(),
             self._sum,
-            self.accelerator.gather,
-            seed=seed_from(self.config.seed, step),
         )
         return {"codebook/restarted": restarted}
 
