@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from configs import load_config
 from stage1_vqgan import Stage1Config
-from stage1_vqgan.quantizers import Quantizer
+from stage1_vqgan.quantizers import build_quantizer
 from stage1_vqgan.training.discriminator import PatchDiscriminator
 from stage1_vqgan.training.losses import GENERATOR_LOSSES
 from stage1_vqgan.training.step import VQGANTrainer
@@ -35,7 +35,7 @@ class StoredGenerator(nn.Module):
         self.decoder.conv_out = nn.Conv2d(8, 3, 3, padding=1, bias=False)
         self.decoder.conv_out.weight.data = golden["io.last_layer"].clone()
         self.codebook_loss = nn.Parameter(golden["io.codebook_loss"].clone())
-        self.quantize = Quantizer(num_embeddings=2, embed_dim=1, options=None)
+        self.quantize = build_quantizer("lfq", 2, 1, {})  # it has no weights
 
     def forward(self, images: Tensor) -> Any:
         return SimpleNamespace(
