@@ -26,6 +26,7 @@ from configs.sections import (
 from configs.values import read_value
 from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.data.config import DataConfig
+from stage1_vqgan.evaluation.config import TrainingMetricsConfig
 
 if TYPE_CHECKING:
     from stage1_vqgan.configuration_vqgan import VQGANConfig
@@ -142,6 +143,7 @@ class Stage1Config(TrainingConfig):
     loss: LossConfig = field(default_factory=LossConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    metrics: TrainingMetricsConfig = field(default_factory=TrainingMetricsConfig)
     channels_last: bool = True
     torch_compile: bool = False
     num_sample_images: Annotated[int, Ge(1), MOST_PICTURES] = 8
