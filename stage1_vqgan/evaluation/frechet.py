@@ -49,7 +49,7 @@ class Moments:
 
 
 def fitted(sums: Tensor) -> Gaussian:
-    """The Gaussian of the features whose `Moments.sums` are given. The sums of several processes may be added before."""
+    """The Gaussian of the features whose `Moments.sums` are given; those of several processes may be added."""
     sums = sums.cpu()
     count = sums[0, 0]
     mean = sums[0, 1:] / count

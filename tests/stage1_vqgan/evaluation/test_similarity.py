@@ -1,4 +1,4 @@
-"""MS-SSIM, compared with stored numbers of another implementation. tests/stage1_vqgan/test_reconstruction.py has SSIM."""
+"""MS-SSIM, compared with stored numbers of another implementation."""
 
 import pytest
 import torch
