@@ -45,7 +45,7 @@ MODEL: dict[str, Any] = {
     "base_channels": 16,
     "channel_multiplier": [1, 2, 2],
     "num_res_blocks": 1,
-    "attn_resolutions": [],
+    "attn_levels": [],
     "norm_num_groups": 8,
     "latent_channels": 32,
     "num_embeddings": 1024,

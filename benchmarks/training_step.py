@@ -47,7 +47,6 @@ class Setting(NamedTuple):
 NARROW: dict[str, Any] = {
     "model.image_size": 64,
     "model.base_channels": 32,
-    "model.attn_resolutions": [4],
     "model.latent_channels": 64,
     "model.num_embeddings": 1024,
     "bf16": False,

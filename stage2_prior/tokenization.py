@@ -7,6 +7,7 @@ write the manifest.
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,7 @@ def _tell(config: Stage2Config, model: VQGANModel, train: Images, validation: Im
     tokenizer, limit = model.config, config.data.max_skipped_fraction
     looked = look(train, LOOKED_AT_FIRST, tokenizer.in_channels, trained_range(config.data, config.tokenizer))
     facts = data_facts(train, validation, looked, tokenizer.image_size, limit)
-    facts["codes"] = (
-        f"{tokenizer.grid_size**2:,} of each image, out of {tokenizer.num_embeddings:,}; views of an image: "
-    )
+    facts["codes"] = f"{prod(tokenizer.grid):,} of each image, out of {tokenizer.num_embeddings:,}; views of an image: "
     facts["codes"] += str(config.num_views)
     facts["device"] = str(model.device)
     print_facts(facts | {"tokenizer": config.tokenizer, "code store": config.code_store})
@@ -218,7 +217,7 @@ def _token_layout(model: VQGANModel, class_names: list[str]) -> TokenLayout:
     return TokenLayout(
         num_codes=model.config.num_embeddings,
         class_names=tuple(class_names),
-        grid=(model.config.grid_size, model.config.grid_size),
+        grid=model.config.grid,
         downsampling_factor=model.config.downsampling_factor,
         tokenizer_fingerprint=str(model.config.fingerprint),
     )

@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from itertools import islice
+from math import prod
 from pathlib import Path
 
 import torch
@@ -264,7 +265,7 @@ class Training:
         scalars = interval.means() | self.trainer.codebook_statistics()
         scalars |= {"learning_rate": learning_rate, "images_per_second": interval.images_per_second}
         model = self.trainer.average.config
-        num_codes_used = interval.images * model.grid_size**2
+        num_codes_used = interval.images * prod(model.grid)
         self.health.warn_of_problems(scalars, interval.collected, num_codes_used, model.num_embeddings)
         reporter.show({name: scalars[f"loss/{name}"] for name in SHOWN_TERMS if f"loss/{name}" in scalars})
         reporter.scalars(scalars, self.step)
