@@ -76,6 +76,11 @@ def figure_of(network: str) -> str:
     return network if network.startswith(("lpips/", "stlpips/")) else f"frechet_distance/{network}"
 
 
+def is_frechet_distance(figure: str) -> bool:
+    """Whether a figure is a Frechet distance, by its name."""
+    return figure == "rfid" or figure.startswith("frechet_distance/")
+
+
 def perceptual_metric(name: str, device: torch.device) -> tuple[NewMetric, int]:
     """The mean perceptual distance of an image and its reconstruction; and the smallest side of an image.
 

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib import metadata
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from configs import ConfigError
 from configs.files import make_folder, write_json, write_png
 from configs.versions import PACKAGE, own_version
 from stage1_vqgan.data.dataset import ImageDataset
@@ -21,7 +23,7 @@ from stage1_vqgan.data.samplers import some_images
 from stage1_vqgan.data.skipped import SkippedImages
 from stage1_vqgan.data.sources import load_images
 from stage1_vqgan.evaluation.config import ReconstructionConfig
-from stage1_vqgan.evaluation.networks import network_metrics
+from stage1_vqgan.evaluation.networks import is_frechet_distance, network_metrics
 from stage1_vqgan.evaluation.similarity import MS_SSIM_SMALLEST, SSIM_WINDOW
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
 from stage1_vqgan.modeling_vqgan import VQGANModel
@@ -34,6 +36,10 @@ METRICS_NAME, PICTURE_NAME = "metrics.json", "reconstructions.png"
 LIBRARIES = ("torch", "torchvision", "pillow", "transformers", "timm", "torch-fidelity", "lpips")
 # A Frechet distance of fewer images says little: the covariance of n images has at most rank n - 1.
 FEW_IMAGES = 2048
+SMALL = {
+    "ssim": f"it needs images of {SSIM_WINDOW} pixels",
+    "ms_ssim": f"it needs images of {MS_SSIM_SMALLEST} pixels",
+}
 FEW = "{count:,} images are few for a Frechet distance: compare it only with one of as many images, of the same data"
 
 
@@ -50,28 +56,35 @@ def evaluate(config: ReconstructionConfig) -> dict[str, Any]:
         ConfigError: the tokenizer or the images cannot be loaded, or there is no network of that name.
     """
     state = PartialState()
-    model = load_tokenizer(
-        config.model, "model", **({} if config.image_size is None else {"image_size": config.image_size})
-    )
-    model.to(state.device)  # type: ignore[arg-type]
+    model = loaded(config).to(state.device)  # type: ignore[arg-type]
     dataset = split_of(config, model)
     with state.local_main_process_first():  # it downloads, and the others find the files
-        networks = network_metrics(config.metrics, (dataset.image_size, dataset.image_size), state.device)
+        networks = network_metrics(config.metrics, model.config.image_shape, state.device)
     if state.is_main_process:
         for figure, reason in networks.left_out.items():
             print(f"{figure} is left out: {reason}", file=sys.stderr)
     figures = measured(config, model, dataset, [new() for new in networks.new])
-    small = {"ssim": SSIM_WINDOW, "ms_ssim": MS_SSIM_SMALLEST}
-    left_out = networks.left_out | {
-        name: f"it needs images of {least} pixels" for name, least in small.items() if name not in figures
-    }
-    found = figures | {"left_out": left_out, "setup": setup(config, model, dataset)}
+    left_out = networks.left_out | {name: reason for name, reason in SMALL.items() if name not in figures}
+    found = figures | {"left_out": left_out, "setup": setup(config, model)}
     if state.is_main_process:
-        if figures["images"] < FEW_IMAGES and networks.new:
+        if figures["images"] < FEW_IMAGES and any(map(is_frechet_distance, figures)):
             print(FEW.format(count=figures["images"]), file=sys.stderr)
         print(json.dumps(found, indent=2))
         save(config, model, dataset, found)
     return found
+
+
+def loaded(config: ReconstructionConfig) -> VQGANModel:
+    """The tokenizer, at the size at which it is measured.
+
+    Raises:
+        ConfigError: it cannot be loaded, or cannot have this size.
+    """
+    changes = {} if config.image_size is None else {"image_size": config.image_size}
+    try:
+        return load_tokenizer(config.model, "model", **changes)
+    except ConfigError as error:
+        raise ConfigError([replace(each, key=each.key.removeprefix("model.")) for each in error.problems]) from error
 
 
 def split_of(config: ReconstructionConfig, model: VQGANModel) -> ImageDataset:
@@ -108,7 +121,7 @@ def sum_of_processes(value: Tensor) -> Tensor:
     return cast(Tensor, reduce(value, "sum"))
 
 
-def setup(config: ReconstructionConfig, model: VQGANModel, dataset: ImageDataset) -> dict[str, Any]:
+def setup(config: ReconstructionConfig, model: VQGANModel) -> dict[str, Any]:
     """What was measured, and with what."""
     versions = {PACKAGE: own_version()}
     for library in LIBRARIES:

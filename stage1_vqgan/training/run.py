@@ -158,9 +158,9 @@ class Training:
 
     def _networks(self) -> NetworkMetrics:
         """The metrics of the validation images that need a network, also that of the perceptual loss."""
-        loss, device, size = self.config.loss, self.accelerator.device, self.validation_set.image_size
+        loss, device, shape = self.config.loss, self.accelerator.device, self.trainer.average.config.image_shape
         with self.accelerator.local_main_process_first():
-            networks = network_metrics(self.config.metrics, (size, size), device)
+            networks = network_metrics(self.config.metrics, shape, device)
         for figure, reason in networks.left_out.items():
             self.accelerator.print(f"{figure} is left out: {reason}")
         if self.trainer.perceptual is not None:

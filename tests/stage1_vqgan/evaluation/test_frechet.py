@@ -11,31 +11,13 @@ from torch import nn
 from stage1_vqgan.evaluation import networks
 from stage1_vqgan.evaluation.frechet import Moments, fitted, frechet_distance
 from stage1_vqgan.evaluation.networks import FrechetDistance, feature_metric
-from stage1_vqgan.networks import Activations, FrozenNetwork
-from stage1_vqgan.networks.frozen import Backbone
+from tests.feature_networks import small_network
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # noqa: E402
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # noqa: E402
 
 CPU = torch.device("cpu")
-
-
-class Means(nn.Module):
-    """Averages of random filters: 24 features."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.filters = nn.Conv2d(3, 24, 3, stride=2)
-
-    def forward(self, images):
-        maps = torch.relu(self.filters(images))
-        return Activations([maps], maps.mean((2, 3)), None)
-
-
-def small_network():
-    return FrozenNetwork("small", Backbone(Means(), (0.5, 0.5, 0.5), (0.3, 0.3, 0.3), None))
 
 
 def as_extractor(network):
@@ -86,7 +68,7 @@ def of_torch_fidelity(tmp_path, images, reconstructions, extractor):
     return found["frechet_inception_distance"]
 
 
-@pytest.mark.parametrize("count", [60, 10])  # 10 images of 24 features have a singular covariance
+@pytest.mark.parametrize("count", [60, 10])  # 10 images of 24 features: a singular covariance
 def test_the_distance_is_that_of_torch_fidelity(tmp_path, monkeypatch, count):
     network = small_network()
     monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, "small", as_extractor(network))

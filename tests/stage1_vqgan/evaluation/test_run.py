@@ -15,8 +15,8 @@ from stage1_vqgan.evaluation.config import MetricsConfig
 from stage1_vqgan.evaluation.networks import mean_of, network_metrics, perceptual_name
 from stage1_vqgan.training.losses import PerceptualLoss
 from tests.devices import DEVICE
+from tests.feature_networks import small_network
 from tests.image_files import write_folder
-from tests.stage1_vqgan.evaluation.test_frechet import small_network
 from tests.tiny import VQGAN
 
 SMALL = MetricsConfig(perceptual_networks=[], feature_networks=["small"])
@@ -43,7 +43,7 @@ def without_downloads(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    monkeypatch.setattr(networks, "load_network", lambda name: small_network())
+    monkeypatch.setattr(networks, "load_network", small_network)
 
 
 def test_the_figures_and_what_they_were_measured_on(tokenizer, images, tmp_path, capsys):
@@ -64,6 +64,13 @@ def test_the_figures_and_what_they_were_measured_on(tokenizer, images, tmp_path,
     assert setup["versions"]["torch"] == torch.__version__.partition("+")[0]
     picture = Image.open(tmp_path / "out" / "reconstructions.png")
     assert picture.width > 3 * 64 and picture.height > 2 * 64
+
+
+def test_a_size_that_the_tokenizer_cannot_have_is_named(tokenizer, images):
+    config = ReconstructionConfig(model=tokenizer, data=DataConfig(dataset=images), image_size=18)
+    with pytest.raises(ConfigError, match=r"^image_size: received 18; must be divisible by .* 4 ") as caught:
+        evaluate(config)
+    assert [problem.key for problem in caught.value.problems] == ["image_size"]
 
 
 def test_the_tokenizer_is_the_first_argument_and_a_name_may_be_wrong(tokenizer, images, monkeypatch):
