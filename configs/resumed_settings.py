@@ -17,6 +17,7 @@ FREE_KEYS = {
     "data.max_skipped_fraction",
     "output_dir",
     "logging_steps",
+    "metrics",
     "num_sample_images",
     "save_steps",
     "save_total_limit",

@@ -4,114 +4,129 @@ Shape letters: B batch, C channels, H W image size, K codebook size.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from configs import ConfigError, Problem
 from stage1_vqgan.data.dataset import ImageBatch
+from stage1_vqgan.evaluation.similarity import (
+    mean_absolute_error,
+    multiscale_structural_similarity,
+    peak_signal_to_noise,
+    structural_similarity,
+)
 from stage1_vqgan.modeling_vqgan import VQGANModel
 
-# Side, in pixels, of the windows whose statistics SSIM compares. SSIM is not defined for smaller images.
-SSIM_WINDOW = 11
+Reduce: TypeAlias = Callable[[Tensor], Tensor]  # sums a tensor over processes
+OfImages: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # reconstruction and images `(B, C, H, W)` → `(B,)`
+
+# The metrics of pixels by name. An image for which one is NaN is too small for it.
+OF_PIXELS: dict[str, OfImages] = {
+    "reconstruction_l1": mean_absolute_error,
+    "psnr": peak_signal_to_noise,
+    "ssim": structural_similarity,
+    "ms_ssim": multiscale_structural_similarity,
+}
+
+
+class Metric(Protocol):
+    """A figure about images and their reconstructions."""
+
+    def add(self, reconstruction: Tensor, images: Tensor) -> None:
+        """Adds a batch; both `(B, C, H, W)` in [-1, 1]."""
+
+    def figures(self, reduce: Reduce) -> dict[str, float]:
+        """The figures over all images of all processes, by name; none if the metric is not defined for them."""
+
+
+class ImageMean:
+    """The mean over images of a function of an image and its reconstruction.
+
+    Args:
+        name: name of the figure.
+        of: computes the values of the images of a batch.
+        device: where the values are added.
+    """
+
+    def __init__(self, name: str, of: OfImages, device: torch.device):
+        self.name, self.of = name, of
+        self.sums = exact([0, 0], device)  # of the values, and of the images
+
+    def add(self, reconstruction: Tensor, images: Tensor) -> None:
+        self.sums[0] += self.of(reconstruction, images).to(self.sums).sum()
+        self.sums[1] += len(images)
+
+    def figures(self, reduce: Reduce) -> dict[str, float]:
+        total, count = reduce(self.sums).tolist()
+        mean = total / count
+        return {} if math.isnan(mean) else {self.name: mean}
+
+
+def exact(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers as float64, which MPS does not have: there they are on the CPU."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
 
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    model: VQGANModel, batches: Iterable[ImageBatch], reduce: Callable[[Tensor], Tensor] = lambda total: total
+    model: VQGANModel,
+    batches: Iterable[ImageBatch],
+    reduce: Reduce = lambda total: total,
+    others: Sequence[Metric] = (),
 ) -> dict[str, float]:
     """Reconstruction error and codebook use over a set of images.
 
     Args:
         model: the tokenizer. Its mode (training or evaluation) is restored afterwards.
         batches: the images, in the batches of a loader.
-        reduce: sums a tensor over processes.
+        reduce: sums a tensor over processes. Each process may have another number of images, or none.
+        others: metrics beside those of pixels and codes.
 
     Returns:
         Means over the images, with reconstructions clamped to [-1, 1]: `reconstruction_l1` (of pixels in [-1, 1]),
-        `psnr` (dB) and, for images of at least 11 pixels, `ssim` (at most 1). Over all codes: `codebook_usage` in
-        [0, 1] and `codebook_perplexity` in [1, K]. Counts: `images`, and `skipped` if some could not be decoded.
+        `psnr` (dB), `ssim` (at most 1, for images of at least 11 pixels) and `ms_ssim` (in [0, 1], for images of at
+        least 161 pixels); then the figures of `others`. Over all codes: `codebook_usage` in [0, 1] and
+        `codebook_perplexity` in [1, K]; `bits_per_pixel`, what the codes of an image need without a prior. Counts:
+        `images`, and `skipped` if some could not be decoded.
 
     Raises:
         ConfigError: no image can be decoded.
     """
-    was_training = model.training
+    was_training, device = model.training, model.device
     model.eval()
-    counts = torch.zeros(model.config.num_embeddings, dtype=torch.int64, device=model.device)
-    precision = torch.float32 if model.device.type == "mps" else torch.float64
-    totals = torch.zeros(5, dtype=precision, device=model.device)
+    counts = torch.zeros(model.config.num_embeddings, dtype=torch.int64, device=device)
+    metrics = [*(ImageMean(name, of, device) for name, of in OF_PIXELS.items()), *others]
+    seen = skipped = pixels = 0
     for batch in batches:
-        totals[4] += len(batch.skipped)
+        skipped += len(batch.skipped)
         if not len(batch.indices):
             continue
-        images = batch.images(model.device)
+        images = batch.images(device)
         out = model(images)
         reconstruction = out.reconstruction.float().clamp(-1, 1)
-        absolute = F.l1_loss(reconstruction, images, reduction="none").flatten(1).mean(1)
-        ratio = peak_signal_to_noise(reconstruction, images)
-        similarity = structural_similarity(reconstruction, images)
-        totals[:3] += torch.stack([absolute.sum(), ratio.sum(), similarity.sum()]).to(precision)
-        totals[3] += len(images)
+        for metric in metrics:
+            metric.add(reconstruction, images)
+        seen += len(images)
+        pixels += len(images) * images.shape[2] * images.shape[3]
         counts += torch.bincount(out.codes.flatten(), minlength=len(counts))
     model.train(was_training)
-    counts, totals = reduce(counts), reduce(totals)
-    count, skipped = int(totals[3]), int(totals[4])
-    if not count:
+    counts = reduce(counts)
+    seen, skipped, pixels = (round(total) for total in reduce(exact([seen, skipped, pixels], device)).tolist())
+    if not seen:
         raise ConfigError([Problem("data.dataset", f"none of the {skipped} images can be decoded")])
-    metrics = {
-        "reconstruction_l1": totals[0].item() / count,
-        "psnr": totals[1].item() / count,
-        "ssim": totals[2].item() / count,
+    figures: dict[str, float] = {}
+    for metric in metrics:
+        figures |= metric.figures(reduce)
+    figures |= {
         "codebook_usage": codebook_usage(counts).item(),
         "codebook_perplexity": codebook_perplexity(counts).item(),
-        "images": count,
+        "bits_per_pixel": int(counts.sum()) * math.log2(len(counts)) / pixels,
+        "images": seen,
     }
-    if math.isnan(metrics["ssim"]):  # the images are smaller than SSIM's window
-        del metrics["ssim"]
-    return metrics | ({"skipped": skipped} if skipped else {})
-
-
-def peak_signal_to_noise(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """PSNR of each image in dB, float32 `(B,)`, at most 106 (equal images).
-
-    Args:
-        reconstruction, images: `(B, C, H, W)` in [-1, 1].
-    """
-    squared = F.mse_loss(reconstruction, images, reduction="none").flatten(1).mean(1)
-    return 10 * torch.log10(4 / squared.clamp(min=1e-10))
-
-
-def structural_similarity(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """SSIM of each image: the mean over channels and over all windows inside the image.
-
-    Args:
-        reconstruction, images: `(B, C, H, W)` in [-1, 1]. They are compared in [0, 1], the range that SSIM's constants
-            expect.
-
-    Returns:
-        float32 `(B,)`, at most 1; NaN if H or W is below 11, the side of the window.
-
-    Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", section 3,
-    with the paper's window, a Gaussian of 11 × 11 pixels and σ = 1.5.
-    """
-    if min(images.shape[2:]) < SSIM_WINDOW:
-        return images.new_full((len(images),), math.nan)
-    x, y = ((pixels.float() + 1) / 2 for pixels in (reconstruction, images))
-    weights = torch.exp(-((torch.arange(SSIM_WINDOW, device=x.device) - SSIM_WINDOW // 2) ** 2) / (2 * 1.5**2))
-    weights = (weights / weights.sum()).expand(x.shape[1], 1, 1, -1)
-
-    def local_mean(values: Tensor) -> Tensor:
-        rows = F.conv2d(values, weights, groups=len(weights))
-        return F.conv2d(rows, weights.mT, groups=len(weights))
-
-    mean_x, mean_y = local_mean(x), local_mean(y)
-    covariance = local_mean(x * y) - mean_x * mean_y
-    variances = local_mean(x * x + y * y) - mean_x**2 - mean_y**2
-    luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
-    structure = (2 * covariance + 0.03**2) / (variances + 0.03**2)
-    return (luminance * structure).flatten(1).mean(1)
+    return figures | ({"skipped": skipped} if skipped else {})
 
 
 def codebook_perplexity(counts: Tensor) -> Tensor:

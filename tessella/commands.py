@@ -24,6 +24,7 @@ COMMANDS = [
     Command("run", "tessella.run", "all steps, from a folder of images to a model"),
     Command("data", "stage1_vqgan.data", "shows what a training would read, without training"),
     Command("train-tokenizer", "stage1_vqgan.train", "stage 1: trains a tokenizer, images to codes and back"),
+    Command("evaluate-tokenizer", "stage1_vqgan.evaluate", "compares reconstructions with their images"),
     Command("tokenize", "stage2_prior.tokenize", "turns all images into codes"),
     Command("train-prior", "stage2_prior.train", "stage 2: trains a prior, which writes codes"),
     Command("build", "pipelines.build", "joins tokenizer and prior into a pipeline"),
@@ -39,9 +40,9 @@ BY_NAME = {command.name: command for command in COMMANDS}
 
 USAGE = f"""usage: tessella COMMAND [arguments]
 
-{"".join(f"  {command.name:<17}{command.purpose}" + chr(10) for command in COMMANDS)}
+{"".join(f"  {command.name:<20}{command.purpose}" + chr(10) for command in COMMANDS)}
 `tessella COMMAND --help` explains a command. `tessella --version` prints the version.
-On several GPUs, start a training or tokenize by `accelerate launch -m tessella COMMAND [arguments]`.
+On several GPUs, start a training, tokenize or evaluate-tokenizer by `accelerate launch -m tessella COMMAND ...`.
 """
 
 

@@ -147,6 +147,14 @@ def test_metrics_are_global(one, two):
     assert lines[1][-1]["eval/images"] == 360
 
 
+def test_a_tokenizer_has_the_same_figures(one, two):
+    """Each image counts once, whichever process has it. Sums of features differ by the order of float32 numbers."""
+    single, double = (json.loads((folder / "measured" / "metrics.json").read_text()) for folder in (one, two))
+    assert single["images"] == 1437 and single.pop("setup") == double.pop("setup")
+    assert single.pop("left_out") == double.pop("left_out") and single["frechet_distance/small"] > 0
+    assert double == pytest.approx(single, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_every_game_is_the_same_on_two_processes(tmp_path):
     (tmp_path / "games.py").write_text(

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stage1_vqgan.evaluation.frechet import Gaussian, Moments, fitted, frechet_distance
+
 
 def area_features(pixels: Tensor, size: int) -> np.ndarray:
     """Averages images over areas.
@@ -24,7 +26,7 @@ def area_features(pixels: Tensor, size: int) -> np.ndarray:
 def frechet_distances(
     fitted_on: np.ndarray, reference: np.ndarray, candidates: Sequence[np.ndarray], num_components: int
 ) -> list[float]:
-    """Frechet distances of Gaussians fitted to principal components: ‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½).
+    """Frechet distances of Gaussians fitted to principal components.
 
     Args:
         fitted_on: features that the principal components are fitted to, `(N, F)`.
@@ -33,28 +35,19 @@ def frechet_distances(
         num_components: number of principal components, at most the smaller side of `fitted_on`.
 
     Returns:
-        One distance for each candidate, at least 0 up to rounding.
-
-    Source: Dowson and Landau 1982, "The Fréchet distance between multivariate normal distributions".
+        One distance for each candidate, at least 0 up to rounding; see `stage1_vqgan.evaluation.frechet`.
     """
     from sklearn.decomposition import PCA
 
     pca = PCA(num_components, svd_solver="full").fit(fitted_on)
 
-    def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        components = pca.transform(features)
-        return components.mean(0), np.atleast_2d(np.cov(components, rowvar=False))
+    def gaussian(features: np.ndarray) -> Gaussian:
+        moments = Moments(num_components)
+        moments.add(torch.from_numpy(pca.transform(features)))
+        return fitted(moments.sums)
 
-    mean, covariance = moments(reference)
-    distances = []
-    for candidate in candidates:
-        other_mean, other_covariance = moments(candidate)
-        # The trace of a matrix root is the sum of the roots of its eigenvalues. Those of Σ₁Σ₂ are real and at least 0;
-        # rounding may add small imaginary or negative parts.
-        roots = np.sqrt(np.clip(np.linalg.eigvals(covariance @ other_covariance).real, 0, None))
-        trace = np.trace(covariance) + np.trace(other_covariance) - 2 * roots.sum()
-        distances.append(float(((mean - other_mean) ** 2).sum() + trace))
-    return distances
+    real = gaussian(reference)
+    return [frechet_distance(gaussian(candidate), real) for candidate in candidates]
 
 
 def nearest_distance(features: np.ndarray, reference: np.ndarray) -> float:

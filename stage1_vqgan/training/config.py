@@ -27,6 +27,7 @@ from configs.sections import (
 from configs.values import read_value
 from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.data.config import DataConfig
+from stage1_vqgan.evaluation.config import TrainingMetricsConfig
 from stage1_vqgan.training.loss_config import LPIPS_MIN_SIZE, LossConfig
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class Stage1Config(TrainingConfig):
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
+    metrics: TrainingMetricsConfig = field(default_factory=TrainingMetricsConfig)
     channels_last: bool = True
     torch_compile: bool = False
     num_sample_images: Annotated[int, Ge(1), MOST_PICTURES] = 8

@@ -27,6 +27,7 @@ from stage1_vqgan.data.samplers import some_images, training_sampler
 from stage1_vqgan.data.skipped import SkippedImages
 from stage1_vqgan.data.sources import Images, load_images
 from stage1_vqgan.data.value_range import measured_once, save_measured, training_range
+from stage1_vqgan.evaluation.networks import NetworkMetrics, mean_of, network_metrics, perceptual_name
 from stage1_vqgan.image_processing_values import ValueRange
 from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
 from stage1_vqgan.model_card import export_tokenizer
@@ -141,6 +142,7 @@ class Training:
             run.path,
             accelerator.is_main_process,
         )
+        self.networks = self._networks()
         self.health = Health(run, accelerator, loss.adversarial_type)
         self.step = 0
         self.metrics: dict[str, float] = {}
@@ -153,6 +155,18 @@ class Training:
         recorded = None if base is None else recorded_range(base)
         is_quiet = not self.accelerator.is_main_process
         return measured_once(self.run.path, data) or training_range(data, train_source, channels, recorded, is_quiet)
+
+    def _networks(self) -> NetworkMetrics:
+        """The metrics of the validation images that need a network, also that of the perceptual loss."""
+        loss, device, shape = self.config.loss, self.accelerator.device, self.trainer.average.config.image_shape
+        with self.accelerator.local_main_process_first():
+            networks = network_metrics(self.config.metrics, shape, device)
+        for figure, reason in networks.left_out.items():
+            self.accelerator.print(f"{figure} is left out: {reason}")
+        if self.trainer.perceptual is not None:
+            name = perceptual_name(loss.lpips_backbone, loss.lpips_weights)
+            networks.new.append(mean_of(name, self.trainer.perceptual, device))
+        return networks
 
     def resume(self) -> None:
         """Loads the checkpoint to resume from, if the run has one."""
@@ -267,7 +281,8 @@ class Training:
             world_size=accelerator.num_processes,
         )
         batches = self.skipped.watch("validation", loader)
-        self.metrics = evaluate_reconstruction(model, batches, lambda total: accelerator.reduce(total, "sum"))
+        metrics = [new() for new in self.networks.new]
+        self.metrics = evaluate_reconstruction(model, batches, lambda total: accelerator.reduce(total, "sum"), metrics)
         self.skipped.exchange()
         reporter.evaluation(self.metrics, self.step)
         if not accelerator.is_main_process:

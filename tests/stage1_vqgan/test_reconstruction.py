@@ -77,15 +77,15 @@ def test_metrics_are_means_over_images(model, folder):
 
 def test_every_image_counts_once_over_processes(model, folder):
     """Adding the sums of two processes gives the metrics of one process."""
-    parts = []
+    parts = [[], []]
 
     def keep(total):
-        parts.append(total)
+        parts[rank].append(total)
         return total
 
     for rank in range(2):
         evaluate_reconstruction(model, batches(folder, 16, rank=rank, world_size=2), keep)
-    sums = iter([parts[0] + parts[2], parts[1] + parts[3]])
+    sums = (first + second for first, second in zip(*parts, strict=True))
     found = evaluate_reconstruction(model, batches(folder, 16, rank=0, world_size=2), lambda total: next(sums))
     assert found == pytest.approx(evaluate_reconstruction(model, batches(folder, 16)), rel=1e-6)
 

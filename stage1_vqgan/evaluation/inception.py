@@ -1,0 +1,44 @@
+"""The network of FID and rFID: Inception-v3 with the weights of the original, as torch-fidelity computes it."""
+
+import torch
+from torch import Tensor, nn
+
+from stage1_vqgan.networks.frozen import Activations, Backbone, FrozenNetwork
+from stage1_vqgan.networks.weights import download_errors, package
+
+NAME = "inception"
+FEATURES = "2048"  # torch-fidelity's name of the pooled features that FID compares
+
+
+def load_inception() -> FrozenNetwork:
+    """Inception-v3. It brings images of any size to 299 pixels itself, as TensorFlow 1 did.
+
+    Raises:
+        ImportError: torch-fidelity is missing; the message says how to install it.
+        FileNotFoundError: the weights are missing and cannot be downloaded; the message names the file to provide.
+
+    Source: Heusel et al. 2017, "GANs trained by a two time-scale update rule converge to a local Nash equilibrium".
+    """
+    library = package("torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity", "metrics")
+    # torch-fidelity reads the file without weights_only. It finds this one, which holds nothing but tensors.
+    with download_errors(library.URL_INCEPTION_V3):
+        torch.hub.load_state_dict_from_url(library.URL_INCEPTION_V3, map_location="cpu", weights_only=True)
+    network = library.FeatureExtractorInceptionV3("inception-v3-compat", [FEATURES])
+    return FrozenNetwork(NAME, Backbone(OfBytes(network), (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), None))
+
+
+class OfBytes(nn.Module):
+    """Gives torch-fidelity's network the images as bytes.
+
+    Args:
+        network: one of torch-fidelity's feature extractors, for one layer.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Activations:
+        """Pooled features of images `(B, 3, H, W)` in [0, 255], which are rounded to 8 bits."""
+        (pooled,) = self.network(images.round().to(torch.uint8))
+        return Activations([], pooled, None)
