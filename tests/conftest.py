@@ -34,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TEST_DEVICE"] = device = config.getoption("device")
     if device == "cpu":  # hide the GPU, because trainers and other processes would use it
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+            return  # this process only distributes the tests; its workers import torch
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products then sum in a fixed order
     import torch
