@@ -3,6 +3,7 @@
 The fixtures are in tests/fixtures.py.
 """
 
+import gc
 import os
 from typing import Any
 
@@ -51,6 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # in a worker of pytest-xdist
         items.sort(key=lambda item: item.path.name not in STARTING_PROCESSES)
+
+
+def pytest_collection_finish() -> None:
+    """Every training collects garbage. It then need not look at all modules and tests each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

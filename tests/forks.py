@@ -1,6 +1,7 @@
 """Starts processes quickly: each is forked from a process that has already imported all modules."""
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -59,6 +60,7 @@ def run_on_two_processes(
 def _child(function: Callable[..., None], arguments: tuple, log: Path) -> None:
     os.environ.update(ON_CPU)
     torch.set_num_threads(1)
+    gc.freeze()  # see tests/conftest.py
     os.setpgrp()
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
