@@ -3,6 +3,7 @@
 The fixtures are in tests/fixtures.py.
 """
 
+import gc
 import os
 from typing import Any
 
@@ -34,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TEST_DEVICE"] = device = config.getoption("device")
     if device == "cpu":  # hide the GPU, because trainers and other processes would use it
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+            return  # this process only distributes the tests; its workers import torch
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products then sum in a fixed order
     import torch
@@ -49,6 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # in a worker of pytest-xdist
         items.sort(key=lambda item: item.path.name not in STARTING_PROCESSES)
+
+
+def pytest_collection_finish() -> None:
+    """Every training collects garbage. It then need not look at all modules and tests each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

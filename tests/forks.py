@@ -1,6 +1,7 @@
 """Starts processes quickly: each is forked from a process that has already imported all modules."""
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -17,8 +18,9 @@ from accelerate.state import AcceleratorState, GradientState
 from tests.devices import ON_CPU
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# the import of scikit-learn's data sets alone takes longer than a run
-CONTEXT.set_forkserver_preload(["sklearn.datasets", "tests.kill_runs", "tests.sharded_runs"])
+# All that runs import, also what they import late: the import of scikit-learn's data sets alone takes longer than a run.
+PRELOADED = ["sklearn.datasets", "pydantic.dataclasses", "transformers.models.llama.modeling_llama"]
+CONTEXT.set_forkserver_preload([*PRELOADED, "tests.kill_runs", "tests.sharded_runs"])
 LONGEST = 240  # seconds; a run on a busy machine takes a small part of this
 STDERR = 2
 
@@ -58,6 +60,7 @@ def run_on_two_processes(
 def _child(function: Callable[..., None], arguments: tuple, log: Path) -> None:
     os.environ.update(ON_CPU)
     torch.set_num_threads(1)
+    gc.freeze()  # see tests/conftest.py
     os.setpgrp()
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)

@@ -34,7 +34,8 @@ def torchrun(name: str, folder: Path, *faults: str, restarts: int = 3) -> subpro
 def stall(late: int) -> None:
     """Waits for a rank that sleeps."""
     processes = PartialState(cpu=True)
-    with watched_for_stalls(seconds=5):
+    processes.wait_for_everyone()
+    with watched_for_stalls(seconds=3):
         if processes.process_index == late:
             time.sleep(10**6)
         processes.wait_for_everyone()
@@ -46,7 +47,7 @@ def test_a_process_that_waits_too_long_ends_and_names_the_late_one(late, tmp_pat
     assert forks.end(process, tmp_path / "log.txt") == 1
     log = (tmp_path / "log.txt").read_text()
     where = r"last seen in stall \(tests/test_elastic.py:\d+\)"
-    assert re.search(rf"^stalled: rank {late}, {where}; the other processes have waited for 5 seconds", log, re.M), log
+    assert re.search(rf"^stalled: rank {late}, {where}; the other processes have waited for 3 seconds", log, re.M), log
     assert f"process {1 - late} terminated with exit code 6" in log, log
 
 

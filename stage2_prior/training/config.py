@@ -205,15 +205,18 @@ class Stage2Config(TrainingConfig):
     def _model_problems(self) -> Iterable[tuple[str, Any, str]]:
         from huggingface_hub.errors import StrictDataclassFieldValidationError
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         if self.model_name_or_path is not None:  # The saved prior has its own architecture.
             return
-        known = sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
         model_type = self.model.get("model_type")
-        if model_type not in known:
-            message = unknown_key(str(model_type), known).replace("key", "causal language model of transformers")
-            yield "model.model_type", model_type, message
-            return
+        if model_type not in list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+            # with those that the caller has registered; this imports every architecture, which takes seconds
+            known = sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
+            if model_type not in known:
+                message = unknown_key(str(model_type), known).replace("key", "causal language model of transformers")
+                yield "model.model_type", model_type, message
+                return
         config_class = type(AutoConfig.for_model(model_type))
         types = {field.name: field.type for field in fields(config_class)}
         aliases = {alias: name for alias, name in config_class.attribute_map.items() if name in types}

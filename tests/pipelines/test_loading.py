@@ -1,16 +1,15 @@
 """Pipelines from folders and repositories: options of loading, and folders that are refused."""
 
 import json
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import dynamic_module_utils
 
 from configs import ConfigError
 from configs.checksums import Damaged
@@ -25,12 +24,6 @@ from stage2_prior.training.config import LoraConfig
 from tests.devices import DEVICE
 from tests.hub_server import HubServer
 from tests.model_folders import change_config, change_weights, plant_code, without, without_checksums
-
-TRUSTING = """
-import sys
-from pipelines import VQGANPipeline
-print(type(VQGANPipeline.from_pretrained(sys.argv[1], trust_remote_code=True).prior).__name__)
-"""
 
 
 @pytest.fixture
@@ -242,15 +235,22 @@ def test_a_fingerprint_of_other_weights_is_refused(folder):
         load_tokenizer(str(folder / "vqgan"))
 
 
-def test_planted_code_runs_only_if_the_caller_asks(folder, answers, tmp_path):
+def test_planted_code_runs_only_if_the_caller_asks(folder, answers, tmp_path, monkeypatch):
     plant_code(folder / "prior", tmp_path / "mark")
     with pytest.raises(ValueError, match="trust_remote_code"):
         VQGANPipeline.from_pretrained(folder)
     assert answers == [] and not (tmp_path / "mark").exists()
-    command = [sys.executable, "-c", TRUSTING, str(folder)]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.stdout == "PlantedModel\n" and (tmp_path / "mark").exists(), done.stderr
+
+    def load_it_trusting():
+        prior = VQGANPipeline.from_pretrained(folder, trust_remote_code=True).prior
+        (tmp_path / "found").write_text(f"{type(prior).__name__} {answers}")
+
+    # in another process, because the planted classes stay
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    process = multiprocessing.get_context("fork").Process(target=load_it_trusting)
+    process.start()
+    process.join()
+    assert (tmp_path / "found").read_text() == "PlantedModel []" and (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("part", ["prior", "vqgan"])

@@ -21,13 +21,15 @@ from configs.checksums import verify_checksums
 from pipelines import VQGANPipeline, hub
 from pipelines.build import BuildConfig, build
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
-from stage2_prior import TokenLayout
+from stage2_prior import SamplingOptions, TokenLayout, sample_codes
 from tests.devices import DEVICE
 from tests.hub_server import HubServer
+from tests.tiny import RANDOM_PRIORS
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Loads the parts of a pipeline by the Auto classes, then runs the example of the README. It saves what comes out.
+# Loads the parts of a pipeline by the Auto classes, runs the example of the README, and generates with priors. The
+# arguments end with the folder of each prior and the token of its first class. It saves what comes out.
 ALONE = """
 import sys, torch
 from importlib.abc import MetaPathFinder
@@ -45,7 +47,7 @@ except ModuleNotFoundError:
     pass
 
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM
-root, pixels, example, result = sys.argv[1:]
+root, pixels, example, result, *priors = sys.argv[1:]
 pixels, codes = torch.load(pixels), []
 for place in ({"pretrained_model_name_or_path": root + "/vqgan"},
               {"pretrained_model_name_or_path": root, "subfolder": "vqgan"}):
@@ -68,7 +70,17 @@ with torch.no_grad():
     encoded = stock["vqgan"].encode(stock["pixels"][None]).image_tokens
 stock["image"].save("image.png")
 assert all(type(stock[name]).__module__.startswith("transformers.models.") for name in ("prior", "vqgan"))
-torch.save({"auto": auto, "stock": {"codes": stock["codes"], "pixels": stock["pixels"], "encoded": encoded}}, result)
+
+bare = []
+for folder, first in zip(priors[::2], map(int, priors[1::2])):
+    prior = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    prompts = torch.arange(first, first + 5)[:, None]
+    sampled, greedy = prior.generate(prompts.repeat(40, 1)), prior.generate(prompts, do_sample=False)
+    bare.append({"sampled": sampled[:, 1:], "greedy": greedy[:, 1:]})
+
+stock = {"codes": stock["codes"], "pixels": stock["pixels"], "encoded": encoded}
+torch.save({"auto": auto, "stock": stock, "bare": bare}, result)
 """
 
 
@@ -105,20 +117,38 @@ def carrying(random_prior):
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_runs, pixels, carrying, tmp_path_factory):
+def priors(random_prior, layout):
+    """A random prior of every architecture, whose most likely tokens are conditions."""
+    made = {}
+    for model_type in RANDOM_PRIORS:
+        prior = made[model_type] = random_prior(model_type, layout)
+        with torch.no_grad():
+            prior.get_output_embeddings().weight[layout.num_codes :] *= 3
+        prompts = torch.arange(layout.num_codes, layout.num_codes + 5, device=DEVICE)[:, None]
+        assert (prior(input_ids=prompts).logits.argmax(-1) >= layout.num_codes).any()
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_runs, pixels, carrying, priors, layout, tmp_path_factory):
     """What a process computes in which this package cannot be imported."""
     folder = tmp_path_factory.mktemp("alone")
     carrying.save_pretrained(folder / "runs/mine/pipeline", janus=True)
     torch.save(pixels, folder / "pixels.pt")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "pipelines/README.md").read_text(), re.M | re.S)
     (example,) = [block for block in blocks if "JanusVQVAE" in block]
-    arguments = [str(tiny_runs.pipeline), "pixels.pt", example, "result.pt"]
+    arguments = [str(tiny_runs.pipeline), "pixels.pt", example, "result.pt", str(tiny_runs.pipeline / "prior"), "32"]
+    for name, prior in priors.items():
+        prior.save_pretrained(folder / name)
+        arguments += [str(folder / name), str(layout.num_codes)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-P", "-c", ALONE, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return SimpleNamespace(**torch.load(folder / "result.pt"), image=Image.open(folder / "image.png"))
+    found = torch.load(folder / "result.pt")
+    found["bare"] = dict(zip(["pipeline", *priors], found["bare"], strict=True))
+    return SimpleNamespace(**found, image=Image.open(folder / "image.png"))
 
 
 @torch.no_grad()
@@ -142,6 +172,28 @@ def test_the_stock_classes(alone, carrying):
     assert alone.image.size == (8, 8) and abs(difference).max() <= 1  # a value may lie between two levels
     with torch.no_grad():
         assert torch.equal(alone.stock["encoded"], carrying.vqgan.encode(ours).codes.flatten().cpu())
+
+
+@pytest.mark.parametrize("name", ["pipeline", *RANDOM_PRIORS])
+def test_bare_generate_returns_only_codes(alone, layout, name):
+    sampled = alone.bare[name]["sampled"].numpy()
+    assert sampled.shape == (200, 16) and sampled.min() >= 0
+    assert sampled.max() < (32 if name == "pipeline" else layout.num_codes)
+    assert len(np.unique(sampled, axis=0)) == 200
+
+
+@pytest.mark.parametrize("name", RANDOM_PRIORS)
+def test_greedy_codes_are_those_of_our_sampler(alone, priors, layout, name):
+    prompts = torch.arange(layout.num_codes, layout.num_codes + 5, device=DEVICE)[:, None]
+    options = SamplingOptions(temperature=0.0)
+    seeds = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    codes = sample_codes(priors[name], prompts, prompts, seeds, layout.length, layout.num_codes, options)
+    assert torch.equal(alone.bare[name]["greedy"], codes.cpu())
+
+
+def test_greedy_codes_are_those_of_the_pipeline(alone, tiny_pipeline):
+    codes = tiny_pipeline.generate(class_labels=list(range(5)), temperature=0.0, output_type="codes").codes
+    assert torch.equal(alone.bare["pipeline"]["greedy"], codes.flatten(1).cpu())
 
 
 def test_the_copy_follows_the_tokenizer(carrying, random_prior, tmp_path):
