@@ -132,7 +132,7 @@ def prepare_discriminator(in_channels: int, config: Stage1Config, accelerator: A
         in_channels, settings.base_channels, settings.num_layers, settings.norm_type
     )
     if config.model_name_or_path is not None:
-        message = start_discriminator(discriminator, config.model_name_or_path)
+        message = start_discriminator(discriminator, config.model_name_or_path, settings.architecture)
         if message is not None:
             accelerator.print(message)
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:

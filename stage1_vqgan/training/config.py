@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
@@ -35,6 +35,7 @@ AdversarialType = Literal["hinge", "vanilla", "non_saturating", "wasserstein"]
 NormType = Literal["batch", "group", "actnorm"]
 
 MOST_CHANNELS = 2**10  # of an image
+OF_OPTIMIZER = ("learning_rate", "adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")
 
 # Smallest image side that passes every pooling layer of the LPIPS backbone.
 LPIPS_MIN_SIZE: dict[Backbone, int] = {"vgg": 16, "alex": 32, "squeeze": 32}
@@ -104,6 +105,11 @@ class DiscriminatorConfig(Section):
     num_layers: Annotated[int, Ge(1), Le(8)] = 3
     norm_type: NormType = "batch"
     learning_rate: PositiveFloat | None = None
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The settings that decide the network, without those of its optimizer."""
+        return {name: value for name, value in asdict(self).items() if name not in OF_OPTIMIZER}
 
 
 @dataclass(kw_only=True)
