@@ -15,7 +15,7 @@ from configs.files import write_text
 from configs.secrets import SECRETS
 
 # What a run leaves besides its model. A list of what is uploaded, because a user may put anything into the folder.
-RUN_FILES = ("config.yaml", "train_results.json", "token_layout.json")
+RUN_FILES = ("config.yaml", "train_results.json", "token_layout.json", "discriminator.safetensors")
 MODEL_FILES = (
     "checksums.json",
     "config.json",

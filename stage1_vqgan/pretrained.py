@@ -1,6 +1,7 @@
 """Loads a trained tokenizer for the commands, with errors that name the configuration field."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from configs import ConfigError, Problem
@@ -17,6 +19,7 @@ from configs.hub import is_repo_id
 from configs.model_folder import check_model_folder, local_folder
 from configs.problems import one_line, shown
 from configs.staging import finish_interrupted
+from configs.uploads import without_paths
 from configs.weights_files import in_our_words, read_header, require_finite, require_fit
 from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.configuration_vqgan import VQGANConfig
@@ -29,8 +32,8 @@ from stage1_vqgan.quantizers import QUANTIZERS, option_problems
 # Fields that may change when a trained tokenizer is loaded. All others determine the shapes or the meaning of weights.
 CHANGEABLE = {"image_size", "dropout", "quantizer_options"}
 
-# File in a tokenizer's folder with the weights of the discriminator it was trained with, if they were saved.
-DISCRIMINATOR_NAME = "discriminator.safetensors"
+# File in a tokenizer's folder with the discriminator it was trained with. Its metadata hold the discriminator's settings.
+DISCRIMINATOR_NAME, SETTINGS = "discriminator.safetensors", "settings"
 PROCESSOR_NAME = "preprocessor_config.json"
 
 
@@ -198,12 +201,25 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def start_discriminator(discriminator: nn.Module, name: str) -> str | None:
+def save_discriminator(discriminator: nn.Module, settings: Mapping[str, Any], folder: Path) -> None:
+    """Saves a discriminator in the folder of its tokenizer, for `start_discriminator`.
+
+    Args:
+        discriminator: without the wrappers of accelerate.
+        settings: the settings that decide its network. Of local paths, only the last part is saved.
+        folder: folder of the tokenizer.
+    """
+    weights = {key: value.detach().cpu().contiguous() for key, value in discriminator.state_dict().items()}
+    save_file(weights, folder / DISCRIMINATOR_NAME, {SETTINGS: json.dumps(without_paths(dict(settings)))})
+
+
+def start_discriminator(discriminator: nn.Module, name: str, settings: Mapping[str, Any]) -> str | None:
     """Loads the weights that were saved with a tokenizer into a new discriminator, if they exist and fit.
 
     Args:
         discriminator: changed in place.
         name: folder or Hub id of the tokenizer.
+        settings: the settings that decide the network of the new discriminator.
 
     Returns:
         A sentence for the log; None if the tokenizer has no discriminator.
@@ -221,8 +237,13 @@ def start_discriminator(discriminator: nn.Module, name: str) -> str | None:
         return None
     try:
         header, own = read_header(path), discriminator.state_dict()
-        if {key: value.shape for key, value in header.items()} != {key: tuple(own[key].shape) for key in own}:
-            return f"the discriminator starts from random weights: the discriminator of {name} has another shape"
+        difference = _other_settings(path, without_paths(dict(settings)))
+        if not difference and {key: value.shape for key, value in header.items()} != {
+            key: tuple(value.shape) for key, value in own.items()
+        }:
+            difference = "has another shape"
+        if difference:
+            return f"the discriminator starts from random weights: that of {name} {difference}"
         require_fit(header, own, path, "the discriminator")
         weights = load_file(path)
         require_finite(weights.items(), path)
@@ -233,3 +254,19 @@ def start_discriminator(discriminator: nn.Module, name: str) -> str | None:
         raise ConfigError([Problem("model_name_or_path", message)]) from error
     discriminator.load_state_dict(weights)
     return f"the discriminator starts from the weights of {name}"
+
+
+def _other_settings(path: Path, settings: dict[str, Any]) -> str:
+    """How the settings in the metadata of a saved discriminator differ from `settings`, in words; "" if they do not.
+
+    A converted discriminator has none, and an older version may lack some: only those that both have are compared.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        saved = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: its settings are {shown(saved)}; must be a JSON object")
+    return " and ".join(
+        f"has discriminator.{key} {shown(saved[key])}, not {shown(value)}"
+        for key, value in settings.items()
+        if key in saved and saved[key] != value
+    )

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from configs import ConfigError
 from stage1_vqgan import VQGANModel
+from stage1_vqgan.pretrained import DISCRIMINATOR_NAME
 from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import TokenLayout
 from stage2_prior.prior import adapt_prior, shared_tokens
@@ -41,6 +42,24 @@ def test_a_tokenizer_goes_on_from_its_weights(tiny_runs, tmp_path):
     moved = train_tokenizer(tokenizer_config(tiny_runs, tmp_path / "moved"))
     assert changed(weights, moved.state_dict()) >= {"encoder", "decoder", "quantize"}
     assert moved.config.fingerprint == moved.compute_fingerprint() != before.config.fingerprint
+
+
+def test_the_discriminator_goes_on_too(tiny_runs, tmp_path, capsys):
+    """A discriminator that starts anew does not know the reconstructions, and costs quality at first."""
+    saved = load_file(tiny_runs.vqgan / DISCRIMINATOR_NAME)
+    assert float(saved["main.3.num_batches_tracked"]) > 0
+    config = tokenizer_config(tiny_runs, tmp_path / "on", learning_rate=1e-30)
+    config.loss.adversarial_start_step = 0
+    train_tokenizer(config)
+    assert f"the discriminator starts from the weights of {tiny_runs.vqgan}" in capsys.readouterr().out
+    kept = load_file(tmp_path / "on" / DISCRIMINATOR_NAME)
+    assert all(torch.equal(saved[name], kept[name]) for name in saved if name.endswith(("weight", "bias")))
+    other = replace(config, output_dir=str(tmp_path / "other"))
+    other.discriminator = replace(config.discriminator, num_layers=1)
+    train_tokenizer(other)
+    told = capsys.readouterr().out
+    assert f"random weights: that of {tiny_runs.vqgan} has discriminator.num_layers 2, not 1" in told
+    assert load_file(tmp_path / "other" / DISCRIMINATOR_NAME).keys() != saved.keys()
 
 
 def test_decoder_only_keeps_every_code(tiny_runs, tmp_path):

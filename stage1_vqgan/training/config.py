@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -37,6 +37,7 @@ DiscriminatorType = Literal["patchgan"]
 NormType = Literal["batch", "group", "actnorm"]
 
 MOST_CHANNELS = 2**10  # of an image
+OF_OPTIMIZER = ("learning_rate", "adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")
 
 
 @dataclass(kw_only=True)
@@ -60,6 +61,11 @@ class DiscriminatorConfig(Section):
     adam_beta2: Momentum | None = None
     weight_decay: NonNegativeFloat | None = None
     max_grad_norm: NonNegativeFloat | None = None
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The settings that decide the network, without those of its optimizer."""
+        return {name: value for name, value in asdict(self).items() if name not in OF_OPTIMIZER}
 
 
 @dataclass(kw_only=True)

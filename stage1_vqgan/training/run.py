@@ -33,7 +33,7 @@ from stage1_vqgan.image_processing_vqgan import VQGANImageProcessor
 from stage1_vqgan.model_card import export_tokenizer
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pictures import reconstruction_grid
-from stage1_vqgan.pretrained import load_vqgan, recorded_range, trained_range
+from stage1_vqgan.pretrained import load_vqgan, recorded_range, save_discriminator, trained_range
 from stage1_vqgan.reconstruction import evaluate_reconstruction
 from stage1_vqgan.training import checkpointing
 from stage1_vqgan.training.codebook import initialise_codebook
@@ -306,7 +306,9 @@ class Training:
             checkpointing.save(self.run, self.accelerator, self.trainer, self.step)
 
     def finish(self) -> VQGANModel:
-        """Saves the tokenizer (the averaged weights, with a fingerprint) and the results; returns the tokenizer."""
+        """Saves the tokenizer (the averaged weights, with a fingerprint), the discriminator to fine-tune it with, and the
+        results; returns the tokenizer.
+        """
         model = copy.deepcopy(self.trainer.average).cpu().eval()
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]
         if self.accelerator.is_main_process:
@@ -322,6 +324,9 @@ class Training:
             with self.run.replaced_model(model.get_memory_footprint()) as folder:
                 model.save_pretrained(folder)
                 processor.save_pretrained(folder)
+                if self.trainer.discriminator is not None:
+                    discriminator = self.accelerator.unwrap_model(self.trainer.discriminator)
+                    save_discriminator(discriminator, self.config.discriminator.architecture, folder)
             print(f"tokenizer saved in {Path(self.run.path).resolve()} (fingerprint {model.config.fingerprint})")
             self.run.finish(self.step, self.metrics)
         self.accelerator.wait_for_everyone()

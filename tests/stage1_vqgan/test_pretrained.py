@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from configs import ConfigError
 from configs.checksums import CHECKSUMS_NAME, write_checksums
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel, load_image_processor, load_tokenizer, load_vqgan
-from stage1_vqgan.pretrained import DISCRIMINATOR_NAME, start_discriminator
+from stage1_vqgan.pretrained import DISCRIMINATOR_NAME, save_discriminator, start_discriminator
 from stage1_vqgan.training.discriminator import PatchDiscriminator
 from tests import tiny
 from tests.fuzz.harness import planted_pickle
@@ -26,7 +26,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     VQGANModel(VQGANConfig(**tiny.VQGAN)).save_pretrained(folder)
     VQGANImageProcessor(16, 1).save_pretrained(folder)
-    save_file(discriminator().state_dict(), folder / DISCRIMINATOR_NAME)
+    save_discriminator(discriminator(), SETTINGS, folder)
     write_checksums(folder)
     return folder
 
@@ -37,6 +37,9 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     shutil.copytree(saved, tmp_path / "vqgan")
     (tmp_path / "vqgan" / CHECKSUMS_NAME).unlink()
     return tmp_path / "vqgan"
+
+
+SETTINGS = {"num_layers": 2, "norm_type": "batch", "network": "/home/me/dino"}
 
 
 def discriminator() -> PatchDiscriminator:
@@ -164,15 +167,23 @@ def test_the_image_processor_is_that_of_the_tokenizer(folder):
 
 def test_a_discriminator_starts_from_saved_weights_that_fit(folder):
     new = discriminator()
-    assert start_discriminator(new, str(folder)) == f"the discriminator starts from the weights of {folder}"
+    told = start_discriminator(
+        new, str(folder), {**SETTINGS, "network": "/elsewhere/dino", "key_of_a_later_version": 1}
+    )
+    assert told == f"the discriminator starts from the weights of {folder}"
     stored = load_file(folder / DISCRIMINATOR_NAME)
     assert all(torch.equal(value, stored[name]) for name, value in new.state_dict().items())
-    assert "another shape" in str(start_discriminator(PatchDiscriminator(1, base_channels=4), str(folder)))
+    anew = f"the discriminator starts from random weights: that of {folder} has "
+    other = discriminator()
+    told = start_discriminator(other, str(folder), {"num_layers": 3, "norm_type": "group"})
+    assert told == f"{anew}discriminator.num_layers 2, not 3 and has discriminator.norm_type 'batch', not 'group'"
+    assert not any(torch.equal(value, stored[name]) for name, value in other.named_parameters() if value.ndim == 4)
+    assert start_discriminator(PatchDiscriminator(1, base_channels=4), str(folder), {}) == f"{anew}another shape"
     (folder / DISCRIMINATOR_NAME).unlink()
-    assert start_discriminator(new, str(folder)) is None
+    assert start_discriminator(new, str(folder), SETTINGS) is None
 
 
-@pytest.mark.parametrize("damage", ["nan", "dtype", "cut", "pickle"])
+@pytest.mark.parametrize("damage", ["nan", "dtype", "settings", "cut", "pickle"])
 def test_a_damaged_discriminator_is_refused(folder, tmp_path, damage):
     path = folder / DISCRIMINATOR_NAME
     weights = load_file(path)
@@ -181,13 +192,13 @@ def test_a_damaged_discriminator_is_refused(folder, tmp_path, damage):
         weights[name].view(-1)[0] = math.nan
     elif damage == "dtype":
         weights[name] = weights[name].to(torch.int8)
-    save_file(weights, path)
+    save_file(weights, path, {"settings": "[]" if damage == "settings" else "{}"})
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-5])
     elif damage == "pickle":
         path.write_bytes(planted_pickle(tmp_path / "canary"))
     with pytest.raises(ConfigError, match=rf"model_name_or_path: .*{DISCRIMINATOR_NAME} cannot be used; remove it"):
-        start_discriminator(discriminator(), str(folder))
+        start_discriminator(discriminator(), str(folder), SETTINGS)
     assert not (tmp_path / "canary").exists()
 
 
