@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_architecture import VQGANArchitecture
-from .quantizers import option_problems
+from .quantizers import Grids, build_options, num_codes, option_problems
 
 
 @strict
@@ -26,6 +26,16 @@ class VQGANConfig(VQGANArchitecture, PreTrainedConfig):
     _auto_class = "AutoConfig"
 
     fingerprint: str | None = None
+
+    @property
+    def grids(self) -> Grids:
+        """The grids of an image's codes at the training resolution, each as (h, w, codes at each position)."""
+        return build_options(self.quantizer, self.quantizer_options).grids(self.grid_size, self.grid_size)
+
+    @property
+    def num_codes_per_image(self) -> int:
+        """L, number of codes of an image at the training resolution."""
+        return num_codes(self.grids)
 
     def validate_architecture(self) -> None:
         """Checks the rules that types cannot express. The constructor calls it.

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, distributed, nn
 
+from .quantizer_grids import Grids
+
 # Number of scores (latents × entries) that the search computes at once. On a CPU they fit in the cache of a core; other
 # devices need more parallel work.
 CPU_SCORES, DEVICE_SCORES = 2**20, 2**27
@@ -23,7 +25,7 @@ class QuantizerOutput:
 
     Attributes:
         quantized: float32 `(B, D, h, w)`; its gradient is passed on to the latents.
-        codes: int64 `(B, h, w)` in `[0, K)`.
+        codes: int64 in `[0, K)`: `(B, h, w)`, or another shape, see `codes_shape`.
         loss: float32 scalar, the weighted sum of the quantizer's loss terms.
     """
 
@@ -45,6 +47,10 @@ class QuantizerOptions:
         The name is an option, "num_embeddings" or "embed_dim".
         """
         yield from ()
+
+    def grids(self, height: int, width: int) -> Grids:
+        """The grids of the codes of latents `(B, D, h, w)`, in the order of the flattened codes."""
+        return ((height, width, 1),)
 
 
 class Quantizer(nn.Module):
@@ -69,26 +75,65 @@ class Quantizer(nn.Module):
         self.num_embeddings, self.embed_dim, self.options = num_embeddings, embed_dim, options
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantizes float32 latents `(N, D)`; returns quantized `(N, D)`, int64 codes `(N,)` and the loss, a scalar."""
+        """Quantizes float32 latents `(N, D)`.
+
+        Returns:
+            Quantized `(N, D)`; int64 codes `(N,)`, or `(N, G)` with several codes for each latent; the loss, a scalar.
+        """
         raise NotImplementedError
 
     def entries(self, codes: Tensor) -> Tensor:
         """The quantized latents that int64 codes `(…)` stand for, float32 `(…, D)`."""
         raise NotImplementedError
 
+    def grids(self, height: int, width: int) -> Grids:
+        """See [`QuantizerOptions`]."""
+        return self.options.grids(height, width)
+
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantizes latents `(B, D, h, w)`; see [`QuantizerOutput`]."""
         batch, _, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False):
-            quantized, codes, loss = self.quantize(rearrange(latents.float(), "B D h w -> (B h w) D"))
+            quantized, codes, loss = self.quantize(latent_rows(latents))
         quantized = rearrange(quantized, "(B h w) D -> B D h w", h=height, w=width)
         if latents.is_contiguous():  # otherwise they are channels-last, like `quantized`
             quantized = quantized.contiguous()
-        return QuantizerOutput(quantized, codes.view(batch, height, width), loss)
+        return QuantizerOutput(quantized, codes.view(batch, height, width, *codes.shape[1:]), loss)
 
-    def lookup(self, codes: Tensor) -> Tensor:
-        """The quantized latents that int64 codes `(B, h, w)` stand for, float32 `(B, D, h, w)`."""
+    def lookup(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """The quantized latents that int64 codes stand for, float32 `(B, D, h, w)`.
+
+        Args:
+            codes: `(B, *codes_shape(self.grids(h, w)))` in `[0, K)`.
+            grid: h and w, which codes of several grids do not show.
+        """
         return rearrange(self.entries(codes), "B h w D -> B D h w")
+
+    @property
+    def codebooks(self) -> list[Any]:
+        """The quantizers whose entries k-means may initialize and a restart may move, in the order of their use."""
+        return [self] if self.has_codebook else []
+
+    @property
+    def num_entries(self) -> int:
+        """Number of entries of all codebooks."""
+        return self.num_embeddings * max(1, len(self.codebooks))
+
+    def inputs(self, latents: Tensor) -> list[Tensor]:
+        """What each of the `codebooks` quantizes of latents `(B, D, h, w)`: rows `(N, D)`."""
+        return [latent_rows(latents)]
+
+    def entry_numbers(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Codes, numbered through all codebooks: the entries of the second codebook follow on those of the first.
+
+        Args:
+            codes: see `lookup`.
+            grid: h and w.
+
+        Returns:
+            int64 of the shape of `codes`.
+        """
+        return codes
 
     def prepare(self, progress: float, image_seeds: Sequence[int]) -> None:
         """Called before every forward in training.
@@ -154,6 +199,11 @@ def mean_over_processes(value: Tensor) -> Tensor:
     total = value.detach().clone()
     distributed.all_reduce(total)
     return value + (total / distributed.get_world_size() - value.detach())
+
+
+def latent_rows(latents: Tensor) -> Tensor:
+    """Latents `(B, D, h, w)` as float32 rows `(B·h·w, D)`."""
+    return rearrange(latents.float(), "B D h w -> (B h w) D")
 
 
 def unit_length(rows: Tensor) -> Tensor:

@@ -12,11 +12,15 @@ from typing import Any, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 
-from .quantizer_base import Quantizer, QuantizerOutput, nearest_code
+from .quantizer_base import Quantizer, QuantizerOptions, QuantizerOutput, nearest_code
 from .quantizer_ema import EMAQuantizer
 from .quantizer_fsq import FSQuantizer
+from .quantizer_grids import Grids, codes_shape, grids_text, num_codes
 from .quantizer_gumbel import GumbelQuantizer
 from .quantizer_lfq import LFQuantizer
+from .quantizer_product import ProductQuantizer
+from .quantizer_pyramid import PyramidQuantizer
+from .quantizer_residual import ResidualQuantizer
 from .quantizer_vq import VectorQuantizer
 
 # `VQGANConfig.quantizer` → class.
@@ -26,6 +30,9 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "gumbel": GumbelQuantizer,
     "fsq": FSQuantizer,
     "lfq": LFQuantizer,
+    "residual": ResidualQuantizer,
+    "product": ProductQuantizer,
+    "pyramid": PyramidQuantizer,
 }
 
 
@@ -53,8 +60,9 @@ def option_problems(
             yield f"quantizer_options.{option}", value, f"unknown, {name} has {', '.join(hints)}{nearest}"
         elif not _fits(value, hints[option]):
             wrong = True
-            words = {bool: "true or false", float | int: "a number"}.get(hints[option], "a list of whole numbers")
-            yield f"quantizer_options.{option}", value, f"must be {words}"
+            words = {bool: "true or false", int: "a whole number", float | int: "a number"}
+            allowed = f"must be {words.get(hints[option], 'a list of whole numbers')}"
+            yield f"quantizer_options.{option}", value, allowed
     if wrong:
         return
     for field, value, allowed in kind(**values).problems(num_embeddings, embed_dim):
@@ -63,8 +71,12 @@ def option_problems(
 
 def build_quantizer(name: str, num_embeddings: int, embed_dim: int, options: dict[str, Any]) -> Quantizer:
     """Builds a quantizer; the arguments are the fields of [`VQGANConfig`]."""
-    kind = QUANTIZERS[name]
-    return kind(num_embeddings, embed_dim, kind.Options(**options))
+    return QUANTIZERS[name](num_embeddings, embed_dim, build_options(name, options))
+
+
+def build_options(name: str, options: dict[str, Any]) -> QuantizerOptions:
+    """The options of a quantizer; the arguments are the fields of [`VQGANConfig`]."""
+    return QUANTIZERS[name].Options(**options)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -79,10 +91,15 @@ def _fits(value: Any, hint: Any) -> bool:
 
 __all__ = [
     "QUANTIZERS",
+    "Grids",
     "Quantizer",
     "QuantizerOutput",
     "VectorQuantizer",
+    "build_options",
     "build_quantizer",
+    "codes_shape",
+    "grids_text",
     "nearest_code",
+    "num_codes",
     "option_problems",
 ]
