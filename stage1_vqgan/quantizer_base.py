@@ -3,6 +3,7 @@
 Shape letters: B batch, D code width, h w code grid, K codebook size, N = B·h·w latents.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -53,12 +54,12 @@ class QuantizerOptions:
         return ((height, width, 1),)
 
 
-class Quantizer(nn.Module):
-    """Maps each latent to one of K codes.
+class QuantizerBase(nn.Module, ABC):
+    """Maps latents to codes, and codes to quantized latents.
 
-    A subclass implements `quantize` (latents → codes) and `entries` (codes → latents), and declares its `Options`. One
-    that learns outside of gradients also overrides `prepare`, `observe` or `update`. All methods compute in float32,
-    even under autocast.
+    A subclass implements `forward` and `lookup`, and declares its `Options`. One that learns outside of gradients also
+    overrides `prepare`, `observe` or `update`; one with several codebooks overrides `codebooks`, `inputs` and
+    `entry_numbers`. All methods compute in float32, even under autocast.
 
     Args:
         num_embeddings: K.
@@ -67,52 +68,32 @@ class Quantizer(nn.Module):
     """
 
     Options: type[QuantizerOptions] = QuantizerOptions
-    # Whether the entries are points in latent space that k-means may initialize and a restart may move (move_entries).
-    has_codebook = False
 
     def __init__(self, num_embeddings: int, embed_dim: int, options: Any):
         super().__init__()
         self.num_embeddings, self.embed_dim, self.options = num_embeddings, embed_dim, options
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantizes float32 latents `(N, D)`.
-
-        Returns:
-            Quantized `(N, D)`; int64 codes `(N,)`, or `(N, G)` with several codes for each latent; the loss, a scalar.
-        """
-        raise NotImplementedError
-
-    def entries(self, codes: Tensor) -> Tensor:
-        """The quantized latents that int64 codes `(…)` stand for, float32 `(…, D)`."""
-        raise NotImplementedError
-
-    def grids(self, height: int, width: int) -> Grids:
-        """See [`QuantizerOptions`]."""
-        return self.options.grids(height, width)
-
+    @abstractmethod
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantizes latents `(B, D, h, w)`; see [`QuantizerOutput`]."""
-        batch, _, height, width = latents.shape
-        with torch.autocast(latents.device.type, enabled=False):
-            quantized, codes, loss = self.quantize(latent_rows(latents))
-        quantized = rearrange(quantized, "(B h w) D -> B D h w", h=height, w=width)
-        if latents.is_contiguous():  # otherwise they are channels-last, like `quantized`
-            quantized = quantized.contiguous()
-        return QuantizerOutput(quantized, codes.view(batch, height, width, *codes.shape[1:]), loss)
 
+    @abstractmethod
     def lookup(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """The quantized latents that int64 codes stand for, float32 `(B, D, h, w)`.
 
         Args:
             codes: `(B, *codes_shape(self.grids(h, w)))` in `[0, K)`.
-            grid: h and w, which codes of several grids do not show.
+            grid: h and w; needed for codes of several grids, which do not show them.
         """
-        return rearrange(self.entries(codes), "B h w D -> B D h w")
+
+    def grids(self, height: int, width: int) -> Grids:
+        """See [`QuantizerOptions`]."""
+        return self.options.grids(height, width)
 
     @property
-    def codebooks(self) -> list[Any]:
-        """The quantizers whose entries k-means may initialize and a restart may move, in the order of their use."""
-        return [self] if self.has_codebook else []
+    def codebooks(self) -> list["CodebookQuantizer"]:
+        """The quantizers whose entries k-means may place and a restart may move, in the order of their use."""
+        return []
 
     @property
     def num_entries(self) -> int:
@@ -120,18 +101,17 @@ class Quantizer(nn.Module):
         return self.num_embeddings * max(1, len(self.codebooks))
 
     def inputs(self, latents: Tensor) -> list[Tensor]:
-        """What each of the `codebooks` quantizes of latents `(B, D, h, w)`: rows `(N, D)`."""
+        """What each of the `codebooks` quantizes of latents `(B, D, h, w)`: float32 rows `(N, D)`."""
         return [latent_rows(latents)]
 
     def entry_numbers(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         """Codes, numbered through all codebooks: the entries of the second codebook follow on those of the first.
 
         Args:
-            codes: see `lookup`.
-            grid: h and w.
+            codes, grid: see `lookup`.
 
         Returns:
-            int64 of the shape of `codes`.
+            int64 of the shape of `codes`, in `[0, num_entries)`.
         """
         return codes
 
@@ -144,10 +124,75 @@ class Quantizer(nn.Module):
         """
 
     def observe(self, latents: Tensor, codes: Tensor) -> None:
-        """Called after every forward in training, with latents `(B, D, h, w)` and their codes `(B, h, w)`."""
+        """Called after every forward in training, with latents `(B, D, h, w)` and their codes."""
 
     def update(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Called after every optimizer step; `reduce` sums a tensor over processes."""
+
+
+class Quantizer(QuantizerBase):
+    """Quantizes each latent by itself: to one code, or to several.
+
+    A subclass implements `quantize` (latents → codes) and `entries` (codes → latents).
+    """
+
+    @abstractmethod
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantizes float32 latents `(N, D)`.
+
+        Returns:
+            Quantized `(N, D)`; int64 codes `(N,)`, or `(N, G)` with several codes for each latent; the loss, a scalar.
+        """
+
+    @abstractmethod
+    def entries(self, codes: Tensor) -> Tensor:
+        """The quantized latents that int64 codes `(…)` or `(…, G)` stand for, float32 `(…, D)`."""
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        batch, _, height, width = latents.shape
+        with torch.autocast(latents.device.type, enabled=False):
+            quantized, codes, loss = self.quantize(latent_rows(latents))
+        quantized = rearrange(quantized, "(B h w) D -> B D h w", h=height, w=width)
+        if latents.is_contiguous():  # otherwise they are channels-last, like `quantized`
+            quantized = quantized.contiguous()
+        return QuantizerOutput(quantized, codes.view(batch, height, width, *codes.shape[1:]), loss)
+
+    def lookup(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return rearrange(self.entries(codes), "B h w D -> B D h w")
+
+
+class CodebookQuantizer(Quantizer):
+    """A quantizer whose codes stand for K points in latent space: k-means may place them, and a restart may move them.
+
+    A subclass implements `quantize`, `codebook`, `entry_weights` and `move_entries`.
+    """
+
+    # Whether only the direction of an entry matters: k-means and restarts then stay on the unit sphere.
+    l2_normalize = False
+
+    @property
+    def codebooks(self) -> list["CodebookQuantizer"]:
+        return [self]
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The entries as `quantize` and the decoder use them, float32 `(K, D)`."""
+
+    @abstractmethod
+    def entry_weights(self) -> list[Tensor]:
+        """The weights with one row for each entry. A restart sets what the optimizer recalls of moved rows to 0."""
+
+    @abstractmethod
+    def move_entries(self, codes: Tensor, rows: Tensor) -> None:
+        """Moves the entries of different int64 codes `(M,)` to `rows` `(M, D)`, and forgets statistics about them."""
+
+    def place_entries(self, centres: Tensor) -> None:
+        """Moves all entries to `centres` `(K, D)`, before the first step."""
+        self.move_entries(torch.arange(self.num_embeddings, device=centres.device), centres)
+
+    def entries(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes, self.codebook)
 
 
 @torch.no_grad()

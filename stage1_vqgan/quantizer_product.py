@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from .quantizer_base import Quantizer, latent_rows
+from .quantizer_base import CodebookQuantizer, Quantizer, latent_rows
 from .quantizer_grids import Grids
 from .quantizer_vq import VectorQuantizer, VectorQuantizerOptions
 
@@ -54,8 +54,8 @@ class ProductQuantizer(Quantizer):
         self.parts = nn.ModuleList(VectorQuantizer(num_embeddings, width, options) for _ in range(count))
 
     @property
-    def codebooks(self) -> list[VectorQuantizer]:
-        return cast(list[VectorQuantizer], list(self.parts))
+    def codebooks(self) -> list[CodebookQuantizer]:
+        return cast(list[CodebookQuantizer], list(self.parts))
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         groups = z.chunk(self.options.groups, dim=-1)

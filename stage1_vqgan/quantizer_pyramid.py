@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .quantizer_base import Quantizer, QuantizerOutput, latent_rows
+from .quantizer_base import CodebookQuantizer, QuantizerBase, QuantizerOutput, latent_rows
 from .quantizer_grids import Grids
 from .quantizer_vq import VectorQuantizer, VectorQuantizerOptions
 
@@ -53,7 +53,7 @@ class ResidualBlock(nn.Sequential):
         return x + super().forward(x)
 
 
-class PyramidQuantizer(Quantizer):
+class PyramidQuantizer(QuantizerBase):
     """Quantizes a coarse grid, then a fine grid of which the coarse one is known.
 
     A network halves the resolution of the latents, and the codebook `top` quantizes what results. A second network
@@ -89,14 +89,16 @@ class PyramidQuantizer(Quantizer):
         self.fuse = nn.Conv2d(2 * embed_dim, embed_dim, 1)
 
     @property
-    def codebooks(self) -> list[VectorQuantizer]:
+    def codebooks(self) -> list[CodebookQuantizer]:
         return [self.top, self.bottom]
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
-        top, grown, fine = self._up_to_bottom(latents)
-        bottom = self.bottom(fine)
+        with torch.autocast(latents.device.type, enabled=False):
+            _, top, grown, fine = self._up_to_bottom(latents)
+            bottom = self.bottom(fine)
+            quantized = self._fused(grown, bottom.quantized)
         codes = torch.cat([top.codes.flatten(1), bottom.codes.flatten(1)], dim=1)
-        return QuantizerOutput(self._fused(grown, bottom.quantized), codes, top.loss + bottom.loss)
+        return QuantizerOutput(quantized, codes, top.loss + bottom.loss)
 
     def lookup(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         if grid is None:
@@ -107,18 +109,20 @@ class PyramidQuantizer(Quantizer):
         return self._fused(self._grown(entries, grid), self.bottom.lookup(bottom.unflatten(1, grid), grid))
 
     def inputs(self, latents: Tensor) -> list[Tensor]:
-        *_, fine = self._up_to_bottom(latents)
-        return [latent_rows(self.shrink(latents)), latent_rows(fine)]
+        coarse, _, _, fine = self._up_to_bottom(latents)
+        return [latent_rows(coarse), latent_rows(fine)]
 
     def entry_numbers(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         (height, width, _), _ = self.grids(*grid)
         return codes + self.num_embeddings * (torch.arange(codes.shape[1], device=codes.device) >= height * width)
 
-    def _up_to_bottom(self, latents: Tensor) -> tuple[QuantizerOutput, Tensor, Tensor]:
-        """The quantized coarse grid; it at the resolution `(B, D, h, w)` of the latents; and joined with them."""
-        top = self.top(self.shrink(latents))
+    def _up_to_bottom(self, latents: Tensor) -> tuple[Tensor, QuantizerOutput, Tensor, Tensor]:
+        """What `top` quantizes; its output; this at the resolution of the latents; and what `bottom` quantizes."""
+        latents = latents.to(self.fuse.weight.dtype)
+        coarse = self.shrink(latents)
+        top = self.top(coarse)
         grown = self._grown(top.quantized, latents.shape[2:])
-        return top, grown, self.join(torch.cat([latents.to(grown.dtype), grown], dim=1))
+        return coarse, top, grown, self.join(torch.cat([latents, grown], dim=1))
 
     def _grown(self, top: Tensor, grid: Any) -> Tensor:
         """Coarse entries at the resolution of the fine grid, `(B, D, h, w)`."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from .quantizer_base import Quantizer, latent_rows, nearest_code, straight_through
+from .quantizer_base import CodebookQuantizer, Quantizer, latent_rows, nearest_code, straight_through
 from .quantizer_grids import Grids
 from .quantizer_vq import VectorQuantizer, VectorQuantizerOptions, rotate
 
@@ -58,11 +58,11 @@ class ResidualQuantizer(Quantizer):
         self.parts = nn.ModuleList(VectorQuantizer(num_embeddings, embed_dim, options) for _ in range(count))
 
     @property
-    def codebooks(self) -> list[VectorQuantizer]:
-        return cast(list[VectorQuantizer], list(self.parts))
+    def codebooks(self) -> list[CodebookQuantizer]:
+        return cast(list[CodebookQuantizer], list(self.parts))
 
     @property
-    def depths(self) -> list[VectorQuantizer]:
+    def depths(self) -> list[CodebookQuantizer]:
         """The quantizer of each depth."""
         return self.codebooks * (self.options.depth // len(self.parts))
 

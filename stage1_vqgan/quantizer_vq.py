@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from .quantizer_base import (
-    Quantizer,
+    CodebookQuantizer,
     QuantizerOptions,
     entropy,
     mean_over_processes,
@@ -65,14 +65,13 @@ class Codebook(nn.Embedding):
         init.uniform_(self.weight, -1 / self.num_embeddings, 1 / self.num_embeddings)
 
 
-class VectorQuantizer(Quantizer):
+class VectorQuantizer(CodebookQuantizer):
     """Nearest codebook entry with a straight-through gradient.
 
     Source: van den Oord et al. 2017, "Neural discrete representation learning", section 3.2.
     """
 
     Options = VectorQuantizerOptions
-    has_codebook = True
 
     def __init__(self, num_embeddings: int, embed_dim: int, options: VectorQuantizerOptions):
         super().__init__(num_embeddings, embed_dim, options)
@@ -83,7 +82,7 @@ class VectorQuantizer(Quantizer):
 
     @property
     def codebook(self) -> Tensor:
-        """The entries that the search compares with: float32 `(K, D)`, of unit length with `l2_normalize`."""
+        """float32 `(K, D)`, of unit length with `l2_normalize`."""
         weight = self.embedding.weight.float()
         return unit_length(weight) if self.l2_normalize else weight
 
@@ -99,12 +98,11 @@ class VectorQuantizer(Quantizer):
             loss = loss + self.options.entropy_weight * self.entropy_loss(z, codebook)
         return rotate(z, zq) if self.options.rotation_trick else straight_through(z, zq), codes, loss
 
-    def entries(self, codes: Tensor) -> Tensor:
-        return F.embedding(codes, self.codebook)
+    def entry_weights(self) -> list[Tensor]:
+        return [self.embedding.weight]
 
     @torch.no_grad()
     def move_entries(self, codes: Tensor, rows: Tensor) -> None:
-        """Overwrites the entries of int64 codes `(M,)` with `rows` `(M, D)`."""
         self.embedding.weight[codes] = rows.to(self.embedding.weight.dtype)
 
     def entropy_loss(self, z: Tensor, codebook: Tensor) -> Tensor:

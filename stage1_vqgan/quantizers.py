@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 
-from .quantizer_base import Quantizer, QuantizerOptions, QuantizerOutput, nearest_code
+from .quantizer_base import CodebookQuantizer, Quantizer, QuantizerBase, QuantizerOptions, QuantizerOutput, nearest_code
 from .quantizer_ema import EMAQuantizer
 from .quantizer_fsq import FSQuantizer
 from .quantizer_grids import Grids, codes_shape, grids_text, num_codes
@@ -24,7 +24,7 @@ from .quantizer_residual import ResidualQuantizer
 from .quantizer_vq import VectorQuantizer
 
 # `VQGANConfig.quantizer` → class.
-QUANTIZERS: dict[str, type[Quantizer]] = {
+QUANTIZERS: dict[str, type[QuantizerBase]] = {
     "vq": VectorQuantizer,
     "ema": EMAQuantizer,
     "gumbel": GumbelQuantizer,
@@ -69,7 +69,7 @@ def option_problems(
         yield f"quantizer_options.{field}" if field in hints else field, value, allowed
 
 
-def build_quantizer(name: str, num_embeddings: int, embed_dim: int, options: dict[str, Any]) -> Quantizer:
+def build_quantizer(name: str, num_embeddings: int, embed_dim: int, options: dict[str, Any]) -> QuantizerBase:
     """Builds a quantizer; the arguments are the fields of [`VQGANConfig`]."""
     return QUANTIZERS[name](num_embeddings, embed_dim, build_options(name, options))
 
@@ -91,8 +91,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 __all__ = [
     "QUANTIZERS",
+    "CodebookQuantizer",
     "Grids",
     "Quantizer",
+    "QuantizerBase",
     "QuantizerOutput",
     "VectorQuantizer",
     "build_options",

@@ -32,14 +32,15 @@ def evaluate_reconstruction(
     Returns:
         Means over the images, with reconstructions clamped to [-1, 1]: `reconstruction_l1` (of pixels in [-1, 1]),
         `psnr` (dB) and, for images of at least 11 pixels, `ssim` (at most 1). Over all codes: `codebook_usage` in
-        [0, 1] and `codebook_perplexity` in [1, K]. Counts: `images`, and `skipped` if some could not be decoded.
+        [0, 1] and `codebook_perplexity` in [1, K] (the mean over several codebooks). Counts: `images`, and `skipped` if
+        some could not be decoded.
 
     Raises:
         ConfigError: no image can be decoded.
     """
     was_training = model.training
     model.eval()
-    counts = torch.zeros(model.config.num_embeddings, dtype=torch.int64, device=model.device)
+    counts = torch.zeros(model.quantize.num_entries, dtype=torch.int64, device=model.device)
     precision = torch.float32 if model.device.type == "mps" else torch.float64
     totals = torch.zeros(5, dtype=precision, device=model.device)
     for batch in batches:
@@ -54,9 +55,10 @@ def evaluate_reconstruction(
         similarity = structural_similarity(reconstruction, images)
         totals[:3] += torch.stack([absolute.sum(), ratio.sum(), similarity.sum()]).to(precision)
         totals[3] += len(images)
-        counts += torch.bincount(out.codes.flatten(), minlength=len(counts))
+        entries = model.quantize.entry_numbers(out.codes, out.latents.shape[2:])
+        counts += torch.bincount(entries.flatten(), minlength=len(counts))
     model.train(was_training)
-    counts, totals = reduce(counts), reduce(totals)
+    counts, totals = reduce(counts).view(-1, model.config.num_embeddings), reduce(totals)
     count, skipped = int(totals[3]), int(totals[4])
     if not count:
         raise ConfigError([Problem("data.dataset", f"none of the {skipped} images can be decoded")])
@@ -115,19 +117,19 @@ def structural_similarity(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 def codebook_perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the codes, a scalar in [1, K].
+    """exp of the entropy of the codes, a scalar in [1, K]; the mean over several codebooks.
 
     Args:
-        counts: `(K,)`, how often each code was used.
+        counts: `(K,)` or `(codebooks, K)`, how often each entry was used.
     """
-    p = counts.float() / counts.sum().clamp(min=1)
-    return torch.exp(-(p * p.clamp(min=1e-10).log()).sum())
+    p = counts.float() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return torch.exp(-(p * p.clamp(min=1e-10).log()).sum(-1)).mean()
 
 
 def codebook_usage(counts: Tensor) -> Tensor:
-    """Fraction of the codes that were used at least once, a scalar in [0, 1].
+    """Fraction of the entries of all codebooks that were used at least once, a scalar in [0, 1].
 
     Args:
-        counts: `(K,)`, how often each code was used.
+        counts: `(K,)` or `(codebooks, K)`, how often each entry was used.
     """
     return (counts > 0).float().mean()

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from einops import rearrange
 from torch import Tensor, nn
 
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.quantizers import VectorQuantizer, nearest_code
+from stage1_vqgan.quantizers import CodebookQuantizer, QuantizerBase, nearest_code
 from stage1_vqgan.reconstruction import codebook_perplexity, codebook_usage
 
 
@@ -59,53 +58,61 @@ def initialise_codebook(
 ) -> None:
     """Places the codebook entries by k-means over the latents of some batches of all processes.
 
+    Several codebooks are placed one after another, because what one of them quantizes depends on those before it.
+
     Args:
         model, average: the tokenizer in training and its moving average; both get the entries.
         batches: float32 `(B, C, H, W)` in [-1, 1], of this process.
         accelerator: gathers the latents.
         seed: seed of k-means.
     """
-    quantizers = cast(VectorQuantizer, model.quantize), cast(VectorQuantizer, average.quantize)
     # Gather batch by batch, so that the order of the latents does not depend on the number of processes.
-    latents = torch.cat([accelerator.gather(latent_rows(average.encode(images).latents)) for images in batches])
-    num_codes = model.config.num_embeddings
-    centres = kmeans(latents, num_codes, quantizers[0].l2_normalize, seed)
-    centres = broadcast(centres)  # sums on two GPUs can differ by rounding
-    for quantizer in quantizers:
-        quantizer.move_entries(torch.arange(num_codes, device=centres.device), centres)
-
-
-def latent_rows(latents: Tensor | None) -> Tensor:
-    """Latents `(B, D, h, w)` as rows `(B·h·w, D)`."""
-    return rearrange(cast(Tensor, latents), "B D h w -> (B h w) D")
+    latents = torch.cat([accelerator.gather(cast(Tensor, average.encode(images).latents)) for images in batches])
+    pairs = zip(model.quantize.codebooks, average.quantize.codebooks, strict=True)
+    for index, quantizers in enumerate(pairs):
+        rows = average.quantize.inputs(latents)[index]
+        centres = kmeans(rows, model.config.num_embeddings, quantizers[0].l2_normalize, seed)
+        centres = broadcast(centres)  # sums on two GPUs can differ by rounding
+        for quantizer in quantizers:
+            quantizer.place_entries(centres)
 
 
 class CodebookMonitor(nn.Module):
     """Counts how often each code is used, and restarts the codes that are not used.
 
+    Args:
+        num_embeddings: K.
+        device: device of the counters.
+        num_codebooks: number of codebooks of K entries each.
+
     Attributes:
-        logged: int64 `(K,)`, uses of each code since the last log. A buffer, so that a checkpoint holds it.
+        logged: int64, uses of each entry of all codebooks since the last log. A buffer, so that a checkpoint holds it.
         recent: the same since the last restart.
     """
 
     logged: Tensor
     recent: Tensor
 
-    def __init__(self, num_embeddings: int, device: torch.device):
+    def __init__(self, num_embeddings: int, device: torch.device, num_codebooks: int = 1):
         super().__init__()
-        self.register_buffer("logged", torch.zeros(num_embeddings, dtype=torch.int64, device=device))
-        self.register_buffer("recent", torch.zeros(num_embeddings, dtype=torch.int64, device=device))
+        self.num_embeddings, shape = num_embeddings, (num_codebooks * num_embeddings,)
+        self.register_buffer("logged", torch.zeros(shape, dtype=torch.int64, device=device))
+        self.register_buffer("recent", torch.zeros(shape, dtype=torch.int64, device=device))
 
-    def update(self, codes: Tensor) -> None:
-        """Adds the codes of a batch of this process, int64 of any shape."""
-        codes = codes.flatten()
+    def update(self, entries: Tensor) -> None:
+        """Adds the entry numbers of a batch of this process, int64 of any shape; see `QuantizerBase.entry_numbers`."""
+        entries = entries.flatten()
         for counts in (self.logged, self.recent):  # not bincount, because the host would wait for the device
-            counts.scatter_add_(0, codes, torch.ones_like(codes))
+            counts.scatter_add_(0, entries, torch.ones_like(entries))
 
     def statistics(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Usage and perplexity since the last call, scalars; `reduce` sums over processes."""
+        """Usage and perplexity since the last call, scalars; `reduce` sums over processes.
+
+        Usage is the share of the entries of all codebooks, perplexity the mean over codebooks.
+        """
         counts = reduce(self.logged)
         self.logged = torch.zeros_like(self.logged)  # not in place: `reduce` may return the tensor itself
+        counts = counts.view(-1, self.num_embeddings)
         return {"codebook/usage": codebook_usage(counts), "codebook/perplexity": codebook_perplexity(counts)}
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -120,42 +127,50 @@ class CodebookMonitor(nn.Module):
     @torch.no_grad()
     def restart(
         self,
-        quantizer: VectorQuantizer,
-        average: VectorQuantizer,
+        quantizer: QuantizerBase,
+        average: QuantizerBase,
         optimizer: torch.optim.Optimizer,
         latents: Tensor,
         reduce: Callable[[Tensor], Tensor],
         gather: Callable[[Tensor], Tensor],
         seed: int,
     ) -> Tensor:
-        """Moves every code that was not used since the last restart onto a random latent.
+        """Moves every entry that was not used since the last restart onto a random one of what its codebook quantizes.
 
         Call it after the optimizer step.
 
         Args:
             quantizer, average: the quantizer in training and its moving average; both get the new entries.
             optimizer: the moments of the moved entries are set to 0.
-            latents: `(N, D)` of this process's batch.
+            latents: `(B, D, h, w)` of this process's batch.
             reduce: sums over processes.
             gather: concatenates over processes, in the order of their ranks.
             seed: seed of the choice of latents.
 
         Returns:
-            Number of moved codes, a scalar.
+            Number of moved entries, a scalar.
         """
-        dead = (reduce(self.recent) == 0).nonzero().flatten()
+        counts = reduce(self.recent).view(-1, self.num_embeddings)
         self.recent = torch.zeros_like(self.recent)
-        if len(dead):
-            candidates = gather(latents.float())
-            if quantizer.l2_normalize:
-                candidates = F.normalize(candidates, dim=-1)
-            order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
-            dead = dead[: len(candidates)]
+        moved = 0
+        for index in (counts == 0).any(1).nonzero().flatten().tolist():
+            candidates = gather(quantizer.inputs(latents)[index])
+            dead = (counts[index] == 0).nonzero().flatten()[: len(candidates)]
+            order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed + index))
             rows = candidates[order[: len(dead)].to(candidates.device)]
-            weight = quantizer.embedding.weight
-            for moved in (quantizer, average):
-                moved.move_entries(dead, rows)
-            for value in optimizer.state.get(weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
-                    value[dead] = 0
-        return torch.tensor(float(len(dead)), device=latents.device)
+            pair = quantizer.codebooks[index], average.codebooks[index]
+            _move(pair, dead, F.normalize(rows, dim=-1) if pair[0].l2_normalize else rows, optimizer)
+            moved += len(dead)
+        return torch.tensor(float(moved), device=latents.device)
+
+
+def _move(
+    pair: tuple[CodebookQuantizer, CodebookQuantizer], dead: Tensor, rows: Tensor, optimizer: torch.optim.Optimizer
+) -> None:
+    """Moves entries of a codebook and of its average, and sets what the optimizer recalls of them to 0."""
+    for codebook in pair:
+        codebook.move_entries(dead, rows)
+    for weight in pair[0].entry_weights():
+        for value in optimizer.state.get(weight, {}).values():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                value[dead] = 0

@@ -249,9 +249,9 @@ class Training:
         self.health.require_finite_losses(interval.collected)
         scalars = interval.means() | self.trainer.codebook_statistics()
         scalars |= {"learning_rate": learning_rate, "images_per_second": interval.images_per_second}
-        model = self.trainer.average.config
-        num_codes_used = interval.images * model.grid_size**2
-        self.health.warn_of_problems(scalars, interval.collected, num_codes_used, model.num_embeddings)
+        model = self.trainer.average
+        num_codes_used = interval.images * model.config.num_codes_per_image
+        self.health.warn_of_problems(scalars, interval.collected, num_codes_used, model.quantize.num_entries)
         reporter.show({name: scalars[f"loss/{name}"] for name in SHOWN_TERMS if f"loss/{name}" in scalars})
         reporter.scalars(scalars, self.step)
 

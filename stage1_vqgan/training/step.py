@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from configs.randomness import seed_from
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.training.codebook import CodebookMonitor, latent_rows
+from stage1_vqgan.training.codebook import CodebookMonitor
 from stage1_vqgan.training.components import (
     build_perceptual,
     build_tokenizer,
@@ -63,7 +63,8 @@ class VQGANTrainer:
         self.perceptual = build_perceptual(config, channels, accelerator)
         self.discriminator, self.discriminator_optimizer = prepare_discriminator(channels, config, accelerator)
         self.adversarial = ADVERSARIAL_LOSSES[config.loss.adversarial_type]
-        self.monitor = CodebookMonitor(model.config.num_embeddings, accelerator.device)
+        num_codebooks = model.quantize.num_entries // model.config.num_embeddings
+        self.monitor = CodebookMonitor(model.config.num_embeddings, accelerator.device, num_codebooks)
         self.anchors = LecamAnchors(accelerator.device)
 
     @property
@@ -74,7 +75,7 @@ class VQGANTrainer:
     @property
     def codebook_is_trained(self) -> bool:
         """Whether the quantizer has codebook entries that k-means may initialise and that may be restarted."""
-        return self.model.quantize.has_codebook and not self.config.codes_are_frozen
+        return bool(self.model.quantize.codebooks) and not self.config.codes_are_frozen
 
     def step(self, images: Tensor, micro_step: int) -> dict[str, Tensor]:
         """One forward of the generator, then one update of the generator and one of the discriminator.
@@ -127,7 +128,7 @@ class VQGANTrainer:
                 metrics |= logits
 
             # Codebook upkeep and moving average.
-            self.monitor.update(out.codes)
+            self.monitor.update(quantizer.entry_numbers(out.codes, out.latents.shape[2:]))
             if not self.config.codes_are_frozen:
                 quantizer.observe(out.latents, out.codes)
             if self.accelerator.sync_gradients:
@@ -226,10 +227,10 @@ class VQGANTrainer:
         if not self.codebook_is_trained or not interval or step % interval or is_last:
             return {}
         restarted = self.monitor.restart(
-            cast(Any, self.model.quantize),
-            cast(Any, self.average.quantize),
+            self.model.quantize,
+            self.average.quantize,
             self.optimizer.optimizer,
-            latent_rows(latents.detach()),
+            latents.detach(),
             self._sum,
             self.accelerator.gather,
             seed=seed_from(self.config.seed, step),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stage1_vqgan import quantizer_base
-from stage1_vqgan.quantizers import build_quantizer, nearest_code
+from stage1_vqgan.quantizers import QUANTIZERS, CodebookQuantizer, Quantizer, build_quantizer, nearest_code
 from tests.devices import DEVICE, on_device
 
 pytestmark = on_device
@@ -111,6 +111,20 @@ def test_float32_under_autocast():
     assert torch.equal(mixed.codes, plain.codes) and torch.equal(mixed.loss, plain.loss)
     low = latents.bfloat16()
     assert torch.equal(quantizer(low).codes, quantizer(low.float()).codes)
+
+
+def test_a_kind_that_lacks_a_method_cannot_be_built():
+    class Incomplete(CodebookQuantizer):
+        def quantize(self, z):
+            return z, z, z
+
+    with pytest.raises(TypeError, match=r"codebook.*entry_weights.*move_entries"):
+        Incomplete(K, D, None)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS.values())
+def test_an_ordinary_kind_has_one_code_a_latent(kind):
+    assert kind.grids(None, 3, 4) == Quantizer.grids(None, 3, 4) == ((3, 4, 1),)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 10, 13])

@@ -85,7 +85,7 @@ class Case:
         self.monitor = CodebookMonitor(K, DEVICE)
 
     def restart(self, latents, reduce=same, gather=same, seed=0):
-        arguments = (self.quantizer, self.average, self.optimizer, latents, reduce, gather)
+        arguments = (self.quantizer, self.average, self.optimizer, latents[:, :, None, None], reduce, gather)
         return int(self.monitor.restart(*arguments, seed=seed))
 
 
