@@ -100,6 +100,7 @@ class QuantizerBase(nn.Module, ABC):
         """Number of entries of all codebooks."""
         return self.num_embeddings * max(1, len(self.codebooks))
 
+    @torch.no_grad()
     def inputs(self, latents: Tensor) -> list[Tensor]:
         """What each of the `codebooks` quantizes of latents `(B, D, h, w)`: float32 rows `(N, D)`."""
         return [latent_rows(latents)]

@@ -67,6 +67,7 @@ class ProductQuantizer(Quantizer):
         parts = zip(self.codebooks, codes.unbind(-1), strict=True)
         return torch.cat([part.entries(code) for part, code in parts], dim=-1)
 
+    @torch.no_grad()
     def inputs(self, latents: Tensor) -> list[Tensor]:
         return list(latent_rows(latents).chunk(self.options.groups, dim=-1))
 

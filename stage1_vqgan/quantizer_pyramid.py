@@ -108,6 +108,7 @@ class PyramidQuantizer(QuantizerBase):
         entries = self.top.lookup(top.unflatten(1, (height, width)), (height, width))
         return self._fused(self._grown(entries, grid), self.bottom.lookup(bottom.unflatten(1, grid), grid))
 
+    @torch.no_grad()
     def inputs(self, latents: Tensor) -> list[Tensor]:
         coarse, _, _, fine = self._up_to_bottom(latents)
         return [latent_rows(coarse), latent_rows(fine)]

@@ -81,11 +81,12 @@ class ResidualQuantizer(Quantizer):
         parts = zip(self.depths, codes.unbind(-1), strict=True)
         return torch.stack([part.entries(code) for part, code in parts]).sum(0)
 
+    @torch.no_grad()
     def inputs(self, latents: Tensor) -> list[Tensor]:
         rests = [latent_rows(latents)]
         for part in self.depths[:-1]:
             rests.append(rests[-1] - part.entries(nearest_code(rests[-1], part.codebook)))
-        return [torch.cat(rests)] if self.options.shared_codebook else rests
+        return [torch.stack(rests, dim=1).flatten(0, 1)] if self.options.shared_codebook else rests
 
     def entry_numbers(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         return codes + self.num_embeddings * torch.arange(len(self.parts), device=codes.device)

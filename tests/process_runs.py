@@ -15,7 +15,7 @@ from configs import load_config
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.quantizers import build_quantizer
 from stage1_vqgan.training import components, run as stage1
-from stage1_vqgan.training.codebook import CodebookMonitor, kmeans
+from stage1_vqgan.training.codebook import Candidates, CodebookMonitor, kmeans
 from stage1_vqgan.training.config import LossConfig
 from stage1_vqgan.training.run import Training
 from stage1_vqgan.training.step import VQGANTrainer
@@ -196,8 +196,12 @@ def run_quantizer(folder: Path, name: str, codes: int, width: int, options: dict
             optimizer.zero_grad()
         quantizer.update(reduce)
         if quantizer.codebooks and step % 5 == 4:
-            arguments = (quantizer, quantizer, optimizer, z, reduce, accelerator.gather)
-            restarted += int(monitor.restart(*arguments, seed=step))
+            candidates = []
+            for rows in quantizer.inputs(z):
+                sample = Candidates(codes)
+                sample.add(accelerator.gather(rows), seed=step)
+                candidates.append(sample.rows())
+            restarted += int(monitor.restart(quantizer, quantizer, optimizer, candidates, reduce))
     leave(folder, f"quantizer {name} {'-'.join(options)}", {**quantizer.state_dict(), "restarted": restarted})
 
 

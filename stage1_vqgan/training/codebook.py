@@ -6,7 +6,7 @@ random numbers are keyed by the step.
 Shape letters: N latents, D code width, K codebook size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -77,6 +77,45 @@ def initialise_codebook(
             quantizer.place_entries(centres)
 
 
+class Candidates:
+    """A random sample of the latents of the batches since the last optimizer step; a restart moves entries onto them.
+
+    Call `add` for every batch of a step that ends with a restart. The sample is empty after `rows`, so a checkpoint
+    between two steps holds none of it.
+
+    Args:
+        most: number of latents that are kept at most; K is enough for every restart.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self._draws: Tensor | None = None
+        self._rows: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, latents: Tensor, seed: int) -> None:
+        """Adds the latents of a batch. Each draws a number, and the `most` latents with the lowest numbers stay.
+
+        Args:
+            latents: `(N, D)` of all processes, in the order of their ranks: `accelerator.gather(rows)`, with one of
+                the rows of `quantizer.inputs`. So the sample does not depend on the number of processes, and is the
+                same on each.
+            seed: seed of the draws, another one for each batch: `seed_from(config.seed, micro_step)`.
+        """
+        draws = torch.rand(len(latents), generator=torch.Generator().manual_seed(seed)).to(latents.device)
+        rows = latents.float()
+        if self._draws is not None and self._rows is not None:
+            draws, rows = torch.cat([self._draws, draws]), torch.cat([self._rows, rows])
+        order = draws.argsort(stable=True)[: self.most]
+        self._draws, self._rows = draws[order], rows[order]
+
+    def rows(self) -> Tensor:
+        """The sample in random order, float32 `(≤ most, D)`; the next batch begins a new one."""
+        assert self._rows is not None, "no batch was added"
+        rows, self._draws, self._rows = self._rows, None, None
+        return rows
+
+
 class CodebookMonitor(nn.Module):
     """Counts how often each code is used, and restarts the codes that are not used.
 
@@ -130,22 +169,20 @@ class CodebookMonitor(nn.Module):
         quantizer: QuantizerBase,
         average: QuantizerBase,
         optimizer: torch.optim.Optimizer,
-        latents: Tensor,
+        candidates: Sequence[Tensor],
         reduce: Callable[[Tensor], Tensor],
-        gather: Callable[[Tensor], Tensor],
-        seed: int,
     ) -> Tensor:
-        """Moves every entry that was not used since the last restart onto a random one of what its codebook quantizes.
+        """Moves every entry that was not used since the last restart onto what its codebook quantizes.
 
         Call it after the optimizer step.
 
         Args:
             quantizer, average: the quantizer in training and its moving average; both get the new entries.
             optimizer: the moments of the moved entries are set to 0.
-            latents: `(B, D, h, w)` of this process's batch.
+            candidates: for each codebook what it quantizes, `(N, D)` in random order, the same on all processes, see
+                [`Candidates`]. The first unused entry takes the first of them; if there are fewer than unused entries,
+                the last entries stay.
             reduce: sums over processes.
-            gather: concatenates over processes, in the order of their ranks.
-            seed: seed of the choice of latents.
 
         Returns:
             Number of moved entries, a scalar.
@@ -153,24 +190,24 @@ class CodebookMonitor(nn.Module):
         counts = reduce(self.recent).view(-1, self.num_embeddings)
         self.recent = torch.zeros_like(self.recent)
         moved = 0
-        for index in (counts == 0).any(1).nonzero().flatten().tolist():
-            candidates = gather(quantizer.inputs(latents)[index])
-            dead = (counts[index] == 0).nonzero().flatten()[: len(candidates)]
-            order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed + index))
-            rows = candidates[order[: len(dead)].to(candidates.device)]
-            pair = quantizer.codebooks[index], average.codebooks[index]
-            _move(pair, dead, F.normalize(rows, dim=-1) if pair[0].l2_normalize else rows, optimizer)
+        pairs = zip(quantizer.codebooks, average.codebooks, strict=True)
+        for uses, pair, rows in zip(counts, pairs, candidates, strict=True):
+            dead = (uses == 0).nonzero().flatten()[: len(rows)]
+            if len(dead):
+                _move(pair, dead, rows[: len(dead)], optimizer)
             moved += len(dead)
-        return torch.tensor(float(moved), device=latents.device)
+        return torch.tensor(float(moved), device=counts.device)
 
 
 def _move(
-    pair: tuple[CodebookQuantizer, CodebookQuantizer], dead: Tensor, rows: Tensor, optimizer: torch.optim.Optimizer
+    pair: tuple[CodebookQuantizer, CodebookQuantizer], codes: Tensor, rows: Tensor, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Moves entries of a codebook and of its average, and sets what the optimizer recalls of them to 0."""
+    """Moves entries of a codebook and of its average to `rows`, and sets what the optimizer recalls of them to 0."""
+    if pair[0].l2_normalize:
+        rows = F.normalize(rows, dim=-1)
     for codebook in pair:
-        codebook.move_entries(dead, rows)
+        codebook.move_entries(codes, rows)
     for weight in pair[0].entry_weights():
         for value in optimizer.state.get(weight, {}).values():
             if isinstance(value, Tensor) and value.shape == weight.shape:
-                value[dead] = 0
+                value[codes] = 0

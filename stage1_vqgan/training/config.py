@@ -108,9 +108,9 @@ class DiscriminatorConfig(Section):
 
 @dataclass(kw_only=True)
 class CodebookConfig(Section):
-    """Upkeep of the codebook, for the quantizers that have one: vq and ema.
+    """Upkeep of the codebook, for the quantizers whose entries can be moved: vq, ema, gumbel and ibq.
 
-    kmeans_init_batches: batches whose latents initialise the codebook by k-means; 0 keeps the uniform initialisation
+    kmeans_init_batches: batches of whole steps whose latents initialise the codebook by k-means; 0 leaves it random
     restart_interval: steps between restarts, which move unused codes onto random latents; 0 never restarts
     """
 

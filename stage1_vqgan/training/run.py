@@ -208,7 +208,7 @@ class Training:
         )
         pin_memory = accelerator.device.type == "cuda"
         loader = training_loader(self.train_set, sampler, config.dataloader_num_workers, pin_memory)
-        count = config.codebook.kmeans_init_batches
+        count = config.codebook.kmeans_init_batches * accumulation
         is_new = self.step == 0 and config.model_name_or_path is None
         if is_new and count and trainer.codebook_is_trained:
             first = self.skipped.watch("train", islice(loader, count))

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from configs.randomness import seed_from
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.training.codebook import CodebookMonitor
+from stage1_vqgan.training.codebook import Candidates, CodebookMonitor
 from stage1_vqgan.training.components import (
     build_perceptual,
     build_tokenizer,
@@ -48,6 +48,7 @@ class VQGANTrainer:
         discriminator, discriminator_optimizer: None if the run has no discriminator.
         perceptual: LPIPS; None if its weight is 0.
         monitor: counts how often each code is used.
+        candidates: for each codebook what it quantized in this step; unused entries may move onto it.
         anchors: moving averages of the discriminator's logits, for LeCam's penalty.
     """
 
@@ -63,8 +64,9 @@ class VQGANTrainer:
         self.perceptual = build_perceptual(config, channels, accelerator)
         self.discriminator, self.discriminator_optimizer = prepare_discriminator(channels, config, accelerator)
         self.adversarial = ADVERSARIAL_LOSSES[config.loss.adversarial_type]
-        num_codebooks = model.quantize.num_entries // model.config.num_embeddings
-        self.monitor = CodebookMonitor(model.config.num_embeddings, accelerator.device, num_codebooks)
+        num_codes, codebooks = model.config.num_embeddings, model.quantize.codebooks
+        self.monitor = CodebookMonitor(num_codes, accelerator.device, max(1, len(codebooks)))
+        self.candidates = [Candidates(num_codes) for _ in codebooks]
         self.anchors = LecamAnchors(accelerator.device)
 
     @property
@@ -131,10 +133,15 @@ class VQGANTrainer:
             self.monitor.update(quantizer.entry_numbers(out.codes, out.latents.shape[2:]))
             if not self.config.codes_are_frozen:
                 quantizer.observe(out.latents, out.codes)
+            restarts = self._restarts_codes_after(step + 1)
+            if restarts:
+                for candidates, rows in zip(self.candidates, quantizer.inputs(out.latents), strict=True):
+                    candidates.add(self.accelerator.gather(rows), seed_from(self.config.seed, micro_step))
             if self.accelerator.sync_gradients:
                 quantizer.update(self._sum)
                 self._update_average(step)
-                metrics |= self._restart_dead_codes(out.latents, step + 1)
+                if restarts:
+                    metrics |= self._restart_dead_codes()
         metrics |= {f"loss/{name}": term for name, term in terms.items()}
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -220,20 +227,22 @@ class VQGANTrainer:
         for average, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
             average.copy_(buffer)
 
-    def _restart_dead_codes(self, latents: Tensor, step: int) -> dict[str, Tensor]:
-        """Moves unused codes onto latents, every `restart_interval` steps."""
+    def _restarts_codes_after(self, step: int) -> bool:
+        """Whether unused codes are moved after this number of steps: every `restart_interval` steps.
+
+        Not after the last step, because the decoder would never train on moved codes.
+        """
         interval = self.config.codebook.restart_interval
-        is_last = step == self.config.max_steps  # skip the last step: the decoder would never train on moved codes
-        if not self.codebook_is_trained or not interval or step % interval or is_last:
-            return {}
+        return bool(self.codebook_is_trained and interval and step % interval == 0 and step < self.config.max_steps)
+
+    def _restart_dead_codes(self) -> dict[str, Tensor]:
+        """Moves unused codes onto latents of this step."""
         restarted = self.monitor.restart(
             self.model.quantize,
             self.average.quantize,
             self.optimizer.optimizer,
-            latents.detach(),
+            [candidates.rows() for candidates in self.candidates],
             self._sum,
-            self.accelerator.gather,
-            seed=seed_from(self.config.seed, step),
         )
         return {"codebook/restarted": restarted}
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 
 from stage1_vqgan.quantizers import build_quantizer
-from stage1_vqgan.training.codebook import CodebookMonitor, kmeans
+from stage1_vqgan.training.codebook import Candidates, CodebookMonitor, kmeans
 from tests.devices import DEVICE, on_device
 
 pytestmark = on_device
@@ -84,9 +84,8 @@ class Case:
         self.optimizer.step()
         self.monitor = CodebookMonitor(K, DEVICE)
 
-    def restart(self, latents, reduce=same, gather=same, seed=0):
-        arguments = (self.quantizer, self.average, self.optimizer, latents[:, :, None, None], reduce, gather)
-        return int(self.monitor.restart(*arguments, seed=seed))
+    def restart(self, candidates, reduce=same):
+        return int(self.monitor.restart(self.quantizer, self.average, self.optimizer, [candidates], reduce))
 
 
 def test_restart_moves_dead_codes_and_nothing_else():
@@ -132,8 +131,8 @@ def test_restart_with_fewer_latents_than_dead_codes():
 
 
 def test_restart_is_the_same_on_every_process():
-    """A code that any process used is not restarted. The candidates come from all processes."""
-    latents, elsewhere = torch.randn(2, D), torch.randn(6, D)
+    """A code that any process used is not restarted."""
+    candidates = torch.randn(8, D)
     counts = torch.zeros(K, dtype=torch.int64)
     counts[1] = 4
     weights = []
@@ -144,10 +143,34 @@ def test_restart_is_the_same_on_every_process():
         def reduce(value, own=own):
             return value + counts + F.one_hot(torch.tensor(6 - own), K)
 
-        assert case.restart(latents, reduce, lambda rows: torch.cat([latents, elsewhere]), seed=4) == 5
+        assert case.restart(candidates, reduce) == 5
         weights.append(case.weight.detach())
     assert torch.equal(*weights)
     assert torch.equal(weights[0][[0, 1, 6]], Case().weight.detach()[[0, 1, 6]])
+
+
+def test_candidates_come_from_all_batches_alike():
+    """Every latent has the same chance to be among them, and each place in their order is a draw of its own."""
+    chosen, first = torch.zeros(30), torch.zeros(30)
+    for seed in range(2000):
+        candidates = Candidates(K)
+        for batch, rows in enumerate(torch.arange(30.0)[:, None].split([14, 10, 6])):
+            candidates.add(rows, seed=3 * seed + batch)
+        found = candidates.rows()[:, 0].long()
+        assert len(found.unique()) == K
+        chosen[found] += 1 / 2000
+        first[found[0]] += 1 / 2000
+    torch.testing.assert_close(chosen, torch.full((30,), K / 30), atol=0.05, rtol=0)  # 4.5 standard deviations
+    torch.testing.assert_close(first, torch.full((30,), 1 / 30), atol=0.018, rtol=0)
+
+
+def test_candidates_begin_anew_and_may_be_fewer():
+    candidates, latents = Candidates(K), torch.randn(5, D)
+    candidates.add(latents, seed=0)
+    first = candidates.rows()
+    assert not torch.equal(first, latents) and torch.equal(first.sort(0).values, latents.sort(0).values)
+    candidates.add(torch.randn(50, D), seed=1)
+    assert candidates.rows().shape == (K, D)
 
 
 def test_the_two_counters_are_separate():

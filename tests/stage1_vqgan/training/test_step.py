@@ -13,6 +13,7 @@ from transformers import get_scheduler
 from configs import load_config
 from configs.randomness import seed_from
 from stage1_vqgan import Stage1Config
+from stage1_vqgan.quantizer_base import latent_rows
 from stage1_vqgan.training.codebook import initialise_codebook
 from stage1_vqgan.training.losses import ADVERSARIAL_LOSSES, weighted_sum
 from stage1_vqgan.training.regularizers import interpolation_shares
@@ -360,6 +361,23 @@ def test_dead_codes_restart_at_the_interval():
     assert trainer.codebook_statistics()["codebook/usage"] == 1 / 16
     trainer.step(images, 2)
     assert trainer.codebook_statistics()["codebook/usage"] > 4 / 16
+
+
+def test_restarted_codes_come_from_all_batches_of_the_step():
+    accelerator = Accelerator(gradient_accumulation_steps=4)
+    changes = {"gradient_accumulation_steps": 4, "codebook.restart_interval": 1, "learning_rate": 1e-12}
+    trainer = VQGANTrainer(make_config(**changes), accelerator)
+    trainer.set_learning_rate(0)
+    weight = trainer.model.quantize.embedding.weight
+    with torch.no_grad():
+        weight[1:] = 100.0  # far from all latents
+    batches = [make_images(seed) for seed in range(4)]
+    for micro_step, images in enumerate(batches):
+        metrics = trainer.step(images, micro_step)
+    assert metrics["codebook/restarted"].item() == 15
+    latents = [latent_rows(trainer.model.encode(images).latents) for images in batches]
+    owners = [(weight[1:, None] - rows).abs().amax(2).amin(1) < 1e-5 for rows in latents]
+    assert torch.stack(owners).sum(0).eq(1).all() and all(owner.any() for owner in owners)
 
 
 def test_terms_of_weight_0_are_not_built():
