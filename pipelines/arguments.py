@@ -55,41 +55,44 @@ def listed_labels(labels: Any) -> Sequence[Any]:
     return labels
 
 
-def int64_codes(codes: Any) -> Tensor:
+# The axes of codes, by their number; see `TokenLayout.codes_shape`.
+AXES = {2: "(N, L)", 3: "(N, h, w)", 4: "(N, h, w, G)"}
+
+
+def int64_codes(codes: Any, num_axes: int = 3) -> Tensor:
     """Codes `(N, h, w)` as a dense int64 tensor, on their device or the CPU.
 
     Args:
         codes: a tensor, an array or nested lists of whole numbers; floats and booleans are refused.
+        num_axes: number of axes of the codes, see `AXES`.
 
     Raises:
         ValueError: the values are not whole numbers, or the shape is another one.
     """
+    needed = f"needs whole numbers {AXES[num_axes]}, each at least 1"
     if isinstance(codes, Tensor) and not _has_values(codes):
-        raise ValueError(f"codes: received {described(codes)}, without values; {NEEDED}")
-    if isinstance(codes, Tensor) and codes.dtype == torch.int64:
-        return _with_three_axes(codes)
+        raise ValueError(f"codes: received {described(codes)}, without values; {needed}")
+    table = codes if isinstance(codes, Tensor) and codes.dtype == torch.int64 else _int64(codes, needed)
+    if table.ndim != num_axes or not table.numel():
+        raise ValueError(f"codes: received shape {tuple(table.shape)}; {needed}")
+    return table
+
+
+def _int64(codes: Any, needed: str) -> Tensor:
+    """A tensor of another dtype, an array or nested lists as an int64 tensor."""
     instance("codes", codes, (Tensor, np.ndarray, list, tuple), "a tensor, an array or nested lists")
     try:
         array = np.asarray(codes.cpu() if isinstance(codes, Tensor) else codes)
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"codes: received {described(codes)}; {NEEDED}") from error
+        raise ValueError(f"codes: received {described(codes)}; {needed}") from error
     if array.dtype.kind not in "iu" or (array.dtype.kind == "u" and array.size and array.max() > 2**63 - 1):
-        raise ValueError(f"codes: received {described(codes)} of type {array.dtype}; {NEEDED}")
-    return _with_three_axes(torch.from_numpy(array.astype(np.int64)))
-
-
-NEEDED = "needs whole numbers (N, h, w), each at least 1"
+        raise ValueError(f"codes: received {described(codes)} of type {array.dtype}; {needed}")
+    return torch.from_numpy(array.astype(np.int64))
 
 
 def _has_values(tensor: Tensor) -> bool:
     """Whether a tensor is a plain table of numbers: not on the device "meta", and not sparse."""
     return not tensor.is_meta and tensor.layout == torch.strided
-
-
-def _with_three_axes(codes: Tensor) -> Tensor:
-    if codes.ndim != 3 or not codes.numel():
-        raise ValueError(f"codes: received shape {tuple(codes.shape)}; {NEEDED}")
-    return codes
 
 
 def require_move(name: str, *args: Any, **kwargs: Any) -> None:

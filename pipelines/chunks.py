@@ -37,6 +37,6 @@ def bytes_of_image(vqgan: VQGANModel, layout: TokenLayout, pixels: int, output_t
         pixels: number of pixels of one image, H·W.
         output_type: see `VQGANPipeline.generate`. Arrays and tensors are 32-bit floats, PIL images are bytes.
     """
-    codes = 8 * pixels // layout.downsampling_factor**2
+    codes = 8 * layout.length * pixels // layout.pixels
     each = {"pil": 1, "np": 4, "pt": 4, "codes": 0}[output_type]
     return codes + each * pixels * vqgan.config.in_channels

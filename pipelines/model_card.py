@@ -110,7 +110,6 @@ images[0].save("image.png")
 
 def _use_without(name: str, layout: TokenLayout) -> list[str]:
     first, what = prompt(layout)
-    height, width = layout.grid
     return [
         "Without this package: transformers loads the prior without other code. The tokenizer brings its own Python "
         "files, which `trust_remote_code=True` runs, so read them first.",
@@ -123,7 +122,7 @@ prior = AutoModelForCausalLM.from_pretrained("{name}", subfolder="prior")
 vqgan = AutoModel.from_pretrained("{name}", subfolder="vqgan", trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained("{name}", subfolder="vqgan", trust_remote_code=True)
 prompt = torch.full((4, 1), {first})  # {what}, four times
-codes = prior.generate(prompt, do_sample=True)[:, 1:].view(4, {height}, {width})
+codes = prior.generate(prompt, do_sample=True)[:, 1:].view(4, {", ".join(map(str, layout.codes_shape))})
 images = processor.postprocess(vqgan.decode_codes(codes))
 images[0].save("image.png")
 ```""",

@@ -20,7 +20,8 @@ class VQGANPipelineOutput(ModelOutput):
 
     Attributes:
         images: list of N PIL images; or float32 array `(N, H, W, C)` or tensor `(N, C, H, W)` in [0, 1]; or None.
-        codes: int64 `(N, h, w)`.
+        codes: int64 `(N, h, w)`; `(N, h, w, G)` or `(N, L)` if the tokenizer has several codes at each position, or
+            several grids.
         labels: the class name of each image; None for images of no given class.
         seeds: the seed of each image, from 0 to 2**63 - 1. `generate(out.labels[n], seed=out.seeds[n])` with the same
             options makes image n again.
@@ -55,7 +56,7 @@ def pipeline_text(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout
     channels = f"{config.in_channels} channel{'s' * (config.in_channels > 1)}"
     names = listed([cut(name, 40) for name in layout.class_names], 8)
     lines = [
-        f"images: {width * factor}×{height * factor} pixels, {channels}, {height}×{width} codes",
+        f"images: {width * factor}×{height * factor} pixels, {channels}, {layout.codes_text} codes",
         f"classes: {layout.num_classes} ({names})" if names else "classes: none",
         f"vqgan: {config.quantizer}, {config.num_embeddings:,} codes, {vqgan.num_parameters():,} parameters",
         f"prior: {type(prior).__name__}, {prior.num_parameters():,} parameters",

@@ -1,6 +1,7 @@
 """VQGANPipeline: sample codes from the prior, decode them with the tokenizer.
 
-Shape letters: N images, h w code grid, L = h·w codes of an image, K codebook size.
+Shape letters: N images, h w code grid, L codes of an image, K codebook size. Codes are `(N, h, w)`, or, if the
+tokenizer has several codes at each position or several grids, `(N, h, w, G)` or `(N, L)`.
 """
 
 from collections.abc import Callable, Sequence
@@ -205,7 +206,7 @@ class VQGANPipeline:
 
     @torch.no_grad()
     def encode(self, images: Any) -> Tensor:
-        """Encodes images into codes int64 `(N, h, w)`.
+        """Encodes images into codes int64 `(N, h, w)`, `(N, h, w, G)` or `(N, L)`.
 
         Args:
             images: PIL images, arrays or tensors, one or a list; see [`VQGANImageProcessor`].
@@ -227,17 +228,17 @@ class VQGANPipeline:
         """Decodes codes into images.
 
         Args:
-            codes: whole numbers `(N, h, w)` in `[0, K)`: a tensor, an array or nested lists. Floats are refused.
+            codes: whole numbers `(N, h, w)` in `[0, K)`, or of the other shapes: a tensor, an array or nested lists.
+                Floats are refused.
             output_type: "pil", "np" or "pt"; see `generate`.
 
         Raises:
             ValueError: the codes are not such numbers, their images do not fit in memory, or pixels are not finite.
         """
         choice("output_type", output_type, OUTPUT_TYPES[:3])
-        codes = int64_codes(codes).to(self.device)
-        pixels = codes[0].numel() * self.layout.downsampling_factor**2
-        require_memory("codes", codes, len(codes), pixels, self.vqgan, self.layout, output_type)
-        self.vqgan.check_codes(codes)
+        codes = int64_codes(codes, 1 + len(self.layout.codes_shape)).to(self.device)
+        require_memory("codes", codes, len(codes), self._pixels(codes), self.vqgan, self.layout, output_type)
+        self.vqgan.check_codes(codes, self.layout.grid)
         return _join(self._decoded(codes, output_type), output_type)
 
     def reconstruct(self, images: Any, output_type: str = "pil") -> Any:
@@ -363,14 +364,18 @@ class VQGANPipeline:
     # ------------------------------------------------------------------ helpers
 
     def _decoded(self, codes: Tensor, output_type: str) -> list[Any]:
-        """Images of codes `(N, h, w)` in `[0, K)`, in parts that fit in memory. Refuses NaN or infinite pixels."""
-        pixels = codes[0].numel() * self.layout.downsampling_factor**2
+        """Images of codes in `[0, K)`, in parts that fit in memory. Refuses NaN or infinite pixels."""
         # not decode_codes: its check of the codes would wait for the GPU
         decoded = (
-            self.vqgan.decode(self.vqgan.quantize.lookup(part))
-            for part in codes.split(images_at_once(self.vqgan, pixels))
+            self.vqgan.decode(self.vqgan.lookup(part, self.layout.grid))
+            for part in codes.split(images_at_once(self.vqgan, self._pixels(codes)))
         )
         return [self.image_processor.postprocess(part, output_type) for part in decoded]
+
+    def _pixels(self, codes: Tensor) -> int:
+        """Number of pixels of the image of each row of codes, H·W."""
+        height, width = self.vqgan.grid_of(codes, self.layout.grid)
+        return height * width * self.layout.downsampling_factor**2
 
 
 def _join(batches: list[Any], output_type: str) -> Any:

@@ -1,6 +1,6 @@
 """Samples the codes of any number of images, in batches that fit in memory.
 
-Shape letters: N images, n images of one batch, h w code grid.
+Shape letters: N images, n images of one batch. `codes_shape` is that of the layout, `(h, w)` for most tokenizers.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ class CodeSampler:
         batch_size: int | None = None,
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
     ) -> Iterator[Tensor]:
-        """Yields codes int64 `(n, h, w)`, batch by batch. One progress bar covers all batches.
+        """Yields codes int64 `(n, *codes_shape)`, batch by batch. One progress bar covers all batches.
 
         Args:
             prior: causal language model over the tokens of the layout.
@@ -79,4 +79,4 @@ class CodeSampler:
                     options,
                     on_step,
                 )
-                yield codes[:count].view(-1, *self.layout.grid)
+                yield codes[:count].view(-1, *self.layout.codes_shape)

@@ -35,5 +35,11 @@ from .pretrained import (
     require_range as require_range,
     trained_range as trained_range,
 )
+from .quantizer_grids import (
+    Grids as Grids,
+    codes_shape as codes_shape,
+    grids_text as grids_text,
+    num_codes as num_codes,
+)
 from .siblings import import_own as import_own
 from .training.config import Stage1Config as Stage1Config

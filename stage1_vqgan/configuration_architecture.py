@@ -36,7 +36,7 @@ class VQGANArchitecture:
         latent_channels: channels between encoder or decoder and the 1×1 convolutions around the codebook.
         embed_dim: D, width of a codebook entry.
         num_embeddings: K, number of codebook entries.
-        quantizer: "vq", "ema", "gumbel", "fsq" or "lfq", see quantizers.py.
+        quantizer: "vq", "ema", "gumbel", "fsq", "lfq", "residual", "product" or "pyramid", see quantizers.py.
         quantizer_options: options of this kind, see `Options` of its class; "vq" has among others `l2_normalize` and
             `commitment_cost`.
     """

@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_architecture import VQGANArchitecture
-from .quantizers import option_problems
+from .quantizers import Grids, build_options, num_codes, option_problems
 
 
 @strict
@@ -40,6 +40,16 @@ class VQGANConfig(VQGANArchitecture, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Reads the contents of config.json. That of an earlier version has `attn_resolutions` for `attn_levels`."""
         return super().from_dict(_by_level(config_dict), **kwargs)
+
+    @property
+    def grids(self) -> Grids:
+        """The grids of an image's codes at the training resolution, each as (h, w, codes at each position)."""
+        return build_options(self.quantizer, self.quantizer_options).grids(*self.grid)
+
+    @property
+    def num_codes_per_image(self) -> int:
+        """L, number of codes of an image at the training resolution."""
+        return num_codes(self.grids)
 
     def validate_architecture(self) -> None:
         """Checks the rules that types cannot express. The constructor calls it.

@@ -23,6 +23,7 @@ from configs.model_folder import weights_files
 from configs.uploads import copy_run
 from configs.weights_files import read_headers
 from stage1_vqgan.configuration_vqgan import VQGANConfig
+from stage1_vqgan.quantizer_grids import grids_text
 
 PANELS = [
     Panel("L1 error of the pixels", {"loss/l1": "training", "eval/reconstruction_l1": "validation"}),
@@ -86,8 +87,9 @@ pip install torch torchvision transformers einops
 
 def summary(config: VQGANConfig) -> str:
     """One sentence: what the tokenizer does."""
-    (height, width), (h, w) = config.image_shape, config.grid
-    codes = f"{h * w} codes, a grid of {h}×{w}, out of {config.num_embeddings:,}"
+    (height, width), grids = config.image_shape, config.grids
+    grid = f"a grid of {grids_text(grids)}" if len(grids) == 1 else f"grids of {grids_text(grids)}"
+    codes = f"{config.num_codes_per_image} codes, {grid}, out of {config.num_embeddings:,}"
     return f"Turns an image of {height}×{width} pixels into {codes}. It turns codes back into an image."
 
 
@@ -119,9 +121,10 @@ images = processor.postprocess(vqgan.decode_codes(codes))
 
 def detail_rows(config: VQGANConfig, folder: Path) -> list[tuple[str, str]]:
     """Rows for a table of facts. `folder` holds the tokenizer's weights."""
-    factor, channels, (h, w) = config.downsampling_factor, config.in_channels, config.grid
+    factor, channels = config.downsampling_factor, config.in_channels
+    last = "in the last grid " if len(config.grids) > 1 else ""
     return [
-        ("Code grid", f"{h}×{w} codes, one for {factor}×{factor} pixels"),
+        ("Code grid", f"{grids_text(config.grids)} codes, {last}one for {factor}×{factor} pixels"),
         ("Codebook", f"{config.num_embeddings:,} entries of width {config.embed_dim}, quantizer `{config.quantizer}`"),
         ("Channels", {1: "1 (gray)", 3: "3 (colour)"}.get(channels, str(channels))),
         ("Tokenizer", f"{num_parameters(folder):,} parameters, fingerprint `{config.fingerprint}`"),

@@ -1,6 +1,7 @@
 """The VQGAN tokenizer: encoder, quantizer, decoder.
 
-Shape letters: B batch, C image channels, H W image size, D code width, h w code grid, K codebook size.
+Shape letters: B batch, C image channels, H W image size, D code width, h w code grid, K codebook size. Codes have the
+shape `(B, h, w)`; with several codes at each position `(B, h, w, G)`, and of several grids `(B, L)`, see `codes_shape`.
 
 Source: Esser et al. 2021, "Taming transformers for high-resolution image synthesis", section 3.1. Modules have the
 names of the original, so its published weights can be loaded.
@@ -21,7 +22,7 @@ from transformers.utils import ModelOutput
 from .configuration_vqgan import VQGANConfig
 from .modeling_blocks import Downsample, Level, Middle, Upsample, group_norm
 from .modeling_fingerprint import HUB_OPTIONS, facts_of, fingerprint_of, refuse_weights, verify_fingerprint
-from .quantizers import build_quantizer
+from .quantizers import build_quantizer, codes_shape
 
 
 @dataclass
@@ -29,7 +30,7 @@ class VQGANEncoderOutput(ModelOutput):
     """Output of [`VQGANModel.encode`].
 
     Attributes:
-        codes: int64 `(B, h, w)`, indices of codebook entries.
+        codes: int64 `(B, h, w)`, indices of codebook entries; or another shape, see `codes_shape`.
         latents: `(B, D, h, w)` before quantization.
         quantized: float32 `(B, D, h, w)`, codebook entries; the quantizer passes their gradient on to the latents.
         codebook_loss: float32 scalar.
@@ -122,7 +123,8 @@ class Decoder(nn.Module):
 class VQGANModel(PreTrainedModel):
     """Image tokenizer: `encode` images into codes, `decode_codes` back into images.
 
-    Pixels are float32 `(B, C, H, W)` in [-1, 1]; codes are int64 `(B, h, w)`, row-major raster when flattened.
+    Pixels are float32 `(B, C, H, W)` in [-1, 1]. Codes are int64 `(B, h, w)`, `(B, h, w, G)` or `(B, L)`. Flattened,
+    they are grid by grid in raster order, with the codes of a position one after another.
     """
 
     config_class = VQGANConfig
@@ -172,24 +174,45 @@ class VQGANModel(PreTrainedModel):
         out = self.quantize(latents)
         return VQGANEncoderOutput(codes=out.codes, latents=latents, quantized=out.quantized, codebook_loss=out.loss)
 
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """Decodes int64 codes `(B, h, w)` into images `(B, C, H, W)`, roughly in [-1, 1], not clamped.
+    def decode_codes(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Decodes int64 codes into images `(B, C, H, W)`, roughly in [-1, 1], not clamped.
+
+        Args:
+            codes: codes as `encode` returns them.
+            grid: h and w, for codes of several grids; by default the grid of the training resolution.
 
         Raises:
             ValueError: see `check_codes`.
         """
-        self.check_codes(codes)
-        return self.decode(self.quantize.lookup(codes))
+        self.check_codes(codes, grid)
+        return self.decode(self.lookup(codes, grid))
 
-    def check_codes(self, codes: Tensor) -> None:
-        """Refuses all but int64 codes `(B, h, w)` in `[0, K)`, on the model's device. Waits once for a GPU.
+    def lookup(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """The quantized latents that codes stand for, float32 `(B, D, h, w)`; see `decode_codes`. Checks nothing."""
+        return self.quantize.lookup(codes, self.grid_of(codes, grid))
+
+    def grid_of(self, codes: Tensor, grid: tuple[int, int] | None = None) -> tuple[int, int]:
+        """h and w of codes. Codes of several grids do not show them: `grid`, or the grid of the training resolution."""
+        if codes.ndim > 2:
+            return (codes.shape[1], codes.shape[2])
+        return self.config.grid if grid is None else grid
+
+    def check_codes(self, codes: Tensor, grid: tuple[int, int] | None = None) -> None:
+        """Refuses all but int64 codes in `[0, K)`, of the shape that `encode` returns, on the model's device.
+
+        Waits once for a GPU.
+
+        Args:
+            codes, grid: see `decode_codes`.
 
         Raises:
             ValueError: the codes have another shape, dtype or device, or a code is outside the range.
         """
         _check_tensor("codes", codes, self.device)
-        if codes.ndim != 3 or codes.dtype != torch.int64 or not codes.shape[1] * codes.shape[2]:
-            raise ValueError(f"codes: received {codes.dtype} {tuple(codes.shape)}; needs int64 (B, h, w)")
+        shape = codes_shape(self.quantize.grids(*self.grid_of(codes, grid)))
+        if codes.shape[1:] != shape or codes.dtype != torch.int64 or 0 in shape:
+            needed = {1: f"(B, {shape[0]})", 2: "(B, h, w)"}.get(len(shape), f"(B, h, w, {shape[-1]})")
+            raise ValueError(f"codes: received {codes.dtype} {tuple(codes.shape)}; needs int64 {needed}")
         if codes.numel():
             least, most = torch.stack(codes.aminmax()).tolist()  # one GPU synchronization instead of two
             if least < 0 or most >= self.config.num_embeddings:

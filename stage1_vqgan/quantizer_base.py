@@ -14,6 +14,8 @@ from einops import rearrange
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
+from .quantizer_grids import Grids
+
 # Number of scores (latents × entries) that the search computes at once. On a CPU they fit in the cache of a core; other
 # devices need more parallel work.
 CPU_SCORES, DEVICE_SCORES = 2**20, 2**27
@@ -27,7 +29,7 @@ class QuantizerOutput:
 
     Attributes:
         quantized: float32 `(B, D, h, w)`; its gradient is passed on to the latents.
-        codes: int64 `(B, h, w)` in `[0, K)`.
+        codes: int64 in `[0, K)`: `(B, h, w)`, or another shape, see `codes_shape`.
         loss: float32 scalar, the weighted sum of the quantizer's loss terms.
     """
 
@@ -50,13 +52,17 @@ class QuantizerOptions:
         """
         yield from ()
 
+    def grids(self, height: int, width: int) -> Grids:
+        """The grids of the codes of latents `(B, D, h, w)`, in the order of the flattened codes."""
+        return ((height, width, 1),)
 
-class Quantizer(nn.Module, ABC):
-    """Maps each latent to one of K codes.
 
-    A subclass implements `quantize` (latents → codes) and `entries` (codes → latents), and declares its `Options`. One
-    that learns outside of gradients also overrides `prepare`, `observe` or `update`; one that gives a latent several
-    codes overrides `grids`. All methods compute in float32, even under autocast.
+class QuantizerBase(nn.Module, ABC):
+    """Maps latents to codes, and codes to quantized latents.
+
+    A subclass implements `forward` and `lookup`, and declares its `Options`. One that learns outside of gradients also
+    overrides `prepare`, `observe` or `update`; one with several codebooks overrides `codebooks`, `inputs` and
+    `entry_numbers`. All methods compute in float32, even under autocast.
 
     Args:
         num_embeddings: K.
@@ -71,33 +77,47 @@ class Quantizer(nn.Module, ABC):
         self.num_embeddings, self.embed_dim, self.options = num_embeddings, embed_dim, options
 
     @abstractmethod
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantizes float32 latents `(N, D)`; returns quantized `(N, D)`, int64 codes `(N,)` and the loss, a scalar."""
-
-    @abstractmethod
-    def entries(self, codes: Tensor) -> Tensor:
-        """The quantized latents that int64 codes `(…)` stand for, float32 `(…, D)`."""
-
-    def grids(self, height: int, width: int) -> tuple[tuple[int, int, int], ...]:
-        """The grids of codes of an image whose latents are `(D, height, width)`, in the order of the flat sequence.
-
-        Each is `(h, w, depth)`: h × w positions in raster order, with `depth` codes each.
-        """
-        return ((height, width, 1),)
-
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantizes latents `(B, D, h, w)`; see [`QuantizerOutput`]."""
-        batch, _, height, width = latents.shape
-        with torch.autocast(latents.device.type, enabled=False):
-            quantized, codes, loss = self.quantize(rearrange(latents.float(), "B D h w -> (B h w) D"))
-        quantized = rearrange(quantized, "(B h w) D -> B D h w", h=height, w=width)
-        if latents.is_contiguous():  # otherwise they are channels-last, like `quantized`
-            quantized = quantized.contiguous()
-        return QuantizerOutput(quantized, codes.view(batch, height, width), loss)
 
-    def lookup(self, codes: Tensor) -> Tensor:
-        """The quantized latents that int64 codes `(B, h, w)` stand for, float32 `(B, D, h, w)`."""
-        return rearrange(self.entries(codes), "B h w D -> B D h w")
+    @abstractmethod
+    def lookup(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """The quantized latents that int64 codes stand for, float32 `(B, D, h, w)`.
+
+        Args:
+            codes: `(B, *codes_shape(self.grids(h, w)))` in `[0, K)`.
+            grid: h and w; needed for codes of several grids, which do not show them.
+        """
+
+    def grids(self, height: int, width: int) -> Grids:
+        """See [`QuantizerOptions`]."""
+        return self.options.grids(height, width)
+
+    @property
+    def codebooks(self) -> list["CodebookQuantizer"]:
+        """The quantizers whose entries k-means may place and a restart may move, in the order of their use."""
+        return []
+
+    @property
+    def num_entries(self) -> int:
+        """Number of entries of all codebooks."""
+        return self.num_embeddings * max(1, len(self.codebooks))
+
+    @torch.no_grad()
+    def inputs(self, latents: Tensor) -> list[Tensor]:
+        """What each of the `codebooks` quantizes of latents `(B, D, h, w)`: float32 rows `(N, D)`."""
+        return [latent_rows(latents)]
+
+    def entry_numbers(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Codes, numbered through all codebooks: the entries of the second codebook follow on those of the first.
+
+        Args:
+            codes, grid: see `lookup`.
+
+        Returns:
+            int64 of the shape of `codes`, in `[0, num_entries)`.
+        """
+        return codes
 
     def prepare(self, progress: float, image_seeds: Sequence[int]) -> None:
         """Called before every forward in training.
@@ -108,10 +128,41 @@ class Quantizer(nn.Module, ABC):
         """
 
     def observe(self, latents: Tensor, codes: Tensor) -> None:
-        """Called after every forward in training, with latents `(B, D, h, w)` and their codes `(B, h, w)`."""
+        """Called after every forward in training, with latents `(B, D, h, w)` and their codes."""
 
     def update(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Called after every optimizer step; `reduce` sums a tensor over processes."""
+
+
+class Quantizer(QuantizerBase):
+    """Quantizes each latent by itself: to one code, or to several.
+
+    A subclass implements `quantize` (latents → codes) and `entries` (codes → latents).
+    """
+
+    @abstractmethod
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantizes float32 latents `(N, D)`.
+
+        Returns:
+            Quantized `(N, D)`; int64 codes `(N,)`, or `(N, G)` with several codes for each latent; the loss, a scalar.
+        """
+
+    @abstractmethod
+    def entries(self, codes: Tensor) -> Tensor:
+        """The quantized latents that int64 codes `(…)` or `(…, G)` stand for, float32 `(…, D)`."""
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        batch, _, height, width = latents.shape
+        with torch.autocast(latents.device.type, enabled=False):
+            quantized, codes, loss = self.quantize(latent_rows(latents))
+        quantized = rearrange(quantized, "(B h w) D -> B D h w", h=height, w=width)
+        if latents.is_contiguous():  # otherwise they are channels-last, like `quantized`
+            quantized = quantized.contiguous()
+        return QuantizerOutput(quantized, codes.view(batch, height, width, *codes.shape[1:]), loss)
+
+    def lookup(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return rearrange(self.entries(codes), "B h w D -> B D h w")
 
 
 class CodebookQuantizer(Quantizer):
@@ -122,6 +173,10 @@ class CodebookQuantizer(Quantizer):
 
     # Whether only the direction of an entry matters: k-means and restarts then stay on the unit sphere.
     l2_normalize = False
+
+    @property
+    def codebooks(self) -> list["CodebookQuantizer"]:
+        return [self]
 
     @property
     @abstractmethod
@@ -230,6 +285,11 @@ def mean_over_processes(value: Tensor) -> Tensor:
     total = value.detach().clone()
     distributed.all_reduce(total)
     return value + (total / distributed.get_world_size() - value.detach())
+
+
+def latent_rows(latents: Tensor) -> Tensor:
+    """Latents `(B, D, h, w)` as float32 rows `(B·h·w, D)`."""
+    return rearrange(latents.float(), "B D h w -> (B h w) D")
 
 
 def unit_length(rows: Tensor) -> Tensor:

@@ -12,18 +12,22 @@ from typing import Any, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 
-from .quantizer_base import CodebookQuantizer, Quantizer, QuantizerOutput, nearest_code
+from .quantizer_base import CodebookQuantizer, Quantizer, QuantizerBase, QuantizerOptions, QuantizerOutput, nearest_code
 from .quantizer_bsq import BSQuantizer
 from .quantizer_ema import EMAQuantizer
 from .quantizer_fsq import FSQuantizer
+from .quantizer_grids import Grids, codes_shape, grids_text, num_codes
 from .quantizer_gumbel import GumbelQuantizer
 from .quantizer_ibq import IBQuantizer
 from .quantizer_lfq import LFQuantizer
+from .quantizer_product import ProductQuantizer
+from .quantizer_pyramid import PyramidQuantizer
+from .quantizer_residual import ResidualQuantizer
 from .quantizer_simvq import SimVQuantizer
 from .quantizer_vq import VectorQuantizer
 
 # `VQGANConfig.quantizer` → class.
-QUANTIZERS: dict[str, type[Quantizer]] = {
+QUANTIZERS: dict[str, type[QuantizerBase]] = {
     "vq": VectorQuantizer,
     "ema": EMAQuantizer,
     "simvq": SimVQuantizer,
@@ -32,6 +36,9 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "fsq": FSQuantizer,
     "lfq": LFQuantizer,
     "bsq": BSQuantizer,
+    "residual": ResidualQuantizer,
+    "product": ProductQuantizer,
+    "pyramid": PyramidQuantizer,
 }
 
 
@@ -59,18 +66,23 @@ def option_problems(
             yield f"quantizer_options.{option}", value, f"unknown, {name} has {', '.join(hints)}{nearest}"
         elif not _fits(value, hints[option]):
             wrong = True
-            words = {bool: "true or false", float | int: "a number"}.get(hints[option], "a list of whole numbers")
-            yield f"quantizer_options.{option}", value, f"must be {words}"
+            words = {bool: "true or false", int: "a whole number", float | int: "a number"}
+            allowed = f"must be {words.get(hints[option], 'a list of whole numbers')}"
+            yield f"quantizer_options.{option}", value, allowed
     if wrong:
         return
     for field, value, allowed in kind(**values).problems(num_embeddings, embed_dim):
         yield f"quantizer_options.{field}" if field in hints else field, value, allowed
 
 
-def build_quantizer(name: str, num_embeddings: int, embed_dim: int, options: dict[str, Any]) -> Quantizer:
+def build_quantizer(name: str, num_embeddings: int, embed_dim: int, options: dict[str, Any]) -> QuantizerBase:
     """Builds a quantizer; the arguments are the fields of [`VQGANConfig`]."""
-    kind = QUANTIZERS[name]
-    return kind(num_embeddings, embed_dim, kind.Options(**options))
+    return QUANTIZERS[name](num_embeddings, embed_dim, build_options(name, options))
+
+
+def build_options(name: str, options: dict[str, Any]) -> QuantizerOptions:
+    """The options of a quantizer; the arguments are the fields of [`VQGANConfig`]."""
+    return QUANTIZERS[name].Options(**options)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -86,10 +98,16 @@ def _fits(value: Any, hint: Any) -> bool:
 __all__ = [
     "QUANTIZERS",
     "CodebookQuantizer",
+    "Grids",
     "Quantizer",
+    "QuantizerBase",
     "QuantizerOutput",
     "VectorQuantizer",
+    "build_options",
     "build_quantizer",
+    "codes_shape",
+    "grids_text",
     "nearest_code",
+    "num_codes",
     "option_problems",
 ]

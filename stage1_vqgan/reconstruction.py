@@ -89,15 +89,15 @@ def evaluate_reconstruction(
         Means over the images, with reconstructions clamped to [-1, 1]: `reconstruction_l1` (of pixels in [-1, 1]),
         `psnr` (dB), `ssim` (at most 1, for images of at least 11 pixels) and `ms_ssim` (in [0, 1], for images of at
         least 161 pixels); then the figures of `others`. Over all codes: `codebook_usage` in [0, 1] and
-        `codebook_perplexity` in [1, K]; `bits_per_pixel`, what the codes of an image need without a prior. Counts:
-        `images`, and `skipped` if some could not be decoded.
+        `codebook_perplexity` in [1, K] (the mean over several codebooks); `bits_per_pixel`, what the codes of an image
+        need without a prior. Counts: `images`, and `skipped` if some could not be decoded.
 
     Raises:
         ConfigError: no image can be decoded.
     """
     was_training, device = model.training, model.device
     model.eval()
-    counts = torch.zeros(model.config.num_embeddings, dtype=torch.int64, device=device)
+    counts = torch.zeros(model.quantize.num_entries, dtype=torch.int64, device=device)
     metrics = [*(ImageMean(name, of, device) for name, of in OF_PIXELS.items()), *others]
     seen = skipped = pixels = 0
     for batch in batches:
@@ -111,9 +111,10 @@ def evaluate_reconstruction(
             metric.add(reconstruction, images)
         seen += len(images)
         pixels += len(images) * images.shape[2] * images.shape[3]
-        counts += torch.bincount(out.codes.flatten(), minlength=len(counts))
+        entries = model.quantize.entry_numbers(out.codes, out.latents.shape[2:])
+        counts += torch.bincount(entries.flatten(), minlength=len(counts))
     model.train(was_training)
-    counts = reduce(counts)
+    counts = reduce(counts).view(-1, model.config.num_embeddings)
     seen, skipped, pixels = (round(total) for total in reduce(exact([seen, skipped, pixels], device)).tolist())
     if not seen:
         raise ConfigError([Problem("data.dataset", f"none of the {skipped} images can be decoded")])
@@ -123,26 +124,26 @@ def evaluate_reconstruction(
     figures |= {
         "codebook_usage": codebook_usage(counts).item(),
         "codebook_perplexity": codebook_perplexity(counts).item(),
-        "bits_per_pixel": int(counts.sum()) * math.log2(len(counts)) / pixels,
+        "bits_per_pixel": int(counts.sum()) * math.log2(model.config.num_embeddings) / pixels,
         "images": seen,
     }
     return figures | ({"skipped": skipped} if skipped else {})
 
 
 def codebook_perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the codes, a scalar in [1, K].
+    """exp of the entropy of the codes, a scalar in [1, K]; the mean over several codebooks.
 
     Args:
-        counts: `(K,)`, how often each code was used.
+        counts: `(K,)` or `(codebooks, K)`, how often each entry was used.
     """
-    p = counts.float() / counts.sum().clamp(min=1)
-    return torch.exp(-(p * p.clamp(min=1e-10).log()).sum())
+    p = counts.float() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return torch.exp(-(p * p.clamp(min=1e-10).log()).sum(-1)).mean()
 
 
 def codebook_usage(counts: Tensor) -> Tensor:
-    """Fraction of the codes that were used at least once, a scalar in [0, 1].
+    """Fraction of the entries of all codebooks that were used at least once, a scalar in [0, 1].
 
     Args:
-        counts: `(K,)`, how often each code was used.
+        counts: `(K,)` or `(codebooks, K)`, how often each entry was used.
     """
     return (counts > 0).float().mean()

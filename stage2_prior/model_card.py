@@ -80,7 +80,6 @@ def prompt(layout: TokenLayout) -> tuple[int, str]:
 def use_blocks(layout: TokenLayout, name: str) -> list[str]:
     """Examples with transformers alone, and with this package."""
     first, what = prompt(layout)
-    height, width = layout.grid
     return [
         "## Use",
         "It is an ordinary causal language model. transformers loads it without other code:",
@@ -90,7 +89,7 @@ from transformers import AutoModelForCausalLM
 
 prior = AutoModelForCausalLM.from_pretrained("{name}")
 prompt = torch.full((4, 1), {first})  # {what}, four times
-codes = prior.generate(prompt, do_sample=True)[:, 1:].view(4, {height}, {width})
+codes = prior.generate(prompt, do_sample=True)[:, 1:].view(4, {", ".join(map(str, layout.codes_shape))})
 ```""",
         "tessella joins it with its tokenizer:",
         install_block(),
@@ -107,7 +106,7 @@ def detail_rows(layout: TokenLayout) -> list[tuple[str, str]]:
     if layout.num_classes:
         prompt = f"class c is token {layout.num_codes} + c"
         prompt += f"; no class is token {layout.null_token}" if layout.has_null else ""
-    return [("Code grid", f"{layout.grid[0]}×{layout.grid[1]} codes"), ("Prompt", prompt), ("Layout", f"`{FILE_NAME}`")]
+    return [("Code grid", f"{layout.codes_text} codes"), ("Prompt", prompt), ("Layout", f"`{FILE_NAME}`")]
 
 
 def class_blocks(layout: TokenLayout) -> list[str]:

@@ -7,7 +7,6 @@ write the manifest.
 import time
 from contextlib import nullcontext
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +107,8 @@ def _tell(config: Stage2Config, model: VQGANModel, train: Images, validation: Im
     tokenizer, limit = model.config, config.data.max_skipped_fraction
     looked = look(train, LOOKED_AT_FIRST, tokenizer.in_channels, trained_range(config.data, config.tokenizer))
     facts = data_facts(train, validation, looked, tokenizer.image_size, limit)
-    facts["codes"] = f"{prod(tokenizer.grid):,} of each image, out of {tokenizer.num_embeddings:,}; views of an image: "
-    facts["codes"] += str(config.num_views)
+    codes = f"{tokenizer.num_codes_per_image:,} of each image, out of {tokenizer.num_embeddings:,}"
+    facts["codes"] = f"{codes}; views of an image: {config.num_views}"
     facts["device"] = str(model.device)
     print_facts(facts | {"tokenizer": config.tokenizer, "code store": config.code_store})
 
@@ -220,4 +219,5 @@ def _token_layout(model: VQGANModel, class_names: list[str]) -> TokenLayout:
         grid=model.config.grid,
         downsampling_factor=model.config.downsampling_factor,
         tokenizer_fingerprint=str(model.config.fingerprint),
+        grids=model.config.grids,
     )

@@ -5,7 +5,9 @@
     K + C         the null token: the unconditional prompt; condition dropout replaces classes by it
     …             padding of the vocabulary, never used
 
-A sequence is `[condition] + codes in raster order`.
+A sequence is `[condition] + codes`. Codes are in raster order. A tokenizer with several codes at each position, or with
+several grids, has this order: grid by grid, each in raster order, and the codes of a position one after another. All
+codebooks of such a tokenizer share the tokens [0, K); the position of a code says to which codebook it belongs.
 """
 
 import json
@@ -27,6 +29,7 @@ from configs.names import is_whole, one_form
 from configs.problems import cut, did_you_mean, listed, nearest
 from configs.randomness import Numbers
 from configs.sections import LARGEST
+from stage1_vqgan import Grids, codes_shape, grids_text, num_codes
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -48,12 +51,13 @@ class TokenLayout:
     Args:
         num_codes: K, entries of the tokenizer's codebook.
         class_names: names of the C classes in the order of their labels; empty for an unconditional prior.
-        grid: h and w of an image's codes.
+        grid: h and w of an image's codes; of several grids, of the last one.
         downsampling_factor: pixels of the image's side per code.
         tokenizer_fingerprint: fingerprint of the tokenizer that computed the codes.
         has_null: whether training includes the null token: the prior is unconditional, or has condition dropout.
         class_counts: number of training images of each class; empty if it is unknown. A fact about the data, so layouts
             with other counts are equal.
+        grids: h, w and number of codes at each position of each grid; empty for one grid with one code at each.
 
     Raises:
         ValueError: a field has another type, or a number is below 1.
@@ -66,6 +70,7 @@ class TokenLayout:
     tokenizer_fingerprint: str
     has_null: bool = True
     class_counts: tuple[Annotated[int, Ge(0)], ...] = field(default=(), compare=False)
+    grids: tuple[tuple[Count, Count, Count], ...] = ()
 
     def __post_init__(self) -> None:
         instance("class_names", self.class_names, (list, tuple), "a tuple of names")
@@ -87,6 +92,7 @@ class TokenLayout:
             "downsampling_factor": whole("downsampling_factor", self.downsampling_factor, most=LARGEST),
             "class_counts": tuple(whole("class_counts", count, least=0, most=2**40) for count in self.class_counts),
         }
+        plain["grids"] = _grids(self.grids, plain["grid"])
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
@@ -107,13 +113,28 @@ class TokenLayout:
 
     @property
     def length(self) -> int:
-        """Number of codes of an image, h·w."""
-        return self.grid[0] * self.grid[1]
+        """L, number of codes of an image."""
+        return num_codes(self.all_grids)
+
+    @property
+    def codes_shape(self) -> tuple[int, ...]:
+        """Shape of an image's codes as the tokenizer takes them: `(h, w)`, `(h, w, G)` or `(L,)`."""
+        return codes_shape(self.all_grids)
+
+    @property
+    def codes_text(self) -> str:
+        """The grids in words."""
+        return grids_text(self.all_grids)
+
+    @property
+    def all_grids(self) -> Grids:
+        """`grids`, or the one grid with one code at each position."""
+        return self.grids or ((*self.grid, 1),)
 
     @property
     def pixels(self) -> int:
         """Number of pixels of a decoded image, H·W."""
-        return self.length * self.downsampling_factor**2
+        return self.grid[0] * self.grid[1] * self.downsampling_factor**2
 
     def class_tokens(self, labels: Numbers) -> Numbers:
         """Tokens of int64 class labels `(B,)`, a tensor or an array."""
@@ -177,7 +198,10 @@ class TokenLayout:
         """The fields as plain values for JSON. `tokens` lists the ranges of tokens in order."""
         padding = self.vocab_size - self.null_token - 1
         tokens = {"codes": self.num_codes, "classes": self.num_classes, "null": 1, "padding": padding}
-        return {"tokens": tokens, **asdict(self)}
+        values = {"tokens": tokens, **asdict(self)}
+        if not self.grids:
+            del values["grids"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TokenLayout":
@@ -248,14 +272,30 @@ class TokenLayout:
         has = {
             "num_codes": config.num_embeddings,
             "grid": config.grid,
+            "grids": config.grids,
             "downsampling_factor": config.downsampling_factor,
         }
+        mine = {name: getattr(self, name) for name in has} | {"grids": self.all_grids}
         for name, value in has.items():
-            if getattr(self, name) != value:
+            if mine[name] != value:
                 raise ValueError(
-                    f"token_layout.{name}: received {getattr(self, name)}, but the tokenizer has {value}; "
+                    f"token_layout.{name}: received {mine[name]}, but the tokenizer has {value}; "
                     "restore the layout that was saved with the prior"
                 )
+
+
+def _grids(grids: Any, grid: Any) -> Grids:
+    """The field `grids` as a tuple of three numbers each; `grid` are h and w of the last one."""
+    message = "h, w and number of codes of each grid, three whole numbers"
+    instance("grids", grids, (list, tuple), message)
+    for each in grids:
+        instance("grids", each, (list, tuple), message)
+        if len(each) != 3:
+            raise ValueError(f"grids: received {described(each)}; must be {message}")
+    plain: Any = tuple(tuple(whole("grids", number, most=LARGEST) for number in each) for each in grids)
+    if plain and plain[-1][:2] != grid:
+        raise ValueError(f"grids: received {plain}; the last must have h and w of grid, {grid}")
+    return () if plain == ((*grid, 1),) else plain
 
 
 def unknown_label(label: Any, names: Sequence[str]) -> str:

@@ -43,7 +43,7 @@ class StoredGenerator(nn.Module):
             decoder_features=self.features,
             codebook_loss=self.codebook_loss * 1,
             codes=torch.zeros(1, 1, 1, dtype=torch.int64, device=self.features.device),
-            latents=None,
+            latents=torch.zeros(1, 1, 1, 1, device=self.features.device),
         )
 
 

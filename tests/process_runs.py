@@ -16,9 +16,9 @@ from stage1_vqgan import DataConfig, Stage1Config
 from stage1_vqgan.evaluate import ReconstructionConfig, evaluate
 from stage1_vqgan.evaluation import networks
 from stage1_vqgan.evaluation.config import MetricsConfig
-from stage1_vqgan.quantizers import CodebookQuantizer, build_quantizer
+from stage1_vqgan.quantizers import build_quantizer
 from stage1_vqgan.training import components, run as stage1
-from stage1_vqgan.training.codebook import Candidates, CodebookMonitor, kmeans, latent_rows
+from stage1_vqgan.training.codebook import Candidates, CodebookMonitor, kmeans
 from stage1_vqgan.training.loss_config import LossConfig
 from stage1_vqgan.training.run import Training
 from stage1_vqgan.training.step import VQGANTrainer
@@ -176,7 +176,7 @@ def run_quantizer(folder: Path, name: str, codes: int, width: int, options: dict
     # Not Adam: an entry on its only latent has a gradient of rounding errors, which Adam would normalise to full steps.
     optimizer = torch.optim.SGD(parameters or [torch.zeros(1)], lr=0.1, momentum=0.9)
     wrapped = accelerator.prepare(quantizer) if parameters else quantizer
-    monitor = CodebookMonitor(codes, accelerator.device)
+    monitor = CodebookMonitor(codes, accelerator.device, quantizer.num_entries // codes)
     seeds = range(8)
     share = slice(*(len(seeds) * (accelerator.process_index + end) // accelerator.num_processes for end in (0, 1)))
     everything = torch.randn(50, 8, width, 3, 3, generator=torch.Generator().manual_seed(1))
@@ -185,24 +185,27 @@ def run_quantizer(folder: Path, name: str, codes: int, width: int, options: dict
     def reduce(value: torch.Tensor) -> torch.Tensor:
         return accelerator.reduce(value.clone(), "sum")
 
-    if isinstance(quantizer, CodebookQuantizer):
-        centres = kmeans(latent_rows(everything[0]), codes, quantizer.l2_normalize, seed=0)
-        quantizer.place_entries(centres)
+    for index, codebook in enumerate(quantizer.codebooks):
+        rows = quantizer.inputs(everything[0])[index]
+        codebook.place_entries(kmeans(rows, codes, codebook.l2_normalize, seed=0))
     restarted = 0
     for step, z in enumerate(latents):
         quantizer.prepare(step / 50, seeds[share])
         out = wrapped(z)
-        monitor.update(out.codes)
+        monitor.update(quantizer.entry_numbers(out.codes, z.shape[2:]))
         quantizer.observe(z, out.codes)
         if parameters:
             accelerator.backward(out.loss + (out.quantized - z).square().mean())
             optimizer.step()
             optimizer.zero_grad()
         quantizer.update(reduce)
-        if isinstance(quantizer, CodebookQuantizer) and step % 5 == 4:
-            candidates = Candidates(codes)
-            candidates.add(accelerator.gather(latent_rows(z)), seed=step)
-            restarted += int(monitor.restart(quantizer, quantizer, optimizer, candidates.rows(), reduce))
+        if quantizer.codebooks and step % 5 == 4:
+            candidates = []
+            for rows in quantizer.inputs(z):
+                sample = Candidates(codes)
+                sample.add(accelerator.gather(rows), seed=step)
+                candidates.append(sample.rows())
+            restarted += int(monitor.restart(quantizer, quantizer, optimizer, candidates, reduce))
     leave(folder, f"quantizer {name} {'-'.join(options)}", {**quantizer.state_dict(), "restarted": restarted})
 
 

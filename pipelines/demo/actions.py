@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from configs.arguments import whole
-from pipelines.demo.mosaic import mosaic
+from pipelines.demo.mosaic import mosaics
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan.data.decoding import EncodedImage, decode
 from stage1_vqgan.reconstruction import peak_signal_to_noise
@@ -113,7 +113,7 @@ def reconstruct(pipeline: VQGANPipeline, content: bytes | None) -> Reconstructio
     decoded = pipeline.decode(codes, "pt").cpu() * 2 - 1
     original, reconstruction = pipeline.image_processor.postprocess(torch.cat([pixels, decoded]))
     facts = "\n".join(f"- {fact}" for fact in [*_of_image(image), *_of_codes(pipeline, codes, pixels, decoded)])
-    return Reconstruction(original, reconstruction, mosaic(codes[0].cpu().numpy()), facts)
+    return Reconstruction(original, reconstruction, mosaics(codes[0].cpu().numpy(), pipeline.layout.all_grids), facts)
 
 
 def _of_image(image: Image.Image) -> list[str]:
@@ -125,7 +125,7 @@ def _of_image(image: Image.Image) -> list[str]:
 def _of_codes(pipeline: VQGANPipeline, codes: Tensor, pixels: Tensor, decoded: Tensor) -> list[str]:
     count, different, num_codes = codes.numel(), len(codes.unique()), pipeline.layout.num_codes
     return [
-        f"**Codes**: {count} in a grid of {codes.shape[1]}×{codes.shape[2]}; {different} different ones of the "
+        f"**Codes**: {count} in a grid of {pipeline.layout.codes_text}; {different} different ones of the "
         f"{num_codes} in the codebook",
         f"**PSNR** of the reconstruction: {peak_signal_to_noise(decoded, pixels).item():.1f} dB (higher is closer)",
     ]

@@ -83,7 +83,7 @@ def describe(pipeline: VQGANPipeline) -> str:
     height, width = (side * layout.downsampling_factor for side in layout.grid)
     about = f"images of {classes} classes" if classes else "images"
     return (
-        f"Generates {about}, {width}×{height} pixels. A GPT-style prior writes {layout.grid[0]}×{layout.grid[1]} codes "
+        f"Generates {about}, {width}×{height} pixels. A GPT-style prior writes {layout.codes_text} codes "
         f"out of {layout.num_codes}; a VQGAN tokenizer decodes them to an image."
     )
 

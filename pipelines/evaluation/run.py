@@ -169,9 +169,10 @@ def new_classifier(config: EvaluationConfig, device: torch.device) -> Classifier
 @torch.no_grad()
 def reconstruction_metrics(pipeline: VQGANPipeline, train: RealImages, validation: RealImages) -> dict[str, float]:
     """Codebook usage over the training images, and reconstruction errors of the validation images."""
-    used = torch.zeros(pipeline.layout.num_codes, dtype=torch.bool)
+    used = torch.zeros(pipeline.vqgan.quantize.num_entries, dtype=torch.bool)
     for batch in tqdm(train.batches, desc="encoding", unit="batch"):
-        used[pipeline.vqgan.encode(batch.images(pipeline.device)).codes.flatten().cpu()] = True
+        codes = pipeline.vqgan.encode(batch.images(pipeline.device)).codes
+        used[pipeline.vqgan.quantize.entry_numbers(codes, pipeline.layout.grid).flatten().cpu()] = True
     errors = evaluate_reconstruction(pipeline.vqgan, validation.batches)
     return {
         "codebook_usage": used.float().mean().item(),

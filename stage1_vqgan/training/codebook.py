@@ -6,18 +6,17 @@ random numbers are keyed by the step.
 Shape letters: N latents, D code width, K codebook size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from einops import rearrange
 from torch import Tensor, nn
 
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.quantizers import CodebookQuantizer, nearest_code
+from stage1_vqgan.quantizers import CodebookQuantizer, QuantizerBase, nearest_code
 from stage1_vqgan.reconstruction import codebook_perplexity, codebook_usage
 
 
@@ -59,31 +58,23 @@ def initialise_codebook(
 ) -> None:
     """Places the codebook entries by k-means over the latents of some batches of all processes.
 
+    Several codebooks are placed one after another, because what one of them quantizes depends on those before it.
+
     Args:
         model, average: the tokenizer in training and its moving average; both get the entries.
         batches: float32 `(B, C, H, W)` in [-1, 1], of this process.
         accelerator: gathers the latents.
         seed: seed of k-means.
     """
-    quantizers = codebook_of(model), codebook_of(average)
     # Gather batch by batch, so that the order of the latents does not depend on the number of processes.
-    latents = torch.cat([accelerator.gather(latent_rows(average.encode(images).latents)) for images in batches])
-    centres = kmeans(latents, model.config.num_embeddings, quantizers[0].l2_normalize, seed)
-    centres = broadcast(centres)  # sums on two GPUs can differ by rounding
-    for quantizer in quantizers:
-        quantizer.place_entries(centres)
-
-
-def codebook_of(model: VQGANModel) -> CodebookQuantizer:
-    """The model's quantizer, which must have a codebook."""
-    quantizer = model.quantize
-    assert isinstance(quantizer, CodebookQuantizer), f"{type(quantizer).__name__} has no entries to move"
-    return quantizer
-
-
-def latent_rows(latents: Tensor | None) -> Tensor:
-    """Latents `(B, D, h, w)` as rows `(B·h·w, D)`."""
-    return rearrange(cast(Tensor, latents), "B D h w -> (B h w) D")
+    latents = torch.cat([accelerator.gather(cast(Tensor, average.encode(images).latents)) for images in batches])
+    pairs = zip(model.quantize.codebooks, average.quantize.codebooks, strict=True)
+    for index, quantizers in enumerate(pairs):
+        rows = average.quantize.inputs(latents)[index]
+        centres = kmeans(rows, model.config.num_embeddings, quantizers[0].l2_normalize, seed)
+        centres = broadcast(centres)  # sums on two GPUs can differ by rounding
+        for quantizer in quantizers:
+            quantizer.place_entries(centres)
 
 
 class Candidates:
@@ -106,9 +97,9 @@ class Candidates:
         """Adds the latents of a batch. Each draws a number, and the `most` latents with the lowest numbers stay.
 
         Args:
-            latents: `(N, D)` of all processes, in the order of their ranks:
-                `accelerator.gather(latent_rows(out.latents.detach()))`. So the sample does not depend on the number of
-                processes, and is the same on each.
+            latents: `(N, D)` of all processes, in the order of their ranks: `accelerator.gather(rows)`, with one of
+                the rows of `quantizer.inputs`. So the sample does not depend on the number of processes, and is the
+                same on each.
             seed: seed of the draws, another one for each batch: `seed_from(config.seed, micro_step)`.
         """
         draws = torch.rand(len(latents), generator=torch.Generator().manual_seed(seed)).to(latents.device)
@@ -128,29 +119,39 @@ class Candidates:
 class CodebookMonitor(nn.Module):
     """Counts how often each code is used, and restarts the codes that are not used.
 
+    Args:
+        num_embeddings: K.
+        device: device of the counters.
+        num_codebooks: number of codebooks of K entries each.
+
     Attributes:
-        logged: int64 `(K,)`, uses of each code since the last log. A buffer, so that a checkpoint holds it.
+        logged: int64, uses of each entry of all codebooks since the last log. A buffer, so that a checkpoint holds it.
         recent: the same since the last restart.
     """
 
     logged: Tensor
     recent: Tensor
 
-    def __init__(self, num_embeddings: int, device: torch.device):
+    def __init__(self, num_embeddings: int, device: torch.device, num_codebooks: int = 1):
         super().__init__()
-        self.register_buffer("logged", torch.zeros(num_embeddings, dtype=torch.int64, device=device))
-        self.register_buffer("recent", torch.zeros(num_embeddings, dtype=torch.int64, device=device))
+        self.num_embeddings, shape = num_embeddings, (num_codebooks * num_embeddings,)
+        self.register_buffer("logged", torch.zeros(shape, dtype=torch.int64, device=device))
+        self.register_buffer("recent", torch.zeros(shape, dtype=torch.int64, device=device))
 
-    def update(self, codes: Tensor) -> None:
-        """Adds the codes of a batch of this process, int64 of any shape."""
-        codes = codes.flatten()
+    def update(self, entries: Tensor) -> None:
+        """Adds the entry numbers of a batch of this process, int64 of any shape; see `QuantizerBase.entry_numbers`."""
+        entries = entries.flatten()
         for counts in (self.logged, self.recent):  # not bincount, because the host would wait for the device
-            counts.scatter_add_(0, codes, torch.ones_like(codes))
+            counts.scatter_add_(0, entries, torch.ones_like(entries))
 
     def statistics(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Usage and perplexity since the last call, scalars; `reduce` sums over processes."""
+        """Usage and perplexity since the last call, scalars; `reduce` sums over processes.
+
+        Usage is the share of the entries of all codebooks, perplexity the mean over codebooks.
+        """
         counts = reduce(self.logged)
         self.logged = torch.zeros_like(self.logged)  # not in place: `reduce` may return the tensor itself
+        counts = counts.view(-1, self.num_embeddings)
         return {"codebook/usage": codebook_usage(counts), "codebook/perplexity": codebook_perplexity(counts)}
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -165,37 +166,48 @@ class CodebookMonitor(nn.Module):
     @torch.no_grad()
     def restart(
         self,
-        quantizer: CodebookQuantizer,
-        average: CodebookQuantizer,
+        quantizer: QuantizerBase,
+        average: QuantizerBase,
         optimizer: torch.optim.Optimizer,
-        candidates: Tensor,
+        candidates: Sequence[Tensor],
         reduce: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Moves the entry of every code that was not used since the last restart onto a latent.
+        """Moves every entry that was not used since the last restart onto what its codebook quantizes.
 
         Call it after the optimizer step.
 
         Args:
             quantizer, average: the quantizer in training and its moving average; both get the new entries.
             optimizer: the moments of the moved entries are set to 0.
-            candidates: latents `(N, D)` in random order, the same on all processes, see [`Candidates`]. The first code
-                takes the first of them; if there are fewer than unused codes, the last codes stay.
+            candidates: for each codebook what it quantizes, `(N, D)` in random order, the same on all processes, see
+                [`Candidates`]. The first unused entry takes the first of them; if there are fewer than unused entries,
+                the last entries stay.
             reduce: sums over processes.
 
         Returns:
-            Number of moved codes, a scalar.
+            Number of moved entries, a scalar.
         """
-        dead = (reduce(self.recent) == 0).nonzero().flatten()
+        counts = reduce(self.recent).view(-1, self.num_embeddings)
         self.recent = torch.zeros_like(self.recent)
-        rows = candidates[: len(dead)]
-        if quantizer.l2_normalize:
-            rows = F.normalize(rows, dim=-1)
-        dead = dead[: len(rows)]
-        if len(dead):
-            for moved in (quantizer, average):
-                moved.move_entries(dead, rows)
-            for weight in quantizer.entry_weights():
-                for value in optimizer.state.get(weight, {}).values():
-                    if isinstance(value, Tensor) and value.shape == weight.shape:
-                        value[dead] = 0
-        return torch.tensor(float(len(dead)), device=candidates.device)
+        moved = 0
+        pairs = zip(quantizer.codebooks, average.codebooks, strict=True)
+        for uses, pair, rows in zip(counts, pairs, candidates, strict=True):
+            dead = (uses == 0).nonzero().flatten()[: len(rows)]
+            if len(dead):
+                _move(pair, dead, rows[: len(dead)], optimizer)
+            moved += len(dead)
+        return torch.tensor(float(moved), device=counts.device)
+
+
+def _move(
+    pair: tuple[CodebookQuantizer, CodebookQuantizer], codes: Tensor, rows: Tensor, optimizer: torch.optim.Optimizer
+) -> None:
+    """Moves entries of a codebook and of its average to `rows`, and sets what the optimizer recalls of them to 0."""
+    if pair[0].l2_normalize:
+        rows = F.normalize(rows, dim=-1)
+    for codebook in pair:
+        codebook.move_entries(codes, rows)
+    for weight in pair[0].entry_weights():
+        for value in optimizer.state.get(weight, {}).values():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                value[codes] = 0

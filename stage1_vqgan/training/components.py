@@ -161,7 +161,7 @@ def prepare_discriminator(in_channels: int, config: Stage1Config, accelerator: A
         return None, None
     discriminator = DISCRIMINATORS[config.discriminator.type](in_channels, config.discriminator)
     if config.model_name_or_path is not None:
-        message = start_discriminator(discriminator, config.model_name_or_path, settings.architecture)
+        message = start_discriminator(discriminator, config.model_name_or_path, config.discriminator.architecture)
         if message is not None:
             accelerator.print(message)
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:

@@ -4,7 +4,6 @@ import copy
 import logging
 from collections.abc import Iterator
 from itertools import islice
-from math import prod
 from pathlib import Path
 
 import torch
@@ -163,9 +162,10 @@ class Training:
             networks = network_metrics(self.config.metrics, shape, device)
         for figure, reason in networks.left_out.items():
             self.accelerator.print(f"{figure} is left out: {reason}")
-        if self.trainer.perceptual is not None:
+        perceptual = self.trainer.generator_terms.losses.get("perceptual")
+        if perceptual is not None:
             name = perceptual_name(loss.lpips_backbone, loss.lpips_weights)
-            networks.new.append(mean_of(name, self.trainer.perceptual, device))
+            networks.new.append(mean_of(name, perceptual, device))
         return networks
 
     def resume(self) -> None:
@@ -264,9 +264,9 @@ class Training:
         self.health.require_finite_losses(interval.collected)
         scalars = interval.means() | self.trainer.codebook_statistics()
         scalars |= {"learning_rate": learning_rate, "images_per_second": interval.images_per_second}
-        model = self.trainer.average.config
-        num_codes_used = interval.images * prod(model.grid)
-        self.health.warn_of_problems(scalars, interval.collected, num_codes_used, model.num_embeddings)
+        model = self.trainer.average
+        num_codes_used = interval.images * model.config.num_codes_per_image
+        self.health.warn_of_problems(scalars, interval.collected, num_codes_used, model.quantize.num_entries)
         reporter.show({name: scalars[f"loss/{name}"] for name in SHOWN_TERMS if f"loss/{name}" in scalars})
         reporter.scalars(scalars, self.step)
 
@@ -306,8 +306,8 @@ class Training:
             checkpointing.save(self.run, self.accelerator, self.trainer, self.step)
 
     def finish(self) -> VQGANModel:
-        """Saves the tokenizer (the averaged weights, with a fingerprint), the discriminator to fine-tune it with, and the
-        results; returns the tokenizer.
+        """Saves the tokenizer (the averaged weights, with a fingerprint), the discriminator to fine-tune it with, and
+        the results; returns the tokenizer.
         """
         model = copy.deepcopy(self.trainer.average).cpu().eval()
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]

@@ -16,8 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from configs.randomness import seed_from
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.quantizers import CodebookQuantizer
-from stage1_vqgan.training.codebook import Candidates, CodebookMonitor, codebook_of, latent_rows
+from stage1_vqgan.training.codebook import Candidates, CodebookMonitor
 from stage1_vqgan.training.components import (
     build_tokenizer,
     memory_format,
@@ -45,7 +44,7 @@ class VQGANTrainer:
         generator_terms, discriminator_terms: compute the losses of both.
         perturbation: gives the decoder some wrong codes, if `perturbation.image_share` is above 0.
         monitor: counts how often each code is used.
-        candidates: latents of this step, onto which it may move unused codes.
+        candidates: for each codebook what it quantized in this step; unused entries may move onto it.
     """
 
     def __init__(self, config: Stage1Config, accelerator: Accelerator):
@@ -63,8 +62,9 @@ class VQGANTrainer:
         self.perturbation = LatentPerturbation(config.perturbation)
         if config.perturbation.image_share:
             model.quantize.register_forward_hook(self.perturbation)
-        self.monitor = CodebookMonitor(model.config.num_embeddings, accelerator.device)
-        self.candidates = Candidates(model.config.num_embeddings)
+        num_codes, codebooks = model.config.num_embeddings, model.quantize.codebooks
+        self.monitor = CodebookMonitor(num_codes, accelerator.device, max(1, len(codebooks)))
+        self.candidates = [Candidates(num_codes) for _ in codebooks]
 
     @property
     def model(self) -> VQGANModel:
@@ -74,7 +74,7 @@ class VQGANTrainer:
     @property
     def codebook_is_trained(self) -> bool:
         """Whether the quantizer has codebook entries that k-means may initialise and that may be restarted."""
-        return isinstance(self.model.quantize, CodebookQuantizer) and not self.config.codes_are_frozen
+        return bool(self.model.quantize.codebooks) and not self.config.codes_are_frozen
 
     def step(self, images: Tensor, micro_step: int) -> dict[str, Tensor]:
         """One forward of the generator, then one update of the generator and one of the discriminator.
@@ -89,13 +89,14 @@ class VQGANTrainer:
             Scalars on the device, by the names under which they are logged.
         """
         config, step = self.config, micro_step // self.config.gradient_accumulation_steps
+        quantizer = self.model.quantize
         weights, seeds = config.loss.weights(step), self.image_seeds(micro_step, len(images))
         metrics: dict[str, Tensor] = {}
         accumulated = [model for model in (self.generator, self.discriminator) if model is not None]
         with self.accelerator.accumulate(*accumulated):
             # Generator forward. The graph is cut at x̂: the losses of x̂ are differentiated with respect to x̂ first,
             # and their weighted sum enters the generator in a single backward pass.
-            self.model.quantize.prepare(step / config.max_steps, seeds)
+            quantizer.prepare(step / config.max_steps, seeds)
             self.perturbation.prepare(seeds)
             with self.accelerator.autocast():
                 out = self.generator(images)
@@ -129,16 +130,16 @@ class VQGANTrainer:
                 terms |= {"discriminator": of_discriminator, **penalties}
 
             # Codebook upkeep and moving averages.
-            self.monitor.update(out.codes)
+            self.monitor.update(quantizer.entry_numbers(out.codes, out.latents.shape[2:]))
             if not config.codes_are_frozen:
-                self.model.quantize.observe(out.latents, out.codes)
+                quantizer.observe(out.latents, out.codes)
             restarts = self._restarts_codes_after(step + 1)
             if restarts:
-                latents = self.accelerator.gather(latent_rows(out.latents.detach()))
-                self.candidates.add(latents, seed_from(self.config.seed, micro_step))
+                for candidates, rows in zip(self.candidates, quantizer.inputs(out.latents), strict=True):
+                    candidates.add(self.accelerator.gather(rows), seed_from(self.config.seed, micro_step))
             if self.accelerator.sync_gradients:
                 self.discriminator_terms.update_anchors()
-                self.model.quantize.update(self._sum)
+                quantizer.update(self._sum)
                 self._update_average(step)
                 if restarts:
                     metrics |= self._restart_dead_codes()
@@ -184,10 +185,10 @@ class VQGANTrainer:
     def _restart_dead_codes(self) -> dict[str, Tensor]:
         """Moves unused codes onto latents of this step."""
         restarted = self.monitor.restart(
-            codebook_of(self.model),
-            codebook_of(self.average),
+            self.model.quantize,
+            self.average.quantize,
             self.optimizer.optimizer,
-            self.candidates.rows(),
+            [candidates.rows() for candidates in self.candidates],
             self._sum,
         )
         return {"codebook/restarted": restarted}

@@ -66,8 +66,12 @@ class SampleGrids(TrainerCallback):
         """Decodes int64 codes `(N, L)` into a grid of images."""
         tokenizer: Any = self.tokenizer
         tokenizer.to(codes.device)
-        batches = codes.unflatten(1, self.layout.grid).split(DECODE_BATCH_SIZE)
-        images = [image for batch in batches for image in self.processor.postprocess(tokenizer.decode_codes(batch))]
+        batches = codes.unflatten(1, self.layout.codes_shape).split(DECODE_BATCH_SIZE)
+        images = [
+            image
+            for batch in batches
+            for image in self.processor.postprocess(tokenizer.decode_codes(batch, self.layout.grid))
+        ]
         tokenizer.to("cpu")
         classes = self.prompts[:: self.columns, 0]
         names = self.layout.names_of(classes) if self.layout.num_classes else [""] * len(classes)

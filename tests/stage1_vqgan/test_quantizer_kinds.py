@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from stage1_vqgan import VQGANConfig, VQGANModel, quantizer_base
 from stage1_vqgan.quantizer_base import entropy_loss
-from stage1_vqgan.quantizers import QUANTIZERS, build_quantizer
+from stage1_vqgan.quantizers import QUANTIZERS, build_quantizer, codes_shape
 from tests.devices import DEVICE, cpu_only, on_device
 
 pytestmark = on_device
@@ -30,7 +30,11 @@ KINDS = {
     "fsq": ("fsq", 60, 3, {"levels": [5, 4, 3]}),
     "lfq": ("lfq", 16, 4, {}),
     "bsq": ("bsq", 16, 4, {}),
+    "residual": ("residual", 16, 4, {"depth": 3}),
+    "product": ("product", 16, 4, {"groups": 2}),
+    "pyramid": ("pyramid", 16, 4, {"hidden_channels": 8, "num_res_blocks": 1}),
 }
+SHAPES = {"residual": (3, 5, 3), "product": (3, 5, 2), "pyramid": (2 * 3 + 3 * 5,)}  # of codes; (3, 5) of other kinds
 
 
 def make(kind, seed=0, **options):
@@ -38,7 +42,7 @@ def make(kind, seed=0, **options):
     torch.manual_seed(seed)
     quantizer = build_quantizer(name, codes, width, {**defaults, **options})
     for parameter in quantizer.parameters():
-        torch.nn.init.normal_(parameter)
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.shape[2:] == (3, 3) else 1.0)
     return quantizer
 
 
@@ -61,10 +65,13 @@ def test_the_interface(kind, training):
     quantizer, z = make(kind).train(training), latents(kind)
     out = quantizer(z)
     assert out.quantized.shape == z.shape and out.quantized.dtype == torch.float32
-    assert out.codes.shape == (2, 3, 5) and out.codes.dtype == torch.int64 and out.loss.shape == ()
+    assert out.codes.shape == (2, *SHAPES.get(kind, (3, 5))) == (2, *codes_shape(quantizer.grids(3, 5)))
+    assert out.codes.dtype == torch.int64 and out.loss.shape == ()
+    entries = quantizer.entry_numbers(out.codes, (3, 5))
+    assert torch.equal(entries % KINDS[kind][1], out.codes) and entries.max() < quantizer.num_entries
     assert out.codes.min() >= 0 and out.codes.max() < KINDS[kind][1] and len(out.codes.unique()) > 3
     if kind != "gumbel, soft" or not training:
-        torch.testing.assert_close(quantizer.lookup(out.codes), out.quantized)
+        torch.testing.assert_close(quantizer.lookup(out.codes, (3, 5)), out.quantized)
     if training:
         (gradient,) = torch.autograd.grad((out.quantized * torch.randn_like(z)).sum() + out.loss, z)
         assert gradient.isfinite().all() and gradient.abs().sum() > 0

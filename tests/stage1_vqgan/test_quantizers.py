@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stage1_vqgan import quantizer_base
-from stage1_vqgan.quantizers import QUANTIZERS, CodebookQuantizer, Quantizer, build_quantizer, nearest_code
+from stage1_vqgan.quantizers import CodebookQuantizer, build_quantizer, nearest_code
 from tests.devices import DEVICE, on_device
 
 pytestmark = on_device
@@ -120,11 +120,6 @@ def test_a_kind_that_lacks_a_method_cannot_be_built():
 
     with pytest.raises(TypeError, match=r"codebook.*entry_weights.*move_entries"):
         Incomplete(K, D, None)
-
-
-@pytest.mark.parametrize("kind", QUANTIZERS.values())
-def test_an_ordinary_kind_has_one_code_a_latent(kind):
-    assert kind.grids(None, 3, 4) == Quantizer.grids(None, 3, 4) == ((3, 4, 1),)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 10, 13])

@@ -85,7 +85,7 @@ class Case:
         self.monitor = CodebookMonitor(K, DEVICE)
 
     def restart(self, candidates, reduce=same):
-        return int(self.monitor.restart(self.quantizer, self.average, self.optimizer, candidates, reduce))
+        return int(self.monitor.restart(self.quantizer, self.average, self.optimizer, [candidates], reduce))
 
 
 def test_restart_moves_dead_codes_and_nothing_else():

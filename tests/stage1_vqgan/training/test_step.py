@@ -13,7 +13,8 @@ from transformers import get_scheduler
 from configs import load_config
 from configs.randomness import seed_from
 from stage1_vqgan import Stage1Config
-from stage1_vqgan.training.codebook import initialise_codebook, latent_rows
+from stage1_vqgan.quantizer_base import latent_rows
+from stage1_vqgan.training.codebook import initialise_codebook
 from stage1_vqgan.training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, weighted_sum
 from stage1_vqgan.training.regularizers import interpolation_shares
 from stage1_vqgan.training.step import VQGANTrainer
