@@ -1,9 +1,10 @@
 """Builds the components of a run: tokenizer, losses, discriminator, and the optimizers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +14,22 @@ from torch.optim import AdamW
 
 from configs import ConfigError, Problem
 from configs.memory import SMALLER_BATCH, shortage
+from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.modeling_vqgan import VQGANModel
+from stage1_vqgan.networks import load_network
+from stage1_vqgan.networks.alignment import Alignment
+from stage1_vqgan.networks.diffaug import Augmentation, augment, unchanged
+from stage1_vqgan.networks.feature_discriminator import FeatureDiscriminator
+from stage1_vqgan.networks.perceptual import FeatureDistance, LogitDistance, ShiftTolerantLPIPS
+from stage1_vqgan.networks.stylegan_discriminator import StyleGANDiscriminator
 from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
 from stage1_vqgan.training.config import DiscriminatorConfig, DiscriminatorType, Stage1Config
 from stage1_vqgan.training.discriminator import PatchDiscriminator
-from stage1_vqgan.training.loss_config import RECONSTRUCTION_TERMS
+from stage1_vqgan.training.loss_config import RECONSTRUCTION_TERMS, Backbone
 from stage1_vqgan.training.losses import PerceptualLoss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 FLOAT32 = 4  # bytes
 SMALLER = "choose smaller model.base_channels, model.num_res_blocks or model.num_embeddings"
@@ -59,8 +68,10 @@ def build_tokenizer(config: Stage1Config) -> VQGANModel:
     return model
 
 
-def prepare_generator(model: VQGANModel, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
-    """The tokenizer, compiled if `torch_compile` and wrapped by accelerate, and its optimizer.
+def prepare_generator(
+    model: VQGANModel, alignment: Alignment | None, config: Stage1Config, accelerator: Accelerator
+) -> tuple[Any, Any, Any]:
+    """The tokenizer, compiled if `torch_compile`, and the alignment, both wrapped by accelerate; and their optimizer.
 
     Raises:
         ConfigError: training does not fit in memory.
@@ -68,10 +79,13 @@ def prepare_generator(model: VQGANModel, config: Stage1Config, accelerator: Acce
     check_training_memory(model, config, accelerator)
     if config.torch_compile:
         model.compile(fullgraph=True, dynamic=False)
-    generator, optimizer = accelerator.prepare(model, _optimizer(model, partial(getattr, config)))
+    parts = [model] if alignment is None else [model, alignment]
+    generator, *wrapped, optimizer = accelerator.prepare(
+        *parts, _optimizer(nn.ModuleList(parts), partial(getattr, config))
+    )
     # accelerate converts everything that a model returns to float32, which copies the largest features: undo that.
     accelerator.unwrap_model(generator, keep_fp32_wrapper=False)
-    return generator, optimizer
+    return generator, wrapped[0] if wrapped else None, optimizer
 
 
 def check_training_memory(model: VQGANModel, config: Stage1Config, accelerator: Accelerator) -> None:
@@ -118,20 +132,61 @@ def build_reconstruction_losses(config: Stage1Config, channels: int, accelerator
     }
 
 
-def build_perceptual(config: Stage1Config, channels: int, accelerator: Accelerator) -> PerceptualLoss:
-    """LPIPS. Says which of the image's channels it compares, if not all."""
-    loss = config.loss
-    try:
-        perceptual = PerceptualLoss(loss.lpips_backbone, loss.lpips_weights)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError([Problem("loss", str(error))]) from error
+def build_perceptual(config: Stage1Config, channels: int, accelerator: Accelerator) -> nn.Module:
+    """LPIPS, or shift-tolerant LPIPS. Says which of the image's channels it compares, if not all."""
+    backbone, weights = config.loss.lpips_backbone, config.loss.lpips_weights
     if channels == 2 or channels > 3:
         part = "the first channel" if channels == 2 else "the first three channels"
         accelerator.print(f"LPIPS compares {part} of {channels}; the other losses compare all")
-    perceptual.to(accelerator.device, memory_format=memory_format(config))  # type: ignore[call-overload]
+    if backbone.startswith("stlpips_"):
+        accelerator.print(f"loss/perceptual is shift-tolerant LPIPS ({backbone}); its values are not those of LPIPS")
+        with _problems_of("loss.lpips_backbone"):
+            return _place(ShiftTolerantLPIPS(backbone.removeprefix("stlpips_"), weights), config, accelerator)
+    with _problems_of("loss"):
+        perceptual = _place(PerceptualLoss(cast(Backbone, backbone), weights), config, accelerator)
     if config.torch_compile:
         perceptual.compile(fullgraph=True, dynamic=False)
     return perceptual
+
+
+def build_features(config: Stage1Config, channels: int, accelerator: Accelerator) -> nn.Module:
+    """The distance of features of a named network."""
+    with _problems_of("loss.features_network"):
+        network = load_network(config.loss.features_network, config.loss.features_network_weights)
+        return _place(FeatureDistance(network), config, accelerator)
+
+
+def build_logits(config: Stage1Config, channels: int, accelerator: Accelerator) -> nn.Module:
+    """The distance of logits of a named classifier."""
+    with _problems_of("loss.logits_network"):
+        network = load_network(config.loss.logits_network, config.loss.logits_network_weights)
+        return _place(LogitDistance(network), config, accelerator)
+
+
+def build_alignment(config: Stage1Config, model: VQGANConfig, accelerator: Accelerator) -> Alignment | None:
+    """The alignment of latents to features of a named network; None if its weight is 0.
+
+    Raises:
+        ConfigError: weights of the network are missing or damaged.
+    """
+    if not config.loss.alignment_weight:
+        return None
+    with _problems_of("loss.alignment_network"):
+        network = load_network(config.loss.alignment_network, config.loss.alignment_network_weights)
+    return _place(Alignment(network, model.embed_dim), config, accelerator)
+
+
+@contextmanager
+def _problems_of(key: str) -> Iterator[None]:
+    """Names the key of a network that cannot be built."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError([Problem(key, str(error))]) from error
+
+
+def _place(module: Module, config: Stage1Config, accelerator: Accelerator) -> Module:
+    return module.to(accelerator.device, memory_format=memory_format(config))  # type: ignore[call-overload]
 
 
 # How to build the loss of each term in RECONSTRUCTION_TERMS, from the settings and the number of channels. A loss is a
@@ -140,26 +195,48 @@ RECONSTRUCTION_LOSSES: dict[str, Callable[[Stage1Config, int, Accelerator], Loss
     "l1": lambda *_: F.l1_loss,
     "l2": lambda *_: F.mse_loss,
     "perceptual": build_perceptual,
+    "features": build_features,
+    "logits": build_logits,
 }
 
 
-def build_patchgan(channels: int, settings: DiscriminatorConfig) -> nn.Module:
+def build_patchgan(model: VQGANConfig, settings: DiscriminatorConfig) -> nn.Module:
     """The PatchGAN discriminator."""
-    return PatchDiscriminator(channels, settings.base_channels, settings.num_layers, settings.norm_type)
+    return PatchDiscriminator(model.in_channels, settings.base_channels, settings.num_layers, settings.norm_type)
 
 
-# How to build each type of discriminator, from the number of channels and the settings.
-DISCRIMINATORS: dict[DiscriminatorType, Callable[[int, DiscriminatorConfig], nn.Module]] = {"patchgan": build_patchgan}
+def build_feature_discriminator(model: VQGANConfig, settings: DiscriminatorConfig) -> nn.Module:
+    """Heads on the features of a named network."""
+    with _problems_of("discriminator.network"):
+        return FeatureDiscriminator(load_network(settings.network, settings.network_weights))
 
 
-def prepare_discriminator(in_channels: int, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
+def build_stylegan(model: VQGANConfig, settings: DiscriminatorConfig) -> nn.Module:
+    """StyleGAN2's residual discriminator."""
+    return StyleGANDiscriminator(model.in_channels, settings.base_channels, (model.image_size, model.image_size))
+
+
+# How to build each type of discriminator, from the configuration of the tokenizer and the settings.
+DISCRIMINATORS: dict[DiscriminatorType, Callable[[VQGANConfig, DiscriminatorConfig], nn.Module]] = {
+    "patchgan": build_patchgan,
+    "features": build_feature_discriminator,
+    "stylegan": build_stylegan,
+}
+
+
+def augmentation(config: Stage1Config) -> Augmentation:
+    """What changes the images that the discriminator sees."""
+    return augment if config.discriminator.augments else unchanged
+
+
+def prepare_discriminator(model: VQGANConfig, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
     """The discriminator, compiled if possible and wrapped, and its optimizer; None if the run has no discriminator.
 
     In fine-tuning, it starts from the weights of the discriminator in the tokenizer's folder, if they fit.
     """
     if not config.has_discriminator:
         return None, None
-    discriminator = DISCRIMINATORS[config.discriminator.type](in_channels, config.discriminator)
+    discriminator = DISCRIMINATORS[config.discriminator.type](model, config.discriminator)
     if config.model_name_or_path is not None:
         message = start_discriminator(discriminator, config.model_name_or_path, config.discriminator.architecture)
         if message is not None:
