@@ -32,7 +32,7 @@ from stage1_vqgan.quantizers import QUANTIZERS, option_problems
 # Fields that may change when a trained tokenizer is loaded. All others determine the shapes or the meaning of weights.
 CHANGEABLE = {"image_size", "dropout", "quantizer_options"}
 
-# File in a tokenizer's folder with the discriminator it was trained with. Its metadata hold the settings of it.
+# File in a tokenizer's folder with the discriminator it was trained with, and the settings of its network.
 DISCRIMINATOR_NAME, SETTINGS = "discriminator.safetensors", "settings"
 PROCESSOR_NAME = "preprocessor_config.json"
 

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from configs import ConfigError
-from stage1_vqgan import VQGANModel
+from stage1_vqgan import VQGANConfig, VQGANModel
 from stage1_vqgan.pretrained import DISCRIMINATOR_NAME
 from stage1_vqgan.training.run import train as train_tokenizer
+from stage1_vqgan.training.step import VQGANTrainer
 from stage2_prior import TokenLayout
 from stage2_prior.prior import adapt_prior, shared_tokens
 from stage2_prior.training.run import train as train_prior
+from tests import tiny
 
 
 def tokenizer_config(tiny_runs, folder, **changes):
@@ -71,6 +73,24 @@ def test_decoder_only_keeps_every_code(tiny_runs, tmp_path):
     assert tuned.config.fingerprint == before.config.fingerprint == tuned.compute_fingerprint()
     images = torch.rand(8, 1, 16, 16) * 2 - 1
     assert torch.equal(before.eval().encode(images).codes, tuned.encode(images).codes)
+
+
+@pytest.mark.parametrize("channels", [4, 1025])
+def test_channels_are_those_of_the_tokenizer(tiny_runs, tmp_path, monkeypatch, channels):
+    """Gray images become opaque RGBA for a tokenizer of RGBA; what is no image is refused, as in a new run."""
+    torch.manual_seed(0)
+    VQGANModel(VQGANConfig(**tiny.VQGAN | {"in_channels": channels})).save_pretrained(tmp_path / "base")
+    config = tokenizer_config(tiny_runs, tmp_path / "run")
+    config.model_name_or_path = str(tmp_path / "base")
+    if channels > 4:
+        with pytest.raises(ConfigError, match=r"model\.in_channels: received 1025; images have at most 1024 channels"):
+            train_tokenizer(config)
+        return
+    seen, step = [], VQGANTrainer.step
+    monkeypatch.setattr(VQGANTrainer, "step", lambda self, images, n: seen.append(images) or step(self, images, n))
+    train_tokenizer(config)
+    red, green, blue, alpha = seen[0].unbind(1)
+    assert torch.equal(red, green) and torch.equal(red, blue) and red.std() > 0.1 and (alpha == 1).all()
 
 
 def test_options_that_are_not_given_stay(tiny_runs, tmp_path):

@@ -55,9 +55,8 @@ def build_tokenizer(config: Stage1Config) -> VQGANModel:
             raise ConfigError([Problem("model", message)])
         return VQGANModel(new)
     model = load_tokenizer(config.model_name_or_path, "model_name_or_path", **config.model).train()
-    problems = [
-        Problem(field, f"received {value!r}; {allowed}") for field, value, allowed in config.size_problems(model.config)
-    ]
+    found = *config.channel_problems(model.config.in_channels), *config.size_problems(model.config)
+    problems = [Problem(field, f"received {value!r}; {allowed}") for field, value, allowed in found]
     if problems:
         raise ConfigError(problems)
     if config.codes_are_frozen:

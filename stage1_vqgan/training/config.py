@@ -238,8 +238,7 @@ class Stage1Config(TrainingConfig):
         yield from wrong
         if self.model_name_or_path is not None:  # `components.build_tokenizer` checks the rest
             return
-        if model.in_channels > MOST_CHANNELS:
-            yield "model.in_channels", model.in_channels, f"images have at most {MOST_CHANNELS} channels"
+        yield from self.channel_problems(model.in_channels)
         if "model.image_size" not in {key for key, _, _ in wrong}:
             yield from self._memory_problems(model)
         names = {key.removeprefix("model.") for key, _, _ in wrong}
@@ -259,6 +258,11 @@ class Stage1Config(TrainingConfig):
             options = option_problems(model.quantizer, model.quantizer_options, model.num_embeddings, model.embed_dim)
             for name, value, allowed in options:
                 yield f"model.{name}", value, allowed
+
+    def channel_problems(self, channels: int) -> Iterable[tuple[str, Any, str]]:
+        """The problem of a tokenizer with more channels than images can have, in the form of `problems`."""
+        if channels > MOST_CHANNELS:
+            yield "model.in_channels", channels, f"images have at most {MOST_CHANNELS} channels"
 
     def size_problems(self, model: VQGANArchitecture) -> Iterable[tuple[str, Any, str]]:
         """Problems of losses and discriminator with images of `model.image_size`, in the form of `problems`."""

@@ -306,8 +306,8 @@ class Training:
             checkpointing.save(self.run, self.accelerator, self.trainer, self.step)
 
     def finish(self) -> VQGANModel:
-        """Saves the tokenizer (the averaged weights, with a fingerprint), the discriminator to fine-tune it with, and
-        the results; returns the tokenizer.
+        """Saves the tokenizer (the averaged weights, with a fingerprint), the discriminator if there is one, and the
+        results. Returns the tokenizer.
         """
         model = copy.deepcopy(self.trainer.average).cpu().eval()
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-arg]
