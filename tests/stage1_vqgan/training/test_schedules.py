@@ -43,11 +43,15 @@ def test_anneal():
     assert weights("l2", 8, **both) == pytest.approx([0.2, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1])
 
 
+def test_a_term_of_weight_0_stays_off():
+    assert weights("r1", 3, **schedule("r1", ramp=2, end_weight=1)) == [0, 0, 0]
+
+
 def test_the_resolved_configuration_is_the_same_configuration():
     changes = {"loss.adversarial_start_step": 0.2, **schedule("adversarial", ramp=0.1, end_weight=0.1)}
     config = make_config(**changes)
     assert check(config) == config
-    assert config.loss.schedules["adversarial"] == {"start": 20, "ramp": 10, "end_weight": 0.1, "anneal": 70}
+    assert config.loss.schedules["adversarial"] == {"ramp": 10, "end_weight": 0.1, "anneal": 70}
     again = make_config(**changes)
     assert again == config
 
@@ -62,9 +66,8 @@ def test_the_resolved_configuration_is_the_same_configuration():
         ({"l1": {"end_weight": "low"}}, "loss.schedules.l1.end_weight", "must be a number from 0 up or null"),
         ({"l1": {"anneal": 0}}, "loss.schedules.l1.anneal", "received 0"),
         ({"l1": 3}, "loss.schedules", "a section of keys"),
-        ({"r1": {"ramp": 3}}, "loss.schedules.r1", "set r1_weight above 0"),
         ({"adversarial": {"start": 3}}, "loss.schedules.adversarial.start", "write loss.adversarial_start_step"),
-        ({"l1": {"start": 3}, "l2": {"end_weight": 0}}, "loss.schedules", "are all 0; leave one without start"),
+        ({"l1": {"start": 3}, "l2": {"end_weight": 0}}, "loss.schedules", "are all 0; leave one of them without start"),
     ],
 )
 def test_mistakes(schedules, key, message):
