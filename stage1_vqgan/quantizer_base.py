@@ -99,6 +99,12 @@ class Quantizer(nn.Module, ABC):
         """The quantized latents that int64 codes `(B, h, w)` stand for, float32 `(B, D, h, w)`."""
         return rearrange(self.entries(codes), "B h w D -> B D h w")
 
+    def freeze(self) -> None:
+        """Sets `requires_grad` to False where gradients must not train a weight.
+
+        `__init__` and `VQGANModel.from_pretrained` call it, because transformers makes all loaded weights trainable.
+        """
+
     def prepare(self, progress: float, image_seeds: Sequence[int]) -> None:
         """Called before every forward in training.
 
