@@ -119,6 +119,12 @@ class QuantizerBase(nn.Module, ABC):
         """
         return codes
 
+    def freeze(self) -> None:
+        """Sets `requires_grad` to False where gradients must not train a weight.
+
+        `__init__` and `VQGANModel.from_pretrained` call it, because transformers makes all loaded weights trainable.
+        """
+
     def prepare(self, progress: float, image_seeds: Sequence[int]) -> None:
         """Called before every forward in training.
 

@@ -56,9 +56,12 @@ class EMAQuantizer(VectorQuantizer):
     def __init__(self, num_embeddings: int, embed_dim: int, options: EMAQuantizerOptions):
         super().__init__(num_embeddings, embed_dim, options)
         self.decay, self.epsilon = options.decay, options.epsilon
-        self.embedding.requires_grad_(False)
+        self.freeze()
         self.register_buffer("cluster_size", torch.ones(num_embeddings))
         self._counts_and_sums: Tensor | None = None
+
+    def freeze(self) -> None:
+        self.embedding.requires_grad_(False)
 
     @property
     def smoothed_size(self) -> Tensor:

@@ -8,12 +8,11 @@ from .quantizer_base import unit_length
 from .quantizer_vq import NearestEntryOptions, NearestEntryQuantizer
 
 
-class FrozenCodebook(nn.Embedding):
-    """Random rows `(K, D)` with a mean squared length of 1, which are not trained."""
+class RandomCodebook(nn.Embedding):
+    """Random rows `(K, D)` with a mean squared length of 1."""
 
     def reset_parameters(self) -> None:
         init.normal_(self.weight, std=self.embedding_dim**-0.5)
-        self.weight.requires_grad_(False)
 
 
 class SimVQuantizer(NearestEntryQuantizer):
@@ -30,8 +29,12 @@ class SimVQuantizer(NearestEntryQuantizer):
 
     def __init__(self, num_embeddings: int, embed_dim: int, options: NearestEntryOptions):
         super().__init__(num_embeddings, embed_dim, options)
-        self.embedding = FrozenCodebook(num_embeddings, embed_dim)
+        self.embedding = RandomCodebook(num_embeddings, embed_dim)
         self.embedding_proj = nn.Linear(embed_dim, embed_dim)
+        self.freeze()
+
+    def freeze(self) -> None:
+        self.embedding.requires_grad_(False)
 
     @property
     def codebook(self) -> Tensor:
