@@ -32,7 +32,7 @@ from benchmarks.machine import full_precision
 from configs import load_config
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.modeling_blocks import ResidualBlock
-from stage1_vqgan.training.losses import PIXEL_LOSSES, adaptive_weight, discriminator_hinge_loss, generator_linear_loss
+from stage1_vqgan.training.losses import adaptive_weight, discriminator_hinge_loss, generator_linear_loss
 from stage1_vqgan.training.step import VQGANTrainer
 
 
@@ -78,6 +78,11 @@ class OriginalTrainer(VQGANTrainer):
 
     as_released = False
 
+    @property
+    def perceptual(self) -> Any:
+        """LPIPS; None if its weight is 0."""
+        return self.generator_terms.losses.get("perceptual")
+
     def compile_modules(self) -> None:
         """Compiles the same modules as this project."""
         decoder = self.model.decoder
@@ -93,7 +98,7 @@ class OriginalTrainer(VQGANTrainer):
         discriminator.requires_grad_(False)
         with self.accelerator.autocast():
             out = model(images)
-        pixel = PIXEL_LOSSES["l1"](out.reconstruction, images)
+        pixel = functional.l1_loss(out.reconstruction, images)
         reconstruction_loss = weights.l1_weight * pixel
         metrics = {"loss/l1": pixel.detach(), "loss/codebook": out.codebook_loss.detach()}
         if self.perceptual is not None:
@@ -107,7 +112,7 @@ class OriginalTrainer(VQGANTrainer):
         (of_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
         rate = weights.adversarial_weight * adaptive_weight(of_reconstruction, of_adversarial)
         total = reconstruction_loss + rate * adversarial + weights.codebook_weight * out.codebook_loss
-        self._update(model, self.optimizer, total)
+        self._update(model, self.optimizer, total, number)
         self.monitor.update(out.codes)
 
         discriminator.requires_grad_(True)
@@ -116,7 +121,7 @@ class OriginalTrainer(VQGANTrainer):
             if self.as_released and self.perceptual is not None:
                 self.perceptual(reconstruction, images)
         loss = discriminator_hinge_loss(discriminator(images), discriminator(reconstruction))
-        self._update(discriminator, self.discriminator_optimizer, loss)
+        self._update(discriminator, self.discriminator_optimizer, loss, number)
         self._update_average(number)
         return metrics | {"loss/adversarial": adversarial.detach(), "loss/discriminator": loss.detach()}
 

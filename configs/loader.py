@@ -126,6 +126,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {key_of(field): plain(getattr(config, field.name), key_of(field)) for field in fields(config)}
 
 
+def defaults(cls: type) -> dict[str, Any]:
+    """The defaults of a configuration as nested plain values, without the keys that are required."""
+    hints, found = get_type_hints(cls), {}
+    for field in fields(cls):
+        if is_dataclass(section := hints[field.name]) and isinstance(section, type):
+            found[key_of(field)] = defaults(section)
+        elif field.default is not MISSING or field.default_factory is not MISSING:
+            value = field.default_factory() if field.default_factory is not MISSING else field.default
+            found[key_of(field)] = plain(value)
+    return found
+
+
 def key_of(field: Field) -> str:
     """The key that sets a field: its name, or `metadata["key"]` where the key is a keyword of Python."""
     return field.metadata.get("key", field.name)

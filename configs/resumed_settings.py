@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.loader import to_dict
+from configs.loader import defaults, to_dict
 from configs.problems import ConfigError, Problem, listed, shown
 from configs.secrets import secret_keys
 from configs.yaml_files import read_yaml
@@ -53,7 +53,7 @@ def require_same_settings(config: Any, path: Path, warn: bool) -> None:
     if len(foreign) > 1 and new.keys() - old.keys():
         message = f"received {shown(str(path.parent))}; it holds a run of another command, with {listed(foreign)}"
         raise ConfigError([Problem("output_dir", f"{message}; choose another output_dir")])
-    changed = list(differences(old, new))
+    changed = list(differences(_completed(old, defaults(type(config))), new))
     if not changed:
         return
     if config.allow_config_changes:
@@ -76,6 +76,16 @@ def _read(path: Path) -> dict[str, Any]:
     if secrets := sorted(set(secret_keys(values))):
         raise ConfigError([Problem(key, "a secret is saved here; remove this line") for key in secrets], str(path))
     return values
+
+
+def _completed(values: Any, defaults: Any) -> Any:
+    """Settings with the defaults of the keys that they lack. Such keys are newer than the run, which had the defaults.
+
+    So a new key must have the default that changes nothing.
+    """
+    if not isinstance(values, dict) or not isinstance(defaults, dict):
+        return values
+    return defaults | {key: _completed(value, defaults.get(key)) for key, value in values.items()}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

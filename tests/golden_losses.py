@@ -18,7 +18,7 @@ from configs import load_config
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.quantizers import Quantizer
 from stage1_vqgan.training.discriminator import PatchDiscriminator
-from stage1_vqgan.training.losses import ADVERSARIAL_LOSSES
+from stage1_vqgan.training.losses import GENERATOR_LOSSES
 from stage1_vqgan.training.step import VQGANTrainer
 from tests.devices import DEVICE
 from tests.golden import GOLDEN, GRADIENTS, OUTPUTS, Found, elementwise, relative, state
@@ -55,10 +55,11 @@ class StoredTrainer(VQGANTrainer):
         with patch("stage1_vqgan.training.step.build_tokenizer", lambda config: StoredGenerator(golden)):
             super().__init__(config, Accelerator())
 
-    def _update(self, model: nn.Module, optimizer: Any, objective: Tensor) -> None:
+    def _update(self, model: nn.Module, optimizer: Any, objective: Tensor, step: int) -> dict[str, Tensor]:
         objective.backward()
         self.gradients |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
+        return {}
 
 
 def compare() -> Iterator[Found]:
@@ -69,7 +70,7 @@ def compare() -> Iterator[Found]:
         if name.startswith("eval_nograd"):
             discriminator = patch_discriminator(golden, "disc.", base_channels=32, num_layers=3)
             discriminator(golden["io.recon"])  # one training forward has updated the statistics
-            g_loss = ADVERSARIAL_LOSSES["hinge"].generator(discriminator.eval()(golden["io.recon"]))
+            g_loss = GENERATOR_LOSSES["hinge"](discriminator.eval()(golden["io.recon"]))
             yield Found("g_loss in eval mode", name, abs(g_loss.item() - case["g_loss"]), OUTPUTS)
         else:
             yield from compare_step(golden, name, case, stored["kwargs"])
@@ -86,7 +87,7 @@ def compare_step(
     trainer.discriminator.load_state_dict(state(golden, "disc."))
     if weight:  # the original ran with a stand-in for LPIPS
         trainer.config.loss.perceptual_weight = weight
-        trainer.perceptual = lambda a, b: (a - b).square().mean()  # type: ignore[assignment]
+        trainer.generator_terms.losses["perceptual"] = lambda a, b: (a - b).square().mean()
     metrics = {key: value.item() for key, value in trainer.step(golden["io.input"], number).items()}
     playing = number >= kwargs["disc_start"]
     assert playing == ("loss/adversarial" in metrics) == ("loss/discriminator" in metrics)

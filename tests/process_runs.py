@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from stage1_vqgan.evaluation.config import MetricsConfig
 from stage1_vqgan.quantizers import VectorQuantizer, build_quantizer
 from stage1_vqgan.training import components, run as stage1
 from stage1_vqgan.training.codebook import CodebookMonitor, kmeans, latent_rows
-from stage1_vqgan.training.config import LossConfig
+from stage1_vqgan.training.loss_config import LossConfig
 from stage1_vqgan.training.run import Training
 from stage1_vqgan.training.step import VQGANTrainer
 from stage2_prior import Stage2Config
@@ -109,8 +109,8 @@ def large_epsilon() -> Iterator[None]:
     """Inside this context, new trainers of stage 1 use ADAM_EPSILON."""
     build = components._optimizer
 
-    def build_with_epsilon(model: torch.nn.Module, config: Stage1Config) -> torch.optim.Optimizer:
-        optimizer = build(model, config)
+    def build_with_epsilon(model: torch.nn.Module, setting: Callable[[str], float]) -> torch.optim.Optimizer:
+        optimizer = build(model, setting)
         for group in optimizer.param_groups:
             group["eps"] = ADAM_EPSILON
         return optimizer

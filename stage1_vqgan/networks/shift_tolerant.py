@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.problems import listed
 from stage1_vqgan.networks.frozen import IMAGENET_MEAN, IMAGENET_STD, Activations, Backbone
 from stage1_vqgan.networks.weights import load_weights, package, read_weights
 
@@ -31,6 +32,20 @@ def backbone(model: str, weights: str, size: int | None) -> Backbone:
             module, {name.removeprefix("net."): tensor for name, tensor in read_weights(file).items()}, str(file)
         )
     return Backbone(module, IMAGENET_MEAN, IMAGENET_STD, size)
+
+
+def linear_weights(model: str, weights: str) -> list[Tensor]:
+    """The weight of each channel in the distance, float32 `(D,)` for each of the five maps.
+
+    Raises:
+        ValueError: the file does not hold them.
+    """
+    file = weights_file(model) if weights == "pretrained" else weights
+    found = read_weights(file)
+    names = [f"lin{level}.model.1.weight" for level in range(5)]
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"{str(file)!r} does not hold the linear layers of the distance; missing: {listed(missing)}")
+    return [found[name].flatten() for name in names]
 
 
 def weights_file(model: str) -> Path:

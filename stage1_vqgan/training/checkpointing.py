@@ -82,7 +82,7 @@ def _modules(trainer: VQGANTrainer) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {"model": trainer.model, "average": trainer.average, "monitor": trainer.monitor}
     if trainer.discriminator is not None:
         modules["discriminator"] = trainer.accelerator.unwrap_model(trainer.discriminator)
-        modules["anchors"] = trainer.anchors
+        modules["anchors"] = trainer.discriminator_terms.anchors
     return modules
 
 
@@ -117,7 +117,7 @@ def state_to_check(trainer: VQGANTrainer) -> Iterable[tuple[str, Iterable[Tensor
     optimizers = {"generator": trainer.optimizer}
     if trainer.discriminator is not None:
         yield "the discriminator", chain(trainer.discriminator.parameters(), trainer.discriminator.buffers())
-        yield "the discriminator's LeCam anchors", trainer.anchors.buffers()
+        yield "the discriminator's LeCam anchors", trainer.discriminator_terms.anchors.buffers()
         optimizers["discriminator"] = trainer.discriminator_optimizer
     for name, optimizer in optimizers.items():
         moments = [value for state in optimizer.state.values() for value in state.values()]

@@ -1,20 +1,26 @@
-"""Builds the components of a run: tokenizer, LPIPS, discriminator, and their optimizers."""
+"""Builds the components of a run: tokenizer, losses, discriminator, and the optimizers."""
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from configs import ConfigError, Problem
 from configs.memory import SMALLER_BATCH, shortage
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
-from stage1_vqgan.training.config import Stage1Config
+from stage1_vqgan.training.config import DiscriminatorConfig, DiscriminatorType, Stage1Config
 from stage1_vqgan.training.discriminator import PatchDiscriminator
+from stage1_vqgan.training.loss_config import RECONSTRUCTION_TERMS
 from stage1_vqgan.training.losses import PerceptualLoss
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 FLOAT32 = 4  # bytes
 SMALLER = "choose smaller model.base_channels, model.num_res_blocks or model.num_embeddings"
@@ -62,7 +68,7 @@ def prepare_generator(model: VQGANModel, config: Stage1Config, accelerator: Acce
     check_training_memory(model, config, accelerator)
     if config.torch_compile:
         model.compile(fullgraph=True, dynamic=False)
-    generator, optimizer = accelerator.prepare(model, _optimizer(model, config))
+    generator, optimizer = accelerator.prepare(model, _optimizer(model, partial(getattr, config)))
     # accelerate converts everything that a model returns to float32, which copies the largest features: undo that.
     accelerator.unwrap_model(generator, keep_fp32_wrapper=False)
     return generator, optimizer
@@ -98,15 +104,23 @@ def saved_activations(model: VQGANModel, itemsize: int) -> int:
     return 2 * blocks * numbers * itemsize
 
 
-def build_perceptual(config: Stage1Config, channels: int, accelerator: Accelerator) -> PerceptualLoss | None:
-    """LPIPS; None if its weight is 0. Says which of the image's channels it compares, if not all.
+def build_reconstruction_losses(config: Stage1Config, channels: int, accelerator: Accelerator) -> dict[str, Loss]:
+    """The losses of reconstructions and images whose weight is above 0, by the name of their term.
 
     Raises:
-        ConfigError: its weights are missing or damaged.
+        ConfigError: weights of a network are missing or damaged.
     """
+    weights = config.loss.terms()
+    return {
+        name: RECONSTRUCTION_LOSSES[name](config, channels, accelerator)
+        for name in RECONSTRUCTION_TERMS
+        if weights[name]
+    }
+
+
+def build_perceptual(config: Stage1Config, channels: int, accelerator: Accelerator) -> PerceptualLoss:
+    """LPIPS. Says which of the image's channels it compares, if not all."""
     loss = config.loss
-    if not loss.perceptual_weight:
-        return None
     try:
         perceptual = PerceptualLoss(loss.lpips_backbone, loss.lpips_weights)
     except (FileNotFoundError, ValueError) as error:
@@ -120,6 +134,24 @@ def build_perceptual(config: Stage1Config, channels: int, accelerator: Accelerat
     return perceptual
 
 
+# How to build the loss of each term in RECONSTRUCTION_TERMS, from the settings and the number of channels. A loss is a
+# scalar function of reconstructions and images `(B, C, H, W)`.
+RECONSTRUCTION_LOSSES: dict[str, Callable[[Stage1Config, int, Accelerator], Loss]] = {
+    "l1": lambda *_: F.l1_loss,
+    "l2": lambda *_: F.mse_loss,
+    "perceptual": build_perceptual,
+}
+
+
+def build_patchgan(channels: int, settings: DiscriminatorConfig) -> nn.Module:
+    """The PatchGAN discriminator."""
+    return PatchDiscriminator(channels, settings.base_channels, settings.num_layers, settings.norm_type)
+
+
+# How to build each type of discriminator, from the number of channels and the settings.
+DISCRIMINATORS: dict[DiscriminatorType, Callable[[int, DiscriminatorConfig], nn.Module]] = {"patchgan": build_patchgan}
+
+
 def prepare_discriminator(in_channels: int, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
     """The discriminator, compiled if possible and wrapped, and its optimizer; None if the run has no discriminator.
 
@@ -127,10 +159,7 @@ def prepare_discriminator(in_channels: int, config: Stage1Config, accelerator: A
     """
     if not config.has_discriminator:
         return None, None
-    settings = config.discriminator
-    discriminator: nn.Module = PatchDiscriminator(
-        in_channels, settings.base_channels, settings.num_layers, settings.norm_type
-    )
+    discriminator = DISCRIMINATORS[config.discriminator.type](in_channels, config.discriminator)
     if config.model_name_or_path is not None:
         message = start_discriminator(discriminator, config.model_name_or_path)
         if message is not None:
@@ -139,13 +168,14 @@ def prepare_discriminator(in_channels: int, config: Stage1Config, accelerator: A
         discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
     if config.compiles_discriminator:
         discriminator.compile(dynamic=False)  # not fullgraph: SyncBatchNorm may break the graph
-    return accelerator.prepare(discriminator, _optimizer(discriminator, config))
+    return accelerator.prepare(discriminator, _optimizer(discriminator, config.of_discriminator))
 
 
-def _optimizer(model: nn.Module, config: Stage1Config) -> AdamW:
+def _optimizer(model: nn.Module, setting: Callable[[str], float]) -> AdamW:
+    """AdamW of the trained parameters; `setting` returns the value of a key."""
     return AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
+        betas=(setting("adam_beta1"), setting("adam_beta2")),
+        weight_decay=setting("weight_decay"),
         fused=True,
     )

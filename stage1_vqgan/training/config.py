@@ -17,107 +17,77 @@ from configs.sections import (
     LAUNCHED_WITH,
     MOST_PICTURES,
     SWITCHED_ON,
+    Fraction,
+    Momentum,
     NonNegative,
     NonNegativeFloat,
     PositiveFloat,
-    Share,
-    in_steps,
     launched_processes,
 )
 from configs.values import read_value
 from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.data.config import DataConfig
 from stage1_vqgan.evaluation.config import TrainingMetricsConfig
+from stage1_vqgan.training.loss_config import LPIPS_MIN_SIZE, LossConfig
 
 if TYPE_CHECKING:
     from stage1_vqgan.configuration_vqgan import VQGANConfig
 
-Backbone = Literal["vgg", "alex", "squeeze"]
-AdversarialType = Literal["hinge", "vanilla", "non_saturating", "wasserstein"]
+DiscriminatorType = Literal["patchgan"]
 NormType = Literal["batch", "group", "actnorm"]
 
 MOST_CHANNELS = 2**10  # of an image
 
-# Smallest image side that passes every pooling layer of the LPIPS backbone.
-LPIPS_MIN_SIZE: dict[Backbone, int] = {"vgg": 16, "alex": 32, "squeeze": 32}
-
-
-@dataclass(kw_only=True)
-class LossConfig(Section):
-    """Terms of the objective and their weights. A term of weight 0 is not computed, and its models are not built.
-
-    l1_weight, l2_weight: mean absolute and mean squared error of the pixels
-    perceptual_weight: LPIPS
-    lpips_backbone, lpips_weights: "vgg", "alex" or "squeeze"; "pretrained", torchvision's weight file, or "random"
-    codebook_weight: codebook and commitment terms
-    adversarial_weight: multiplies the adaptive weight λ; 0 trains a VQ-VAE, without a discriminator
-    adversarial_type: "hinge", "vanilla", "non_saturating" or "wasserstein"
-    discriminator_start_step: first step that trains the discriminator; below 1 a share of the run
-    adversarial_start_step: first step in which the generator has an adversarial term; below 1 a share of the run; a run
-        that ends before it trains no discriminator
-    gradient_penalty_weight: WGAN-GP's penalty on the discriminator's gradients between images and reconstructions
-    r1_weight: γ of the penalty on the discriminator's gradients at images
-    lecam_weight: LeCam's penalty on the distance of the discriminator's logits from their moving averages
-    """
-
-    l1_weight: NonNegativeFloat = 1.0
-    l2_weight: NonNegativeFloat = 0.0
-    perceptual_weight: NonNegativeFloat = 1.0
-    lpips_backbone: Backbone = "vgg"
-    lpips_weights: str = "pretrained"
-    codebook_weight: PositiveFloat = 1.0
-    adversarial_weight: NonNegativeFloat = 0.5
-    adversarial_type: AdversarialType = "hinge"
-    discriminator_start_step: NonNegative | Share = 0
-    adversarial_start_step: NonNegative | Share = 0
-    gradient_penalty_weight: NonNegativeFloat = 0.0
-    r1_weight: NonNegativeFloat = 0.0
-    lecam_weight: NonNegativeFloat = 0.0
-
-    def problems(self) -> Iterable[tuple[str, Any, str]]:
-        if not self.l1_weight and not self.l2_weight and not self.perceptual_weight:
-            yield "l1_weight", self.l1_weight, "l1_weight, l2_weight and perceptual_weight must not all be 0"
-        if self.adversarial_weight and self.adversarial_type == "wasserstein" and not self._has_penalty:
-            allowed = (
-                "the loss of a Wasserstein discriminator has no lower bound: set gradient_penalty_weight (10 in the "
-                "paper), r1_weight or lecam_weight above 0"
-            )
-            yield "adversarial_type", self.adversarial_type, allowed
-        if self.adversarial_weight and self.adversarial_start_step < self.discriminator_start_step:
-            allowed = f"must be at least discriminator_start_step ({self.discriminator_start_step})"
-            yield "adversarial_start_step", self.adversarial_start_step, allowed
-
-    @property
-    def _has_penalty(self) -> bool:
-        return any((self.gradient_penalty_weight, self.r1_weight, self.lecam_weight))
-
 
 @dataclass(kw_only=True)
 class DiscriminatorConfig(Section):
-    """The PatchGAN discriminator.
+    """The discriminator.
 
+    type: "patchgan"
     base_channels: width after the first convolution
     num_layers: number of convolutions with stride 2; it determines the size of a patch
     norm_type: "batch" (synchronised over GPUs), "group" or "actnorm"
-    learning_rate: peak learning rate; by default the generator's
+    learning_rate: peak learning rate; null takes the generator's, and so do the next keys
+    adam_beta1, adam_beta2, weight_decay, max_grad_norm: its optimizer, as the keys of the same names
     """
 
+    type: DiscriminatorType = "patchgan"
     base_channels: Annotated[int, Ge(4), Le(4096)] = 64
     num_layers: Annotated[int, Ge(1), Le(8)] = 3
     norm_type: NormType = "batch"
     learning_rate: PositiveFloat | None = None
+    adam_beta1: Momentum | None = None
+    adam_beta2: Momentum | None = None
+    weight_decay: NonNegativeFloat | None = None
+    max_grad_norm: NonNegativeFloat | None = None
 
 
 @dataclass(kw_only=True)
 class CodebookConfig(Section):
     """Upkeep of the codebook, for the quantizers that have one: vq and ema.
 
-    kmeans_init_batches: batches whose latents initialise the codebook by k-means; 0 keeps the uniform initialisation
+    kmeans_init_batches: batches (of one optimizer step each) whose latents initialise the codebook by k-means; 0 keeps
+        the uniform initialisation
     restart_interval: steps between restarts, which move unused codes onto random latents; 0 never restarts
     """
 
     kmeans_init_batches: Annotated[int, Ge(0), Le(10_000)] = 8
     restart_interval: NonNegative = 100
+
+
+@dataclass(kw_only=True)
+class PerturbationConfig(Section):
+    """Wrong codes in training, so that the decoder tolerates those that a prior will sample.
+
+    image_share: share of the images that get wrong codes; 0 turns this off. RobusTok: 0.1
+    code_share: share of the codes of such an image that are replaced
+    neighbours: a replaced code becomes one of the codes whose entries are nearest to its own, out of this many; the
+        code itself is the first of them
+    """
+
+    image_share: Fraction = 0.0
+    code_share: Fraction = 1.0
+    neighbours: Annotated[int, Ge(2), Le(2**20)] = 100
 
 
 @dataclass(kw_only=True)
@@ -128,6 +98,7 @@ class Stage1Config(TrainingConfig):
     torch_compile: compiles encoder, decoder, LPIPS and discriminator: faster steps after some minutes at the start; the
         discriminator is not compiled with "actnorm", loss.gradient_penalty_weight or loss.r1_weight
     num_sample_images: images in the reconstruction grid of every evaluation
+    min_lr_rate: "linear" and "cosine" end at this fraction of the learning rates instead of at 0
     model: fields of VQGANConfig, see below
     model_name_or_path: fine-tunes the tokenizer in this folder or Hub repository, without k-means; `model` may then
         change fields that do not change the shapes of the weights, for instance image_size
@@ -145,9 +116,11 @@ class Stage1Config(TrainingConfig):
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     metrics: TrainingMetricsConfig = field(default_factory=TrainingMetricsConfig)
+    perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
     channels_last: bool = True
     torch_compile: bool = False
     num_sample_images: Annotated[int, Ge(1), MOST_PICTURES] = 8
+    min_lr_rate: Fraction = 0.0
 
     def vqgan_config(self) -> "VQGANConfig":
         """The configuration of the model to train."""
@@ -157,8 +130,7 @@ class Stage1Config(TrainingConfig):
 
     def settle(self) -> None:
         super().settle()
-        for name in ("discriminator_start_step", "adversarial_start_step"):
-            setattr(self.loss, name, in_steps(getattr(self.loss, name), self.max_steps))
+        self.loss.settle_steps(self.max_steps)
 
     @property
     def has_discriminator(self) -> bool:
@@ -173,14 +145,19 @@ class Stage1Config(TrainingConfig):
     def learning_rate_factor(self, step: int) -> float:
         """Learning rate at a step (from 0), as a fraction of its peak: linear warm-up, then `lr_scheduler_type`.
 
-        After the warm-up it is constant, or falls to 0 at `max_steps`, linearly or as a cosine.
+        After the warm-up it is constant, or falls to `min_lr_rate` at `max_steps`, linearly or as a cosine.
         """
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
-        if self.lr_scheduler_type == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * progress))
-        return 1 - progress if self.lr_scheduler_type == "linear" else 1.0
+        falling = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress}
+        factor = falling.get(self.lr_scheduler_type, 1.0)
+        return factor * (1 - self.min_lr_rate) + self.min_lr_rate
+
+    def of_discriminator(self, name: str) -> Any:
+        """A setting of the discriminator's optimizer, by its key: that of `discriminator`, or else the generator's."""
+        own = getattr(self.discriminator, name)
+        return getattr(self, name) if own is None else own
 
     @property
     def compiles_discriminator(self) -> bool:
@@ -206,6 +183,8 @@ class Stage1Config(TrainingConfig):
         if steps != str(self.gradient_accumulation_steps):
             allowed = f"accelerate launch, or its config file, says {shown(steps)}; leave it out there"
             yield "gradient_accumulation_steps", self.gradient_accumulation_steps, allowed
+        if self.min_lr_rate and self.lr_scheduler_type == "constant_with_warmup":
+            yield "min_lr_rate", self.min_lr_rate, "lr_scheduler_type must be linear or cosine, or this one 0"
         loss, norm_type = self.loss, self.discriminator.norm_type
         if loss.adversarial_weight and norm_type == "batch" and (loss.gradient_penalty_weight or loss.r1_weight):
             allowed = (

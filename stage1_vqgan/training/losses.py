@@ -7,7 +7,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import cast
 from urllib.parse import urlparse
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from stage1_vqgan.training.config import AdversarialType, Backbone
+from stage1_vqgan.training.loss_config import AdversarialType, Backbone
 
 # LPIPS backbones that always compute in float32. The cosine between gradients in bfloat16 and in float32 is 0.991 to
 # 0.995 with vgg and 0.987 to 0.994 with alex, but only 0.947 to 0.968 with squeeze, which is cheap anyway (measured on
@@ -25,13 +25,9 @@ FLOAT32_BACKBONES = {"squeeze"}
 MAX_ADAPTIVE_WEIGHT = 1e4
 
 
-# Mean absolute and mean squared error of two batches `(B, C, H, W)`, scalars.
-PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
-
-
-def weighted_sum(terms: Mapping[str, Tensor], weights: Any) -> Tensor:
-    """Σ weight · term over scalar terms, 0 without terms. The weight of the term `x` is the attribute `x_weight`."""
-    return cast(Tensor, sum(getattr(weights, f"{name}_weight") * term for name, term in terms.items()))
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Σ weight · term over scalar terms, 0 without terms. Both have the same names."""
+    return cast(Tensor, sum(weights[name] * term for name, term in terms.items()))
 
 
 class PerceptualLoss(nn.Module):
@@ -121,21 +117,21 @@ def discriminator_wasserstein_loss(logits_real: Tensor, logits_fake: Tensor) -> 
     return logits_fake.mean() - logits_real.mean()
 
 
-class AdversarialLoss(NamedTuple):
-    """The generator's loss, a function of D(x̂), and the discriminator's loss, a function of D(x) and D(x̂)."""
-
-    generator: Callable[[Tensor], Tensor]
-    discriminator: Callable[[Tensor, Tensor], Tensor]
-
-
+# The losses of both sides: functions of D(x̂), and of D(x) and D(x̂).
 # Sources: hinge, Lim and Ye 2017, "Geometric GAN"; vanilla and non-saturating, Goodfellow et al. 2014, "Generative
 # adversarial nets"; Wasserstein, Arjovsky et al. 2017, "Wasserstein GAN". As in the original VQGAN, "vanilla" and
 # "non_saturating" differ in the generator's loss only, and all but Wasserstein halve the discriminator's loss.
-ADVERSARIAL_LOSSES: dict[AdversarialType, AdversarialLoss] = {
-    "hinge": AdversarialLoss(generator_linear_loss, discriminator_hinge_loss),
-    "vanilla": AdversarialLoss(generator_linear_loss, discriminator_logistic_loss),
-    "non_saturating": AdversarialLoss(generator_logistic_loss, discriminator_logistic_loss),
-    "wasserstein": AdversarialLoss(generator_linear_loss, discriminator_wasserstein_loss),
+GENERATOR_LOSSES: dict[AdversarialType, Callable[[Tensor], Tensor]] = {
+    "hinge": generator_linear_loss,
+    "vanilla": generator_linear_loss,
+    "non_saturating": generator_logistic_loss,
+    "wasserstein": generator_linear_loss,
+}
+DISCRIMINATOR_LOSSES: dict[AdversarialType, Callable[[Tensor, Tensor], Tensor]] = {
+    "hinge": discriminator_hinge_loss,
+    "vanilla": discriminator_logistic_loss,
+    "non_saturating": discriminator_logistic_loss,
+    "wasserstein": discriminator_wasserstein_loss,
 }
 
 

@@ -5,15 +5,17 @@ In the papers, the discriminator has one output D(x) per image. Here it has a lo
 Shape letters: B batch, C channels, H W image size, h w logit grid.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.randomness import seed_from
 from stage1_vqgan.data.transfer import to_device
 
-LECAM_DECAY = 0.99
+LECAM_DECAY = 0.999
 
 
 def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, shares: Tensor) -> Tensor:
@@ -54,15 +56,18 @@ def r1_penalty(logits_real: Tensor, real: Tensor) -> Tensor:
 
 
 class LecamAnchors(nn.Module):
-    """Moving averages of the logits of images and of reconstructions, and LeCam's penalty on the distance from them.
+    """Moving averages α of the logits of images and of reconstructions, and LeCam's penalty on logits beyond them.
 
-    The first updates compute a running mean, until the weight of a new batch has fallen to 1 - `LECAM_DECAY`.
+    The averages are exponential with `LECAM_DECAY`, without the bias of their start. They change once in an optimizer
+    step, after all its micro-batches. Before the first change they are 0.
 
     Attributes:
         means: float32 `(2,)`, of images and of reconstructions. A buffer, so that a checkpoint holds it.
         updates: int64 scalar, number of updates.
 
-    Source: Tseng et al. 2021, "Regularizing generative adversarial networks under limited data", section 3.2.
+    Source: Tseng et al. 2021, "Regularizing generative adversarial networks under limited data", section 3.2, with the
+    ReLU of its code. That code updates the averages before the penalty of a step. Its decay is 0.99 for StyleGAN2;
+    tokenizers (MaskBit, TiTok) take 0.999.
     """
 
     means: Tensor
@@ -72,18 +77,27 @@ class LecamAnchors(nn.Module):
         super().__init__()
         self.register_buffer("means", torch.zeros(2, device=device))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
+        self._observed: list[Tensor] = []
+
+    def observe(self, logits_real: Tensor, logits_fake: Tensor) -> None:
+        """Keeps the mean logits of a micro-batch of this process for the next update."""
+        self._observed.append(torch.stack([logits_real.detach().mean(), logits_fake.detach().mean()]))
 
     @torch.no_grad()
-    def update(self, logits_real: Tensor, logits_fake: Tensor, average: Callable[[Tensor], Tensor]) -> None:
-        """Moves both averages towards the mean logits of a batch; `average` takes the mean over processes."""
-        means = average(torch.stack([logits_real.mean(), logits_fake.mean()]))
+    def update(self, average: Callable[[Tensor], Tensor]) -> None:
+        """Moves both averages towards the means observed since the last update; `average` is over processes."""
+        if not self._observed:
+            return
+        means = average(torch.stack(self._observed).mean(0))
+        self._observed.clear()
         self.updates += 1
-        self.means.lerp_(means, (1 / self.updates).clamp(min=1 - LECAM_DECAY))
+        total_weight = -torch.expm1(self.updates * math.log(LECAM_DECAY))  # 1 - decay^n, of n updates
+        self.means.lerp_(means, (1 - LECAM_DECAY) / total_weight)
 
     def penalty(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-        """mean (D(x) - α_fake)² + mean (D(x̂) - α_real)², a scalar."""
+        """mean max(0, D(x) - α_fake)² + mean max(0, α_real - D(x̂))², a scalar."""
         anchor_real, anchor_fake = self.means
-        return (logits_real - anchor_fake).square().mean() + (logits_fake - anchor_real).square().mean()
+        return F.relu(logits_real - anchor_fake).square().mean() + F.relu(anchor_real - logits_fake).square().mean()
 
 
 def _image_gradients(logits: Tensor, images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -163,9 +164,10 @@ class Training:
             networks = network_metrics(self.config.metrics, shape, device)
         for figure, reason in networks.left_out.items():
             self.accelerator.print(f"{figure} is left out: {reason}")
-        if self.trainer.perceptual is not None:
+        perceptual: Any = self.trainer.generator_terms.losses.get("perceptual")
+        if perceptual is not None:
             name = perceptual_name(loss.lpips_backbone, loss.lpips_weights)
-            networks.new.append(mean_of(name, self.trainer.perceptual, device))
+            networks.new.append(mean_of(name, perceptual, device))
         return networks
 
     def resume(self) -> None:
@@ -226,7 +228,7 @@ class Training:
         count = config.codebook.kmeans_init_batches
         is_new = self.step == 0 and config.model_name_or_path is None
         if is_new and count and trainer.codebook_is_trained:
-            first = self.skipped.watch("train", islice(loader, count))
+            first = self.skipped.watch("train", islice(loader, count * accumulation))
             images = (batch.images(accelerator.device) for batch in first)
             initialise_codebook(trainer.model, trainer.average, images, accelerator, config.seed)
         return iter(self.skipped.watch("train", loader))

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from einops import rearrange
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -18,21 +19,16 @@ from configs.randomness import seed_from
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.training.codebook import CodebookMonitor, latent_rows
 from stage1_vqgan.training.components import (
-    build_perceptual,
     build_tokenizer,
     memory_format,
     prepare_discriminator,
     prepare_generator,
 )
 from stage1_vqgan.training.config import Stage1Config
-from stage1_vqgan.training.losses import (
-    ADVERSARIAL_LOSSES,
-    PIXEL_LOSSES,
-    adaptive_weight,
-    last_layer_gradients,
-    weighted_sum,
-)
-from stage1_vqgan.training.regularizers import LecamAnchors, gradient_penalty, interpolation_shares, r1_penalty
+from stage1_vqgan.training.discriminator_terms import DiscriminatorTerms
+from stage1_vqgan.training.generator_terms import GeneratorTerms
+from stage1_vqgan.training.losses import weighted_sum
+from stage1_vqgan.training.perturbation import LatentPerturbation
 
 
 class VQGANTrainer:
@@ -46,9 +42,9 @@ class VQGANTrainer:
         generator, optimizer: the tokenizer as accelerate wraps it, and its optimizer.
         average: moving average of the tokenizer's weights; it is evaluated and saved.
         discriminator, discriminator_optimizer: None if the run has no discriminator.
-        perceptual: LPIPS; None if its weight is 0.
+        generator_terms, discriminator_terms: compute the losses of both.
+        perturbation: gives the decoder some wrong codes, if `perturbation.image_share` is above 0.
         monitor: counts how often each code is used.
-        anchors: moving averages of the discriminator's logits, for LeCam's penalty.
     """
 
     def __init__(self, config: Stage1Config, accelerator: Accelerator):
@@ -59,12 +55,15 @@ class VQGANTrainer:
         model.to(memory_format=memory_format(config))  # type: ignore[call-arg]
         self.average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
         self.generator, self.optimizer = prepare_generator(model, config, accelerator)
+        self.generator_terms = GeneratorTerms(config, model, accelerator)
         channels = model.config.in_channels
-        self.perceptual = build_perceptual(config, channels, accelerator)
         self.discriminator, self.discriminator_optimizer = prepare_discriminator(channels, config, accelerator)
-        self.adversarial = ADVERSARIAL_LOSSES[config.loss.adversarial_type]
+        self.discriminator_terms = DiscriminatorTerms(config.loss, accelerator)
+        self.perturbation = LatentPerturbation(config.perturbation)
+        if config.perturbation.image_share:
+            model.quantize.register_forward_hook(self.perturbation)
         self.monitor = CodebookMonitor(model.config.num_embeddings, accelerator.device)
-        self.anchors = LecamAnchors(accelerator.device)
+        self._candidates: list[Tensor] = []  # latents of the micro-batches before a restart
 
     @property
     def model(self) -> VQGANModel:
@@ -88,128 +87,77 @@ class VQGANTrainer:
         Returns:
             Scalars on the device, by the names under which they are logged.
         """
-        loss, step = self.config.loss, micro_step // self.config.gradient_accumulation_steps
-        quantizer, seeds = self.model.quantize, self.image_seeds(micro_step, len(images))
+        config, step = self.config, micro_step // self.config.gradient_accumulation_steps
+        weights, seeds = config.loss.weights(step), self.image_seeds(micro_step, len(images))
         metrics: dict[str, Tensor] = {}
         accumulated = [model for model in (self.generator, self.discriminator) if model is not None]
         with self.accelerator.accumulate(*accumulated):
             # Generator forward. The graph is cut at x̂: the losses of x̂ are differentiated with respect to x̂ first,
             # and their weighted sum enters the generator in a single backward pass.
-            quantizer.prepare(step / self.config.max_steps, seeds)
+            self.model.quantize.prepare(step / config.max_steps, seeds)
+            self.perturbation.prepare(seeds)
             with self.accelerator.autocast():
                 out = self.generator(images)
             reconstruction = out.reconstruction.detach().float().requires_grad_()
 
             # Reconstruction terms.
-            terms = self._reconstruction_terms(reconstruction, images)
-            (gradient,) = torch.autograd.grad(weighted_sum(terms, loss), reconstruction)
-            terms["codebook"] = out.codebook_loss
+            terms = self.generator_terms.reconstruction(reconstruction, images, weights)
+            (gradient,) = torch.autograd.grad(weighted_sum(terms, weights), reconstruction)
 
             # Adversarial term, with the adaptive weight λ.
-            if self.discriminator is not None and step >= loss.adversarial_start_step:
-                terms["adversarial"], adversarial_gradient = self._adversarial_term(reconstruction)
-                weight, metrics = self._adversarial_weight(out.decoder_features, gradient, adversarial_gradient)
-                gradient = gradient + weight * adversarial_gradient
+            if self.discriminator is not None and weights["adversarial"]:
+                terms["adversarial"], of_adversarial = self.generator_terms.adversarial(
+                    self.discriminator, reconstruction
+                )
+                adaptive, metrics = self.generator_terms.adaptive_weight(out.decoder_features, gradient, of_adversarial)
+                gradient = gradient + adaptive * weights["adversarial"] * of_adversarial
 
-            # Generator update.
+            # Generator update. The terms of the latents have graphs of their own.
+            of_latents = {"codebook": out.codebook_loss}
             objective = (out.reconstruction * gradient.to(out.reconstruction.dtype)).sum()
-            objective = objective + loss.codebook_weight * out.codebook_loss
-            self._update(self.generator, self.optimizer, objective)
+            objective = objective + weighted_sum(of_latents, weights)
+            metrics |= self._update(self.generator, self.optimizer, objective, step)
 
             # Discriminator update, on the same reconstructions.
-            if self.discriminator is not None and step >= loss.discriminator_start_step:
-                discriminator_loss, penalties, logits = self._discriminator_terms(
-                    images, reconstruction.detach(), seeds
+            if self.discriminator is not None and step >= config.loss.discriminator_start_step:
+                of_discriminator, penalties, logits = self.discriminator_terms(
+                    self.discriminator, images, reconstruction.detach(), weights, seeds
                 )
-                objective = discriminator_loss + weighted_sum(penalties, loss)
-                self._update(self.discriminator, self.discriminator_optimizer, objective)
-                terms |= {"discriminator": discriminator_loss, **penalties}
-                metrics |= logits
+                objective = of_discriminator + weighted_sum(penalties, weights)
+                metrics |= self._update(self.discriminator, self.discriminator_optimizer, objective, step) | logits
+                terms |= {"discriminator": of_discriminator, **penalties}
 
-            # Codebook upkeep and moving average.
+            # Codebook upkeep and moving averages.
             self.monitor.update(out.codes)
-            if not self.config.codes_are_frozen:
-                quantizer.observe(out.latents, out.codes)
+            if not config.codes_are_frozen:
+                self.model.quantize.observe(out.latents, out.codes)
             if self.accelerator.sync_gradients:
-                quantizer.update(self._sum)
+                self.discriminator_terms.update_anchors()
+                self.model.quantize.update(self._sum)
                 self._update_average(step)
-                metrics |= self._restart_dead_codes(out.latents, step + 1)
-        metrics |= {f"loss/{name}": term for name, term in terms.items()}
+            metrics |= self._restart_dead_codes(out.latents, step + 1)
+        metrics |= {f"loss/{name}": term for name, term in (terms | of_latents).items()}
         return {name: value.detach() for name, value in metrics.items()}
 
-    def _reconstruction_terms(self, reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """Pixel losses and LPIPS, by name; a term of weight 0 is not computed."""
-        weights = self.config.loss
-        terms = {
-            name: pixel_loss(reconstruction, images)
-            for name, pixel_loss in PIXEL_LOSSES.items()
-            if getattr(weights, f"{name}_weight")
-        }
-        if self.perceptual is not None:
-            with self.accelerator.autocast():
-                terms["perceptual"] = self.perceptual(reconstruction, images)
-        return terms
-
-    def _adversarial_term(self, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """The generator's adversarial loss L_adv(D(x̂)), and its gradient ∂L_adv/∂x̂.
-
-        The parameters of the discriminator get no gradient: a compiled discriminator would compute all of them.
-        """
-        discriminator = self.accelerator.unwrap_model(self.discriminator)
-        discriminator.requires_grad_(False)
-        adversarial = self.adversarial.generator(discriminator(reconstruction).float())
-        discriminator.requires_grad_(True)
-        return adversarial.detach(), torch.autograd.grad(adversarial, reconstruction)[0]
-
-    def _adversarial_weight(
-        self, features: Tensor, reconstruction_gradient: Tensor, adversarial_gradient: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """λ · `adversarial_weight`, and metrics. Gradients of the last layer are averaged over processes first.
-
-        Args:
-            features: input of the decoder's last layer.
-            reconstruction_gradient, adversarial_gradient: ∂L/∂x̂ of both sides, `(B, C, H, W)`.
-        """
-        pair = last_layer_gradients(
-            features, self.model.decoder.conv_out, (reconstruction_gradient, adversarial_gradient)
-        )
-        of_reconstruction, of_adversarial = self.accelerator.reduce(pair, "mean")
-        adaptive = adaptive_weight(of_reconstruction, of_adversarial)
-        weight = adaptive * self.config.loss.adversarial_weight
-        norms = of_reconstruction.norm(), of_adversarial.norm()
-        return weight, {
-            "adversarial/adaptive_weight": adaptive,
-            "adversarial/reconstruction_grad_norm": norms[0],
-            "adversarial/adversarial_grad_norm": norms[1],
-            "adversarial/relative_force": weight * norms[1] / norms[0],
-        }
-
-    def _discriminator_terms(
-        self, real: Tensor, fake: Tensor, seeds: list[int]
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """The discriminator's loss, its penalties of weight above 0 by name, and the mean logits to log."""
-        discriminator, weights = cast(nn.Module, self.discriminator), self.config.loss
-        real = real.detach().requires_grad_(weights.r1_weight > 0)
-        logits_real, logits_fake = discriminator(real).float(), discriminator(fake).float()
-        penalties = {}
-        if weights.gradient_penalty_weight:
-            shares = interpolation_shares(seeds, real.device)
-            penalties["gradient_penalty"] = gradient_penalty(discriminator, real.detach(), fake, shares)
-        if weights.r1_weight:
-            penalties["r1"] = r1_penalty(logits_real, real)
-        if weights.lecam_weight:
-            self.anchors.update(logits_real, logits_fake, lambda means: self.accelerator.reduce(means, "mean"))
-            penalties["lecam"] = self.anchors.penalty(logits_real, logits_fake)
-        logits = {"logits/real": logits_real.mean(), "logits/fake": logits_fake.mean()}
-        return self.adversarial.discriminator(logits_real, logits_fake), penalties, logits
-
-    def _update(self, model: nn.Module, optimizer: Any, objective: Tensor) -> None:
-        """Backward, and in the last micro step: clip the gradients and step the optimizer."""
+    def _update(self, model: nn.Module, optimizer: Any, objective: Tensor, step: int) -> dict[str, Tensor]:
+        """Backward, and in the last micro step: clip the gradients and step the optimizer. Returns the norm to log."""
         self.accelerator.backward(objective)
-        if self.accelerator.sync_gradients and self.config.max_grad_norm:
-            self.accelerator.clip_grad_norm_(model.parameters(), self.config.max_grad_norm)
+        norm = self._clipped_norm(model, step) if self.accelerator.sync_gradients else {}
         optimizer.step()  # accelerate's wrapper does nothing before the last micro step
         optimizer.zero_grad()
+        return norm
+
+    def _clipped_norm(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+        """Clips the gradients; returns their norm before. Without clipping, the norm of a step that is logged."""
+        config, name = self.config, "generator" if model is self.generator else "discriminator"
+        most = config.max_grad_norm if model is self.generator else config.of_discriminator("max_grad_norm")
+        if most:
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), most)
+        elif (step + 1) % config.logging_steps and step + 1 < config.max_steps:
+            return {}
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return {f"grad_norm/{name}": cast(Tensor, norm)}
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
@@ -220,21 +168,32 @@ class VQGANTrainer:
             average.copy_(buffer)
 
     def _restart_dead_codes(self, latents: Tensor, step: int) -> dict[str, Tensor]:
-        """Moves unused codes onto latents, every `restart_interval` steps."""
+        """Moves unused codes onto latents of the optimizer step, after every `restart_interval` steps."""
         interval = self.config.codebook.restart_interval
         is_last = step == self.config.max_steps  # skip the last step: the decoder would never train on moved codes
         if not self.codebook_is_trained or not interval or step % interval or is_last:
             return {}
+        self._candidates.append(latent_rows(latents.detach()))
+        if not self.accelerator.sync_gradients:
+            return {}
+        candidates, self._candidates = self._candidates, []
         restarted = self.monitor.restart(
             cast(Any, self.model.quantize),
             cast(Any, self.average.quantize),
             self.optimizer.optimizer,
-            latent_rows(latents.detach()),
+            torch.cat(candidates),
             self._sum,
-            self.accelerator.gather,
+            lambda rows: self._gather(rows, len(candidates)),
             seed=seed_from(self.config.seed, step),
         )
         return {"codebook/restarted": restarted}
+
+    def _gather(self, rows: Tensor, parts: int) -> Tensor:
+        """Rows of all processes, in the order of the micro-batches, of which `rows` has as many parts."""
+        rows = self.accelerator.gather(rows)
+        return rearrange(
+            rows, "(process part row) D -> (part process row) D", part=parts, process=self.accelerator.num_processes
+        )
 
     def image_seeds(self, micro_step: int, count: int) -> list[int]:
         """A seed for each image of this process's batch, which does not depend on the number of processes."""
@@ -246,8 +205,7 @@ class VQGANTrainer:
         config, factor = self.config, self.config.learning_rate_factor(step)
         learning_rates = [(self.optimizer, config.learning_rate)]
         if self.discriminator is not None:
-            own = config.discriminator.learning_rate or config.learning_rate
-            learning_rates.append((self.discriminator_optimizer, own))
+            learning_rates.append((self.discriminator_optimizer, config.of_discriminator("learning_rate")))
         for optimizer, learning_rate in learning_rates:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * factor

@@ -183,6 +183,19 @@ def test_other_settings_are_refused_with_each_key(config, finished):
     assert load_config(Run, f"{config.output_dir}/{CONFIG_NAME}") == config  # nothing was overwritten
 
 
+def test_a_key_that_is_newer_than_the_run_had_its_default(config):
+    start(config)
+    path = Path(config.output_dir) / CONFIG_NAME
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if not line.lstrip().startswith(("rotate:", "learning_rate:"))]
+    assert len(kept) < len(lines) - 1
+    path.write_text("\n".join(kept))
+    with pytest.raises(ConfigError) as caught:
+        opened(replace(config, part=Part(rotate=2.0)))
+    assert {problem.key for problem in caught.value.problems} == {"part.rotate", "output_dir"}
+    assert opened(config) is None
+
+
 def test_a_tuple_is_the_list_it_becomes_in_yaml(config):
     tupled = replace(config, model={"widths": (1, 2), "cost": 0.25})
     start(tupled)

@@ -9,10 +9,11 @@ import torch
 import torchvision
 from torch import nn
 
-from stage1_vqgan.training.config import LPIPS_MIN_SIZE, AdversarialType
+from stage1_vqgan.training.components import RECONSTRUCTION_LOSSES
+from stage1_vqgan.training.loss_config import LPIPS_MIN_SIZE, AdversarialType
 from stage1_vqgan.training.losses import (
-    ADVERSARIAL_LOSSES,
-    PIXEL_LOSSES,
+    DISCRIMINATOR_LOSSES,
+    GENERATOR_LOSSES,
     PerceptualLoss,
     adaptive_weight,
     last_layer_gradients,
@@ -46,20 +47,20 @@ def test_adversarial_losses_by_loops(kind):
     of_fake, on_real, on_fake = (
         math.fsum(map(loss, x.flatten().tolist())) / 18 for loss, x in zip(GAMES[kind], (fake, real, fake), strict=True)
     )
-    game = ADVERSARIAL_LOSSES[kind]
-    assert game.generator(fake).item() == pytest.approx(of_fake, rel=1e-5)
-    assert game.discriminator(real, fake).item() == pytest.approx(on_real + on_fake, rel=1e-5)
+    assert GENERATOR_LOSSES[kind](fake).item() == pytest.approx(of_fake, rel=1e-5)
+    assert DISCRIMINATOR_LOSSES[kind](real, fake).item() == pytest.approx(on_real + on_fake, rel=1e-5)
 
 
 def test_every_game_can_be_chosen():
-    assert set(get_args(AdversarialType)) == set(ADVERSARIAL_LOSSES) == set(GAMES)
+    assert set(get_args(AdversarialType)) == set(GENERATOR_LOSSES) == set(DISCRIMINATOR_LOSSES) == set(GAMES)
 
 
 def test_pixel_losses_by_loops():
     a, b = torch.randn(2, 2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
     differences = [x - y for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)]
-    assert PIXEL_LOSSES["l1"](a, b).item() == pytest.approx(sum(map(abs, differences)) / 18, rel=1e-5)
-    assert PIXEL_LOSSES["l2"](a, b).item() == pytest.approx(sum(d * d for d in differences) / 18, rel=1e-5)
+    pixel = {name: RECONSTRUCTION_LOSSES[name](None, 1, None) for name in ("l1", "l2")}
+    assert pixel["l1"](a, b).item() == pytest.approx(sum(map(abs, differences)) / 18, rel=1e-5)
+    assert pixel["l2"](a, b).item() == pytest.approx(sum(d * d for d in differences) / 18, rel=1e-5)
 
 
 @pytest.mark.parametrize("out_channels", [1, 3])

@@ -76,23 +76,31 @@ def test_penalties_reach_the_parameters(discriminator, images, kind):
 
 
 def test_lecam_by_loops():
+    """The formula of google/lecam-gan, with TensorFlow's `assign_moving_average(…, zero_debias=True)`."""
     anchors, generator = LecamAnchors(DEVICE), torch.Generator().manual_seed(0)
-    history = []
-    for _ in range(150):
-        real, fake = torch.randn(2, 4, 1, 2, 2, generator=generator)
-        history.append((real.mean().item() + 1, fake.mean().item() - 1))
-        anchors.update(real + 1, fake - 1, lambda means: means)
-    expected = [0.0, 0.0]
-    for n, pair in enumerate(history):
-        keep = min(0.99, n / (n + 1))
-        expected = [keep * old + (1 - keep) * new for old, new in zip(expected, pair, strict=True)]
-    assert anchors.means.tolist() == pytest.approx(expected, rel=1e-4) and not anchors.means.requires_grad
-    on_real = [(value - expected[1]) ** 2 for value in real.flatten().tolist()]
-    on_fake = [(value - expected[0]) ** 2 for value in fake.flatten().tolist()]
+    biased = [0.0, 0.0]
+    for n in range(1, 1200):
+        real, fake = torch.randn(2, 4, 1, 2, 2, generator=generator) / 3
+        for side, logits in enumerate((real + 0.5, fake - 0.5)):
+            biased[side] = 0.999 * biased[side] + 0.001 * logits.double().mean().item()
+        anchors.observe(real + 0.5, fake - 0.5)
+        anchors.update(lambda means: means)
+        expected = [value / (1 - 0.999**n) for value in biased]
+        assert anchors.means.tolist() == pytest.approx(expected, rel=1e-4)
+    assert not anchors.means.requires_grad
+    real, fake = 3 * real, 3 * fake
+    on_real = [max(0, value - expected[1]) ** 2 for value in real.flatten().tolist()]
+    on_fake = [max(0, expected[0] - value) ** 2 for value in fake.flatten().tolist()]
+    assert min(on_real) == min(on_fake) == 0  # no penalty on logits on the other side of the average
     assert anchors.penalty(real, fake).item() == pytest.approx((sum(on_real) + sum(on_fake)) / 16, rel=1e-4)
 
 
-def test_lecam_anchors_are_of_all_processes():
+def test_lecam_anchors_are_of_all_processes_and_micro_batches():
     anchors = LecamAnchors(DEVICE)
-    anchors.update(torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1), lambda means: means + 0.5)
-    assert anchors.means.tolist() == [1.5, 0.5]
+    for value in (1.0, 3.0):
+        anchors.observe(torch.full((2, 1, 1, 1), value), torch.full((2, 1, 1, 1), -value))
+        assert anchors.means.tolist() == [0, 0]
+    anchors.update(lambda means: means + 0.5)
+    assert anchors.means.tolist() == pytest.approx([2.5, -1.5]) and anchors.updates == 1
+    anchors.update(lambda means: pytest.fail("nothing was observed"))
+    assert anchors.updates == 1

@@ -1,0 +1,132 @@
+"""Settings of the losses of stage 1: which terms the objective has, and the weight of each at every step."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+from configs import Section, unknown_key
+from configs.sections import NonNegative, NonNegativeFloat, PositiveFloat, Share, in_steps
+from stage1_vqgan.training.schedules import Schedule, schedule_problems
+
+Backbone = Literal["vgg", "alex", "squeeze"]
+AdversarialType = Literal["hinge", "vanilla", "non_saturating", "wasserstein"]
+
+# Smallest image side that passes every pooling layer of the LPIPS backbone.
+LPIPS_MIN_SIZE: dict[Backbone, int] = {"vgg": 16, "alex": 32, "squeeze": 32}
+
+# Terms that compare reconstructions with images. RECONSTRUCTION_LOSSES in components.py builds the loss of each.
+RECONSTRUCTION_TERMS = ("l1", "l2", "perceptual")
+# Terms that restrain the discriminator.
+PENALTIES = ("gradient_penalty", "r1", "lecam")
+# Keys with the first step of a term; the others begin at step 0.
+FIRST_STEPS = {"adversarial": "adversarial_start_step", **dict.fromkeys(PENALTIES, "discriminator_start_step")}
+
+
+@dataclass(kw_only=True)
+class LossConfig(Section):
+    """Terms of the objective and their weights. A term of weight 0 is not computed, and its models are not built.
+
+    l1_weight, l2_weight: mean absolute and mean squared error of the pixels
+    perceptual_weight: LPIPS
+    lpips_backbone, lpips_weights: "vgg", "alex" or "squeeze"; "pretrained", torchvision's weight file, or "random"
+    codebook_weight: codebook and commitment terms
+    adversarial_weight: the generator's adversarial term; 0 trains a VQ-VAE, without a discriminator
+    adaptive_weight: whether the adaptive weight λ multiplies adversarial_weight; false leaves the weight constant
+    adversarial_type: loss of the discriminator: "hinge", "vanilla", "non_saturating" or "wasserstein"
+    generator_type: adversarial loss of the generator, one of the same names; null takes that of adversarial_type
+    discriminator_start_step: first step that trains the discriminator; below 1 a share of the run
+    adversarial_start_step: first step in which the generator has an adversarial term; below 1 a share of the run; a run
+        that ends before it trains no discriminator
+    gradient_penalty_weight: WGAN-GP's penalty on the discriminator's gradients between images and reconstructions
+    r1_weight: γ of the penalty on the discriminator's gradients at images
+    lecam_weight: LeCam's penalty on the distance of the discriminator's logits from their moving averages
+    schedules: weights that change during the run, by the name of the term: {adversarial: {ramp: 0.1, end_weight: 0.1}}
+        raises adversarial_weight from 0 over a tenth of the run, then changes it to 0.1 until the end
+    """
+
+    l1_weight: NonNegativeFloat = 1.0
+    l2_weight: NonNegativeFloat = 0.0
+    perceptual_weight: NonNegativeFloat = 1.0
+    lpips_backbone: Backbone = "vgg"
+    lpips_weights: str = "pretrained"
+    codebook_weight: PositiveFloat = 1.0
+    adversarial_weight: NonNegativeFloat = 0.5
+    adaptive_weight: bool = True
+    adversarial_type: AdversarialType = "hinge"
+    generator_type: AdversarialType | None = None
+    discriminator_start_step: NonNegative | Share = 0
+    adversarial_start_step: NonNegative | Share = 0
+    gradient_penalty_weight: NonNegativeFloat = 0.0
+    r1_weight: NonNegativeFloat = 0.0
+    lecam_weight: NonNegativeFloat = 0.0
+    schedules: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    fields_of: ClassVar[dict[str, type]] = {"schedules.TERM": Schedule}
+
+    def terms(self) -> dict[str, float]:
+        """The values of the keys `…_weight`, by the name of the term."""
+        names = (name.name.removesuffix("_weight") for name in fields(self) if name.name.endswith("_weight"))
+        return {name: getattr(self, f"{name}_weight") for name in names if name != "adaptive"}
+
+    def weights(self, step: int) -> dict[str, float]:
+        """The weight of every term at a step (from 0), by its name: 0 before its start, then as `schedules` says."""
+        return {name: self._schedule(name).weight(value, step) for name, value in self.terms().items()}
+
+    def _schedule(self, term: str) -> Schedule:
+        first = getattr(self, FIRST_STEPS[term]) if term in FIRST_STEPS else 0
+        return Schedule(**{"start": first, **self.schedules.get(term, {})})
+
+    def settle_steps(self, max_steps: int) -> None:
+        """Replaces shares of the run by numbers of steps."""
+        for name in ("discriminator_start_step", "adversarial_start_step"):
+            setattr(self, name, in_steps(getattr(self, name), max_steps))
+        for term, values in self.schedules.items():
+            if not list(schedule_problems(values)):
+                self.schedules[term] = asdict(self._schedule(term).in_steps(max_steps))
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        if not any(getattr(self, f"{term}_weight") for term in RECONSTRUCTION_TERMS):
+            *others, last = (f"{term}_weight" for term in RECONSTRUCTION_TERMS)
+            yield "l1_weight", self.l1_weight, f"{', '.join(others)} and {last} must not all be 0"
+        if self.adversarial_weight and self.adversarial_type == "wasserstein" and not self._has_penalty:
+            allowed = (
+                "the loss of a Wasserstein discriminator has no lower bound: set gradient_penalty_weight (10 in the "
+                "paper), r1_weight or lecam_weight above 0"
+            )
+            yield "adversarial_type", self.adversarial_type, allowed
+        if self.adversarial_weight and self.adversarial_start_step < self.discriminator_start_step:
+            allowed = f"must be at least discriminator_start_step ({self.discriminator_start_step})"
+            yield "adversarial_start_step", self.adversarial_start_step, allowed
+        yield from self._schedule_problems()
+
+    def _schedule_problems(self) -> Iterable[tuple[str, Any, str]]:
+        terms, wrong = self.terms(), False
+        for term, values in self.schedules.items():
+            key = f"schedules.{term}"
+            if term not in terms:
+                yield key, None, unknown_key(term, terms)
+                continue
+            for name, value, allowed in schedule_problems(values):
+                wrong = True
+                yield f"{key}.{name}", value, allowed
+            if not terms[term]:
+                yield key, None, f"{term}_weight is 0, and so is this term in every step; set {term}_weight above 0"
+            if (
+                term == "adversarial"
+                and values.get("start", self.adversarial_start_step) != self.adversarial_start_step
+            ):
+                yield f"{key}.start", values["start"], "write loss.adversarial_start_step instead"
+        if not wrong and any(terms[term] for term in RECONSTRUCTION_TERMS) and not self._reconstructs_always():
+            allowed = (
+                f"in some steps the weights of {', '.join(RECONSTRUCTION_TERMS)} are all 0; leave one without start"
+            )
+            yield "schedules", None, allowed
+
+    def _reconstructs_always(self) -> bool:
+        """Whether one of the reconstruction terms has a weight above 0 in every step."""
+        schedules = [self._schedule(term) for term in RECONSTRUCTION_TERMS if getattr(self, f"{term}_weight")]
+        return any(schedule.start == 0 and schedule.end_weight != 0 for schedule in schedules)
+
+    @property
+    def _has_penalty(self) -> bool:
+        return any(getattr(self, f"{name}_weight") for name in PENALTIES)
