@@ -12,6 +12,7 @@ from configs import ConfigError, load_config
 from pipelines import VQGANPipeline
 from stage1_vqgan import Stage1Config, VQGANImageProcessor, load_images, load_tokenizer
 from stage1_vqgan.evaluate import ReconstructionConfig, evaluate
+from stage1_vqgan.evaluation.config import MetricsConfig
 from stage1_vqgan.training.run import train as train_stage1
 from stage2_prior import CodeStore, Stage2Config
 from stage2_prior.tokenize import tokenize
@@ -77,7 +78,8 @@ def test_hounsfield_units_keep_their_range(tmp_path, stage2_values, random_prior
     in_units = pipeline.image_processor.to_values(pipeline.reconstruct(original, output_type="np"))
     assert in_units.min() >= -1024 and in_units.max() <= 3071 and np.ptp(in_units) > 10
     assert pipeline.reconstruct(original)[0].mode == "L"
-    metrics = evaluate(ReconstructionConfig(model=str(tmp_path / "vqgan"), data=stage2.data))
+    without = MetricsConfig(perceptual_networks=[], feature_networks=[])
+    metrics = evaluate(ReconstructionConfig(model=str(tmp_path / "vqgan"), data=stage2.data, metrics=without))
     assert metrics["images"] == 1 and "skipped" not in metrics
 
 
@@ -86,7 +88,8 @@ def test_alpha_is_a_channel(tmp_path, capsys):
     data = {"dataset": str(write(tmp_path / "rgba", [Image.fromarray(one) for one in pixels]))}
     loss = {"lpips_backbone": "squeeze", "lpips_weights": "random", "adversarial_start_step": 0}
     model = train_stage1(stage1(tmp_path, data, model={**tiny.VQGAN, "image_size": 32, "in_channels": 4}, loss=loss))
-    assert "LPIPS compares the first three channels of 4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "LPIPS compares the first three channels of 4" in said and "lpips/squeeze-random 0." in said
     processor = VQGANImageProcessor.from_pretrained(tmp_path / "vqgan")
     values = processor(Image.fromarray(pixels[0]))["pixel_values"]
     assert torch.equal(((values[0] + 1) * 127.5).round().byte().permute(1, 2, 0), torch.from_numpy(pixels[0]))

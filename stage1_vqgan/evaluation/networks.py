@@ -6,10 +6,10 @@ Shape letters: B batch, C channels, H W image size, D features of an image.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs import ConfigError, Problem
 from configs.problems import one_line
@@ -17,8 +17,9 @@ from stage1_vqgan.evaluation.config import MetricsConfig
 from stage1_vqgan.evaluation.frechet import Moments, fitted, frechet_distance
 from stage1_vqgan.evaluation.inception import NAME as INCEPTION, load_inception
 from stage1_vqgan.networks import FrozenNetwork, load_network
+from stage1_vqgan.networks.perceptual import ShiftTolerantLPIPS
 from stage1_vqgan.reconstruction import ImageMean, Metric, Reduce
-from stage1_vqgan.training.config import LPIPS_MIN_SIZE
+from stage1_vqgan.training.loss_config import LPIPS_MIN_SIZE, Backbone
 from stage1_vqgan.training.losses import PerceptualLoss
 
 # Where the advice of a missing file begins that only a network of a loss can follow: it has a key for its weights.
@@ -85,20 +86,23 @@ def perceptual_metric(name: str, device: torch.device) -> tuple[NewMetric, int]:
     """The mean perceptual distance of an image and its reconstruction; and the smallest side of an image.
 
     Raises:
-        ImportError, FileNotFoundError, ValueError: see `PerceptualLoss`.
+        ImportError, FileNotFoundError, ValueError: see `PerceptualLoss` and `ShiftTolerantLPIPS`.
     """
-    backbone: Any = name.removeprefix("lpips/").replace("/", "_")
-    loss = PerceptualLoss(backbone).to(device)
-    return mean_of(name, loss, device), LPIPS_MIN_SIZE[backbone]
+    family, _, backbone = name.partition("/")
+    if family == "stlpips":
+        shift_tolerant = ShiftTolerantLPIPS(backbone)
+        return mean_of(name, shift_tolerant.to(device), device), shift_tolerant.network.least_size
+    loss = PerceptualLoss(cast(Backbone, backbone))
+    return mean_of(name, loss.to(device), device), LPIPS_MIN_SIZE[cast(Backbone, backbone)]
 
 
 def perceptual_name(backbone: str, weights: str) -> str:
-    """The name of the figure of a perceptual loss: "vgg" is "lpips/vgg", "stlpips_vgg" is "stlpips/vgg"."""
+    """The name of the figure of a training's loss: "vgg" is "lpips/vgg", "stlpips_vgg" is "stlpips/vgg"."""
     name = backbone.replace("_", "/") if "_" in backbone else f"lpips/{backbone}"
     return name if weights != "random" else f"{name}-random"
 
 
-def mean_of(name: str, loss: PerceptualLoss, device: torch.device) -> NewMetric:
+def mean_of(name: str, loss: nn.Module, device: torch.device) -> NewMetric:
     """The mean of a perceptual loss over images. Not compiled: the compiled loss is for the batches of a training."""
     return partial(ImageMean, name, lambda *pair: loss.forward(*pair).expand(len(pair[0])), device)
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -162,7 +163,7 @@ class Training:
             networks = network_metrics(self.config.metrics, shape, device)
         for figure, reason in networks.left_out.items():
             self.accelerator.print(f"{figure} is left out: {reason}")
-        perceptual = self.trainer.generator_terms.losses.get("perceptual")
+        perceptual: Any = self.trainer.generator_terms.losses.get("perceptual")
         if perceptual is not None:
             name = perceptual_name(loss.lpips_backbone, loss.lpips_weights)
             networks.new.append(mean_of(name, perceptual, device))

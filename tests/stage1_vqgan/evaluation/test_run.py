@@ -68,7 +68,7 @@ def test_the_figures_and_what_they_were_measured_on(tokenizer, images, tmp_path,
 
 def test_a_size_that_the_tokenizer_cannot_have_is_named(tokenizer, images):
     config = ReconstructionConfig(model=tokenizer, data=DataConfig(dataset=images), image_size=18)
-    with pytest.raises(ConfigError, match=r"^image_size: received 18; must be divisible by .* 4 ") as caught:
+    with pytest.raises(ConfigError, match=r"- image_size: received 18; must be divisible") as caught:
         evaluate(config)
     assert [problem.key for problem in caught.value.problems] == ["image_size"]
 
