@@ -2,9 +2,9 @@
 `python -m benchmarks.quantizers --data FOLDER [--steps 100]`, FOLDER with the parquet files of both splits.
 
 `stage1_vqgan.training.train` trains the same VQ-VAE with each quantizer: without LPIPS and discriminator, with the same
-seed, and with 640 bits per image, in most cases 8×8 codes of 10 bits. The metrics come from the last evaluation of the run, over the whole test
-split. The width is the usual one of each quantizer: 5 channels of 4 levels for FSQ, 10 bits for LFQ, and 8 channels for
-the others. `vq-l2` is VQ on the unit sphere.
+seed, and with 640 bits per image, in most cases 8×8 codes of 10 bits. The metrics come from the last evaluation of the
+run, over the whole test split. The width is the usual one of each quantizer: 5 channels of 4 levels for FSQ, 10 bits
+for LFQ, and 8 channels for the others. `vq-l2` is VQ on the unit sphere.
 
 The time of a step is measured separately: the quantizers take turns, step by step, on one batch.
 The results are `quantizers.json` and, for each quantizer, a grid of test images above their reconstructions.
@@ -38,7 +38,7 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "gumbel": {"quantizer": "gumbel", "embed_dim": 8},
     "fsq": {"quantizer": "fsq", "embed_dim": 5, "quantizer_options": {"levels": [4, 4, 4, 4, 4]}},
     "lfq": {"quantizer": "lfq", "embed_dim": 10},
-    # 8×8×2 codes of 5 bits, 4×4×4 codes of 10 bits, 8×8×2 codes of 5 bits, 4×4 and 8×8 codes of 8 bits: 640 bits as well
+    # 640 bits as well: 8×8×2 codes of 5 bits, 4×4×4 codes of 10 bits, 8×8×2 of 5 bits, 4×4 and 8×8 codes of 8 bits
     "residual": {"quantizer": "residual", "embed_dim": 8, "num_embeddings": 32, "quantizer_options": {"depth": 2}},
     "residual-4": {
         "quantizer": "residual",
