@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+# Quantizers with K × D weights; the codes of the others follow from a formula.
+WITH_ENTRIES = ("vq", "ema", "simvq", "ibq", "gumbel")
+
 
 @dataclass(kw_only=True)
 class VQGANArchitecture:
@@ -31,7 +34,8 @@ class VQGANArchitecture:
         latent_channels: channels between encoder or decoder and the 1×1 convolutions around the codebook.
         embed_dim: D, width of a codebook entry.
         num_embeddings: K, number of codebook entries.
-        quantizer: "vq", "ema", "gumbel", "fsq", "lfq", "residual", "product" or "pyramid", see quantizers.py.
+        quantizer: "vq", "ema", "simvq", "ibq", "gumbel", "fsq", "lfq", "bsq", "residual", "product" or "pyramid", see
+            quantizers.py.
         quantizer_options: options of this kind, see `Options` of its class; "vq" has among others `l2_normalize` and
             `commitment_cost`.
     """
@@ -129,7 +133,7 @@ class VQGANArchitecture:
         for width, previous in zip(self.widths, [*self.widths[1:], last], strict=True):
             count += _residual(previous, width) + n * _residual(width, width)
         count += sum(_conv(width, width) for width in self.widths[:-1]) + sum(_conv(w, w) for w in self.widths[1:])
-        return count + (self.num_embeddings * self.embed_dim if self.quantizer in ("vq", "ema", "gumbel") else 0)
+        return count + (self.num_embeddings * self.embed_dim if self.quantizer in WITH_ENTRIES else 0)
 
 
 def _conv(inner: int, outer: int, side: int = 3) -> int:

@@ -277,6 +277,7 @@ class VQGANModel(PreTrainedModel):
         loaded: Any = super().from_pretrained(name, *args, **kwargs)
         model, info = loaded
         refuse_weights(name, info, model.state_dict())
+        model.quantize.freeze()
         if name is not None:
             exact = model
             if model.dtype != torch.float32:  # the fingerprint is that of the weights before this cast

@@ -2,38 +2,36 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .quantizer_base import QuantizerOptions, unit_length
-from .quantizer_vq import VectorQuantizer, VectorQuantizerOptions
+from .quantizer_base import unit_length
+from .quantizer_vq import NearestEntryOptions, VectorQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class EMAQuantizerOptions(QuantizerOptions):
-    """Options of [`EMAQuantizer`].
+class EMAQuantizerOptions(NearestEntryOptions):
+    """Options of [`EMAQuantizer`]: those of [`NearestEntryOptions`], and two more. The loss has no codebook term, and
+    the entropy term acts on the latents alone.
 
     Args:
-        commitment_cost: β, weight of the commitment term, the only term of the loss.
         decay: γ, decay of the moving averages per optimizer step.
         epsilon: ε, constant of the Laplace smoothing of cluster sizes.
-        l2_normalize: as in [`VectorQuantizerOptions`].
     """
 
-    DECIDE_CODES: ClassVar[frozenset[str]] = frozenset({"l2_normalize"})
-
-    commitment_cost: float | int = 0.25
     decay: float | int = 0.99
     epsilon: float | int = 1e-5
-    l2_normalize: bool = False
+
+    @property
+    def costs(self) -> tuple[float, float]:
+        return 0.0, self.commitment_cost
 
     def problems(self, num_embeddings: int, embed_dim: int) -> Iterator[tuple[str, Any, str]]:
-        if not 0 <= self.commitment_cost < float("inf"):
-            yield "commitment_cost", self.commitment_cost, "must be a number from 0 up"
+        yield from super().problems(num_embeddings, embed_dim)
         if not 0 <= self.decay < 1:
             yield "decay", self.decay, "must be at least 0 and below 1"
         if not 0 < self.epsilon < float("inf"):
@@ -45,23 +43,25 @@ class EMAQuantizer(VectorQuantizer):
 
     Let n be the number of latents of each code and s their sum, over all processes. After an optimizer step,
     N ← γN + (1-γ)n, m ← γm + (1-γ)s, e ← m / Ñ, with Ñ = (N + ε) / (ΣN + Kε) · ΣN.
-    m is not stored: it equals e·Ñ. N starts at 1, so that an entry that no latent chooses does not move.
+    m is not stored: it equals e·Ñ. N starts at 1. An entry that no latent chooses stays where it is, as without the
+    smoothing: m / N does not change then, but m / Ñ would shrink to 0 once N has fallen below ε.
 
     Source: van den Oord et al. 2017, "Neural discrete representation learning", appendix A.1; smoothing as in
-    Razavi et al. 2019, "Generating diverse high-fidelity images with VQ-VAE-2".
+    Razavi et al. 2019, "Generating diverse high-fidelity images with VQ-VAE-2", whose unchosen entries shrink.
     """
 
-    Options: Any = EMAQuantizerOptions
+    Options = EMAQuantizerOptions
     cluster_size: Tensor
 
     def __init__(self, num_embeddings: int, embed_dim: int, options: EMAQuantizerOptions):
-        gradients = VectorQuantizerOptions(commitment_cost=options.commitment_cost, l2_normalize=options.l2_normalize)
-        super().__init__(num_embeddings, embed_dim, gradients)
+        super().__init__(num_embeddings, embed_dim, options)
         self.decay, self.epsilon = options.decay, options.epsilon
-        self.codebook_cost = 0.0
-        self.embedding.requires_grad_(False)
+        self.freeze()
         self.register_buffer("cluster_size", torch.ones(num_embeddings))
         self._counts_and_sums: Tensor | None = None
+
+    def freeze(self) -> None:
+        self.embedding.requires_grad_(False)
 
     @property
     def smoothed_size(self) -> Tensor:
@@ -85,9 +85,10 @@ class EMAQuantizer(VectorQuantizer):
             return
         counts, sums = reduce(self._counts_and_sums).split([1, self.embed_dim], dim=1)
         self._counts_and_sums = None
-        moving = self.decay * self.embedding.weight * self.smoothed_size + (1 - self.decay) * sums
+        entries = self.embedding.weight
+        moving = self.decay * entries * self.smoothed_size + (1 - self.decay) * sums
         self.cluster_size.lerp_(counts[:, 0].to(self.cluster_size.dtype), 1 - self.decay)
-        self.embedding.weight.copy_(moving / self.smoothed_size)
+        entries.copy_(torch.where(counts > 0, moving / self.smoothed_size, entries))
 
     @torch.no_grad()
     def move_entries(self, codes: Tensor, rows: Tensor) -> None:

@@ -32,7 +32,7 @@ class LFQuantizerOptions(QuantizerOptions):
     def problems(self, num_embeddings: int, embed_dim: int) -> Iterator[tuple[str, Any, str]]:
         if embed_dim > 62 or num_embeddings != 2**embed_dim:
             bits = max(1, math.ceil(math.log2(max(2, num_embeddings))))
-            allowed = f"lfq has 2 ** embed_dim codes: set num_embeddings to {2**bits} and embed_dim to {bits}"
+            allowed = f"there are 2 ** embed_dim codes: set num_embeddings to {2**bits} and embed_dim to {bits}"
             yield "embed_dim", embed_dim, allowed
         for name in ("commitment_cost", "entropy_weight", "diversity_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -50,13 +50,16 @@ class LFQuantizer(Quantizer):
     Options = LFQuantizerOptions
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        positive = z > 0
-        signs = 2.0 * positive - 1
-        codes = (positive * self._place_values(z.device)).sum(1)
+        codes = self.codes_of(z)
+        signs = self.entries(codes)
         loss = self.options.commitment_cost * F.mse_loss(z, signs)
         if self.options.entropy_weight and self.training:
             loss = loss + self.options.entropy_weight * self.entropy_loss(z)
         return straight_through(z, signs), codes, loss
+
+    def codes_of(self, z: Tensor) -> Tensor:
+        """The codes int64 `(N,)` that the signs of latents `(N, D)` form."""
+        return ((z > 0) * self._place_values(z.device)).sum(1)
 
     def entries(self, codes: Tensor) -> Tensor:
         return 2.0 * (codes[..., None] // self._place_values(codes.device) % 2) - 1

@@ -1,5 +1,6 @@
 """Vector quantization ("vq"): the nearest entry of a codebook that is trained by gradients."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,30 +8,25 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from .quantizer_base import (
     CodebookQuantizer,
+    Quantizer,
     QuantizerOptions,
-    entropy,
-    mean_over_processes,
+    entropy_loss,
     nearest_code,
     straight_through,
     unit_length,
 )
 
-# Number of latents whose distances to all entries are in memory at once for the entropy term.
-ENTROPY_CHUNK = 1024
-
 
 @dataclass(frozen=True, kw_only=True)
-class VectorQuantizerOptions(QuantizerOptions):
-    """Options of [`VectorQuantizer`].
+class NearestEntryOptions(QuantizerOptions):
+    """Options of [`NearestEntryQuantizer`].
 
     Args:
         commitment_cost: β, weight of the commitment term.
-        legacy_codebook_loss: apply β to the codebook term instead, as the released models of the original do.
         l2_normalize: normalize latents and entries to unit length, for the search and in the output (Yu et al. 2022,
             "Vector-quantized image modeling with improved VQGAN", section 3.2); works best with a small `embed_dim`.
         entropy_weight: weight of the entropy term of the loss in training. The term lowers the entropy of the code
@@ -44,11 +40,15 @@ class VectorQuantizerOptions(QuantizerOptions):
     DECIDE_CODES: ClassVar[frozenset[str]] = frozenset({"l2_normalize"})
 
     commitment_cost: float | int = 0.25
-    legacy_codebook_loss: bool = False
     l2_normalize: bool = False
     entropy_weight: float | int = 0.0
     entropy_temperature: float | int = 0.01
     rotation_trick: bool = False
+
+    @property
+    def costs(self) -> tuple[float, float]:
+        """Weights of the codebook term and of the commitment term."""
+        return 1.0, self.commitment_cost
 
     def problems(self, num_embeddings: int, embed_dim: int) -> Iterator[tuple[str, Any, str]]:
         for name in ("commitment_cost", "entropy_weight"):
@@ -58,6 +58,54 @@ class VectorQuantizerOptions(QuantizerOptions):
             yield "entropy_temperature", self.entropy_temperature, "must be a number above 0"
 
 
+class NearestEntryQuantizer(Quantizer):
+    """Takes the nearest entry of a codebook, with a straight-through gradient. A subclass provides the codebook.
+
+    Source: van den Oord et al. 2017, "Neural discrete representation learning", section 3.2.
+    """
+
+    def __init__(self, num_embeddings: int, embed_dim: int, options: NearestEntryOptions):
+        super().__init__(num_embeddings, embed_dim, options)
+        self.l2_normalize = options.l2_normalize
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The entries, float32 `(K, D)`, of unit length with `l2_normalize`."""
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codebook, options = self.codebook, self.options
+        if self.l2_normalize:
+            z = unit_length(z)
+        codes = nearest_code(z, codebook)
+        zq = F.embedding(codes, codebook)
+        # mean over all elements of ‖sg[z] - e‖² and of β·‖z - sg[e]‖²
+        codebook_cost, commitment_cost = options.costs
+        loss = codebook_cost * F.mse_loss(zq, z.detach()) + commitment_cost * F.mse_loss(z, zq.detach())
+        if options.entropy_weight and self.training:
+            loss = loss + options.entropy_weight * entropy_loss(z, codebook, self._entropy_logits)
+        return rotate(z, zq) if options.rotation_trick else straight_through(z, zq), codes, loss
+
+    def _entropy_logits(self, rows: Tensor, codebook: Tensor) -> Tensor:
+        """Negative squared distances over the temperature, but for ‖z‖², which cancels in the softmax."""
+        return (2 * rows @ codebook.T - codebook.square().sum(1)) / self.options.entropy_temperature
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorQuantizerOptions(NearestEntryOptions):
+    """Options of [`VectorQuantizer`]: those of [`NearestEntryOptions`], and one more.
+
+    Args:
+        legacy_codebook_loss: apply β to the codebook term instead, as the released models of the original do.
+    """
+
+    legacy_codebook_loss: bool = False
+
+    @property
+    def costs(self) -> tuple[float, float]:
+        return (self.commitment_cost, 1.0) if self.legacy_codebook_loss else (1.0, self.commitment_cost)
+
+
 class Codebook(nn.Embedding):
     """Entries `(K, D)`, initialized uniformly in (-1/K, 1/K)."""
 
@@ -65,38 +113,19 @@ class Codebook(nn.Embedding):
         init.uniform_(self.weight, -1 / self.num_embeddings, 1 / self.num_embeddings)
 
 
-class VectorQuantizer(CodebookQuantizer):
-    """Nearest codebook entry with a straight-through gradient.
+class VectorQuantizer(NearestEntryQuantizer, CodebookQuantizer):
+    """A codebook of free weights, trained by gradients."""
 
-    Source: van den Oord et al. 2017, "Neural discrete representation learning", section 3.2.
-    """
+    Options: Any = VectorQuantizerOptions
 
-    Options = VectorQuantizerOptions
-
-    def __init__(self, num_embeddings: int, embed_dim: int, options: VectorQuantizerOptions):
+    def __init__(self, num_embeddings: int, embed_dim: int, options: NearestEntryOptions):
         super().__init__(num_embeddings, embed_dim, options)
         self.embedding = Codebook(num_embeddings, embed_dim)
-        self.l2_normalize = options.l2_normalize
-        self.codebook_cost = options.commitment_cost if options.legacy_codebook_loss else 1.0
-        self.commitment_cost = 1.0 if options.legacy_codebook_loss else options.commitment_cost
 
     @property
     def codebook(self) -> Tensor:
-        """float32 `(K, D)`, of unit length with `l2_normalize`."""
         weight = self.embedding.weight.float()
         return unit_length(weight) if self.l2_normalize else weight
-
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codebook = self.codebook
-        if self.l2_normalize:
-            z = unit_length(z)
-        codes = nearest_code(z, codebook)
-        zq = F.embedding(codes, codebook)
-        # mean over all elements of ‖sg[z] - e‖² and of β·‖z - sg[e]‖²
-        loss = self.codebook_cost * F.mse_loss(zq, z.detach()) + self.commitment_cost * F.mse_loss(z, zq.detach())
-        if self.options.entropy_weight and self.training:
-            loss = loss + self.options.entropy_weight * self.entropy_loss(z, codebook)
-        return rotate(z, zq) if self.options.rotation_trick else straight_through(z, zq), codes, loss
 
     def entry_weights(self) -> list[Tensor]:
         return [self.embedding.weight]
@@ -104,34 +133,6 @@ class VectorQuantizer(CodebookQuantizer):
     @torch.no_grad()
     def move_entries(self, codes: Tensor, rows: Tensor) -> None:
         self.embedding.weight[codes] = rows.to(self.embedding.weight.dtype)
-
-    def entropy_loss(self, z: Tensor, codebook: Tensor) -> Tensor:
-        """Mean over latents of the entropy of their softmax over codes, minus the entropy of the mean softmax of the
-        batch of all processes; a scalar in [-ln K, ln K].
-
-        Source: Jansen et al. 2019, "Coincidence, categorization, and consolidation"; Yu et al. 2024, "Language model
-        beats diffusion", equation 5.
-        """
-        chunks = [
-            checkpoint(
-                _entropy_sums,
-                rows,
-                codebook,
-                self.options.entropy_temperature,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for rows in z.split(ENTROPY_CHUNK)
-        ]
-        mean_entropy, mean_softmax = (sum(parts) / len(z) for parts in zip(*chunks, strict=True))
-        return mean_entropy - entropy(mean_over_processes(mean_softmax))
-
-
-def _entropy_sums(rows: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sums over latents `(n, D)`: of the entropy of their softmax over codes, a scalar, and of the softmax, `(K,)`."""
-    logits = (2 * rows @ codebook.T - codebook.square().sum(1)) / temperature  # ‖z‖² cancels in the softmax
-    probabilities = logits.softmax(1)
-    return entropy(probabilities).sum(), probabilities.sum(0)
 
 
 def rotate(z: Tensor, zq: Tensor) -> Tensor:

@@ -13,23 +13,29 @@ from typing import Any, get_type_hints
 from huggingface_hub.dataclasses import type_validator
 
 from .quantizer_base import CodebookQuantizer, Quantizer, QuantizerBase, QuantizerOptions, QuantizerOutput, nearest_code
+from .quantizer_bsq import BSQuantizer
 from .quantizer_ema import EMAQuantizer
 from .quantizer_fsq import FSQuantizer
 from .quantizer_grids import Grids, codes_shape, grids_text, num_codes
 from .quantizer_gumbel import GumbelQuantizer
+from .quantizer_ibq import IBQuantizer
 from .quantizer_lfq import LFQuantizer
 from .quantizer_product import ProductQuantizer
 from .quantizer_pyramid import PyramidQuantizer
 from .quantizer_residual import ResidualQuantizer
+from .quantizer_simvq import SimVQuantizer
 from .quantizer_vq import VectorQuantizer
 
 # `VQGANConfig.quantizer` → class.
 QUANTIZERS: dict[str, type[QuantizerBase]] = {
     "vq": VectorQuantizer,
     "ema": EMAQuantizer,
+    "simvq": SimVQuantizer,
+    "ibq": IBQuantizer,
     "gumbel": GumbelQuantizer,
     "fsq": FSQuantizer,
     "lfq": LFQuantizer,
+    "bsq": BSQuantizer,
     "residual": ResidualQuantizer,
     "product": ProductQuantizer,
     "pyramid": PyramidQuantizer,

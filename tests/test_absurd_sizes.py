@@ -78,6 +78,8 @@ ARCHITECTURES = {
     "attention": {"attn_resolutions": [64, 16], "image_size": 64, "channel_multiplier": [2, 1, 3]},
     "deep": {"num_res_blocks": 5, "quantizer": "ema"},
     "gumbel": {"quantizer": "gumbel"},
+    "simvq": {"quantizer": "simvq", "num_embeddings": 65536},
+    "ibq": {"quantizer": "ibq", "num_embeddings": 65536},
 }
 
 

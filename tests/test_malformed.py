@@ -199,8 +199,8 @@ CASES = {
     "no such quantizer": ("stage1", "--model.quantizer vqq", {"model.quantizer": "must be one of vq, ema"}),
     "option of another quantizer": (
         "stage1",
-        "--model.quantizer ema --model.quantizer_options.rotation_trick true",
-        {"model.quantizer_options.rotation_trick": "unknown, ema has commitment_cost"},
+        "--model.quantizer ema --model.quantizer_options.legacy_codebook_loss true",
+        {"model.quantizer_options.legacy_codebook_loss": "unknown, ema has commitment_cost"},
     ),
     "typo in an option": (
         "stage1",

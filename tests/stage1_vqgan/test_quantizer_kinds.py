@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stage1_vqgan import VQGANConfig, VQGANModel
-from stage1_vqgan.quantizer_vq import ENTROPY_CHUNK
-from stage1_vqgan.quantizers import QUANTIZERS, build_quantizer, codes_shape
+from stage1_vqgan import VQGANConfig, VQGANModel, quantizer_base
+from stage1_vqgan.quantizer_base import entropy_loss
+from stage1_vqgan.quantizers import QUANTIZERS, CodebookQuantizer, build_quantizer, codes_shape
 from tests.devices import DEVICE, cpu_only, on_device
 
 pytestmark = on_device
@@ -21,15 +21,30 @@ KINDS = {
     "vq, rotation": ("vq", 16, 4, {"rotation_trick": True}),
     "ema": ("ema", 16, 4, {}),
     "ema, unit sphere": ("ema", 16, 4, {"l2_normalize": True}),
+    "ema, entropy and rotation": ("ema", 16, 4, {"entropy_weight": 0.1, "rotation_trick": True}),
+    "simvq": ("simvq", 16, 4, {}),
+    "simvq, unit sphere": ("simvq", 16, 4, {"l2_normalize": True, "rotation_trick": True}),
+    "ibq": ("ibq", 16, 4, {}),
     "gumbel": ("gumbel", 16, 4, {}),
     "gumbel, soft": ("gumbel", 16, 4, {"straight_through": False}),
     "fsq": ("fsq", 60, 3, {"levels": [5, 4, 3]}),
     "lfq": ("lfq", 16, 4, {}),
+    "bsq": ("bsq", 16, 4, {}),
     "residual": ("residual", 16, 4, {"depth": 3}),
     "product": ("product", 16, 4, {"groups": 2}),
     "pyramid": ("pyramid", 16, 4, {"hidden_channels": 8, "num_res_blocks": 1}),
 }
 SHAPES = {"residual": (3, 5, 3), "product": (3, 5, 2), "pyramid": (2 * 3 + 3 * 5,)}  # of codes; (3, 5) of other kinds
+
+SMALL = {
+    "image_size": 16,
+    "base_channels": 8,
+    "channel_multiplier": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "norm_num_groups": 4,
+    "latent_channels": 8,
+}
 
 
 def make(kind, seed=0, **options):
@@ -92,20 +107,8 @@ def test_float32_under_autocast(kind):
 def test_a_tokenizer_of_every_kind_is_saved_and_loaded(kind, tmp_path):
     name, codes, width, options = KINDS[kind]
     torch.manual_seed(0)
-    config = VQGANConfig(
-        image_size=16,
-        base_channels=8,
-        channel_multiplier=[1, 2],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        norm_num_groups=4,
-        latent_channels=8,
-        embed_dim=width,
-        num_embeddings=codes,
-        quantizer=name,
-        quantizer_options=options,
-    )
-    model = VQGANModel(config).eval()
+    shape = {"embed_dim": width, "num_embeddings": codes}
+    model = VQGANModel(VQGANConfig(**SMALL, **shape, quantizer=name, quantizer_options=options)).eval()
     model.save_pretrained(tmp_path)
     loaded, images = VQGANModel.from_pretrained(tmp_path), torch.rand(2, 3, 16, 16) * 2 - 1
     assert loaded.config.quantizer == name and loaded.config.quantizer_options == options
@@ -126,13 +129,14 @@ def naive_entropies(z, codebook, temperature):
     return -(p * p.log()).sum(1).mean(), -(mean * mean.log()).sum()
 
 
-@pytest.mark.parametrize("rows", [7, ENTROPY_CHUNK + 3])
-def test_entropy_term_of_vq(rows):
+@pytest.mark.parametrize("rows", [7, 16, 19])
+def test_entropy_term_of_vq(rows, monkeypatch):
+    monkeypatch.setattr(quantizer_base, "SOFTMAX_SCORES", 8 * 16)
     quantizer = make("vq, entropy")
     weight = quantizer.embedding.weight
     z = torch.randn(rows, 4, requires_grad=True)
     of_latents, of_mean = naive_entropies(z, weight, 0.5)
-    found, expected = quantizer.entropy_loss(z, quantizer.codebook), of_latents - of_mean
+    found, expected = entropy_loss(z, quantizer.codebook, quantizer._entropy_logits), of_latents - of_mean
     torch.testing.assert_close(found, expected)
     pairs = zip(torch.autograd.grad(found, (z, weight)), torch.autograd.grad(expected, (z, weight)), strict=True)
     for gradient, reference in pairs:
@@ -169,7 +173,7 @@ def test_ema_is_a_moving_average_of_counts_and_sums(kind):
     quantizer = make(kind, decay=0.8, epsilon=1e-3)
     assert [name for name, p in quantizer.named_parameters() if p.requires_grad] == []
     entries = quantizer.embedding.weight.clone()
-    sizes, sums = torch.ones(16), entries.clone()
+    sizes, sums, averages = torch.ones(16), entries.clone(), entries.clone()
     for step in range(6):
         batches = [latents(kind, seed=10 * step + part).detach() for part in range(2)]  # two micro-batches
         counts, totals = torch.zeros(16), torch.zeros(16, 4)
@@ -182,7 +186,12 @@ def test_ema_is_a_moving_average_of_counts_and_sums(kind):
         quantizer.update(lambda value: value)
         sizes, sums = 0.8 * sizes + 0.2 * counts, 0.8 * sums + 0.2 * totals
         smoothed = (sizes + 1e-3) / (sizes.sum() + 16 * 1e-3) * sizes.sum()
-        torch.testing.assert_close(quantizer.embedding.weight, sums / smoothed[:, None], atol=1e-5, rtol=1e-5)
+        for code in range(16):
+            if counts[code]:
+                averages[code] = sums[code] / smoothed[code]
+            else:  # stays; the sum that belongs to it is not stored, but follows from it
+                sums[code] = averages[code] * smoothed[code]
+        torch.testing.assert_close(quantizer.embedding.weight, averages, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(quantizer.cluster_size, sizes)
     assert not torch.allclose(quantizer.embedding.weight, entries, atol=0.1)
 
@@ -194,18 +203,100 @@ def test_ema_loss_is_the_commitment_alone():
 
 
 def test_ema_entries_that_nobody_chooses_stay_and_moved_ones_start_anew():
-    quantizer = make("ema")
+    quantizer = make("ema", decay=0.9)
     with torch.no_grad():
         quantizer.embedding.weight[3] = 1000.0
     for step in range(100):
         z = latents("ema", seed=step)
         quantizer.observe(z, quantizer(z).codes)
         quantizer.update(lambda value: value)
-    torch.testing.assert_close(quantizer.embedding.weight[3], torch.full((4,), 1000.0), rtol=1e-3, atol=0)
-    assert quantizer.cluster_size[3].item() == pytest.approx(0.99**100, rel=1e-4)
+    assert quantizer.embedding.weight[3].eq(1000).all()
+    assert quantizer.cluster_size[3].item() == pytest.approx(0.9**100, rel=1e-4)  # and far below ε
     with torch.no_grad():
         quantizer.move_entries(torch.tensor([3]), torch.zeros(1, 4))
     assert quantizer.embedding.weight[3].eq(0).all() and quantizer.cluster_size[3] == 1
+
+
+def test_rotation_and_entropy_of_ema_are_those_of_vq():
+    ema, vq = make("ema, entropy and rotation"), make("vq", entropy_weight=0.1, rotation_trick=True)
+    vq.load_state_dict(ema.state_dict(), strict=False)
+    z, above = latents("ema"), torch.randn(2, 4, 3, 5)
+    found, expected = ema(z), vq(z)
+    assert torch.equal(found.quantized, expected.quantized)
+    # vq's loss also has the codebook term, which has the value of the commitment term over β
+    torch.testing.assert_close(found.loss, expected.loss - F.mse_loss(z, found.quantized))
+    pairs = [torch.autograd.grad((out.quantized * above).sum() + out.loss, z) for out in (found, expected)]
+    torch.testing.assert_close(*pairs)
+
+
+# ---------------------------------------------------------------- simvq, ibq
+
+
+@pytest.mark.parametrize("kind", ["simvq", "simvq, unit sphere"])
+def test_simvq_is_vq_with_a_codebook_that_one_layer_makes(kind):
+    quantizer, z = make(kind, rotation_trick=False), latents(kind)
+    frozen, (weight, bias) = quantizer.embedding.weight, quantizer.embedding_proj.parameters()
+    out = quantizer(z)
+    rows, codebook = as_rows(z), torch.stack([weight @ row + bias for row in frozen])
+    if "sphere" in kind:
+        rows, codebook = (x / x.norm(dim=1, keepdim=True) for x in (rows, codebook))
+    codes = ((rows[:, None] - codebook) ** 2).sum(-1).argmin(1)
+    assert torch.equal(out.codes.flatten(), codes)
+    torch.testing.assert_close(as_rows(out.quantized), codebook[codes])
+    expected = ((codebook[codes] - rows.detach()) ** 2).mean() + 0.25 * ((codebook[codes].detach() - rows) ** 2).mean()
+    torch.testing.assert_close(out.loss, expected)
+    trained = (z, weight, bias)
+    for pair in zip(torch.autograd.grad(out.loss, trained), torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize("kind, trained", [("ema", []), ("simvq", ["embedding_proj.weight", "embedding_proj.bias"])])
+def test_frozen_entries_stay_frozen_in_fine_tuning(kind, trained, tmp_path):
+    model = VQGANModel(VQGANConfig(**SMALL, embed_dim=64, num_embeddings=500, quantizer=kind))
+    model.save_pretrained(tmp_path)
+    for tokenizer in (model, VQGANModel.from_pretrained(tmp_path)):
+        assert [name for name, weight in tokenizer.quantize.named_parameters() if weight.requires_grad] == trained
+    if kind == "simvq":
+        assert model.quantize.embedding.weight.std().item() == pytest.approx(1 / 8, rel=0.02)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 100])
+def test_index_backpropagation(monkeypatch, rows_at_once):
+    """The paper's one-hot: hard in its value, soft in its gradient, with all N × K numbers at once."""
+    monkeypatch.setattr(quantizer_base, "SOFTMAX_SCORES", 16 * rows_at_once)
+    quantizer, z = make("ibq", codebook_cost=0.3, entropy_weight=0.2, entropy_temperature=0.5), latents("ibq")
+    weight, rows = quantizer.embedding.weight, as_rows(z)
+    similarities = rows @ weight.T
+    soft, codes = similarities.softmax(1), similarities.argmax(1)
+    hard = F.one_hot(codes, 16).float()
+    one_hot = hard - soft.detach() + soft
+    zq, entries = one_hot @ weight, hard @ weight
+    p = (similarities / 0.5).softmax(1)
+    entropies = -(p * p.log()).sum(1).mean() + (p.mean(0) * p.mean(0).log()).sum()
+    loss = ((zq - rows) ** 2).mean() + ((entries.detach() - rows) ** 2).mean()
+    loss = loss + 0.3 * ((entries - rows.detach()) ** 2).mean() + 0.2 * entropies
+
+    out = quantizer(z)
+    assert torch.equal(out.codes.flatten(), codes)
+    torch.testing.assert_close(as_rows(out.quantized), entries)
+    torch.testing.assert_close(out.loss, loss)
+    above = torch.randn_like(rows)
+    found = torch.autograd.grad((as_rows(out.quantized) * above).sum() + out.loss, (z, weight))
+    for pair in zip(found, torch.autograd.grad((zq * above).sum() + loss, (z, weight)), strict=True):
+        torch.testing.assert_close(*pair, atol=2e-5, rtol=1e-4)
+    assert found[1].ne(0).all()  # every entry learns from every latent
+
+
+@cpu_only
+def test_index_backpropagation_makes_no_matrix_of_all_latents_and_codes(monkeypatch):
+    monkeypatch.setattr(quantizer_base, "SOFTMAX_SCORES", 8 * 2048)
+    monkeypatch.setattr(quantizer_base, "CPU_SCORES", 8 * 2048)
+    quantizer, z = build_quantizer("ibq", 2048, 4, {}), torch.randn(512, 4, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        quantized, _, loss = quantizer.quantize(z)
+        (quantized.sum() + loss).backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest <= 4 * 8 * 2048 * 4 < 512 * 2048
 
 
 # ---------------------------------------------------------------- gumbel
@@ -277,7 +368,50 @@ def test_gumbel_in_evaluation_takes_the_likeliest_code():
     assert torch.equal(quantizer(z).codes.flatten(), gumbel_logits(quantizer, z).argmax(1))
 
 
-# ---------------------------------------------------------------- fsq, lfq
+def test_gumbel_starts_as_a_soft_nearest_neighbour():
+    """After k-means, the choice is a softmax over -½ s ‖z - c‖², whose spread over the centres is the sharpness."""
+    quantizer, z = make("gumbel", sharpness=12), latents("gumbel")
+    centres = torch.randn(16, 4) * torch.tensor([3.0, 1.0, 0.3, 0.1]) + 2
+    scale = 2 * 12 / (2 * ((centres - centres.mean(0)) ** 2).sum(1).mean())
+
+    def assert_soft_nearest(entries):
+        assert torch.equal(quantizer.codebook, entries)
+        distances = ((as_rows(z)[:, None] - entries) ** 2).sum(-1)
+        found, expected = gumbel_logits(quantizer, z).softmax(1), (-0.5 * scale * distances).softmax(1)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+        assert torch.equal(quantizer.eval()(z).codes.flatten(), distances.argmin(1))
+
+    quantizer.place_entries(centres)
+    assert_soft_nearest(centres)
+    between = ((centres[:, None] - centres) ** 2).sum(-1)
+    torch.testing.assert_close((0.5 * scale * between).mean(), torch.tensor(12.0))
+    moved = centres.clone()
+    moved[[3, 9]] = torch.randn(2, 4)
+    quantizer.move_entries(torch.tensor([3, 9]), moved[[3, 9]])  # a restart keeps the scale
+    assert_soft_nearest(moved)
+
+
+def test_gumbel_starts_from_equal_centres():
+    quantizer, z = make("gumbel"), latents("gumbel")
+    quantizer.place_entries(torch.ones(16, 4))
+    out = quantizer(z)
+    assert out.loss.item() == pytest.approx(0, abs=1e-4) and out.quantized.eq(1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_entries_have_a_row_for_each(kind):
+    quantizer = make(kind)
+    if isinstance(quantizer, CodebookQuantizer):
+        rows = torch.randn(2, KINDS[kind][2])
+        before, kept = [weight.clone() for weight in quantizer.entry_weights()], [0, *range(3, 16)]
+        quantizer.move_entries(torch.tensor([1, 2]), rows)
+        expected = rows / rows.norm(dim=1, keepdim=True) if quantizer.l2_normalize else rows
+        torch.testing.assert_close(quantizer.codebook[1:3], expected)
+        for old, new in zip(before, quantizer.entry_weights(), strict=True):
+            assert torch.equal(new[kept], old[kept]) and not torch.equal(new[1:3], old[1:3])
+
+
+# ---------------------------------------------------------------- fsq, lfq, bsq
 
 
 @pytest.mark.parametrize("levels", [[3], [4], [5, 4, 3], [8, 5, 5]])
@@ -334,6 +468,37 @@ def test_lfq_entropy_is_that_of_the_softmax_over_all_codes(width):
     torch.testing.assert_close(found, expected)
     (gradient,), (reference,) = torch.autograd.grad(found, z), torch.autograd.grad(expected, z)
     torch.testing.assert_close(gradient, reference)
+
+
+def test_bsq_codes_are_the_nearest_corners_on_the_sphere():
+    quantizer, z = make("bsq"), latents("bsq")
+    torch.testing.assert_close(quantizer.entries(torch.arange(16)), corners(4) / 2)
+    out, (lfq_codes, above) = quantizer(z), (make("lfq")(z).codes, torch.randn_like(z))
+    assert torch.equal(out.codes, lfq_codes)
+    (gradient,) = torch.autograd.grad((out.quantized * above).sum(), z)
+    u = z / z.norm(dim=1, keepdim=True)
+    (reference,) = torch.autograd.grad((u / 2 * above).sum(), z)  # sign(u) / √D, straight through the sign
+    torch.testing.assert_close(gradient, reference)
+
+
+@pytest.mark.parametrize("width", [1, 4, 5])
+def test_bsq_entropy_of_the_softmax_over_all_codes_and_of_independent_bits(width):
+    options = {"diversity_weight": 0.7, "entropy_temperature": 0.3, "commitment_cost": 0.3, "entropy_weight": 0.2}
+    quantizer = build_quantizer("bsq", 2**width, width, options)
+    z = torch.randn(50, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    u, codes = z / z.norm(dim=1, keepdim=True), corners(width) / width**0.5
+    q = torch.softmax(-((u[:, None] - codes) ** 2).sum(-1) / 0.3, 1)
+    on = [q.mean(0)[codes[:, bit] > 0].sum() for bit in range(width)]  # mean probability that a bit is set
+    product = torch.stack(
+        [math.prod(p if sign > 0 else 1 - p for p, sign in zip(on, code, strict=True)) for code in codes]
+    )
+    entropies = -(q * q.log()).sum(1).mean() + 0.7 * (product * product.log()).sum()
+    error = ((u - codes[((u[:, None] - codes) ** 2).sum(-1).argmin(1)]) ** 2).sum(1).mean()
+    expected = 0.3 * error + 0.2 * entropies
+    _, _, found = quantizer.quantize(z)
+    torch.testing.assert_close(found, expected)
+    (gradient,), (reference,) = torch.autograd.grad(found, z), torch.autograd.grad(expected, z)
+    torch.testing.assert_close(gradient, reference, atol=1e-6, rtol=1e-4)
 
 
 @cpu_only
