@@ -38,7 +38,7 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "gumbel": {"quantizer": "gumbel", "embed_dim": 8},
     "fsq": {"quantizer": "fsq", "embed_dim": 5, "quantizer_options": {"levels": [4, 4, 4, 4, 4]}},
     "lfq": {"quantizer": "lfq", "embed_dim": 10},
-    # 640 bits too: 8×8×2 codes of 5 bits, 4×4×4 of 10 bits, 8×8×2 of 5 bits, 4×4 and 8×8 of 8 bits
+    # 640 bits as well: 8×8×2 codes of 5 bits, 4×4×4 codes of 10 bits, 8×8×2 of 5 bits, 4×4 and 8×8 codes of 8 bits
     "residual": {"quantizer": "residual", "embed_dim": 8, "num_embeddings": 32, "quantizer_options": {"depth": 2}},
     "residual-4": {
         "quantizer": "residual",

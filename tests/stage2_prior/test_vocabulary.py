@@ -105,6 +105,38 @@ def test_round_trips(tmp_path, num_classes):
     assert TokenLayout.from_pretrained(tmp_path) == layout
 
 
+def test_the_file_of_a_layout_with_one_code_at_each_position(tmp_path):
+    """Files of earlier versions have these bytes."""
+    TokenLayout(32, ("cat", "dog"), (4, 6), 8, "0123456789abcdef", True, (3, 4)).save_pretrained(tmp_path)
+    assert (tmp_path / "token_layout.json").read_text() == (
+        '{\n  "tokens": {\n    "codes": 32,\n    "classes": 2,\n    "null": 1,\n    "padding": 29\n  },'
+        '\n  "num_codes": 32,\n  "class_names": [\n    "cat",\n    "dog"\n  ],\n  "grid": [\n    4,\n    6\n  ],'
+        '\n  "downsampling_factor": 8,\n  "tokenizer_fingerprint": "0123456789abcdef",\n  "has_null": true,'
+        '\n  "class_counts": [\n    3,\n    4\n  ]\n}\n'
+    )
+    one_code = TokenLayout(32, ("cat", "dog"), (4, 6), 8, "0123456789abcdef", grids=((4, 6, 1),))
+    assert one_code == TokenLayout.from_pretrained(tmp_path) and one_code.grids == ()
+
+
+@pytest.mark.parametrize(
+    ("grids", "length", "shape", "text"),
+    [
+        (((4, 6, 3),), 72, (4, 6, 3), "4×6×3"),
+        (((2, 3, 1), (4, 6, 1)), 30, (30,), "2×3 and 4×6"),
+        (((2, 3, 2), (4, 6, 1)), 36, (36,), "2×3×2 and 4×6"),
+    ],
+)
+def test_several_codes_at_a_position_and_several_grids(tmp_path, grids, length, shape, text):
+    layout = TokenLayout(32, (), (4, 6), 8, "", grids=grids)
+    assert (layout.length, layout.codes_shape, layout.codes_text) == (length, shape, text)
+    assert layout.pixels == 32 * 48 and layout.all_grids == grids and layout.vocab_size == 64
+    layout.save_pretrained(tmp_path)
+    assert TokenLayout.from_pretrained(tmp_path) == layout != make(32, 0, (4, 6), 8)
+    for other in (((4, 6),), ((6, 4, 1),), 3, ((4, 6, 0),), ((4, 6, 1), (2, 3, 1))):
+        with pytest.raises(ValueError, match="grids: received"):
+            dataclasses.replace(layout, grids=other)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
