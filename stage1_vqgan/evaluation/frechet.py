@@ -4,14 +4,15 @@ Shape letters: N images, D features of an image.
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class Gaussian(NamedTuple):
+@dataclass(frozen=True)
+class Gaussian:
     """The normal distribution that is fitted to features.
 
     Attributes:

@@ -212,7 +212,7 @@ def build_feature_discriminator(model: VQGANConfig, settings: DiscriminatorConfi
 
 def build_stylegan(model: VQGANConfig, settings: DiscriminatorConfig) -> nn.Module:
     """StyleGAN2's residual discriminator."""
-    return StyleGANDiscriminator(model.in_channels, settings.base_channels, (model.image_size, model.image_size))
+    return StyleGANDiscriminator(model.in_channels, settings.base_channels, model.image_shape)
 
 
 # How to build each type of discriminator, from the configuration of the tokenizer and the settings.
