@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from tests.devices import ON_CPU
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# All that runs import, also what they import late: importing scikit-learn's data sets alone takes longer than a run.
+# All that runs import, even late. The import of scikit-learn's data sets alone takes longer than a run.
 PRELOADED = ["sklearn.datasets", "pydantic.dataclasses", "transformers.models.llama.modeling_llama"]
 CONTEXT.set_forkserver_preload([*PRELOADED, "tests.kill_runs", "tests.sharded_runs"])
 LONGEST = 240  # seconds; a run on a busy machine takes a small part of this
