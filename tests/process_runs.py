@@ -79,13 +79,16 @@ def stage1_config(folder: Path, **changes: Any) -> Stage1Config:
             "perceptual_weight": 0,
             "l2_weight": 0.5,
             "adversarial_weight": 0.5,
-            "adversarial_type": "non_saturating",
+            "adversarial_type": "hinge",
+            "generator_type": "non_saturating",
             "adversarial_start_step": 3,
             "gradient_penalty_weight": 0.5,
             "r1_weight": 0.5,
             "lecam_weight": 0.1,
+            "schedules": {"adversarial": {"ramp": 3}, "l2": {"end_weight": 0.1}},
         },
-        "discriminator": {"base_channels": 8, "num_layers": 2, "norm_type": "actnorm"},
+        "discriminator": {"base_channels": 8, "num_layers": 2, "norm_type": "actnorm", "adam_beta1": 0.5},
+        "perturbation": {"image_share": 0.5, "neighbours": 20},
         "codebook": {"kmeans_init_batches": 2, "restart_interval": 4},
     }
     return load_config(Stage1Config, overrides={**values, **changes})

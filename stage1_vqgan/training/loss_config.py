@@ -56,7 +56,8 @@ class LossConfig(Section):
     r1_weight: γ of the penalty on the discriminator's gradients at images
     lecam_weight: LeCam's penalty on the distance of the discriminator's logits from their moving averages
     schedules: weights that change during the run, by the name of the term: {adversarial: {ramp: 0.1, end_weight: 0.1}}
-        raises adversarial_weight from 0 over a tenth of the run, then changes it to 0.1 until the end
+        raises adversarial_weight from 0 over a tenth of the run, then changes it to 0.1 until the end. A term whose key
+        is 0 stays off
     """
 
     l1_weight: NonNegativeFloat = 1.0
@@ -94,7 +95,7 @@ class LossConfig(Section):
 
     def weights(self, step: int) -> dict[str, float]:
         """The weight of every term at a step (from 0), by its name: 0 before its start, then as `schedules` says."""
-        return {name: self._schedule(name).weight(value, step) for name, value in self.terms().items()}
+        return {name: value and self._schedule(name).weight(value, step) for name, value in self.terms().items()}
 
     def _schedule(self, term: str) -> Schedule:
         first = getattr(self, FIRST_STEPS[term]) if term in FIRST_STEPS else 0
@@ -106,7 +107,8 @@ class LossConfig(Section):
             setattr(self, name, in_steps(getattr(self, name), max_steps))
         for term, values in self.schedules.items():
             if not list(schedule_problems(values)):
-                self.schedules[term] = asdict(self._schedule(term).in_steps(max_steps))
+                whole = asdict(self._schedule(term).in_steps(max_steps))
+                self.schedules[term] = {name: value for name, value in whole.items() if name in (*values, "anneal")}
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if not any(getattr(self, f"{term}_weight") for term in RECONSTRUCTION_TERMS):
@@ -127,27 +129,19 @@ class LossConfig(Section):
         yield from self._schedule_problems()
 
     def _schedule_problems(self) -> Iterable[tuple[str, Any, str]]:
-        terms, wrong = self.terms(), False
-        for term, values in self.schedules.items():
-            key = f"schedules.{term}"
-            if term not in terms:
-                yield key, None, unknown_key(term, terms)
-                continue
-            for name, value, allowed in schedule_problems(values):
-                wrong = True
-                yield f"{key}.{name}", value, allowed
-            if not terms[term]:
-                yield key, None, f"{term}_weight is 0, and so is this term in every step; set {term}_weight above 0"
-            if (
-                term == "adversarial"
-                and values.get("start", self.adversarial_start_step) != self.adversarial_start_step
-            ):
-                yield f"{key}.start", values["start"], "write loss.adversarial_start_step instead"
+        wrong = [
+            (f"schedules.{term}.{name}", value, allowed)
+            for term, values in self.schedules.items()
+            for name, value, allowed in schedule_problems(values)
+        ]
+        terms = self.terms()
+        wrong += [(f"schedules.{term}", None, unknown_key(term, terms)) for term in self.schedules if term not in terms]
+        if "start" in self.schedules.get("adversarial", {}):
+            wrong.append(("schedules.adversarial.start", None, "write loss.adversarial_start_step instead"))
+        yield from wrong
         if not wrong and any(terms[term] for term in RECONSTRUCTION_TERMS) and not self._reconstructs_always():
-            allowed = (
-                f"in some steps the weights of {', '.join(RECONSTRUCTION_TERMS)} are all 0; leave one without start"
-            )
-            yield "schedules", None, allowed
+            names = ", ".join(RECONSTRUCTION_TERMS)
+            yield "schedules", None, f"in some steps the weights of {names} are all 0; leave one of them without start"
 
     def _reconstructs_always(self) -> bool:
         """Whether one of the reconstruction terms has a weight above 0 in every step."""
