@@ -162,6 +162,23 @@ def test_a_network_that_cannot_be_built_is_named_with_its_key(term):
         VQGANTrainer(steps.make_config(loss=loss, discriminator=discriminator), Accelerator())
 
 
+def test_images_below_the_least_size_of_a_network_are_refused():
+    loss = {**LOSSES, "features_network": "stlpips/alex"}
+    with pytest.raises(ConfigError, match=r"features_network: .*'stlpips/alex'; it needs at least 21 pixels.* have 16"):
+        VQGANTrainer(steps.make_config(loss=loss), Accelerator())
+
+
+def test_bf16_trains_with_every_network():
+    config = steps.make_config(loss={**LOSSES, "lecam_weight": 0.1}, discriminator=FEATURES)
+    images, metrics = steps.make_images(0), []
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(True)
+        metrics.append(VQGANTrainer(config, Accelerator(mixed_precision=precision)).step(images, 0))
+    for name in ("features", "logits", "alignment", "discriminator"):
+        single, half = (found[f"loss/{name}"].item() for found in metrics)
+        assert single != half and half == pytest.approx(single, rel=0.1), name
+
+
 def test_penalties_work_with_stylegan():
     loss = {"perceptual_weight": 0, "r1_weight": 1.0, "gradient_penalty_weight": 1.0, "lecam_weight": 0.1}
     discriminator = {"type": "stylegan", "base_channels": 4, "augmentation": True}
