@@ -1,10 +1,9 @@
 """Builds the components of a run: tokenizer, losses, discriminator, and the optimizers."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +15,14 @@ from configs import ConfigError, Problem
 from configs.memory import SMALLER_BATCH, shortage
 from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.networks import load_network
 from stage1_vqgan.networks.alignment import Alignment
 from stage1_vqgan.networks.diffaug import Augmentation, augment, unchanged
-from stage1_vqgan.networks.feature_discriminator import FeatureDiscriminator
-from stage1_vqgan.networks.perceptual import FeatureDistance, LogitDistance, ShiftTolerantLPIPS
-from stage1_vqgan.networks.stylegan_discriminator import StyleGANDiscriminator
 from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
-from stage1_vqgan.training.config import DiscriminatorConfig, DiscriminatorType, Stage1Config
-from stage1_vqgan.training.discriminator import PatchDiscriminator
-from stage1_vqgan.training.loss_config import RECONSTRUCTION_TERMS, Backbone
-from stage1_vqgan.training.losses import PerceptualLoss
+from stage1_vqgan.training.config import Stage1Config
+from stage1_vqgan.training.loss_config import RECONSTRUCTION_TERMS
+from stage1_vqgan.training.network_terms import DISCRIMINATORS, build_features, build_logits, build_perceptual
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-Module = TypeVar("Module", bound=nn.Module)
 
 FLOAT32 = 4  # bytes
 SMALLER = "choose smaller model.base_channels, model.num_res_blocks or model.num_embeddings"
@@ -117,80 +110,9 @@ def saved_activations(model: VQGANModel, itemsize: int) -> int:
     return 2 * blocks * numbers * itemsize
 
 
-def build_reconstruction_losses(config: Stage1Config, channels: int, accelerator: Accelerator) -> dict[str, Loss]:
-    """The losses of reconstructions and images whose weight is above 0, by the name of their term.
-
-    Raises:
-        ConfigError: weights of a network are missing or damaged.
-    """
-    weights = config.loss.terms()
-    return {
-        name: RECONSTRUCTION_LOSSES[name](config, channels, accelerator)
-        for name in RECONSTRUCTION_TERMS
-        if weights[name]
-    }
-
-
-def build_perceptual(config: Stage1Config, channels: int, accelerator: Accelerator) -> nn.Module:
-    """LPIPS, or shift-tolerant LPIPS. Says which of the image's channels it compares, if not all."""
-    backbone, weights = config.loss.lpips_backbone, config.loss.lpips_weights
-    if channels == 2 or channels > 3:
-        part = "the first channel" if channels == 2 else "the first three channels"
-        accelerator.print(f"LPIPS compares {part} of {channels}; the other losses compare all")
-    if backbone.startswith("stlpips_"):
-        accelerator.print(f"loss/perceptual is shift-tolerant LPIPS ({backbone}); its values are not those of LPIPS")
-        with _problems_of("loss.lpips_backbone"):
-            return _place(ShiftTolerantLPIPS(backbone.removeprefix("stlpips_"), weights), config, accelerator)
-    with _problems_of("loss"):
-        perceptual = _place(PerceptualLoss(cast(Backbone, backbone), weights), config, accelerator)
-    if config.torch_compile:
-        perceptual.compile(fullgraph=True, dynamic=False)
-    return perceptual
-
-
-def build_features(config: Stage1Config, channels: int, accelerator: Accelerator) -> nn.Module:
-    """The distance of features of a named network."""
-    with _problems_of("loss.features_network"):
-        network = load_network(config.loss.features_network, config.loss.features_network_weights)
-        return _place(FeatureDistance(network), config, accelerator)
-
-
-def build_logits(config: Stage1Config, channels: int, accelerator: Accelerator) -> nn.Module:
-    """The distance of logits of a named classifier."""
-    with _problems_of("loss.logits_network"):
-        network = load_network(config.loss.logits_network, config.loss.logits_network_weights)
-        return _place(LogitDistance(network), config, accelerator)
-
-
-def build_alignment(config: Stage1Config, model: VQGANConfig, accelerator: Accelerator) -> Alignment | None:
-    """The alignment of latents to features of a named network; None if its weight is 0.
-
-    Raises:
-        ConfigError: weights of the network are missing or damaged.
-    """
-    if not config.loss.alignment_weight:
-        return None
-    with _problems_of("loss.alignment_network"):
-        network = load_network(config.loss.alignment_network, config.loss.alignment_network_weights)
-    return _place(Alignment(network, model.embed_dim), config, accelerator)
-
-
-@contextmanager
-def _problems_of(key: str) -> Iterator[None]:
-    """Names the key of a network that cannot be built."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError([Problem(key, str(error))]) from error
-
-
-def _place(module: Module, config: Stage1Config, accelerator: Accelerator) -> Module:
-    return module.to(accelerator.device, memory_format=memory_format(config))  # type: ignore[call-overload]
-
-
-# How to build the loss of each term in RECONSTRUCTION_TERMS, from the settings and the number of channels. A loss is a
-# scalar function of reconstructions and images `(B, C, H, W)`.
-RECONSTRUCTION_LOSSES: dict[str, Callable[[Stage1Config, int, Accelerator], Loss]] = {
+# How to build the loss of each term in RECONSTRUCTION_TERMS, from the settings and the configuration of the tokenizer.
+# A loss is a scalar function of reconstructions and images `(B, C, H, W)`.
+RECONSTRUCTION_LOSSES: dict[str, Callable[[Stage1Config, VQGANConfig, Accelerator], Loss]] = {
     "l1": lambda *_: F.l1_loss,
     "l2": lambda *_: F.mse_loss,
     "perceptual": build_perceptual,
@@ -199,28 +121,19 @@ RECONSTRUCTION_LOSSES: dict[str, Callable[[Stage1Config, int, Accelerator], Loss
 }
 
 
-def build_patchgan(model: VQGANConfig, settings: DiscriminatorConfig) -> nn.Module:
-    """The PatchGAN discriminator."""
-    return PatchDiscriminator(model.in_channels, settings.base_channels, settings.num_layers, settings.norm_type)
+def build_reconstruction_losses(config: Stage1Config, model: VQGANConfig, accelerator: Accelerator) -> dict[str, Loss]:
+    """The losses of reconstructions and images whose weight is above 0, by the name of their term.
 
-
-def build_feature_discriminator(model: VQGANConfig, settings: DiscriminatorConfig) -> nn.Module:
-    """Heads on the features of a named network."""
-    with _problems_of("discriminator.network"):
-        return FeatureDiscriminator(load_network(settings.network, settings.network_weights))
-
-
-def build_stylegan(model: VQGANConfig, settings: DiscriminatorConfig) -> nn.Module:
-    """StyleGAN2's residual discriminator."""
-    return StyleGANDiscriminator(model.in_channels, settings.base_channels, model.image_shape)
-
-
-# How to build each type of discriminator, from the configuration of the tokenizer and the settings.
-DISCRIMINATORS: dict[DiscriminatorType, Callable[[VQGANConfig, DiscriminatorConfig], nn.Module]] = {
-    "patchgan": build_patchgan,
-    "features": build_feature_discriminator,
-    "stylegan": build_stylegan,
-}
+    Raises:
+        ConfigError: weights of a network are missing or damaged.
+    """
+    weights = config.loss.terms()
+    names = [name for name in RECONSTRUCTION_TERMS if weights[name]]
+    losses = {name: RECONSTRUCTION_LOSSES[name](config, model, accelerator) for name in names}
+    for loss in losses.values():
+        if isinstance(loss, nn.Module):
+            loss.to(accelerator.device, memory_format=memory_format(config))  # type: ignore[call-overload]
+    return losses
 
 
 def augmentation(config: Stage1Config) -> Augmentation:

@@ -31,7 +31,7 @@ class GeneratorTerms:
     def __init__(self, config: Stage1Config, model: VQGANModel, accelerator: Accelerator):
         loss = config.loss
         self.accelerator, self.last_layer, self.is_adaptive = accelerator, model.decoder.conv_out, loss.adaptive_weight
-        self.losses = build_reconstruction_losses(config, model.config.in_channels, accelerator)
+        self.losses = build_reconstruction_losses(config, model.config, accelerator)
         self.augment = augmentation(config)
         self.adversarial_loss = GENERATOR_LOSSES[loss.generator_type or loss.adversarial_type]
 

@@ -19,7 +19,6 @@ from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.training.codebook import Candidates, CodebookMonitor
 from stage1_vqgan.training.components import (
     augmentation,
-    build_alignment,
     build_tokenizer,
     memory_format,
     prepare_discriminator,
@@ -29,6 +28,7 @@ from stage1_vqgan.training.config import Stage1Config
 from stage1_vqgan.training.discriminator_terms import DiscriminatorTerms
 from stage1_vqgan.training.generator_terms import GeneratorTerms
 from stage1_vqgan.training.losses import weighted_sum
+from stage1_vqgan.training.network_terms import build_alignment
 from stage1_vqgan.training.perturbation import LatentPerturbation
 
 
@@ -57,7 +57,7 @@ class VQGANTrainer:
         model = build_tokenizer(config)
         model.to(memory_format=memory_format(config))  # type: ignore[call-arg]
         self.average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
-        alignment = build_alignment(config, model.config, accelerator)
+        alignment = build_alignment(config, model.config)
         self.generator, self.alignment, self.optimizer = prepare_generator(model, alignment, config, accelerator)
         self.generator_terms = GeneratorTerms(config, model, accelerator)
         self.discriminator, self.discriminator_optimizer = prepare_discriminator(model.config, config, accelerator)
@@ -120,8 +120,7 @@ class VQGANTrainer:
             # Generator update. The terms of the latents have graphs of their own.
             of_latents = {"codebook": out.codebook_loss}
             if self.alignment is not None and weights["alignment"]:
-                with self.accelerator.autocast():
-                    of_latents["alignment"] = self.alignment(out.quantized, images)
+                of_latents["alignment"] = self.alignment(out.quantized, images)
             objective = (out.reconstruction * gradient.to(out.reconstruction.dtype)).sum()
             objective = objective + weighted_sum(of_latents, weights)
             metrics |= self._update(self.generator, self.optimizer, objective, step)
