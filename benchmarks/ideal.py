@@ -6,7 +6,7 @@ come from forwards of the models on the device "meta", without data.
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from benchmarks.machine import Ceilings
 from stage1_vqgan import Stage1Config, VQGANConfig, VQGANModel
 from stage1_vqgan.training.discriminator import PatchDiscriminator
+from stage1_vqgan.training.loss_config import Backbone
 from stage1_vqgan.training.losses import PerceptualLoss
 
 META = torch.device("meta")
@@ -59,7 +60,7 @@ def training_step_operations(config: Stage1Config) -> int:
     image = 1, model.in_channels, *model.image_shape
     total = 3 * (encode_operations(model) + decode_operations(model))
     if config.loss.perceptual_weight:
-        perceptual = PerceptualLoss(config.loss.lpips_backbone, "random").to(META)
+        perceptual = PerceptualLoss(cast(Backbone, config.loss.lpips_backbone), "random").to(META)
         total += 3 * count(lambda x: perceptual.lpips.net(x.expand(-1, 3, -1, -1)), *image)
     if config.loss.adversarial_weight:
         sizes = config.discriminator

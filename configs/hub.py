@@ -36,7 +36,9 @@ def is_repo_id(name: str) -> bool:
     return True
 
 
-def check_push(repo_id: str, private: bool | None = None, license: str | None = None) -> None:
+def check_push(
+    repo_id: str, private: bool | None = None, license: str | None = None, field: str = "hub_model_id"
+) -> None:
     """Creates the repository of a later upload, and asks the Hub whether the login may write to it.
 
     A run calls it before it trains, in its main process.
@@ -45,6 +47,7 @@ def check_push(repo_id: str, private: bool | None = None, license: str | None = 
         repo_id: the repository.
         private: whether to create it as private; None leaves this to the Hub.
         license: an identifier of a license, which the Hub must know.
+        field: setting that names the repository, for the message.
 
     Raises:
         ConfigError: an upload would fail.
@@ -64,7 +67,7 @@ def check_push(repo_id: str, private: bool | None = None, license: str | None = 
         api.auth_check(api.create_repo(repo_id, private=private, exist_ok=True).repo_id, write=True)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         message = f"received {repo_id!r}; an upload would fail: {_reason(error)}"
-        raise ConfigError([Problem("hub_model_id", message)], "upload") from error
+        raise ConfigError([Problem(field, message)], "upload") from error
 
 
 def push_run(config: Any, export: Callable[[Path, Path, str], None] | None) -> str:

@@ -38,7 +38,7 @@ def main(config: RunConfig) -> None:
     check(trainings)
     make_folder(config.output_dir)  # fails here, not in each step
     if config.push is not None:
-        check_push(config.push, license=config.license)  # now, not after hours of training
+        check_push(config.push, license=config.license, field="push")  # now, not after hours of training
     steps: list[Callable[[], Step]] = [
         *(lambda step=step: step for step in trainings),  # type: ignore[misc]
         lambda: building_step(config),

@@ -45,6 +45,22 @@ WHOLE: dict[str, dict[str, Any]] = {
     "gumbel": {"quantizer": "gumbel", "quantizer_options": {"kl_weight": 0.01}},
     "lfq": {"quantizer": "lfq", "embed_dim": 6, "num_embeddings": 64},
 }
+# settings of runs whose losses and discriminator use frozen networks
+NETWORK = {"network": "timm/test_resnet@32", "network_weights": "random"}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "features": {
+        "loss": {
+            "perceptual_weight": 0,
+            **{f"{term}_weight": 0.5 for term in ("features", "logits", "alignment")},
+            **{f"{term}_{key}": NETWORK[key] for term in ("features", "logits", "alignment") for key in NETWORK},
+        },
+        "discriminator": {"type": "features", **NETWORK},
+    },
+    "stylegan": {
+        "loss": {"perceptual_weight": 0, "r1_weight": 0.5},
+        "discriminator": {"type": "stylegan", "base_channels": 4, "augmentation": True},
+    },
+}
 # Adam divides a gradient by its running size plus ε. With the usual ε of 1e-8, a gradient that is only a rounding error
 # moves its weight by a whole learning rate, in a direction that depends on the order of sums. With an ε as large as a
 # usual gradient of these runs, an error δ of a gradient moves the weight by at most 2 · learning rate · δ / ε.
@@ -67,13 +83,16 @@ def stage1_config(folder: Path, **changes: Any) -> Stage1Config:
             "perceptual_weight": 0,
             "l2_weight": 0.5,
             "adversarial_weight": 0.5,
-            "adversarial_type": "non_saturating",
+            "adversarial_type": "hinge",
+            "generator_type": "non_saturating",
             "adversarial_start_step": 3,
             "gradient_penalty_weight": 0.5,
             "r1_weight": 0.5,
             "lecam_weight": 0.1,
+            "schedules": {"adversarial": {"ramp": 3}, "l2": {"end_weight": 0.1}},
         },
-        "discriminator": {"base_channels": 8, "num_layers": 2, "norm_type": "actnorm"},
+        "discriminator": {"base_channels": 8, "num_layers": 2, "norm_type": "actnorm", "adam_beta1": 0.5},
+        "perturbation": {"image_share": 0.5, "neighbours": 20},
         "codebook": {"kmeans_init_batches": 2, "restart_interval": 4},
     }
     return load_config(Stage1Config, overrides={**values, **changes})
@@ -127,6 +146,8 @@ def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass:
     def finish_and_leave(training: Training) -> Any:
         trainer, accelerator = training.trainer, training.accelerator
         parts = {"generator": trainer.model, "average": trainer.average, "discriminator": trainer.discriminator}
+        if trainer.alignment is not None:
+            parts["alignment"] = trainer.alignment
         state = {key: accelerator.unwrap_model(part).state_dict() for key, part in parts.items()}
         leave(folder, name, {**state, "restarted": sum(restarted)})
         return finish(training)
@@ -263,6 +284,9 @@ def run_all(folder: Path, other: Path) -> None:
         model = {**tiny.VQGAN, **settings}
         # no clipping, so that the scale of the gradients is compared too
         changes = {"max_steps": 5, "max_grad_norm": 0, "model": model, "output_dir": str(folder / name)}
+        run_stage1(stage1_config(folder, **changes), folder / "states", name)
+    for name, settings in NETWORKS.items():
+        changes = {"max_steps": 4, "max_grad_norm": 0, **settings, "output_dir": str(folder / name)}
         run_stage1(stage1_config(folder, **changes), folder / "states", name)
     config = stage2_config(folder, tokenizer=str(other / "vqgan"))
     tokenize(config)

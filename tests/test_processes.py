@@ -66,7 +66,7 @@ def state(folder, name, process):
     return torch.load(folder / "states" / f"{name}-{process}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", *process_runs.WHOLE])
+@pytest.mark.parametrize("name", ["stage1", "stage2", *process_runs.WHOLE, *process_runs.NETWORKS])
 def test_every_process_holds_the_same(two, name):
     first, second = (tensors(state(two, name, process)) for process in range(2))
     assert first.keys() == second.keys() and len(first) > 20
@@ -90,7 +90,7 @@ def test_codebooks_are_those_of_one_process(one, two, name, options):
     assert name == "gumbel" or single["restarted"] > 0
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", *process_runs.WHOLE])
+@pytest.mark.parametrize("name", ["stage1", "stage2", *process_runs.WHOLE, *process_runs.NETWORKS])
 def test_two_processes_are_one_with_twice_the_batch(one, two, name):
     single, double = (tensors(state(folder, name, 0)) for folder in (one, two))
     assert single.keys() == double.keys()

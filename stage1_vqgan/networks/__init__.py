@@ -1,6 +1,5 @@
 """Frozen feature networks: what losses, discriminators and metrics see in an image."""
 
-from stage1_vqgan.networks.frozen import Activations, FrozenNetwork
-from stage1_vqgan.networks.loading import load_network
+import lazy_loader
 
-__all__ = ["Activations", "FrozenNetwork", "load_network"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,6 +3,9 @@
 Shape letters: B batch, C channels, H W image size, D width of the latents, F width of the features, h w code grid.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +37,11 @@ class Alignment(nn.Module):
         sizes = ((width, hidden), (hidden, hidden), (hidden, hidden))
         first, second, third = (nn.Conv2d(before, after, 1) for before, after in sizes)
         self.project = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves and casts the frozen network with the projection."""
+        self._frozen[0]._apply(fn)
+        return super()._apply(fn, recurse)
 
     def forward(self, quantized: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -6,18 +6,26 @@ translation, cutout" and the ranges of its code. There the numbers come from a g
 Shape letters: B batch, C channels, H W image size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.randomness import uniform
+from configs.randomness import seed_from, uniform
 from stage1_vqgan.data.transfer import to_device
 
 LARGEST_SHIFT = 1 / 8  # of the image's side
 CUTOUT = 1 / 2
 NUMBERS = 7  # random numbers that an image takes
+
+
+Augmentation = Callable[[Tensor, Sequence[int], int], Tensor]
+
+
+def unchanged(images: Tensor, seeds: Sequence[int], draw: int = 0) -> Tensor:
+    """The images themselves: no augmentation."""
+    return images
 
 
 def augment(images: Tensor, seeds: Sequence[int], draw: int = 0) -> Tensor:
@@ -28,10 +36,8 @@ def augment(images: Tensor, seeds: Sequence[int], draw: int = 0) -> Tensor:
         seeds: one for each image.
         draw: number of the draw; each gives an image other random numbers.
     """
-    numbers = uniform(
-        to_device(torch.tensor(seeds).unsqueeze(1), images.device),
-        torch.arange(draw * NUMBERS, (draw + 1) * NUMBERS, device=images.device),
-    )
+    own = torch.tensor([seed_from(seed, 2, draw) for seed in seeds])  # the quantizer draws from the same seeds
+    numbers = uniform(to_device(own, images.device)[:, None], torch.arange(NUMBERS, device=images.device))
     return cut_out(shift(recolour(images, numbers[:, :3]), numbers[:, 3:5]), numbers[:, 5:])
 
 

@@ -10,19 +10,16 @@ from stage1_vqgan.networks import (
     transformers_models,
 )
 from stage1_vqgan.networks.frozen import FrozenNetwork
+from stage1_vqgan.networks.names import split_name
 
 # By the first part of the name; each takes the rest of the name, the weights and the size of images.
-FAMILIES = {
+BACKBONES = {
     "torchvision": torchvision_models.backbone,
     "timm": timm_models.backbone,
     "transformers": transformers_models.backbone,
     "efficientnet-lite0": efficientnet_lite.backbone,
     "stlpips": shift_tolerant.backbone,
 }
-NAMES = (
-    "torchvision/<model>, timm/<model>, transformers/<Hub id or folder>, efficientnet-lite0, stlpips/alex or "
-    "stlpips/vgg, each with @ and a size behind it for images of another size"
-)
 
 
 def load_network(name: str, weights: str = "pretrained") -> FrozenNetwork:
@@ -43,11 +40,7 @@ def load_network(name: str, weights: str = "pretrained") -> FrozenNetwork:
         FileNotFoundError: the weights are missing and cannot be downloaded; the message names the file to provide.
         ImportError: the package is missing; the message names it.
     """
-    known, at, digits = name.rpartition("@")
-    size = int(digits) if at and digits.isdecimal() else None
-    family, _, model = (known if size else name).partition("/")
-    if family not in FAMILIES or bool(model) == (family == "efficientnet-lite0"):
-        raise ValueError(f"received {name!r}; allowed are {NAMES}")
+    family, model, size = split_name(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return FrozenNetwork(name, FAMILIES[family](model, weights, size))
+        return FrozenNetwork(name, BACKBONES[family](model, weights, size))

@@ -1,7 +1,8 @@
 """The backbones of shift-tolerant LPIPS, whose trained weights come in a package: no download.
 
 AlexNet and VGG16 with blurred down-sampling. They are written here with torch's layers, because the package's own code
-needs packages that it does not declare; only its weight files are read. Its numbers are not those of LPIPS.
+needs packages that it does not declare, and parts of it are licensed for non-commercial use only. Only its weight files
+are read. Its numbers are not those of LPIPS.
 
 Source: Ghildyal and Liu 2022, "Shift-tolerant perceptual similarity metric", section 3.
 """

@@ -4,6 +4,7 @@ checkpoint-1000/
   model.safetensors                    the generator
   average.safetensors                  its moving average
   optimizer.safetensors, .json         its optimizer
+  alignment.safetensors                the projection that loss.alignment_weight trains, if it is above 0
   monitor.safetensors                  counters of code use
   discriminator.safetensors            this and the following ones, if the run has a discriminator
   discriminator_optimizer.safetensors, .json
@@ -62,8 +63,8 @@ def _write(path: Path, trainer: VQGANTrainer) -> None:
     path.mkdir(parents=True)
     for name, module in _modules(trainer).items():
         write_tensors(path / f"{name}.safetensors", module.state_dict())
-    for name, (optimizer, module) in _optimizers(trainer).items():
-        write_state(path / name, optimizer_state(optimizer, dict(module.named_parameters())))
+    for name, (optimizer, parameters) in _optimizers(trainer).items():
+        write_state(path / name, optimizer_state(optimizer, parameters))
 
 
 def _read(path: Path, trainer: VQGANTrainer) -> None:
@@ -72,26 +73,31 @@ def _read(path: Path, trainer: VQGANTrainer) -> None:
         saved = read_tensors(file)
         require_like(saved, module.state_dict(), file)
         module.load_state_dict(saved)
-    for name, (optimizer, module) in _optimizers(trainer).items():
-        file = path / f"{name}.json"
-        load_optimizer_state(read_state(path / name), optimizer, dict(module.named_parameters()), file)
+    for name, (optimizer, parameters) in _optimizers(trainer).items():
+        load_optimizer_state(read_state(path / name), optimizer, parameters, path / f"{name}.json")
 
 
 def _modules(trainer: VQGANTrainer) -> dict[str, nn.Module]:
     """The modules of a checkpoint, by the names of their files."""
     modules: dict[str, nn.Module] = {"model": trainer.model, "average": trainer.average, "monitor": trainer.monitor}
+    if trainer.alignment is not None:
+        modules["alignment"] = trainer.accelerator.unwrap_model(trainer.alignment)
     if trainer.discriminator is not None:
         modules["discriminator"] = trainer.accelerator.unwrap_model(trainer.discriminator)
         modules["anchors"] = trainer.discriminator_terms.anchors
     return modules
 
 
-def _optimizers(trainer: VQGANTrainer) -> dict[str, tuple[Optimizer, nn.Module]]:
-    """The optimizers of a checkpoint and the modules they train, by the names of their files."""
+def _optimizers(trainer: VQGANTrainer) -> dict[str, tuple[Optimizer, dict[str, nn.Parameter]]]:
+    """The optimizers of a checkpoint and the parameters that they train, by the names of their files."""
     modules = _modules(trainer)
-    optimizers = {"optimizer": (trainer.optimizer.optimizer, modules["model"])}
+    of_generator = dict(modules["model"].named_parameters())
+    if "alignment" in modules:
+        of_generator |= dict(modules["alignment"].named_parameters(prefix="alignment"))
+    optimizers = {"optimizer": (trainer.optimizer.optimizer, of_generator)}
     if trainer.discriminator is not None:
-        optimizers["discriminator_optimizer"] = (trainer.discriminator_optimizer.optimizer, modules["discriminator"])
+        of_discriminator = dict(modules["discriminator"].named_parameters())
+        optimizers["discriminator_optimizer"] = (trainer.discriminator_optimizer.optimizer, of_discriminator)
     return optimizers
 
 
@@ -114,6 +120,8 @@ def state_to_check(trainer: VQGANTrainer) -> Iterable[tuple[str, Iterable[Tensor
     """The tensors of a checkpoint that can overflow in training, by the name of their owner."""
     yield "the generator", trainer.model.parameters()
     yield "the moving average", trainer.average.parameters()
+    if trainer.alignment is not None:
+        yield "the projection of the alignment", trainer.alignment.parameters()
     optimizers = {"generator": trainer.optimizer}
     if trainer.discriminator is not None:
         yield "the discriminator", chain(trainer.discriminator.parameters(), trainer.discriminator.buffers())

@@ -13,12 +13,14 @@ from torch.optim import AdamW
 
 from configs import ConfigError, Problem
 from configs.memory import SMALLER_BATCH, shortage
+from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.modeling_vqgan import VQGANModel
+from stage1_vqgan.networks.alignment import Alignment
+from stage1_vqgan.networks.diffaug import Augmentation, augment, unchanged
 from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
-from stage1_vqgan.training.config import DiscriminatorConfig, DiscriminatorType, Stage1Config
-from stage1_vqgan.training.discriminator import PatchDiscriminator
+from stage1_vqgan.training.config import Stage1Config
 from stage1_vqgan.training.loss_config import RECONSTRUCTION_TERMS
-from stage1_vqgan.training.losses import PerceptualLoss
+from stage1_vqgan.training.network_terms import DISCRIMINATORS, build_features, build_logits, build_perceptual
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -59,8 +61,10 @@ def build_tokenizer(config: Stage1Config) -> VQGANModel:
     return model
 
 
-def prepare_generator(model: VQGANModel, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
-    """The tokenizer, compiled if `torch_compile` and wrapped by accelerate, and its optimizer.
+def prepare_generator(
+    model: VQGANModel, alignment: Alignment | None, config: Stage1Config, accelerator: Accelerator
+) -> tuple[Any, Any, Any]:
+    """The tokenizer, compiled if `torch_compile`, and the alignment, both wrapped by accelerate; and their optimizer.
 
     Raises:
         ConfigError: training does not fit in memory.
@@ -68,10 +72,13 @@ def prepare_generator(model: VQGANModel, config: Stage1Config, accelerator: Acce
     check_training_memory(model, config, accelerator)
     if config.torch_compile:
         model.compile(fullgraph=True, dynamic=False)
-    generator, optimizer = accelerator.prepare(model, _optimizer(model, partial(getattr, config)))
+    parts = [model] if alignment is None else [model, alignment]
+    generator, *wrapped, optimizer = accelerator.prepare(
+        *parts, _optimizer(nn.ModuleList(parts), partial(getattr, config))
+    )
     # accelerate converts everything that a model returns to float32, which copies the largest features: undo that.
     accelerator.unwrap_model(generator, keep_fp32_wrapper=False)
-    return generator, optimizer
+    return generator, wrapped[0] if wrapped else None, optimizer
 
 
 def check_training_memory(model: VQGANModel, config: Stage1Config, accelerator: Accelerator) -> None:
@@ -104,62 +111,45 @@ def saved_activations(model: VQGANModel, itemsize: int) -> int:
     return 2 * blocks * numbers * itemsize
 
 
-def build_reconstruction_losses(config: Stage1Config, channels: int, accelerator: Accelerator) -> dict[str, Loss]:
+# How to build the loss of each term in RECONSTRUCTION_TERMS, from the settings and the configuration of the tokenizer.
+# A loss is a scalar function of reconstructions and images `(B, C, H, W)`.
+RECONSTRUCTION_LOSSES: dict[str, Callable[[Stage1Config, VQGANConfig, Accelerator], Loss]] = {
+    "l1": lambda *_: F.l1_loss,
+    "l2": lambda *_: F.mse_loss,
+    "perceptual": build_perceptual,
+    "features": build_features,
+    "logits": build_logits,
+}
+
+
+def build_reconstruction_losses(config: Stage1Config, model: VQGANConfig, accelerator: Accelerator) -> dict[str, Loss]:
     """The losses of reconstructions and images whose weight is above 0, by the name of their term.
 
     Raises:
         ConfigError: weights of a network are missing or damaged.
     """
     weights = config.loss.terms()
-    return {
-        name: RECONSTRUCTION_LOSSES[name](config, channels, accelerator)
-        for name in RECONSTRUCTION_TERMS
-        if weights[name]
-    }
+    names = [name for name in RECONSTRUCTION_TERMS if weights[name]]
+    losses = {name: RECONSTRUCTION_LOSSES[name](config, model, accelerator) for name in names}
+    for loss in losses.values():
+        if isinstance(loss, nn.Module):
+            loss.to(accelerator.device, memory_format=memory_format(config))  # type: ignore[call-overload]
+    return losses
 
 
-def build_perceptual(config: Stage1Config, channels: int, accelerator: Accelerator) -> PerceptualLoss:
-    """LPIPS. Says which of the image's channels it compares, if not all."""
-    loss = config.loss
-    try:
-        perceptual = PerceptualLoss(loss.lpips_backbone, loss.lpips_weights)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError([Problem("loss", str(error))]) from error
-    if channels == 2 or channels > 3:
-        part = "the first channel" if channels == 2 else "the first three channels"
-        accelerator.print(f"LPIPS compares {part} of {channels}; the other losses compare all")
-    perceptual.to(accelerator.device, memory_format=memory_format(config))  # type: ignore[call-overload]
-    if config.torch_compile:
-        perceptual.compile(fullgraph=True, dynamic=False)
-    return perceptual
+def augmentation(config: Stage1Config) -> Augmentation:
+    """What changes the images that the discriminator sees."""
+    return augment if config.discriminator.augments else unchanged
 
 
-# How to build the loss of each term in RECONSTRUCTION_TERMS, from the settings and the number of channels. A loss is a
-# scalar function of reconstructions and images `(B, C, H, W)`.
-RECONSTRUCTION_LOSSES: dict[str, Callable[[Stage1Config, int, Accelerator], Loss]] = {
-    "l1": lambda *_: F.l1_loss,
-    "l2": lambda *_: F.mse_loss,
-    "perceptual": build_perceptual,
-}
-
-
-def build_patchgan(channels: int, settings: DiscriminatorConfig) -> nn.Module:
-    """The PatchGAN discriminator."""
-    return PatchDiscriminator(channels, settings.base_channels, settings.num_layers, settings.norm_type)
-
-
-# How to build each type of discriminator, from the number of channels and the settings.
-DISCRIMINATORS: dict[DiscriminatorType, Callable[[int, DiscriminatorConfig], nn.Module]] = {"patchgan": build_patchgan}
-
-
-def prepare_discriminator(in_channels: int, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
+def prepare_discriminator(model: VQGANConfig, config: Stage1Config, accelerator: Accelerator) -> tuple[Any, Any]:
     """The discriminator, compiled if possible and wrapped, and its optimizer; None if the run has no discriminator.
 
     In fine-tuning, it starts from the weights of the discriminator in the tokenizer's folder, if they fit.
     """
     if not config.has_discriminator:
         return None, None
-    discriminator = DISCRIMINATORS[config.discriminator.type](in_channels, config.discriminator)
+    discriminator = DISCRIMINATORS[config.discriminator.type](model, config.discriminator)
     if config.model_name_or_path is not None:
         message = start_discriminator(discriminator, config.model_name_or_path)
         if message is not None:

@@ -28,12 +28,13 @@ from configs.values import read_value
 from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.data.config import DataConfig
 from stage1_vqgan.evaluation.config import TrainingMetricsConfig
+from stage1_vqgan.networks.names import name_problems
 from stage1_vqgan.training.loss_config import LPIPS_MIN_SIZE, LossConfig
 
 if TYPE_CHECKING:
     from stage1_vqgan.configuration_vqgan import VQGANConfig
 
-DiscriminatorType = Literal["patchgan"]
+DiscriminatorType = Literal["patchgan", "features", "stylegan"]
 NormType = Literal["batch", "group", "actnorm"]
 
 MOST_CHANNELS = 2**10  # of an image
@@ -43,10 +44,14 @@ MOST_CHANNELS = 2**10  # of an image
 class DiscriminatorConfig(Section):
     """The discriminator.
 
-    type: "patchgan"
-    base_channels: width after the first convolution
-    num_layers: number of convolutions with stride 2; it determines the size of a patch
-    norm_type: "batch" (synchronised over GPUs), "group" or "actnorm"
+    type: "patchgan"; "features", small heads on the features of a frozen network; or "stylegan", the residual one of
+        StyleGAN2 without its minibatch standard deviation
+    base_channels: width after the first convolution of patchgan and stylegan
+    num_layers: number of convolutions with stride 2 of patchgan; it determines the size of a patch
+    norm_type: of patchgan: "batch" (synchronised over GPUs), "group" or "actnorm"
+    network, network_weights: of features: a frozen network by its name; "pretrained", a file, or "random" (for tests)
+    augmentation: random changes of colours, a shift and a cutout of all images that the discriminator sees (DiffAug);
+        null augments for features alone
     learning_rate: peak learning rate; null takes the generator's, and so do the next keys
     adam_beta1, adam_beta2, weight_decay, max_grad_norm: its optimizer, as the keys of the same names
     """
@@ -55,11 +60,23 @@ class DiscriminatorConfig(Section):
     base_channels: Annotated[int, Ge(4), Le(4096)] = 64
     num_layers: Annotated[int, Ge(1), Le(8)] = 3
     norm_type: NormType = "batch"
+    network: str = "timm/vit_small_patch16_224.dino"
+    network_weights: str = "pretrained"
+    augmentation: bool | None = None
     learning_rate: PositiveFloat | None = None
     adam_beta1: Momentum | None = None
     adam_beta2: Momentum | None = None
     weight_decay: NonNegativeFloat | None = None
     max_grad_norm: NonNegativeFloat | None = None
+
+    @property
+    def augments(self) -> bool:
+        """Whether the images that the discriminator sees are augmented."""
+        return self.type == "features" if self.augmentation is None else self.augmentation
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        if self.type == "features":
+            yield from name_problems("network", self.network)
 
 
 @dataclass(kw_only=True)
@@ -96,7 +113,8 @@ class Stage1Config(TrainingConfig):
 
     channels_last: channels-last memory format, with which convolutions are faster
     torch_compile: compiles encoder, decoder, LPIPS and discriminator: faster steps after some minutes at the start; the
-        discriminator is not compiled with "actnorm", loss.gradient_penalty_weight or loss.r1_weight
+        discriminator is not compiled with "actnorm", loss.gradient_penalty_weight or loss.r1_weight; nor are other
+        discriminators than patchgan, shift-tolerant LPIPS and networks that are named
     num_sample_images: images in the reconstruction grid of every evaluation
     min_lr_rate: "linear" and "cosine" end at this fraction of the learning rates instead of at 0
     model: fields of VQGANConfig, see below
@@ -167,7 +185,8 @@ class Stage1Config(TrainingConfig):
         ActNorm in the first batch.
         """
         differentiated_twice = self.loss.gradient_penalty_weight or self.loss.r1_weight
-        return self.torch_compile and self.discriminator.norm_type != "actnorm" and not differentiated_twice
+        is_simple = self.discriminator.type == "patchgan" and self.discriminator.norm_type != "actnorm"
+        return self.torch_compile and is_simple and not differentiated_twice
 
     refused: ClassVar[dict[str, str]] = TrainingConfig.refused | {
         "fp16": "stage 1 cannot train in float16: gradients of the adversarial term are taken unscaled; use bf16: true"
@@ -185,8 +204,15 @@ class Stage1Config(TrainingConfig):
             yield "gradient_accumulation_steps", self.gradient_accumulation_steps, allowed
         if self.min_lr_rate and self.lr_scheduler_type == "constant_with_warmup":
             yield "min_lr_rate", self.min_lr_rate, "lr_scheduler_type must be linear or cosine, or this one 0"
-        loss, norm_type = self.loss, self.discriminator.norm_type
-        if loss.adversarial_weight and norm_type == "batch" and (loss.gradient_penalty_weight or loss.r1_weight):
+        loss, kind, norm_type = self.loss, self.discriminator.type, self.discriminator.norm_type
+        penalised = loss.adversarial_weight and (loss.gradient_penalty_weight or loss.r1_weight)
+        if penalised and kind == "features":
+            allowed = (
+                "loss.gradient_penalty_weight and loss.r1_weight need 'patchgan' or 'stylegan': attention in a frozen "
+                "network cannot be differentiated twice on a GPU; loss.lecam_weight restrains this one"
+            )
+            yield "discriminator.type", kind, allowed
+        if penalised and kind == "patchgan" and norm_type == "batch":
             allowed = (
                 "loss.gradient_penalty_weight and loss.r1_weight need 'group' or 'actnorm': with 'batch' the gradient "
                 "at an image depends on the other images"
@@ -195,6 +221,12 @@ class Stage1Config(TrainingConfig):
         if self.data.augmentation.ten_crop:
             allowed = "it is for the views of a code store (stage 2); for training images use random_crop"
             yield "data.augmentation.ten_crop", True, allowed
+        if self.trainable == "decoder" and loss.alignment_weight:
+            yield (
+                "loss.alignment_weight",
+                loss.alignment_weight,
+                "the latents are frozen (trainable: decoder); set it to 0",
+            )
         if self.trainable == "decoder" and self.model_name_or_path is None:
             yield "trainable", self.trainable, "needs model_name_or_path: the tokenizer whose codes are frozen"
         model, wrong = self._model_fields()
@@ -230,7 +262,8 @@ class Stage1Config(TrainingConfig):
         if loss.perceptual_weight and size < smallest:
             allowed = f"LPIPS with {loss.lpips_backbone} needs {smallest} pixels; set loss.perceptual_weight to 0"
             yield "model.image_size", model.image_size, allowed
-        if loss.adversarial_weight and logit_grid_size(size, self.discriminator.num_layers) < 1:
+        is_patchgan = self.discriminator.type == "patchgan"
+        if loss.adversarial_weight and is_patchgan and logit_grid_size(size, self.discriminator.num_layers) < 1:
             most = max((layers for layers in range(9) if logit_grid_size(size, layers) >= 1), default=0)
             allowed = f"images of {size} pixels (the shorter side of model.image_size) allow at most {most}"
             yield "discriminator.num_layers", self.discriminator.num_layers, allowed

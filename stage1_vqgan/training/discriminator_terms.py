@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from stage1_vqgan.networks.diffaug import Augmentation, unchanged
 from stage1_vqgan.training.loss_config import LossConfig
 from stage1_vqgan.training.losses import DISCRIMINATOR_LOSSES
 from stage1_vqgan.training.regularizers import LecamAnchors, gradient_penalty, interpolation_shares, r1_penalty
@@ -20,13 +21,14 @@ class DiscriminatorTerms:
     Args:
         loss: the settings of the losses.
         accelerator: averages over processes.
+        augment: changes the images that D sees, see `stage1_vqgan.networks.diffaug.augment`.
 
     Attributes:
         anchors: moving averages of the discriminator's logits, for LeCam's penalty.
     """
 
-    def __init__(self, loss: LossConfig, accelerator: Accelerator):
-        self.accelerator, self.observes = accelerator, loss.lecam_weight > 0
+    def __init__(self, loss: LossConfig, accelerator: Accelerator, augment: Augmentation = unchanged):
+        self.accelerator, self.observes, self.augment = accelerator, loss.lecam_weight > 0, augment
         self.adversarial_loss = DISCRIMINATOR_LOSSES[loss.adversarial_type]
         self.anchors = LecamAnchors(accelerator.device)
 
@@ -42,11 +44,12 @@ class DiscriminatorTerms:
             seeds: a seed for each image.
         """
         real = real.detach().requires_grad_(weights["r1"] > 0)
-        logits_real, logits_fake = discriminator(real).float(), discriminator(fake).float()
+        seen_real, seen_fake = self.augment(real, seeds, 0), self.augment(fake, seeds, 1)
+        logits_real, logits_fake = discriminator(seen_real).float(), discriminator(seen_fake).float()
         penalties = {}
         if weights["gradient_penalty"]:
             shares = interpolation_shares(seeds, real.device)
-            penalties["gradient_penalty"] = gradient_penalty(discriminator, real.detach(), fake, shares)
+            penalties["gradient_penalty"] = gradient_penalty(discriminator, seen_real.detach(), seen_fake, shares)
         if weights["r1"]:
             penalties["r1"] = r1_penalty(logits_real, real)
         if weights["lecam"]:

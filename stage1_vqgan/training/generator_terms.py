@@ -4,14 +4,14 @@ Symbols: x images, x̂ reconstructions, D discriminator, λ adaptive weight.
 Shape letters: B batch, C channels, H W image size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stage1_vqgan.modeling_vqgan import VQGANModel
-from stage1_vqgan.training.components import build_reconstruction_losses
+from stage1_vqgan.training.components import augmentation, build_reconstruction_losses
 from stage1_vqgan.training.config import Stage1Config
 from stage1_vqgan.training.losses import GENERATOR_LOSSES, adaptive_weight, last_layer_gradients
 
@@ -31,7 +31,8 @@ class GeneratorTerms:
     def __init__(self, config: Stage1Config, model: VQGANModel, accelerator: Accelerator):
         loss = config.loss
         self.accelerator, self.last_layer, self.is_adaptive = accelerator, model.decoder.conv_out, loss.adaptive_weight
-        self.losses = build_reconstruction_losses(config, model.config.in_channels, accelerator)
+        self.losses = build_reconstruction_losses(config, model.config, accelerator)
+        self.augment = augmentation(config)
         self.adversarial_loss = GENERATOR_LOSSES[loss.generator_type or loss.adversarial_type]
 
     def reconstruction(self, reconstruction: Tensor, images: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:
@@ -39,8 +40,10 @@ class GeneratorTerms:
         with self.accelerator.autocast():
             return {name: loss(reconstruction, images) for name, loss in self.losses.items() if weights[name]}
 
-    def adversarial(self, discriminator: nn.Module, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """The adversarial term L_adv(D(x̂)), and its gradient ∂L_adv/∂x̂.
+    def adversarial(
+        self, discriminator: nn.Module, reconstruction: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The adversarial term L_adv(D(x̂)), and its gradient ∂L_adv/∂x̂; `seeds` of the augmentation of x̂.
 
         The parameters of the discriminator get no gradient: a compiled discriminator would compute all of them.
         """
@@ -48,7 +51,7 @@ class GeneratorTerms:
         trained = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
-        adversarial = self.adversarial_loss(discriminator(reconstruction).float())
+        adversarial = self.adversarial_loss(discriminator(self.augment(reconstruction, seeds, 2)).float())
         for parameter in trained:
             parameter.requires_grad_(True)
         return adversarial.detach(), torch.autograd.grad(adversarial, reconstruction)[0]

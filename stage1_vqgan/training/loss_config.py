@@ -6,16 +6,25 @@ from typing import Any, ClassVar, Literal
 
 from configs import Section, unknown_key
 from configs.sections import NonNegative, NonNegativeFloat, PositiveFloat, Share, in_steps
+from stage1_vqgan.networks.names import name_problems
 from stage1_vqgan.training.schedules import Schedule, schedule_problems
 
 Backbone = Literal["vgg", "alex", "squeeze"]
+ShiftTolerant = Literal["stlpips_alex", "stlpips_vgg"]
 AdversarialType = Literal["hinge", "vanilla", "non_saturating", "wasserstein"]
 
 # Smallest image side that passes every pooling layer of the LPIPS backbone.
-LPIPS_MIN_SIZE: dict[Backbone, int] = {"vgg": 16, "alex": 32, "squeeze": 32}
+LPIPS_MIN_SIZE: dict[Backbone | ShiftTolerant, int] = {
+    **{"vgg": 16, "alex": 32, "squeeze": 32},
+    **{"stlpips_alex": 21, "stlpips_vgg": 18},
+}
+
+# Terms that compare features of a frozen network, which the key `…_network` names.
+NETWORK_TERMS = ("features", "logits", "alignment")
+DINOV2 = "timm/vit_base_patch14_dinov2.lvd142m@224"
 
 # Terms that compare reconstructions with images. RECONSTRUCTION_LOSSES in components.py builds the loss of each.
-RECONSTRUCTION_TERMS = ("l1", "l2", "perceptual")
+RECONSTRUCTION_TERMS = ("l1", "l2", "perceptual", "features", "logits")
 # Terms that restrain the discriminator.
 PENALTIES = ("gradient_penalty", "r1", "lecam")
 # Keys with the first step of a term; the others begin at step 0.
@@ -28,7 +37,13 @@ class LossConfig(Section):
 
     l1_weight, l2_weight: mean absolute and mean squared error of the pixels
     perceptual_weight: LPIPS
-    lpips_backbone, lpips_weights: "vgg", "alex" or "squeeze"; "pretrained", torchvision's weight file, or "random"
+    lpips_backbone, lpips_weights: "vgg", "alex" or "squeeze"; "pretrained", torchvision's weight file, or "random".
+        "stlpips_alex" and "stlpips_vgg" are shift-tolerant LPIPS, whose trained weights a package holds
+        (pip install 'tessella[metrics]'): no download, but its values are not those of LPIPS
+    features_weight: cosine distance of the features of features_network, a frozen network by its name
+    features_network_weights: "pretrained", a file, or "random" (for tests); so for the other networks
+    logits_weight: mean squared difference of the logits of the classifier logits_network
+    alignment_weight: cosine distance of the projected quantized latents and the features of alignment_network
     codebook_weight: codebook and commitment terms
     adversarial_weight: the generator's adversarial term; 0 trains a VQ-VAE, without a discriminator
     adaptive_weight: whether the adaptive weight λ multiplies adversarial_weight; false leaves the weight constant
@@ -41,14 +56,24 @@ class LossConfig(Section):
     r1_weight: γ of the penalty on the discriminator's gradients at images
     lecam_weight: LeCam's penalty on the distance of the discriminator's logits from their moving averages
     schedules: weights that change during the run, by the name of the term: {adversarial: {ramp: 0.1, end_weight: 0.1}}
-        raises adversarial_weight from 0 over a tenth of the run, then changes it to 0.1 until the end
+        raises adversarial_weight from 0 over a tenth of the run, then changes it to 0.1 until the end. A term whose key
+        is 0 stays off
     """
 
     l1_weight: NonNegativeFloat = 1.0
     l2_weight: NonNegativeFloat = 0.0
     perceptual_weight: NonNegativeFloat = 1.0
-    lpips_backbone: Backbone = "vgg"
+    lpips_backbone: Backbone | ShiftTolerant = "vgg"
     lpips_weights: str = "pretrained"
+    features_weight: NonNegativeFloat = 0.0
+    features_network: str = DINOV2
+    features_network_weights: str = "pretrained"
+    logits_weight: NonNegativeFloat = 0.0
+    logits_network: str = "torchvision/convnext_small"
+    logits_network_weights: str = "pretrained"
+    alignment_weight: NonNegativeFloat = 0.0
+    alignment_network: str = DINOV2
+    alignment_network_weights: str = "pretrained"
     codebook_weight: PositiveFloat = 1.0
     adversarial_weight: NonNegativeFloat = 0.5
     adaptive_weight: bool = True
@@ -70,7 +95,7 @@ class LossConfig(Section):
 
     def weights(self, step: int) -> dict[str, float]:
         """The weight of every term at a step (from 0), by its name: 0 before its start, then as `schedules` says."""
-        return {name: self._schedule(name).weight(value, step) for name, value in self.terms().items()}
+        return {name: value and self._schedule(name).weight(value, step) for name, value in self.terms().items()}
 
     def _schedule(self, term: str) -> Schedule:
         first = getattr(self, FIRST_STEPS[term]) if term in FIRST_STEPS else 0
@@ -82,7 +107,8 @@ class LossConfig(Section):
             setattr(self, name, in_steps(getattr(self, name), max_steps))
         for term, values in self.schedules.items():
             if not list(schedule_problems(values)):
-                self.schedules[term] = asdict(self._schedule(term).in_steps(max_steps))
+                whole = asdict(self._schedule(term).in_steps(max_steps))
+                self.schedules[term] = {name: value for name, value in whole.items() if name in (*values, "anneal")}
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if not any(getattr(self, f"{term}_weight") for term in RECONSTRUCTION_TERMS):
@@ -97,30 +123,25 @@ class LossConfig(Section):
         if self.adversarial_weight and self.adversarial_start_step < self.discriminator_start_step:
             allowed = f"must be at least discriminator_start_step ({self.discriminator_start_step})"
             yield "adversarial_start_step", self.adversarial_start_step, allowed
+        for term in NETWORK_TERMS:
+            if getattr(self, f"{term}_weight"):
+                yield from name_problems(f"{term}_network", getattr(self, f"{term}_network"))
         yield from self._schedule_problems()
 
     def _schedule_problems(self) -> Iterable[tuple[str, Any, str]]:
-        terms, wrong = self.terms(), False
-        for term, values in self.schedules.items():
-            key = f"schedules.{term}"
-            if term not in terms:
-                yield key, None, unknown_key(term, terms)
-                continue
-            for name, value, allowed in schedule_problems(values):
-                wrong = True
-                yield f"{key}.{name}", value, allowed
-            if not terms[term]:
-                yield key, None, f"{term}_weight is 0, and so is this term in every step; set {term}_weight above 0"
-            if (
-                term == "adversarial"
-                and values.get("start", self.adversarial_start_step) != self.adversarial_start_step
-            ):
-                yield f"{key}.start", values["start"], "write loss.adversarial_start_step instead"
+        wrong = [
+            (f"schedules.{term}.{name}", value, allowed)
+            for term, values in self.schedules.items()
+            for name, value, allowed in schedule_problems(values)
+        ]
+        terms = self.terms()
+        wrong += [(f"schedules.{term}", None, unknown_key(term, terms)) for term in self.schedules if term not in terms]
+        if "start" in self.schedules.get("adversarial", {}):
+            wrong.append(("schedules.adversarial.start", None, "write loss.adversarial_start_step instead"))
+        yield from wrong
         if not wrong and any(terms[term] for term in RECONSTRUCTION_TERMS) and not self._reconstructs_always():
-            allowed = (
-                f"in some steps the weights of {', '.join(RECONSTRUCTION_TERMS)} are all 0; leave one without start"
-            )
-            yield "schedules", None, allowed
+            names = ", ".join(RECONSTRUCTION_TERMS)
+            yield "schedules", None, f"in some steps the weights of {names} are all 0; leave one of them without start"
 
     def _reconstructs_always(self) -> bool:
         """Whether one of the reconstruction terms has a weight above 0 in every step."""

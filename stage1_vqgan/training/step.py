@@ -19,6 +19,7 @@ from configs.randomness import seed_from
 from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.training.codebook import CodebookMonitor, latent_rows
 from stage1_vqgan.training.components import (
+    augmentation,
     build_tokenizer,
     memory_format,
     prepare_discriminator,
@@ -28,6 +29,7 @@ from stage1_vqgan.training.config import Stage1Config
 from stage1_vqgan.training.discriminator_terms import DiscriminatorTerms
 from stage1_vqgan.training.generator_terms import GeneratorTerms
 from stage1_vqgan.training.losses import weighted_sum
+from stage1_vqgan.training.network_terms import build_alignment
 from stage1_vqgan.training.perturbation import LatentPerturbation
 
 
@@ -40,6 +42,7 @@ class VQGANTrainer:
 
     Attributes:
         generator, optimizer: the tokenizer as accelerate wraps it, and its optimizer.
+        alignment: compares latents with features; its projection has the generator's optimizer. None at weight 0.
         average: moving average of the tokenizer's weights; it is evaluated and saved.
         discriminator, discriminator_optimizer: None if the run has no discriminator.
         generator_terms, discriminator_terms: compute the losses of both.
@@ -54,11 +57,11 @@ class VQGANTrainer:
         model = build_tokenizer(config)
         model.to(memory_format=memory_format(config))  # type: ignore[call-arg]
         self.average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
-        self.generator, self.optimizer = prepare_generator(model, config, accelerator)
+        alignment = build_alignment(config, model.config)
+        self.generator, self.alignment, self.optimizer = prepare_generator(model, alignment, config, accelerator)
         self.generator_terms = GeneratorTerms(config, model, accelerator)
-        channels = model.config.in_channels
-        self.discriminator, self.discriminator_optimizer = prepare_discriminator(channels, config, accelerator)
-        self.discriminator_terms = DiscriminatorTerms(config.loss, accelerator)
+        self.discriminator, self.discriminator_optimizer = prepare_discriminator(model.config, config, accelerator)
+        self.discriminator_terms = DiscriminatorTerms(config.loss, accelerator, augmentation(config))
         self.perturbation = LatentPerturbation(config.perturbation)
         if config.perturbation.image_share:
             model.quantize.register_forward_hook(self.perturbation)
@@ -90,8 +93,8 @@ class VQGANTrainer:
         config, step = self.config, micro_step // self.config.gradient_accumulation_steps
         weights, seeds = config.loss.weights(step), self.image_seeds(micro_step, len(images))
         metrics: dict[str, Tensor] = {}
-        accumulated = [model for model in (self.generator, self.discriminator) if model is not None]
-        with self.accelerator.accumulate(*accumulated):
+        models = (self.generator, self.alignment, self.discriminator)
+        with self.accelerator.accumulate(*(model for model in models if model is not None)):
             # Generator forward. The graph is cut at x̂: the losses of x̂ are differentiated with respect to x̂ first,
             # and their weighted sum enters the generator in a single backward pass.
             self.model.quantize.prepare(step / config.max_steps, seeds)
@@ -107,13 +110,15 @@ class VQGANTrainer:
             # Adversarial term, with the adaptive weight λ.
             if self.discriminator is not None and weights["adversarial"]:
                 terms["adversarial"], of_adversarial = self.generator_terms.adversarial(
-                    self.discriminator, reconstruction
+                    self.discriminator, reconstruction, seeds
                 )
                 adaptive, metrics = self.generator_terms.adaptive_weight(out.decoder_features, gradient, of_adversarial)
                 gradient = gradient + adaptive * weights["adversarial"] * of_adversarial
 
             # Generator update. The terms of the latents have graphs of their own.
             of_latents = {"codebook": out.codebook_loss}
+            if self.alignment is not None and weights["alignment"]:
+                of_latents["alignment"] = self.alignment(out.quantized, images)
             objective = (out.reconstruction * gradient.to(out.reconstruction.dtype)).sum()
             objective = objective + weighted_sum(of_latents, weights)
             metrics |= self._update(self.generator, self.optimizer, objective, step)
@@ -142,21 +147,22 @@ class VQGANTrainer:
     def _update(self, model: nn.Module, optimizer: Any, objective: Tensor, step: int) -> dict[str, Tensor]:
         """Backward, and in the last micro step: clip the gradients and step the optimizer. Returns the norm to log."""
         self.accelerator.backward(objective)
-        norm = self._clipped_norm(model, step) if self.accelerator.sync_gradients else {}
+        norm = self._clipped_norm(model, optimizer, step) if self.accelerator.sync_gradients else {}
         optimizer.step()  # accelerate's wrapper does nothing before the last micro step
         optimizer.zero_grad()
         return norm
 
-    def _clipped_norm(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+    def _clipped_norm(self, model: nn.Module, optimizer: Any, step: int) -> dict[str, Tensor]:
         """Clips the gradients; returns their norm before. Without clipping, the norm of a step that is logged."""
         config, name = self.config, "generator" if model is self.generator else "discriminator"
         most = config.max_grad_norm if model is self.generator else config.of_discriminator("max_grad_norm")
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if most:
-            norm = self.accelerator.clip_grad_norm_(model.parameters(), most)
+            norm = self.accelerator.clip_grad_norm_(trained, most)
         elif (step + 1) % config.logging_steps and step + 1 < config.max_steps:
             return {}
         else:
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         return {f"grad_norm/{name}": cast(Tensor, norm)}
 
     @torch.no_grad()

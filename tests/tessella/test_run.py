@@ -100,6 +100,13 @@ def test_mistakes_of_all_steps_are_told_before_the_first():
     assert "did you mean the preset 'digits/stage2'?" in str(caught.value)
 
 
+def test_a_push_that_would_fail_is_told_under_the_name_of_the_setting(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError) as caught:
+        run.main(config(push="me/model", output_dir=str(tmp_path / "out")))
+    assert [problem.key for problem in caught.value.problems] == ["push"]
+
+
 def test_values_are_written_so_that_the_command_line_reads_them():
     values = {"a": None, "b": True, "c": 1e-4, "d": "1e-4", "e": ["x", 2], "f": "no: yes", "g": "ü"}
     words = Step("x", None, values, Path()).arguments

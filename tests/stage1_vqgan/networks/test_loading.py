@@ -120,11 +120,11 @@ def test_autocast_and_channels_last(network):
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
 def test_weights_in_a_file(tmp_path, ending):
     from safetensors.torch import save_file
-    from torchvision.models import resnet18
+    from torchvision.models import squeezenet1_1
 
-    reference, file = resnet18(weights=None).eval(), str(tmp_path / f"weights.{ending}")
+    reference, file = squeezenet1_1(weights=None).eval(), str(tmp_path / f"weights.{ending}")
     save_file(reference.state_dict(), file) if ending == "safetensors" else torch.save(reference.state_dict(), file)
-    found = load_network("torchvision/resnet18@32", file)(IMAGES)
+    found = load_network("torchvision/squeezenet1_1@32", file)(IMAGES)
     torch.testing.assert_close(found.logits, reference(resized(32, *IMAGENET)))
 
 
@@ -156,17 +156,17 @@ def test_small_images_are_refused_with_the_least_size(network):
 
 def test_weights_that_are_missing_or_of_another_network(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no file 'nowhere\.pth'"):
-        load_network("torchvision/resnet18", "nowhere.pth")
+        load_network("torchvision/squeezenet1_1", "nowhere.pth")
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth.*missing or misshapen: conv1\.weight"):
-        load_network("torchvision/resnet18", str(tmp_path / "other.pth"))
+    with pytest.raises(ValueError, match=r"other\.pth.*missing or misshapen: features\.0\.weight"):
+        load_network("torchvision/squeezenet1_1", str(tmp_path / "other.pth"))
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="holds no state dict"):
-        load_network("torchvision/resnet18", str(tmp_path / "text.safetensors"))
+        load_network("torchvision/squeezenet1_1", str(tmp_path / "text.safetensors"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **options: (_ for _ in ()).throw(OSError("x")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"Put https://.*/resnet18.* at .*/checkpoints/resnet18"):
-        load_network("torchvision/resnet18")
+    with pytest.raises(FileNotFoundError, match=r"Put https://.*/squeezenet1_1.* at .*/checkpoints/squeezenet1_1"):
+        load_network("torchvision/squeezenet1_1")
 
 
 @pytest.mark.parametrize("name", ["timm/resnet18", "stlpips/alex", "efficientnet-lite0"])

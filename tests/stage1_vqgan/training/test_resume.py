@@ -27,6 +27,7 @@ def make_config(folder, **changes):
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine",
+        "min_lr_rate": 0.1,
         "logging_steps": 2,
         "save_steps": 3,
         "report_to": [],
@@ -48,10 +49,13 @@ def make_config(folder, **changes):
         "loss": {
             "perceptual_weight": 0,
             "adversarial_start_step": 2,
+            "generator_type": "non_saturating",
             "gradient_penalty_weight": 1.0,
             "lecam_weight": 0.1,
+            "schedules": {"adversarial": {"ramp": 2}, "l1": {"end_weight": 0.5}},
         },
-        "discriminator": {"base_channels": 8, "num_layers": 1, "norm_type": "actnorm"},
+        "discriminator": {"base_channels": 8, "num_layers": 1, "norm_type": "actnorm", "weight_decay": 0.1},
+        "perturbation": {"image_share": 0.5, "code_share": 0.5, "neighbours": 4},
         "codebook": {"kmeans_init_batches": 2, "restart_interval": 2},
     }
     return load_config(Stage1Config, None, {**values, **changes})

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import get_scheduler
 from configs import load_config
 from configs.randomness import seed_from
 from stage1_vqgan import Stage1Config
-from stage1_vqgan.training.codebook import initialise_codebook
+from stage1_vqgan.training.codebook import CodebookMonitor, initialise_codebook, latent_rows
 from stage1_vqgan.training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, weighted_sum
 from stage1_vqgan.training.regularizers import interpolation_shares
 from stage1_vqgan.training.step import VQGANTrainer
@@ -364,6 +365,31 @@ def test_dead_codes_restart_at_the_interval():
     assert trainer.codebook_statistics()["codebook/usage"] == 1 / 16
     trainer.step(images, 2)
     assert trainer.codebook_statistics()["codebook/usage"] > 4 / 16
+
+
+def test_restarts_take_latents_of_all_micro_batches(monkeypatch):
+    """Two micro-batches, on one or as if on two processes, have the candidates of the large batch, in its order."""
+    images, found = make_images(5, batch=4), {}
+    monkeypatch.setattr(
+        CodebookMonitor,
+        "restart",
+        lambda self, quantizer, average, optimizer, latents, reduce, gather, seed: (
+            found.update(rows=gather(latents)) or torch.zeros(())
+        ),
+    )
+    for accumulation in (1, 2):
+        changes = {"codebook.restart_interval": 1, "gradient_accumulation_steps": accumulation}
+        trainer = VQGANTrainer(make_config(**changes), Accelerator(gradient_accumulation_steps=accumulation))
+        expected = latent_rows(trainer.model.encode(images).latents.detach())
+        for micro, part in enumerate(images.chunk(accumulation)):
+            trainer.step(part, micro)
+        torch.testing.assert_close(found.pop("rows"), expected)
+        GradientState._reset_state()
+    halves = expected.view(2, 2, -1, 4)  # micro-batch, process
+    monkeypatch.setattr(
+        trainer, "accelerator", SimpleNamespace(num_processes=2, gather=lambda _: halves.transpose(0, 1).reshape(-1, 4))
+    )
+    assert torch.equal(trainer._gather(halves[:, 0].reshape(-1, 4), 2), expected)
 
 
 def test_terms_of_weight_0_are_not_built():

@@ -1,0 +1,31 @@
+"""The names of frozen networks. Settings are checked with it, before torch is imported."""
+
+from collections.abc import Iterator
+
+FAMILIES = ("torchvision", "timm", "transformers", "efficientnet-lite0", "stlpips")
+ALLOWED = (
+    "torchvision/<model>, timm/<model>, transformers/<Hub id or folder>, efficientnet-lite0, stlpips/alex or "
+    "stlpips/vgg, each with @ and a size behind it for images of another size"
+)
+
+
+def name_problems(key: str, name: str) -> Iterator[tuple[str, str, str]]:
+    """The problem of a setting that names a network, in the form of a section's `problems`."""
+    try:
+        split_name(name)
+    except ValueError:
+        yield key, name, f"allowed are {ALLOWED}"
+
+
+def split_name(name: str) -> tuple[str, str, int | None]:
+    """Family, model and size of images: "timm/resnet18@64" is ("timm", "resnet18", 64).
+
+    Raises:
+        ValueError: the name has another form.
+    """
+    known, _, digits = name.rpartition("@")
+    size = int(digits) if known and digits.isdecimal() else None
+    family, _, model = (known if size else name).partition("/")
+    if family not in FAMILIES or bool(model) == (family == "efficientnet-lite0"):
+        raise ValueError(f"received {name!r}; allowed are {ALLOWED}")
+    return family, model, size

@@ -1,0 +1,120 @@
+"""The losses of published tokenizers, written out from their sources, compared with a training step.
+
+One graph, `total.backward()`; nothing of the package but the models themselves.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from tests.stage1_vqgan.training import test_step
+from tests.stage1_vqgan.training.test_step import Recorder, assert_gradients_close, make_config, make_images
+
+fresh_accelerate_state = test_step.fresh_accelerate_state
+STEP = 10
+
+
+def taming(x, y, perceptual, logits, codebook, last_layer):
+    """CompVis/taming-transformers, vqperceptual.py, with imagenet_vqgan.yaml; `logits` are D(x̂)."""
+    nll = (x - y).abs().mean() + perceptual
+    g_loss = -logits.mean()
+    of_nll, of_g = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (nll, g_loss))
+    d_weight = (of_nll.norm() / (of_g.norm() + 1e-4)).clamp(0, 1e4).detach() * 0.8
+    return nll + d_weight * g_loss + codebook
+
+
+def llamagen(x, y, perceptual, logits, codebook, last_layer):
+    """FoundationVision/LlamaGen, vq_loss.py, with the defaults of vq_train.py."""
+    return ((x - y) ** 2).mean() + perceptual - 0.5 * logits.mean() + codebook
+
+
+def maskbit(x, y, perceptual, logits, codebook, last_layer):
+    """markweberdev/maskbit, losses.py, with maskbit_tokenizer_14bit.yaml; its pixels are in [0, 1]."""
+    return 4.0 * ((x / 2 - y / 2) ** 2).mean() + 0.1 * perceptual - 0.02 * logits.mean() + codebook
+
+
+def titok(x, y, perceptual, logits, codebook, last_layer):
+    """bytedance/1d-tokenizer, losses.py, with stage2/titok_b64.yaml but a codebook loss; pixels in [0, 1]."""
+    return ((x / 2 - y / 2) ** 2).mean() + 0.1 * perceptual - 0.01 * logits.mean() + codebook
+
+
+def non_saturating(x, y, perceptual, logits, codebook, last_layer):
+    """The option `gen_loss` of LlamaGen, as cross-entropy with the label 1 (its code swaps label and logit)."""
+    adversarial = F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
+    return ((x - y) ** 2).mean() + perceptual + 0.5 * adversarial + codebook
+
+
+def hinge(real, fake, anchors):
+    return 0.5 * F.relu(1 - real).mean() + 0.5 * F.relu(1 + fake).mean()
+
+
+def hinge_with_lecam(real, fake, anchors):
+    """LeCam of google/lecam-gan, losses.py; MaskBit and TiTok take the mean of the logits before the ReLU."""
+    lecam = F.relu(real - anchors[1]).pow(2).mean() + F.relu(anchors[0] - fake).pow(2).mean()
+    return hinge(real, fake, anchors) + 0.001 * lecam
+
+
+RECIPES = {
+    "original": (taming, hinge, {"l1": 1, "l2": 0, "perceptual": 1, "adversarial": 0.8}, {}),
+    "llamagen": (llamagen, hinge, {"l1": 0, "l2": 1, "perceptual": 1, "adversarial": 0.5}, {"adaptive_weight": False}),
+    "maskbit": (
+        maskbit,
+        hinge_with_lecam,
+        {"l1": 0, "l2": 1, "perceptual": 0.1, "adversarial": 0.02, "lecam": 0.001},
+        {"adaptive_weight": False},
+    ),
+    "titok": (
+        titok,
+        hinge_with_lecam,
+        {"l1": 0, "l2": 0.25, "perceptual": 0.1, "adversarial": 0.01, "lecam": 0.001},
+        {"adaptive_weight": False},
+    ),
+    "non-saturating": (
+        non_saturating,
+        hinge,
+        {"l1": 0, "l2": 1, "perceptual": 1, "adversarial": 0.5},
+        {"adaptive_weight": False, "generator_type": "non_saturating"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_is_that_of_its_source(name):
+    of_generator, of_discriminator, weights, settings = RECIPES[name]
+    changes = {f"loss.{term}_weight": weight for term, weight in weights.items()} | {"loss.codebook_weight": 1}
+    changes |= {f"loss.{key}": value for key, value in settings.items()}
+    trainer = Recorder(make_config(**changes, **{"model.image_size": 32}), Accelerator())
+    images = make_images(1, batch=3, size=32)
+    test_step.spread_codebook(trainer, images)
+    with torch.no_grad():
+        trainer.discriminator.main[-1].weight.mul_(30)  # makes the logits large
+        trainer.discriminator_terms.anchors.means.copy_(torch.tensor([0.4, -0.2]))
+
+    model, discriminator = copy.deepcopy(trainer.model), copy.deepcopy(trainer.discriminator)
+    out = model(images)
+    fake = out.reconstruction
+    perceptual = trainer.generator_terms.losses["perceptual"].lpips(fake, images).mean()
+    logits = copy.deepcopy(discriminator)(fake)
+    total = of_generator(images, fake, perceptual, logits, out.codebook_loss, model.decoder.conv_out.weight)
+    total.backward()
+    real_logits, fake_logits = discriminator(images), discriminator(fake.detach())
+    loss = of_discriminator(real_logits, fake_logits, (0.4, -0.2))
+    loss.backward()
+
+    metrics = trainer.step(images, STEP)
+    assert ("adversarial/adaptive_weight" in metrics) == (name == "original")
+    assert_gradients_close(trainer.gradients["generator"], gradients(model))
+    assert_gradients_close(trainer.gradients["discriminator"], gradients(discriminator))
+    if name != "original":
+        terms = {term: metrics[f"loss/{term}"].item() for term in weights if weights[term] and term != "lecam"}
+        found = sum(weights[term] * value for term, value in terms.items()) + metrics["loss/codebook"].item()
+        assert found == pytest.approx(total.item(), rel=1e-5)
+    lecam = weights.get("lecam", 0) * metrics.get("loss/lecam", torch.zeros(())).item()
+    assert metrics["loss/discriminator"].item() + lecam == pytest.approx(loss.item(), rel=1e-5)
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
