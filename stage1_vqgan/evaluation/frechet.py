@@ -16,12 +16,12 @@ class Gaussian:
     """The normal distribution that is fitted to features.
 
     Attributes:
-        count: number of images.
+        images: their number.
         mean: float64 `(D,)`.
-        covariance: float64 `(D, D)`, divided by count - 1; NaN for fewer than two images.
+        covariance: float64 `(D, D)`, divided by images - 1; NaN for fewer than two images.
     """
 
-    count: int
+    images: int
     mean: Tensor
     covariance: Tensor
 
@@ -29,9 +29,9 @@ class Gaussian:
 class Moments:
     """Sums of features and of their products, from which mean and covariance follow. Their size does not grow with N.
 
-    The sums are float64, and no mean is subtracted before. For features of size m, the covariance that they give is
-    wrong by about m² · 2⁻⁵³ for each addition of a batch that matters, some m² · 2⁻⁴⁸ for thousands of batches. The
-    features themselves are float32: each is rounded by up to m · 2⁻²⁴, which changes its square by as much.
+    The sums are float64, and no mean is subtracted before. Let features have the size m. Their products are about m²,
+    and thousands of additions round their sum by less than m² · 2⁻⁴⁸ = (m · 2⁻²⁴)² an image. The features are float32
+    numbers, which were rounded by up to m · 2⁻²⁴ before. So the covariance loses no more than the features had lost.
 
     Args:
         width: D.
@@ -65,7 +65,7 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 
     Source: Dowson and Landau 1982, "The Fréchet distance between multivariate normal distributions".
     """
-    if min(first.count, second.count) < 2:
+    if min(first.images, second.images) < 2:
         return math.nan
     roots = torch.linalg.matrix_norm(_root(first.covariance) @ _root(second.covariance), "nuc")
     traces = first.covariance.trace() + second.covariance.trace()

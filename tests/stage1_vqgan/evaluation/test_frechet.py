@@ -133,7 +133,7 @@ def test_processes_add_their_sums():
     for part, batch in zip(parts, (features[:20], features[20:]), strict=False):
         part.add(batch)
     found = fitted(torch.stack([part.sums for part in parts]).sum(0))
-    assert found.count == 31
+    assert found.images == 31
     np.testing.assert_allclose(found.covariance, np.cov(features.double().numpy(), rowvar=False), atol=1e-12)
 
 
