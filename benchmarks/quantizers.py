@@ -3,8 +3,8 @@
 
 `stage1_vqgan.training.train` trains the same VQ-VAE with each quantizer: without LPIPS and discriminator, with the same
 seed, and with 8×8 codes of `--bits` bits (an even number) per image. The metrics come from the last evaluation of the
-run, over the whole test split. The width is the usual one of each quantizer: channels of 4 levels for FSQ, a channel for
-each bit for LFQ and BSQ, and 8 channels for the others. `vq-l2` is VQ on the unit sphere.
+run, over the whole test split. The width is the usual one of each quantizer: channels of 4 levels for FSQ, a channel
+for each bit for LFQ and BSQ, and 8 channels for the others. `vq-l2` is VQ on the unit sphere.
 
 The time of a step is measured separately: the quantizers take turns, step by step, on one batch.
 The results are `quantizers.json` and, for each quantizer, a grid of test images above their reconstructions.
@@ -46,10 +46,11 @@ NUM_SHOWN = 16
 
 def quantizer(name: str, bits: int) -> dict[str, Any]:
     """Fields of VQGANConfig for a quantizer with 2^bits codes."""
-    kind, options = name.removesuffix("-l2"), {"l2_normalize": True} if name.endswith("-l2") else {}
+    kind = name.removesuffix("-l2")
     width = {"fsq": bits // 2, "lfq": bits, "bsq": bits}.get(kind, 8)
-    if kind == "fsq":
-        options = {"levels": [4] * width}
+    options: dict[str, Any] = {"levels": [4] * width} if kind == "fsq" else {}
+    if name.endswith("-l2"):
+        options["l2_normalize"] = True
     return {"quantizer": kind, "embed_dim": width, "num_embeddings": 2**bits, "quantizer_options": options}
 
 
@@ -127,6 +128,7 @@ def main() -> None:
     for name in args.quantizers:
         model, metrics = trained(name, args.data, args.steps, args.bits)
         results[name] = metrics | {"step": times[name]}
+        print(name, metrics, flush=True)
         save_grid(model, test_images(settings(name, args.data, args.steps, "unused")), folder / f"{name}.png")
     rows = [
         {
