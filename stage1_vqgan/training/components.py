@@ -1,5 +1,6 @@
 """Builds the components of a run: tokenizer, LPIPS, discriminator, and their optimizers."""
 
+from math import prod
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def build_tokenizer(config: Stage1Config) -> VQGANModel:
             raise ConfigError([Problem("model", message)])
         return VQGANModel(new)
     model = load_tokenizer(config.model_name_or_path, "model_name_or_path", **config.model).train()
-    found = *config.channel_problems(model.config.in_channels), *config.size_problems(model.config.image_size)
+    found = *config.channel_problems(model.config.in_channels), *config.size_problems(model.config)
     problems = [Problem(field, f"received {value!r}; {allowed}") for field, value, allowed in found]
     if problems:
         raise ConfigError(problems)
@@ -92,7 +93,7 @@ def saved_activations(model: VQGANModel, itemsize: int) -> int:
     blocks = config.num_res_blocks + 1  # of a level of the decoder; those of a frozen encoder keep nothing
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
         blocks += config.num_res_blocks
-    numbers = sum(width * size**2 for width, size in zip(config.widths, config.resolutions, strict=True))
+    numbers = sum(width * prod(shape) for width, shape in zip(config.widths, config.resolutions, strict=True))
     return 2 * blocks * numbers * itemsize
 
 
