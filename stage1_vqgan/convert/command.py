@@ -47,7 +47,7 @@ def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
     """Converts a tokenizer of another code base to a `VQGANModel`; returns lines to print."""
     checkpoint = Path(config.checkpoint)
     original = READERS[str(config.source)](checkpoint, Path(config.config) if config.config else None)
-    model = build_model(original)
+    model = build_model(original, config.image_size)
     model.save_pretrained(folder)
     if model.config.in_channels in IMAGE_CHANNELS:
         try:
@@ -59,12 +59,13 @@ def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
         save_file(original.discriminator, folder / DISCRIMINATOR_NAME)
     write_checksums(folder)
     compared = compare(config, load_vqgan(folder), checkpoint)
-    return [*describe(model), *reading_notes(original, model), *compared]
+    return [*describe(model), *reading_notes(original, model, config.image_size is not None), *compared]
 
 
 def export(config: ConvertConfig, folder: Path) -> list[str]:
     """Converts a `VQGANModel` to another code base; returns lines for the user."""
-    model = load_tokenizer(config.checkpoint, "checkpoint")
+    changes = {} if config.image_size is None else {"image_size": config.image_size}
+    model = load_tokenizer(config.checkpoint, "checkpoint", **changes)
     notes = WRITERS[str(config.target)](model, folder)
     return [*describe(model), *notes, *compare(config, model, folder)]
 
@@ -101,12 +102,12 @@ def describe(model: VQGANModel) -> list[str]:
     ]
 
 
-def reading_notes(original: Original, model: VQGANModel) -> list[str]:
+def reading_notes(original: Original, model: VQGANModel, is_resized: bool) -> list[str]:
     """What the user should know about how the original was read, as lines."""
     notes = list(original.notes)
     if original.discriminator:
         notes.append(f"the discriminator is in {DISCRIMINATOR_NAME}: fine-tuning starts from it where it fits")
-    if "image_size" not in {claim.field for claim in original.claims}:
+    if not is_resized and "image_size" not in {claim.field for claim in original.claims}:
         notes.append(f"neither a configuration nor the weights state image_size: it is {model.config.image_size}")
     if model.config.in_channels not in IMAGE_CHANNELS:
         notes.append(f"no image processor supports {model.config.in_channels} channels: pass tensors to the model")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from configs import Section
+from configs.sections import Positive
 
 
 @dataclass(kw_only=True)
@@ -18,6 +19,8 @@ class ConvertConfig(Section):
         or Hub id of the trained tokenizer
     config: YAML or JSON configuration of the checkpoint; fields that it lacks are read from the weights
     output: folder to create
+    image_size: size in pixels for which the result is configured: a side, or [height, width]; by default that of the
+        checkpoint. The weights stay as they are, and attention stays in its levels
     verify: safetensors file with inputs, codes and reconstructions of the original (io.input, io.indices, io.recon) to
         compare with; for diffusers and janus only the inputs are read, because the comparison runs their classes, by
         default on random inputs
@@ -28,6 +31,7 @@ class ConvertConfig(Section):
     checkpoint: str
     config: str | None = None
     output: str
+    image_size: Positive | list[Positive] | None = None
     verify: str | None = None
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:

@@ -62,6 +62,10 @@ FIXED: dict[str, list[Any]] = {
     "mid_block_add_attention": [True],
     "lookup_from_codebook": [False],
 }
+MOVQ = (
+    "received 'spatial'; supported is only 'group': this is a MoVQ, and the norms of its decoder depend on the code at "
+    "each position, which those of a VQGANModel cannot"
+)
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 IGNORED = ["_diffusers_version", "_name_or_path", "scaling_factor", "force_upcast", "block_out_channels", *BLOCKS]
 
@@ -79,6 +83,8 @@ def read(checkpoint: Path, config: Path | None = None) -> Original:
         for name, value in read_mapping(checkpoint / "config.json", "checkpoint").items()
         if value is not None
     }
+    if values.get("norm_type") == "spatial":
+        raise ConfigError([Problem("config: norm_type", MOVQ)])
     claims = [*read_claims(values, "", FIELDS, FIXED, IGNORED), *_level_claims(values)]
     files = [path for suffix in ("safetensors", "bin") if (path := checkpoint / f"{WEIGHTS}.{suffix}").is_file()]
     if not files:

@@ -3,7 +3,7 @@
 import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.serialization import safe_globals
 from configs import ConfigError, Problem
 from configs.problems import listed, shown
 from configs.yaml_files import parse_yaml
+from stage1_vqgan.convert.flax import read_flax
 
 # Largest size of a configuration in bytes, and its largest number of values: aliases of YAML can multiply them.
 LARGEST_CONFIG, MOST_VALUES = 2**20, 10_000
@@ -58,12 +59,41 @@ def refuse(field: str, path: Path, reason: str) -> ConfigError:
     return ConfigError([Problem(field, f"received {shown(str(path))}; {reason}")])
 
 
-def read_tensors(path: Path, entries: Sequence[str] = (), field: str = "checkpoint") -> dict[str, Tensor]:
-    """Reads the tensors of a checkpoint, on the CPU, in their stored dtypes.
+def read_tensors(path: Path, field: str = "checkpoint") -> dict[str, Tensor]:
+    """Reads the tensors of a file that holds nothing else, on the CPU, in their stored dtypes.
 
     Args:
-        path: safetensors file, or pickle of `torch.save`, which is only read with `weights_only=True`.
-        entries: entries of a pickle that may hold the weights; the first one that exists is used.
+        path: see `read_content`.
+        field: configuration field for the error.
+
+    Raises:
+        ConfigError: the file does not exist, is damaged, or contains more than tensors.
+    """
+    content = read_content(path, field)
+    if not isinstance(content, Mapping):
+        raise refuse(field, path, f"it holds {type(content).__name__}; it must hold a state dict")
+    return require_tensors(content, path, field)
+
+
+def require_tensors(state: Mapping[Any, Any], path: Path, field: str = "checkpoint") -> dict[str, Tensor]:
+    """A state dict that was read from a file.
+
+    Raises:
+        ConfigError: it is empty, or holds more than tensors.
+    """
+    foreign = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if foreign or not state:
+        found = f"not a tensor: {listed(foreign)}" if foreign else "it is empty"
+        raise refuse(field, path, f"{found}; the file must hold a state dict")
+    return {str(name): value for name, value in state.items()}
+
+
+def read_content(path: Path, field: str = "checkpoint") -> Any:
+    """Reads a file with tensors, on the CPU, in their stored dtypes: a mapping or whatever was saved.
+
+    Args:
+        path: safetensors file, .msgpack of Flax, or pickle of `torch.save`, which is only read with
+            `weights_only=True`.
         field: configuration field for the error.
 
     Raises:
@@ -72,15 +102,9 @@ def read_tensors(path: Path, entries: Sequence[str] = (), field: str = "checkpoi
     if not path.is_file():
         reason = "it is a folder; give the file of the weights in it" if path.is_dir() else "there is no such file"
         raise refuse(field, path, reason)
-    content = _read_safetensors(path, field) if path.suffix == ".safetensors" else _read_pickle(path, field)
-    holder = next((name for name in entries if isinstance(content.get(name), Mapping)), None)
-    weights = content if holder is None else content[holder]
-    foreign = [str(name) for name, value in weights.items() if not isinstance(value, Tensor)]
-    if foreign or not weights:
-        found = f"not a tensor: {listed(foreign)}" if foreign else "it is empty"
-        wanted = "a state dict" + (f", alone or under {' or '.join(map(repr, entries))}" if entries else "")
-        raise refuse(field, path, f"{found}; the file must hold {wanted}")
-    return {str(name): value for name, value in weights.items()}
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, field)
+    return _read_flax(path, field) if path.suffix == ".msgpack" else _read_pickle(path, field)
 
 
 def as_float32(weights: Mapping[str, Tensor], path: Path, field: str = "checkpoint") -> dict[str, Tensor]:
@@ -160,7 +184,16 @@ def _read_safetensors(path: Path, field: str) -> dict[str, Any]:
         raise refuse(field, path, f"it is not a complete safetensors file ({error}); download it again") from None
 
 
-def _read_pickle(path: Path, field: str) -> dict[str, Any]:
+def _read_flax(path: Path, field: str) -> dict[str, Any]:
+    try:
+        return read_flax(path)
+    except ModuleNotFoundError:
+        raise refuse(field, path, "msgpack is not installed: pip install 'tessella[convert]'") from None
+    except Exception as error:  # msgpack raises exceptions of many types
+        raise refuse(field, path, f"it is not a complete file of Flax; download it again ({_reason(error)})") from None
+
+
+def _read_pickle(path: Path, field: str) -> Any:
     is_zip = zipfile.is_zipfile(path)
     if is_zip and any(entry.compress_type for entry in _entries(path, field)):
         raise refuse(field, path, "parts of it are compressed, which torch.save never does; it is not a checkpoint")
@@ -177,9 +210,7 @@ def _read_pickle(path: Path, field: str) -> dict[str, Any]:
             "weights where it was made: torch.save({'state_dict': model.state_dict()}, 'weights.ckpt')"
         )
         raise refuse(field, path, reason) from None
-    if not isinstance(content, Mapping):
-        raise refuse(field, path, f"it holds {type(content).__name__}; it must hold a state dict")
-    return dict(content)
+    return content
 
 
 def _entries(path: Path, field: str) -> list[zipfile.ZipInfo]:

@@ -5,6 +5,7 @@ last level only, counts the levels of its decoder from the other end, and decode
 takes entries of unit length, but its search compares with the entries as they are stored.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,9 @@ def reference(checkpoint: Path, model: VQGANModel) -> Reference:
     Raises:
         ConfigError: the tokenizer has a feature that a JanusVQVAE lacks.
     """
-    stock = _stock(model.config, _weights(checkpoint)[0])
+    config = copy.deepcopy(model.config)
+    config.image_size = config.downsampling_factor  # the class needs a square; `run` sets the grid
+    stock = _stock(config, _weights(checkpoint)[0])
 
     def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
         grid = [side // model.config.downsampling_factor for side in pixels.shape[2:]]

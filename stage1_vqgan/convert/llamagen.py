@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stage1_vqgan.convert.files import as_float32, read_mapping, read_tensors, refuse
+from stage1_vqgan.convert.files import as_float32, read_mapping, refuse
 from stage1_vqgan.convert.names import Rules, count, to_ours, to_theirs
 from stage1_vqgan.convert.original import Claim, Original, leave_out, read_claims, renamed, section
+from stage1_vqgan.convert.unwrap import read_tokenizer
 
 LEFT_OUT = {
     r"quantize\.codebook_used$": "the record of codes used in training",
@@ -56,7 +57,7 @@ def read(checkpoint: Path, config: Path | None) -> Original:
     Raises:
         ConfigError: a file cannot be read, or is not of such a tokenizer.
     """
-    stored = read_tensors(checkpoint, ["ema", "model", "state_dict"])
+    stored, chosen = read_tokenizer(checkpoint)
     tensors, notes = leave_out(stored, LEFT_OUT)
     num_levels = count(tensors, r"encoder\.conv_blocks\.(\d{1,4})\.")
     if not num_levels:  # the weights of a taming tokenizer would be accepted here, but give other codes
@@ -67,7 +68,7 @@ def read(checkpoint: Path, config: Path | None) -> Original:
         name_in_file=partial(to_theirs, rules=RULES, num_levels=num_levels),
         claims=claims,
         settings={"quantizer": "vq", "quantizer_options": {"l2_normalize": True, **options}},
-        notes=notes,
+        notes=chosen + notes,
     )
 
 

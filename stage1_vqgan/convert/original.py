@@ -1,5 +1,6 @@
 """A tokenizer that was read from another code base → a `VQGANModel`. Its weights and its configuration must agree."""
 
+import copy
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -140,7 +141,7 @@ def read_claims(
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type or is not supported by VQGANModel.
     """
-    hints = VQGANArchitecture.__annotations__ | {"image_size": int, "attn_resolutions": list[int]}
+    hints = VQGANArchitecture.__annotations__ | {"image_size": int | list[int], "attn_resolutions": list[int]}
     claims, problems = [], []
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -175,13 +176,20 @@ def contradictions(claims: list[Claim], found: Mapping[str, tuple[Any, str]]) ->
     ]
 
 
-def build_model(original: Original) -> VQGANModel:
+def build_model(original: Original, image_size: int | list[int] | None = None) -> VQGANModel:
     """Builds the tokenizer, in evaluation mode.
 
+    Args:
+        original: the weights and what its configuration says.
+        image_size: size for the configuration, in place of that of the original; attention stays in its levels.
+
     Raises:
-        ConfigError: the weights contradict the configuration, or are not exactly those of a VQGANModel.
+        ConfigError: the weights contradict the configuration, or are not exactly those of a VQGANModel; or no image
+            can have this size.
     """
     config = _config(original)
+    if image_size is not None:
+        config = _resized(config, image_size)
     with torch.device("meta"):
         model = VQGANModel(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -208,6 +216,22 @@ def build_model(original: Original) -> VQGANModel:
     return model.eval()
 
 
+def _resized(config: VQGANConfig, image_size: int | list[int]) -> VQGANConfig:
+    """The configuration for images of another size.
+
+    Raises:
+        ConfigError: the downsampling factor does not divide it, or it is not one side or two.
+    """
+    resized = copy.deepcopy(config)
+    resized.image_size = image_size
+    problems = [
+        Problem(name, f"received {value!r}; {allowed}") for name, value, allowed in resized.architecture_problems()
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return resized
+
+
 def levels_with_attention(weights: Collection[str], num_levels: int) -> list[int]:
     """Numbers of the levels with attention in the encoder or the decoder."""
     return [
@@ -223,7 +247,8 @@ def _config(original: Original) -> VQGANConfig:
     num_levels = max(1, count(original.weights, r"encoder\.down\.(\d{1,4})\."))
     factor = 2 ** (num_levels - 1)
     image_size = claimed.get("image_size", IMAGE_SIZE if IMAGE_SIZE % factor == 0 else factor)
-    resolutions = [image_size >> level for level in range(num_levels)]
+    side = image_size if isinstance(image_size, int) else min(image_size)
+    resolutions = [side >> level for level in range(num_levels)]
     levels = levels_with_attention(original.weights, num_levels)
     found["attn_levels"] = levels, f"attn in levels {listed(list(map(str, levels))) or 'none'}; 0 is the largest"
     attends = [resolutions[level] for level in levels]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from configs import ConfigError, Problem
 from configs.problems import listed, shown
-from stage1_vqgan.convert.files import as_float32, read_mapping, read_tensors, refuse
+from stage1_vqgan.convert.files import as_float32, read_mapping, refuse
 from stage1_vqgan.convert.original import Claim, Original, leave_out, read_claims, section
+from stage1_vqgan.convert.unwrap import read_tokenizer
 
 LEFT_OUT = {
     r"loss\.perceptual_loss\.": "LPIPS",
@@ -22,8 +23,12 @@ LEFT_OUT = {
     r"(io\d*|grad\w*)\.": "stored inputs, outputs and gradients",
 }
 DISCRIMINATOR = "loss.discriminator."
-# Prefix of the tokenizer in the checkpoint of a transformer. Several tokenizers were only published in this form.
-FIRST_STAGE = "first_stage_model."
+FOREIGN = {r"encoder\.conv_blocks\.": "these are names of LlamaGen: use --from llamagen"}
+
+FLAX_ATTENTION = (
+    "vqgan-jax applies all attentions of a level after each of its blocks; this tokenizer applies one after each, as "
+    "the original, with which these weights were trained: its codes can differ from those of vqgan-jax"
+)
 
 # Class name (the last part of `target`, which is never imported) → kind of quantizer.
 TARGETS = {
@@ -60,11 +65,11 @@ def read(checkpoint: Path, config: Path | None) -> Original:
     Raises:
         ConfigError: a file cannot be read, or is not of such a tokenizer.
     """
-    tensors = read_tensors(checkpoint, ["state_dict"])
-    inside = {name.removeprefix(FIRST_STAGE): value for name, value in tensors.items() if name.startswith(FIRST_STAGE)}
-    tensors, notes = leave_out(inside or tensors, LEFT_OUT)
-    if inside:
-        notes.append("this is the checkpoint of a transformer: only the tokenizer of its images is converted")
+    stored, chosen = read_tokenizer(checkpoint, FOREIGN)
+    tensors, notes = leave_out(stored, LEFT_OUT)
+    notes = chosen + notes
+    if checkpoint.suffix == ".msgpack" and any(".attn." in name for name in tensors):
+        notes.append(FLAX_ATTENTION)
     discriminator = {
         name.removeprefix(DISCRIMINATOR): tensors.pop(name) for name in list(tensors) if name.startswith(DISCRIMINATOR)
     }
@@ -91,8 +96,16 @@ def read(checkpoint: Path, config: Path | None) -> Original:
 
 
 def _read_config(path: Path, kind: str, remapped: bool) -> tuple[list[Claim], dict[str, Any]]:
-    """Reads the YAML of the original, or a JSON with its `config`: claims, and options of the quantizer."""
+    """Reads the YAML of the original, a JSON with its `config`, or the config.json beside Flax weights.
+
+    Returns:
+        Its claims, and options of the quantizer.
+    """
     values = read_mapping(path)
+    if "ch_mult" in values:  # all keys in one section, with those of every configuration of transformers
+        inner = {name: values[name] for name in (*FIELDS, *FIXED) if name in values}
+        values = {"config": {name: values[name] for name in ("n_embed", "embed_dim") if name in values}}
+        values["config"]["ddconfig"] = inner
     keys = ["model"] if "model" in values else ["config"]
     if keys == ["model"]:
         if "first_stage_config" in section(values, "model", "params"):
