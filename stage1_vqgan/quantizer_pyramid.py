@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .quantizer_base import CodebookQuantizer, QuantizerBase, QuantizerOutput, latent_rows
@@ -53,13 +54,32 @@ class ResidualBlock(nn.Sequential):
         return x + super().forward(x)
 
 
+class Blend(nn.Module):
+    """A 1×1 convolution of two maps `(B, D, h, w)`, which starts as their sum or difference.
+
+    Args:
+        channels: D.
+        sign: 1 starts as the sum, -1 as the difference.
+    """
+
+    def __init__(self, channels: int, sign: int):
+        super().__init__()
+        same = torch.eye(channels)
+        self.weight = nn.Parameter(torch.cat([same, sign * same], dim=1)[:, :, None, None])
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return F.conv2d(torch.cat([first, second.to(first.dtype)], dim=1), self.weight, self.bias)
+
+
 class PyramidQuantizer(QuantizerBase):
     """Quantizes a coarse grid, then a fine grid of which the coarse one is known.
 
     A network halves the resolution of the latents, and the codebook `top` quantizes what results. A second network
     brings the chosen entries back to the resolution of the latents. A 1×1 convolution joins them with the latents, and
-    the codebook `bottom` quantizes what results. A last 1×1 convolution makes the output of both. The loss is the sum
-    of the losses of both codebooks. Codes are flat, `(B, L)`: the coarse grid, then the fine one.
+    the codebook `bottom` quantizes what results. A last 1×1 convolution makes the output of both. The first of these
+    two convolutions starts as a difference, the last as a sum, so `bottom` starts with what the coarse grid leaves. The
+    loss is the sum of the losses of both codebooks. Codes are flat, `(B, L)`: the coarse grid, then the fine one.
 
     Source: Razavi et al. 2019, "Generating diverse high-fidelity images with VQ-VAE-2", section 3.1 and algorithm 1.
     Its codebooks are moving averages; here gradients train them.
@@ -85,8 +105,8 @@ class PyramidQuantizer(QuantizerBase):
         )
         self.top = VectorQuantizer(num_embeddings, embed_dim, options)
         self.bottom = VectorQuantizer(num_embeddings, embed_dim, options)
-        self.join = nn.Conv2d(2 * embed_dim, embed_dim, 1)
-        self.fuse = nn.Conv2d(2 * embed_dim, embed_dim, 1)
+        self.join = Blend(embed_dim, -1)
+        self.fuse = Blend(embed_dim, 1)
 
     @property
     def codebooks(self) -> list[CodebookQuantizer]:
@@ -123,11 +143,11 @@ class PyramidQuantizer(QuantizerBase):
         coarse = self.shrink(latents)
         top = self.top(coarse)
         grown = self._grown(top.quantized, latents.shape[2:])
-        return coarse, top, grown, self.join(torch.cat([latents, grown], dim=1))
+        return coarse, top, grown, self.join(latents, grown)
 
     def _grown(self, top: Tensor, grid: Any) -> Tensor:
         """Coarse entries at the resolution of the fine grid, `(B, D, h, w)`."""
         return self.grow(top.to(self.fuse.weight.dtype))[..., : grid[0], : grid[1]]
 
     def _fused(self, grown: Tensor, bottom: Tensor) -> Tensor:
-        return self.fuse(torch.cat([grown, bottom.to(grown.dtype)], dim=1)).float()
+        return self.fuse(grown, bottom).float()

@@ -166,6 +166,11 @@ def one_by_one(pair, layer):
 
 def test_the_fine_grid_knows_the_coarse_one():
     quantizer, z = make("pyramid")
+    with torch.no_grad():
+        quantizer.top.embedding.weight *= 0.2  # so that several of them are used
+    for blend in (quantizer.join, quantizer.fuse):
+        torch.nn.init.normal_(blend.weight, std=0.5)
+        torch.nn.init.normal_(blend.bias, std=0.5)
     coarse = naive_blocks(z, quantizer.shrink)
     assert coarse.shape == (2, D, 2, 3)  # of 3×5: odd sides are rounded up
     top_codes, top_entries, top_loss = naive_vq(as_rows(coarse), quantizer.top.embedding.weight)
@@ -183,6 +188,14 @@ def test_the_fine_grid_knows_the_coarse_one():
     inputs = [z, *quantizer.parameters()]
     loss = top_loss + bottom_loss
     assert_same_gradients((out.quantized * above).sum() + out.loss, (expected * above).sum() + loss, inputs)
+
+
+def test_the_fine_grid_starts_with_what_the_coarse_one_leaves():
+    quantizer, z = make("pyramid")
+    entries = quantizer.top(quantizer.shrink(z)).quantized
+    predicted = quantizer.grow(entries)[:, :, :3, :5]
+    left = quantizer.bottom(z - predicted)
+    torch.testing.assert_close(quantizer(z).quantized, predicted + left.quantized)
 
 
 def test_another_code_of_the_coarse_grid_changes_its_surroundings_only():
