@@ -86,9 +86,9 @@ pip install torch torchvision transformers einops
 
 def summary(config: VQGANConfig) -> str:
     """One sentence: what the tokenizer does."""
-    size, grid = config.image_size, config.grid_size
-    codes = f"{grid * grid} codes, a grid of {grid}×{grid}, out of {config.num_embeddings:,}"
-    return f"Turns an image of {size}×{size} pixels into {codes}. It turns codes back into an image."
+    (height, width), (h, w) = config.image_shape, config.grid
+    codes = f"{h * w} codes, a grid of {h}×{w}, out of {config.num_embeddings:,}"
+    return f"Turns an image of {height}×{width} pixels into {codes}. It turns codes back into an image."
 
 
 def use_blocks(name: str) -> list[str]:
@@ -119,9 +119,9 @@ images = processor.postprocess(vqgan.decode_codes(codes))
 
 def detail_rows(config: VQGANConfig, folder: Path) -> list[tuple[str, str]]:
     """Rows for a table of facts. `folder` holds the tokenizer's weights."""
-    factor, channels = config.downsampling_factor, config.in_channels
+    factor, channels, (h, w) = config.downsampling_factor, config.in_channels, config.grid
     return [
-        ("Code grid", f"{config.grid_size}×{config.grid_size} codes, one for {factor}×{factor} pixels"),
+        ("Code grid", f"{h}×{w} codes, one for {factor}×{factor} pixels"),
         ("Codebook", f"{config.num_embeddings:,} entries of width {config.embed_dim}, quantizer `{config.quantizer}`"),
         ("Channels", {1: "1 (gray)", 3: "3 (colour)"}.get(channels, str(channels))),
         ("Tokenizer", f"{num_parameters(folder):,} parameters, fingerprint `{config.fingerprint}`"),

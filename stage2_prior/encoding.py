@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -97,7 +98,7 @@ def encode_shard(
             yield from (ImageKey(0, number, view, encoded) for view in range(num_views))
 
     loader = keyed_loader(dataset, keys(), batch_size, num_workers, pin_memory=model.device.type == "cuda")
-    codes = [torch.empty(0, model.config.grid_size**2, dtype=torch.int64, device=model.device)]
+    codes = [torch.empty(0, prod(model.config.grid), dtype=torch.int64, device=model.device)]
     numbers, skipped = [], dict[int, SkippedImage]()
     for batch in loader:
         numbers.append(batch.indices)

@@ -7,6 +7,7 @@ write the manifest.
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,8 @@ def _tell(config: Stage2Config, model: VQGANModel, train: Images, validation: Im
     """Prints the first lines: what the data hold, and what becomes of them."""
     tokenizer, limit = model.config, config.data.max_skipped_fraction
     looked = look(train, LOOKED_AT_FIRST, tokenizer.in_channels, trained_range(config.data, config.tokenizer))
-    facts = data_facts(train, validation, looked, tokenizer.image_size, limit)
-    facts["codes"] = (
-        f"{tokenizer.grid_size**2:,} of each image, out of {tokenizer.num_embeddings:,}; views of an image: "
-    )
+    facts = data_facts(train, validation, looked, tokenizer.image_shape, limit)
+    facts["codes"] = f"{prod(tokenizer.grid):,} of each image, out of {tokenizer.num_embeddings:,}; views of an image: "
     facts["codes"] += str(config.num_views)
     facts["device"] = str(model.device)
     print_facts(facts | {"tokenizer": config.tokenizer, "code store": config.code_store})
@@ -156,7 +155,7 @@ def tokenize_split(
     """Writes the missing shards of a split that belong to this process; returns the number of all shards."""
     dataset = ImageDataset(
         source,
-        model.config.image_size,
+        model.config.image_shape,
         model.config.in_channels,
         config.data.augmentation if num_views > 1 else None,
         config.seed,
@@ -218,7 +217,7 @@ def _token_layout(model: VQGANModel, class_names: list[str]) -> TokenLayout:
     return TokenLayout(
         num_codes=model.config.num_embeddings,
         class_names=tuple(class_names),
-        grid=(model.config.grid_size, model.config.grid_size),
+        grid=model.config.grid,
         downsampling_factor=model.config.downsampling_factor,
         tokenizer_fingerprint=str(model.config.fingerprint),
     )

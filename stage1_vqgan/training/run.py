@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from itertools import islice
+from math import prod
 from pathlib import Path
 
 import torch
@@ -119,7 +120,7 @@ class Training:
         self.value_range = self._value_range(train_source, model.in_channels)
         self.train_set = ImageDataset(
             train_source,
-            model.image_size,
+            model.image_shape,
             model.in_channels,
             data.augmentation,
             config.seed,
@@ -129,7 +130,7 @@ class Training:
         )
         self.validation_set = ImageDataset(
             validation_source,
-            model.image_size,
+            model.image_shape,
             model.in_channels,
             aspect_ratio=data.aspect_ratio,
             value_range=self.value_range,
@@ -187,8 +188,8 @@ class Training:
             message = f"none of {looked.images} images can be used; {image.name}: {image.reason}"
             raise data_problem("dataset", message)
         limit = config.data.max_skipped_fraction
-        facts = data_facts(source, self.validation_set.source, looked, train_set.image_size, limit)
-        facts["become"] = become(train_set.image_size, train_set.num_channels, config.data.aspect_ratio)
+        facts = data_facts(source, self.validation_set.source, looked, train_set.image_shape, limit)
+        facts["become"] = become(train_set.image_shape, train_set.num_channels, config.data.aspect_ratio)
         models = {"tokenizer": self.trainer.model, "discriminator": self.trainer.discriminator}
         device, processes = self.accelerator.device, self.accelerator.num_processes
         print_facts(facts | run_facts(config, device, processes, models, source.num_images, "reconstructions"))
@@ -250,7 +251,7 @@ class Training:
         scalars = interval.means() | self.trainer.codebook_statistics()
         scalars |= {"learning_rate": learning_rate, "images_per_second": interval.images_per_second}
         model = self.trainer.average.config
-        num_codes_used = interval.images * model.grid_size**2
+        num_codes_used = interval.images * prod(model.grid)
         self.health.warn_of_problems(scalars, interval.collected, num_codes_used, model.num_embeddings)
         reporter.show({name: scalars[f"loss/{name}"] for name in SHOWN_TERMS if f"loss/{name}" in scalars})
         reporter.scalars(scalars, self.step)
@@ -276,7 +277,7 @@ class Training:
             originals = shown.images(model.device)
             with torch.no_grad():
                 reconstructions = model(originals).reconstruction
-            processor = VQGANImageProcessor(dataset.image_size, dataset.num_channels)
+            processor = VQGANImageProcessor(dataset.image_shape, dataset.num_channels)
             grid = reconstruction_grid(processor.postprocess(originals), processor.postprocess(reconstructions))
             reporter.image("reconstructions", grid, self.step)
 
