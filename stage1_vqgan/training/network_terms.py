@@ -83,7 +83,7 @@ DISCRIMINATORS: dict[DiscriminatorType, Callable[[VQGANConfig, DiscriminatorConf
 
 def image_shape(model: VQGANConfig) -> tuple[int, int]:
     """(H, W) of the images."""
-    return model.image_size, model.image_size
+    return model.image_shape
 
 
 def _distance(
