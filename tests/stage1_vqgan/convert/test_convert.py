@@ -262,7 +262,7 @@ def test_the_output_is_a_tokenizer_like_any_other(tmp_path):
     ours = VQGANModel.from_pretrained(tmp_path / "out").eval()
     assert ours.config.fingerprint == ours.compute_fingerprint()
     processor = VQGANImageProcessor.from_pretrained(tmp_path / "out")
-    assert (processor.image_size, processor.num_channels) == (16, 3)
+    assert (processor.image_shape, processor.num_channels) == ((16, 16), 3)
     carried = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     assert type(carried) is not VQGANModel
     assert torch.equal(carried.encode(images(1, 3, 16, 16)).codes, ours.encode(images(1, 3, 16, 16)).codes)

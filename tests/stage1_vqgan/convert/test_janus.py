@@ -230,7 +230,7 @@ def another_model(folder, config):
         (changed(num_res_blocks=2), "num_res_blocks: is 2, but the weights have 1"),
         (changed(num_patches="8"), "num_patches: received '8'"),
         (changed(num_patches=0), "num_patches: received 0"),
-        (changed(num_patches=2**31 - 1), "image_size: received 4294967294; allowed"),
+        (changed(num_patches=2**31 - 1), "size: received 4294967294; allowed"),
         (changed(vq_config=[]), "vq_config: is missing; it must be a section"),
         (
             changed(vq_config={}, vision_config={"patch_size": 0}),
