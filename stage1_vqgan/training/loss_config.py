@@ -40,10 +40,12 @@ class LossConfig(Section):
     lpips_backbone, lpips_weights: "vgg", "alex" or "squeeze"; "pretrained", torchvision's weight file, or "random".
         "stlpips_alex" and "stlpips_vgg" are shift-tolerant LPIPS, whose trained weights a package holds
         (pip install 'tessella[metrics]'): no download, but its values are not those of LPIPS
-    features_weight: cosine distance of the features of features_network, a frozen network by its name
-    features_network_weights: "pretrained", a file, or "random" (for tests); so for the other networks
-    logits_weight: mean squared difference of the logits of the classifier logits_network
-    alignment_weight: cosine distance of the projected quantized latents and the features of alignment_network
+    features_weight: cosine distance in the features of a frozen network
+    features_network, features_network_weights: its name, see the README; "pretrained", a file, or "random"
+    logits_weight: mean squared difference of the logits of a frozen classifier
+    logits_network, logits_network_weights: its name and weights
+    alignment_weight: cosine distance between projected quantized latents and the features of a frozen network
+    alignment_network, alignment_network_weights: its name and weights
     codebook_weight: codebook and commitment terms
     adversarial_weight: the generator's adversarial term; 0 trains a VQ-VAE, without a discriminator
     adaptive_weight: whether the adaptive weight λ multiplies adversarial_weight; false leaves the weight constant
