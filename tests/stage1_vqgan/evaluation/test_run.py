@@ -43,7 +43,8 @@ def without_downloads(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    monkeypatch.setattr(networks, "load_network", small_network)
+    real = networks.load_network
+    monkeypatch.setattr(networks, "load_network", lambda name: small_network() if name == "small" else real(name))
 
 
 def test_the_figures_and_what_they_were_measured_on(tokenizer, images, tmp_path, capsys):
@@ -73,17 +74,16 @@ def test_a_size_that_the_tokenizer_cannot_have_is_named(tokenizer, images):
     assert [problem.key for problem in caught.value.problems] == ["image_size"]
 
 
-def test_the_tokenizer_is_the_first_argument_and_a_name_may_be_wrong(tokenizer, images, monkeypatch):
-    monkeypatch.undo()
-    with pytest.raises(ConfigError, match=r"metrics.perceptual_networks: .*lpips/resnet"):
-        load_config(
-            ReconstructionConfig,
-            overrides={"model": "x", "data.dataset": "y", "metrics.perceptual_networks": ["lpips/resnet"]},
-        )
-    assert ReconstructionConfig.positional == "model"
-    wrong = MetricsConfig(perceptual_networks=[], feature_networks=["efficientnet-lite9"])
-    with pytest.raises(ConfigError, match=r"metrics.feature_networks: received 'efficientnet-lite9'; allowed are"):
-        evaluate(ReconstructionConfig(model=tokenizer, data=DataConfig(dataset=images), metrics=wrong))
+def test_a_name_may_be_wrong():
+    wrong = {"perceptual_networks": ["lpips/resnet"], "feature_networks": ["inception", "efficientnet-lite9"]}
+    with pytest.raises(ConfigError) as caught:
+        load_config(ReconstructionConfig, overrides={"model": "x", "data.dataset": "y", "metrics": wrong})
+    first, second = caught.value.problems
+    assert first.key == "metrics.perceptual_networks" and "lpips/resnet" in first.message
+    assert second.key == "metrics.feature_networks" and "received 'efficientnet-lite9'; allowed are" in second.message
+    unknown = MetricsConfig(perceptual_networks=[], feature_networks=["torchvision/resnet9"])
+    with pytest.raises(ConfigError, match=r"metrics.feature_networks: received 'torchvision/resnet9'"):
+        network_metrics(unknown, (32, 32), DEVICE)
 
 
 def test_a_figure_without_its_weights_is_left_out_with_the_reason(tmp_path):
