@@ -57,7 +57,7 @@ def tokenizer(suite: str) -> VQGANModel:
 
 def images(suite: str, batch: int) -> Tensor:
     """Smooth random images, `(B, 3, H, W)` in [-1, 1]."""
-    size = configuration(suite).image_size
+    size = configuration(suite).image_shape
     small = torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return nn.functional.interpolate(small, size, mode="bilinear")
 

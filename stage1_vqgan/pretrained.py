@@ -106,9 +106,9 @@ def load_image_processor(folder: str | Path, config: VQGANConfig) -> VQGANImageP
     path = Path(folder) / PROCESSOR_NAME
     with in_our_words(path):  # from_pretrained would prefer a processor_config.json
         processor = VQGANImageProcessor.from_dict(read_json(path))
-    for field, wanted in {"image_size": config.image_size, "num_channels": config.in_channels}.items():
-        value = getattr(processor, field)
-        if type(value) is not int or value != wanted:
+    height, width = config.image_shape
+    for field, wanted in {"size": {"height": height, "width": width}, "num_channels": config.in_channels}.items():
+        if (value := getattr(processor, field)) != wanted:
             raise ValueError(f"{path}: {field}: received {shown(value)}, but the tokenizer has {wanted}; restore it")
     return processor
 

@@ -107,7 +107,7 @@ def _tell(config: Stage2Config, model: VQGANModel, train: Images, validation: Im
     """Prints the first lines: what the data hold, and what becomes of them."""
     tokenizer, limit = model.config, config.data.max_skipped_fraction
     looked = look(train, LOOKED_AT_FIRST, tokenizer.in_channels, trained_range(config.data, config.tokenizer))
-    facts = data_facts(train, validation, looked, tokenizer.image_size, limit)
+    facts = data_facts(train, validation, looked, tokenizer.image_shape, limit)
     facts["codes"] = f"{prod(tokenizer.grid):,} of each image, out of {tokenizer.num_embeddings:,}; views of an image: "
     facts["codes"] += str(config.num_views)
     facts["device"] = str(model.device)
@@ -155,7 +155,7 @@ def tokenize_split(
     """Writes the missing shards of a split that belong to this process; returns the number of all shards."""
     dataset = ImageDataset(
         source,
-        model.config.image_size,
+        model.config.image_shape,
         model.config.in_channels,
         config.data.augmentation if num_views > 1 else None,
         config.seed,

@@ -88,7 +88,7 @@ def test_a_run_continues_after_a_failure_and_reports_it(monkeypatch, tmp_path, c
 def test_operations_are_those_of_the_layers():
     config = VQGANConfig(**tiny.VQGAN)
     model = VQGANModel(config).eval()
-    images = torch.zeros(1, config.in_channels, config.image_size, config.image_size)
+    images = torch.zeros(1, config.in_channels, *config.image_shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     half_norms = 2 * prod(config.grid) * config.num_embeddings  # our search includes them in its matrix product

@@ -101,7 +101,7 @@ def split_of(config: ReconstructionConfig, model: VQGANModel) -> ImageDataset:
     """The images of the split, prepared for the tokenizer."""
     return ImageDataset(
         load_images(config.data)[0 if config.split == "train" else 1],
-        model.config.image_size,
+        model.config.image_shape,
         model.config.in_channels,
         aspect_ratio=config.data.aspect_ratio,
         value_range=trained_range(config.data, config.model),
@@ -142,7 +142,7 @@ def setup(config: ReconstructionConfig, model: VQGANModel) -> dict[str, Any]:
         "fingerprint": model.config.fingerprint,
         "dataset": config.data.dataset,
         "split": config.split,
-        "image_size": model.config.image_size,
+        "image_size": list(model.config.image_shape),
         "aspect_ratio": config.data.aspect_ratio,
         "versions": versions,
     }
@@ -159,6 +159,6 @@ def save(config: ReconstructionConfig, model: VQGANModel, dataset: ImageDataset,
     if not len(shown.indices):
         return
     originals = shown.images(model.device)
-    to_images = VQGANImageProcessor(dataset.image_size, dataset.num_channels).postprocess
+    to_images = VQGANImageProcessor(dataset.image_shape, dataset.num_channels).postprocess
     grid = reconstruction_grid(to_images(originals), to_images(model(originals).reconstruction))
     write_png(folder / PICTURE_NAME, grid)

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from safetensors.torch import save_file
 
-from configs import ConfigError
-from stage1_vqgan import VQGANConfig, VQGANModel
-from stage1_vqgan.pretrained import load_tokenizer
+from configs import ConfigError, load_config
+from stage1_vqgan import Stage1Config, VQGANConfig, VQGANModel
+from stage1_vqgan.pretrained import load_image_processor, load_tokenizer
+from stage1_vqgan.training.run import train
 from tests.devices import on_device
 from tests.model_folders import change_config, change_weights
 
@@ -151,6 +153,48 @@ def test_attention_by_resolution_becomes_levels(size, resolutions, levels):
 def test_sizes_and_levels_that_no_tokenizer_has(change, message):
     with pytest.raises(StrictDataclassError, match=message):
         VQGANConfig(**SETTINGS | change)
+
+
+def test_a_training_on_images_that_are_no_squares(tmp_path):
+    """It trains, is saved with its image processor, and is fine-tuned at another size, with its attention."""
+    values = {
+        "output_dir": str(tmp_path / "wide"),
+        "data.dataset": "digits",
+        "model": {**SETTINGS, "image_size": [16, 24], "in_channels": 1, "attn_levels": [1]},
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "num_sample_images": 2,
+        "loss.perceptual_weight": 0,
+        "discriminator.num_layers": 2,
+        "discriminator.base_channels": 8,
+    }
+    train(load_config(Stage1Config, None, values))
+    model = VQGANModel.from_pretrained(tmp_path / "wide")
+    processor = load_image_processor(tmp_path / "wide", model.config)
+    assert model.config.grid == (4, 6) and processor.image_shape == (16, 24)
+    assert model.encode(processor(PIXELS[0, :1] / 2 + 0.5)["pixel_values"]).codes.shape == (1, 4, 6)
+    (picture,) = (tmp_path / "wide" / "reconstructions").iterdir()
+    assert Image.open(picture).height > 2 * 3 * 16 and Image.open(picture).width > 2 * 3 * 24  # enlarged three times
+    changes = {"model": {"image_size": [32, 16]}, "output_dir": str(tmp_path / "tall")}
+    config = load_config(Stage1Config, None, values | changes | {"model_name_or_path": str(tmp_path / "wide")})
+    assert train(config).config.grid == (8, 4)
+    assert VQGANModel.from_pretrained(tmp_path / "tall").config.attn_levels == [1]
+
+
+@pytest.mark.parametrize(
+    "changes, key, words",
+    [
+        ({"loss.perceptual_weight": 1, "loss.lpips_backbone": "alex"}, "model.image_size", "needs 32 pixels"),
+        ({"discriminator.num_layers": 3, "model.image_size": [16, 64]}, "discriminator.num_layers", "images of 16 "),
+        ({"model.image_size": [16, 2**40]}, "model.image_size", "for their pixels"),
+    ],
+)
+def test_the_shorter_side_decides_what_fits(changes, key, words):
+    values = {"data.dataset": "digits", "output_dir": "x", "max_steps": 2, "loss.perceptual_weight": 0}
+    small = {f"model.{name}": value for name, value in (SETTINGS | {"image_size": [16, 64]}).items()}
+    with pytest.raises(ConfigError) as refused:
+        load_config(Stage1Config, None, values | small | {"discriminator.num_layers": 2} | changes)
+    assert [(problem.key, words in problem.message) for problem in refused.value.problems] == [(key, True)]
 
 
 def test_a_trained_tokenizer_is_loaded_at_another_size(tmp_path):

@@ -50,17 +50,22 @@ def without_downloads(monkeypatch, tmp_path):
 def test_the_figures_and_what_they_were_measured_on(tokenizer, images, tmp_path, capsys):
     data = DataConfig(dataset=images, validation_fraction=0.5)
     config = ReconstructionConfig(
-        model=tokenizer, data=data, image_size=24, metrics=SMALL, output_dir=str(tmp_path / "out"), num_sample_images=3
+        model=tokenizer,
+        data=data,
+        image_size=[16, 24],
+        metrics=SMALL,
+        output_dir=str(tmp_path / "out"),
+        num_sample_images=3,
     )
     found = evaluate(config)
     said = capsys.readouterr()
     assert json.loads(said.out) == json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
     assert "5 images are few for a Frechet distance" in said.err
     assert found["frechet_distance/small"] > 0 and found["images"] == 5
-    assert found["bits_per_pixel"] == 6 * 6 * 5 / 24**2  # 6×6 codes, log2(32) bits each
+    assert found["bits_per_pixel"] == 4 * 6 * 5 / (16 * 24)  # 4×6 codes, log2(32) bits each
     assert "ssim" in found and found["left_out"] == {"ms_ssim": "it needs images of 161 pixels"}
     setup = found["setup"]
-    assert setup["image_size"] == 24 and setup["split"] == "validation" and setup["dataset"] == images
+    assert setup["image_size"] == [16, 24] and setup["split"] == "validation" and setup["dataset"] == images
     assert setup["fingerprint"] == VQGANModel.from_pretrained(tokenizer).config.fingerprint
     assert setup["versions"]["torch"] == torch.__version__.partition("+")[0]
     picture = Image.open(tmp_path / "out" / "reconstructions.png")
