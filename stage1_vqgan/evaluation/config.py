@@ -7,7 +7,9 @@ from typing import Any, Literal
 from configs import Section
 from configs.sections import BatchSize, NonNegative, Positive, worker_problems
 from stage1_vqgan.data.config import DataConfig
+from stage1_vqgan.networks.names import name_problems
 
+INCEPTION = "inception"
 PerceptualNetwork = Literal["lpips/vgg", "lpips/alex", "lpips/squeeze", "stlpips/vgg", "stlpips/alex"]
 
 
@@ -23,6 +25,11 @@ class MetricsConfig(Section):
 
     perceptual_networks: list[PerceptualNetwork] = field(default_factory=lambda: ["stlpips/alex"])
     feature_networks: list[str] = field(default_factory=lambda: ["efficientnet-lite0"])
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        for name in self.feature_networks:
+            for key, value, allowed in name_problems("feature_networks", name) if name != INCEPTION else ():
+                yield key, value, f"{allowed}; or {INCEPTION}, for rFID"
 
 
 @dataclass(kw_only=True)

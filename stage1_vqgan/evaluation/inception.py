@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from stage1_vqgan.evaluation.config import INCEPTION
 from stage1_vqgan.networks.frozen import Activations, Backbone, FrozenNetwork
 from stage1_vqgan.networks.weights import download_errors, package
 
-NAME = "inception"
 FEATURES = "2048"  # torch-fidelity's name of the pooled features that FID compares
 
 
@@ -24,7 +24,7 @@ def load_inception() -> FrozenNetwork:
     with download_errors(library.URL_INCEPTION_V3):
         torch.hub.load_state_dict_from_url(library.URL_INCEPTION_V3, map_location="cpu", weights_only=True)
     network = library.FeatureExtractorInceptionV3("inception-v3-compat", [FEATURES])
-    return FrozenNetwork(NAME, Backbone(OfBytes(network), (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), None))
+    return FrozenNetwork(INCEPTION, Backbone(OfBytes(network), (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), None))
 
 
 class OfBytes(nn.Module):

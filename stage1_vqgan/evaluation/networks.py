@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from configs import ConfigError, Problem
 from configs.problems import one_line
-from stage1_vqgan.evaluation.config import MetricsConfig
+from stage1_vqgan.evaluation.config import INCEPTION, MetricsConfig
 from stage1_vqgan.evaluation.frechet import Moments, fitted, frechet_distance
-from stage1_vqgan.evaluation.inception import NAME as INCEPTION, load_inception
+from stage1_vqgan.evaluation.inception import load_inception
 from stage1_vqgan.networks import FrozenNetwork, load_network
 from stage1_vqgan.networks.perceptual import ShiftTolerantLPIPS
 from stage1_vqgan.reconstruction import ImageMean, Metric, Reduce
@@ -90,10 +90,9 @@ def perceptual_metric(name: str, device: torch.device) -> tuple[NewMetric, int]:
     """
     family, _, backbone = name.partition("/")
     if family == "stlpips":
-        shift_tolerant = ShiftTolerantLPIPS(backbone)
-        return mean_of(name, shift_tolerant.to(device), device), shift_tolerant.network.least_size
-    loss = PerceptualLoss(cast(Backbone, backbone))
-    return mean_of(name, loss.to(device), device), LPIPS_MIN_SIZE[cast(Backbone, backbone)]
+        return mean_of(name, ShiftTolerantLPIPS(backbone).to(device), device), LPIPS_MIN_SIZE[f"stlpips_{backbone}"]
+    loss = PerceptualLoss(cast(Backbone, backbone)).to(device)
+    return mean_of(name, loss, device), LPIPS_MIN_SIZE[cast(Backbone, backbone)]
 
 
 def perceptual_name(backbone: str, weights: str) -> str:

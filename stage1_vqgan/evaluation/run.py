@@ -142,7 +142,7 @@ def setup(config: ReconstructionConfig, model: VQGANModel) -> dict[str, Any]:
         "fingerprint": model.config.fingerprint,
         "dataset": config.data.dataset,
         "split": config.split,
-        "image_size": model.config.image_size,
+        "image_size": list(model.config.image_shape),
         "aspect_ratio": config.data.aspect_ratio,
         "versions": versions,
     }

@@ -43,23 +43,29 @@ def without_downloads(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    monkeypatch.setattr(networks, "load_network", small_network)
+    real = networks.load_network
+    monkeypatch.setattr(networks, "load_network", lambda name: small_network() if name == "small" else real(name))
 
 
 def test_the_figures_and_what_they_were_measured_on(tokenizer, images, tmp_path, capsys):
     data = DataConfig(dataset=images, validation_fraction=0.5)
     config = ReconstructionConfig(
-        model=tokenizer, data=data, image_size=24, metrics=SMALL, output_dir=str(tmp_path / "out"), num_sample_images=3
+        model=tokenizer,
+        data=data,
+        image_size=[16, 24],
+        metrics=SMALL,
+        output_dir=str(tmp_path / "out"),
+        num_sample_images=3,
     )
     found = evaluate(config)
     said = capsys.readouterr()
     assert json.loads(said.out) == json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
     assert "5 images are few for a Frechet distance" in said.err
     assert found["frechet_distance/small"] > 0 and found["images"] == 5
-    assert found["bits_per_pixel"] == 6 * 6 * 5 / 24**2  # 6×6 codes, log2(32) bits each
+    assert found["bits_per_pixel"] == 4 * 6 * 5 / (16 * 24)  # 4×6 codes, log2(32) bits each
     assert "ssim" in found and found["left_out"] == {"ms_ssim": "it needs images of 161 pixels"}
     setup = found["setup"]
-    assert setup["image_size"] == 24 and setup["split"] == "validation" and setup["dataset"] == images
+    assert setup["image_size"] == [16, 24] and setup["split"] == "validation" and setup["dataset"] == images
     assert setup["fingerprint"] == VQGANModel.from_pretrained(tokenizer).config.fingerprint
     assert setup["versions"]["torch"] == torch.__version__.partition("+")[0]
     picture = Image.open(tmp_path / "out" / "reconstructions.png")
@@ -73,17 +79,16 @@ def test_a_size_that_the_tokenizer_cannot_have_is_named(tokenizer, images):
     assert [problem.key for problem in caught.value.problems] == ["image_size"]
 
 
-def test_the_tokenizer_is_the_first_argument_and_a_name_may_be_wrong(tokenizer, images, monkeypatch):
-    monkeypatch.undo()
-    with pytest.raises(ConfigError, match=r"metrics.perceptual_networks: .*lpips/resnet"):
-        load_config(
-            ReconstructionConfig,
-            overrides={"model": "x", "data.dataset": "y", "metrics.perceptual_networks": ["lpips/resnet"]},
-        )
-    assert ReconstructionConfig.positional == "model"
-    wrong = MetricsConfig(perceptual_networks=[], feature_networks=["efficientnet-lite9"])
-    with pytest.raises(ConfigError, match=r"metrics.feature_networks: received 'efficientnet-lite9'; allowed are"):
-        evaluate(ReconstructionConfig(model=tokenizer, data=DataConfig(dataset=images), metrics=wrong))
+def test_a_name_may_be_wrong():
+    wrong = {"perceptual_networks": ["lpips/resnet"], "feature_networks": ["inception", "efficientnet-lite9"]}
+    with pytest.raises(ConfigError) as caught:
+        load_config(ReconstructionConfig, overrides={"model": "x", "data.dataset": "y", "metrics": wrong})
+    first, second = caught.value.problems
+    assert first.key == "metrics.perceptual_networks" and "lpips/resnet" in first.message
+    assert second.key == "metrics.feature_networks" and "received 'efficientnet-lite9'; allowed are" in second.message
+    unknown = MetricsConfig(perceptual_networks=[], feature_networks=["torchvision/resnet9"])
+    with pytest.raises(ConfigError, match=r"metrics.feature_networks: received 'torchvision/resnet9'"):
+        network_metrics(unknown, (32, 32), DEVICE)
 
 
 def test_a_figure_without_its_weights_is_left_out_with_the_reason(tmp_path):
