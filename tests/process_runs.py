@@ -37,6 +37,8 @@ QUANTIZERS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("vq", 64, 4, {"entropy_weight": 0.1, "entropy_temperature": 0.5}),
     ("vq", 64, 4, {"rotation_trick": True}),
     ("ema", 64, 4, {"decay": 0.9}),
+    ("simvq", 64, 4, {}),
+    ("ibq", 64, 4, {"entropy_temperature": 0.5}),
     ("gumbel", 64, 4, {"kl_weight": 0.01}),
     ("residual", 16, 4, {"depth": 3}),
     ("residual", 16, 4, {"shared_codebook": True}),
@@ -48,6 +50,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "ema": {"quantizer": "ema"},
     "gumbel": {"quantizer": "gumbel", "quantizer_options": {"kl_weight": 0.01}},
     "lfq": {"quantizer": "lfq", "embed_dim": 6, "num_embeddings": 64},
+    "bsq": {"quantizer": "bsq", "embed_dim": 6, "num_embeddings": 64},
 }
 # settings of runs whose losses and discriminator use frozen networks
 NETWORK = {"network": "timm/test_resnet@32", "network_weights": "random"}
