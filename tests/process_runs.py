@@ -34,10 +34,8 @@ QUANTIZERS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("vq", 64, 4, {"rotation_trick": True}),
     ("ema", 64, 4, {"decay": 0.9}),
     ("gumbel", 64, 4, {"kl_weight": 0.01}),
-    ("residual", 16, 4, {"depth": 3}),
-    ("residual", 16, 4, {"shared_codebook": True}),
-    ("product", 16, 4, {"groups": 2}),
-    ("pyramid", 16, 4, {"hidden_channels": 8}),
+    ("residual", 64, 4, {"shared_codebook": True}),
+    ("pyramid", 64, 4, {"hidden_channels": 8}),
 ]
 # settings of tokenizers whose loss, codebook or noise depends on all processes
 WHOLE: dict[str, dict[str, Any]] = {
