@@ -46,9 +46,8 @@ prior = AutoModelForCausalLM.from_pretrained(sys.argv[1], subfolder="prior").to(
 vqgan = AutoModel.from_pretrained(sys.argv[1] + "/vqgan", trust_remote_code=True).to(sys.argv[3])
 prompt = torch.tensor([[vqgan.config.num_embeddings + 1]], device=sys.argv[3])
 codes = prior.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False)[:, 1:]
-side = vqgan.config.grid_size
 with torch.no_grad():
-    pixels = vqgan.decode_codes(codes.view(1, side, side))[0]
+    pixels = vqgan.decode_codes(codes.view(1, *vqgan.config.grid))[0]
 array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 Image.fromarray(array).save(sys.argv[2])
 """,

@@ -5,6 +5,7 @@ come from forwards of the models on the device "meta", without data.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ def encode_operations(config: VQGANConfig) -> int:
     """Operations to encode one image: encoder, projection, and a product with the codebook for each latent."""
     with META:
         model = VQGANModel(config)
-    shape = 1, config.in_channels, config.image_size, config.image_size
-    search = 2 * config.grid_size**2 * config.num_embeddings * config.embed_dim
+    shape = 1, config.in_channels, *config.image_shape
+    search = 2 * prod(config.grid) * config.num_embeddings * config.embed_dim
     return count(lambda x: model.quant_conv(model.encoder(x)), *shape) + search
 
 
@@ -41,7 +42,7 @@ def decode_operations(config: VQGANConfig) -> int:
     """Operations to decode one image from its codes."""
     with META:
         model = VQGANModel(config)
-    shape = 1, config.embed_dim, config.grid_size, config.grid_size
+    shape = 1, config.embed_dim, *config.grid
     return count(lambda x: model.decoder(model.post_quant_conv(x)), *shape)
 
 
@@ -55,7 +56,7 @@ def training_step_operations(config: Stage1Config) -> int:
     - Discriminator, in its own update: forwards and backwards of image and reconstruction.
     """
     model = config.vqgan_config()
-    image = 1, model.in_channels, model.image_size, model.image_size
+    image = 1, model.in_channels, *model.image_shape
     total = 3 * (encode_operations(model) + decode_operations(model))
     if config.loss.perceptual_weight:
         perceptual = PerceptualLoss(config.loss.lpips_backbone, "random").to(META)

@@ -1,8 +1,8 @@
 """Speed of the training loader, compared with decoding alone by Pillow in equally many processes:
 `python -m benchmarks.image_loading PARQUET_OR_FOLDER [--image_size 256] [--workers 1 2]`.
 
-"loader" is the loader of a training run. Its workers read, decode, crop and flip images, resize large squares, and
-send uint8 batches. `ImageBatch.images` resizes the other squares on the model's device. "loader_and_images" includes
+"loader" is the loader of a training run. Its workers read, decode, crop and flip images, resize large crops, and
+send uint8 batches. `ImageBatch.images` resizes the other crops on the model's device. "loader_and_images" includes
 this call, on the CPU, in the process that receives the batches. Pillow decodes the same files from memory, into its own
 image ("load") or into an RGB array ("array").
 
@@ -90,7 +90,7 @@ def _cpu_of_children() -> float:
 def measure(source: Images, args: argparse.Namespace, workers: int) -> dict[str, float]:
     """Medians of the speeds, and the ratio of the loader's speed to each of Pillow's."""
     augmentation = AugmentationConfig(max_zoom=args.max_zoom, random_crop=True, horizontal_flip=True)
-    dataset = ImageDataset(source, args.image_size, 3, augmentation, keep_batch_size=True)
+    dataset = ImageDataset(source, (args.image_size, args.image_size), 3, augmentation, keep_batch_size=True)
     assert isinstance(source, ImageSource)
     files = [encoded.content for encoded in source.encoded(range(min(len(source), 1000)))]
     contents = [read(content) for content in files if isinstance(content, bytes | str)]

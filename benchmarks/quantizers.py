@@ -60,7 +60,7 @@ MODEL: dict[str, Any] = {
     "base_channels": 16,
     "channel_multiplier": [1, 2, 2],
     "num_res_blocks": 1,
-    "attn_resolutions": [],
+    "attn_levels": [],
     "norm_num_groups": 8,
     "latent_channels": 32,
     "num_embeddings": 1024,
@@ -92,7 +92,7 @@ def settings(name: str, data: str, steps: int, output_dir: str) -> Stage1Config:
 
 def test_images(config: Stage1Config) -> ImageDataset:
     """The images of the test split."""
-    return ImageDataset(load_images(config.data)[1], MODEL["image_size"], MODEL["in_channels"])
+    return ImageDataset(load_images(config.data)[1], (MODEL["image_size"],) * 2, MODEL["in_channels"])
 
 
 def trained(name: str, data: str, steps: int) -> tuple[VQGANModel, dict[str, Any]]:
@@ -107,7 +107,7 @@ def save_grid(model: VQGANModel, dataset: ImageDataset, path: Path) -> None:
     originals = dataset.__getitems__(some_images(dataset.source, NUM_SHOWN)).images()
     with torch.no_grad():
         pair = torch.cat([originals, model(originals).reconstruction])
-    processor = VQGANImageProcessor(dataset.image_size, dataset.num_channels)
+    processor = VQGANImageProcessor(dataset.image_shape, dataset.num_channels)
     image_grid(processor.postprocess(pair), len(originals), min_tile=64).save(path)
 
 

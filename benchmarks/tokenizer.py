@@ -27,7 +27,6 @@ from stage1_vqgan import Stage1Config, VQGANConfig, VQGANModel
 NARROW: dict[str, Any] = {
     "image_size": 64,
     "base_channels": 32,
-    "attn_resolutions": [4],
     "latent_channels": 64,
     "num_embeddings": 1024,
 }
@@ -58,7 +57,7 @@ def tokenizer(suite: str) -> VQGANModel:
 
 def images(suite: str, batch: int) -> Tensor:
     """Smooth random images, `(B, 3, H, W)` in [-1, 1]."""
-    size = configuration(suite).image_size
+    size = configuration(suite).image_shape
     small = torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return nn.functional.interpolate(small, size, mode="bilinear")
 
@@ -66,7 +65,7 @@ def images(suite: str, batch: int) -> Tensor:
 def codes(suite: str, batch: int) -> Tensor:
     """Random codes, `(B, h, w)`."""
     config = configuration(suite)
-    shape = batch, config.grid_size, config.grid_size
+    shape = batch, *config.grid
     return torch.randint(config.num_embeddings, shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -91,7 +90,7 @@ def taming(suite: str) -> tuple[Both, Both, list[nn.Module]]:
         "out_ch": config.in_channels,
         "ch_mult": tuple(config.channel_multiplier),
         "num_res_blocks": config.num_res_blocks,
-        "attn_resolutions": config.attn_resolutions,
+        "attn_resolutions": [min(config.resolutions[level]) for level in config.attn_levels or ()],
         "in_channels": config.in_channels,
         "resolution": config.image_size,
         "z_channels": config.latent_channels,
@@ -136,7 +135,7 @@ def diffusers(suite: str) -> tuple[Both, Both, list[nn.Module]]:
 
     def encode(pixels: Tensor) -> Tensor:
         indices = model.quantize(model.encode(pixels).latents.float())[2][2]
-        return indices.view(len(pixels), config.grid_size, config.grid_size)
+        return indices.view(len(pixels), *config.grid)
 
     def decode(codes: Tensor) -> Tensor:
         entries = model.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, config.embed_dim))

@@ -47,7 +47,6 @@ class Setting(NamedTuple):
 NARROW: dict[str, Any] = {
     "model.image_size": 64,
     "model.base_channels": 32,
-    "model.attn_resolutions": [4],
     "model.latent_channels": 64,
     "model.num_embeddings": 1024,
     "bf16": False,
@@ -147,7 +146,7 @@ def make(lane: str, setting: str, device: torch.device, **changes: Any) -> tuple
     model = trainer.model.config
     generator = torch.Generator().manual_seed(0)
     small = torch.rand(batch, model.in_channels, 8, 8, generator=generator) * 2 - 1
-    images = functional.interpolate(small, model.image_size, mode="bilinear")
+    images = functional.interpolate(small, model.image_shape, mode="bilinear")
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     return trainer, images.to(device).contiguous(memory_format=memory_format)
 

@@ -76,10 +76,13 @@ LIMITS = (
 
 
 def _summary(folder: Path, config: VQGANConfig, layout: TokenLayout) -> str:
-    size, colour = config.image_size, {1: "gray", 3: "colour"}.get(config.in_channels, f"{config.in_channels}-channel")
+    size, colour = (
+        "×".join(map(str, config.image_shape)),
+        {1: "gray", 3: "colour"}.get(config.in_channels, f"{config.in_channels}-channel"),
+    )
     kind = cell(read_json(folder / "prior" / "config.json").get("model_type"))
     return (
-        f"Generates {size}×{size} {colour} images in two stages: a VQGAN tokenizer turns an image into "
+        f"Generates {size} {colour} images in two stages: a VQGAN tokenizer turns an image into "
         f"{layout.length} codes out of {layout.num_codes:,}, and a causal language model (`{kind}`) samples such "
         "codes. Made with tessella."
     )

@@ -10,6 +10,8 @@ from typing import Any
 
 # Quantizers with K × D weights; the codes of the others follow from a formula.
 WITH_ENTRIES = ("vq", "ema", "simvq", "ibq", "gumbel")
+# Side of the feature maps with attention, where a configuration names none.
+DEFAULT_RESOLUTIONS = (16,)
 
 
 @dataclass(kw_only=True)
@@ -19,16 +21,18 @@ class VQGANArchitecture:
     The defaults are the f16 layout of the original with 1,024 codes.
 
     Args:
-        image_size: side in pixels of the square images the tokenizer is trained on. The model is fully
-            convolutional: other sizes work as long as the downsampling factor divides them.
+        image_size: size in pixels of the images that the tokenizer is trained on: the side of a square, or
+            [height, width]. The model also takes images of other sizes that the downsampling factor divides.
         in_channels: image channels: 1 (gray), 2 (gray, alpha), 3 (RGB), 4 (RGBA), or more for data that are no
             pictures.
         base_channels: width of the first level.
         channel_multiplier: width of each level as a multiple of `base_channels`; every level but the first halves
             the resolution, so the downsampling factor is `2 ** (len(channel_multiplier) - 1)`.
         num_res_blocks: residual blocks in each level of the encoder (the decoder has one more).
-        attn_resolutions: resolutions (`image_size` halved per level) whose residual blocks are followed by
-            self-attention. The middle of encoder and decoder always attends.
+        attn_levels: levels whose residual blocks are followed by self-attention; 0 is the highest resolution. By
+            default the level of 16 pixels, if there is one. The middle of encoder and decoder always attends.
+        attn_resolutions: the same levels, named by the shorter side of their feature maps: that of `image_size`, halved
+            per level. `VQGANConfig` turns it into `attn_levels`.
         norm_num_groups: groups of every GroupNorm; must divide every width.
         dropout: dropout probability inside the residual blocks.
         latent_channels: channels between encoder or decoder and the 1×1 convolutions around the codebook.
@@ -40,12 +44,13 @@ class VQGANArchitecture:
             `commitment_cost`.
     """
 
-    image_size: int = 256
+    image_size: int | list[int] | tuple[int, int] = 256
     in_channels: int = 3
     base_channels: int = 128
     channel_multiplier: list[float | int] | tuple[float | int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
-    attn_resolutions: list[int] | tuple[int, ...] = (16,)
+    attn_levels: list[int] | tuple[int, ...] | None = None
+    attn_resolutions: list[int] | tuple[int, ...] | None = None
     norm_num_groups: int = 32
     dropout: float | int = 0.0
     latent_channels: int = 256
@@ -60,14 +65,20 @@ class VQGANArchitecture:
         return 2 ** (len(self.channel_multiplier) - 1)
 
     @property
-    def grid_size(self) -> int:
-        """Side of the code grid at the training resolution."""
-        return self.image_size // self.downsampling_factor
+    def image_shape(self) -> tuple[int, int]:
+        """(H, W): height and width in pixels of the images that the tokenizer is trained on."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w): height and width of the code grid of such an image."""
+        height, width = self.image_shape
+        return height // self.downsampling_factor, width // self.downsampling_factor
 
     def architecture_problems(self) -> Iterator[tuple[str, Any, str]]:
         """Sizes that no network can have, as `(field, value received, what is allowed)`."""
         for name in (
-            "image_size",
             "in_channels",
             "base_channels",
             "num_res_blocks",
@@ -84,12 +95,8 @@ class VQGANArchitecture:
         if not self.channel_multiplier or not all(0 < multiplier < inf for multiplier in self.channel_multiplier):
             yield "channel_multiplier", self.channel_multiplier, "needs positive numbers, one for each level"
             return
-        if self.image_size % self.downsampling_factor:
-            allowed = (
-                f"must be divisible by the downsampling factor {self.downsampling_factor} "
-                "(one halving per entry of channel_multiplier after the first)"
-            )
-            yield "image_size", self.image_size, allowed
+        wrong_size = list(self._size_problems())
+        yield from wrong_size or self._attention_problems()
         exact = [self.base_channels * multiplier for multiplier in self.channel_multiplier]
         if any(abs(width - round(width)) > 1e-6 for width in exact):
             yield (
@@ -107,15 +114,52 @@ class VQGANArchitecture:
             )
             yield "norm_num_groups", self.norm_num_groups, allowed
 
+    def _size_problems(self) -> Iterator[tuple[str, Any, str]]:
+        factor = self.downsampling_factor
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            yield "image_size", self.image_size, "must be the side of a square, or [height, width]"
+        elif min(self.image_shape) < 1:
+            yield "image_size", self.image_size, "must be at least 1"
+        elif any(side % factor for side in self.image_shape):
+            allowed = (
+                f"must be divisible by the downsampling factor {factor} "
+                "(one halving per entry of channel_multiplier after the first)"
+            )
+            yield "image_size", self.image_size, allowed
+
+    def _attention_problems(self) -> Iterator[tuple[str, Any, str]]:
+        levels, sides = self.attn_levels or (), [min(shape) for shape in self.resolutions]
+        if not set(levels) <= set(range(len(sides))):
+            yield "attn_levels", self.attn_levels, f"must be among the levels, 0 (the largest) to {len(sides) - 1}"
+        if self.attn_resolutions is None:
+            return
+        if self.attn_levels is not None:
+            yield "attn_resolutions", self.attn_resolutions, f"attn_levels is {self.attn_levels}; set one to null"
+        elif not set(self.attn_resolutions) <= set(sides):
+            allowed = (
+                f"must be among the resolutions of the levels, {', '.join(map(str, sides))} "
+                "(image_size, or its shorter side, halved by each)"
+            )
+            yield "attn_resolutions", self.attn_resolutions, allowed
+
+    @property
+    def attention(self) -> list[bool]:
+        """Whether the residual blocks of each level are followed by attention, highest resolution first."""
+        if self.attn_levels is not None:
+            return [level in self.attn_levels for level in range(len(self.channel_multiplier))]
+        named = DEFAULT_RESOLUTIONS if self.attn_resolutions is None else self.attn_resolutions
+        return [min(shape) in named for shape in self.resolutions]
+
     @property
     def widths(self) -> list[int]:
         """Channels of each level, highest resolution first."""
         return [round(self.base_channels * multiplier) for multiplier in self.channel_multiplier]
 
     @property
-    def resolutions(self) -> list[int]:
-        """Side in pixels of the feature maps of each level, at the training resolution."""
-        return [self.image_size >> level for level in range(len(self.channel_multiplier))]
+    def resolutions(self) -> list[tuple[int, int]]:
+        """(height, width) of the feature maps of each level, for images of `image_size`."""
+        height, width = self.image_shape
+        return [(height >> level, width >> level) for level in range(len(self.channel_multiplier))]
 
     @property
     def num_weights(self) -> int:
@@ -127,9 +171,9 @@ class VQGANArchitecture:
         count = 2 * (_residual(last, last) * 2 + _attention(last))  # the middle of encoder and decoder
         count += _conv(self.in_channels, first) + _conv(self.widths[0], self.in_channels)
         count += 2 * _conv(last, self.latent_channels)
-        for below, width, resolution in zip([first, *self.widths], self.widths, self.resolutions, strict=False):
+        for below, width, attends in zip([first, *self.widths], self.widths, self.attention, strict=False):
             count += _residual(below, width) + (n - 1) * _residual(width, width)
-            count += (2 * n + 1) * _attention(width) * (resolution in self.attn_resolutions)
+            count += (2 * n + 1) * _attention(width) * attends
         for width, previous in zip(self.widths, [*self.widths[1:], last], strict=True):
             count += _residual(previous, width) + n * _residual(width, width)
         count += sum(_conv(width, width) for width in self.widths[:-1]) + sum(_conv(w, w) for w in self.widths[1:])

@@ -52,7 +52,7 @@ def evaluate(config: ReconstructionConfig) -> dict[str, float]:
     source = load_images(config.data)[0 if config.split == "train" else 1]
     dataset = ImageDataset(
         source,
-        model.config.image_size,
+        model.config.image_shape,
         model.config.in_channels,
         aspect_ratio=config.data.aspect_ratio,
         value_range=trained_range(config.data, config.model),

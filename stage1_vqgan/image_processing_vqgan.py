@@ -3,6 +3,7 @@
 Shape letters: B batch, C channels, H W image size.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -12,10 +13,10 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .image_processing_pixels import MODES, floats_to_levels, pixels_of, to_array, to_pil
-from .image_processing_squares import AspectRatio, normalize, to_square
+from .image_processing_shapes import AspectRatio, normalize, to_shape
 from .image_processing_values import ValueRange, read_range
 
-LARGEST_SIDE = 2**16  # pixels of a square
+LARGEST_SIDE = 2**16  # pixels
 MOST_CHANNELS = 2**10
 
 
@@ -23,13 +24,14 @@ class VQGANImageProcessor(BaseImageProcessor):
     r"""Prepares images for a [`VQGANModel`] and converts its output back into images.
 
     It applies the EXIF orientation, composites transparency on white unless there is a channel for it, scales the
-    values to 256 levels, resizes and crops to a square (bicubic, antialiased), and scales to [-1, 1].
+    values to 256 levels, resizes and crops to one size (bicubic, antialiased), and scales to [-1, 1].
 
     Args:
-        image_size: side of the square in pixels.
+        size: the side of a square in pixels, or {"height": …, "width": …}, which is stored, or [height, width]. 256 by
+            default. A file of an earlier version has the side of a square as `image_size` instead.
         num_channels: 1 (gray), 2 (gray, alpha), 3 (RGB), 4 (RGBA), or more for data that are no pictures.
-        aspect_ratio: "crop" resizes the shorter side to `image_size` and crops the centre; "pad" resizes the longer
-            side to it and fills the square with white (the highest level of every channel).
+        aspect_ratio: "crop" resizes the image so that it covers `size`, and crops the centre; "pad" resizes it so that
+            it fits into `size`, and fills the sides with white (the highest level of every channel).
         value_range: `[low, high]`, the values that become black and white, as in the training of the tokenizer. It
             holds for images of more than 8 bits, for floats, and for arrays of other numbers than uint8. None takes
             the range of the dtype: uint16 in [0, 65535], float arrays in [0, 1].
@@ -45,29 +47,34 @@ class VQGANImageProcessor(BaseImageProcessor):
 
     def __init__(
         self,
-        image_size: int = 256,
+        size: int | Mapping[str, int] | Sequence[int] | None = None,
         num_channels: int = 3,
         aspect_ratio: AspectRatio = "crop",
         value_range: list[float] | None = None,
         value_range_of_bytes: bool = False,
+        image_size: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         _choice("aspect_ratio", aspect_ratio, get_args(AspectRatio))
-        sizes = {"image_size": (image_size, LARGEST_SIDE), "num_channels": (num_channels, MOST_CHANNELS)}
-        for name, (value, most) in sizes.items():
-            if type(value) is not int or not 1 <= value <= most:
-                received = repr(value) if type(value) is int and -(2**63) < value < 2**63 else type(value).__name__
-                raise ValueError(f"{name}: received {received}; allowed is a whole number from 1 to {most}")
+        if size is not None and image_size is not None:
+            raise ValueError("image_size: received a number beside size; leave it out")
+        height, width = _sides(size if image_size is None else image_size)
+        _whole("num_channels", num_channels, MOST_CHANNELS)
         if type(value_range_of_bytes) is not bool or (value_range_of_bytes and value_range is None):
             allowed = "true or false; true needs a value_range"
             raise ValueError(f"value_range_of_bytes: received {value_range_of_bytes!r:.60}; allowed is {allowed}")
         read = read_range(value_range)
-        self.image_size = image_size
+        self.size = {"height": height, "width": width}
         self.num_channels = num_channels
         self.aspect_ratio = aspect_ratio
         self.value_range = None if read is None else [read.low, read.high]
         self.value_range_of_bytes = value_range_of_bytes
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of the prepared images in pixels."""
+        return self.size["height"], self.size["width"]
 
     @property
     def values(self) -> ValueRange | None:
@@ -83,7 +90,7 @@ class VQGANImageProcessor(BaseImageProcessor):
                 [0, 1].
 
         Returns:
-            `pixel_values`: float32 `(B, C, image_size, image_size)` in [-1, 1].
+            `pixel_values`: float32 `(B, C, *image_shape)` in [-1, 1].
 
         Raises:
             ValueError: an image has another type, shape or range, or cannot be read, the list is empty, or an option is
@@ -94,13 +101,13 @@ class VQGANImageProcessor(BaseImageProcessor):
         if return_tensors is not None:
             _choice("return_tensors", return_tensors, ("pt", "np"))
         is_batch = isinstance(images, (list, tuple)) or (getattr(images, "ndim", 0) == 4)
-        squares = [
-            self._square(image, f"images[{number}]" if is_batch else "images")
+        prepared = [
+            self._prepared(image, f"images[{number}]" if is_batch else "images")
             for number, image in enumerate(images if is_batch else [images])
         ]
-        if not squares:
+        if not prepared:
             raise ValueError("images: received an empty list; needs at least one image")
-        pixel_values = normalize(torch.stack(squares).permute(0, 3, 1, 2)).contiguous()
+        pixel_values = normalize(torch.stack(prepared).permute(0, 3, 1, 2)).contiguous()
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def postprocess(self, images: Tensor, output_type: str = "pil") -> Any:
@@ -136,8 +143,8 @@ class VQGANImageProcessor(BaseImageProcessor):
         low, high = self.value_range
         return images * (high - low) + low
 
-    def _square(self, image: Any, name: str) -> Tensor:
-        """Pixels of one image, uint8 `(image_size, image_size, C)`; an error names the image."""
+    def _prepared(self, image: Any, name: str) -> Tensor:
+        """Pixels of one image, uint8 `(*image_shape, C)`; an error names the image."""
         try:
             if not isinstance(image, Image.Image):
                 image = to_array(image) if self.value_range else floats_to_levels(to_array(image))
@@ -147,7 +154,7 @@ class VQGANImageProcessor(BaseImageProcessor):
         except Exception as error:  # Pillow raises errors of many types for damaged files
             reason = str(error).removeprefix("image: ").partition("\n")[0][:200]
             raise ValueError(f"{name}: {reason or type(error).__name__}") from error
-        return to_square(pixels, self.image_size, self.aspect_ratio)
+        return to_shape(pixels, self.image_shape, self.aspect_ratio)
 
     def _check_output(self, images: Any) -> None:
         """Refuses all but finite floats `(B, C, H, W)`. Waits once for a GPU."""
@@ -161,6 +168,27 @@ class VQGANImageProcessor(BaseImageProcessor):
         if not images.isfinite().all():
             advice = "compute in float32, or check whether the weights are damaged"
             raise ValueError(f"images: received NaN or infinite values in {images.dtype}; {advice}")
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """Height and width that a `size` stands for."""
+    sides = size
+    if isinstance(size, Mapping) and size.keys() == {"height", "width"}:
+        sides = size["height"], size["width"]
+    elif size is None or not isinstance(size, list | tuple):
+        sides = (256, 256) if size is None else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"size: received a list of {len(sides)}; allowed is [height, width]")
+    for side in sides:
+        _whole("size", side, LARGEST_SIDE)
+    return sides[0], sides[1]
+
+
+def _whole(name: str, value: Any, most: int) -> None:
+    """Refuses all but a whole number from 1 to `most`."""
+    if type(value) is not int or not 1 <= value <= most:
+        received = repr(value) if type(value) is int and -(2**63) < value < 2**63 else type(value).__name__
+        raise ValueError(f"{name}: received {received}; allowed is a whole number from 1 to {most}")
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

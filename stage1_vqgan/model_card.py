@@ -87,10 +87,10 @@ pip install torch torchvision transformers einops
 
 def summary(config: VQGANConfig) -> str:
     """One sentence: what the tokenizer does."""
-    size, grids = config.image_size, config.grids
+    (height, width), grids = config.image_shape, config.grids
     grid = f"a grid of {grids_text(grids)}" if len(grids) == 1 else f"grids of {grids_text(grids)}"
     codes = f"{config.num_codes_per_image} codes, {grid}, out of {config.num_embeddings:,}"
-    return f"Turns an image of {size}×{size} pixels into {codes}. It turns codes back into an image."
+    return f"Turns an image of {height}×{width} pixels into {codes}. It turns codes back into an image."
 
 
 def use_blocks(name: str) -> list[str]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from .configuration_vqgan import VQGANConfig
 from .quantizers import QUANTIZERS
 
-# Fields that determine the codes of an image; the fingerprint is a hash of these fields and the weights.
+# Fields that determine the codes of an image; the fingerprint is a hash of these fields and the weights. The names of
+# the weights say which levels attend.
 FINGERPRINT_FIELDS = (
     "in_channels",
     "base_channels",
@@ -26,6 +27,9 @@ FINGERPRINT_FIELDS = (
     "quantizer",
 )
 
+# Those that are only part of a fingerprint of an earlier version.
+EARLIER_FIELDS = {"attn_resolutions", "image_size"}
+
 # Arguments of `from_pretrained` that say where the files are.
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
 
@@ -39,7 +43,12 @@ def facts_of(config: VQGANConfig) -> dict[str, Any]:
     """The fields and the quantizer's options that determine the codes of an image."""
     kind = QUANTIZERS[config.quantizer].Options
     options = kind(**config.quantizer_options)
-    facts = {name: getattr(config, name) for name in FINGERPRINT_FIELDS}
+    earlier = (config.fingerprint and config.fingerprint_fields) or {}
+    facts = {
+        name: earlier[name] if name in EARLIER_FIELDS else getattr(config, name)
+        for name in FINGERPRINT_FIELDS
+        if name not in EARLIER_FIELDS or name in earlier
+    }
     return facts | {name: getattr(options, name) for name in sorted(kind.DECIDE_CODES)}
 
 

@@ -70,8 +70,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         previous = config.base_channels
         for index, width in enumerate(widths):
-            attends = config.image_size >> index in config.attn_resolutions
-            level = Level(config, previous, width, config.num_res_blocks, attends)
+            level = Level(config, previous, width, config.num_res_blocks, config.attention[index])
             if index < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
@@ -98,8 +97,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for index, width in enumerate(widths):
             previous = widths[min(index + 1, len(widths) - 1)]
-            attends = config.image_size >> index in config.attn_resolutions
-            level = Level(config, previous, width, config.num_res_blocks + 1, attends)
+            level = Level(config, previous, width, config.num_res_blocks + 1, config.attention[index])
             if index > 0:
                 level.upsample = Upsample(width)
             self.up.append(level)
@@ -139,6 +137,7 @@ class VQGANModel(PreTrainedModel):
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
+        config.validate_architecture()  # fields may have been changed since it was made
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.embed_dim, 1)
         self.quantize = build_quantizer(
@@ -196,7 +195,7 @@ class VQGANModel(PreTrainedModel):
         """h and w of codes. Codes of several grids do not show them: `grid`, or the grid of the training resolution."""
         if codes.ndim > 2:
             return (codes.shape[1], codes.shape[2])
-        return (self.config.grid_size, self.config.grid_size) if grid is None else grid
+        return self.config.grid if grid is None else grid
 
     def check_codes(self, codes: Tensor, grid: tuple[int, int] | None = None) -> None:
         """Refuses all but int64 codes in `[0, K)`, of the shape that `encode` returns, on the model's device.
@@ -254,7 +253,7 @@ class VQGANModel(PreTrainedModel):
         `checksums.json` of older files in the folder is removed.
         """
         if self.config.fingerprint is None:
-            self.config.fingerprint = self.compute_fingerprint()
+            self.config.fingerprint_fields, self.config.fingerprint = None, self.compute_fingerprint()
         Path(save_directory, "checksums.json").unlink(missing_ok=True)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -262,8 +261,8 @@ class VQGANModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Loads a tokenizer as in transformers, but only from safetensors, and checks the weights.
 
-        A field that is changed by keyword, for instance `image_size`, can change the codes. The fingerprint is None
-        then, and computed when the tokenizer is saved.
+        `image_size` changed by keyword keeps the fingerprint: the weights are used for images of another size. Options
+        of the quantizer can change the codes. The fingerprint is None then, and computed when the tokenizer is saved.
 
         Raises:
             ValueError: weights are missing, unexpected, misshapen or not finite, or the fingerprint in config.json is

@@ -1,6 +1,7 @@
 """Loads a trained tokenizer for the commands, with errors that name the configuration field."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from configs.model_folder import check_model_folder, local_folder
 from configs.problems import one_line, shown
 from configs.staging import finish_interrupted
 from configs.weights_files import in_our_words, read_header, require_finite, require_fit
+from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.configuration_vqgan import VQGANConfig
 from stage1_vqgan.data.config import DataConfig
 from stage1_vqgan.image_processing_values import ValueRange
@@ -104,9 +106,9 @@ def load_image_processor(folder: str | Path, config: VQGANConfig) -> VQGANImageP
     path = Path(folder) / PROCESSOR_NAME
     with in_our_words(path):  # from_pretrained would prefer a processor_config.json
         processor = VQGANImageProcessor.from_dict(read_json(path))
-    for field, wanted in {"image_size": config.image_size, "num_channels": config.in_channels}.items():
-        value = getattr(processor, field)
-        if type(value) is not int or value != wanted:
+    height, width = config.image_shape
+    for field, wanted in {"size": {"height": height, "width": width}, "num_channels": config.in_channels}.items():
+        if (value := getattr(processor, field)) != wanted:
             raise ValueError(f"{path}: {field}: received {shown(value)}, but the tokenizer has {wanted}; restore it")
     return processor
 
@@ -153,9 +155,10 @@ def require_range(data: DataConfig, found: ValueRange | None, name: str) -> Valu
 
 def _checked(name: str, config: VQGANConfig, changes: dict[str, Any]) -> dict[str, Any]:
     """Checks changes of a tokenizer's configuration, and adds the options of its quantizer that are not changed."""
+    changes, problems = _by_level(config, changes)
     kind = QUANTIZERS[config.quantizer].Options
     options = config.quantizer_options | changes.get("quantizer_options", {})
-    problems = [
+    problems += [
         Problem(f"model.{field}", f"received {value!r}, but {name} has {has!r}; leave it out")
         for field, value in changes.items()
         if field not in CHANGEABLE and (has := _plain(getattr(config, field))) != _plain(value)
@@ -172,6 +175,23 @@ def _checked(name: str, config: VQGANConfig, changes: dict[str, Any]) -> dict[st
     if problems:
         raise ConfigError(problems)
     return changes | ({"quantizer_options": options} if "quantizer_options" in changes else {})
+
+
+def _by_level(config: VQGANConfig, changes: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Names levels with attention by number, if the changes name them by resolution; and problems of the new size."""
+    known = {field.name: getattr(config, field.name) for field in fields(VQGANArchitecture)}
+    by_resolution = {"attn_levels": None} if "attn_resolutions" in changes else {}
+    wanted = VQGANArchitecture(**known | by_resolution | changes)
+    found = {name: (value, allowed) for name, value, allowed in wanted.architecture_problems()}
+    problems = [
+        Problem(f"model.{name}", f"received {found[name][0]!r}; {found[name][1]}")
+        for name in ("image_size", "attn_resolutions")
+        if name in found
+    ]
+    if by_resolution and not problems:
+        changes = {name: value for name, value in changes.items() if name != "attn_resolutions"}
+        changes["attn_levels"] = [level for level, attends in enumerate(wanted.attention) if attends]
+    return changes, problems
 
 
 def _plain(value: Any) -> Any:

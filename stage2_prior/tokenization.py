@@ -106,7 +106,7 @@ def _tell(config: Stage2Config, model: VQGANModel, train: Images, validation: Im
     """Prints the first lines: what the data hold, and what becomes of them."""
     tokenizer, limit = model.config, config.data.max_skipped_fraction
     looked = look(train, LOOKED_AT_FIRST, tokenizer.in_channels, trained_range(config.data, config.tokenizer))
-    facts = data_facts(train, validation, looked, tokenizer.image_size, limit)
+    facts = data_facts(train, validation, looked, tokenizer.image_shape, limit)
     codes = f"{tokenizer.num_codes_per_image:,} of each image, out of {tokenizer.num_embeddings:,}"
     facts["codes"] = f"{codes}; views of an image: {config.num_views}"
     facts["device"] = str(model.device)
@@ -154,7 +154,7 @@ def tokenize_split(
     """Writes the missing shards of a split that belong to this process; returns the number of all shards."""
     dataset = ImageDataset(
         source,
-        model.config.image_size,
+        model.config.image_shape,
         model.config.in_channels,
         config.data.augmentation if num_views > 1 else None,
         config.seed,
@@ -216,7 +216,7 @@ def _token_layout(model: VQGANModel, class_names: list[str]) -> TokenLayout:
     return TokenLayout(
         num_codes=model.config.num_embeddings,
         class_names=tuple(class_names),
-        grid=(model.config.grid_size, model.config.grid_size),
+        grid=model.config.grid,
         downsampling_factor=model.config.downsampling_factor,
         tokenizer_fingerprint=str(model.config.fingerprint),
         grids=model.config.grids,

@@ -271,7 +271,7 @@ class TokenLayout:
         self.require_fingerprint(config.fingerprint or tokenizer.compute_fingerprint(), advice=advice)
         has = {
             "num_codes": config.num_embeddings,
-            "grid": (config.grid_size, config.grid_size),
+            "grid": config.grid,
             "grids": config.grids,
             "downsampling_factor": config.downsampling_factor,
         }

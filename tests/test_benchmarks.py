@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from math import prod
 
 import pytest
 import torch
@@ -87,10 +88,10 @@ def test_a_run_continues_after_a_failure_and_reports_it(monkeypatch, tmp_path, c
 def test_operations_are_those_of_the_layers():
     config = VQGANConfig(**tiny.VQGAN)
     model = VQGANModel(config).eval()
-    images = torch.zeros(1, config.in_channels, config.image_size, config.image_size)
+    images = torch.zeros(1, config.in_channels, *config.image_shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
-    half_norms = 2 * config.grid_size**2 * config.num_embeddings  # our search includes them in its matrix product
+    half_norms = 2 * prod(config.grid) * config.num_embeddings  # our search includes them in its matrix product
     assert encode_operations(config) + decode_operations(config) == counter.get_total_flops() - half_norms
     # known values of the original's layout: 139 and 253 GFLOP per image
     f16 = load_config(Stage1Config, "imagenet256/stage1")

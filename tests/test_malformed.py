@@ -244,9 +244,17 @@ CASES = {
     ),
     "attention": (
         "stage1",
-        "--model.attn_resolutions [7]",
+        "--model.attn_levels null --model.attn_resolutions [7]",
         {"model.attn_resolutions": "levels, 16, 8, 4"},
     ),
+    "attention of no level": (
+        "stage1",
+        "--model.attn_levels [3]",
+        {"model.attn_levels": "levels, 0 (the largest) to 2"},
+    ),
+    "attention twice": ("stage1", "--model.attn_resolutions [8]", {"model.attn_resolutions": "set one to null"}),
+    "sizes": ("stage1", "--model.image_size [16,18]", {"model.image_size": "divisible by the downsampling factor 4"}),
+    "three sides": ("stage1", "--model.image_size [16,16,3]", {"model.image_size": "of a square, or [height, width]"}),
     "model types": (
         "stage1",
         "--model.num_embeddings true --model.embed_dim 4.5 --model.dropout nan --model.image_sise 32",

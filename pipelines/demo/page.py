@@ -221,4 +221,4 @@ def _picture(pipeline: VQGANPipeline, name: str, about: str) -> gr.Image:
 
 
 def _sharp(pipeline: VQGANPipeline) -> str:
-    return "picture pixels" if pipeline.image_processor.image_size < SMALL else "picture"
+    return "picture pixels" if min(pipeline.image_processor.image_shape) < SMALL else "picture"

@@ -70,7 +70,7 @@ def read_real_images(
 
     dataset = ImageDataset(
         source,
-        processor.image_size,
+        processor.image_shape,
         processor.num_channels,
         aspect_ratio=processor.aspect_ratio,
         value_range=processor.values,

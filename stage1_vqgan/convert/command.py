@@ -90,12 +90,13 @@ def compare(config: ConvertConfig, model: VQGANModel, other: Path) -> list[str]:
 def describe(model: VQGANModel) -> list[str]:
     """Describes a tokenizer in two lines."""
     config = model.config
-    widths, sizes = ", ".join(map(str, config.widths)), ", ".join(map(str, config.attn_resolutions)) or "no"
+    widths, sizes = ", ".join(map(str, config.widths)), "×".join(map(str, config.image_shape))
+    attends = ", ".join(map(str, config.attn_levels or ())) or "none"
     return [
         f"{config.num_embeddings} codes of width {config.embed_dim} ({config.quantizer}), one for "
-        f"{config.downsampling_factor} × {config.downsampling_factor} pixels; images of {config.image_size} pixels, "
+        f"{config.downsampling_factor} × {config.downsampling_factor} pixels; images of {sizes} pixels, "
         f"{config.in_channels} channels",
-        f"levels of {widths} channels, {config.num_res_blocks} residual blocks each, attention at {sizes} pixels; "
+        f"levels of {widths} channels, {config.num_res_blocks} residual blocks each, attention in levels: {attends}; "
         f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters; fingerprint {config.fingerprint}",
     ]
 

@@ -108,7 +108,7 @@ def write(model: VQGANModel, folder: Path) -> list[str]:
     config = model.config
     if problems := list(_inexpressible(config)):
         raise ConfigError(problems)
-    attends = [size in config.attn_resolutions for size in config.resolutions]
+    attends = config.attention
     down, up = ([f"Attn{block}" if attends_here else block for attends_here in attends] for block in BLOCKS.values())
     values = {
         "_class_name": "VQModel",
@@ -170,9 +170,8 @@ def _level_claims(values: dict[str, Any]) -> list[Claim]:
             problems.append(Problem(f"config: {key}", message))
         elif block and entries:
             highest_first = entries if key == "down_block_types" else entries[::-1]
-            size = values.get("sample_size", 0)
-            attends = [size >> level for level, entry in enumerate(highest_first) if entry != block]
-            claims.append(Claim(key, "attn_resolutions", attends))
+            attends = [level for level, entry in enumerate(highest_first) if entry != block]
+            claims.append(Claim(key, "attn_levels", attends))
         elif entries:
             claims.append(Claim(key, "base_channels", entries[0]))
             claims.append(Claim(key, "channel_multiplier", [multiplier(width, entries[0]) for width in entries]))

@@ -89,7 +89,7 @@ def write(model: VQGANModel, folder: Path, field: str = "checkpoint") -> list[st
     weights = renamed({name: value.float() for name, value in model.state_dict().items()}, rename)
     _stock(model.config, weights, field).save_pretrained(folder)
     return [
-        f"the JanusVQVAE decodes grids of {model.config.grid_size}×{model.config.grid_size} codes only",
+        f"the JanusVQVAE decodes grids of {'×'.join(map(str, model.config.grid))} codes only",
         "left out: the options of the codebook loss, which a JanusVQVAE does not have",
     ]
 
@@ -120,7 +120,7 @@ def _stock(config: VQGANConfig, weights: dict[str, Tensor], field: str = "checkp
     if problems := [Problem(field, message) for message in _inexpressible(config)]:
         raise ConfigError(problems)
     settings: dict[str, Any] = {name: getattr(config, name) for name in SAME}
-    settings |= {"out_channels": config.in_channels, "num_patches": config.grid_size}
+    settings |= {"out_channels": config.in_channels, "num_patches": config.grid[0]}
     settings["channel_multiplier"] = list(map(int, config.channel_multiplier))
     with torch.device("meta"):
         stock = JanusVQVAE(JanusVQVAEConfig(**settings))
@@ -188,9 +188,10 @@ def _inexpressible(config: VQGANConfig) -> Iterator[str]:
         yield "its quantizer_options.l2_normalize is false; a JanusVQVAE only decodes entries of unit length"
     if config.norm_num_groups != GROUPS:
         yield f"its norm_num_groups is {config.norm_num_groups}; a JanusVQVAE only supports {GROUPS}"
-    attends = [size for size in config.resolutions if size in config.attn_resolutions]
-    if attends != config.resolutions[-1:]:
-        allowed = f"a JanusVQVAE attends at its last level only, [{config.resolutions[-1]}]"
-        yield f"its attn_resolutions is {list(config.attn_resolutions)}; {allowed}"
+    last = [len(config.widths) - 1]
+    if config.attn_levels != last:
+        yield f"its attn_levels is {config.attn_levels}; a JanusVQVAE attends in its last level only, {last}"
+    if config.grid[0] != config.grid[1]:
+        yield f"its image_size is {config.image_size}; a JanusVQVAE only supports squares"
     if any(part % 1 for part in config.channel_multiplier):
         yield f"its channel_multiplier is {list(config.channel_multiplier)}; a JanusVQVAE only supports whole numbers"

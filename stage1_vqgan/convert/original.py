@@ -140,7 +140,7 @@ def read_claims(
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type or is not supported by VQGANModel.
     """
-    hints = VQGANArchitecture.__annotations__
+    hints = VQGANArchitecture.__annotations__ | {"image_size": int, "attn_resolutions": list[int]}
     claims, problems = [], []
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -224,7 +224,9 @@ def _config(original: Original) -> VQGANConfig:
     factor = 2 ** (num_levels - 1)
     image_size = claimed.get("image_size", IMAGE_SIZE if IMAGE_SIZE % factor == 0 else factor)
     resolutions = [image_size >> level for level in range(num_levels)]
-    attends = [resolutions[level] for level in levels_with_attention(original.weights, num_levels)]
+    levels = levels_with_attention(original.weights, num_levels)
+    found["attn_levels"] = levels, f"attn in levels {listed(list(map(str, levels))) or 'none'}; 0 is the largest"
+    attends = [resolutions[level] for level in levels]
     found["attn_resolutions"] = attends, f"attn in levels of {listed([str(size) for size in attends]) or 'no'} pixels"
     claims = [
         replace(claim, value=[size for size in resolutions if size in claim.value])
@@ -239,6 +241,7 @@ def _config(original: Original) -> VQGANConfig:
         **claimed,
         **{name: value for name, (value, _) in found.items()},
     }
+    fields.pop("attn_resolutions")  # attn_levels says the same
     unknown = [name for name in (*AXES, "channel_multiplier", "num_res_blocks") if name not in fields]
     if unknown:
         message = (

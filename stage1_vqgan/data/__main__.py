@@ -10,6 +10,7 @@ from typing import Any
 from configs import ConfigError, run
 from configs.opening import print_facts
 from configs.sections import Positive
+from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.training.config import Stage1Config
 
 GRAY_MODES = {"1", "L", "I", "I;16", "I;16B", "F"}
@@ -28,7 +29,7 @@ class DataReportConfig(Stage1Config):
     num_inspected: Positive = 300
     contact_sheet: str | None = "contact_sheet.png"
 
-    def size_problems(self, size: int) -> Iterable[tuple[str, Any, str]]:
+    def size_problems(self, model: VQGANArchitecture) -> Iterable[tuple[str, Any, str]]:
         """None: the losses, whose rules these are, are not computed."""
         return ()
 
@@ -57,13 +58,13 @@ def report(config: DataReportConfig) -> None:
     except ConfigError as error:  # the report shows the values that have no range
         problem = error
     looked = look(train, config.num_inspected, model.in_channels, value_range)
-    facts = data_facts(train, validation, looked, model.image_size, config.data.max_skipped_fraction)
-    facts["become"] = become(model.image_size, model.in_channels, config.data.aspect_ratio)
+    facts = data_facts(train, validation, looked, model.image_shape, config.data.max_skipped_fraction)
+    facts["become"] = become(model.image_shape, model.in_channels, config.data.aspect_ratio)
     if model.in_channels > 1 and looked.modes and looked.modes.keys() <= GRAY_MODES:
         facts["become"] += "; these images are gray, so model.in_channels 1 would do"
     if config.contact_sheet is not None:
         dataset = ImageDataset(
-            train, model.image_size, model.in_channels, aspect_ratio=config.data.aspect_ratio, value_range=value_range
+            train, model.image_shape, model.in_channels, aspect_ratio=config.data.aspect_ratio, value_range=value_range
         )
         sheet = contact_sheet(dataset)
         if sheet is not None:

@@ -22,7 +22,7 @@ def contact_sheet(dataset: ImageDataset) -> Image.Image | None:
         dataset: prepares the images: size, channels, range of values. Without augmentation.
     """
     rows: list[tuple[str, list[Image.Image]]] = []
-    processor = VQGANImageProcessor(dataset.image_size, dataset.num_channels)
+    processor = VQGANImageProcessor(dataset.image_shape, dataset.num_channels)
     for name, group in groupby(_keys(dataset), key=lambda entry: entry[0]):
         batch = dataset.__getitems__([key for _, key in group])
         if len(batch.indices):

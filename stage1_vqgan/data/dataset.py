@@ -1,4 +1,4 @@
-"""Images of a source → batches of uint8 squares.
+"""Images of a source → batches of uint8 crops.
 
 Random numbers are functions of (seed, epoch, image, view), never drawn from a global generator. So a batch does not
 depend on the number of workers and processes, or on interruptions.
@@ -8,7 +8,8 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +23,11 @@ from stage1_vqgan.data.decoding import EncodedImage, SkippedImage, UndecodableIm
 from stage1_vqgan.data.indexed import ImageSource
 from stage1_vqgan.data.sources import Images
 from stage1_vqgan.data.transfer import to_device
-from stage1_vqgan.image_processing_squares import AspectRatio, normalize, resize, to_square
+from stage1_vqgan.image_processing_shapes import AspectRatio, normalize, resize, to_shape
 from stage1_vqgan.image_processing_values import ValueRange
 
-# A square with a side of up to this many times the image size is resized on the model's device. For images of 256
-# pixels that includes photos of 500×375. Larger squares would need too much memory, so the workers resize them.
+# A crop of up to this many times the height and width of the images is resized on the model's device. For images of
+# 256 pixels that includes photos of 500×375. Larger crops would need too much memory, so the workers resize them.
 MAX_REDUCTION = 1.5
 
 
@@ -47,35 +48,35 @@ class ImageKey(NamedTuple):
 
 
 class ImageBatch(NamedTuple):
-    """A batch of a loader: squares of different sides, which `images` resizes and mirrors on the model's device.
+    """A batch of a loader: crops of different sizes, which `images` resizes and mirrors on the model's device.
 
     Attributes:
-        rows: uint8 `(B, n)`; the first side·side·C values of a row are the pixels of a square `(side, side, C)`, the
-            rest is undefined.
-        sides: side of each square in pixels, at least `image_size`.
-        flips: whether `images` must mirror a square.
-        image_size, num_channels: as in the dataset.
+        rows: uint8 `(B, n)`; the first values of a row are the pixels of a crop `(height, width, C)`, the rest is
+            undefined.
+        shapes: height and width of each crop in pixels, at least `image_shape`.
+        flips: whether `images` must mirror a crop.
+        image_shape, num_channels: as in the dataset.
         indices: int64 `(B,)`, number of each image in the source.
         skipped: images that could not be decoded.
     """
 
     rows: Tensor
-    sides: list[int]
+    shapes: list[tuple[int, int]]
     flips: list[bool]
-    image_size: int
+    image_shape: tuple[int, int]
     num_channels: int
     indices: Tensor
     skipped: list[SkippedImage]
 
     def images(self, device: torch.device | str = "cpu") -> Tensor:
-        """The model's input: float32 `(B, C, image_size, image_size)` in [-1, 1], channels-last in memory."""
+        """The model's input: float32 `(B, C, *image_shape)` in [-1, 1], channels-last in memory."""
         rows = to_device(self.rows, device)
-        shape = (len(rows), self.image_size, self.image_size, self.num_channels)
-        pixels = torch.empty(shape, dtype=torch.uint8, device=device)
-        for side in set(self.sides):
-            places = to_device(torch.tensor([place for place, other in enumerate(self.sides) if other == side]), device)
-            squares = rows[places, : side * side * self.num_channels].view(-1, side, side, self.num_channels)
-            pixels[places] = resize(squares, self.image_size, self.image_size)
+        pixels = torch.empty((len(rows), *self.image_shape, self.num_channels), dtype=torch.uint8, device=device)
+        for shape in set(self.shapes):
+            same = [place for place, other in enumerate(self.shapes) if other == shape]
+            places = to_device(torch.tensor(same), device)
+            crops = rows[places, : prod(shape) * self.num_channels].view(-1, *shape, self.num_channels)
+            pixels[places] = resize(crops, *self.image_shape)
         mirrored = [place for place, flip in enumerate(self.flips) if flip]
         flipped = to_device(torch.tensor(mirrored, dtype=torch.int64), device)
         pixels[flipped] = pixels[flipped].flip(2)
@@ -84,23 +85,23 @@ class ImageBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageDataset(Dataset):
-    """Images of one split as uint8 squares. The key of an image determines its augmentation.
+    """Images of one split as uint8 crops. The key of an image determines its augmentation.
 
     Attributes:
         source: the images.
-        image_size: side of the squares in pixels.
-        num_channels: number of channels of the squares.
+        image_shape: height and width of the images of a batch, in pixels.
+        num_channels: number of their channels.
         augmentation: None does not augment; then only the `image` of a key matters.
         seed: seed of the augmentation.
         first_view_plain: do not augment view 0; without effect with ten_crop.
-        aspect_ratio: see `to_square`.
+        aspect_ratio: see `to_shape`.
         keep_batch_size: replace an image that cannot be decoded by another view of the next image of the batch.
             Otherwise it is left out, and the batch may be empty.
         value_range: the pixel values that become black and white; None takes the range of the dtype.
     """
 
     source: Images
-    image_size: int
+    image_shape: tuple[int, int]
     num_channels: int
     augmentation: AugmentationConfig | None = None
     seed: int = 0
@@ -110,14 +111,15 @@ class ImageDataset(Dataset):
     value_range: ValueRange | None = None
 
     @property
-    def max_side(self) -> int:
-        """Largest side of a square in a batch, in pixels."""
-        return int(MAX_REDUCTION * self.image_size)
+    def max_shape(self) -> tuple[int, int]:
+        """Height and width of the largest crop in a batch, in pixels."""
+        height, width = self.image_shape
+        return int(MAX_REDUCTION * height), int(MAX_REDUCTION * width)
 
     @property
     def row_size(self) -> int:
-        """Number of bytes of the largest square in a batch."""
-        return self.max_side**2 * self.num_channels
+        """Number of bytes of the largest crop in a batch."""
+        return prod(self.max_shape) * self.num_channels
 
     def __getitems__(self, keys: Sequence[ImageKey], rows: Tensor | None = None) -> ImageBatch:
         """The batch of some keys, in their order; a pure function of the keys.
@@ -132,7 +134,8 @@ class ImageDataset(Dataset):
         encoded = self._encoded(keys)
         rows = torch.empty((len(keys), self.row_size), dtype=torch.uint8) if rows is None else rows[: len(keys)]
         memory = rows.numpy()
-        images, sides, flips = [key.image for key in keys], [0] * len(keys), [False] * len(keys)
+        images, flips = [key.image for key in keys], [False] * len(keys)
+        shapes = [(0, 0)] * len(keys)
         skipped = {}
         for place, key, draws in zip(range(len(keys)), keys, self._draws(keys), strict=True):
             if place == 0 or keys[place - 1].image != key.image:  # decode once for neighbouring views of an image
@@ -140,20 +143,20 @@ class ImageDataset(Dataset):
             if isinstance(image, UndecodableImage):
                 skipped[place] = SkippedImage(key.image, encoded[place].name, str(image))
             else:
-                sides[place], flips[place] = self._put(memory[place], image, key, draws)
+                shapes[place], flips[place] = self._put(memory[place], image, key, draws)
         if skipped:
             used = [place for place in range(len(keys)) if place not in skipped]
             if self.keep_batch_size:
                 for place, stand_in, key in _stand_ins(keys, used, skipped):
                     image = decode_pixels(encoded[stand_in], self.num_channels, self.value_range)
-                    sides[place], flips[place] = self._put(memory[place], image, key, self._draws([key])[0])
+                    shapes[place], flips[place] = self._put(memory[place], image, key, self._draws([key])[0])
                     images[place] = key.image
             else:
                 rows[: len(used)] = rows[used]
                 rows, images = rows[: len(used)], [images[place] for place in used]
-                sides, flips = [sides[place] for place in used], [flips[place] for place in used]
+                shapes, flips = [shapes[place] for place in used], [flips[place] for place in used]
         indices = torch.tensor(images, dtype=torch.int64)
-        return ImageBatch(rows, sides, flips, self.image_size, self.num_channels, indices, list(skipped.values()))
+        return ImageBatch(rows, shapes, flips, self.image_shape, self.num_channels, indices, list(skipped.values()))
 
     def _encoded(self, keys: Sequence[ImageKey]) -> list[EncodedImage]:
         """The encoded images: from the keys of a stream, else read from the source in one call."""
@@ -170,21 +173,23 @@ class ImageDataset(Dataset):
             pixels = decode_pixels(encoded, self.num_channels, self.value_range)
         except UndecodableImage as error:
             return error
-        if self.augmentation is not None and self.augmentation.ten_crop:  # all views are crops of this square
-            return to_square(pixels, round(self.augmentation.max_zoom * self.image_size), self.aspect_ratio)
+        if self.augmentation is not None and self.augmentation.ten_crop:  # all views are crops of these pixels
+            height, width = (round(self.augmentation.max_zoom * side) for side in self.image_shape)
+            return to_shape(pixels, (height, width), self.aspect_ratio)
         return pixels
 
-    def _put(self, row: np.ndarray, pixels: Tensor, key: ImageKey, draws: np.ndarray) -> tuple[int, bool]:
-        """Writes the square of an image, uint8 `(H, W, C)`, to a row; returns its side and whether to mirror it."""
+    def _put(self, row: np.ndarray, pixels: Tensor, key: ImageKey, draws: np.ndarray) -> tuple[Any, bool]:
+        """Writes the crop of an image, uint8 `(H, W, C)`, to a row; returns its shape and whether to mirror it."""
         if self.augmentation is not None and self.augmentation.ten_crop:
-            square, flip = ten_crop(pixels, self.image_size, key.view), False
+            crop, flip = ten_crop(pixels, self.image_shape, key.view), False
         elif self.augmentation is None or (self.first_view_plain and key.view == 0):
-            square, flip = to_square(pixels, self.image_size, self.aspect_ratio, max_side=self.max_side), False
+            crop, flip = to_shape(pixels, self.image_shape, self.aspect_ratio, max_shape=self.max_shape), False
         else:
-            square, flip = augment(pixels, self.image_size, self.augmentation, draws, self.aspect_ratio, self.max_side)
-        array = square.numpy()  # numpy copies a small array faster than torch
+            change, ratio = self.augmentation, self.aspect_ratio
+            crop, flip = augment(pixels, self.image_shape, change, draws, ratio, self.max_shape)
+        array = crop.numpy()  # numpy copies a small array faster than torch
         row[: array.size].reshape(array.shape)[:] = array
-        return len(array), flip
+        return array.shape[:2], flip
 
 
 def _stand_ins(

@@ -1,6 +1,7 @@
 """Batches of an `ImageDataset` from worker processes."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,7 +25,7 @@ class BatchInSlot(NamedTuple):
     """
 
     slot: int
-    sides: list[int]
+    shapes: list[tuple[int, int]]
     flips: list[bool]
     images: list[int]
     skipped: list[SkippedImage]
@@ -58,15 +59,16 @@ class SharedSlots:
         slot = cast(Any, get_worker_info()).id * (PREFETCH + 1) + self.turn
         self.turn = (self.turn + 1) % (PREFETCH + 1)
         batch = self.dataset.__getitems__(keys, self.rows[slot])
-        return BatchInSlot(slot, batch.sides, batch.flips, batch.indices.tolist(), batch.skipped)
+        return BatchInSlot(slot, batch.shapes, batch.flips, batch.indices.tolist(), batch.skipped)
 
     def take(self, batch: BatchInSlot, pin_memory: bool) -> ImageBatch:
         """Called in the training process: copies the batch from its slot."""
-        size, channels = self.dataset.image_size, self.dataset.num_channels
-        rows = self.rows[batch.slot, : len(batch.sides), : max(batch.sides, default=0) ** 2 * channels]
+        shape, channels = self.dataset.image_shape, self.dataset.num_channels
+        longest = max(map(prod, batch.shapes), default=0) * channels
+        rows = self.rows[batch.slot, : len(batch.shapes), :longest]
         rows = torch.empty(rows.shape, dtype=torch.uint8, pin_memory=pin_memory).copy_(rows)
         indices = torch.tensor(batch.images, dtype=torch.int64)
-        return ImageBatch(rows, batch.sides, batch.flips, size, channels, indices, batch.skipped)
+        return ImageBatch(rows, batch.shapes, batch.flips, shape, channels, indices, batch.skipped)
 
 
 class _Keys(Dataset):

@@ -83,21 +83,21 @@ def look(source: Images, count: int, channels: int, value_range: ValueRange | No
 
 
 def data_facts(
-    train: Images, validation: Images, looked: Looked, image_size: int, max_skipped: float
+    train: Images, validation: Images, looked: Looked, shape: tuple[int, int], max_skipped: float
 ) -> dict[str, str]:
     """Facts about a data set, by name, each in a line.
 
     Args:
         train, validation: its splits.
         looked: what was found in training images.
-        image_size: side of the images of the tokenizer, in pixels.
+        shape: height and width of the images of the tokenizer, in pixels.
         max_skipped: `data.max_skipped_fraction`.
     """
     facts = {
         "images": f"{_number(train.num_images)} for training, {_number(validation.num_images)} for validation",
         "classes": _classes(train, looked),
         "looked at": _looked_at(looked),
-        "sizes": _sizes(looked.sizes, image_size),
+        "sizes": _sizes(looked.sizes, shape),
         "modes": ", ".join(_counted(looked.modes)),
         "values": "; ".join(f"{kind} from {low:g} to {high:g}" for kind, (low, high) in looked.values.items()),
         "skipped": _skipped(looked, max_skipped),
@@ -105,9 +105,9 @@ def data_facts(
     return {name: text for name, text in facts.items() if text}
 
 
-def become(image_size: int, num_channels: int, aspect_ratio: str) -> str:
+def become(shape: tuple[int, int], num_channels: int, aspect_ratio: str) -> str:
     """What the tokenizer gets of every image."""
-    return f"{image_size}×{image_size} ({aspect_ratio}), channels: {num_channels}"
+    return f"{shape[1]}×{shape[0]} ({aspect_ratio}), channels: {num_channels}"
 
 
 def _number(count: int | None) -> str:
@@ -145,7 +145,7 @@ def _few_classes(counts: Mapping[int, int], names: Sequence[str]) -> str:
     return f"{shown}, and {len(counts) - MOST_CLASSES:,} more ({ends})"
 
 
-def _sizes(sizes: Counter[tuple[int, int]], image_size: int) -> str:
+def _sizes(sizes: Counter[tuple[int, int]], shape: tuple[int, int]) -> str:
     if not sizes:
         return ""
     shown = ", ".join(_counted(Counter({f"{width}×{height}": count for (width, height), count in sizes.items()})))
@@ -153,8 +153,9 @@ def _sizes(sizes: Counter[tuple[int, int]], image_size: int) -> str:
     if len(sizes) > 1:
         small, large = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
         text += f"; the smallest {small[0]}×{small[1]}, the largest {large[0]}×{large[1]}"
-    enlarged = sum(count for size, count in sizes.items() if min(size) < image_size)
-    return text + (f"; {enlarged} smaller than {image_size}, which are enlarged" if enlarged else "")
+    height, width = shape
+    enlarged = sum(count for size, count in sizes.items() if size[0] < width or size[1] < height)
+    return text + (f"; {enlarged} smaller than {width}×{height}, which are enlarged" if enlarged else "")
 
 
 def _counted(counter: Counter[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Builds the components of a run: tokenizer, LPIPS, discriminator, and their optimizers."""
 
+from math import prod
 from typing import Any
 
 import torch
@@ -40,8 +41,7 @@ def build_tokenizer(config: Stage1Config) -> VQGANModel:
         return VQGANModel(new)
     model = load_tokenizer(config.model_name_or_path, "model_name_or_path", **config.model).train()
     problems = [
-        Problem(field, f"received {value!r}; {allowed}")
-        for field, value, allowed in config.size_problems(model.config.image_size)
+        Problem(field, f"received {value!r}; {allowed}") for field, value, allowed in config.size_problems(model.config)
     ]
     if problems:
         raise ConfigError(problems)
@@ -94,7 +94,7 @@ def saved_activations(model: VQGANModel, itemsize: int) -> int:
     blocks = config.num_res_blocks + 1  # of a level of the decoder; those of a frozen encoder keep nothing
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
         blocks += config.num_res_blocks
-    numbers = sum(width * size**2 for width, size in zip(config.widths, config.resolutions, strict=True))
+    numbers = sum(width * prod(shape) for width, shape in zip(config.widths, config.resolutions, strict=True))
     return 2 * blocks * numbers * itemsize
 
 

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
@@ -228,14 +229,8 @@ class Stage1Config(TrainingConfig):
             if not any(re.search(rf"\b{other}\b", f"{name} {allowed}") for other in names):
                 yield f"model.{name}", value, allowed
                 names.add(name)
-        if names & {"image_size", "channel_multiplier"}:
-            return
-        given = "attn_resolutions" in self.model and "attn_resolutions" not in names
-        if given and set(model.attn_resolutions) - set(model.resolutions):
-            levels = ", ".join(map(str, model.resolutions))
-            allowed = f"must be among the resolutions of the levels, {levels} (image_size, halved by each)"
-            yield "model.attn_resolutions", self.model["attn_resolutions"], allowed
-        yield from self.size_problems(model.image_size)
+        if not names & {"image_size", "channel_multiplier"}:
+            yield from self.size_problems(model)
 
     def library_problems(self) -> Iterable[tuple[str, Any, str]]:
         yield from super().library_problems()
@@ -247,16 +242,16 @@ class Stage1Config(TrainingConfig):
             for name, value, allowed in options:
                 yield f"model.{name}", value, allowed
 
-    def size_problems(self, size: int) -> Iterable[tuple[str, Any, str]]:
-        """Problems of losses and discriminator with images of `size` pixels, in the form of `problems`."""
-        loss = self.loss
+    def size_problems(self, model: VQGANArchitecture) -> Iterable[tuple[str, Any, str]]:
+        """Problems of losses and discriminator with images of `model.image_size`, in the form of `problems`."""
+        loss, size = self.loss, min(model.image_shape)
         smallest = LPIPS_MIN_SIZE[loss.lpips_backbone]
         if loss.perceptual_weight and size < smallest:
             allowed = f"LPIPS with {loss.lpips_backbone} needs {smallest} pixels; set loss.perceptual_weight to 0"
-            yield "model.image_size", size, allowed
+            yield "model.image_size", model.image_size, allowed
         if loss.adversarial_weight and logit_grid_size(size, self.discriminator.num_layers) < 1:
             most = max((layers for layers in range(9) if logit_grid_size(size, layers) >= 1), default=0)
-            allowed = f"images of {size} pixels (model.image_size) allow at most {most}"
+            allowed = f"images of {size} pixels (the shorter side of model.image_size) allow at most {most}"
             yield "discriminator.num_layers", self.discriminator.num_layers, allowed
 
     def _memory_problems(self, model: VQGANArchitecture) -> Iterable[tuple[str, Any, str]]:
@@ -264,12 +259,12 @@ class Stage1Config(TrainingConfig):
 
         A pixel has 4 bytes in float32. Each worker holds three batches with 1 byte per pixel.
         """
-        size, batch_size = model.image_size, self.device_batch_size(launched_processes())
-        needed = max(4, 3 * self.dataloader_num_workers) * batch_size * model.in_channels * size**2
+        batch_size = self.device_batch_size(launched_processes())
+        needed = max(4, 3 * self.dataloader_num_workers) * batch_size * model.in_channels * prod(model.image_shape)
         if needed > (memory := total_memory()):
             images = f"{batch_size:,} images of a batch need {in_bytes(needed)} for their pixels"
             advice = f"this machine has {in_bytes(memory)}; lower it or per_device_train_batch_size"
-            yield "model.image_size", size, f"{images}, but {advice}"
+            yield "model.image_size", model.image_size, f"{images}, but {advice}"
 
     def _model_fields(self) -> tuple[VQGANArchitecture, list[tuple[str, Any, str]]]:
         """The architecture, with defaults in place of values of a wrong type, and the problems of these values."""
@@ -296,7 +291,7 @@ def _unknown_field(name: str, fields_of_model: Collection[str]) -> str:
 
 
 def logit_grid_size(image_size: int, num_layers: int) -> int:
-    """Side of the discriminator's logit grid for a square image. Below 1, the image is too small for it."""
+    """Shorter side of the discriminator's logit grid, for that of an image. Below 1, the image is too small for it."""
     for _ in range(num_layers):
         image_size //= 2
     return image_size - 2

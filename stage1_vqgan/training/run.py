@@ -119,7 +119,7 @@ class Training:
         self.value_range = self._value_range(train_source, model.in_channels)
         self.train_set = ImageDataset(
             train_source,
-            model.image_size,
+            model.image_shape,
             model.in_channels,
             data.augmentation,
             config.seed,
@@ -129,7 +129,7 @@ class Training:
         )
         self.validation_set = ImageDataset(
             validation_source,
-            model.image_size,
+            model.image_shape,
             model.in_channels,
             aspect_ratio=data.aspect_ratio,
             value_range=self.value_range,
@@ -187,8 +187,8 @@ class Training:
             message = f"none of {looked.images} images can be used; {image.name}: {image.reason}"
             raise data_problem("dataset", message)
         limit = config.data.max_skipped_fraction
-        facts = data_facts(source, self.validation_set.source, looked, train_set.image_size, limit)
-        facts["become"] = become(train_set.image_size, train_set.num_channels, config.data.aspect_ratio)
+        facts = data_facts(source, self.validation_set.source, looked, train_set.image_shape, limit)
+        facts["become"] = become(train_set.image_shape, train_set.num_channels, config.data.aspect_ratio)
         models = {"tokenizer": self.trainer.model, "discriminator": self.trainer.discriminator}
         device, processes = self.accelerator.device, self.accelerator.num_processes
         print_facts(facts | run_facts(config, device, processes, models, source.num_images, "reconstructions"))
@@ -276,7 +276,7 @@ class Training:
             originals = shown.images(model.device)
             with torch.no_grad():
                 reconstructions = model(originals).reconstruction
-            processor = VQGANImageProcessor(dataset.image_size, dataset.num_channels)
+            processor = VQGANImageProcessor(dataset.image_shape, dataset.num_channels)
             grid = reconstruction_grid(processor.postprocess(originals), processor.postprocess(reconstructions))
             reporter.image("reconstructions", grid, self.step)
 

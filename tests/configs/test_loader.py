@@ -470,16 +470,15 @@ def test_shipped_stage1_builds(name):
 
     config = load_config(dataclass_of("stage1"), name, GIVEN[name])
     model_config, patch = config.vqgan_config(), config.discriminator
-    size, grid = model_config.image_size, model_config.grid_size
     with torch.device("meta"):
         model = VQGANModel(model_config)
         discriminator = PatchDiscriminator(
             model_config.in_channels, patch.base_channels, patch.num_layers, patch.norm_type
         )
-        images = torch.empty(2, model_config.in_channels, size, size)
-    assert model.quant_conv(model.encoder(images)).shape == (2, model_config.embed_dim, grid, grid)
+        images = torch.empty(2, model_config.in_channels, *model_config.image_shape)
+    assert model.quant_conv(model.encoder(images)).shape == (2, model_config.embed_dim, *model_config.grid)
     if config.loss.adversarial_weight:
-        side = logit_grid_size(size, patch.num_layers)
+        side = logit_grid_size(min(model_config.image_shape), patch.num_layers)
         assert discriminator(images).shape == (2, 1, side, side) and side >= 1
 
 

@@ -132,6 +132,14 @@ def number(least: float, most: float, whole_only: bool = False) -> Callable[[Any
     return means
 
 
+def size_of(value):
+    """The height and width that a size of the image processor stands for; None is that of its default."""
+    if isinstance(value, dict) and set(value) == {"height", "width"}:
+        value = [value["height"], value["width"]]
+    sides = list(value) if type(value) in (list, tuple) else [256 if value is None else value] * 2
+    return sides if len(sides) == 2 and all(type(side) is int and 1 <= side <= 65536 for side in sides) else REFUSED
+
+
 def either(*allowed: Any) -> Callable[[Any], Any]:
     return lambda value: value if any(type(value) is type(one) and value == one for one in allowed) else REFUSED
 
@@ -447,9 +455,7 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
         "VQGANImageProcessor": (
             VQGANImageProcessor,
             {
-                "image_size": Argument(
-                    constant(16), lambda value: value if type(value) is int and 1 <= value <= 65536 else REFUSED
-                ),
+                "size": Argument(constant(16), size_of),
                 "num_channels": Argument(
                     constant(1), lambda value: value if type(value) is int and 1 <= value <= 1024 else REFUSED
                 ),

@@ -199,7 +199,9 @@ def test_every_skipped_image_is_named():
         def encoded(self, indices):
             return [EncodedImage(f"{index}.png", files[index]) for index in indices]
 
-    batch = ImageDataset(Files(files, None, None), 16, 3).__getitems__([ImageKey(0, index) for index in range(40)])
+    batch = ImageDataset(Files(files, None, None), (16, 16), 3).__getitems__(
+        [ImageKey(0, index) for index in range(40)]
+    )
     skipped = {image.image: image for image in batch.skipped}
     assert skipped and all(image.name == f"{number}.png" and image.reason for number, image in skipped.items())
     assert sorted([*skipped, *batch.indices.tolist()]) == list(range(40))

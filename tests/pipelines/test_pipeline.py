@@ -239,7 +239,7 @@ def test_reconstruct_is_encode_and_decode(tiny_pipeline, images):
     assert codes.shape == (9, 4, 4) and codes.dtype == torch.int64
     for one, other in zip(tiny_pipeline.reconstruct(images), tiny_pipeline.decode(codes), strict=True):
         assert one.tobytes() == other.tobytes()
-    pixels = VQGANImageProcessor(image_size=16, num_channels=1)(images)["pixel_values"].to(DEVICE)
+    pixels = VQGANImageProcessor(size=16, num_channels=1)(images)["pixel_values"].to(DEVICE)
     with torch.no_grad():
         expected = (tiny_pipeline.vqgan(pixels).reconstruction.clamp(-1, 1) + 1) / 2
     torch.testing.assert_close(tiny_pipeline.reconstruct(images, "pt"), expected)
@@ -275,7 +275,7 @@ def test_saved_and_loaded_it_generates_the_same(tiny_pipeline, tmp_path):
 def test_what_the_folder_holds(tiny_runs):
     found = {str(path.relative_to(tiny_runs.pipeline)) for path in tiny_runs.pipeline.rglob("*") if path.is_file()}
     sources = {"configuration_vqgan.py", "modeling_vqgan.py", "image_processing_vqgan.py", "quantizers.py"}
-    sources.add("image_processing_squares.py")
+    sources.add("image_processing_shapes.py")
     sources |= {path.name for path in (ROOT / "stage1_vqgan").glob("quantizer_*.py")}
     assert found >= {"model_index.json", "README.md", *sources}
     assert found >= {"vqgan/config.json", "vqgan/model.safetensors", "vqgan/preprocessor_config.json"}

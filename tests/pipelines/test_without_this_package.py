@@ -53,7 +53,7 @@ for place in ({"pretrained_model_name_or_path": root + "/vqgan"},
     with torch.no_grad():
         codes.append(model.encode(pixels).codes)
 processor = AutoImageProcessor.from_pretrained(root + "/vqgan", trust_remote_code=True)
-assert (processor.image_size, processor.num_channels) == (16, 1)
+assert (processor.image_shape, processor.num_channels) == ((16, 16), 1)
 assert (type(model).__name__, type(processor).__name__) == ("VQGANModel", "VQGANImageProcessor")
 prior = AutoModelForCausalLM.from_pretrained(root, subfolder="prior")
 greedy = prior.generate(torch.tensor([[model.config.num_embeddings + 3]]), do_sample=False)[:, 1:].view(1, 4, 4)

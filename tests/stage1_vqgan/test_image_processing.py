@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from stage1_vqgan import VQGANImageProcessor, image_grid, normalize
 from stage1_vqgan.image_processing_pixels import convert_mode, to_pil, to_pixels
-from stage1_vqgan.image_processing_squares import resize, resize_in_floats, to_square
+from stage1_vqgan.image_processing_shapes import resize, resize_in_floats, to_shape
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 4, 3), dtype=np.uint8)
@@ -109,8 +109,8 @@ def test_every_mode_becomes_8_bit_pixels(mode, channels):
 
 
 def square(image, size, *args):
-    """`to_square` of a PIL image, as an array `(size, size)` or `(size, size, C)`."""
-    return to_square(to_pixels(image), size, *args).squeeze(2).numpy()
+    """`to_shape` of a PIL image, as an array `(size, size)` or `(size, size, C)`."""
+    return to_shape(to_pixels(image), (size, size), *args).squeeze(2).numpy()
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,31 @@ def test_crop_against_pillow_with_an_exact_box(size, zoom):
         assert np.abs(found - expected).max() <= 4  # the ramp rises by 3 levels per pixel
 
 
+@pytest.mark.parametrize("shape", [(32, 48), (48, 32), (16, 80)])
+@pytest.mark.parametrize("width, height", [(90, 60), (60, 90), (300, 7), (40, 30), (48, 32)])
+def test_crop_and_pad_to_any_shape_are_those_of_pillow(width, height, shape):
+    """Of smooth images, whose levels rise by 2 a pixel of the result at most; so half a pixel more or less is seen."""
+    ramp = np.add.outer(np.linspace(0, 60, height), np.linspace(0, 60, width)).astype(np.uint8)
+    image, size = Image.fromarray(ramp), shape[::-1]
+    for zoom, position in [(1.0, (0.5, 0.5)), (1.0, (1.0, 0.0)), (1.5, (0.5, 0.5))]:
+        found = to_shape(to_pixels(image), shape, "crop", zoom, position)
+        bleed = (1 - 1 / zoom) / 2  # of each side
+        expected = ImageOps.fit(image, size, Image.Resampling.BICUBIC, bleed, position)
+        assert found.shape == (*shape, 1)
+        assert np.abs(found[..., 0].numpy().astype(int) - np.asarray(expected, dtype=int)).max() <= 6
+    padded = to_shape(to_pixels(image), shape, "pad")[..., 0].numpy().astype(int)
+    difference = np.abs(padded - np.asarray(ImageOps.pad(image, size, Image.Resampling.BICUBIC, 255), dtype=int))
+    assert (difference > 6).mean() < 0.1  # the border of the background may lie a pixel beside
+
+
+def test_a_crop_of_any_shape_is_where_it_should_be():
+    wide = torch.arange(32 * 50, dtype=torch.int64).remainder(256).to(torch.uint8).view(32, 50, 1)
+    for position, top, left in [((0, 0.5), 0, 0), ((0.5, 0.5), 0, 5), ((1, 0.5), 0, 10)]:
+        assert torch.equal(to_shape(wide, (32, 40), position=position), wide[top : top + 32, left : left + 40])
+    for position, top in [((0.5, 0), 0), ((0.5, 0.5), 3), ((0.5, 1), 6)]:
+        assert torch.equal(to_shape(wide, (26, 50), position=position), wide[top : top + 26])
+
+
 def test_pad_keeps_the_whole_image_in_the_middle():
     wide = Image.fromarray(np.arange(20 * 40, dtype=np.uint8).reshape(20, 40) // 4)
     found = square(wide, 40, "pad")
@@ -183,7 +208,7 @@ def test_pad_keeps_the_whole_image_in_the_middle():
 def test_extreme_shapes_take_no_memory(shape, aspect_ratio):
     pixels = torch.full((*shape, 3), 9, dtype=torch.uint8)
     with torch.profiler.profile(profile_memory=True) as profile:
-        found = to_square(pixels, 64, aspect_ratio, 1.2, (0.3, 0.7))
+        found = to_shape(pixels, (64, 64), aspect_ratio, 1.2, (0.3, 0.7))
     assert found.shape == (64, 64, 3) and 9 in found
     taken = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
     assert taken < 10 * 2**20  # enlarging the whole image would take gigabytes
@@ -197,7 +222,7 @@ def test_pixels_do_not_depend_on_threads(channels):
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(to_square(pixels, 256, "crop", 1.1, (0.2, 0.9)))
+            results.append(to_shape(pixels, (256, 256), "crop", 1.1, (0.2, 0.9)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -210,7 +235,7 @@ def test_a_large_image_is_averaged_not_sampled():
 
 
 def test_preprocess_shapes_and_range():
-    processor = VQGANImageProcessor(image_size=8, num_channels=3)
+    processor = VQGANImageProcessor(size=8, num_channels=3)
     white = np.full((20, 30), 255, dtype=np.uint8)
     for images, count in [(white, 1), ([white, Image.new("RGBA", (9, 5))], 2), (torch.zeros(4, 3, 16, 16), 4)]:
         pixels = processor(images, return_tensors="pt")["pixel_values"]
@@ -221,7 +246,7 @@ def test_preprocess_shapes_and_range():
 
 
 def test_preprocess_refuses():
-    processor = VQGANImageProcessor(image_size=8)
+    processor = VQGANImageProcessor(size=8)
     with pytest.raises(ValueError, match="empty"):
         processor.preprocess([])
     with pytest.raises(ValueError, match="do_resize"):
@@ -259,10 +284,28 @@ def test_bytes_come_back_exactly(channels):
 
 
 def test_save_and_load(tmp_path):
-    VQGANImageProcessor(image_size=24, num_channels=1).save_pretrained(tmp_path)
+    VQGANImageProcessor(size=24, num_channels=1).save_pretrained(tmp_path)
     loaded = VQGANImageProcessor.from_pretrained(tmp_path)
-    assert (loaded.image_size, loaded.num_channels, loaded.aspect_ratio) == (24, 1, "crop")
+    assert (loaded.image_shape, loaded.num_channels, loaded.aspect_ratio) == ((24, 24), 1, "crop")
     assert loaded(RGB)["pixel_values"].shape == (1, 1, 24, 24)
+    path = tmp_path / "preprocessor_config.json"
+    saved = json.loads(path.read_text())
+    assert saved.pop("size") == {"height": 24, "width": 24} and "image_size" not in saved
+    path.write_text(json.dumps(saved | {"image_size": 20}))  # saved by an earlier version
+    assert VQGANImageProcessor.from_pretrained(tmp_path).size == {"height": 20, "width": 20}
+
+
+def test_sizes_that_are_no_squares(tmp_path):
+    for size in ({"height": 12, "width": 20}, [12, 20], (12, 20)):
+        VQGANImageProcessor(size, 3, "pad").save_pretrained(tmp_path)
+        loaded = VQGANImageProcessor.from_pretrained(tmp_path)
+        assert loaded.image_shape == (12, 20) and loaded.size == {"height": 12, "width": 20}
+        assert loaded([RGB, RGB])["pixel_values"].shape == (2, 3, 12, 20)
+    for size in ([12], [12, 0], {"height": 12}, {"height": 12, "width": 2.0}, "12", {"shortest_edge": 12}):
+        with pytest.raises(ValueError, match="size: received"):
+            VQGANImageProcessor(size)
+    with pytest.raises(ValueError, match="image_size: received a number beside size"):
+        VQGANImageProcessor(12, image_size=12)
 
 
 def test_a_range_of_values(tmp_path):

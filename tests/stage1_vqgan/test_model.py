@@ -52,7 +52,7 @@ def spread_codebook(model):
 @pytest.mark.parametrize("channels, height, width", [(3, 16, 16), (1, 16, 16), (3, 12, 28)])
 def test_shapes_and_types(channels, height, width, l2_normalize):
     model = spread_codebook(make(in_channels=channels, quantizer_options={"l2_normalize": l2_normalize}))
-    assert model.config.downsampling_factor == 4 and model.config.grid_size == 4
+    assert model.config.downsampling_factor == 4 and model.config.grid == (4, 4)
     pixels, (h, w) = images(2, channels, height, width), (height // 4, width // 4)
     encoded, out = model.encode(pixels), model(pixels)
     assert encoded.codes.shape == (2, h, w) and encoded.codes.dtype == torch.int64
@@ -147,12 +147,11 @@ def test_one_changed_bit_in_the_encoder_is_found(tmp_path):
 
 
 def test_other_codes_have_no_fingerprint_until_they_are_saved(tmp_path):
-    make(attn_resolutions=[]).save_pretrained(tmp_path / "a")
-    for change in ({"image_size": 32}, {"quantizer_options": {"l2_normalize": True}}):
-        model = VQGANModel.from_pretrained(tmp_path / "a", **change)
-        assert model.config.fingerprint is None
-        model.save_pretrained(tmp_path / "b")
-        assert VQGANModel.from_pretrained(tmp_path / "b").config.fingerprint == model.compute_fingerprint()
+    make().save_pretrained(tmp_path / "a")
+    model = VQGANModel.from_pretrained(tmp_path / "a", quantizer_options={"l2_normalize": True})
+    assert model.config.fingerprint is None
+    model.save_pretrained(tmp_path / "b")
+    assert VQGANModel.from_pretrained(tmp_path / "b").config.fingerprint == model.compute_fingerprint()
     kept = VQGANModel.from_pretrained(tmp_path / "a", dropout=0.1)
     assert kept.config.fingerprint == kept.compute_fingerprint()
 

@@ -142,12 +142,18 @@ def test_a_pickle_for_weights_is_not_run(folder, tmp_path, name):
 def test_the_image_processor_is_that_of_the_tokenizer(folder):
     config = VQGANConfig.from_pretrained(folder)
     # transformers would prefer this file
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"image_size": 8, "num_channels": 3}}))
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"size": 8, "num_channels": 3}}))
     processor = load_image_processor(folder, config)
-    assert (processor.image_size, processor.num_channels) == (16, 1)
-    changes = [("image_size", 10**9), ("image_size", 16.0), ("num_channels", 3), ("num_channels", True)]
+    assert (processor.image_shape, processor.num_channels) == ((16, 16), 1)
+    changes = [
+        ("size", 10**9),
+        ("size", 16.0),
+        ("size", {"height": 16, "width": 8}),
+        ("num_channels", 3),
+        ("num_channels", True),
+    ]
     for field, value in changes:
-        change_config(folder, "preprocessor_config.json", image_size=16, num_channels=1)
+        change_config(folder, "preprocessor_config.json", size=16, num_channels=1)
         change_config(folder, "preprocessor_config.json", **{field: value})
         with pytest.raises(
             ValueError, match=rf"preprocessor_config\.json: .*{field}: received .*(but the tokenizer has|allowed is)"

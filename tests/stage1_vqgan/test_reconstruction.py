@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 
 def batches(folder, size, batch_size=2, **where):
     _, source = load_images(DataConfig(dataset=folder, validation_fraction=0.5))
-    return evaluation_loader(ImageDataset(source, size, 1), batch_size, **where)
+    return evaluation_loader(ImageDataset(source, (size, size), 1), batch_size, **where)
 
 
 @pytest.fixture(scope="module")

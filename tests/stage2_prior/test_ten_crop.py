@@ -21,7 +21,7 @@ from stage1_vqgan import (
     load_images,
 )
 from stage1_vqgan.image_processing_pixels import convert_mode, to_pixels
-from stage1_vqgan.image_processing_squares import to_square
+from stage1_vqgan.image_processing_shapes import to_shape
 from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
 from tests.devices import DEVICE, assert_same_codes
@@ -31,7 +31,7 @@ TEN_CROP = AugmentationConfig(ten_crop=True, max_zoom=1.25)
 
 def crops_of_torchvision(image, size, max_zoom, channels, aspect_ratio="crop"):
     """uint8 `(10, C, size, size)` of the image resized to a square of `max_zoom * size` pixels."""
-    resized = to_square(to_pixels(convert_mode(image, channels)), round(max_zoom * size), aspect_ratio)
+    resized = to_shape(to_pixels(convert_mode(image, channels)), (round(max_zoom * size),) * 2, aspect_ratio)
     return torch.stack(TenCrop(size)(resized.permute(2, 0, 1)))
 
 
@@ -42,12 +42,24 @@ def test_ten_views_are_the_ten_crops_of_torchvision(channels, aspect_ratio, shap
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for _ in range(2)]
     dataset = ImageDataset(
-        ImageSource(images, None, None), size, channels, TEN_CROP, first_view_plain=True, aspect_ratio=aspect_ratio
+        ImageSource(images, None, None),
+        (size, size),
+        channels,
+        TEN_CROP,
+        first_view_plain=True,
+        aspect_ratio=aspect_ratio,
     )
     keys = [ImageKey(0, image, view) for image in range(2) for view in range(10)]
     found = (127.5 * (dataset.__getitems__(keys).images() + 1)).round().to(torch.uint8)
     expected = torch.cat([crops_of_torchvision(image, size, 1.25, channels, aspect_ratio) for image in images])
     assert torch.equal(found, expected)
+    wide = ImageDataset(
+        ImageSource(images, None, None), (size, size + 6), channels, TEN_CROP, aspect_ratio=aspect_ratio
+    )
+    whole = tuple(round(1.25 * side) for side in (size, size + 6))
+    whole = to_shape(to_pixels(convert_mode(images[0], channels)), whole, aspect_ratio).permute(2, 0, 1)
+    views = (127.5 * (wide.__getitems__(keys[:10]).images() + 1)).round().to(torch.uint8)
+    assert torch.equal(views, torch.stack(TenCrop((size, size + 6))(whole)))
     assert len(found[:10].flatten(1).unique(dim=0)) == 10
     alone = dataset.__getitems__([ImageKey(3, 1, 7)]).images()  # does not depend on the epoch or on other views
     assert torch.equal((127.5 * (alone + 1)).round(), expected[17:18].float())
@@ -75,7 +87,9 @@ def test_a_store_holds_the_codes_of_the_ten_crops(tiny_runs, tmp_path, capsys):
         assert_same_codes(codes, expected)
         assert (labels == train.labels[number]).all()
     # the validation images are not cropped
-    plain = ImageDataset(validation, 16, 1).__getitems__([ImageKey(0, number) for number in range(3)]).images(DEVICE)
+    plain = (
+        ImageDataset(validation, (16, 16), 1).__getitems__([ImageKey(0, number) for number in range(3)]).images(DEVICE)
+    )
     codes, _ = store.split("validation").read(np.arange(3))
     assert_same_codes(codes, model.encode(plain).codes.flatten(1).cpu().numpy())
 

@@ -319,7 +319,7 @@ def test_what_diffusers_cannot_express(tmp_path, capsys, changes, words):
         ({"mid_block_add_attention": False}, "mid_block_add_attention: received false"),
         ({"act_fn": "gelu"}, "act_fn: received 'gelu'; supported is only 'silu' or 'swish'"),
         ({"out_channels": 4}, "out_channels: is 4, but the weights have 3 (encoder.conv_in.weight"),
-        ({"down_block_types": ["DownEncoderBlock2D"] * 2}, "down_block_types: is [], but the weights have [8]"),
+        ({"down_block_types": ["DownEncoderBlock2D"] * 2}, "down_block_types: is [], but the weights have [1]"),
         ({"block_out_channels": [32, 32]}, "block_out_channels: is [1, 1], but the weights have [1, 2]"),
         ({"_class_name": "AutoencoderKL"}, "_class_name: received 'AutoencoderKL'"),
         ({"norm_num_groups": 7}, "norm_num_groups"),

@@ -147,8 +147,9 @@ def test_a_file_alone(tmp_path, capsys):
         ({"quantizer": "ema", "quantizer_options": {}}, "quantizer is 'ema'; a JanusVQVAE only"),
         ({"quantizer_options": {}}, "quantizer_options.l2_normalize is false; a JanusVQVAE only"),
         ({"norm_num_groups": 16}, "norm_num_groups is 16; a JanusVQVAE only supports 32"),
-        ({"attn_resolutions": []}, "attn_resolutions is []; a JanusVQVAE attends at its last level only, [8]"),
-        ({"attn_resolutions": [16, 8]}, "attn_resolutions is [16, 8]; a JanusVQVAE attends at"),
+        ({"attn_resolutions": []}, "attn_levels is []; a JanusVQVAE attends in its last level only, [1]"),
+        ({"attn_resolutions": [16, 8]}, "attn_levels is [0, 1]; a JanusVQVAE attends in"),
+        ({"image_size": [16, 8], "attn_resolutions": [4]}, "image_size is [16, 8]; a JanusVQVAE only supports squares"),
         ({"base_channels": 64, "channel_multiplier": [1, 1.5]}, "channel_multiplier is [1, 1.5]; a JanusVQVAE only"),
     ],
     ids=str,
@@ -164,7 +165,7 @@ def test_several_problems_at_once(tmp_path, capsys):
     with pytest.raises(SystemExit) as exited:
         command("--to janus --checkpoint {at}/ours --output {at}/out", tmp_path)
     told = capsys.readouterr().err
-    assert exited.value.code == 2 and "2 problems" in told and "norm_num_groups" in told and "attn_resolutions" in told
+    assert exited.value.code == 2 and "2 problems" in told and "norm_num_groups" in told and "attn_levels" in told
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
@@ -221,7 +222,7 @@ def another_model(folder, config):
             "vision_config.image_size // patch_size: received [384, 0]",
         ),
         (changed(vq_config={}), "vq_config.num_embeddings: is 16384, but the weights have 24"),
-        (without_attention, "attn_resolutions is []; a JanusVQVAE attends"),
+        (without_attention, "attn_levels is []; a JanusVQVAE attends"),
         (pickled, "model.safetensors is missing"),
         (shards_elsewhere, "must name a .safetensors file in the same folder"),
         (another_model, "it has no model.vqmodel.quantize.embedding.weight or"),

@@ -119,15 +119,15 @@ def test_channels_are_augmented_alike(channels):
     """Colours under transparent pixels stay: channel c is what a gray image of it becomes."""
     pixels = torch.from_numpy(RNG.integers(0, 256, (16, 16, channels), dtype=np.uint8))
     config, draws = AugmentationConfig(rotate=20, translate=0.1, scale=0.1, horizontal_flip=True), np.full(8, 0.3)
-    found, _ = augment(pixels, 16, config, draws)
+    found, _ = augment(pixels, (16, 16), config, draws)
     for channel in range(channels):
-        alone, _ = augment(pixels[..., channel : channel + 1], 16, config, draws)
+        alone, _ = augment(pixels[..., channel : channel + 1], (16, 16), config, draws)
         assert torch.equal(found[..., channel : channel + 1], alone)
 
 
 def test_batches_hold_every_channel():
     source = ImageSource([Image.fromarray(np.dstack([RGB, ALPHA]))], None, None)
-    images = ImageDataset(source, 8, 4).__getitems__([ImageKey(0, 0)]).images()
+    images = ImageDataset(source, (8, 8), 4).__getitems__([ImageKey(0, 0)]).images()
     assert images.shape == (1, 4, 8, 8) and images.unique().numel() > 50
 
 

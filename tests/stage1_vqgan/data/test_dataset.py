@@ -20,7 +20,7 @@ from stage1_vqgan.data.augmentation import NUM_DRAWS, affine, augment
 from stage1_vqgan.data.decoding import UndecodableImage
 from stage1_vqgan.data.loading import training_loader
 from stage1_vqgan.image_processing_pixels import to_pixels
-from stage1_vqgan.image_processing_squares import to_square
+from stage1_vqgan.image_processing_shapes import to_shape
 
 
 def noise_images(count=12, size=(14, 10), mode="RGB"):
@@ -33,7 +33,7 @@ STRONG = AugmentationConfig(max_zoom=1.5, random_crop=True, horizontal_flip=True
 
 
 def strong(**settings):
-    return ImageDataset(ImageSource(noise_images(), None, None), 8, 3, STRONG, **settings)
+    return ImageDataset(ImageSource(noise_images(), None, None), (8, 8), 3, STRONG, **settings)
 
 
 def pixels_of(batch):
@@ -61,9 +61,9 @@ def test_augmentation_is_a_function_of_the_key():
 
 def test_without_augmentation_only_the_index_matters():
     images = noise_images()
-    plain = ImageDataset(ImageSource(images, None, None), 8, 3)
+    plain = ImageDataset(ImageSource(images, None, None), (8, 8), 3)
     for index, image in enumerate(images):
-        expected = to_square(to_pixels(image), 8).permute(2, 0, 1)
+        expected = to_shape(to_pixels(image), (8, 8)).permute(2, 0, 1)
         assert torch.equal(one(plain, 0, index), expected) and torch.equal(one(plain, 3, index, 1), expected)
         first_plain = strong(first_view_plain=True)
         assert torch.equal(one(first_plain, 2, index), expected)
@@ -72,22 +72,44 @@ def test_without_augmentation_only_the_index_matters():
 
 def test_training_and_the_processor_make_the_same_pixels():
     for aspect_ratio in ("crop", "pad"):
-        dataset = ImageDataset(ImageSource(noise_images(), None, None), 8, 3, aspect_ratio=aspect_ratio)
+        dataset = ImageDataset(ImageSource(noise_images(), None, None), (8, 8), 3, aspect_ratio=aspect_ratio)
         batch = dataset.__getitems__([ImageKey(0, index) for index in range(12)])
         processor = VQGANImageProcessor(8, 3, aspect_ratio)
         assert torch.equal(batch.images(), processor(noise_images())["pixel_values"])
 
 
-def test_squares_of_every_side_become_the_same_pixels():
+@pytest.mark.parametrize("aspect_ratio", ["crop", "pad"])
+@pytest.mark.parametrize("shape", [(8, 12), (14, 6), (4, 24)])
+def test_images_that_are_no_squares(shape, aspect_ratio):
+    """Training and the processor make the same pixels of images of any size, reduced by workers or on the device."""
+    images = [noise_images(1, size)[0] for size in [(12, 13), (20, 30), (5, 9), (12, 8), (6, 14), (30, 5), (18, 12)]]
+    keys = [ImageKey(0, index) for index in range(len(images))]
+    batch = ImageDataset(ImageSource(images, None, None), shape, 3, aspect_ratio=aspect_ratio).__getitems__(keys)
+    processor = VQGANImageProcessor(shape, 3, aspect_ratio)
+    assert torch.equal(batch.images(), processor(images)["pixel_values"])
+    augmented = ImageDataset(ImageSource(images, None, None), shape, 3, STRONG, aspect_ratio=aspect_ratio)
+    assert augmented.__getitems__(keys).images().shape == (7, 3, *shape)
+    flipping = AugmentationConfig(horizontal_flip=True)
+    mirrored = ImageDataset(ImageSource(images, None, None), shape, 3, flipping, 1, aspect_ratio=aspect_ratio)
+    for loader in (training_loader(mirrored, TrainingSampler(7, 4, 0, 4, 0), workers, False) for workers in (0, 1)):
+        for other in loader:
+            for image, flips, index in zip(other.images(), other.flips, other.indices, strict=True):
+                plain = batch.images()[index]
+                assert torch.equal(image, plain.flip(2) if flips else plain)
+
+
+def test_crops_of_every_size_become_the_same_pixels():
     images = [noise_images(1, size)[0] for size in [(12, 13), (20, 30), (5, 9), (12, 12), (8, 8), (11, 10), (13, 13)]]
     keys = [ImageKey(0, index) for index in range(len(images))]
-    batch = ImageDataset(ImageSource(images, None, None), 8, 3).__getitems__(keys)
-    assert batch.sides == [12, 8, 8, 12, 8, 10, 8] and not any(batch.flips)  # `images` resizes sides up to 12
+    batch = ImageDataset(ImageSource(images, None, None), (8, 8), 3).__getitems__(keys)
+    assert [side for side, _ in batch.shapes] == [12, 8, 8, 12, 8, 10, 8] and not any(
+        batch.flips
+    )  # `images` resizes sides up to 12
     expected = VQGANImageProcessor(8, 3)(images)["pixel_values"]
     assert torch.equal(batch.images(), expected)
     flipping = AugmentationConfig(horizontal_flip=True)
-    mirrored = ImageDataset(ImageSource(images, None, None), 8, 3, flipping, seed=1).__getitems__(keys)
-    assert mirrored.sides == batch.sides and 0 < sum(mirrored.flips) < len(keys)
+    mirrored = ImageDataset(ImageSource(images, None, None), (8, 8), 3, flipping, seed=1).__getitems__(keys)
+    assert mirrored.shapes == batch.shapes and 0 < sum(mirrored.flips) < len(keys)
     for image, flips, plain in zip(mirrored.images(), mirrored.flips, expected, strict=True):
         assert torch.equal(image, plain.flip(2) if flips else plain)
 
@@ -128,7 +150,7 @@ def test_a_stream_brings_its_images_in_the_keys():
     images = noise_images()
     keys = [ImageKey(1, index, 0, EncodedImage("here", images[index]) if index % 2 else None) for index in range(6)]
     source = ImageSource([image if n % 2 == 0 else None for n, image in enumerate(images)], None, None)
-    found = ImageDataset(source, 8, 3, STRONG).__getitems__(keys)
+    found = ImageDataset(source, (8, 8), 3, STRONG).__getitems__(keys)
     expected = strong().__getitems__([ImageKey(1, index) for index in range(6)])
     assert torch.equal(found.images(), expected.images()) and not found.skipped
 
@@ -144,7 +166,7 @@ def with_bad_images(**settings):
         def encoded(self, indices):
             return [EncodedImage(f"{index}.png", self.images[index]) for index in indices]
 
-    return ImageDataset(Source(images, None, None), 8, 3, STRONG, **settings)
+    return ImageDataset(Source(images, None, None), (8, 8), 3, STRONG, **settings)
 
 
 def test_images_that_cannot_be_used_are_left_out():
@@ -155,7 +177,7 @@ def test_images_that_cannot_be_used_are_left_out():
     assert [(image.image, image.name) for image in batch.skipped] == [(1, "1.png"), (2, "2.png")]
     assert all("no image format" in image.reason for image in batch.skipped)
     empty = with_bad_images().__getitems__([ImageKey(0, index) for index in BAD])
-    assert empty.images().shape == (0, 3, 8, 8) and not empty.sides
+    assert empty.images().shape == (0, 3, 8, 8) and not empty.shapes
     assert empty.indices.shape == (0,) and empty.indices.dtype == torch.int64 and len(empty.skipped) == 3
 
 
@@ -185,12 +207,12 @@ def test_bad_images_do_not_depend_on_workers():
 def test_channels_and_type(channels, mode):
     source = ImageSource(noise_images(2, mode=mode), None, None)
     for augmentation in (None, STRONG):
-        image = one(ImageDataset(source, 7, channels, augmentation), 0, 1)
+        image = one(ImageDataset(source, (7, 7), channels, augmentation), 0, 1)
         assert image.shape == (channels, 7, 7) and image.dtype == torch.uint8
 
 
 def augmented(image, config, number):
-    pixels, flips = augment(to_pixels(image), 8, config, np.random.default_rng(number).random(NUM_DRAWS))
+    pixels, flips = augment(to_pixels(image), (8, 8), config, np.random.default_rng(number).random(NUM_DRAWS))
     return (pixels.flip(1) if flips else pixels).numpy()
 
 
@@ -238,6 +260,12 @@ class TestAffine:
         for turns in (1, 2, 3):
             found = np.asarray(affine(image, turns * np.pi / 2, 1.0, (0, 0))).astype(int)
             assert np.abs(found - np.rot90(pixels, -turns)).max() <= 1
+        (wide,) = noise_images(1, (size + 8, size), mode)
+        pixels = np.asarray(wide).astype(int)
+        found = np.asarray(affine(wide, np.pi, 1.0, (0, 0))).astype(int)
+        assert np.abs(found - np.rot90(pixels, 2)).max() <= 1
+        found = np.asarray(affine(wide, np.pi / 2, 1.0, (0, 0))).astype(int)
+        assert np.abs(found[:, 4:-4] - np.rot90(pixels[:, 4:-4], -1)).max() <= 1  # the square in the centre
 
     def test_scale_above_one_enlarges(self, mode, size):
         image = Image.new(mode, (size, size), "black")
@@ -252,9 +280,10 @@ class TestAffine:
 )
 def test_any_allowed_change_repeats_the_border(angle, scale, shift):
     AugmentationConfig(rotate=angle, translate=shift, scale=1 - scale)
-    for sign in (1, -1):
-        found = affine(Image.new("L", (16, 16), 200), np.radians(angle), scale, (sign * 16 * shift, 16 * shift))
-        assert set(np.asarray(found).flatten()) == {200}
+    for sign, (width, height) in ((1, (16, 16)), (-1, (16, 16)), (1, (40, 8)), (-1, (8, 40))):
+        move = sign * width * shift, height * shift
+        found = affine(Image.new("L", (width, height), 200), np.radians(angle), scale, move)
+        assert found.size == (width, height) and set(np.asarray(found).flatten()) == {200}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -13,7 +13,7 @@ from torchvision.io import decode_jpeg
 from stage1_vqgan import EncodedImage, VQGANImageProcessor, decode
 from stage1_vqgan.data.decoding import UndecodableImage, decode_pixels
 from stage1_vqgan.image_processing_pixels import convert_mode
-from stage1_vqgan.image_processing_squares import to_square
+from stage1_vqgan.image_processing_shapes import to_shape
 
 RNG = np.random.default_rng(0)
 # smooth, so that lossy formats change little
@@ -163,7 +163,7 @@ def test_used(kind, recwarn):
     image = Image.open(io.BytesIO(content))
     for channels in (1, 3):
         prepared = VQGANImageProcessor(16, channels)(image)["pixel_values"]
-        square = to_square(decode_pixels(EncodedImage("x", content), channels), 16)
+        square = to_shape(decode_pixels(EncodedImage("x", content), channels), (16, 16))
         assert torch.equal(((prepared[0] + 1) * 127.5).round().to(torch.uint8), square.permute(2, 0, 1))
 
 

@@ -149,7 +149,7 @@ def test_as_one_batch(aspect_ratio):
         def encoded(self, indices):
             return [EncodedImage(names[index], str(FOLDER / names[index])) for index in indices]
 
-    dataset = ImageDataset(Files(names, None, None), 32, 3, aspect_ratio=aspect_ratio)
+    dataset = ImageDataset(Files(names, None, None), (32, 32), 3, aspect_ratio=aspect_ratio)
     batch = dataset.__getitems__([ImageKey(0, index) for index in range(len(names))])
     assert {image.name for image in batch.skipped} == SKIPPED.keys()
     assert {names[index] for index in batch.indices} == USED.keys()

@@ -71,24 +71,24 @@ def test_the_number_that_is_suggested_is_enough(folder):
     source = load_images(DataConfig(dataset=str(folder), validation_fraction=0.125))[0]
     looked = look(source, 100, 3)
     for limit, word in [(0.0, "0.0477"), (0.0477, "cannot be used:")]:
-        assert word in data_facts(source, source, looked, 16, limit)["skipped"]
+        assert word in data_facts(source, source, looked, (16, 16), limit)["skipped"]
     assert len(looked.skipped) <= 0.0477 * len(source)
 
 
 def test_a_part_of_a_set_is_said_to_be_one(capsys):
     train, validation = load_images(DataConfig(dataset="digits"))
     looked = look(train, 20, 1)
-    facts = data_facts(train, validation, looked, 16, 0.01)
+    facts = data_facts(train, validation, looked, (16, 16), 0.01)
     assert facts["looked at"] == "20 images, spread evenly over 1,437 training images" and looked.images == 20
     assert facts["skipped"] == "none of these"
-    assert facts["sizes"] == "8×8 (width×height); 20 smaller than 16, which are enlarged"
+    assert facts["sizes"] == "8×8 (width×height); 20 smaller than 16×16, which are enlarged"
 
 
 def test_a_stream_is_not_counted(tmp_path):
     for split in ("train", "val"):
         write_tar(tmp_path / f"{split}.tar", range(40), cls=[n % 2 for n in range(40)])
     pair = load_images(DataConfig(dataset=str(tmp_path), validation_split="val", streaming=True))
-    facts = data_facts(*pair, look(pair[0], 10, 3), 16, 0.01)
+    facts = data_facts(*pair, look(pair[0], 10, 3), (16, 16), 0.01)
     assert facts["images"] == "an unknown number for training, an unknown number for validation"
     assert facts["looked at"] == "10 images, the first of an unknown number of training images"
     assert facts["classes"] == "an unknown number; 2 in the images looked at: 0 (5), 1 (5)"
@@ -97,7 +97,7 @@ def test_a_stream_is_not_counted(tmp_path):
 def test_many_classes_are_cut_but_not_the_ends(tmp_path):
     layout = {f"{n}/{k}.png": 1 for n in range(60) for k in range(4 + 9 * (n == 50) - 2 * (n == 0))}
     train, validation = load_images(DataConfig(dataset=write_folder(tmp_path, layout)))
-    text = data_facts(train, validation, look(train, 1, 3), 8, 0.01)["classes"]
+    text = data_facts(train, validation, look(train, 1, 3), (8, 8), 0.01)["classes"]
     assert (
         text.startswith("60, with these numbers")
         and ", and 30 more (the fewest 0, 1, " in text

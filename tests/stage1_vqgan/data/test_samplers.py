@@ -107,7 +107,7 @@ def test_a_later_start_is_the_tail_of_the_whole_run(streams, world_size):
 
 
 def test_batches_do_not_depend_on_workers(streams):
-    dataset = ImageDataset(streams[0], 8, 3, AugmentationConfig(random_crop=True, max_zoom=1.5, rotate=20))
+    dataset = ImageDataset(streams[0], (8, 8), 3, AugmentationConfig(random_crop=True, max_zoom=1.5, rotate=20))
     one, other = (
         list(training_loader(dataset, training_sampler(streams[0], 4, 3, 15, 0), workers, False)) for workers in (0, 2)
     )
@@ -128,7 +128,7 @@ def test_the_sampler_fits_the_source(streams, tmp_path):
 def test_evaluation_sees_every_image_once(streams, tmp_path, world_size):
     folder = write_folder(tmp_path / "a", {f"{n}.png": n for n in range(11)})
     for source in (*streams, load_images(DataConfig(dataset=folder))[0]):
-        dataset, seen = ImageDataset(source, 6, 3), []
+        dataset, seen = ImageDataset(source, (6, 6), 3), []
         for rank in range(world_size):
             keys = list(EveryImage(source, rank, world_size))
             loader = evaluation_loader(dataset, 4, rank=rank, world_size=world_size)
@@ -199,7 +199,7 @@ def test_metrics_leave_out_what_cannot_be_decoded(tiny_pipeline, tmp_path):
 
     def metrics(**settings):
         source, _ = load_images(DataConfig(dataset=folder, validation_fraction=0.5, **settings))
-        dataset = ImageDataset(source, model.config.image_size, model.config.in_channels)
+        dataset = ImageDataset(source, model.config.image_shape, model.config.in_channels)
         return evaluate_reconstruction(model, evaluation_loader(dataset, 1))
 
     whole = metrics()
