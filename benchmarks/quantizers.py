@@ -1,10 +1,11 @@
 """Every quantizer at equal steps and bits on Fashion-MNIST:
-`python -m benchmarks.quantizers --data FOLDER [--steps 100]`, FOLDER with the parquet files of both splits.
+`python -m benchmarks.quantizers --data FOLDER [--steps 100] [--bits 10]`, FOLDER with the parquet files of both splits.
 
 `stage1_vqgan.training.train` trains the same VQ-VAE with each quantizer: without LPIPS and discriminator, with the same
-seed, and with 640 bits per image, in most cases 8×8 codes of 10 bits. The metrics come from the last evaluation of the
-run, over the whole test split. The width is the usual one of each quantizer: 5 channels of 4 levels for FSQ, 10 bits
-for LFQ, and 8 channels for the others. `vq-l2` is VQ on the unit sphere.
+seed, and with 8×8 codes of `--bits` bits (an even number) per image. The metrics come from the last evaluation of the
+run, over the whole test split. The width is the usual one of each quantizer: channels of 4 levels for FSQ, a channel
+for each bit for LFQ and BSQ, and 8 channels for the others. `vq-l2` is VQ on the unit sphere. Residual and product
+quantization have two codes of half the bits at each position, the pyramid 4×4 and 8×8 codes of 8 of 10 bits.
 
 The time of a step is measured separately: the quantizers take turns, step by step, on one batch.
 The results are `quantizers.json` and, for each quantizer, a grid of test images above their reconstructions.
@@ -30,30 +31,13 @@ from stage1_vqgan.data.samplers import some_images
 from stage1_vqgan.training.run import train
 from stage1_vqgan.training.step import VQGANTrainer
 
-# Fields of VQGANConfig, by the name of the quantizer in the table.
-QUANTIZERS: dict[str, dict[str, Any]] = {
-    "vq": {"quantizer": "vq", "embed_dim": 8},
-    "vq-l2": {"quantizer": "vq", "embed_dim": 8, "quantizer_options": {"l2_normalize": True}},
-    "ema": {"quantizer": "ema", "embed_dim": 8},
-    "gumbel": {"quantizer": "gumbel", "embed_dim": 8},
-    "fsq": {"quantizer": "fsq", "embed_dim": 5, "quantizer_options": {"levels": [4, 4, 4, 4, 4]}},
-    "lfq": {"quantizer": "lfq", "embed_dim": 10},
-    # 640 bits as well: 8×8×2 codes of 5 bits, 4×4×4 codes of 10 bits, 8×8×2 of 5 bits, 4×4 and 8×8 codes of 8 bits
-    "residual": {"quantizer": "residual", "embed_dim": 8, "num_embeddings": 32, "quantizer_options": {"depth": 2}},
-    "residual-4": {
-        "quantizer": "residual",
-        "embed_dim": 8,
-        "channel_multiplier": [1, 2, 2, 2],
-        "quantizer_options": {"depth": 4},
-    },
-    "product": {"quantizer": "product", "embed_dim": 8, "num_embeddings": 32, "quantizer_options": {"groups": 2}},
-    "pyramid": {
-        "quantizer": "pyramid",
-        "embed_dim": 8,
-        "num_embeddings": 256,
-        "quantizer_options": {"hidden_channels": 32},
-    },
+# Codes for each position of the 8×8 grid, and options. A pyramid has 16 further codes.
+SEVERAL: dict[str, tuple[float, dict[str, Any]]] = {
+    "residual": (2, {"depth": 2}),
+    "product": (2, {"groups": 2}),
+    "pyramid": (1.25, {"hidden_channels": 32}),
 }
+QUANTIZERS = ("vq", "vq-l2", "ema", "simvq", "ibq", "gumbel", "fsq", "lfq", "bsq", *SEVERAL)
 MODEL: dict[str, Any] = {
     "image_size": 32,
     "in_channels": 1,
@@ -63,12 +47,22 @@ MODEL: dict[str, Any] = {
     "attn_levels": [],
     "norm_num_groups": 8,
     "latent_channels": 32,
-    "num_embeddings": 1024,
 }
 NUM_SHOWN = 16
 
 
-def settings(name: str, data: str, steps: int, output_dir: str) -> Stage1Config:
+def quantizer(name: str, bits: int) -> dict[str, Any]:
+    """Fields of VQGANConfig for a quantizer with 2^bits codes, or with several smaller codes of as many bits."""
+    kind = name.removesuffix("-l2")
+    width = {"fsq": bits // 2, "lfq": bits, "bsq": bits}.get(kind, 8)
+    count, options = SEVERAL.get(kind, (1, {"levels": [4] * width} if kind == "fsq" else {}))
+    if name.endswith("-l2"):
+        options["l2_normalize"] = True
+    codes = 2 ** round(bits / count)
+    return {"quantizer": kind, "embed_dim": width, "num_embeddings": codes, "quantizer_options": options}
+
+
+def settings(name: str, data: str, steps: int, output_dir: str, bits: int = 10) -> Stage1Config:
     """The settings of the run with one quantizer."""
     values: dict[str, Any] = {
         "output_dir": output_dir,
@@ -82,7 +76,7 @@ def settings(name: str, data: str, steps: int, output_dir: str) -> Stage1Config:
         "eval_steps": steps,
         "save_steps": steps,
         "report_to": [],
-        "model": MODEL | QUANTIZERS[name],
+        "model": MODEL | quantizer(name, bits),
         "data": {"dataset": data, "validation_split": "test"},
         "loss": {"perceptual_weight": 0, "adversarial_weight": 0},
         "codebook": {"restart_interval": 50},
@@ -95,10 +89,10 @@ def test_images(config: Stage1Config) -> ImageDataset:
     return ImageDataset(load_images(config.data)[1], (MODEL["image_size"],) * 2, MODEL["in_channels"])
 
 
-def trained(name: str, data: str, steps: int) -> tuple[VQGANModel, dict[str, Any]]:
+def trained(name: str, data: str, steps: int, bits: int = 10) -> tuple[VQGANModel, dict[str, Any]]:
     """Trains a tokenizer; returns it and its metrics on the test split."""
     with tempfile.TemporaryDirectory() as folder:
-        model = train(settings(name, data, steps, folder))
+        model = train(settings(name, data, steps, folder, bits))
         return model, json.loads((Path(folder) / "train_results.json").read_text())
 
 
@@ -111,13 +105,13 @@ def save_grid(model: VQGANModel, dataset: ImageDataset, path: Path) -> None:
     image_grid(processor.postprocess(pair), len(originals), min_tile=64).save(path)
 
 
-def step_times(names: list[str], data: str, rounds: int) -> dict[str, dict[str, Any]]:
+def step_times(names: list[str], data: str, rounds: int, bits: int = 10) -> dict[str, dict[str, Any]]:
     """The time of a training step with each quantizer, and its ratio to the time with VQ."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     accelerator, lanes = Accelerator(cpu=True), {}
     for name in dict.fromkeys(["vq", *names]):
-        config = settings(name, data, 1000, "unused")
+        config = settings(name, data, 1000, "unused", bits)
         images = test_images(config).__getitems__(some_images(load_images(config.data)[1], 32)).images()
         trainer = VQGANTrainer(config, accelerator)
         trainer.set_learning_rate(0)
@@ -130,17 +124,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantizers", description=__doc__)
     parser.add_argument("--data", required=True, help="folder with the parquet files")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--bits", type=int, default=10, help="bits of a code, an even number")
     parser.add_argument("--rounds", type=int, default=10, help="rounds in the measurement of the time of a step")
     parser.add_argument("--quantizers", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS))
     parser.add_argument("--output_dir", default="runs/benchmarks/quantizers")
     args = parser.parse_args()
     where, folder = environment(), Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    times = step_times(args.quantizers, args.data, args.rounds)
+    times = step_times(args.quantizers, args.data, args.rounds, args.bits)
     results: dict[str, dict[str, Any]] = {}
     for name in args.quantizers:
-        model, metrics = trained(name, args.data, args.steps)
+        model, metrics = trained(name, args.data, args.steps, args.bits)
         results[name] = metrics | {"step": times[name]}
+        print(name, metrics, flush=True)
         save_grid(model, test_images(settings(name, args.data, args.steps, "unused")), folder / f"{name}.png")
     rows = [
         {
@@ -157,7 +153,10 @@ def main() -> None:
         for name, result in results.items()
     ]
     print(table(rows))
-    write(str(folder / "quantizers.json"), {"environment": where, "steps": args.steps, "results": results})
+    write(
+        str(folder / "quantizers.json"),
+        {"environment": where, "steps": args.steps, "bits": args.bits, "results": results},
+    )
 
 
 if __name__ == "__main__":

@@ -12,15 +12,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, distributed, nn
-from torch.utils.checkpoint import checkpoint
 
 from .quantizer_grids import Grids
 
 # Number of scores (latents × entries) that the search computes at once. On a CPU they fit in the cache of a core; other
 # devices need more parallel work.
 CPU_SCORES, DEVICE_SCORES = 2**20, 2**27
-# The same for a softmax over all entries with its gradient, which needs several tensors of this size.
-SOFTMAX_SCORES = 2**22
 
 
 @dataclass
@@ -242,37 +239,6 @@ def straight_through(z: Tensor, quantized: Tensor) -> Tensor:
     Source: Bengio et al. 2013, "Estimating or propagating gradients through stochastic neurons".
     """
     return z + (quantized - z).detach()
-
-
-def in_chunks(function: Callable[..., tuple[Tensor, ...]], z: Tensor, codebook: Tensor) -> list[tuple[Tensor, ...]]:
-    """The results of `function(rows, codebook)` for chunks of latents `(N, D)`, without an N × K matrix in memory.
-
-    The intermediate results of a chunk are freed, and computed again in the backward pass.
-    """
-    chunks = z.split(max(1, SOFTMAX_SCORES // len(codebook)))
-    return [checkpoint(function, rows, codebook, use_reentrant=False, preserve_rng_state=False) for rows in chunks]
-
-
-def entropy_loss(z: Tensor, codebook: Tensor, logits: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Mean over latents of the entropy of their softmax over codes, minus the entropy of the mean softmax of the
-    batch of all processes; a scalar in [-ln K, ln K].
-
-    Args:
-        z: `(N, D)`.
-        codebook: `(K, D)`.
-        logits: rows `(n, D)` and the codebook → logits `(n, K)` of the softmax.
-
-    Source: Jansen et al. 2019, "Coincidence, categorization, and consolidation"; Yu et al. 2024, "Language model
-    beats diffusion", equation 5.
-    """
-
-    def sums(rows: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
-        probabilities = logits(rows, codebook).softmax(1)
-        return entropy(probabilities).sum(), probabilities.sum(0)
-
-    parts = in_chunks(sums, z, codebook)
-    mean_entropy, mean_softmax = (sum(part) / len(z) for part in zip(*parts, strict=True))
-    return mean_entropy - entropy(mean_over_processes(mean_softmax))
 
 
 def entropy(probabilities: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantizer_base import Quantizer, QuantizerOptions, entropy_loss, in_chunks, most_similar_code
+from .quantizer_base import Quantizer, QuantizerOptions, most_similar_code
+from .quantizer_softmax import entropy_loss, one_hot_entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,29 +53,13 @@ class IBQuantizer(Quantizer):
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codebook = self.embedding.weight.float()
         codes = most_similar_code(z, codebook)
-        hard = F.embedding(codes, codebook)
-        zq = hard
-        if torch.is_grad_enabled():
-            # Straight-through on the one-hot vector o: o·E with the value of the hard o and the gradient of the soft o.
-            soft = torch.cat([rows for (rows,) in in_chunks(_soft_entries, z, codebook)])
-            zq = hard + (soft - soft.detach())
+        hard, zq = F.embedding(codes, codebook), one_hot_entries(z, codebook, codes)
         # the double quantization loss: ‖z - zq‖² with the gradient of the code, then ‖z - sg[e]‖² and β·‖sg[z] - e‖²
         loss = F.mse_loss(zq, z) + F.mse_loss(z, hard.detach())
         loss = loss + self.options.codebook_cost * F.mse_loss(hard, z.detach())
         if self.options.entropy_weight and self.training:
-            loss = loss + self.options.entropy_weight * entropy_loss(z, codebook, self._entropy_logits)
+            loss = loss + self.options.entropy_weight * entropy_loss(z, codebook / self.options.entropy_temperature)
         return zq, codes, loss
 
     def entries(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.embedding.weight.float())
-
-    def _entropy_logits(self, rows: Tensor, codebook: Tensor) -> Tensor:
-        return rows @ codebook.T / self.options.entropy_temperature
-
-
-def _soft_entries(rows: Tensor, codebook: Tensor) -> tuple[Tensor]:
-    """The mean of the entries `(n, D)`, weighted by the softmax of their inner products with latents `(n, D)`.
-
-    The entries get a gradient through the weights alone, because the hard entry carries the other part.
-    """
-    return ((rows @ codebook.T).softmax(1) @ codebook.detach(),)

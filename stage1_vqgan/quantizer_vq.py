@@ -14,11 +14,11 @@ from .quantizer_base import (
     CodebookQuantizer,
     Quantizer,
     QuantizerOptions,
-    entropy_loss,
     nearest_code,
     straight_through,
     unit_length,
 )
+from .quantizer_softmax import entropy_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +83,13 @@ class NearestEntryQuantizer(Quantizer):
         codebook_cost, commitment_cost = options.costs
         loss = codebook_cost * F.mse_loss(zq, z.detach()) + commitment_cost * F.mse_loss(z, zq.detach())
         if options.entropy_weight and self.training:
-            loss = loss + options.entropy_weight * entropy_loss(z, codebook, self._entropy_logits)
+            loss = loss + options.entropy_weight * self.entropy_loss(z, codebook)
         return rotate(z, zq) if options.rotation_trick else straight_through(z, zq), codes, loss
 
-    def _entropy_logits(self, rows: Tensor, codebook: Tensor) -> Tensor:
-        """Negative squared distances over the temperature, but for ‖z‖², which cancels in the softmax."""
-        return (2 * rows @ codebook.T - codebook.square().sum(1)) / self.options.entropy_temperature
+    def entropy_loss(self, z: Tensor, codebook: Tensor) -> Tensor:
+        """See `entropy_loss`, for the softmax of -‖z - e‖² / temperature. ‖z‖² cancels, and 2 z·e - ‖e‖² remains."""
+        keys = torch.cat([2 * codebook, -codebook.square().sum(1, keepdim=True)], 1) / self.options.entropy_temperature
+        return entropy_loss(F.pad(z, (0, 1), value=1.0), keys)
 
 
 @dataclass(frozen=True, kw_only=True)

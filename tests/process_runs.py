@@ -33,6 +33,8 @@ QUANTIZERS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("vq", 64, 4, {"entropy_weight": 0.1, "entropy_temperature": 0.5}),
     ("vq", 64, 4, {"rotation_trick": True}),
     ("ema", 64, 4, {"decay": 0.9}),
+    ("simvq", 64, 4, {}),
+    ("ibq", 64, 4, {"entropy_temperature": 0.5}),
     ("gumbel", 64, 4, {"kl_weight": 0.01}),
     ("residual", 64, 4, {"shared_codebook": True}),
     ("pyramid", 64, 4, {"hidden_channels": 8}),
@@ -42,6 +44,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "ema": {"quantizer": "ema"},
     "gumbel": {"quantizer": "gumbel", "quantizer_options": {"kl_weight": 0.01}},
     "lfq": {"quantizer": "lfq", "embed_dim": 6, "num_embeddings": 64},
+    "bsq": {"quantizer": "bsq", "embed_dim": 6, "num_embeddings": 64},
 }
 # Adam divides a gradient by its running size plus ε. With the usual ε of 1e-8, a gradient that is only a rounding error
 # moves its weight by a whole learning rate, in a direction that depends on the order of sums. With an ε as large as a

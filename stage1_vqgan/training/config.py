@@ -109,7 +109,7 @@ class DiscriminatorConfig(Section):
 
 @dataclass(kw_only=True)
 class CodebookConfig(Section):
-    """Upkeep of the codebook, for the quantizers whose entries can be moved: vq, ema, gumbel and ibq.
+    """Upkeep of the codebook, for the quantizers whose entries can be moved: vq, ema and gumbel.
 
     kmeans_init_batches: batches of whole steps whose latents initialise the codebook by k-means; 0 leaves it random
     restart_interval: steps between restarts, which move unused codes onto random latents; 0 never restarts

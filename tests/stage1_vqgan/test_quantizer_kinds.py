@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stage1_vqgan import VQGANConfig, VQGANModel, quantizer_base
-from stage1_vqgan.quantizer_base import entropy_loss
+from stage1_vqgan import VQGANConfig, VQGANModel, quantizer_base, quantizer_softmax
 from stage1_vqgan.quantizers import QUANTIZERS, CodebookQuantizer, build_quantizer, codes_shape
 from tests.devices import DEVICE, cpu_only, on_device
 
@@ -126,17 +125,17 @@ def naive_entropies(z, codebook, temperature):
     distances = ((z[:, None] - codebook[None]) ** 2).sum(-1)
     p = torch.softmax(-distances / temperature, 1)
     mean = p.mean(0)
-    return -(p * p.log()).sum(1).mean(), -(mean * mean.log()).sum()
+    return torch.special.entr(p).sum(1).mean(), torch.special.entr(mean).sum()
 
 
 @pytest.mark.parametrize("rows", [7, 16, 19])
 def test_entropy_term_of_vq(rows, monkeypatch):
-    monkeypatch.setattr(quantizer_base, "SOFTMAX_SCORES", 8 * 16)
+    monkeypatch.setattr(quantizer_softmax, "SOFTMAX_SCORES", 8 * 16)
     quantizer = make("vq, entropy")
     weight = quantizer.embedding.weight
     z = torch.randn(rows, 4, requires_grad=True)
     of_latents, of_mean = naive_entropies(z, weight, 0.5)
-    found, expected = entropy_loss(z, quantizer.codebook, quantizer._entropy_logits), of_latents - of_mean
+    found, expected = quantizer.entropy_loss(z, quantizer.codebook), of_latents - of_mean
     torch.testing.assert_close(found, expected)
     pairs = zip(torch.autograd.grad(found, (z, weight)), torch.autograd.grad(expected, (z, weight)), strict=True)
     for gradient, reference in pairs:
@@ -145,6 +144,16 @@ def test_entropy_term_of_vq(rows, monkeypatch):
     plain = make("vq")(grid).loss
     torch.testing.assert_close(quantizer(grid).loss - plain, 0.1 * expected.detach())
     assert torch.equal(quantizer.eval()(grid).loss, plain)
+
+
+def test_entropy_term_of_sharp_distributions():
+    """With large logits, in float32 the entropies are those in float64."""
+    quantizer = make("vq, entropy", entropy_temperature=1e-3)
+    z = quantizer.codebook.detach().repeat(4, 1) + 0.02 * torch.randn(64, 4)
+    of_latents, of_mean = naive_entropies(z.double(), quantizer.codebook.double(), 1e-3)
+    torch.testing.assert_close(
+        quantizer.entropy_loss(z, quantizer.codebook).double(), of_latents - of_mean, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_rotation_trick():
@@ -263,7 +272,7 @@ def test_frozen_entries_stay_frozen_in_fine_tuning(kind, trained, tmp_path):
 @pytest.mark.parametrize("rows_at_once", [1, 7, 100])
 def test_index_backpropagation(monkeypatch, rows_at_once):
     """The paper's one-hot: hard in its value, soft in its gradient, with all N × K numbers at once."""
-    monkeypatch.setattr(quantizer_base, "SOFTMAX_SCORES", 16 * rows_at_once)
+    monkeypatch.setattr(quantizer_softmax, "SOFTMAX_SCORES", 16 * rows_at_once)
     quantizer, z = make("ibq", codebook_cost=0.3, entropy_weight=0.2, entropy_temperature=0.5), latents("ibq")
     weight, rows = quantizer.embedding.weight, as_rows(z)
     similarities = rows @ weight.T
@@ -289,7 +298,7 @@ def test_index_backpropagation(monkeypatch, rows_at_once):
 
 @cpu_only
 def test_index_backpropagation_makes_no_matrix_of_all_latents_and_codes(monkeypatch):
-    monkeypatch.setattr(quantizer_base, "SOFTMAX_SCORES", 8 * 2048)
+    monkeypatch.setattr(quantizer_softmax, "SOFTMAX_SCORES", 8 * 2048)
     monkeypatch.setattr(quantizer_base, "CPU_SCORES", 8 * 2048)
     quantizer, z = build_quantizer("ibq", 2048, 4, {}), torch.randn(512, 4, requires_grad=True)
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from configs import ConfigError, check, load_config
 from configs.checkpoints import complete_checkpoints
 from stage1_vqgan import Stage1Config, VQGANImageProcessor, VQGANModel
-from stage1_vqgan.training import checkpointing
+from stage1_vqgan.training import checkpointing, run
 from stage1_vqgan.training.run import build_accelerator, train
 from stage1_vqgan.training.step import VQGANTrainer
 from tests.tiny import tensors
@@ -105,6 +105,20 @@ def test_what_a_run_leaves(straight):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4 and '"eval/psnr"' in lines[-1]  # three logs, one evaluation
     assert [path.name for path in (folder / "reconstructions").iterdir()] == ["step_00000006.png"]
+
+
+def test_kmeans_takes_the_batches_of_whole_steps(monkeypatch, tmp_path):
+    """With accumulation, as many images as without it."""
+    seen = []
+
+    def record(model, average, batches, accelerator, seed):
+        seen.extend(len(images) for images in batches)
+        raise StopIteration
+
+    monkeypatch.setattr(run, "initialise_codebook", record)
+    with pytest.raises(StopIteration):
+        train(make_config(tmp_path, **{"gradient_accumulation_steps": 3, "codebook.kmeans_init_batches": 2}))
+    assert seen == 6 * [8]
 
 
 @pytest.mark.parametrize("quantizer", ["ema", pytest.param("gumbel", marks=pytest.mark.slow)])
