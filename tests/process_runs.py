@@ -40,10 +40,8 @@ QUANTIZERS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("simvq", 64, 4, {}),
     ("ibq", 64, 4, {"entropy_temperature": 0.5}),
     ("gumbel", 64, 4, {"kl_weight": 0.01}),
-    ("residual", 16, 4, {"depth": 3}),
-    ("residual", 16, 4, {"shared_codebook": True}),
-    ("product", 16, 4, {"groups": 2}),
-    ("pyramid", 16, 4, {"hidden_channels": 8}),
+    ("residual", 64, 4, {"shared_codebook": True}),
+    ("pyramid", 64, 4, {"hidden_channels": 8}),
 ]
 # settings of tokenizers whose loss, codebook or noise depends on all processes
 WHOLE: dict[str, dict[str, Any]] = {
