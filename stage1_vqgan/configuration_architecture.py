@@ -28,11 +28,13 @@ class VQGANArchitecture:
         base_channels: width of the first level.
         channel_multiplier: width of each level as a multiple of `base_channels`; every level but the first halves
             the resolution, so the downsampling factor is `2 ** (len(channel_multiplier) - 1)`.
-        num_res_blocks: residual blocks in each level of the encoder (the decoder has one more).
+        num_res_blocks: residual blocks in each level of the encoder.
+        decoder_num_res_blocks: residual blocks in each level of the decoder; by default one more than in the encoder.
         attn_levels: levels whose residual blocks are followed by self-attention; 0 is the highest resolution. By
-            default the level of 16 pixels, if there is one. The middle of encoder and decoder always attends.
+            default the level of 16 pixels, if there is one.
         attn_resolutions: the same levels, named by the shorter side of their feature maps: that of `image_size`, halved
             per level. `VQGANConfig` turns it into `attn_levels`.
+        mid_attention: whether the middle of encoder and decoder, after the last level, attends.
         norm_num_groups: groups of every GroupNorm; must divide every width.
         dropout: dropout probability inside the residual blocks.
         latent_channels: channels between encoder or decoder and the 1×1 convolutions around the codebook.
@@ -49,8 +51,10 @@ class VQGANArchitecture:
     base_channels: int = 128
     channel_multiplier: list[float | int] | tuple[float | int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
+    decoder_num_res_blocks: int | None = None
     attn_levels: list[int] | tuple[int, ...] | None = None
     attn_resolutions: list[int] | tuple[int, ...] | None = None
+    mid_attention: bool = True
     norm_num_groups: int = 32
     dropout: float | int = 0.0
     latent_channels: int = 256
@@ -88,6 +92,8 @@ class VQGANArchitecture:
         ):
             if getattr(self, name) < 1:
                 yield name, getattr(self, name), "must be at least 1"
+        if self.decoder_num_res_blocks is not None and self.decoder_num_res_blocks < 1:
+            yield "decoder_num_res_blocks", self.decoder_num_res_blocks, "must be at least 1"
         if self.num_embeddings < 2:
             yield "num_embeddings", self.num_embeddings, "a codebook needs at least 2 entries"
         if not 0 <= self.dropout < 1:
@@ -151,6 +157,11 @@ class VQGANArchitecture:
         return [min(shape) in named for shape in self.resolutions]
 
     @property
+    def decoder_blocks(self) -> int:
+        """Residual blocks in each level of the decoder."""
+        return self.num_res_blocks + 1 if self.decoder_num_res_blocks is None else self.decoder_num_res_blocks
+
+    @property
     def widths(self) -> list[int]:
         """Channels of each level, highest resolution first."""
         return [round(self.base_channels * multiplier) for multiplier in self.channel_multiplier]
@@ -167,15 +178,16 @@ class VQGANArchitecture:
 
         The model has at least so many parameters, and few more. It is not built to count them.
         """
-        first, last, n = self.base_channels, self.widths[-1], self.num_res_blocks
-        count = 2 * (_residual(last, last) * 2 + _attention(last))  # the middle of encoder and decoder
+        first, last = self.base_channels, self.widths[-1]
+        n, m = self.num_res_blocks, self.decoder_blocks
+        count = 2 * (_residual(last, last) * 2 + _attention(last) * self.mid_attention)  # of encoder and decoder
         count += _conv(self.in_channels, first) + _conv(self.widths[0], self.in_channels)
         count += 2 * _conv(last, self.latent_channels)
         for below, width, attends in zip([first, *self.widths], self.widths, self.attention, strict=False):
             count += _residual(below, width) + (n - 1) * _residual(width, width)
-            count += (2 * n + 1) * _attention(width) * attends
+            count += (n + m) * _attention(width) * attends
         for width, previous in zip(self.widths, [*self.widths[1:], last], strict=True):
-            count += _residual(previous, width) + n * _residual(width, width)
+            count += _residual(previous, width) + (m - 1) * _residual(width, width)
         count += sum(_conv(width, width) for width in self.widths[:-1]) + sum(_conv(w, w) for w in self.widths[1:])
         return count + (self.num_embeddings * self.embed_dim if self.quantizer in WITH_ENTRIES else 0)
 

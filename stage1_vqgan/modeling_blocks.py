@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import GradientCheckpointingLayer
 
 from .configuration_vqgan import VQGANConfig
 
@@ -142,7 +143,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
+class Level(GradientCheckpointingLayer):
     """One resolution of the encoder or decoder: residual blocks, each followed by attention or none, and a resampler.
 
     The encoder or decoder sets `downsample` or `upsample`, except at its last level.
@@ -165,13 +166,13 @@ class Level(nn.Module):
         return x
 
 
-class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+class Middle(GradientCheckpointingLayer):
+    """Residual block, attention if `mid_attention`, residual block at the lowest resolution."""
 
     def __init__(self, config: VQGANConfig, channels: int):
         super().__init__()
         self.block_1 = ResidualBlock(config, channels, channels)
-        self.attn_1 = AttentionBlock(config, channels)
+        self.attn_1 = AttentionBlock(config, channels) if config.mid_attention else nn.Identity()
         self.block_2 = ResidualBlock(config, channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:

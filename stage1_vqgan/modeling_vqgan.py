@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for index, width in enumerate(widths):
             previous = widths[min(index + 1, len(widths) - 1)]
-            level = Level(config, previous, width, config.num_res_blocks + 1, config.attention[index])
+            level = Level(config, previous, width, config.decoder_blocks, config.attention[index])
             if index > 0:
                 level.upsample = Upsample(width)
             self.up.append(level)
@@ -132,6 +132,7 @@ class VQGANModel(PreTrainedModel):
     base_model_prefix = "vqgan"
     main_input_name = "pixel_values"
     input_modalities = ["image"]
+    supports_gradient_checkpointing = True
     # save_pretrained copies the model files, so that AutoModel loads them with trust_remote_code without this package
     _auto_class = "AutoModel"
 

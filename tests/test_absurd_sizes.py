@@ -80,6 +80,7 @@ ARCHITECTURES = {
     "gumbel": {"quantizer": "gumbel"},
     "simvq": {"quantizer": "simvq", "num_embeddings": 65536},
     "ibq": {"quantizer": "ibq", "num_embeddings": 65536},
+    "switches": {"mid_attention": False, "decoder_num_res_blocks": 5, "image_size": [32, 64]},
 }
 
 
@@ -147,6 +148,17 @@ def test_the_activations_of_a_tokenizer_are_a_lower_bound(frozen):
         model.encoder.requires_grad_(False)
     images = torch.rand(3, 1, 16, 16)
     assert 0 < 3 * components.saved_activations(model, 4) <= saved_bytes(lambda: model(images).reconstruction)
+
+
+def test_the_activations_with_checkpointing_are_those_of_one_level():
+    torch.manual_seed(0)
+    model = VQGANModel(VQGANConfig(**tiny.VQGAN | {"image_size": [16, 32]})).train()
+    without = components.saved_activations(model, 4)
+    components.checkpoint_gradients(model)
+    bound, level = components.saved_activations(model, 4), model.decoder.up[0]
+    level.gradient_checkpointing = False
+    features = torch.rand(3, 8, 16, 32, requires_grad=True)
+    assert 0 < 3 * bound <= saved_bytes(lambda: level(features * 1)) and bound < without
 
 
 @pytest.mark.parametrize("model_type", tiny.RANDOM_PRIORS)

@@ -191,6 +191,14 @@ def _inexpressible(config: VQGANConfig) -> Iterator[Problem]:
         yield Problem("checkpoint", f"its quantizer is {config.quantizer!r}; a VQModel only supports 'vq'")
     elif (config.quantizer_options or {}).get("l2_normalize"):
         yield Problem("checkpoint", "its quantizer_options.l2_normalize is true, which a VQModel does not support")
+    if config.decoder_blocks != config.num_res_blocks + 1:
+        has, allowed = config.decoder_num_res_blocks, config.num_res_blocks + 1
+        yield Problem(
+            "checkpoint",
+            f"its decoder_num_res_blocks is {has}; a VQModel only supports {allowed}, one more than num_res_blocks",
+        )
+    if not config.mid_attention:
+        yield Problem("checkpoint", "its mid_attention is false; a VQModel only supports true")
     if config.widths[0] != config.base_channels:
         message = f"its channel_multiplier begins with {config.channel_multiplier[0]}; a VQModel only supports 1"
         yield Problem("checkpoint", message)

@@ -194,6 +194,9 @@ def _inexpressible(config: VQGANConfig) -> Iterator[str]:
     last = [len(config.widths) - 1]
     if config.attn_levels != last:
         yield f"its attn_levels is {config.attn_levels}; a JanusVQVAE attends in its last level only, {last}"
+    if not config.mid_attention or config.decoder_blocks != config.num_res_blocks + 1:
+        has = f"mid_attention is {shown(config.mid_attention)}, decoder_num_res_blocks {config.decoder_num_res_blocks}"
+        yield f"its {has}; a JanusVQVAE only supports true and {config.num_res_blocks + 1}"
     if config.grid[0] != config.grid[1]:
         yield f"its image_size is {config.image_size}; a JanusVQVAE only supports squares"
     if any(part % 1 for part in config.channel_multiplier):

@@ -68,6 +68,8 @@ def prepare_generator(
     Raises:
         ConfigError: training does not fit in memory.
     """
+    if config.gradient_checkpointing:
+        checkpoint_gradients(model)
     check_training_memory(model, config, accelerator)
     if config.torch_compile:
         model.compile(fullgraph=True, dynamic=False)
@@ -78,6 +80,13 @@ def prepare_generator(
     # accelerate converts everything that a model returns to float32, which copies the largest features: undo that.
     accelerator.unwrap_model(generator, keep_fp32_wrapper=False)
     return generator, wrapped[0] if wrapped else None, optimizer
+
+
+def checkpoint_gradients(model: VQGANModel) -> None:
+    """Turns on gradient checkpointing."""
+    # transformers 6 removes the older name
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def check_training_memory(model: VQGANModel, config: Stage1Config, accelerator: Accelerator) -> None:
@@ -101,13 +110,18 @@ def check_training_memory(model: VQGANModel, config: Stage1Config, accelerator: 
 
 
 def saved_activations(model: VQGANModel, itemsize: int) -> int:
-    """Bytes that one image keeps at least until the backward: input and middle of every residual block."""
+    """Bytes that one image keeps at least until the backward: input and middle of every residual block.
+
+    With gradient checkpointing it is one level that keeps them, while it is computed again.
+    """
     config = model.config
-    blocks = config.num_res_blocks + 1  # of a level of the decoder; those of a frozen encoder keep nothing
+    blocks = config.decoder_blocks  # of a level of the decoder; those of a frozen encoder keep nothing
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
         blocks += config.num_res_blocks
-    numbers = sum(width * prod(shape) for width, shape in zip(config.widths, config.resolutions, strict=True))
-    return 2 * blocks * numbers * itemsize
+    levels = [width * prod(shape) for width, shape in zip(config.widths, config.resolutions, strict=True)]
+    if model.is_gradient_checkpointing:
+        return 2 * config.decoder_blocks * max(levels) * itemsize
+    return 2 * blocks * sum(levels) * itemsize
 
 
 # How to build the loss of each term in RECONSTRUCTION_TERMS, from the settings and the configuration of the tokenizer.

@@ -190,6 +190,20 @@ def test_step_is_the_textbooks(perceptual_weight, step, norm_type):
         assert metrics["adversarial/adaptive_weight"].item() == pytest.approx(weight.item(), rel=1e-4)
 
 
+def test_a_step_with_gradient_checkpointing_is_the_same():
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        trainer = Recorder(make_config(gradient_checkpointing=checkpointing), Accelerator())
+        assert trainer.model.is_gradient_checkpointing == checkpointing
+        spread_codebook(trainer, make_images(1))
+        metrics = trainer.step(make_images(1), 0)
+        found.append((metrics, trainer.gradients["generator"] | trainer.gradients["discriminator"]))
+    for plain, checkpointed in zip(*found, strict=True):
+        assert plain.keys() == checkpointed.keys()
+        assert all(torch.equal(value, checkpointed[name]) for name, value in plain.items())
+
+
 @pytest.mark.parametrize(
     ("kind", "norm_type", "weights"),
     [
