@@ -36,4 +36,5 @@ from .pretrained import (
     trained_range as trained_range,
 )
 from .siblings import import_own as import_own
+from .tiles import decode_tiled as decode_tiled, encode_tiled as encode_tiled, tiled as tiled
 from .training.config import Stage1Config as Stage1Config

@@ -31,7 +31,7 @@ from configs.sections import LARGEST
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-    from stage1_vqgan import VQGANModel
+    from stage1_vqgan import VQGANImageProcessor, VQGANModel
 
 FILE_NAME = "token_layout.json"
 
@@ -109,6 +109,11 @@ class TokenLayout:
     def length(self) -> int:
         """Number of codes of an image, h·w."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(H, W), height and width of a decoded image in pixels."""
+        return self.grid[0] * self.downsampling_factor, self.grid[1] * self.downsampling_factor
 
     @property
     def pixels(self) -> int:
@@ -232,6 +237,15 @@ class TokenLayout:
                 f"{field}: received the tokenizer {fingerprint}, but the codes are of another tokenizer "
                 f"({self.tokenizer_fingerprint}); {advice}"
             )
+
+    def set_image_size(self, tokenizer: "VQGANModel", image_processor: "VQGANImageProcessor") -> None:
+        """Sets the image size of the tokenizer and its image processor to that of the images of these codes.
+
+        Its weights take images of any size, so stage 2 may encode images of another size than stage 1 trained on.
+        """
+        height, width = self.image_shape
+        tokenizer.config.image_size = height if height == width else [height, width]
+        image_processor.size = {"height": height, "width": width}
 
     def require_tokenizer(self, tokenizer: "VQGANModel", advice: str = "use that tokenizer") -> None:
         """Refuses a tokenizer whose codes this layout does not describe.
