@@ -86,6 +86,8 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         message = f"received {config.tokenizer!r}; its preprocessor_config.json is missing or cannot be read: {error}"
         raise ConfigError([Problem("tokenizer", message)]) from error
     try:
+        layout.require_fingerprint(vqgan.config.fingerprint)
+        layout.set_image_size(vqgan, processor)
         pipeline = VQGANPipeline(vqgan, prior, processor, layout)
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error

@@ -42,4 +42,5 @@ from .quantizer_grids import (
     num_codes as num_codes,
 )
 from .siblings import import_own as import_own
+from .tiles import decode_tiled as decode_tiled, encode_tiled as encode_tiled, tiled as tiled
 from .training.config import Stage1Config as Stage1Config

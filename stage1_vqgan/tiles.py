@@ -155,8 +155,8 @@ def _before(
     try:
         _run(stage, x[..., *_wider(box, x, margin)], norms)
     except _Unknown as stopped:
-        inner = _cropped(stopped.args[0], box, margin, growth).float()
-        groups = inner.reshape(norm.num_groups, -1)
+        inner = _cropped(stopped.args[0], box, margin, growth)
+        groups = inner.reshape(norm.num_groups, -1).to(torch.promote_types(inner.dtype, torch.float32))
         variance, mean = torch.var_mean(groups, dim=1, correction=0)
         return groups.shape[1], mean, variance
     raise AssertionError("the normalization was not reached")
@@ -227,16 +227,17 @@ class _WholeNorms:
         """Joins number, mean and variance `(G,)` of all tiles."""
         counts, means, variances = zip(*parts, strict=True)
         share = torch.tensor(counts, dtype=torch.float64, device=means[0].device)[:, None] / sum(counts)
-        means, variances = (torch.stack(values).double() for values in (means, variances))
+        means, variances = torch.stack(means).double(), torch.stack(variances).double()
         mean = (share * means).sum(0)
         variance = (share * (variances + (means - mean).square())).sum(0)
         each = norm.num_channels // norm.num_groups
         scale = norm.weight * (variance + norm.eps).rsqrt().repeat_interleave(each)
         shift = norm.bias - mean.repeat_interleave(each) * scale
-        self._known[norm] = (scale.float()[:, None, None], shift.float()[:, None, None])
+        dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+        self._known[norm] = (scale[:, None, None].to(dtype), shift[:, None, None].to(dtype))
 
     def __call__(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
         if norm not in self._known:
             raise _Unknown(x)
         scale, shift = self._known[norm]
-        return torch.addcmul(shift, x.float(), scale).to(x.dtype)
+        return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)

@@ -63,7 +63,7 @@ def tokenize(config: Stage2Config) -> CodeStore:
 
 
 def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
-    model = load_tokenizer(config.tokenizer).to(processes.device)
+    model = open_tokenizer(config).to(processes.device)
     check_aspect_ratio(config)
     train, validation = load_images(config.data)
     folder, origin = Path(config.code_store), _origin(config, model, train, validation)
@@ -113,6 +113,20 @@ def _tell(config: Stage2Config, model: VQGANModel, train: Images, validation: Im
     print_facts(facts | {"tokenizer": config.tokenizer, "code store": config.code_store})
 
 
+def open_tokenizer(config: Stage2Config) -> VQGANModel:
+    """Loads the tokenizer for images of `image_size`.
+
+    Raises:
+        ConfigError: it cannot be loaded, or not for this size.
+    """
+    changes = {} if config.image_size is None else {"image_size": config.image_size}
+    try:
+        return load_tokenizer(config.tokenizer, **changes)
+    except ConfigError as error:
+        problems = [Problem(problem.key.removeprefix("model."), problem.message) for problem in error.problems]
+        raise ConfigError(problems) from error
+
+
 def check_aspect_ratio(config: Stage2Config) -> None:
     """Checks that the images become square in the same way as in the training of the tokenizer.
 
@@ -145,6 +159,7 @@ def _origin(config: Stage2Config, model: VQGANModel, train: Images, validation: 
         "images": [source.num_images for source in (train, validation)],
         "class_names": train.class_names,
         **({} if found is None else {"value_range": list(found)}),
+        "image_size": config.image_shape,
     }
 
 

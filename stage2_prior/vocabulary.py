@@ -34,7 +34,7 @@ from stage1_vqgan import Grids, codes_shape, grids_text, num_codes
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-    from stage1_vqgan import VQGANModel
+    from stage1_vqgan import VQGANImageProcessor, VQGANModel
 
 FILE_NAME = "token_layout.json"
 
@@ -130,6 +130,11 @@ class TokenLayout:
     def all_grids(self) -> Grids:
         """`grids`, or the one grid with one code at each position."""
         return self.grids or ((*self.grid, 1),)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(H, W), height and width of a decoded image in pixels."""
+        return self.grid[0] * self.downsampling_factor, self.grid[1] * self.downsampling_factor
 
     @property
     def pixels(self) -> int:
@@ -256,6 +261,15 @@ class TokenLayout:
                 f"{field}: received the tokenizer {fingerprint}, but the codes are of another tokenizer "
                 f"({self.tokenizer_fingerprint}); {advice}"
             )
+
+    def set_image_size(self, tokenizer: "VQGANModel", image_processor: "VQGANImageProcessor") -> None:
+        """Sets the image size of the tokenizer and its image processor to that of the images of these codes.
+
+        Its weights take images of any size, so stage 2 may encode images of another size than stage 1 trained on.
+        """
+        height, width = self.image_shape
+        tokenizer.config.image_size = height if height == width else [height, width]
+        image_processor.size = {"height": height, "width": width}
 
     def require_tokenizer(self, tokenizer: "VQGANModel", advice: str = "use that tokenizer") -> None:
         """Refuses a tokenizer whose codes this layout does not describe.

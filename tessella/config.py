@@ -24,7 +24,7 @@ class RunConfig(Section):
     data: folder of images, in which each sub-folder is a class, or another source that `data.dataset` of a training
         takes; or a section with the keys of `data` in a training
     output_dir: folder of all results: vqgan/, codes/, prior/, pipeline/, metrics.json and the pictures
-    size: side of the square images in pixels; by default that of the preset
+    size: side of square images in pixels, or [height, width]; by default that of the preset
     channels: 1 trains on gray images, 3 on colour images; by default as the preset says
     classes: false ignores the classes of the images
     budget: "30 minutes" or "2 hours" for all steps together, or "2000 steps" for each training; by default the steps of
@@ -32,12 +32,12 @@ class RunConfig(Section):
     push: upload the pipeline to this repository of the Hugging Face Hub, as "user/name"
     license: license of the uploaded model, an identifier of the Hub such as apache-2.0
     stage1, stage2: presets or YAML files of both trainings; by default own/cpu without a GPU, else own/64, own/128 or
-        own/256, the first that is at least `size`
+        own/256, the first that is at least the shorter side of `size`
     """
 
     data: str | dict[str, Any]
     output_dir: str
-    size: Positive | None = None
+    size: Positive | list[Positive] | None = None
     channels: Annotated[int, Ge(1), Le(1024)] | None = None
     classes: bool = True
     budget: str | None = None

@@ -64,7 +64,8 @@ def as_yaml(value: Any) -> str:
 
 def presets(config: RunConfig, gpus: int) -> tuple[str, str]:
     """The presets of both trainings."""
-    size = next((side for side in (64, 128) if (config.size or 64) <= side), 256)
+    shorter = min(config.size, default=64) if isinstance(config.size, list) else config.size or 64
+    size = next((side for side in (64, 128) if shorter <= side), 256)
     folder = f"own/{size}" if gpus else "own/cpu"
     return config.stage1 or f"{folder}/stage1", config.stage2 or f"{folder}/stage2"
 

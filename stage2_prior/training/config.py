@@ -124,6 +124,8 @@ class Stage2Config(TrainingConfig):
     """Stage 2: writes the codes of all images, and trains a prior on them.
 
     tokenizer: folder or Hub id of a trained tokenizer
+    image_size: side in pixels of the images that become codes, or [height, width]; by default that of the tokenizer.
+        The prior then learns a grid of another size, and the pipeline generates images of this size
     code_store: folder of the codes
     num_views: number of views of each training image in the code store: the image itself and augmented views, or the
         ten views of data.augmentation.ten_crop
@@ -139,13 +141,14 @@ class Stage2Config(TrainingConfig):
     num_sample_images: number of images that every evaluation samples for a grid; 0 samples none, and needs no tokenizer
     training_arguments: any other field of transformers.TrainingArguments
 
-    stage2_prior.tokenize reads the first four of these keys, data, seed and dataloader_num_workers.
+    stage2_prior.tokenize reads the first five of these keys, data, seed and dataloader_num_workers.
     """
 
     preset: ClassVar[str] = "stage2"
 
     tokenizer: str
     data: DataConfig
+    image_size: Positive | list[Positive] | None = None
     code_store: str
     num_views: Annotated[int, Ge(1), Le(10_000)] = 1
     tokenize_batch_size: BatchSize = 128
@@ -157,6 +160,12 @@ class Stage2Config(TrainingConfig):
     early_stopping_patience: NonNegative = 0
     num_sample_images: Annotated[int, Ge(0), MOST_PICTURES] = 40
     training_arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def image_shape(self) -> list[int] | None:
+        """[H, W] of `image_size`; None if it is that of the tokenizer."""
+        size = self.image_size
+        return [size, size] if isinstance(size, int) else size
 
     @property
     def mixed_precision(self) -> str:
@@ -177,6 +186,8 @@ class Stage2Config(TrainingConfig):
             yield "num_views", self.num_views, "data.augmentation.ten_crop makes 10 views; set it to 10"
         if self.lora.r and self.model_name_or_path is None:
             yield "lora.r", self.lora.r, "needs model_name_or_path, the trained prior to adapt"
+        if isinstance(self.image_size, list) and len(self.image_size) != 2:
+            yield "image_size", self.image_size, "must be the side of a square, or [height, width]"
         if self.bf16 and self.training_arguments.get("fp16") is True:
             yield "training_arguments.fp16", True, "but bf16 is true as well; turn one of them off"
 

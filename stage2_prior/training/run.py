@@ -246,7 +246,7 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
         ConfigError: names the settings that differ.
     """
     origin = store.manifest["origin"]
-    wanted = {"num_views": config.num_views, "data": config.data.identity()}
+    wanted = {"num_views": config.num_views, "data": config.data.identity(), "image_size": config.image_shape}
     problems = [
         Problem(key, f"{config.code_store} was written with {shown(old)}, but the configuration has {shown(new)}")
         for key, old, new in differences(origin, wanted)

@@ -105,6 +105,8 @@ def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImage
         message = f"received {name!r}; its preprocessor_config.json is missing or cannot be read; {advice}"
         raise ConfigError([Problem("tokenizer", message)]) from error
     try:
+        layout.require_fingerprint(tokenizer.config.fingerprint, advice=advice)
+        layout.set_image_size(tokenizer, processor)
         layout.require_tokenizer(tokenizer, advice)
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
