@@ -90,7 +90,8 @@ def perceptual_metric(name: str, device: torch.device) -> tuple[NewMetric, int]:
     """
     family, _, backbone = name.partition("/")
     if family == "stlpips":
-        return mean_of(name, ShiftTolerantLPIPS(backbone).to(device), device), LPIPS_MIN_SIZE[f"stlpips_{backbone}"]
+        shift_tolerant = ShiftTolerantLPIPS(backbone).to(device)
+        return mean_of(name, shift_tolerant, device), shift_tolerant.network.least_size
     loss = PerceptualLoss(cast(Backbone, backbone)).to(device)
     return mean_of(name, loss, device), LPIPS_MIN_SIZE[cast(Backbone, backbone)]
 
