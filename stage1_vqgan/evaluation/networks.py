@@ -19,7 +19,7 @@ from stage1_vqgan.evaluation.inception import load_inception
 from stage1_vqgan.networks import FrozenNetwork, load_network
 from stage1_vqgan.networks.perceptual import ShiftTolerantLPIPS
 from stage1_vqgan.reconstruction import ImageMean, Metric, Reduce
-from stage1_vqgan.training.loss_config import LPIPS_MIN_SIZE, Backbone, ShiftTolerant
+from stage1_vqgan.training.loss_config import LPIPS_MIN_SIZE, Backbone
 from stage1_vqgan.training.losses import PerceptualLoss
 
 # Where the advice of a missing file begins that only a network of a loss can follow: it has a key for its weights.
@@ -90,8 +90,8 @@ def perceptual_metric(name: str, device: torch.device) -> tuple[NewMetric, int]:
     """
     family, _, backbone = name.partition("/")
     if family == "stlpips":
-        smallest = LPIPS_MIN_SIZE[cast(ShiftTolerant, f"stlpips_{backbone}")]
-        return mean_of(name, ShiftTolerantLPIPS(backbone).to(device), device), smallest
+        shift_tolerant = ShiftTolerantLPIPS(backbone).to(device)
+        return mean_of(name, shift_tolerant, device), shift_tolerant.network.least_size
     loss = PerceptualLoss(cast(Backbone, backbone)).to(device)
     return mean_of(name, loss, device), LPIPS_MIN_SIZE[cast(Backbone, backbone)]
 
