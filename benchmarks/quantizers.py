@@ -4,8 +4,8 @@
 `stage1_vqgan.training.train` trains the same VQ-VAE with each quantizer: without LPIPS and discriminator, with the same
 seed, and with 8×8 codes of `--bits` bits (an even number) for each image; those with several codes for a position have
 as many bits in all. The metrics come from the last evaluation of the run, over the whole test split. The width is the
-usual one of each quantizer: channels of 4 levels for FSQ, a channel for each bit for LFQ and BSQ, and 8 channels for
-the others. `vq-l2` is VQ on the unit sphere.
+usual one of each quantizer: channels of 4 levels for FSQ, a channel for each bit for LFQ and BSQ, 256 channels for
+IBQ, whose similarities need entries of nearly equal length, and 8 channels for the others. `vq-l2` is VQ on the unit sphere.
 
 The time of a step is measured separately: the quantizers take turns, step by step, on one batch.
 The results are `quantizers.json` and, for each quantizer, a grid of test images above their reconstructions.
@@ -51,7 +51,7 @@ NUM_SHOWN = 16
 def quantizer(name: str, bits: int) -> dict[str, Any]:
     """Fields of VQGANConfig for a quantizer with 64 · bits bits for each image."""
     kind, _, variant = name.partition("-")
-    width = {"fsq": bits // 2, "lfq": bits, "bsq": bits}.get(kind, 8)
+    width = {"fsq": bits // 2, "lfq": bits, "bsq": bits, "ibq": 256}.get(kind, 8)
     bits_of_code = {"residual": bits // 2, "product": bits // 2, "pyramid": bits * 4 // 5}.get(name, bits)
     options: dict[str, dict[str, Any]] = {
         "fsq": {"levels": [4] * width},
