@@ -110,7 +110,10 @@ class LossConfig(Section):
         for term, values in self.schedules.items():
             if not list(schedule_problems(values)):
                 whole = asdict(self._schedule(term).in_steps(max_steps))
-                self.schedules[term] = {name: value for name, value in whole.items() if name in (*values, "anneal")}
+                given = {name for name, value in values.items() if value is not None} | {"anneal"}
+                self.schedules[term] = {
+                    name: value for name, value in whole.items() if name in given and value is not None
+                }
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if not any(getattr(self, f"{term}_weight") for term in RECONSTRUCTION_TERMS):

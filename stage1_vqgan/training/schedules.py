@@ -40,9 +40,9 @@ class Schedule:
     def in_steps(self, max_steps: int) -> "Schedule":
         """The same schedule in whole numbers of steps, for a run of `max_steps`."""
         start, ramp = in_steps(self.start, max_steps), in_steps(self.ramp, max_steps)
-        left = max(1, max_steps - start - ramp)
-        anneal = left if self.anneal is None else in_steps(self.anneal, max_steps)
-        return Schedule(start=start, ramp=ramp, end_weight=self.end_weight, anneal=anneal)
+        anneal = max(1, max_steps - start - ramp) if self.anneal is None else in_steps(self.anneal, max_steps)
+        changes = self.end_weight is not None
+        return Schedule(start=start, ramp=ramp, end_weight=self.end_weight, anneal=anneal if changes else None)
 
 
 def schedule_problems(values: Mapping[str, Any]) -> Iterable[tuple[str, Any, str]]:
@@ -53,6 +53,6 @@ def schedule_problems(values: Mapping[str, Any]) -> Iterable[tuple[str, Any, str
             yield name, None, unknown_key(name, types)
             continue
         try:
-            read_value(types[name], value)
+            read_value(types[name], value, strict=True)
         except ValueError as error:
             yield name, None, str(error)

@@ -4,17 +4,23 @@ One graph, `total.backward()`; nothing of the package but the models themselves.
 """
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from configs import load_config
+from configs.yaml_files import parse_yaml
+from stage1_vqgan import Stage1Config
 from tests.stage1_vqgan.training import test_step
 from tests.stage1_vqgan.training.test_step import Recorder, assert_gradients_close, make_config, make_images
 
 fresh_accelerate_state = test_step.fresh_accelerate_state
 STEP = 10
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def taming(x, y, perceptual, logits, codebook, last_layer):
@@ -41,8 +47,8 @@ def titok(x, y, perceptual, logits, codebook, last_layer):
     return ((x / 2 - y / 2) ** 2).mean() + 0.1 * perceptual - 0.01 * logits.mean() + codebook
 
 
-def non_saturating(x, y, perceptual, logits, codebook, last_layer):
-    """The option `gen_loss` of LlamaGen, as cross-entropy with the label 1 (its code swaps label and logit)."""
+def llamagen_non_saturating(x, y, perceptual, logits, codebook, last_layer):
+    """Its option `--gen-loss non-saturating`, as cross-entropy with the label 1 (its code swaps label and logit)."""
     adversarial = F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
     return ((x - y) ** 2).mean() + perceptual + 0.5 * adversarial + codebook
 
@@ -57,36 +63,41 @@ def hinge_with_lecam(real, fake, anchors):
     return hinge(real, fake, anchors) + 0.001 * lecam
 
 
-RECIPES = {
-    "original": (taming, hinge, {"l1": 1, "l2": 0, "perceptual": 1, "adversarial": 0.8}, {}),
-    "llamagen": (llamagen, hinge, {"l1": 0, "l2": 1, "perceptual": 1, "adversarial": 0.5}, {"adaptive_weight": False}),
-    "maskbit": (
-        maskbit,
-        hinge_with_lecam,
-        {"l1": 0, "l2": 1, "perceptual": 0.1, "adversarial": 0.02, "lecam": 0.001},
-        {"adaptive_weight": False},
-    ),
-    "titok": (
-        titok,
-        hinge_with_lecam,
-        {"l1": 0, "l2": 0.25, "perceptual": 0.1, "adversarial": 0.01, "lecam": 0.001},
-        {"adaptive_weight": False},
-    ),
-    "non-saturating": (
-        non_saturating,
-        hinge,
-        {"l1": 0, "l2": 1, "perceptual": 1, "adversarial": 0.5},
-        {"adaptive_weight": False, "generator_type": "non_saturating"},
-    ),
+LOSSES = {
+    "VQGAN": (taming, hinge),
+    "LlamaGen": (llamagen, hinge),
+    "MaskBit": (maskbit, hinge_with_lecam),
+    "TiTok": (titok, hinge_with_lecam),
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_recipe_is_that_of_its_source(name):
-    of_generator, of_discriminator, weights, settings = RECIPES[name]
-    changes = {f"loss.{term}_weight": weight for term, weight in weights.items()} | {"loss.codebook_weight": 1}
-    changes |= {f"loss.{key}": value for key, value in settings.items()}
-    trainer = Recorder(make_config(**changes, **{"model.image_size": 32}), Accelerator())
+def recipes():
+    """The settings in the README, by the name of the recipe."""
+    text = (ROOT / "stage1_vqgan" / "README.md").read_text().partition("\n## Recipes\n")[2].partition("\n## ")[0]
+    found = re.findall(r"\n### (\w+)\n.*?```yaml\n(.*?)```", text, re.DOTALL)
+    return {name: parse_yaml(block)[0] for name, block in found}
+
+
+def test_the_readme_has_the_recipes():
+    assert recipes().keys() == LOSSES.keys()
+    for settings in recipes().values():
+        alone = {key: value for key, value in settings.items() if key != "trainable"}
+        load_config(Stage1Config, "imagenet256/stage1", alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "generator_type"), [*((name, None) for name in LOSSES), ("LlamaGen", "non_saturating")]
+)
+def test_a_step_is_that_of_the_source(name, generator_type):
+    of_generator, of_discriminator = LOSSES[name]
+    if generator_type is not None:
+        of_generator = llamagen_non_saturating
+    changes = {f"loss.{key}": value for key, value in recipes()[name]["loss"].items() if not key.endswith("_step")}
+    changes |= {"loss.l1_weight": changes.get("loss.l1_weight", 1), "loss.l2_weight": changes.get("loss.l2_weight", 0)}
+    changes |= {"loss.codebook_weight": 1, "loss.perceptual_weight": changes.get("loss.perceptual_weight", 1)}
+    changes |= {"loss.generator_type": generator_type, "model.image_size": 32}
+    trainer = Recorder(make_config(**changes), Accelerator())
+    weights = trainer.config.loss.terms()
     images = make_images(1, batch=3, size=32)
     test_step.spread_codebook(trainer, images)
     with torch.no_grad():
@@ -105,14 +116,14 @@ def test_the_recipe_is_that_of_its_source(name):
     loss.backward()
 
     metrics = trainer.step(images, STEP)
-    assert ("adversarial/adaptive_weight" in metrics) == (name == "original")
+    assert ("adversarial/adaptive_weight" in metrics) == (name == "VQGAN")
     assert_gradients_close(trainer.gradients["generator"], gradients(model))
     assert_gradients_close(trainer.gradients["discriminator"], gradients(discriminator))
-    if name != "original":
-        terms = {term: metrics[f"loss/{term}"].item() for term in weights if weights[term] and term != "lecam"}
-        found = sum(weights[term] * value for term, value in terms.items()) + metrics["loss/codebook"].item()
+    if name != "VQGAN":
+        terms = [term for term in weights if weights[term] and term != "lecam"]
+        found = sum(weights[term] * metrics[f"loss/{term}"].item() for term in terms)
         assert found == pytest.approx(total.item(), rel=1e-5)
-    lecam = weights.get("lecam", 0) * metrics.get("loss/lecam", torch.zeros(())).item()
+    lecam = weights["lecam"] * metrics.get("loss/lecam", torch.zeros(())).item()
     assert metrics["loss/discriminator"].item() + lecam == pytest.approx(loss.item(), rel=1e-5)
 
 
