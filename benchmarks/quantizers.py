@@ -5,7 +5,8 @@
 seed, and with 8×8 codes of `--bits` bits (an even number) for each image; those with several codes for a position have
 as many bits in all. The metrics come from the last evaluation of the run, over the whole test split. The width is the
 usual one of each quantizer: channels of 4 levels for FSQ, a channel for each bit for LFQ and BSQ, 256 channels for
-IBQ, whose similarities need entries of nearly equal length, and 8 channels for the others. `vq-l2` is VQ on the unit sphere.
+IBQ, whose similarities need entries of nearly equal length, and 8 channels for the others. `vq-l2` is VQ on the unit
+sphere.
 
 The time of a step is measured separately: the quantizers take turns, step by step, on one batch.
 The results are `quantizers.json` and, for each quantizer, a grid of test images above their reconstructions.

@@ -61,11 +61,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
         },
         "discriminator": {"type": "features", **NETWORK},
     },
-    "stylegan": {
-        "loss": {"perceptual_weight": 0, "r1_weight": 0.5},
-        "discriminator": {"type": "stylegan", "base_channels": 4, "augmentation": True},
-    },
 }
+STYLEGAN = {"type": "stylegan", "base_channels": 4, "augmentation": True}  # of the run "lfq"
 # Adam divides a gradient by its running size plus ε. With the usual ε of 1e-8, a gradient that is only a rounding error
 # moves its weight by a whole learning rate, in a direction that depends on the order of sums. With an ε as large as a
 # usual gradient of these runs, an error δ of a gradient moves the weight by at most 2 · learning rate · δ / ε.
@@ -293,6 +290,7 @@ def run_all(folder: Path, other: Path) -> None:
         model = {**tiny.VQGAN, **settings}
         # no clipping, so that the scale of the gradients is compared too
         changes = {"max_steps": 5, "max_grad_norm": 0, "model": model, "output_dir": str(folder / name)}
+        changes |= {"discriminator": STYLEGAN} if name == "lfq" else {}
         run_stage1(stage1_config(folder, **changes), folder / "states", name)
     for name, settings in NETWORKS.items():
         changes = {"max_steps": 4, "max_grad_norm": 0, **settings, "output_dir": str(folder / name)}
