@@ -67,7 +67,7 @@ def test_weights_alone_tell_the_layout(tmp_path):
         at=tmp_path,
     )
     config = VQGANConfig.from_pretrained(tmp_path / "out")
-    assert (config.image_size, config.attn_resolutions, config.channel_multiplier) == (256, [64], [1, 1, 2])
+    assert (config.image_size, config.attn_levels, config.channel_multiplier) == (256, [2], [1, 1, 2])
 
 
 # ---------- many layouts
