@@ -120,7 +120,7 @@ def open_tokenizer(config: Stage2Config) -> VQGANModel:
     Raises:
         ConfigError: it cannot be loaded, or not for this size.
     """
-    changes = {} if config.image_size is None else {"image_size": config.image_size}
+    changes: dict[str, Any] = {} if config.image_size is None else {"image_size": config.image_size}
     try:
         return load_tokenizer(config.tokenizer, **changes)
     except ConfigError as error:
