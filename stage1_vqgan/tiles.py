@@ -225,9 +225,10 @@ class _WholeNorms:
 
     def learn(self, norm: nn.GroupNorm, parts: list[tuple[int, Tensor, Tensor]]) -> None:
         """Joins number, mean and variance `(G,)` of all tiles."""
-        counts, means, variances = zip(*parts, strict=True)
-        share = torch.tensor(counts, dtype=torch.float64, device=means[0].device)[:, None] / sum(counts)
-        means, variances = torch.stack(means).double(), torch.stack(variances).double()
+        counts = [count for count, _, _ in parts]
+        means = torch.stack([mean for _, mean, _ in parts]).double()
+        variances = torch.stack([variance for _, _, variance in parts]).double()
+        share = torch.tensor(counts, dtype=torch.float64, device=means.device)[:, None] / sum(counts)
         mean = (share * means).sum(0)
         variance = (share * (variances + (means - mean).square())).sum(0)
         each = norm.num_channels // norm.num_groups
