@@ -40,7 +40,7 @@ def write_tokenizer(kind, options, folder):
     VQGANImageProcessor(16, 1).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[pytest.param("residual", marks=pytest.mark.slow), "pyramid"])
 def made(request, tmp_path_factory, stage2_values):
     """Tokenizer, code store, a prior of four steps, and the pipeline that is built and loaded."""
     options, grids, shape = KINDS[request.param]
