@@ -18,6 +18,7 @@ from stage1_vqgan.modeling_vqgan import VQGANModel
 from stage1_vqgan.networks.alignment import Alignment
 from stage1_vqgan.networks.diffaug import Augmentation, augment, unchanged
 from stage1_vqgan.pretrained import load_tokenizer, start_discriminator
+from stage1_vqgan.quantizers import codes_shape
 from stage1_vqgan.training.config import Stage1Config
 from stage1_vqgan.training.loss_config import RECONSTRUCTION_TERMS
 from stage1_vqgan.training.network_terms import DISCRIMINATORS, build_features, build_logits, build_perceptual
@@ -37,11 +38,12 @@ def build_tokenizer(config: Stage1Config) -> VQGANModel:
     """The tokenizer before its first step: a new one, or the one in `model_name_or_path` to fine-tune.
 
     Raises:
-        ConfigError: the tokenizer cannot be loaded, its image size suits neither the losses nor the discriminator, or
-            the weights and their average do not fit in memory.
+        ConfigError: the tokenizer cannot be loaded, its image size suits neither the losses nor the discriminator, its
+            codes cannot be perturbed, or the weights and their average do not fit in memory.
     """
     if config.model_name_or_path is None:
         new = config.vqgan_config()
+        refuse_perturbation(config, new)
         lack = shortage(2 * FLOAT32 * new.num_weights, torch.device("cpu"))
         if lack is not None:
             message = f"{new.num_weights:,} weights and their average: {lack}; {SMALLER}"
@@ -52,12 +54,25 @@ def build_tokenizer(config: Stage1Config) -> VQGANModel:
     problems = [Problem(field, f"received {value!r}; {allowed}") for field, value, allowed in found]
     if problems:
         raise ConfigError(problems)
+    refuse_perturbation(config, model.config)
     if config.codes_are_frozen:
         for part in (model.encoder, model.quant_conv, model.quantize):
             part.requires_grad_(False).eval()
     else:
         model.config.fingerprint = None  # training changes the codes: save_pretrained computes a new fingerprint
     return model
+
+
+def refuse_perturbation(config: Stage1Config, model: VQGANConfig) -> None:
+    """Refuses wrong codes for a quantizer with several codes at a position: their nearest entries are not defined.
+
+    Raises:
+        ConfigError: the run perturbs the codes of such a quantizer.
+    """
+    if config.perturbation.image_share and len(codes_shape(model.grids)) != 2:
+        shape = f"the quantizer {model.quantizer!r} has several codes for a position; set it to 0"
+        message = f"received {config.perturbation.image_share}; {shape}"
+        raise ConfigError([Problem("perturbation.image_share", message)])
 
 
 def prepare_generator(

@@ -39,17 +39,10 @@ class LatentPerturbation:
         self._seeds = image_seeds
 
     def __call__(self, quantizer: Quantizer, inputs: tuple[Tensor, ...], out: QuantizerOutput) -> QuantizerOutput:
-        """The output of the quantizer, with other entries in `quantized`.
-
-        Raises:
-            ValueError: the quantizer gives several codes for a position.
-        """
+        """The output of the quantizer, which gives each position one code, with other entries in `quantized`."""
         seeds, self._seeds = self._seeds, ()
         if not seeds:
             return out
-        if out.codes.ndim != 3:
-            shape = f"received a quantizer with codes {tuple(out.codes.shape)}; it needs one code for each position"
-            raise ValueError(f"perturbation.image_share: {shape}; set it to 0")
         count = min(self.settings.neighbours, quantizer.num_embeddings)
         replaced, ranks = self._draw(seeds, out.codes[0].numel(), count)
         device, codes = out.codes.device, out.codes.flatten()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from configs import ConfigError
 from configs.randomness import uniform
 from stage1_vqgan.quantizers import build_quantizer
 from stage1_vqgan.training.config import PerturbationConfig
@@ -105,14 +106,15 @@ def test_more_neighbours_than_codes_are_all_codes():
     assert len(wrong.quantized.permute(0, 2, 3, 1).reshape(-1, 2).unique(dim=0)) == 4
 
 
-def test_several_codes_for_a_position_are_refused():
-    hook = LatentPerturbation(SETTINGS)
-    hook.prepare(SEEDS)
-    quantizer = build_quantizer("vq", 32, 4, {})
-    out = quantizer(torch.randn(8, 4, 3, 4))
-    out.codes = torch.stack([out.codes, out.codes], -1)
-    with pytest.raises(ValueError, match=r"perturbation.image_share: .*\(8, 3, 4, 2\); it needs one code"):
-        hook(quantizer, (), out)
+@pytest.mark.parametrize("quantizer", ["residual", "pyramid"])
+def test_several_codes_for_a_position_are_refused_before_the_first_step(quantizer, tmp_path):
+    changes = {"model.quantizer": quantizer, "perturbation.image_share": 1, "loss.adversarial_weight": 0}
+    with pytest.raises(ConfigError, match=r"perturbation.image_share: received 1.0; .* has several codes"):
+        VQGANTrainer(make_config(**changes), Accelerator())
+    model = VQGANTrainer(make_config(**changes | {"perturbation.image_share": 0}), Accelerator()).model
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"perturbation.image_share"):
+        VQGANTrainer(make_config(**{**changes, "model_name_or_path": str(tmp_path), "model": {}}), Accelerator())
 
 
 @pytest.mark.parametrize("trainable", ["all", "decoder"])
