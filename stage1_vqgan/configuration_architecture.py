@@ -10,8 +10,8 @@ from typing import Any
 
 # Side of the feature maps with attention, where a configuration names none.
 DEFAULT_RESOLUTIONS = (16,)
-# Quantizers with K × D weights; the codes of the others follow from a formula.
-WITH_ENTRIES = ("vq", "ema", "simvq", "ibq", "gumbel")
+# Quantizers that learn K × D weights, or twice as many. The codes of the others follow from a formula.
+WITH_ENTRIES = {"vq": 1, "ema": 1, "simvq": 1, "ibq": 1, "gumbel": 1, "product": 1, "pyramid": 2, "residual": 1}
 
 
 @dataclass(kw_only=True)
@@ -189,7 +189,10 @@ class VQGANArchitecture:
         for width, previous in zip(self.widths, [*self.widths[1:], last], strict=True):
             count += _residual(previous, width) + (m - 1) * _residual(width, width)
         count += sum(_conv(width, width) for width in self.widths[:-1]) + sum(_conv(w, w) for w in self.widths[1:])
-        return count + (self.num_embeddings * self.embed_dim if self.quantizer in WITH_ENTRIES else 0)
+        codebooks, options = WITH_ENTRIES.get(self.quantizer, 0), self.quantizer_options
+        if self.quantizer == "residual" and not options.get("shared_codebook"):
+            codebooks = options.get("depth", 4)
+        return count + codebooks * self.num_embeddings * self.embed_dim
 
 
 def _conv(inner: int, outer: int, side: int = 3) -> int:

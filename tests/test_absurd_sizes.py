@@ -80,6 +80,10 @@ ARCHITECTURES = {
     "gumbel": {"quantizer": "gumbel"},
     "simvq": {"quantizer": "simvq", "num_embeddings": 65536},
     "ibq": {"quantizer": "ibq", "num_embeddings": 65536},
+    "residual": {"quantizer": "residual", "num_embeddings": 65536},
+    "shared": {"quantizer": "residual", "quantizer_options": {"shared_codebook": True, "depth": 3}},
+    "product": {"quantizer": "product", "num_embeddings": 65536, "quantizer_options": {"groups": 2}},
+    "pyramid": {"quantizer": "pyramid", "num_embeddings": 65536},
     "switches": {"mid_attention": False, "decoder_num_res_blocks": 5, "image_size": [32, 64]},
 }
 
