@@ -85,6 +85,7 @@ def test_manifest_says_what_the_codes_are(tiny_runs):
         "seed": 0,
         "images": [1437, 360],
         "class_names": [str(digit) for digit in range(10)],
+        "image_size": None,
     }
     layout = CodeStore(tiny_runs.codes).layout
     assert (layout.num_codes, layout.grid, layout.downsampling_factor) == (32, (4, 4), 4)
