@@ -142,7 +142,7 @@ def large_epsilon() -> Iterator[None]:
 
 def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass: bool = False) -> None:
     """Trains; saves generator, discriminator, moving average and number of restarted codes of this process."""
-    finish, restart = Training.finish, VQGANTrainer._restart_dead_codes
+    finish, restart, step = Training.finish, VQGANTrainer._restart_dead_codes, VQGANTrainer.step
     restarted = []
 
     def finish_and_leave(training: Training) -> Any:
@@ -154,20 +154,23 @@ def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass:
         leave(folder, name, {**state, "restarted": sum(restarted)})
         return finish(training)
 
-    def restart_and_count(trainer: VQGANTrainer, *args: Any) -> Any:
-        if bypass:  # a faulty version that trains without the wrapper that averages gradients
-            trainer.generator = trainer.model
-        found = restart(trainer, *args)
+    def restart_and_count(trainer: VQGANTrainer) -> Any:
+        found = restart(trainer)
         restarted.append(int(found.get("codebook/restarted", 0)))
         return found
 
+    def step_without_wrapper(trainer: VQGANTrainer, *args: Any) -> Any:
+        trainer.generator = trainer.model  # a faulty version: the wrapper averages the gradients
+        return step(trainer, *args)
+
     patched: Any = VQGANTrainer
     Training.finish, patched._restart_dead_codes = finish_and_leave, restart_and_count  # type: ignore[method-assign]
+    patched.step = step_without_wrapper if bypass else step
     try:
         with large_epsilon():
             stage1.train(config)
     finally:
-        Training.finish, patched._restart_dead_codes = finish, restart  # type: ignore[method-assign]
+        Training.finish, patched._restart_dead_codes, patched.step = finish, restart, step  # type: ignore[method-assign]
 
 
 def run_stage2(config: Stage2Config, folder: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from configs import ConfigError
 from configs.index_sampler import IndexSampler
+from stage1_vqgan import VQGANConfig
 from stage1_vqgan.data.columns import undecoded
 from stage1_vqgan.data.indexed import ImageSource
 from stage1_vqgan.data.samplers import EveryImage, training_sampler
@@ -136,7 +137,7 @@ def test_each_shard_of_a_store_is_written_by_one_rank(ranks, monkeypatch, tmp_pa
     monkeypatch.setattr(tokenization, "encode_shard", encode)
     monkeypatch.setattr(tokenization, "write_shard", lambda path, numbers, *_: written.append((path.name, numbers)))
     config = process_runs.stage2_config(tmp_path)
-    model = SimpleNamespace(config=SimpleNamespace(**tiny.VQGAN))
+    model = SimpleNamespace(config=VQGANConfig(**tiny.VQGAN))
     for rank in range(ranks):
         processes = SimpleNamespace(process_index=rank, num_processes=ranks, is_main_process=False)
         source = ImageSource([None] * 1013, None, None)

@@ -34,10 +34,7 @@ class MetricsConfig(Section):
 
 @dataclass(kw_only=True)
 class TrainingMetricsConfig(MetricsConfig):
-    """Metrics that need a network, of the validation images at every evaluation, beside the run's perceptual loss.
-
-    perceptual_networks, feature_networks: as in stage1_vqgan.evaluate; by default none
-    """
+    """Measured on the validation images at every evaluation, beside the run's perceptual loss. By default none."""
 
     perceptual_networks: list[PerceptualNetwork] = field(default_factory=list)
     feature_networks: list[str] = field(default_factory=list)

@@ -227,7 +227,7 @@ class Training:
         count = config.codebook.kmeans_init_batches * accumulation
         is_new = self.step == 0 and config.model_name_or_path is None
         if is_new and count and trainer.codebook_is_trained:
-            first = self.skipped.watch("train", islice(loader, count * accumulation))
+            first = self.skipped.watch("train", islice(loader, count))
             images = (batch.images(accelerator.device) for batch in first)
             initialise_codebook(trainer.model, trainer.average, images, accelerator, config.seed)
         return iter(self.skipped.watch("train", loader))

@@ -47,11 +47,11 @@ def test_the_discriminator_has_an_optimizer_of_its_own():
 class Norms(VQGANTrainer):
     """Computes the gradient norms before clipping from the gradients of every parameter."""
 
-    def _clipped_norm(self, model, step):
+    def _clipped_norm(self, model, optimizer, step):
         name = "generator" if model is self.generator else "discriminator"
         gradients = [p.grad.double() for p in model.parameters() if p.grad is not None]
         self.norms[f"grad_norm/{name}"] = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
-        found = super()._clipped_norm(model, step)
+        found = super()._clipped_norm(model, optimizer, step)
         clipped = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
         self.norms[f"clipped/{name}"] = clipped
         return found

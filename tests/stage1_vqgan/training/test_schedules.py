@@ -22,7 +22,8 @@ def test_without_a_schedule_a_weight_is_its_key():
     config = make_config(
         **{"loss.discriminator_start_step": 2, "loss.adversarial_start_step": 3, "loss.r1_weight": 5, **GROUP}
     )
-    constant = {"l1": 0.7, "l2": 0.4, "perceptual": 0, "codebook": 0.6, "gradient_penalty": 0, "lecam": 0}
+    constant = {"l1": 0.7, "l2": 0.4, "codebook": 0.6}
+    constant |= dict.fromkeys(("perceptual", "features", "logits", "alignment", "gradient_penalty", "lecam"), 0)
     assert config.loss.weights(1) == {**constant, "adversarial": 0, "r1": 0}
     assert config.loss.weights(2) == {**constant, "adversarial": 0, "r1": 5}
     assert config.loss.weights(3) == {**constant, "adversarial": 0.3, "r1": 5}
