@@ -29,7 +29,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "pixels": {"loss.perceptual_weight": 0, "loss.adversarial_weight": 0},
     "none": {"loss.adversarial_weight": 0},
     "adaptive": PATCHGAN | {"loss.adversarial_weight": 0.2},
-    "constant": PATCHGAN | {"loss.adversarial_weight": 0.1, "loss.adaptive_weight": False},
+    "constant": PATCHGAN | {"loss.adversarial_weight": 0.02, "loss.adaptive_weight": False},
     "features-alex": FEATURES | {"discriminator.network": "stlpips/alex", "loss.adversarial_weight": 0.2},
     "features-efficientnet": FEATURES
     | {"discriminator.network": "efficientnet-lite0@64", "loss.adversarial_weight": 0.2},
