@@ -1,5 +1,6 @@
 """The arithmetic of the benchmarks, and the results that a run reports."""
 
+import argparse
 import json
 from functools import partial
 from math import prod
@@ -9,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from benchmarks import run
+from benchmarks import losses, run
 from benchmarks.case import OURS, Case, lines, measure
 from benchmarks.ideal import decode_floor, decode_operations, encode_operations, training_step_operations
 from benchmarks.machine import Ceilings
@@ -110,3 +111,24 @@ def test_the_decode_floor_of_a_small_llama():
     kept = sum(rows * layers * 2 * width // 2 * seen for seen in range(1, length + 1))
     expected = 4 * (length * weights + kept) / SLOW_MACHINE.copy
     assert decode_floor(config, rows, length, 40, torch.float32)(SLOW_MACHINE) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_loss_of_the_comparison_has_settings(name):
+    """Its networks are those that packages hold, so that the comparison downloads nothing."""
+    args = argparse.Namespace(data="path/to/images", steps=400, output_dir="x")
+    for preset in ("emoji", "medical", "own/cpu"):
+        args.preset = f"{preset}/stage1"
+        config = losses.settings(args, name, seed=1)
+        assert config.has_discriminator == (name not in ("pixels", "none")) and config.seed == 1
+        assert config.loss.lpips_backbone == "stlpips_alex" and config.loss.adversarial_start_step == 100
+        offline = config.discriminator.network.startswith(("stlpips/", "efficientnet-lite0"))
+        assert config.discriminator.type == "patchgan" or offline
+
+
+def test_the_table_of_losses_has_the_figures_of_a_split():
+    figures = {"psnr": 20.123, "ssim": 0.61234, "images": 5, "frechet_distance/efficientnet-lite0@96": 1.234}
+    assert losses.row("none-0", figures) == {
+        **{"loss": "none-0", "psnr": 20.12, "ssim": 0.612},
+        "frechet_distance/efficientnet-lite0@96": 1.23,
+    }

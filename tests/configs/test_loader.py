@@ -20,7 +20,8 @@ ROOT = Path(configs.__file__).parent
 SHIPPED = sorted(path for path in ROOT.rglob("*/*.yaml") if path.parent.name != "accelerate")
 SHORT_NAMES = [path.relative_to(ROOT).with_suffix("").as_posix() for path in SHIPPED]
 # what a user must give with a preset
-GIVEN = {name: {"data.dataset": "path/to/images"} if name.startswith("own/") else {} for name in SHORT_NAMES}
+DATA = {"data.dataset": "path/to/images"}
+GIVEN = {name: DATA if name.startswith(("own/", "emoji/", "medical/")) else {} for name in SHORT_NAMES}
 
 
 @dataclass(kw_only=True)

@@ -5,12 +5,14 @@ One graph, `total.backward()`; nothing of the package but the models themselves.
 
 import copy
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torchvision import models
 
 from configs import load_config
 from configs.yaml_files import parse_yaml
@@ -20,6 +22,12 @@ from tests.stage1_vqgan.training.test_step import Recorder, assert_gradients_clo
 
 fresh_accelerate_state = test_step.fresh_accelerate_state
 STEP = 10
+# The classifier of a source's perceptual term, and the smaller one of the test; 224 pixels in the sources.
+CLASSIFIERS = {
+    "MaskBit": ("torchvision/resnet50", "torchvision/resnet18"),
+    "TiTok": ("torchvision/convnext_small", "torchvision/convnext_tiny"),
+}
+CLASSIFIER_SIZE = 40
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -47,6 +55,15 @@ def titok(x, y, perceptual, logits, codebook, last_layer):
     return ((x / 2 - y / 2) ** 2).mean() + 0.1 * perceptual - 0.01 * logits.mean() + codebook
 
 
+def ibq(x, y, perceptual, logits, codebook, last_layer):
+    """TencentARC/SEED-Voken, vqperceptual.py, with imagenet_ibqgan_16384.yaml.
+
+    The source averages the logits of an image before its cross-entropy; here each patch has one.
+    """
+    adversarial = F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
+    return (x - y).abs().mean() + perceptual + 0.1 * adversarial + codebook
+
+
 def llamagen_non_saturating(x, y, perceptual, logits, codebook, last_layer):
     """Its option `--gen-loss non-saturating`, as cross-entropy with the label 1 (its code swaps label and logit)."""
     adversarial = F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
@@ -57,15 +74,48 @@ def hinge(real, fake, anchors):
     return 0.5 * F.relu(1 - real).mean() + 0.5 * F.relu(1 + fake).mean()
 
 
-def hinge_with_lecam(real, fake, anchors):
+def hinge_with_lecam(real, fake, anchors, weight=0.001):
     """LeCam of google/lecam-gan, losses.py; MaskBit and TiTok take the mean of the logits before the ReLU."""
     lecam = F.relu(real - anchors[1]).pow(2).mean() + F.relu(anchors[0] - fake).pow(2).mean()
-    return hinge(real, fake, anchors) + 0.001 * lecam
+    return hinge(real, fake, anchors) + weight * lecam
+
+
+def logit_distance(x, y, classifier):
+    """PerceptualLoss of MaskBit and TiTok, perceptual_loss.py, with the logits of a classifier; pixels in [0, 1]."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalised = [
+        (F.interpolate(images / 2 + 0.5, size=CLASSIFIER_SIZE, mode="bilinear", antialias=True) - mean.view(1, 3, 1, 1))
+        / std.view(1, 3, 1, 1)
+        for images in (x, y)
+    ]
+    return F.mse_loss(*map(classifier, normalised))
+
+
+def perceptual_distance(losses, x, y):
+    """The perceptual term of a source, with the weights of the trainer's network."""
+    if "perceptual" in losses:
+        return losses["perceptual"].lpips(y, x).mean()
+    network = losses["logits"].network
+    classifier = models.get_model(network.name.removeprefix("torchvision/").partition("@")[0]).eval()
+    classifier.load_state_dict(network.module.network.state_dict())
+    return logit_distance(x, y, classifier)
+
+
+def in_a_test(name):
+    """The loss of a recipe, without steps and downloads."""
+    loss = recipes()[name]["loss"]
+    changes = {f"loss.{key}": value for key, value in loss.items() if not key.endswith("_step")}
+    if name in CLASSIFIERS:
+        network, smaller = CLASSIFIERS[name]
+        assert loss["logits_network"] == network
+        changes |= {"loss.logits_network": f"{smaller}@{CLASSIFIER_SIZE}", "loss.logits_network_weights": "random"}
+    return changes
 
 
 LOSSES = {
     "VQGAN": (taming, hinge),
     "LlamaGen": (llamagen, hinge),
+    "IBQ": (ibq, partial(hinge_with_lecam, weight=0.05)),
     "MaskBit": (maskbit, hinge_with_lecam),
     "TiTok": (titok, hinge_with_lecam),
 }
@@ -85,6 +135,16 @@ def test_the_readme_has_the_recipes():
         load_config(Stage1Config, "imagenet256/stage1", alone)
 
 
+@pytest.mark.parametrize(("name", "preset"), [("VQGAN", "original"), ("LlamaGen", "llamagen_f16"), ("IBQ", "ibq_16k")])
+def test_the_presets_have_the_recipes(name, preset):
+    config = load_config(Stage1Config, f"imagenet256/{preset}")
+    of_sections = {key: value for key, value in recipes()[name].items() if isinstance(value, dict)}
+    changes = {f"{key}.{inner}": value for key, values in of_sections.items() for inner, value in values.items()}
+    changes |= {key: value for key, value in recipes()[name].items() if key not in of_sections}
+    assert load_config(Stage1Config, f"imagenet256/{preset}", changes) == config
+    assert config.model["image_size"] == 256 and config.vqgan_config().grid == (16, 16)
+
+
 @pytest.mark.parametrize(
     ("name", "generator_type"), [*((name, None) for name in LOSSES), ("LlamaGen", "non_saturating")]
 )
@@ -92,10 +152,10 @@ def test_a_step_is_that_of_the_source(name, generator_type):
     of_generator, of_discriminator = LOSSES[name]
     if generator_type is not None:
         of_generator = llamagen_non_saturating
-    changes = {f"loss.{key}": value for key, value in recipes()[name]["loss"].items() if not key.endswith("_step")}
+    changes = in_a_test(name)
     changes |= {"loss.l1_weight": changes.get("loss.l1_weight", 1), "loss.l2_weight": changes.get("loss.l2_weight", 0)}
     changes |= {"loss.codebook_weight": 1, "loss.perceptual_weight": changes.get("loss.perceptual_weight", 1)}
-    changes |= {"loss.generator_type": generator_type, "model.image_size": 32}
+    changes |= {"model.image_size": 32} | ({"loss.generator_type": generator_type} if generator_type else {})
     trainer = Recorder(make_config(**changes), Accelerator())
     weights = trainer.config.loss.terms()
     images = make_images(1, batch=3, size=32)
@@ -107,7 +167,7 @@ def test_a_step_is_that_of_the_source(name, generator_type):
     model, discriminator = copy.deepcopy(trainer.model), copy.deepcopy(trainer.discriminator)
     out = model(images)
     fake = out.reconstruction
-    perceptual = trainer.generator_terms.losses["perceptual"].lpips(fake, images).mean()
+    perceptual = perceptual_distance(trainer.generator_terms.losses, images, fake)
     logits = copy.deepcopy(discriminator)(fake)
     total = of_generator(images, fake, perceptual, logits, out.codebook_loss, model.decoder.conv_out.weight)
     total.backward()
