@@ -67,7 +67,21 @@ def _leaf_problem(leaf: Any) -> str | None:
 def _refusal(hint: Any, value: Any) -> str:
     message = f"received {shown(value)}; must be {allowed_values(hint, value)}"
     choices = [str(choice) for choice in _choices(hint)]
-    return message + did_you_mean(nearest(value, choices))
+    return message + _as_list(hint, value) + did_you_mean(nearest(value, choices))
+
+
+def _as_list(hint: Any, value: Any) -> str:
+    """Advice for a single value in place of a list of such values."""
+    if not isinstance(value, str | int | float) or len(shown(value)) >= 30:
+        return ""
+    for kind in (hint, *get_args(hint)):
+        if get_origin(kind) in (list, tuple):
+            try:
+                read_value(get_args(kind)[0], value, strict=True)
+            except ValueError:
+                continue
+            return f"; write [{value}]"
+    return ""
 
 
 def allowed_values(hint: Any, value: Any = None) -> str:
@@ -81,9 +95,7 @@ def allowed_values(hint: Any, value: Any = None) -> str:
         kinds = [kind for kind in arguments if kind is not int or float not in arguments]
         return _either([allowed_values(kind, value) for kind in kinds])
     if origin in (list, tuple):
-        is_short = isinstance(value, str | int | float) and len(shown(value)) < 30
-        example = f"; write [{value}]" if is_short else ""
-        return f"a list in which every entry is {allowed_values(arguments[0])}{example}"
+        return f"a list in which every entry is {allowed_values(arguments[0])}"
     finite = "finite " if isinstance(value, float) and not math.isfinite(value) else ""
     words = {
         bool: "true or false",

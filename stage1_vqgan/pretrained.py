@@ -161,10 +161,13 @@ def _checked(name: str, config: VQGANConfig, changes: dict[str, Any]) -> dict[st
     changes, problems = _by_level(config, changes)
     kind = QUANTIZERS[config.quantizer].Options
     options = config.quantizer_options | changes.get("quantizer_options", {})
+    wrong = {problem.key for problem in problems}
     problems += [
         Problem(f"model.{field}", f"received {value!r}, but {name} has {has!r}; leave it out")
         for field, value in changes.items()
-        if field not in CHANGEABLE and (has := _plain(getattr(config, field))) != _plain(value)
+        if f"model.{field}" not in wrong
+        and field not in CHANGEABLE
+        and (has := _plain(getattr(config, field))) != _plain(value)
     ]
     for field, value, allowed in option_problems(config.quantizer, options, config.num_embeddings, config.embed_dim):
         problems.append(Problem(f"model.{field}", f"received {value!r}; {allowed}"))

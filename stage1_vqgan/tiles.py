@@ -61,9 +61,9 @@ def encode_tiled(model: VQGANModel, pixel_values: Tensor, tile: int = 512) -> VQ
     return tiled(model, tile).encode(pixel_values)
 
 
-def decode_tiled(model: VQGANModel, codes: Tensor, tile: int = 512) -> Tensor:
+def decode_tiled(model: VQGANModel, codes: Tensor, tile: int = 512, grid: tuple[int, int] | None = None) -> Tensor:
     """Decodes codes into large images, see `VQGANModel.decode_codes` and `tiled`."""
-    return tiled(model, tile).decode_codes(codes)
+    return tiled(model, tile).decode_codes(codes, grid)
 
 
 class Output(nn.Module):

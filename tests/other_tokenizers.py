@@ -14,7 +14,9 @@ def images(*shape):
 
 
 @torch.no_grad()
-def reference(widths=(32, 64), attends=(), channels=3, layers=1, embed_dim=4, latent_channels=8, groups=32, size=16):
+def reference(
+    widths=(32, 64), attends=(), channels=3, layers=1, embed_dim=4, latent_channels=8, groups=32, size=16, **options
+):
     """A VQModel of diffusers. Its entries have the distribution of the latents, so that images use many of them."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(len(widths) + channels)
@@ -32,6 +34,7 @@ def reference(widths=(32, 64), attends=(), channels=3, layers=1, embed_dim=4, la
         num_vq_embeddings=24,
         norm_num_groups=groups,
         sample_size=size,
+        **options,
     ).eval()
     factor = 2 ** (len(widths) - 1)
     latents = model.encode(images(6, channels, 2 * factor, 2 * factor)).latents

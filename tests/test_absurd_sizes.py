@@ -123,6 +123,13 @@ def test_a_tokenizer_that_fits_is_built(monkeypatch):
         components.build_tokenizer(config)
 
 
+@pytest.mark.parametrize("bits", [40, 62])
+def test_codes_that_no_memory_can_count_are_refused(tmp_path, bits):
+    model = {**tiny.VQGAN, "quantizer": "bsq", "embed_dim": bits, "num_embeddings": 2**bits}
+    with pytest.raises(ConfigError, match=r"model.num_embeddings: received [\d,]+; counting .* needs at least"):
+        train_stage1(stage1(output_dir=str(tmp_path), model=model))
+
+
 @pytest.mark.parametrize("key", ["per_device_train_batch_size", "global_batch_size"])
 def test_a_training_batch_that_no_memory_holds_is_refused(tmp_path, key):
     with pytest.raises(ConfigError, match=rf"{key}: received 1048576; one step needs at least .* GB"):

@@ -28,7 +28,6 @@ READERS = {"taming": taming.read, "llamagen": llamagen.read, "diffusers": diffus
 WRITERS = {"diffusers": diffusers.write, "janus": janus.write}
 # Code bases that are installed libraries: the comparison runs them.
 REFERENCES = {"diffusers": diffusers.reference, "janus": janus.reference}
-IMAGE_CHANNELS = (1, 3)  # gray and RGB
 NO_DIFFUSERS = "diffusers is not installed: pip install 'tessella[convert]'"
 
 
@@ -49,12 +48,11 @@ def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
     original = READERS[str(config.source)](checkpoint, Path(config.config) if config.config else None)
     model = build_model(original, config.image_size)
     model.save_pretrained(folder)
-    if model.config.in_channels in IMAGE_CHANNELS:
-        try:
-            processor = VQGANImageProcessor(model.config.image_size, model.config.in_channels)
-        except ValueError as error:
-            raise ConfigError([Problem.of_error(error)]) from None
-        processor.save_pretrained(folder)
+    try:
+        processor = VQGANImageProcessor(model.config.image_size, model.config.in_channels)
+    except ValueError as error:
+        raise ConfigError([Problem.of_error(error)]) from None
+    processor.save_pretrained(folder)
     if original.discriminator:
         save_file(original.discriminator, folder / DISCRIMINATOR_NAME)
     write_checksums(folder)
@@ -109,8 +107,6 @@ def reading_notes(original: Original, model: VQGANModel, is_resized: bool) -> li
         notes.append(f"the discriminator is in {DISCRIMINATOR_NAME}: fine-tuning starts from it where it fits")
     if not is_resized and "image_size" not in {claim.field for claim in original.claims}:
         notes.append(f"neither a configuration nor the weights state image_size: it is {model.config.image_size}")
-    if model.config.in_channels not in IMAGE_CHANNELS:
-        notes.append(f"no image processor supports {model.config.in_channels} channels: pass tensors to the model")
     return notes
 
 

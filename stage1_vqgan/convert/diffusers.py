@@ -54,12 +54,12 @@ FIELDS = {
     "num_vq_embeddings": "num_embeddings",
     "norm_num_groups": "norm_num_groups",
     "vq_embed_dim": "embed_dim",
+    "mid_block_add_attention": "mid_attention",
 }
 FIXED: dict[str, list[Any]] = {
     "_class_name": ["VQModel"],
     "act_fn": ["silu", "swish"],
     "norm_type": ["group"],
-    "mid_block_add_attention": [True],
     "lookup_from_codebook": [False],
 }
 MOVQ = (
@@ -124,6 +124,7 @@ def write(model: VQGANModel, folder: Path) -> list[str]:
         "in_channels": config.in_channels,
         "latent_channels": config.latent_channels,
         "layers_per_block": config.num_res_blocks,
+        "mid_block_add_attention": config.mid_attention,
         "norm_num_groups": config.norm_num_groups,
         "norm_type": "group",
         "num_vq_embeddings": config.num_embeddings,
@@ -197,8 +198,6 @@ def _inexpressible(config: VQGANConfig) -> Iterator[Problem]:
             "checkpoint",
             f"its decoder_num_res_blocks is {has}; a VQModel only supports {allowed}, one more than num_res_blocks",
         )
-    if not config.mid_attention:
-        yield Problem("checkpoint", "its mid_attention is false; a VQModel only supports true")
     if config.widths[0] != config.base_channels:
         message = f"its channel_multiplier begins with {config.channel_multiplier[0]}; a VQModel only supports 1"
         yield Problem("checkpoint", message)

@@ -293,6 +293,8 @@ def _found(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[Any, str]
     if not blocks or not max(blocks):
         return
     yield "num_res_blocks", (max(blocks), "blocks in a level of the encoder")
+    attends = any(re.match(r"(encoder|decoder)\.mid\.attn_1\.", name) for name in weights)
+    yield "mid_attention", (attends, "attn_1 in the middle" if attends else "no attn_1 in the middle")
     base = weights.get("encoder.conv_in.weight")
     widths = [_width(weights, level) for level in range(num_levels)]
     if base is not None and len(base) and all(widths):

@@ -55,7 +55,7 @@ FIXED: dict[str, list[Any]] = {
     "give_pre_end": [False],
     "tanh_out": [False],
     "use_linear_attn": [False],
-    "attn_type": ["vanilla"],
+    "attn_type": ["vanilla", "none"],
 }
 
 
@@ -118,7 +118,10 @@ def _read_config(path: Path, kind: str, remapped: bool) -> tuple[list[Claim], di
         raise ConfigError([Problem(f"config: {prefix}.remap", message)])
     sizes: dict[str, Any] = {name: params[name] for name in ("n_embed", "embed_dim") if name in params}
     claims = read_claims(sizes, f"{prefix}.", {"n_embed": "num_embeddings", "embed_dim": "embed_dim"}, {})
-    claims += read_claims(section(values, *keys, "ddconfig"), f"{prefix}.ddconfig.", FIELDS, FIXED, ["use_timestep"])
+    sizes = section(values, *keys, "ddconfig")
+    claims += read_claims(sizes, f"{prefix}.ddconfig.", FIELDS, FIXED, ["use_timestep"])
+    if "attn_type" in sizes:
+        claims.append(Claim(f"{prefix}.ddconfig.attn_type", "mid_attention", sizes["attn_type"] != "none"))
     if kind == "gumbel":
         return claims, {"kl_weight": params["kl_weight"]} if "kl_weight" in params else {}
     named = {"beta": "commitment_cost", "legacy": "legacy_codebook_loss"}

@@ -25,7 +25,7 @@ from stage1_vqgan.training.network_terms import DISCRIMINATORS, build_features, 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-FLOAT32 = 4  # bytes
+FLOAT32, INT64 = 4, 8  # bytes
 SMALLER = "choose smaller model.base_channels, model.num_res_blocks or model.num_embeddings"
 
 
@@ -99,9 +99,15 @@ def prepare_generator(
 
 def checkpoint_gradients(model: VQGANModel) -> None:
     """Turns on gradient checkpointing."""
-    # transformers 6 removes the older name
+    # transformers 6 removes the older names, here and in `is_checkpointed`
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
+
+
+def is_checkpointed(model: VQGANModel) -> bool:
+    """Whether gradient checkpointing is on."""
+    newer = "is_activation_checkpointing"
+    return bool(getattr(model, newer if hasattr(model, newer) else "is_gradient_checkpointing"))
 
 
 def check_training_memory(model: VQGANModel, config: Stage1Config, accelerator: Accelerator) -> None:
@@ -118,6 +124,10 @@ def check_training_memory(model: VQGANModel, config: Stage1Config, accelerator: 
     if lack is not None:
         message = f"the gradients and the optimizer of {trained:,} weights: {lack}; {SMALLER}"
         raise ConfigError([Problem("model", message)])
+    lack = shortage(3 * INT64 * model.quantize.num_entries, accelerator.device)  # since a log and a restart; evaluation
+    if lack is not None:
+        message = f"received {model.config.num_embeddings:,}; counting how often each code is used {lack}; choose fewer"
+        raise ConfigError([Problem("model.num_embeddings", message)])
     lack = shortage(states + count * each, accelerator.device)
     if lack is not None:
         key = "global_batch_size" if config.global_batch_size else "per_device_train_batch_size"
@@ -134,7 +144,7 @@ def saved_activations(model: VQGANModel, itemsize: int) -> int:
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
         blocks += config.num_res_blocks
     levels = [width * prod(shape) for width, shape in zip(config.widths, config.resolutions, strict=True)]
-    if model.is_gradient_checkpointing:
+    if is_checkpointed(model):
         return 2 * config.decoder_blocks * max(levels) * itemsize
     return 2 * blocks * sum(levels) * itemsize
 

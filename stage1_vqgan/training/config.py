@@ -242,14 +242,13 @@ class Stage1Config(TrainingConfig):
         if self.model_name_or_path is not None:  # `components.build_tokenizer` checks the rest
             return
         yield from self.channel_problems(model.in_channels)
-        if "model.image_size" not in {key for key, _, _ in wrong}:
-            yield from self._memory_problems(model)
         names = {key.removeprefix("model.") for key, _, _ in wrong}
         for name, value, allowed in model.architecture_problems():
             if not any(re.search(rf"\b{other}\b", f"{name} {allowed}") for other in names):
                 yield f"model.{name}", value, allowed
                 names.add(name)
         if not names & {"image_size", "channel_multiplier"}:
+            yield from self._memory_problems(model)
             yield from self.size_problems(model)
 
     def library_problems(self) -> Iterable[tuple[str, Any, str]]:

@@ -56,3 +56,6 @@ def schedule_problems(values: Mapping[str, Any]) -> Iterable[tuple[str, Any, str
             read_value(types[name], value, strict=True)
         except ValueError as error:
             yield name, None, str(error)
+        else:
+            if name == "anneal" and value is not None and values.get("end_weight") is None:
+                yield name, value, "it leads to end_weight; set that too, or leave this out"

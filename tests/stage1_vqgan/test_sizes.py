@@ -207,5 +207,6 @@ def test_a_trained_tokenizer_is_loaded_at_another_size(tmp_path):
         ({"image_size": 32, "attn_resolutions": [8]}, r"model\.attn_levels: received \[2\], but .* has \[1\]"),
         ({"attn_resolutions": [7]}, r"model\.attn_resolutions: received \[7\]; .* 16, 8, 4"),
     ]:
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message) as refused:
             load_tokenizer(str(tmp_path), **changes)
+        assert len(refused.value.problems) == 1

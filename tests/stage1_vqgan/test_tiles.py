@@ -25,11 +25,13 @@ def images():
     return images
 
 
-def model(attn_levels, dtype=torch.float64):
+def model(attn_levels, dtype=torch.float64, **options):
     torch.manual_seed(0)
     sizes = {"base_channels": 8, "channel_multiplier": [1, 1, 2], "num_res_blocks": 2, "norm_num_groups": 4}
     codes = {"latent_channels": 8, "embed_dim": 4, "num_embeddings": 64}
-    vqgan = VQGANModel(VQGANConfig(image_size=32, attn_levels=attn_levels, **sizes, **codes)).eval().to(dtype)
+    vqgan = (
+        VQGANModel(VQGANConfig(image_size=32, attn_levels=attn_levels, **sizes, **codes, **options)).eval().to(dtype)
+    )
     for parameter in vqgan.parameters():  # biases and scales of all layers matter
         parameter += 0.1 * torch.randn_like(parameter)
     return vqgan
@@ -96,3 +98,9 @@ def test_the_model_stays_as_it_was():
 def test_tiles_of_other_sizes_are_refused(tile):
     with pytest.raises(ValueError, match=f"tile: received {tile!r}; allowed are multiples of 4 from 16 up"):
         tiled(model([2]), tile)
+
+
+def test_codes_of_several_grids_need_their_grid():
+    vqgan = model([2], quantizer="pyramid", quantizer_options={"hidden_channels": 8})
+    codes = encode_tiled(vqgan, torch.zeros(1, 3, 48, 80, dtype=torch.float64), 16).codes
+    assert decode_tiled(vqgan, codes, 16, (12, 20)).shape == (1, 3, 48, 80)

@@ -314,7 +314,7 @@ def test_what_diffusers_cannot_express(tmp_path, capsys, changes, words):
     [
         ({"norm_type": "spatial"}, "norm_type: received 'spatial'; supported is only 'group'"),
         ({"lookup_from_codebook": True}, "lookup_from_codebook: received true"),
-        ({"mid_block_add_attention": False}, "mid_block_add_attention: received false"),
+        ({"mid_block_add_attention": False}, "mid_block_add_attention: is False, but the weights have True"),
         ({"act_fn": "gelu"}, "act_fn: received 'gelu'; supported is only 'silu' or 'swish'"),
         ({"out_channels": 4}, "out_channels: is 4, but the weights have 3 (encoder.conv_in.weight"),
         ({"down_block_types": ["DownEncoderBlock2D"] * 2}, "down_block_types: is [], but the weights have [1]"),
@@ -334,6 +334,29 @@ def test_what_diffusers_has_and_a_tokenizer_here_has_not(tmp_path, capsys, chang
         command("--from diffusers --checkpoint {at}/theirs --output {at}/out", at=tmp_path)
     assert exited.value.code == 2 and words in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("source", ["diffusers", "taming", "taming without a configuration"])
+def test_no_attention_in_the_middle(tmp_path, capsys, source):
+    """As in the VQ models of latent diffusion without attention."""
+    model = reference(mid_block_add_attention=False)
+    write_taming(tmp_path, model, ddconfig=taming_params(model)["ddconfig"] | {"attn_type": "none"})
+    model.save_pretrained(tmp_path / "theirs")
+    if source == "diffusers":
+        command("--from diffusers --checkpoint {at}/theirs --output {at}/out", at=tmp_path)
+        command("--to diffusers --checkpoint {at}/out --output {at}/back", at=tmp_path)
+    else:
+        arguments = TAMING + VERIFY
+        command(arguments if source == "taming" else arguments.replace("--config {at}/model.yaml", ""), at=tmp_path)
+    assert " 0 of " in capsys.readouterr().out
+    assert not VQGANConfig.from_pretrained(tmp_path / "out").mid_attention
+
+
+def test_every_number_of_channels_has_an_image_processor(tmp_path, capsys):
+    write_taming(tmp_path, reference(channels=4))
+    command(TAMING + VERIFY, at=tmp_path)
+    assert VQGANImageProcessor.from_pretrained(tmp_path / "out").num_channels == 4
+    assert "no image processor" not in capsys.readouterr().out
 
 
 def test_old_folders_of_diffusers(tmp_path, capsys):

@@ -302,6 +302,7 @@ CONFIGS = {
     "attention": ({"ddconfig": DDCONFIG | {"attn_resolutions": [16]}}, "attn_resolutions: is [16], but the weights"),
     "channels out": ({"ddconfig": DDCONFIG | {"out_ch": 1}}, "out_ch: is 1, but the weights have 3"),
     "a Gaussian": ({"ddconfig": DDCONFIG | {"double_z": True}}, "double_z: received true; supported is only f"),
+    "no attention": ({"ddconfig": DDCONFIG | {"attn_type": "none"}}, "attn_type: is False, but the weights have True"),
     "another attention": ({"ddconfig": DDCONFIG | {"attn_type": "linear"}}, "attn_type: received 'linear'"),
     "unheard of": ({"ddconfig": DDCONFIG | {"num_heads": 4}}, "ddconfig.num_heads: unknown key"),
     "text for a number": ({"ddconfig": DDCONFIG | {"ch": "wide"}}, "ddconfig.ch: received 'wide'; must be a whole"),

@@ -66,6 +66,7 @@ def test_the_resolved_configuration_is_the_same_configuration():
         ({"l1": {"end_weight": "low"}}, "loss.schedules.l1.end_weight", "must be a number from 0 up or null"),
         ({"l1": {"ramp": "3"}}, "loss.schedules.l1.ramp", "received '3'; must be a whole number"),
         ({"l1": {"anneal": 0}}, "loss.schedules.l1.anneal", "received 0"),
+        ({"l1": {"anneal": 3}}, "loss.schedules.l1.anneal", "received 3; it leads to end_weight"),
         ({"l1": 3}, "loss.schedules", "a section of keys"),
         ({"adversarial": {"start": 3}}, "loss.schedules.adversarial.start", "write loss.adversarial_start_step"),
         ({"l1": {"start": 3}, "l2": {"end_weight": 0}}, "loss.schedules", "are all 0; leave one of them without start"),
