@@ -254,6 +254,15 @@ CASES = {
     ),
     "attention twice": ("stage1", "--model.attn_resolutions [8]", {"model.attn_resolutions": "set one to null"}),
     "sizes": ("stage1", "--model.image_size [16,18]", {"model.image_size": "divisible by the downsampling factor 4"}),
+    "weights of networks": (
+        "stage1",
+        "--loss.features_weight 1 --loss.features_network_weights nowhere.pth --discriminator.type features "
+        "--discriminator.network_weights Pretrained",
+        {
+            "loss.features_network_weights": "received 'nowhere.pth'; there is no such file; allowed are 'pretrained'",
+            "discriminator.network_weights": "received 'Pretrained'; there is no such file",
+        },
+    ),
     "one side": ("stage1", "--model.image_size [16]", {"model.image_size": "of a square, or [height, width]"}),
     "three sides": ("stage1", "--model.image_size [16,16,3]", {"model.image_size": "of a square, or [height, width]"}),
     "model types": (

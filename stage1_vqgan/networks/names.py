@@ -1,6 +1,7 @@
 """The names of frozen networks. Settings are checked with it, before torch is imported."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 FAMILIES = ("torchvision", "timm", "transformers", "efficientnet-lite0", "stlpips")
 ALLOWED = (
@@ -15,6 +16,12 @@ def name_problems(key: str, name: str) -> Iterator[tuple[str, str, str]]:
         split_name(name)
     except ValueError:
         yield key, name, f"allowed are {ALLOWED}"
+
+
+def weights_problems(key: str, weights: str) -> Iterator[tuple[str, str, str]]:
+    """The problem of a setting that names the weights of a network, in the form of a section's `problems`."""
+    if weights not in ("pretrained", "random") and not Path(weights).is_file():
+        yield key, weights, "there is no such file; allowed are 'pretrained', a file with the weights, or 'random'"
 
 
 def split_name(name: str) -> tuple[str, str, int | None]:

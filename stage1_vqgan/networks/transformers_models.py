@@ -24,6 +24,10 @@ def backbone(model: str, weights: str, size: int | None) -> Backbone:
             f"'transformers/{model}' could not be loaded ({one_line(error)}). Name a folder that holds the repository"
         )
         raise FileNotFoundError(message) from error
+    except ValueError as error:  # no model, or one that needs code of its own
+        raise ValueError(
+            f"received 'transformers/{model}'; it is no network of transformers: {one_line(error)}"
+        ) from error
     size = size or expected.get("size") or getattr(network.config, "image_size", 224)
     return Backbone(Levels(network), expected["mean"], expected["std"], size)
 

@@ -61,9 +61,12 @@ def read_weights(file: str | Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and safetensors each raise their own
         raise ValueError(f"{str(file)!r} holds no state dict ({type(error).__name__}: {error})") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{str(file)!r} holds no state dict but {type(content).__name__}")
+    return dict(content)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

@@ -28,7 +28,7 @@ from configs.values import read_value
 from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.data.config import DataConfig
 from stage1_vqgan.evaluation.config import TrainingMetricsConfig
-from stage1_vqgan.networks.names import name_problems
+from stage1_vqgan.networks.names import name_problems, weights_problems
 from stage1_vqgan.training.loss_config import LPIPS_MIN_SIZE, LossConfig
 
 if TYPE_CHECKING:
@@ -83,11 +83,12 @@ class DiscriminatorConfig(Section):
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         if self.type == "features":
             yield from name_problems("network", self.network)
+            yield from weights_problems("network_weights", self.network_weights)
 
 
 @dataclass(kw_only=True)
 class CodebookConfig(Section):
-    """Upkeep of the codebook, for the quantizers whose entries can be moved: vq, ema and gumbel.
+    """Upkeep of codebooks whose entries can be moved: of all quantizers but simvq, ibq, fsq, lfq and bsq.
 
     kmeans_init_batches: batches of whole steps whose latents initialise the codebook by k-means; 0 leaves it random
     restart_interval: steps between restarts, which move unused codes onto random latents; 0 never restarts

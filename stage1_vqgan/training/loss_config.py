@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from configs import Section, unknown_key
 from configs.sections import NonNegative, NonNegativeFloat, PositiveFloat, Share, in_steps
-from stage1_vqgan.networks.names import name_problems
+from stage1_vqgan.networks.names import name_problems, weights_problems
 from stage1_vqgan.training.schedules import Schedule, schedule_problems
 
 Backbone = Literal["vgg", "alex", "squeeze"]
@@ -131,6 +131,7 @@ class LossConfig(Section):
         for term in NETWORK_TERMS:
             if getattr(self, f"{term}_weight"):
                 yield from name_problems(f"{term}_network", getattr(self, f"{term}_network"))
+                yield from weights_problems(f"{term}_network_weights", getattr(self, f"{term}_network_weights"))
         yield from self._schedule_problems()
 
     def _schedule_problems(self) -> Iterable[tuple[str, Any, str]]:

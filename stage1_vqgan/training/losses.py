@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from stage1_vqgan.networks.weights import read_weights
 from stage1_vqgan.training.loss_config import AdversarialType, Backbone
 
 # LPIPS backbones that always compute in float32. The cosine between gradients in bfloat16 and in float32 is 0.991 to
@@ -175,7 +176,7 @@ def _backbone_weights(backbone: Backbone, weights: str) -> dict[str, Tensor]:
     if weights != "pretrained":
         if not os.path.isfile(weights):
             raise FileNotFoundError(f"loss.lpips_weights: no file {weights!r}; provide torchvision's {name}")
-        return torch.load(weights, map_location="cpu", weights_only=True)
+        return read_weights(weights)
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)

@@ -1,5 +1,6 @@
 """Frozen networks: their activations against the libraries' own, and what is refused."""
 
+import json
 import sys
 
 import pytest
@@ -163,10 +164,22 @@ def test_weights_that_are_missing_or_of_another_network(tmp_path, monkeypatch):
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="holds no state dict"):
         load_network("torchvision/squeezenet1_1", str(tmp_path / "text.safetensors"))
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds no state dict but list"):
+        load_network("torchvision/squeezenet1_1", str(tmp_path / "list.pth"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **options: (_ for _ in ()).throw(OSError("x")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"Put https://.*/squeezenet1_1.* at .*/checkpoints/squeezenet1_1"):
         load_network("torchvision/squeezenet1_1")
+
+
+def test_a_folder_that_is_no_network_of_transformers(tmp_path):
+    for config in ({}, {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(
+            ValueError, match=rf"^received 'transformers/{tmp_path}'; it is no network of transformers: "
+        ):
+            load_network(f"transformers/{tmp_path}")
 
 
 @pytest.mark.parametrize("name", ["timm/resnet18", "stlpips/alex", "efficientnet-lite0"])

@@ -212,6 +212,14 @@ def test_file_of_another_backbone(torchvision_squeezenet, tmp_path):
         PerceptualLoss("squeeze", str(path))
 
 
+@pytest.mark.parametrize("content", [b"no weights", b""])
+def test_file_without_weights(tmp_path, content):
+    path = tmp_path / "junk.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="holds no state dict"):
+        PerceptualLoss("squeeze", str(path))
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"nowhere\.pth.*{SQUEEZE_FILE}"):
         PerceptualLoss("squeeze", str(tmp_path / "nowhere.pth"))
