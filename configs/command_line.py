@@ -102,7 +102,9 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
         from configs.help_text import help_text
 
         try:
-            print(help_text(cls, command, arguments))
+            print(help_text(cls, command, arguments), flush=True)
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end
         except ConfigError as error:
             _exit(error, 2)
         return

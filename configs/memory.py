@@ -29,6 +29,7 @@ LOWER = (
     "samples_per_class",
     "max_real_images",
     "num_sample_images",
+    "image_size",
     "dataloader_num_workers",
     "model",
 )
@@ -145,5 +146,6 @@ def out_of_memory_advice(error: BaseException, values: dict[str, Any]) -> str:
 
 def _settings(values: dict[str, Any]) -> Iterable[str]:
     for key in LOWER:
-        if values.get(key) not in (None, 0, {}):
-            yield key if isinstance(values[key], dict) else f"{key} ({values[key]})"
+        value = values.get(key)
+        if value not in (None, 0, {}) and not isinstance(value, str):  # `model` is also the name of a folder
+            yield key if isinstance(value, dict) else f"{key} ({value})"

@@ -1,5 +1,6 @@
 """The command line: a real launch from a user's own folder, mistakes that end in a message, and fast start-up."""
 
+import os
 import re
 import subprocess
 import sys
@@ -161,3 +162,14 @@ def test_after_a_mistake_the_same_folder_can_be_used_and_no_secret_is_written(ti
     run(config_class, main, "command", arguments)
     for path in filter(Path.is_file, tmp_path.rglob("*")):  # no file, not even a log of TensorBoard, holds a secret
         assert not any(secret.encode() in path.read_bytes() for secret in secrets.values()), path
+
+
+def test_help_may_be_cut_off():
+    """As by `--help | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "stage1_vqgan.evaluate", "--help"], stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert done.returncode == 0 and not done.stderr

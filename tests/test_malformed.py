@@ -358,11 +358,6 @@ CASES = {
     ),
     "rope": ("stage2", "--model.rope_parameters x", {"model.rope_parameters": "not a value that llama takes"}),
     "attention of no list": ("stage1", "--model.attn_resolutions 8", {"model.attn_resolutions": "write [8]"}),
-    "a size in words": (
-        "stage1",
-        "--model.image_size 16x32",
-        {"model.image_size": "or a list in which every entry is a whole number"},
-    ),
     "model values": (
         "stage2",
         "--model.hidden_size wide --model.vocab_size 3 --model.num_hidden_layers 2.5 --model.layers 3",

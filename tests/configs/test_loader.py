@@ -165,6 +165,13 @@ def test_a_value_of_another_kind_is_not_converted(hint, value):
         read_value(hint, value)
 
 
+@pytest.mark.parametrize(("value", "advice"), [(5.5, ""), ("16x32", ""), (0, "; write [0]")])
+def test_a_list_is_suggested_if_its_entry_would_be_right(value, advice):
+    with pytest.raises(ValueError, match="received") as refused:
+        read_value(Positive | list[int] | None, value)
+    assert str(refused.value).endswith(f"a list in which every entry is a whole number or null{advice}")
+
+
 @pytest.mark.parametrize(
     "value, words",
     [

@@ -84,6 +84,8 @@ def test_the_advice_names_the_keys_to_lower():
     ]
     text = out_of_memory_advice(MemoryError("x"), {"global_batch_size": 64})
     assert "Double gradient_accumulation_steps, which keeps the batch, or lower global_batch_size (64)" in text
+    text = out_of_memory_advice(MemoryError("x"), {"model": "a/folder", "image_size": [4096, 8192]})
+    assert "Lower image_size ([4096, 8192]), or free memory" in text
 
 
 COMMAND = """
