@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -234,6 +234,10 @@ def start_discriminator(discriminator: nn.Module, name: str, settings: Mapping[s
     if not Path(name).is_dir():
         try:
             path = Path(hf_hub_download(name, DISCRIMINATOR_NAME))
+        except LocalEntryNotFoundError:
+            return (
+                f"the discriminator starts from random weights: the Hub, which may have that of {name}, is out of reach"
+            )
         except EntryNotFoundError:
             return None
     if not path.is_file():

@@ -56,6 +56,9 @@ def test_the_discriminator_goes_on_too(tiny_runs, tmp_path, capsys):
     assert f"the discriminator starts from the weights of {tiny_runs.vqgan}" in capsys.readouterr().out
     kept = load_file(tmp_path / "on" / DISCRIMINATOR_NAME)
     assert all(torch.equal(saved[name], kept[name]) for name in saved if name.endswith(("weight", "bias")))
+    config.discriminator = replace(config.discriminator, augmentation=True, network="timm/resnet18")  # not of patchgan
+    train_tokenizer(replace(config, output_dir=str(tmp_path / "augmented")))
+    assert f"the discriminator starts from the weights of {tiny_runs.vqgan}" in capsys.readouterr().out
     other = replace(config, output_dir=str(tmp_path / "other"))
     other.discriminator = replace(config.discriminator, num_layers=1)
     train_tokenizer(other)

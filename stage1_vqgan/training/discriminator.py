@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stage1_vqgan.training.config import NormType
+from stage1_vqgan.training.discriminator_config import NormType
 
 
 class PatchDiscriminator(nn.Module):

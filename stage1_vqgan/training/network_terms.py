@@ -14,8 +14,9 @@ from stage1_vqgan.networks.alignment import Alignment
 from stage1_vqgan.networks.feature_discriminator import FeatureDiscriminator
 from stage1_vqgan.networks.perceptual import FeatureDistance, LogitDistance, NetworkDistance, ShiftTolerantLPIPS
 from stage1_vqgan.networks.stylegan_discriminator import StyleGANDiscriminator
-from stage1_vqgan.training.config import DiscriminatorConfig, DiscriminatorType, Stage1Config
+from stage1_vqgan.training.config import Stage1Config
 from stage1_vqgan.training.discriminator import PatchDiscriminator
+from stage1_vqgan.training.discriminator_config import DiscriminatorConfig, DiscriminatorType
 from stage1_vqgan.training.loss_config import Backbone
 from stage1_vqgan.training.losses import PerceptualLoss
 

@@ -473,8 +473,8 @@ def test_shipped_configurations_load_and_survive_saving(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in SHORT_NAMES if "/stage1" in name])
 def test_shipped_stage1_builds(name):
     from stage1_vqgan import VQGANModel
-    from stage1_vqgan.training.config import logit_grid_size
     from stage1_vqgan.training.discriminator import PatchDiscriminator
+    from stage1_vqgan.training.discriminator_config import logit_grid_size
 
     config = load_config(dataclass_of("stage1"), name, GIVEN[name])
     model_config, patch = config.vqgan_config(), config.discriminator

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from configs import ConfigError
@@ -187,6 +188,12 @@ def test_a_discriminator_starts_from_saved_weights_that_fit(folder):
     assert start_discriminator(PatchDiscriminator(1, base_channels=4), str(folder), {}) == f"{anew}another shape"
     (folder / DISCRIMINATOR_NAME).unlink()
     assert start_discriminator(new, str(folder), SETTINGS) is None
+
+
+def test_a_discriminator_on_a_hub_that_is_out_of_reach(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    told = start_discriminator(discriminator(), "someone/tokenizer", SETTINGS)
+    assert told is not None and "random weights: the Hub, which may have that of someone/tokenizer, is out of" in told
 
 
 @pytest.mark.parametrize("damage", ["nan", "dtype", "settings", "cut", "pickle"])

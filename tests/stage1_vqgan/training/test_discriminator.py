@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stage1_vqgan.training.config import logit_grid_size
 from stage1_vqgan.training.discriminator import ActNorm, PatchDiscriminator
+from stage1_vqgan.training.discriminator_config import logit_grid_size
 from tests.devices import on_device
 
 pytestmark = on_device
