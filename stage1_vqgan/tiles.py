@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .modeling_blocks import AttentionBlock, Downsample, ResidualBlock, Upsample
-from .modeling_vqgan import Decoder, Encoder, VQGANEncoderOutput, VQGANModel
+from .modeling_networks import Decoder, Encoder
+from .modeling_vqgan import VQGANEncoderOutput, VQGANModel
 
 Norm = Callable[[nn.GroupNorm, Tensor], Tensor]
 Box = tuple[slice, slice]
