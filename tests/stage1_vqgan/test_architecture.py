@@ -76,7 +76,7 @@ def test_a_decoder_of_another_depth(tmp_path):
         (janus, {"decoder_num_res_blocks": 5}),
         (janus, {"mid_attention": False}),
     ],
-    ids=str,
+    ids=["diffusers-depth", "janus-depth", "janus-middle"],
 )
 def test_other_code_bases_do_not_have_these_switches(tmp_path, target, change):
     with pytest.raises(ConfigError, match=next(iter(change))):
