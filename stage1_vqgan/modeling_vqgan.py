@@ -132,7 +132,8 @@ class VQGANModel(PreTrainedModel):
 
     def grid_of(self, codes: Tensor, grid: tuple[int, int] | None = None) -> tuple[int, int]:
         """h and w of codes. Codes of several grids do not show them: `grid`, or the grid of the training resolution."""
-        if codes.ndim > 2:
+        shows_them = len(codes_shape(self.config.grids)) > 1
+        if shows_them and codes.ndim > 2:
             return (codes.shape[1], codes.shape[2])
         return self.config.grid if grid is None else grid
 
@@ -148,10 +149,13 @@ class VQGANModel(PreTrainedModel):
             ValueError: the codes have another shape, dtype or device, or a code is outside the range.
         """
         _check_tensor("codes", codes, self.device)
+        _check_grid(grid)
         shape = codes_shape(self.quantize.grids(*self.grid_of(codes, grid)))
         if codes.shape[1:] != shape or codes.dtype != torch.int64 or 0 in shape:
             needed = {1: f"(B, {shape[0]})", 2: "(B, h, w)"}.get(len(shape), f"(B, h, w, {shape[-1]})")
             raise ValueError(f"codes: received {codes.dtype} {tuple(codes.shape)}; needs int64 {needed}")
+        if grid is not None and tuple(grid) != self.grid_of(codes, grid):
+            raise ValueError(f"grid: received {grid}, but codes have {self.grid_of(codes, grid)}; leave it out")
         if codes.numel():
             least, most = torch.stack(codes.aminmax()).tolist()  # one GPU synchronization instead of two
             if least < 0 or most >= self.config.num_embeddings:
@@ -248,6 +252,13 @@ def _check_tensor(name: str, value: Any, device: torch.device) -> None:
         raise ValueError(f"{name}: received {kind}; needs a dense tensor")
     if value.device != device:
         raise ValueError(f"{name}: received a tensor on {value.device}; the model is on {device}")
+
+
+def _check_grid(grid: Any) -> None:
+    """Refuses all but None and h and w of at least one code."""
+    is_pair = isinstance(grid, tuple | list) and len(grid) == 2
+    if grid is not None and not (is_pair and all(type(side) is int and side > 0 for side in grid)):
+        raise ValueError(f"grid: received {grid!r}; needs h and w, two whole numbers from 1 up")
 
 
 __all__ = ["VQGANModel"]

@@ -345,3 +345,19 @@ def test_usage_and_perplexity_of_several_codebooks():
     counts = torch.tensor([[5, 5, 0, 0], [1, 1, 1, 1]])
     assert codebook_usage(counts).item() == 0.75
     assert codebook_perplexity(counts).item() == pytest.approx(3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "grid", "message"),
+    [
+        ("pyramid", (1, 20), (4,), r"grid: received \(4,\); needs h and w, two whole numbers from 1 up"),
+        ("pyramid", (1, 20), 4, "grid: received 4; needs"),
+        ("pyramid", (1, 20), (0, 4), r"grid: received \(0, 4\); needs"),
+        ("pyramid", (1, 20), ("4", 4), "grid: received .*; needs"),
+        ("pyramid", (1, 2, 10), None, r"codes: received torch.int64 \(1, 2, 10\); needs int64 \(B, 20\)"),
+        ("residual", (1, 4, 4, 3), (2, 8), r"grid: received \(2, 8\), but codes have \(4, 4\); leave it out"),
+    ],
+)
+def test_a_wrong_grid_is_refused(kind, shape, grid, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        tokenizer(kind).decode_codes(torch.zeros(shape, dtype=torch.int64), grid)
