@@ -207,21 +207,11 @@ def _run(stage: list[nn.Module], x: Tensor, normalize: Norm) -> Tensor:
             h = layer.conv1(F.silu(normalize(layer.norm1, x), inplace=True))
             h = layer.conv2(F.silu(normalize(layer.norm2, h), inplace=True))
             x = layer.nin_shortcut(x) + h
-        elif isinstance(layer, AttentionBlock):
-            x = _attend(layer, x)
         elif isinstance(layer, Output):
             x = layer.conv(F.silu(normalize(layer.norm, x), inplace=True).to(x.dtype))
         else:
             x = layer(x)
     return x
-
-
-def _attend(layer: AttentionBlock, x: Tensor) -> Tensor:
-    """The layer itself, but with contiguous vectors: then PyTorch computes it without a matrix of all pairs."""
-    normed = layer.norm(x)
-    q, k, v = (conv(normed).flatten(2).mT.contiguous()[:, None] for conv in (layer.q, layer.k, layer.v))
-    h = F.scaled_dot_product_attention(q, k, v)
-    return x + layer.proj_out(h[:, 0].mT.unflatten(2, x.shape[2:]))
 
 
 class _Unknown(Exception):
