@@ -154,8 +154,6 @@ class VQGANModel(PreTrainedModel):
         if codes.shape[1:] != shape or codes.dtype != torch.int64 or 0 in shape:
             needed = {1: f"(B, {shape[0]})", 2: "(B, h, w)"}.get(len(shape), f"(B, h, w, {shape[-1]})")
             raise ValueError(f"codes: received {codes.dtype} {tuple(codes.shape)}; needs int64 {needed}")
-        if grid is not None and tuple(grid) != self.grid_of(codes, grid):
-            raise ValueError(f"grid: received {grid}, but codes have {self.grid_of(codes, grid)}; leave it out")
         if codes.numel():
             least, most = torch.stack(codes.aminmax()).tolist()  # one GPU synchronization instead of two
             if least < 0 or most >= self.config.num_embeddings:

@@ -355,7 +355,6 @@ def test_usage_and_perplexity_of_several_codebooks():
         ("pyramid", (1, 20), (0, 4), r"grid: received \(0, 4\); needs"),
         ("pyramid", (1, 20), ("4", 4), "grid: received .*; needs"),
         ("pyramid", (1, 2, 10), None, r"codes: received torch.int64 \(1, 2, 10\); needs int64 \(B, 20\)"),
-        ("residual", (1, 4, 4, 3), (2, 8), r"grid: received \(2, 8\), but codes have \(4, 4\); leave it out"),
     ],
 )
 def test_a_wrong_grid_is_refused(kind, shape, grid, message):
