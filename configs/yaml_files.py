@@ -237,5 +237,6 @@ def unknown_preset(name: str, what: str) -> str:
 
 
 def _all_presets() -> str:
-    """The folders of presets: each stands for the preset of the command."""
-    return ", ".join(dict.fromkeys(name.rpartition("/")[0] for name in preset_names()))
+    """The folders of presets, each of which stands for the preset of the command; not the folders within them."""
+    folders = dict.fromkeys(name.rpartition("/")[0] for name in preset_names())
+    return ", ".join(folder for folder in folders if folder.rpartition("/")[0] not in folders)

@@ -1,5 +1,6 @@
 """The names of frozen networks. Settings are checked with it, before torch is imported."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,10 @@ def name_problems(key: str, name: str) -> Iterator[tuple[str, str, str]]:
 
 def weights_problems(key: str, weights: str) -> Iterator[tuple[str, str, str]]:
     """The problem of a setting that names the weights of a network, in the form of a section's `problems`."""
-    if weights not in ("pretrained", "random") and not Path(weights).is_file():
-        yield key, weights, "there is no such file; allowed are 'pretrained', a file with the weights, or 'random'"
+    is_of_torchvision = re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", weights)
+    if weights not in ("pretrained", "random") and not is_of_torchvision and not Path(weights).is_file():
+        allowed = "'pretrained', a file with the weights, a name of torchvision such as 'IMAGENET1K_V1', or 'random'"
+        yield key, weights, f"there is no such file; allowed are {allowed}"
 
 
 def split_name(name: str) -> tuple[str, str, int | None]:

@@ -9,11 +9,12 @@ from stage1_vqgan import Stage1Config
 from stage2_prior import Stage2Config
 
 DATA = {"data.dataset": "path/to/images"}
-TRAININGS = [name for name in preset_names() if "stage" in name]
+PUBLISHED = ("imagenet256/original", "imagenet256/llamagen_f16", "imagenet256/ibq_16k")  # with the steps of the source
+TRAININGS = [name for name in preset_names() if "stage" in name and not name.startswith(PUBLISHED)]
 
 
 def load(name, **changes):
-    given = DATA if name.startswith("own/") else {}
+    given = DATA if name.startswith(("own/", "emoji/", "medical/")) else {}
     return load_config(Stage1Config if "stage1" in name else Stage2Config, name, {**given, **changes})
 
 
