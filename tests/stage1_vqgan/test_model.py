@@ -1,5 +1,6 @@
 """The tokenizer: contracts, exact saving, fingerprint, initialisation, and the original's stored numbers."""
 
+import copy
 import math
 import shutil
 
@@ -12,7 +13,7 @@ from torch import nn
 from configs.checksums import verify_checksums, write_checksums
 from stage1_vqgan import VQGANConfig, VQGANModel
 from tests import golden_models
-from tests.devices import on_device
+from tests.devices import cpu_only, on_device
 from tests.fuzz.harness import planted_pickle
 from tests.golden import GOLDEN
 from tests.model_folders import change_config, change_weights, without
@@ -65,6 +66,19 @@ def test_shapes_and_types(channels, height, width, l2_normalize):
     # the reconstruction decodes z + (e - z): 25 layers, each wrong by 2^-22 (tests/golden.py), three times as a margin
     torch.testing.assert_close(model.decode_codes(out.codes), out.reconstruction, atol=2e-5, rtol=0)
     torch.testing.assert_close(model.decoder.conv_out(out.decoder_features), out.reconstruction)
+
+
+@cpu_only
+@torch.no_grad()
+def test_the_memory_format_of_entries_does_not_change_the_image():
+    """On a CPU, convolutions of channels-last maps round more."""
+    model = make(base_channels=32, norm_num_groups=32)
+    quantized = model.quantize.lookup(torch.arange(32).view(2, 4, 4))
+    assert not quantized.is_contiguous()
+    images = model.decode(quantized)
+    assert torch.equal(images, model.decode(quantized.contiguous()))
+    exact = copy.deepcopy(model).double().decode(quantized.double())
+    assert (images - exact).abs().max() < 1e-5
 
 
 def test_images_of_a_batch_do_not_mix():
