@@ -3,7 +3,7 @@
 Shape letters: B batch, C channels, H W image size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -100,15 +100,17 @@ class VQGANImageProcessor(BaseImageProcessor):
             raise ValueError(f"unknown options {sorted(kwargs)}; they are fields of the processor")
         if return_tensors is not None:
             _choice("return_tensors", return_tensors, ("pt", "np"))
-        is_batch = isinstance(images, (list, tuple)) or (getattr(images, "ndim", 0) == 4)
-        prepared = [
-            self._prepared(image, f"images[{number}]" if is_batch else "images")
-            for number, image in enumerate(images if is_batch else [images])
-        ]
-        if not prepared:
-            raise ValueError("images: received an empty list; needs at least one image")
+        prepared = [to_shape(pixels, self.image_shape, self.aspect_ratio) for pixels in self.read(images)]
         pixel_values = normalize(torch.stack(prepared).permute(0, 3, 1, 2)).contiguous()
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    def read(self, images: Any) -> Iterator[Tensor]:
+        """Yields the levels of each image in its own size, upright, uint8 `(H, W, C)`; see `preprocess`."""
+        is_batch = isinstance(images, (list, tuple)) or (getattr(images, "ndim", 0) == 4)
+        if is_batch and not len(images):
+            raise ValueError("images: received an empty list; needs at least one image")
+        for number, image in enumerate(images if is_batch else [images]):
+            yield self._levels(image, f"images[{number}]" if is_batch else "images")
 
     def postprocess(self, images: Tensor, output_type: str = "pil") -> Any:
         """Converts model output into images.
@@ -143,18 +145,17 @@ class VQGANImageProcessor(BaseImageProcessor):
         low, high = self.value_range
         return images * (high - low) + low
 
-    def _prepared(self, image: Any, name: str) -> Tensor:
-        """Pixels of one image, uint8 `(*image_shape, C)`; an error names the image."""
+    def _levels(self, image: Any, name: str) -> Tensor:
+        """Pixels of one image, uint8 `(H, W, C)`; an error names the image."""
         try:
             if not isinstance(image, Image.Image):
                 image = to_array(image) if self.value_range else floats_to_levels(to_array(image))
-            pixels = pixels_of(image, self.num_channels, self.values)
+            return pixels_of(image, self.num_channels, self.values)
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises errors of many types for damaged files
             reason = str(error).removeprefix("image: ").partition("\n")[0][:200]
             raise ValueError(f"{name}: {reason or type(error).__name__}") from error
-        return to_shape(pixels, self.image_shape, self.aspect_ratio)
 
     def _check_output(self, images: Any) -> None:
         """Refuses all but finite floats `(B, C, H, W)`. Waits once for a GPU."""

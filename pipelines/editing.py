@@ -1,0 +1,335 @@
+"""Edits of images: the prior samples some codes of an image anew, and the others stay.
+
+Shape letters: N images, C channels, H W image size, h w code grid, f downsampling factor, L codes of an image.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs.arguments import choice, described, number, whole
+from configs.randomness import uniform
+from pipelines.arguments import listed_labels
+from pipelines.masks import MaskedImages, blank, joined, known_codes, masked_images
+from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput
+from pipelines.requests import condition_tokens, image_seeds, require_conditions, require_memory
+from pipelines.windows import sample_windows
+from stage1_vqgan import VQGANImageProcessor, VQGANModel
+from stage2_prior import SamplingOptions, TokenLayout, require_callback
+
+
+class EditRequest(NamedTuple):
+    """What an edit asks of the prior; see `Editing.inpaint`."""
+
+    prompts: Tensor
+    seeds: Tensor
+    options: SamplingOptions
+    output_type: str
+    batch_size: int | None
+    callback: Callable[[int, Tensor], None] | None
+    labels: list[str] | None
+
+
+class Editing:
+    """The methods of `VQGANPipeline` that edit images.
+
+    All of them work at the size of the pipeline's images: the image processor resizes and crops images of another size
+    first, and the edited images have that size.
+
+    All take `class_labels`: ids or names, one for all images or one for each; without labels, the new codes are those of
+    no given class. `**sampling` are the other arguments of `VQGANPipeline.generate`: `seed`, `generator`,
+    `guidance_scale` and the other options of sampling, `output_type`, `batch_size` and `callback_on_step_end`.
+    The result has the codes of the whole images, known ones and new ones.
+
+    In float32, an edited image depends only on its own visible pixels, mask, label and seed, and on the options.
+    """
+
+    vqgan: VQGANModel
+    image_processor: VQGANImageProcessor
+    layout: TokenLayout
+    device: torch.device
+    _encoded: Callable[[Tensor], Tensor]
+    _decoded_parts: Callable[[Tensor], Iterator[Tensor]]
+    _sampled: Callable[..., Iterator[Tensor]]
+
+    @torch.no_grad()
+    def inpaint(
+        self, images: Any, masks: Any, class_labels: Any = None, *, seam: int | None = None, **sampling: Any
+    ) -> VQGANPipelineOutput:
+        """Repaints the masked parts of images. All other pixels stay exactly as they are.
+
+        What is hidden has no influence: hidden pixels become gray before the image is encoded. A code is known if no
+        pixel of its f × f patch is hidden. The prior samples the other codes. A causal prior samples them in raster
+        order, and sees only the codes before: it cannot see what is below, or on the right in the same row, so a
+        repainted part may not fit what is below it. A masked prior sees all known codes.
+
+        At the border: a mask may cut through the patch of a code. This whole code is sampled anew, but its visible
+        pixels are taken from the original image, which the prior has not seen there. The same holds for the codes
+        beside: their reconstruction differs a little from the original. The difference is therefore spread over the
+        hidden side, see `seam`. Masks whose edges are multiples of f cut no patch.
+
+        Args:
+            images: PIL images, arrays or tensors, one or a list; see [`VQGANImageProcessor`].
+            masks: one for all images or one for each, of the size of the image: a PIL image, of which white parts
+                (from level 128 up) are repainted, or booleans `(H, W)`, an array or tensor, true where a pixel is
+                repainted. In an image that is resized, the pixels count as masked that resizing could mix with a
+                masked one: two more on each side.
+            class_labels, **sampling: see [`Editing`].
+            seam: width of the transition in pixels. At the edge of the mask, a new pixel is shifted by what the new
+                image differs there from the original; the shift decreases linearly to 0 over `seam` pixels, on the
+                masked side only. 0 is a hard edge; by default f.
+
+        Returns:
+            [`VQGANPipelineOutput`].
+
+        Raises:
+            ValueError: an argument is out of range, a mask does not fit its image, or the tokenizer has several grids,
+                in which no code belongs to one part of the image.
+        """
+        return self._repainted(masked_images(self.image_processor, images, masks), class_labels, seam, sampling)
+
+    @torch.no_grad()
+    def complete(
+        self,
+        images: Any,
+        rows: int | None = None,
+        box: tuple[int, int, int, int] | None = None,
+        class_labels: Any = None,
+        *,
+        seam: int | None = None,
+        **sampling: Any,
+    ) -> VQGANPipelineOutput:
+        """Keeps a part of images, and repaints the rest; see `inpaint`.
+
+        Causal priors are best at `rows`: all that is kept lies before all that is new.
+
+        Args:
+            images: see `inpaint`.
+            rows: number of rows of pixels at the top that are kept, from 1 to H - 1.
+            box: in place of rows, the rectangle that is kept: left, top, right and bottom in pixels, as in Pillow. Rows
+                and boxes count pixels of the pipeline's size, also for images of another size.
+            class_labels, seam, **sampling: see `inpaint`.
+
+        Raises:
+            ValueError: see `inpaint`; or `rows` and `box` are both given, or neither.
+        """
+        hidden = hidden_around(kept_box(rows, box, self.layout.image_shape), self.layout.image_shape)
+        pixel_values = self.image_processor(images)["pixel_values"]
+        given = MaskedImages(blank(pixel_values, hidden), hidden.expand(len(pixel_values), -1, -1, -1))
+        return self._repainted(given, class_labels, seam, sampling)
+
+    @torch.no_grad()
+    def outpaint(
+        self,
+        images: Any,
+        left: int = 0,
+        top: int = 0,
+        right: int = 0,
+        bottom: int = 0,
+        class_labels: Any = None,
+        *,
+        seam: int | None = None,
+        **sampling: Any,
+    ) -> VQGANPipelineOutput:
+        """Adds new pixels around images, which become larger than those of the training.
+
+        All pixels of the images stay, and all their codes are known. The prior samples the codes around them in
+        windows of the trained size, see `pipelines/windows.py`. Causal priors see only what is above, or on the left in
+        the same row: they continue an image to the right and to the bottom, but what they add at the top or on the left
+        may not fit the image.
+
+        Args:
+            images: see `inpaint`.
+            left, top, right, bottom: pixels to add on each side, multiples of f.
+            class_labels, seam, **sampling: see `inpaint`. The positions of `callback_on_step_end` are those in a window.
+
+        Returns:
+            [`VQGANPipelineOutput`] with images of H + top + bottom rows and W + left + right columns.
+
+        Raises:
+            ValueError: see `inpaint`; or no side is given, or one is no multiple of f.
+        """
+        f = self.layout.downsampling_factor
+        sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+        require_sides(sides, f)
+        self._require_one_grid("outpaint")
+        pixel_values = self.image_processor(images)["pixel_values"]
+        pixels, places = tuple(sides.values()), tuple(side // f for side in sides.values())
+        hidden = F.pad(torch.zeros_like(pixel_values[:, :1], dtype=torch.bool), pixels, value=True)
+        request = self._request(hidden, class_labels, **sampling)
+        codes = self._encoded(pixel_values)
+        known = F.pad(codes, places if codes.ndim == 3 else (0, 0, *places), value=-1)
+        given = MaskedImages(blank(F.pad(pixel_values, pixels), hidden), hidden)
+        return self._finished(request, self._windows(request, known), given, self._seam(seam))
+
+    @torch.no_grad()
+    def vary(
+        self, images: Any, strength: float = 0.5, class_labels: Any = None, **sampling: Any
+    ) -> VQGANPipelineOutput:
+        """Makes variants of images: the prior samples a share of their codes anew.
+
+        A causal prior samples the last codes anew, so strength 0.5 keeps the upper half of an image; of several grids,
+        it keeps the coarse ones, and changes detail. A masked prior samples a random share anew, which depends on the
+        seed. The images are decoded from codes as a whole: also the parts that stay are reconstructions.
+
+        Args:
+            images: see `inpaint`.
+            strength: the share of the codes that are sampled anew, above 0 and up to 1, rounded to at least one code.
+                At 1, nothing of the image stays, and the result is that of `generate`.
+            class_labels, **sampling: see [`Editing`].
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        strength = number("strength", strength, lambda value: 0 < value <= 1, "a number above 0, up to 1")
+        pixel_values = self.image_processor(images)["pixel_values"]
+        request = self._request(pixel_values[:, :1], class_labels, **sampling)
+        known = self._encoded(pixel_values).flatten(1)
+        count = max(1, round(strength * self.layout.length))
+        known[self._changed(request.seeds, count)] = -1
+        codes = self._sample(request, known, request.seeds).view(-1, *self.layout.codes_shape)
+        return self._finished(request, codes)
+
+    # ------------------------------------------------------------------ helpers
+
+    def _repainted(
+        self, given: MaskedImages, class_labels: Any, seam: int | None, sampling: dict[str, Any]
+    ) -> VQGANPipelineOutput:
+        self._require_one_grid("inpaint")
+        seam = self._seam(seam)
+        request = self._request(given.hidden, class_labels, **sampling)
+        known = known_codes(self._encoded(given.pixel_values), given.hidden.to(self.device))
+        return self._finished(request, self._windows(request, known), given, seam)
+
+    def _request(
+        self,
+        images: Tensor,
+        class_labels: Any,
+        seed: Any = None,
+        generator: Any = None,
+        output_type: str = "pil",
+        batch_size: int | None = None,
+        callback_on_step_end: Callable[[int, Tensor], None] | None = None,
+        **options: Any,
+    ) -> EditRequest:
+        """Checks the arguments of an edit. `images` `(N, 1, H, W)` shows their number and their size in the end."""
+        choice("output_type", output_type, OUTPUT_TYPES)
+        batch_size = None if batch_size is None else whole("batch_size", batch_size)
+        require_callback("callback_on_step_end", callback_on_step_end)
+        sampling = SamplingOptions(**options)
+        require_conditions(self.layout, sampling, has_labels=class_labels is not None)
+        count, pixels = len(images), images[0].numel()
+        require_memory("images", count, count, pixels, self.vqgan, self.layout, output_type)
+        labels = None if class_labels is None else label_of_each(class_labels, count)
+        prompts = condition_tokens(
+            labels, count if labels is None else None, 1, self.vqgan, self.layout, output_type
+        ).to(self.device)
+        names = None if labels is None else self.layout.names_of(prompts[:, 0])
+        seeds = image_seeds(count, seed, generator).to(self.device)
+        return EditRequest(prompts, seeds, sampling, output_type, batch_size, callback_on_step_end, names)
+
+    def _sample(self, request: EditRequest, known: Tensor, seeds: Tensor) -> Tensor:
+        """Codes int64 `(N, L)`: those of `known`, and sampled ones where it has -1."""
+        batches = self._sampled(
+            request.prompts, seeds, request.options, request.batch_size, request.callback, known=known
+        )
+        return torch.cat([codes.flatten(1) for codes in batches])
+
+    def _windows(self, request: EditRequest, known: Tensor) -> Tensor:
+        def sample(known: Tensor, seeds: Tensor) -> Tensor:
+            return self._sample(request, known, seeds)
+
+        return sample_windows(sample, known, request.seeds, self.layout.grid)
+
+    def _finished(
+        self, request: EditRequest, codes: Tensor, given: MaskedImages | None = None, seam: int = 0
+    ) -> VQGANPipelineOutput:
+        images = None
+        if request.output_type != "codes":
+            pixels = torch.cat([part.float() for part in self._decoded_parts(codes)])
+            if given is not None:
+                pixels = joined(pixels, *(tensor.to(self.device) for tensor in given), seam)
+            images = self.image_processor.postprocess(pixels, request.output_type)
+        return VQGANPipelineOutput(images=images, codes=codes, labels=request.labels, seeds=request.seeds.tolist())
+
+    def _changed(self, seeds: Tensor, count: int) -> Tensor:
+        """The `count` codes of each image that `vary` samples anew, bool `(N, L)`."""
+        places = torch.arange(self.layout.length, device=seeds.device)
+        if self.layout.family == "causal":
+            return (places >= self.layout.length - count).expand(len(seeds), -1)
+        ranks = uniform(seeds[:, None], places).argsort(1).argsort(1)
+        return ranks < count
+
+    def _seam(self, seam: int | None) -> int:
+        return self.layout.downsampling_factor if seam is None else whole("seam", seam, least=0, most=LARGEST_SEAM)
+
+    def _require_one_grid(self, method: str) -> None:
+        if len(self.layout.all_grids) > 1:
+            raise ValueError(
+                f"{method}: this tokenizer has {self.layout.codes_text} codes, and those of the coarse grid describe the "
+                "whole image, so no part of it can be known without the rest; use vary, or a tokenizer with one grid"
+            )
+
+
+LARGEST_SEAM = 2**10  # pixels
+
+
+def label_of_each(class_labels: Any, count: int) -> list[Any]:
+    """Labels of `count` images, from one label for all of them or one for each.
+
+    Raises:
+        ValueError: there is another number of labels.
+    """
+    labels = list(listed_labels(class_labels))
+    if len(labels) not in (1, count):
+        raise ValueError(
+            f"class_labels: received {len(labels)} labels for {count} images; needs one for all, or one for each"
+        )
+    return labels * (count // len(labels))
+
+
+def kept_box(rows: Any, box: Any, shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the part of an image of `shape` (H, W) that `rows` or `box` keeps.
+
+    Raises:
+        ValueError: both or neither are given, or they do not lie in the image.
+    """
+    height, width = shape
+    if (rows is None) == (box is None):
+        given = "neither" if rows is None else "both"
+        raise ValueError(f"rows, box: received {given}; give one of them, the part of the images that is kept")
+    if rows is not None:
+        return 0, 0, width, whole("rows", rows, most=height - 1)
+    try:
+        left, top, right, bottom = (whole("box", side, least=0) for side in box)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"box: received {described(box)}; needs left, top, right, bottom in pixels") from error
+    if not (left < right <= width and top < bottom <= height):
+        allowed = f"needs left < right <= {width} and top < bottom <= {height}"
+        raise ValueError(f"box: received {described(box)}; {allowed}")
+    return left, top, right, bottom
+
+
+def hidden_around(box: tuple[int, int, int, int], shape: tuple[int, int]) -> Tensor:
+    """bool `(1, 1, H, W)`, false in the box and true around it."""
+    left, top, right, bottom = box
+    hidden = torch.ones(1, 1, *shape, dtype=torch.bool)
+    hidden[..., top:bottom, left:right] = False
+    return hidden
+
+
+def require_sides(sides: dict[str, Any], factor: int) -> None:
+    """Checks what `outpaint` adds on each side, in pixels.
+
+    Raises:
+        ValueError: a side is no multiple of the downsampling factor, or all are 0.
+    """
+    for name, side in sides.items():
+        if whole(name, side, least=0) % factor:
+            allowed = f"must be a multiple of {factor}, the pixels of a code"
+            raise ValueError(f"{name}: received {side}; {allowed}")
+    if not any(sides.values()):
+        raise ValueError(f"left, top, right, bottom: received 0 for each; give the pixels to add, multiples of {factor}")

@@ -1,0 +1,147 @@
+"""Masks of images: which pixels are hidden, which codes that leaves known, and how new pixels join the old ones.
+
+Shape letters: N images, C channels, H W image size, h w code grid, f downsampling factor, L codes of an image.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from configs.arguments import described
+from stage1_vqgan import VQGANImageProcessor, normalize
+from stage1_vqgan.image_processing_pixels import pixels_of
+from stage1_vqgan.image_processing_shapes import to_shape
+
+BLANK = 128  # the level of hidden pixels: the middle
+HALF = 128  # from this level on, a pixel of a gray mask is white
+
+
+class MaskedImages(NamedTuple):
+    """Images without their hidden pixels.
+
+    Attributes:
+        pixel_values: float32 `(N, C, H, W)` in [-1, 1], gray where a pixel is hidden.
+        hidden: bool `(N, 1, H, W)`.
+    """
+
+    pixel_values: Tensor
+    hidden: Tensor
+
+
+def masked_images(processor: VQGANImageProcessor, images: Any, masks: Any) -> MaskedImages:
+    """Reads images and masks, blanks the hidden pixels, and brings both to the size of the processor.
+
+    An image of another size is blanked before it is resized, because resizing mixes neighbouring pixels. Then every
+    pixel counts as hidden that resizing could mix with a hidden one.
+
+    Args:
+        processor: the image processor.
+        images: see `VQGANImageProcessor.preprocess`.
+        masks: see `Editing.inpaint`.
+
+    Raises:
+        ValueError: an image or a mask cannot be read, or their numbers or sizes differ.
+    """
+    levels = list(processor.read(images))
+    prepared, hidden = [], []
+    for number, (image, mask) in enumerate(zip(levels, read_masks(masks, len(levels)), strict=True)):
+        if mask.shape != image.shape[:2]:
+            size, needed = " × ".join(map(str, mask.shape)), " × ".join(map(str, image.shape[:2]))
+            raise ValueError(
+                f"masks: received {size} pixels (height × width) for images[{number}], which has {needed}; "
+                "needs a mask of the same size"
+            )
+        image, mask = _resized(processor, image.masked_fill(mask[..., None], BLANK), mask)
+        prepared.append(image.masked_fill(mask[..., None], BLANK))
+        hidden.append(mask)
+    return MaskedImages(normalize(torch.stack(prepared).permute(0, 3, 1, 2)).contiguous(), torch.stack(hidden)[:, None])
+
+
+def _resized(processor: VQGANImageProcessor, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """An image uint8 `(H, W, C)` and its mask bool `(H, W)` in the size of the processor."""
+    shape = processor.image_shape
+    if image.shape[:2] == shape:
+        return image, mask
+    visible = (~mask)[..., None].to(torch.uint8) * 255  # so that the sides of a padded image are visible
+    image, visible = (to_shape(pixels, shape, processor.aspect_ratio) for pixels in (image, visible))
+    # Bicubic interpolation reaches two pixels far: of the result, or of an image that is enlarged.
+    fit = max if processor.aspect_ratio == "crop" else min
+    growth = fit(new / old for new, old in zip(shape, mask.shape, strict=True))
+    return image, _widened(visible[..., 0] < 255, math.ceil(2 * max(1.0, growth)))
+
+
+def _widened(mask: Tensor, reach: int) -> Tensor:
+    """A mask bool `(H, W)` and the pixels at most `reach` beside it."""
+    return F.max_pool2d(mask[None].float(), 2 * reach + 1, stride=1, padding=reach)[0] > 0
+
+
+def read_masks(masks: Any, count: int) -> list[Tensor]:
+    """One bool mask `(H, W)` for each of `count` images, true where a pixel is hidden; see `Editing.inpaint`.
+
+    Raises:
+        ValueError: a mask has another type, dtype or shape, or there are neither one nor `count` of them.
+    """
+    single = isinstance(masks, Image.Image) or getattr(masks, "ndim", 3) == 2
+    each = [masks] * count if single else masks
+    if not isinstance(each, Sequence | np.ndarray | Tensor) or isinstance(each, str | bytes) or len(each) != count:
+        counted = f"a list of {len(masks)}" if isinstance(masks, list | tuple) else described(masks)
+        raise ValueError(f"masks: received {counted} for {count} images; needs one mask for each, or one for all")
+    return [_read(mask, "masks" if single else f"masks[{number}]") for number, mask in enumerate(each)]
+
+
+def _read(mask: Any, name: str) -> Tensor:
+    if isinstance(mask, Image.Image):
+        if mask.has_transparency_data:
+            raise ValueError(f"{name}: received a picture with transparency; needs black (keep) and white (repaint)")
+        return pixels_of(mask, 1)[..., 0] >= HALF
+    mask = torch.from_numpy(np.array(mask)) if isinstance(mask, np.ndarray) else mask
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
+        advice = "needs a PIL image, or an array or a tensor (H, W) of booleans, for instance mask > 0"
+        raise ValueError(f"{name}: received {described(mask)}; {advice}")
+    return mask.cpu()
+
+
+def blank(pixel_values: Tensor, hidden: Tensor) -> Tensor:
+    """Images `(N, C, H, W)` in [-1, 1] whose hidden pixels, bool `(N or 1, 1, H, W)`, have the level BLANK."""
+    return pixel_values.masked_fill(hidden, float(normalize(torch.tensor(BLANK))))
+
+
+def known_codes(codes: Tensor, hidden: Tensor) -> Tensor:
+    """The codes of the places at which no pixel is hidden, int64 `(N, L)`; -1 at the others.
+
+    Args:
+        codes: int64 `(N, h, w)` or `(N, h, w, G)`.
+        hidden: bool `(N or 1, 1, H, W)`; f is H / h.
+    """
+    places = F.max_pool2d(hidden.float(), hidden.shape[-1] // codes.shape[2])[:, 0].bool()
+    return codes.masked_fill(places if codes.ndim == 3 else places[..., None], -1).flatten(1)
+
+
+def joined(images: Tensor, originals: Tensor, hidden: Tensor, seam: int) -> Tensor:
+    """New pixels where the originals are hidden, and the originals elsewhere.
+
+    At the border the two differ. The hidden side takes this difference over from its nearest visible pixels. It fades
+    linearly to 0 over `seam` pixels. So there is no step, and no visible pixel changes.
+
+    Args:
+        images: new images, `(N, C, H, W)`.
+        originals: `(N, C, H, W)`. Their hidden pixels have no influence.
+        hidden: bool `(N, 1, H, W)`.
+        seam: width in pixels; 0 leaves the step.
+    """
+    difference = (originals - images).masked_fill(hidden, 0)
+    reached, faded = (~hidden).to(images.dtype), torch.zeros_like(images)
+    for step in range(1, seam + 1):
+        near = F.avg_pool2d(reached, 3, stride=1, padding=1)
+        new = (near > 0) & (reached == 0)
+        spread = F.avg_pool2d(difference, 3, stride=1, padding=1) / near.clamp(min=1e-3)
+        difference = torch.where(new, spread, difference)
+        faded = torch.where(new, spread * (1 - step / (seam + 1)), faded)
+        reached = reached.masked_fill(new, 1)
+    return torch.where(hidden, images + faded, originals)
