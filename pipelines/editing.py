@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.arguments import choice, described, number, whole
 from configs.randomness import uniform
 from pipelines.arguments import listed_labels
-from pipelines.masks import MaskedImages, blank, joined, known_codes, masked_images
+from pipelines.masks import MaskedImages, joined, known_codes, masked_images
 from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput
 from pipelines.requests import condition_tokens, image_seeds, require_conditions, require_memory
 from pipelines.windows import sample_windows
@@ -39,18 +39,17 @@ class Editing:
     All of them work at the size of the pipeline's images: the image processor resizes and crops images of another size
     first, and the edited images have that size.
 
-    All take `class_labels`: ids or names, one for all images or one for each; without labels, the new codes are those of
-    no given class. `**sampling` are the other arguments of `VQGANPipeline.generate`: `seed`, `generator`,
+    All take `class_labels`: ids or names, one for all images or one for each; without labels, the new codes are those
+    of no given class. `**sampling` are the other arguments of `VQGANPipeline.generate`: `seed`, `generator`,
     `guidance_scale` and the other options of sampling, `output_type`, `batch_size` and `callback_on_step_end`.
     The result has the codes of the whole images, known ones and new ones.
 
     In float32, an edited image depends only on its own visible pixels, mask, label and seed, and on the options.
     """
 
-    vqgan: VQGANModel
+    vqgan: Any  # VQGANModel
     image_processor: VQGANImageProcessor
     layout: TokenLayout
-    device: torch.device
     _encoded: Callable[[Tensor], Tensor]
     _decoded_parts: Callable[[Tensor], Iterator[Tensor]]
     _sampled: Callable[..., Iterator[Tensor]]
@@ -61,10 +60,11 @@ class Editing:
     ) -> VQGANPipelineOutput:
         """Repaints the masked parts of images. All other pixels stay exactly as they are.
 
-        What is hidden has no influence: hidden pixels become gray before the image is encoded. A code is known if no
-        pixel of its f × f patch is hidden. The prior samples the other codes. A causal prior samples them in raster
-        order, and sees only the codes before: it cannot see what is below, or on the right in the same row, so a
-        repainted part may not fit what is below it. A masked prior sees all known codes.
+        What is hidden has no influence: before the image is encoded, hidden pixels take the colour of the nearest
+        visible pixel. A code is known if no pixel of its f × f patch is hidden. The prior samples the other codes. A
+        causal prior samples them in raster order, and sees only the codes before: it cannot see what is below, or on
+        the right in the same row, so a repainted part may not fit what is below it. A masked prior sees all known
+        codes.
 
         At the border: a mask may cut through the patch of a code. This whole code is sampled anew, but its visible
         pixels are taken from the original image, which the prior has not seen there. The same holds for the codes
@@ -118,7 +118,7 @@ class Editing:
         """
         hidden = hidden_around(kept_box(rows, box, self.layout.image_shape), self.layout.image_shape)
         pixel_values = self.image_processor(images)["pixel_values"]
-        given = MaskedImages(blank(pixel_values, hidden), hidden.expand(len(pixel_values), -1, -1, -1))
+        given = MaskedImages.of(pixel_values, hidden.expand(len(pixel_values), -1, -1, -1))
         return self._repainted(given, class_labels, seam, sampling)
 
     @torch.no_grad()
@@ -144,7 +144,8 @@ class Editing:
         Args:
             images: see `inpaint`.
             left, top, right, bottom: pixels to add on each side, multiples of f.
-            class_labels, seam, **sampling: see `inpaint`. The positions of `callback_on_step_end` are those in a window.
+            class_labels, seam, **sampling: see `inpaint`. The positions that `callback_on_step_end` gets are those in a
+                window.
 
         Returns:
             [`VQGANPipelineOutput`] with images of H + top + bottom rows and W + left + right columns.
@@ -155,14 +156,16 @@ class Editing:
         f = self.layout.downsampling_factor
         sides = {"left": left, "right": right, "top": top, "bottom": bottom}
         require_sides(sides, f)
-        self._require_one_grid("outpaint")
+        self._require_one_grid()
         pixel_values = self.image_processor(images)["pixel_values"]
         pixels, places = tuple(sides.values()), tuple(side // f for side in sides.values())
+        height, width = self.layout.image_shape
+        size = (height + top + bottom) * (width + left + right)
+        request = self._request(len(pixel_values), size, class_labels, **sampling)
         hidden = F.pad(torch.zeros_like(pixel_values[:, :1], dtype=torch.bool), pixels, value=True)
-        request = self._request(hidden, class_labels, **sampling)
         codes = self._encoded(pixel_values)
         known = F.pad(codes, places if codes.ndim == 3 else (0, 0, *places), value=-1)
-        given = MaskedImages(blank(F.pad(pixel_values, pixels), hidden), hidden)
+        given = MaskedImages.of(F.pad(pixel_values, pixels), hidden)
         return self._finished(request, self._windows(request, known), given, self._seam(seam))
 
     @torch.no_grad()
@@ -186,7 +189,7 @@ class Editing:
         """
         strength = number("strength", strength, lambda value: 0 < value <= 1, "a number above 0, up to 1")
         pixel_values = self.image_processor(images)["pixel_values"]
-        request = self._request(pixel_values[:, :1], class_labels, **sampling)
+        request = self._request(len(pixel_values), self.layout.pixels, class_labels, **sampling)
         known = self._encoded(pixel_values).flatten(1)
         count = max(1, round(strength * self.layout.length))
         known[self._changed(request.seeds, count)] = -1
@@ -198,15 +201,16 @@ class Editing:
     def _repainted(
         self, given: MaskedImages, class_labels: Any, seam: int | None, sampling: dict[str, Any]
     ) -> VQGANPipelineOutput:
-        self._require_one_grid("inpaint")
+        self._require_one_grid()
         seam = self._seam(seam)
-        request = self._request(given.hidden, class_labels, **sampling)
-        known = known_codes(self._encoded(given.pixel_values), given.hidden.to(self.device))
+        request = self._request(len(given.hidden), self.layout.pixels, class_labels, **sampling)
+        known = known_codes(self._encoded(given.pixel_values), given.hidden.to(self.vqgan.device))
         return self._finished(request, self._windows(request, known), given, seam)
 
     def _request(
         self,
-        images: Tensor,
+        count: int,
+        pixels: int,
         class_labels: Any,
         seed: Any = None,
         generator: Any = None,
@@ -215,20 +219,19 @@ class Editing:
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
         **options: Any,
     ) -> EditRequest:
-        """Checks the arguments of an edit. `images` `(N, 1, H, W)` shows their number and their size in the end."""
+        """Checks the arguments of an edit of `count` images, which then have `pixels` pixels each."""
         choice("output_type", output_type, OUTPUT_TYPES)
         batch_size = None if batch_size is None else whole("batch_size", batch_size)
         require_callback("callback_on_step_end", callback_on_step_end)
         sampling = SamplingOptions(**options)
         require_conditions(self.layout, sampling, has_labels=class_labels is not None)
-        count, pixels = len(images), images[0].numel()
         require_memory("images", count, count, pixels, self.vqgan, self.layout, output_type)
         labels = None if class_labels is None else label_of_each(class_labels, count)
         prompts = condition_tokens(
             labels, count if labels is None else None, 1, self.vqgan, self.layout, output_type
-        ).to(self.device)
+        ).to(self.vqgan.device)
         names = None if labels is None else self.layout.names_of(prompts[:, 0])
-        seeds = image_seeds(count, seed, generator).to(self.device)
+        seeds = image_seeds(count, seed, generator).to(self.vqgan.device)
         return EditRequest(prompts, seeds, sampling, output_type, batch_size, callback_on_step_end, names)
 
     def _sample(self, request: EditRequest, known: Tensor, seeds: Tensor) -> Tensor:
@@ -251,7 +254,7 @@ class Editing:
         if request.output_type != "codes":
             pixels = torch.cat([part.float() for part in self._decoded_parts(codes)])
             if given is not None:
-                pixels = joined(pixels, *(tensor.to(self.device) for tensor in given), seam)
+                pixels = joined(pixels, given, seam)
             images = self.image_processor.postprocess(pixels, request.output_type)
         return VQGANPipelineOutput(images=images, codes=codes, labels=request.labels, seeds=request.seeds.tolist())
 
@@ -266,11 +269,11 @@ class Editing:
     def _seam(self, seam: int | None) -> int:
         return self.layout.downsampling_factor if seam is None else whole("seam", seam, least=0, most=LARGEST_SEAM)
 
-    def _require_one_grid(self, method: str) -> None:
+    def _require_one_grid(self) -> None:
         if len(self.layout.all_grids) > 1:
             raise ValueError(
-                f"{method}: this tokenizer has {self.layout.codes_text} codes, and those of the coarse grid describe the "
-                "whole image, so no part of it can be known without the rest; use vary, or a tokenizer with one grid"
+                f"images: this tokenizer has {self.layout.codes_text} codes, and a code of the coarse grid describes "
+                "more than one part, so no part is known without the others; use vary, or a tokenizer with one grid"
             )
 
 
@@ -332,4 +335,6 @@ def require_sides(sides: dict[str, Any], factor: int) -> None:
             allowed = f"must be a multiple of {factor}, the pixels of a code"
             raise ValueError(f"{name}: received {side}; {allowed}")
     if not any(sides.values()):
-        raise ValueError(f"left, top, right, bottom: received 0 for each; give the pixels to add, multiples of {factor}")
+        raise ValueError(
+            f"left, top, right, bottom: received 0 for each; give the pixels to add, multiples of {factor}"
+        )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from configs.arguments import described
@@ -18,7 +19,7 @@ from stage1_vqgan import VQGANImageProcessor, normalize
 from stage1_vqgan.image_processing_pixels import pixels_of
 from stage1_vqgan.image_processing_shapes import to_shape
 
-BLANK = 128  # the level of hidden pixels: the middle
+BLANK = 128  # the level of hidden pixels before resizing, and in an image without a visible one
 HALF = 128  # from this level on, a pixel of a gray mask is white
 
 
@@ -26,16 +27,46 @@ class MaskedImages(NamedTuple):
     """Images without their hidden pixels.
 
     Attributes:
-        pixel_values: float32 `(N, C, H, W)` in [-1, 1], gray where a pixel is hidden.
+        pixel_values: float32 `(N, C, H, W)` in [-1, 1]. A hidden pixel has the colour of the nearest visible one.
         hidden: bool `(N, 1, H, W)`.
+        nearest: int64 `(N, H·W)`, the nearest visible pixel of each pixel.
+        distance: float32 `(N, 1, H, W)`, how far that is, in pixels.
     """
 
     pixel_values: Tensor
     hidden: Tensor
+    nearest: Tensor
+    distance: Tensor
+
+    @classmethod
+    def of(cls, pixel_values: Tensor, hidden: Tensor) -> "MaskedImages":
+        """Hides pixels of images `(N, C, H, W)`. `hidden` is bool `(N, 1, H, W)`.
+
+        A constant would change more codes of the visible part: convolutions reach across the border, and group
+        normalization and attention mix the whole image.
+        """
+        found = [_nearest(mask) for mask in hidden[:, 0].numpy()]
+        nearest, distance = (torch.stack(each) for each in zip(*found, strict=True))
+        visible = pixel_values.masked_fill(hidden, float(normalize(torch.tensor(BLANK))))
+        return cls(_taken(visible, nearest), hidden, nearest, distance[:, None])
+
+
+def _nearest(mask: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Index `(H·W,)` of the nearest visible pixel and its distance `(H, W)`; without any, its own and infinity."""
+    if mask.all():
+        return torch.arange(mask.size), torch.full(mask.shape, torch.inf)
+    distance, (rows, columns) = distance_transform_edt(mask, return_indices=True)
+    index = np.ravel_multi_index((rows, columns), mask.shape)
+    return torch.from_numpy(index).flatten(), torch.from_numpy(distance).float()
+
+
+def _taken(images: Tensor, index: Tensor) -> Tensor:
+    """Images `(N, C, H, W)` whose pixels are taken from the places `index` `(N, H·W)`."""
+    return images.flatten(2).gather(2, index[:, None].expand(-1, images.shape[1], -1)).view_as(images)
 
 
 def masked_images(processor: VQGANImageProcessor, images: Any, masks: Any) -> MaskedImages:
-    """Reads images and masks, blanks the hidden pixels, and brings both to the size of the processor.
+    """Reads images and masks, hides pixels, and brings both to the size of the processor.
 
     An image of another size is blanked before it is resized, because resizing mixes neighbouring pixels. Then every
     pixel counts as hidden that resizing could mix with a hidden one.
@@ -58,9 +89,10 @@ def masked_images(processor: VQGANImageProcessor, images: Any, masks: Any) -> Ma
                 "needs a mask of the same size"
             )
         image, mask = _resized(processor, image.masked_fill(mask[..., None], BLANK), mask)
-        prepared.append(image.masked_fill(mask[..., None], BLANK))
+        prepared.append(image)
         hidden.append(mask)
-    return MaskedImages(normalize(torch.stack(prepared).permute(0, 3, 1, 2)).contiguous(), torch.stack(hidden)[:, None])
+    pixel_values = normalize(torch.stack(prepared).permute(0, 3, 1, 2)).contiguous()
+    return MaskedImages.of(pixel_values, torch.stack(hidden)[:, None])
 
 
 def _resized(processor: VQGANImageProcessor, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,48 +132,34 @@ def _read(mask: Any, name: str) -> Tensor:
         if mask.has_transparency_data:
             raise ValueError(f"{name}: received a picture with transparency; needs black (keep) and white (repaint)")
         return pixels_of(mask, 1)[..., 0] >= HALF
-    mask = torch.from_numpy(np.array(mask)) if isinstance(mask, np.ndarray) else mask
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
+    if not isinstance(mask, np.ndarray | Tensor) or mask.dtype not in (np.bool_, torch.bool) or mask.ndim != 2:
         advice = "needs a PIL image, or an array or a tensor (H, W) of booleans, for instance mask > 0"
         raise ValueError(f"{name}: received {described(mask)}; {advice}")
-    return mask.cpu()
-
-
-def blank(pixel_values: Tensor, hidden: Tensor) -> Tensor:
-    """Images `(N, C, H, W)` in [-1, 1] whose hidden pixels, bool `(N or 1, 1, H, W)`, have the level BLANK."""
-    return pixel_values.masked_fill(hidden, float(normalize(torch.tensor(BLANK))))
+    return torch.as_tensor(mask).cpu()
 
 
 def known_codes(codes: Tensor, hidden: Tensor) -> Tensor:
-    """The codes of the places at which no pixel is hidden, int64 `(N, L)`; -1 at the others.
+    """The codes of the places at which no pixel is hidden, and -1 at the others.
 
     Args:
         codes: int64 `(N, h, w)` or `(N, h, w, G)`.
-        hidden: bool `(N or 1, 1, H, W)`; f is H / h.
+        hidden: bool `(N, 1, H, W)`; f is H / h.
     """
     places = F.max_pool2d(hidden.float(), hidden.shape[-1] // codes.shape[2])[:, 0].bool()
-    return codes.masked_fill(places if codes.ndim == 3 else places[..., None], -1).flatten(1)
+    return codes.masked_fill(places if codes.ndim == 3 else places[..., None], -1)
 
 
-def joined(images: Tensor, originals: Tensor, hidden: Tensor, seam: int) -> Tensor:
+def joined(images: Tensor, originals: MaskedImages, seam: int) -> Tensor:
     """New pixels where the originals are hidden, and the originals elsewhere.
 
-    At the border the two differ. The hidden side takes this difference over from its nearest visible pixels. It fades
+    At the border the two differ. A hidden pixel takes over this difference from the nearest visible pixel. It fades
     linearly to 0 over `seam` pixels. So there is no step, and no visible pixel changes.
 
     Args:
-        images: new images, `(N, C, H, W)`.
-        originals: `(N, C, H, W)`. Their hidden pixels have no influence.
-        hidden: bool `(N, 1, H, W)`.
+        images: new images, float32 `(N, C, H, W)`.
+        originals: the images whose visible pixels stay.
         seam: width in pixels; 0 leaves the step.
     """
-    difference = (originals - images).masked_fill(hidden, 0)
-    reached, faded = (~hidden).to(images.dtype), torch.zeros_like(images)
-    for step in range(1, seam + 1):
-        near = F.avg_pool2d(reached, 3, stride=1, padding=1)
-        new = (near > 0) & (reached == 0)
-        spread = F.avg_pool2d(difference, 3, stride=1, padding=1) / near.clamp(min=1e-3)
-        difference = torch.where(new, spread, difference)
-        faded = torch.where(new, spread * (1 - step / (seam + 1)), faded)
-        reached = reached.masked_fill(new, 1)
-    return torch.where(hidden, images + faded, originals)
+    pixel_values, hidden, nearest, distance = (tensor.to(images.device) for tensor in originals)
+    difference = _taken(pixel_values - images, nearest)
+    return torch.where(hidden, images + difference * (1 - distance / (seam + 1)).clamp(min=0), pixel_values)

@@ -356,6 +356,9 @@ class VQGANPipeline(Editing):
 
     # ------------------------------------------------------------------ helpers
 
+    def _sampled(self, prompts, seeds, options, batch_size, callback, known=None, groups=None):
+        return self._sampler.batches(self.prior, prompts, seeds, options, batch_size, callback, known)
+
     def _encoded(self, pixel_values: Tensor) -> Tensor:
         """Codes of prepared images `(N, C, H, W)`; see `encode`."""
         parts = pixel_values.split(images_at_once(self.vqgan, pixel_values[0, 0].numel()))

@@ -38,6 +38,7 @@ class CodeSampler:
         options: SamplingOptions,
         batch_size: int | None = None,
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
+        known=None,
     ) -> Iterator[Tensor]:
         """Yields codes int64 `(n, *codes_shape)`, batch by batch. One progress bar covers all batches.
 
@@ -58,7 +59,11 @@ class CodeSampler:
             self.decoders.borrow(prior, batch_size * (2 if options.guided else 1)) as decoder,
             tqdm(total=batches * length, **{"desc": "sampling", "unit": "code", **self.progress_bar}) as bar,
         ):
-            for labels, some_seeds in zip(prompts.split(batch_size), seeds.split(batch_size), strict=True):
+            if known is None:
+                known = seeds.new_full((len(seeds), length), -1)
+            for labels, some_seeds, some_known in zip(
+                prompts.split(batch_size), seeds.split(batch_size), known.split(batch_size), strict=True
+            ):
                 count = len(labels)
                 # fill up the last batch: with one batch size, one recorded step serves all batches
                 fill = torch.arange(batch_size, device=labels.device).clamp(max=count - 1)
@@ -78,5 +83,6 @@ class CodeSampler:
                     self.layout.num_codes,
                     options,
                     on_step,
+                    some_known[fill],
                 )
                 yield codes[:count].view(-1, *self.layout.codes_shape)

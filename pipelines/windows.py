@@ -3,8 +3,8 @@
 Windows overlap by half. Each takes the codes that earlier windows have sampled as known, and samples the others. So the
 prior only ever sees sequences of the length that it has learnt.
 
-Source: Esser et al. 2021, "Taming transformers for high-resolution image synthesis", section 3.3. The original moves the
-window by one code and samples one code in each; here a window samples all codes that are new in it.
+Source: Esser et al. 2021, "Taming transformers for high-resolution image synthesis", section 3.3. The original moves
+the window by one code and samples one code in each; here a window samples all codes that are new in it.
 
 Shape letters: N images, h w grid of a window, h' w' the larger grid, G codes at each position.
 """

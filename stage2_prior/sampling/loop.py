@@ -55,6 +55,7 @@ def sample(
     num_codes: int,
     options: SamplingOptions,
     on_step: OnStep | None = None,
+    known=None,
 ) -> Tensor:
     """Samples the codes of one batch of images.
 
@@ -105,6 +106,8 @@ def sample(
                 logits = guide(logits, scales[position])
             total += logits.amax(-1)
             codes = pick(logits, noise_at(position), options)
+            if known is not None:
+                codes = torch.where(known[:, position] >= 0, known[:, position], codes)
             tokens[:, place] = codes.repeat(2) if guided else codes
             if on_step is not None:
                 on_step(position, codes)

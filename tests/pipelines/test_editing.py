@@ -1,0 +1,272 @@
+"""Edits of images: hidden pixels have no influence, visible ones stay, the prior samples the rest."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import VQGANPipeline
+from pipelines.masks import MaskedImages, joined, known_codes, masked_images
+from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
+from stage2_prior import TokenLayout
+from tests import tiny
+from tests.devices import DEVICE
+
+QUANTIZERS = {
+    "one code": {},
+    "residual": {"quantizer": "residual", "quantizer_options": {"depth": 2}},
+    "pyramid": {"quantizer": "pyramid", "quantizer_options": {"hidden_channels": 8, "num_res_blocks": 1}},
+}
+
+
+def noise(count: int, *size: int, seed: int = 0) -> np.ndarray:
+    """Gray images uint8 `(count, *size)`, coarse noise."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (count, 4, 4), np.uint8)
+    return np.stack([np.array(Image.fromarray(image).resize(size[::-1])) for image in coarse])
+
+
+@torch.no_grad()
+def make_pipeline(kind, random_prior) -> VQGANPipeline:
+    """A random pipeline for images of 16×16 pixels. Its encoder has attention, and images use many of its codes."""
+    torch.manual_seed(0)
+    vqgan = VQGANModel(VQGANConfig(**tiny.VQGAN | {"attn_resolutions": [4]}, **QUANTIZERS[kind]))
+    latents = vqgan.encode(torch.rand(64, 1, 16, 16) * 2 - 1).latents
+    for index, codebook in enumerate(vqgan.quantize.codebooks):
+        rows = vqgan.quantize.inputs(latents)[index]
+        codebook.place_entries(rows[torch.randperm(len(rows))[: codebook.num_embeddings]])
+    config = vqgan.config
+    fingerprint = config.fingerprint = vqgan.compute_fingerprint()
+    layout = TokenLayout(32, ("ant", "bee", "cat"), config.grid, 4, fingerprint, grids=config.grids)
+    pipeline = VQGANPipeline(vqgan, random_prior("llama", layout), VQGANImageProcessor(16, 1), layout)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def pipe(random_prior):
+    return make_pipeline("one code", random_prior)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return list(noise(3, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def mask():
+    """Cuts through codes: of the 4×4 codes, 2×3 are not wholly visible."""
+    mask = np.zeros((16, 16), bool)
+    mask[5:11, 6:14] = True
+    return mask
+
+
+LABELS = ["cat", "ant", "cat"]
+
+
+# ---------------------------------------------------------------------- what is hidden, and what stays
+
+
+def test_hidden_pixels_have_no_influence(pipe, images, mask):
+    others = [np.where(mask, 255 - image, image) for image in images]
+    assert not np.array_equal(pipe.encode(images).cpu(), pipe.encode(others).cpu())
+    first, second = (pipe.inpaint(some, mask, LABELS, seed=5, output_type="np") for some in (images, others))
+    assert torch.equal(first.codes, second.codes) and np.array_equal(first.images, second.images)
+
+
+def test_hidden_pixels_of_images_of_another_size_have_no_influence(pipe):
+    pictures, mask = noise(2, 50, 37), np.zeros((50, 37), bool)
+    mask[20:31, 11:25] = True
+    others = np.where(mask, 255 - pictures, pictures)
+    first, second = (pipe.inpaint(list(some), mask, seed=5, output_type="np") for some in (pictures, others))
+    assert torch.equal(first.codes, second.codes) and np.array_equal(first.images, second.images)
+    given = masked_images(pipe.image_processor, list(pictures), mask)
+    visible = ~given.hidden
+    expected = pipe.image_processor(list(pictures))["pixel_values"]
+    assert torch.equal(given.pixel_values[visible], expected[visible]) and 0.2 < visible.float().mean() < 0.9
+
+
+@pytest.mark.parametrize("kept", [{"rows": 7}, {"box": (3, 2, 12, 9)}])
+def test_what_is_not_kept_has_no_influence(pipe, images, kept):
+    left, top, right, bottom = kept.get("box", (0, 0, 16, 7))
+    others = [255 - image for image in images]
+    for image, other in zip(images, others, strict=True):
+        other[top:bottom, left:right] = image[top:bottom, left:right]
+    first, second = (pipe.complete(some, class_labels="bee", seed=5, **kept) for some in (images, others))
+    assert torch.equal(first.codes, second.codes)
+    for one, other, image in zip(first.images, second.images, images, strict=True):
+        assert one.tobytes() == other.tobytes() and one.tobytes() != image.tobytes()
+        assert np.array_equal(np.array(one)[top:bottom, left:right], image[top:bottom, left:right])
+
+
+@pytest.mark.parametrize("seam", [None, 0, 20])
+def test_visible_pixels_are_those_of_the_original(pipe, images, mask, seam):
+    out = pipe.inpaint(images, mask, LABELS, seed=5, seam=seam)
+    tensors = pipe.inpaint(images, mask, LABELS, seed=5, seam=seam, output_type="pt").images
+    assert out.labels == LABELS and out.seeds == [5, 6, 7] and len(out) == 3
+    for image, original, tensor in zip(out.images, images, tensors.cpu(), strict=True):
+        assert np.array_equal(np.array(image)[~mask], original[~mask])
+        assert not np.array_equal(np.array(image)[mask], original[mask])
+        assert np.array_equal(np.round(tensor[0].numpy() * 255).astype(np.uint8), np.array(image))
+
+
+def test_codes_with_a_hidden_pixel_are_not_known():
+    hidden = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    hidden[..., 7, 4:9] = True
+    expected = torch.arange(16).view(1, 4, 4)
+    known = known_codes(expected, hidden)
+    assert (known < 0).nonzero()[:, 1:].tolist() == [[1, 1], [1, 2]]
+    assert torch.equal(known[known >= 0], expected[known >= 0])
+
+
+def test_the_seam_fades_on_the_hidden_side():
+    hidden = torch.zeros(1, 1, 1, 8, dtype=torch.bool)
+    hidden[..., 3:] = True
+    originals = MaskedImages.of(torch.tensor([0.0, 0.2, 0.4, 9, 9, 9, 9, 9]).view(1, 1, 1, 8), hidden)
+    assert originals.pixel_values.flatten().tolist() == pytest.approx([0.0, 0.2, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4])
+    out = joined(torch.zeros(1, 1, 1, 8), originals, seam=3).flatten().tolist()
+    assert out == pytest.approx([0.0, 0.2, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0])
+    assert joined(torch.zeros(1, 1, 1, 8), originals, seam=0).flatten().tolist()[3:] == [0.0] * 5
+
+
+# ---------------------------------------------------------------------- what is sampled
+
+
+@torch.no_grad()
+def greedy(pipe, prompt, known):
+    """The most likely codes after a prompt, where `known` `(L,)` has -1: a full forward for each code."""
+    tokens = [prompt]
+    for code in known.flatten().tolist():
+        if code < 0:
+            logits = pipe.prior(torch.tensor([tokens], device=DEVICE)).logits[0, -1, : pipe.layout.num_codes]
+            code = int(logits.argmax())
+        tokens.append(code)
+    return torch.tensor(tokens[1:])
+
+
+@pytest.mark.parametrize("kind", ["one code", "residual"])
+def test_new_codes_are_the_most_likely_after_the_known_ones(kind, random_prior, images, mask):
+    pipe = make_pipeline(kind, random_prior)
+    out = pipe.inpaint(images, mask, "bee", temperature=0.0, output_type="codes")
+    given = masked_images(pipe.image_processor, images, mask)
+    known = known_codes(pipe._encoded(given.pixel_values).cpu(), given.hidden)
+    assert out.images is None and out.codes.shape == (3, *pipe.layout.codes_shape)
+    assert (known < 0).float().mean() == 6 / 16
+    for codes, some in zip(out.codes.cpu(), known, strict=True):
+        assert torch.equal(codes.flatten(), greedy(pipe, 32 + 1, some))
+
+
+def test_an_image_without_visible_pixels_is_a_generated_one(pipe, images):
+    options = {"guidance_scale": 2.0, "top_k": 20, "seed": 5, "output_type": "np"}
+    out = pipe.inpaint(images, np.ones((16, 16), bool), LABELS, **options)
+    generated = pipe.generate(LABELS, **options)
+    assert torch.equal(out.codes, generated.codes) and out.seeds == generated.seeds
+    np.testing.assert_allclose(out.images, generated.images, atol=1e-4)
+    assert torch.equal(pipe.vary(images, 1.0, LABELS, **options).codes, generated.codes)
+
+
+def test_an_image_without_hidden_pixels_stays(pipe, images):
+    out = pipe.inpaint(images, np.zeros((16, 16), bool), seed=5)
+    assert torch.equal(out.codes, pipe.encode(images)) and out.labels is None
+    assert all(np.array_equal(np.array(image), original) for image, original in zip(out.images, images, strict=True))
+
+
+def test_an_image_does_not_depend_on_the_others(pipe, images, mask):
+    masks = [mask, mask.T, ~mask]
+    options = {"guidance_scale": 2.0, "output_type": "np"}
+    together = pipe.inpaint(images, masks, LABELS, seed=5, batch_size=2, **options)
+    for number in range(3):
+        alone = pipe.inpaint(images[number], masks[number], LABELS[number], seed=5 + number, **options)
+        assert torch.equal(alone.codes[0], together.codes[number])
+        np.testing.assert_allclose(alone.images[0], together.images[number], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_variants_keep_the_first_codes(kind, random_prior, images):
+    pipe = make_pipeline(kind, random_prior)
+    length, codes = pipe.layout.length, pipe.encode(images).flatten(1)
+    out = pipe.vary(images, 0.3, LABELS, seed=5, output_type="pt")
+    kept = length - round(0.3 * length)
+    new = out.codes.flatten(1)
+    assert torch.equal(new[:, :kept], codes[:, :kept])
+    assert (new[:, kept:] != codes[:, kept:]).float().mean() > 0.5
+    assert out.images.shape == (3, 1, 16, 16) and out.codes.shape == (3, *pipe.layout.codes_shape)
+    assert (pipe.vary(images, 1e-9, "ant").codes.flatten(1) == codes).sum(1).min() >= length - 1
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+def test_masks_of_all_types_are_read_alike(pipe, images, mask):
+    picture = Image.fromarray(np.where(mask, 200, 100).astype(np.uint8))
+    expected = pipe.inpaint(images, mask, seed=5, output_type="codes").codes
+    for masks in (
+        picture,
+        torch.from_numpy(mask),
+        [mask] * 3,
+        np.stack([mask] * 3),
+        picture.convert("RGB"),
+        [picture] * 3,
+    ):
+        assert torch.equal(pipe.inpaint(images, masks, seed=5, output_type="codes").codes, expected)
+
+
+BLACK = np.zeros((16, 16), bool)
+# method and arguments, words of the message
+REFUSED = {
+    "masks of other numbers": ("inpaint", {"masks": [BLACK] * 2}, "masks: received a list of 2 for 3 images"),
+    "a stack of other masks": ("inpaint", {"masks": np.stack([BLACK] * 2)}, "masks: received ndarray bool (2, 16, 16)"),
+    "a mask of another size": (
+        "inpaint",
+        {"masks": BLACK[:8]},
+        "masks: received 8 × 16 pixels (height × width) for images[0], which has 16 × 16; needs a mask of the same size",
+    ),
+    "a mask of numbers": ("inpaint", {"masks": BLACK * 1.0}, "masks: received ndarray float64 (16, 16); needs a PIL"),
+    "a mask with channels": ("inpaint", {"masks": [BLACK[None]] * 3}, "masks[0]: received ndarray bool (1, 16, 16)"),
+    "a transparent mask": ("inpaint", {"masks": Image.new("RGBA", (16, 16))}, "masks: received a picture with transp"),
+    "no mask": ("inpaint", {"masks": None}, "masks: received None for 3 images; needs one mask for each, or one"),
+    "labels of other numbers": ("inpaint", {"masks": BLACK, "class_labels": [1, 2]}, "class_labels: received 2 labels"),
+    "unknown label": ("inpaint", {"masks": BLACK, "class_labels": "dog"}, "class_labels: received 'dog'"),
+    "guidance of nothing": ("inpaint", {"masks": BLACK, "guidance_scale": 2.0}, "guidance needs class_labels"),
+    "a seam of text": ("inpaint", {"masks": BLACK, "seam": "2"}, "seam: received '2'; must be a whole number"),
+    "seeds of other numbers": ("inpaint", {"masks": BLACK, "seed": [1]}, "seed: received a list of 1 for 3 images"),
+    "output type": ("inpaint", {"masks": BLACK, "output_type": "png"}, "output_type: received 'png'; allowed are"),
+    "nothing kept": ("complete", {}, "rows, box: received neither; give one of them"),
+    "two things kept": ("complete", {"rows": 2, "box": (0, 0, 4, 4)}, "rows, box: received both; give one of them"),
+    "all rows": ("complete", {"rows": 16}, "rows: received 16; must be a whole number from 1 to 15"),
+    "a box of three": ("complete", {"box": (0, 0, 4)}, "box: received (0, 0, 4); needs left, top, right, bottom"),
+    "a box upside down": ("complete", {"box": (0, 5, 4, 4)}, "box: received (0, 5, 4, 4); needs left < right <= 16"),
+    "a box outside": ("complete", {"box": (0, 0, 17, 4)}, "box: received (0, 0, 17, 4); needs left < right <= 16"),
+    "no variation": ("vary", {"strength": 0}, "strength: received 0; allowed is a number above 0, up to 1"),
+    "too much variation": ("vary", {"strength": 1.5}, "strength: received 1.5; allowed is a number above 0, up to 1"),
+    "no side": ("outpaint", {}, "left, top, right, bottom: received 0 for each; give the pixels to add"),
+    "half a code": ("outpaint", {"left": 6}, "left: received 6; must be a multiple of 4, the pixels of a code"),
+    "a negative side": ("outpaint", {"top": -4}, "top: received -4; must be a whole number from 0 up"),
+    "too many pixels": ("outpaint", {"top": 4 * 10**9}, "images: received 3; "),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_arguments_are_refused(case, pipe, images):
+    method, arguments, message = REFUSED[case]
+    with pytest.raises(ValueError) as refusal:
+        getattr(pipe, method)(images, **arguments)
+    assert message in str(refusal.value)
+
+
+def test_unknown_arguments_are_refused(pipe, images):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        pipe.complete(images, rows=4, temprature=1.0)
+
+
+def test_codes_of_several_grids_belong_to_no_part_of_an_image(random_prior, images):
+    pipe = make_pipeline("pyramid", random_prior)
+    for edit in (
+        lambda: pipe.inpaint(images, BLACK),
+        lambda: pipe.complete(images, rows=8),
+        lambda: pipe.outpaint(images, left=4),
+    ):
+        with pytest.raises(ValueError, match=r"this tokenizer has 2×2 and 4×4 codes, .* use vary"):
+            edit()
