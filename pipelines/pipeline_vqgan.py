@@ -4,7 +4,7 @@ Shape letters: N images, h w code grid, L codes of an image, K codebook size. Co
 tokenizer has several codes at each position or several grids, `(N, h, w, G)` or `(N, L)`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,16 @@ from pipelines.arguments import (
     shard_size,
 )
 from pipelines.chunks import images_at_once
-from pipelines.editing import Editing
-from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput, pipeline_text
+from pipelines.outputs import VQGANPipelineOutput, pipeline_text
 from pipelines.requests import condition_tokens, image_seeds, require_conditions, require_memory
 from pipelines.sampling import CodeSampler
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, require_callback
 
+OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
-class VQGANPipeline(Editing):
+
+class VQGANPipeline:
     """Generates images: the prior samples codes, the tokenizer decodes them.
 
     Args:
@@ -183,23 +184,11 @@ class VQGANPipeline(Editing):
             min_p=min_p,
         )
         require_conditions(self.layout, options, has_labels=class_labels is not None)
-        prompts = condition_tokens(
-            class_labels, num_images, num_images_per_label, self.vqgan, self.layout, output_type
-        ).to(self.device)
+        prompts = condition_tokens(class_labels, num_images, num_images_per_label, self.vqgan, self.layout, output_type)
         seeds = image_seeds(len(prompts), seed, generator)
-        codes, images = [], []
-        for batch in self._sampler.batches(
-            self.prior, prompts, seeds.to(self.device), options, batch_size, callback_on_step_end
-        ):
-            codes.append(batch)
-            if output_type != "codes":
-                images += self._decoded(batch, output_type)
-        return VQGANPipelineOutput(
-            images=_join(images, output_type),
-            codes=torch.cat(codes),
-            labels=None if class_labels is None else self.layout.names_of(prompts[:, 0]),
-            seeds=seeds.tolist(),
-        )
+        labels = None if class_labels is None else self.layout.names_of(prompts[:, 0])
+        batches = self._sampled(prompts, seeds, options, batch_size, callback_on_step_end)
+        return self._output(batches, output_type, labels, seeds)
 
     __call__ = generate
 
@@ -214,7 +203,13 @@ class VQGANPipeline(Editing):
             ValueError: an image has another type, shape, dtype or range.
             FloatingPointError: latents were NaN or infinite.
         """
-        return self._encoded(self.image_processor(images)["pixel_values"])
+        pixel_values = self.image_processor(images)["pixel_values"]
+        parts = pixel_values.split(images_at_once(self.vqgan, pixel_values[0, 0].numel()))
+        encoded = [self.vqgan.encode(part.to(self.device, self.vqgan.dtype)) for part in parts]
+        if not torch.stack([part.latents.isfinite().all() for part in encoded]).all():
+            advice = "load the pipeline in float32, or check whether the tokenizer's weights are damaged"
+            raise FloatingPointError(f"the tokenizer's latents are NaN or infinite in {self.vqgan.dtype}; {advice}")
+        return torch.cat([part.codes for part in encoded])
 
     @torch.no_grad()
     def decode(self, codes: Any, output_type: str = "pil") -> Any:
@@ -356,27 +351,42 @@ class VQGANPipeline(Editing):
 
     # ------------------------------------------------------------------ helpers
 
-    def _sampled(self, prompts, seeds, options, batch_size, callback, known=None, groups=None):
-        return self._sampler.batches(self.prior, prompts, seeds, options, batch_size, callback, known)
+    def _sampled(
+        self,
+        prompts: Tensor,
+        seeds: Tensor,
+        options: SamplingOptions,
+        batch_size: int | None,
+        callback_on_step_end: Callable[[int, Tensor], None] | None,
+        known: Tensor | None = None,
+        groups: Sequence[Sequence[str] | None] = (None,),
+    ) -> Iterator[Tensor]:
+        """Samples codes `(n, *codes_shape)` batch by batch; see `CodeSampler.batches` for the arguments."""
+        prompts, seeds = prompts.to(self.device), seeds.to(self.device)
+        known = None if known is None else known.to(self.device)
+        return self._sampler.batches(
+            self.prior, prompts, seeds, options, batch_size, callback_on_step_end, known, groups
+        )
 
-    def _encoded(self, pixel_values: Tensor) -> Tensor:
-        """Codes of prepared images `(N, C, H, W)`; see `encode`."""
-        parts = pixel_values.split(images_at_once(self.vqgan, pixel_values[0, 0].numel()))
-        encoded = [self.vqgan.encode(part.to(self.device, self.vqgan.dtype)) for part in parts]
-        if not torch.stack([part.latents.isfinite().all() for part in encoded]).all():
-            advice = "load the pipeline in float32, or check whether the tokenizer's weights are damaged"
-            raise FloatingPointError(f"the tokenizer's latents are NaN or infinite in {self.vqgan.dtype}; {advice}")
-        return torch.cat([part.codes for part in encoded])
+    def _output(
+        self, batches: Iterable[Tensor], output_type: str, labels: list[str] | None, seeds: Tensor
+    ) -> VQGANPipelineOutput:
+        """Collects sampled codes, and decodes each batch when it is sampled."""
+        codes, images = [], []
+        for batch in batches:
+            codes.append(batch)
+            if output_type != "codes":
+                images += self._decoded(batch, output_type)
+        return VQGANPipelineOutput(_join(images, output_type), torch.cat(codes), labels, seeds.tolist())
 
     def _decoded(self, codes: Tensor, output_type: str) -> list[Any]:
         """Images of codes in `[0, K)`, in parts that fit in memory. Refuses NaN or infinite pixels."""
-        return [self.image_processor.postprocess(part, output_type) for part in self._decoded_parts(codes)]
-
-    def _decoded_parts(self, codes: Tensor) -> Iterator[Tensor]:
-        """The decoder's output for codes in `[0, K)`, `(n, C, H, W)`, in parts that fit in memory."""
         # not decode_codes: its check of the codes would wait for the GPU
-        for part in codes.split(images_at_once(self.vqgan, self._pixels(codes))):
-            yield self.vqgan.decode(self.vqgan.lookup(part, self.layout.grid))
+        decoded = (
+            self.vqgan.decode(self.vqgan.lookup(part, self.layout.grid))
+            for part in codes.split(images_at_once(self.vqgan, self._pixels(codes)))
+        )
+        return [self.image_processor.postprocess(part, output_type) for part in decoded]
 
     def _pixels(self, codes: Tensor) -> int:
         """Number of pixels of the image of each row of codes, H·W."""
