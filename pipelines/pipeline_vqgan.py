@@ -25,16 +25,15 @@ from pipelines.arguments import (
     shard_size,
 )
 from pipelines.chunks import images_at_once
-from pipelines.outputs import VQGANPipelineOutput, pipeline_text
+from pipelines.editing import Editing
+from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput, pipeline_text
 from pipelines.requests import condition_tokens, image_seeds, require_conditions, require_memory
 from pipelines.sampling import CodeSampler
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, require_callback
 
-OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
-
-class VQGANPipeline:
+class VQGANPipeline(Editing):
     """Generates images: the prior samples codes, the tokenizer decodes them.
 
     Args:
@@ -203,13 +202,7 @@ class VQGANPipeline:
             ValueError: an image has another type, shape, dtype or range.
             FloatingPointError: latents were NaN or infinite.
         """
-        pixel_values = self.image_processor(images)["pixel_values"]
-        parts = pixel_values.split(images_at_once(self.vqgan, pixel_values[0, 0].numel()))
-        encoded = [self.vqgan.encode(part.to(self.device, self.vqgan.dtype)) for part in parts]
-        if not torch.stack([part.latents.isfinite().all() for part in encoded]).all():
-            advice = "load the pipeline in float32, or check whether the tokenizer's weights are damaged"
-            raise FloatingPointError(f"the tokenizer's latents are NaN or infinite in {self.vqgan.dtype}; {advice}")
-        return torch.cat([part.codes for part in encoded])
+        return self._encoded(self.image_processor(images)["pixel_values"])
 
     @torch.no_grad()
     def decode(self, codes: Any, output_type: str = "pil") -> Any:
@@ -379,14 +372,24 @@ class VQGANPipeline:
                 images += self._decoded(batch, output_type)
         return VQGANPipelineOutput(_join(images, output_type), torch.cat(codes), labels, seeds.tolist())
 
+    def _encoded(self, pixel_values: Tensor) -> Tensor:
+        """Codes of prepared images `(N, C, H, W)`; see `encode`."""
+        parts = pixel_values.split(images_at_once(self.vqgan, pixel_values[0, 0].numel()))
+        encoded = [self.vqgan.encode(part.to(self.device, self.vqgan.dtype)) for part in parts]
+        if not torch.stack([part.latents.isfinite().all() for part in encoded]).all():
+            advice = "load the pipeline in float32, or check whether the tokenizer's weights are damaged"
+            raise FloatingPointError(f"the tokenizer's latents are NaN or infinite in {self.vqgan.dtype}; {advice}")
+        return torch.cat([part.codes for part in encoded])
+
     def _decoded(self, codes: Tensor, output_type: str) -> list[Any]:
         """Images of codes in `[0, K)`, in parts that fit in memory. Refuses NaN or infinite pixels."""
+        return [self.image_processor.postprocess(part, output_type) for part in self._decoded_parts(codes)]
+
+    def _decoded_parts(self, codes: Tensor) -> Iterator[Tensor]:
+        """The decoder's output for codes in `[0, K)`, `(n, C, H, W)`, in parts that fit in memory."""
         # not decode_codes: its check of the codes would wait for the GPU
-        decoded = (
-            self.vqgan.decode(self.vqgan.lookup(part, self.layout.grid))
-            for part in codes.split(images_at_once(self.vqgan, self._pixels(codes)))
-        )
-        return [self.image_processor.postprocess(part, output_type) for part in decoded]
+        for part in codes.split(images_at_once(self.vqgan, self._pixels(codes))):
+            yield self.vqgan.decode(self.vqgan.lookup(part, self.layout.grid))
 
     def _pixels(self, codes: Tensor) -> int:
         """Number of pixels of the image of each row of codes, H·W."""

@@ -104,8 +104,6 @@ class TokenLayout:
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
-    family = "causal"
-
     @property
     def num_classes(self) -> int:
         """C."""
