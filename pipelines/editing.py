@@ -16,8 +16,8 @@ from pipelines.arguments import listed_labels
 from pipelines.masks import MaskedImages, joined, known_codes, masked_images
 from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput
 from pipelines.requests import condition_tokens, image_seeds, require_conditions, require_memory
-from pipelines.windows import sample_windows
-from stage1_vqgan import VQGANImageProcessor, VQGANModel
+from pipelines.windows import require_one_grid, sample_windows
+from stage1_vqgan import VQGANImageProcessor
 from stage2_prior import SamplingOptions, TokenLayout, require_callback
 
 
@@ -156,7 +156,7 @@ class Editing:
         f = self.layout.downsampling_factor
         sides = {"left": left, "right": right, "top": top, "bottom": bottom}
         require_sides(sides, f)
-        self._require_one_grid()
+        require_one_grid(self.layout, "images")
         pixel_values = self.image_processor(images)["pixel_values"]
         pixels, places = tuple(sides.values()), tuple(side // f for side in sides.values())
         height, width = self.layout.image_shape
@@ -166,7 +166,7 @@ class Editing:
         codes = self._encoded(pixel_values)
         known = F.pad(codes, places if codes.ndim == 3 else (0, 0, *places), value=-1)
         given = MaskedImages.of(F.pad(pixel_values, pixels), hidden)
-        return self._finished(request, self._windows(request, known), given, self._seam(seam))
+        return self._finished(request, self._sample(request, known), given, self._seam(seam))
 
     @torch.no_grad()
     def vary(
@@ -192,20 +192,19 @@ class Editing:
         request = self._request(len(pixel_values), self.layout.pixels, class_labels, **sampling)
         known = self._encoded(pixel_values).flatten(1)
         count = max(1, round(strength * self.layout.length))
-        known[self._changed(request.seeds, count)] = -1
-        codes = self._sample(request, known, request.seeds).view(-1, *self.layout.codes_shape)
-        return self._finished(request, codes)
+        known[self._changed(request.seeds.to(known.device), count)] = -1
+        return self._finished(request, self._sample(request, known))
 
     # ------------------------------------------------------------------ helpers
 
     def _repainted(
         self, given: MaskedImages, class_labels: Any, seam: int | None, sampling: dict[str, Any]
     ) -> VQGANPipelineOutput:
-        self._require_one_grid()
+        require_one_grid(self.layout, "images")
         seam = self._seam(seam)
         request = self._request(len(given.hidden), self.layout.pixels, class_labels, **sampling)
         known = known_codes(self._encoded(given.pixel_values), given.hidden.to(self.vqgan.device))
-        return self._finished(request, self._windows(request, known), given, seam)
+        return self._finished(request, self._sample(request, known), given, seam)
 
     def _request(
         self,
@@ -227,25 +226,23 @@ class Editing:
         require_conditions(self.layout, sampling, has_labels=class_labels is not None)
         require_memory("images", count, count, pixels, self.vqgan, self.layout, output_type)
         labels = None if class_labels is None else label_of_each(class_labels, count)
-        prompts = condition_tokens(
-            labels, count if labels is None else None, 1, self.vqgan, self.layout, output_type
-        ).to(self.vqgan.device)
+        number = count if labels is None else None
+        prompts = condition_tokens(labels, number, 1, self.vqgan, self.layout, output_type)
         names = None if labels is None else self.layout.names_of(prompts[:, 0])
-        seeds = image_seeds(count, seed, generator).to(self.vqgan.device)
+        seeds = image_seeds(count, seed, generator)
         return EditRequest(prompts, seeds, sampling, output_type, batch_size, callback_on_step_end, names)
 
-    def _sample(self, request: EditRequest, known: Tensor, seeds: Tensor) -> Tensor:
-        """Codes int64 `(N, L)`: those of `known`, and sampled ones where it has -1."""
-        batches = self._sampled(
-            request.prompts, seeds, request.options, request.batch_size, request.callback, known=known
-        )
-        return torch.cat([codes.flatten(1) for codes in batches])
+    def _sample(self, request: EditRequest, known: Tensor) -> Tensor:
+        """Codes of the shape of `known`, which is that of images of any size; -1 where a code is sampled."""
 
-    def _windows(self, request: EditRequest, known: Tensor) -> Tensor:
-        def sample(known: Tensor, seeds: Tensor) -> Tensor:
-            return self._sample(request, known, seeds)
+        def sample(seeds: Tensor, known: Tensor) -> Iterator[Tensor]:
+            return self._sampled(
+                request.prompts, seeds, request.options, request.batch_size, request.callback, known=known
+            )
 
-        return sample_windows(sample, known, request.seeds, self.layout.grid)
+        if known.ndim == 2:
+            return torch.cat([*sample(request.seeds, known)])
+        return sample_windows(sample, request.seeds, known, self.layout.grid)
 
     def _finished(
         self, request: EditRequest, codes: Tensor, given: MaskedImages | None = None, seam: int = 0
@@ -268,13 +265,6 @@ class Editing:
 
     def _seam(self, seam: int | None) -> int:
         return self.layout.downsampling_factor if seam is None else whole("seam", seam, least=0, most=LARGEST_SEAM)
-
-    def _require_one_grid(self) -> None:
-        if len(self.layout.all_grids) > 1:
-            raise ValueError(
-                f"images: this tokenizer has {self.layout.codes_text} codes, and a code of the coarse grid describes "
-                "more than one part, so no part is known without the others; use vary, or a tokenizer with one grid"
-            )
 
 
 LARGEST_SEAM = 2**10  # pixels

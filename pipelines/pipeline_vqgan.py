@@ -29,6 +29,7 @@ from pipelines.editing import Editing
 from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput, pipeline_text
 from pipelines.requests import condition_tokens, image_seeds, require_conditions, require_memory
 from pipelines.sampling import CodeSampler
+from pipelines.windows import larger_grid, sample_windows
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, require_callback
 
@@ -134,6 +135,7 @@ class VQGANPipeline(Editing):
         output_type: str = "pil",
         batch_size: int | None = None,
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
+        image_size: int | tuple[int, int] | None = None,
     ) -> VQGANPipelineOutput:
         """Generates images.
 
@@ -161,6 +163,9 @@ class VQGANPipeline(Editing):
             output_type: "pil", "np" (N, H, W, C), "pt" (N, C, H, W), both in [0, 1], or "codes" (not decoded).
             batch_size: images sampled at once; by default as many as fit in memory, at most 64 on a CPU, 256 on CUDA.
             callback_on_step_end: called after each step with the position and the codes `(n,)` sampled there.
+            image_size: height and width of larger images than those of the training, in pixels, or the side of a
+                square; multiples of the downsampling factor. Windows of the trained size slide over the larger grid of
+                codes, see `pipelines/windows.py`. The steps of callback_on_step_end are then those of each window.
 
         Returns:
             [`VQGANPipelineOutput`].
@@ -186,8 +191,18 @@ class VQGANPipeline(Editing):
         prompts = condition_tokens(class_labels, num_images, num_images_per_label, self.vqgan, self.layout, output_type)
         seeds = image_seeds(len(prompts), seed, generator)
         labels = None if class_labels is None else self.layout.names_of(prompts[:, 0])
-        batches = self._sampled(prompts, seeds, options, batch_size, callback_on_step_end)
-        return self._output(batches, output_type, labels, seeds)
+
+        def sample(seeds: Tensor, known: Tensor | None = None) -> Iterator[Tensor]:
+            return self._sampled(prompts, seeds, options, batch_size, callback_on_step_end, known)
+
+        if image_size is None:
+            return self._output(sample(seeds), output_type, labels, seeds)
+        grid = larger_grid(self.layout, image_size)
+        pixels = grid[0] * grid[1] * self.layout.downsampling_factor**2
+        require_memory("image_size", image_size, len(prompts), pixels, self.vqgan, self.layout, output_type)
+        known = torch.full((len(prompts), *grid, *self.layout.codes_shape[2:]), -1, device=self.device)
+        codes = sample_windows(sample, seeds, known, self.layout.grid)
+        return self._output([codes], output_type, labels, seeds)
 
     __call__ = generate
 
