@@ -53,6 +53,16 @@ def test_hidden_pixels_of_images_of_another_size_have_no_influence(pipe):
     assert torch.equal(given.pixel_values[visible], expected[visible]) and 0.2 < visible.float().mean() < 0.9
 
 
+def test_single_hidden_pixels_of_a_large_image_have_no_influence(pipe):
+    """Each is less than a level of a pixel of the reduced image, so no pixel of it counts as hidden."""
+    pictures, mask = coarse_noise(1, 640, 640), np.zeros((640, 640), bool)
+    mask[20::40, 20::40] = True
+    given, other = (
+        masked_images(pipe.image_processor, list(some), mask) for some in (pictures, np.where(mask, 255, pictures))
+    )
+    assert torch.equal(given.pixel_values, other.pixel_values) and not given.hidden.any()
+
+
 @pytest.mark.parametrize("kept", [{"rows": 7}, {"box": (3, 2, 12, 9)}])
 def test_what_is_not_kept_has_no_influence(pipe, images, kept):
     left, top, right, bottom = kept.get("box", (0, 0, 16, 7))
