@@ -31,6 +31,7 @@ SAMPLING_KEYS = (
     "top_k",
     "top_p",
     "min_p",
+    "image_size",
 )
 ALL = "all"
 MOST_IMAGES = 10_000
@@ -52,6 +53,7 @@ class GenerateConfig(ImageOutput):
     temperature: below 1 gives more typical images, above 1 more varied ones; 0 always takes the most likely code
     top_k, top_p, min_p: sample from the k most likely codes (0 is all), from the most likely ones that add up to this
         probability, from codes at least this many times as likely as the most likely one
+    image_size: [height, width] of larger images than those of the training, or the side of a square
     batch_size: images sampled at once; null takes as many as fit in memory
     """
 
@@ -74,6 +76,7 @@ class GenerateConfig(ImageOutput):
     top_k: NonNegative = 0
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     min_p: Fraction = 0.0
+    image_size: Positive | list[Positive] | None = None
     batch_size: BatchSize | None = None
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
