@@ -18,6 +18,7 @@ QUANTIZERS = {
     "residual": {"quantizer": "residual", "quantizer_options": {"depth": 2}},
     "pyramid": {"quantizer": "pyramid", "quantizer_options": {"hidden_channels": 8, "num_res_blocks": 1}},
 }
+PRIORS = {"causal": "llama"}  # architecture of each family
 
 
 def coarse_noise(count: int, *size: int, seed: int = 0) -> np.ndarray:
@@ -28,11 +29,13 @@ def coarse_noise(count: int, *size: int, seed: int = 0) -> np.ndarray:
 
 
 @torch.no_grad()
-def random_pipeline(kind: str, random_prior: Callable[..., Any]) -> VQGANPipeline:
-    """A pipeline for gray images of 16×16 pixels, of a kind in QUANTIZERS. Its encoder has attention.
+def random_pipeline(random_prior: Callable[..., Any], kind: str = "one code", family: str = "causal") -> VQGANPipeline:
+    """A pipeline for gray images of 16×16 pixels. Its encoder has attention.
 
     Args:
         random_prior: the fixture.
+        kind: of the tokenizer, in QUANTIZERS.
+        family: of the prior, in PRIORS.
     """
     torch.manual_seed(0)
     vqgan = VQGANModel(VQGANConfig(**tiny.VQGAN | {"attn_resolutions": [4]}, **QUANTIZERS[kind]))
@@ -42,7 +45,7 @@ def random_pipeline(kind: str, random_prior: Callable[..., Any]) -> VQGANPipelin
         codebook.place_entries(rows[torch.randperm(len(rows))[: codebook.num_embeddings]])
     config = vqgan.config
     fingerprint = config.fingerprint = vqgan.compute_fingerprint()
-    layout = TokenLayout(32, ("ant", "bee", "cat"), config.grid, 4, fingerprint, grids=config.grids)
-    pipeline = VQGANPipeline(vqgan, random_prior("llama", layout), VQGANImageProcessor(16, 1), layout)
+    layout = TokenLayout(32, ("ant", "bee", "cat"), config.grid, 4, fingerprint, grids=config.grids, family=family)
+    pipeline = VQGANPipeline(vqgan, random_prior(PRIORS[family], layout), VQGANImageProcessor(16, 1), layout)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(DEVICE)

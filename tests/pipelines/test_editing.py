@@ -1,5 +1,7 @@
 """Edits of images: hidden pixels have no influence, visible ones stay, the prior samples the rest."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,12 @@ from PIL import Image
 
 from pipelines.masks import MaskedImages, joined, known_codes, masked_images
 from tests.devices import DEVICE
-from tests.random_pipelines import QUANTIZERS, coarse_noise, random_pipeline
+from tests.random_pipelines import PRIORS, QUANTIZERS, coarse_noise, random_pipeline
 
 
-@pytest.fixture(scope="module")
-def pipe(random_prior):
-    return random_pipeline("one code", random_prior)
+@pytest.fixture(scope="module", params=PRIORS)
+def pipe(request, random_prior):
+    return random_pipeline(random_prior, family=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def greedy(pipe, prompt, known):
 
 @pytest.mark.parametrize("kind", ["one code", "residual"])
 def test_new_codes_are_the_most_likely_after_the_known_ones(kind, random_prior, images, mask):
-    pipe = random_pipeline(kind, random_prior)
+    pipe = random_pipeline(random_prior, kind)
     out = pipe.inpaint(images, mask, "bee", temperature=0.0, output_type="codes")
     given = masked_images(pipe.image_processor, images, mask)
     known = known_codes(pipe._encoded(given.pixel_values).cpu(), given.hidden)
@@ -160,7 +162,7 @@ def test_an_image_does_not_depend_on_the_others(pipe, images, mask):
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_variants_keep_the_first_codes(kind, random_prior, images):
-    pipe = random_pipeline(kind, random_prior)
+    pipe = random_pipeline(random_prior, kind)
     length, codes = pipe.layout.length, pipe.encode(images).flatten(1)
     out = pipe.vary(images, 0.3, LABELS, seed=5, output_type="pt")
     kept = length - round(0.3 * length)
@@ -169,6 +171,17 @@ def test_variants_keep_the_first_codes(kind, random_prior, images):
     assert (new[:, kept:] != codes[:, kept:]).float().mean() > 0.5
     assert out.images.shape == (3, 1, 16, 16) and out.codes.shape == (3, *pipe.layout.codes_shape)
     assert (pipe.vary(images, 1e-9, "ant").codes.flatten(1) == codes).sum(1).min() >= length - 1
+
+
+def test_variants_by_a_masked_prior_keep_codes_at_random(random_prior):
+    seeds = torch.arange(200)
+    pipe = random_pipeline(random_prior)
+    assert pipe._changed(seeds, 5).sum(1).tolist() == [5] * 200
+    pipe.layout = replace(pipe.layout, family="masked")
+    changed = pipe._changed(seeds, 5)
+    assert changed.sum(1).tolist() == [5] * 200 and torch.equal(changed[:7], pipe._changed(seeds[:7], 5))
+    shares = changed.float().mean(0)
+    assert shares.min() > 0.15 and shares.max() < 0.5  # 5 of 16: 0.31
 
 
 # ---------------------------------------------------------------------- arguments
@@ -237,7 +250,7 @@ def test_unknown_arguments_are_refused(pipe, images):
 
 
 def test_codes_of_several_grids_belong_to_no_part_of_an_image(random_prior, images):
-    pipe = random_pipeline("pyramid", random_prior)
+    pipe = random_pipeline(random_prior, "pyramid")
     for edit in (
         lambda: pipe.inpaint(images, BLACK),
         lambda: pipe.complete(images, rows=8),

@@ -11,7 +11,7 @@ from tests.random_pipelines import coarse_noise, random_pipeline
 
 @pytest.fixture(scope="module")
 def pipe(random_prior):
-    return random_pipeline("one code", random_prior)
+    return random_pipeline(random_prior)
 
 
 def test_windows_cover_the_grid_and_overlap_by_half():
@@ -68,7 +68,7 @@ def test_images_of_the_trained_size_are_those_without_windows(pipe):
 
 @pytest.mark.parametrize("kind", ["one code", "residual"])
 def test_a_larger_image_depends_on_its_seed_alone(kind, random_prior):
-    pipe = random_pipeline(kind, random_prior)
+    pipe = random_pipeline(random_prior, kind)
     options = {"image_size": (20, 36), "guidance_scale": 1.5}
     together = pipe.generate(["ant"] * 3, seed=5, batch_size=2, **options)
     alone = pipe.generate("ant", seed=7, **options)
@@ -91,7 +91,7 @@ def test_sizes_beyond_the_memory_are_refused(pipe):
 
 
 def test_several_grids_are_refused(random_prior):
-    pipe = random_pipeline("pyramid", random_prior)
+    pipe = random_pipeline(random_prior, "pyramid")
     with pytest.raises(ValueError, match="image_size: this tokenizer has 2×2 and 4×4 codes"):
         pipe.generate("ant", image_size=32)
 
@@ -102,7 +102,7 @@ def test_several_grids_are_refused(random_prior):
 @pytest.mark.parametrize("kind", ["one code", "residual"])
 def test_images_stay_in_the_middle_of_what_is_added(kind, random_prior):
     images = list(coarse_noise(3, 16, 16))
-    pipe = random_pipeline(kind, random_prior)
+    pipe = random_pipeline(random_prior, kind)
     out = pipe.outpaint(images, left=8, top=4, bottom=12, class_labels="ant", seed=5)
     assert torch.equal(out.codes[:, 1:5, 2:6], pipe.encode(images)) and out.codes.shape[1:3] == (8, 6)
     for image, original in zip(out.images, images, strict=True):
