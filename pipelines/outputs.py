@@ -18,7 +18,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 @dataclass(repr=False)
 class VQGANPipelineOutput(ModelOutput):
-    """Output of [`VQGANPipeline.generate`]. `len(out)` is N, the number of images.
+    """Output of [`VQGANPipeline.generate`] and of the methods that edit images. `len(out)` is N, the number of images.
 
     Attributes:
         images: list of N PIL images; or float32 array `(N, H, W, C)` or tensor `(N, C, H, W)` in [0, 1]; or None.
