@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.arguments import choice, described, number, whole
+from configs.arguments import choice, number, whole
 from configs.randomness import uniform
-from pipelines.arguments import listed_labels
-from pipelines.masks import MaskedImages, joined, known_codes, masked_images
+from pipelines.masks import MaskedImages, hidden_around, joined, kept_box, known_codes, masked_images
 from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput
-from pipelines.requests import condition_tokens, image_seeds, require_conditions, require_memory
+from pipelines.requests import condition_tokens, image_seeds, label_of_each, require_conditions, require_memory
 from pipelines.windows import require_one_grid, sample_windows
 from stage1_vqgan import VQGANImageProcessor
 from stage2_prior import SamplingOptions, TokenLayout, require_callback
+
+LARGEST_SEAM = 2**10  # pixels
 
 
 class EditRequest(NamedTuple):
@@ -153,20 +154,18 @@ class Editing:
         Raises:
             ValueError: see `inpaint`; or no side is given, or one is no multiple of f.
         """
-        f = self.layout.downsampling_factor
-        sides = {"left": left, "right": right, "top": top, "bottom": bottom}
-        require_sides(sides, f)
+        f, (height, width) = self.layout.downsampling_factor, self.layout.image_shape
+        sides = require_sides({"left": left, "right": right, "top": top, "bottom": bottom}, f)
         require_one_grid(self.layout, "images")
+        seam = self._seam(seam)
         pixel_values = self.image_processor(images)["pixel_values"]
-        pixels, places = tuple(sides.values()), tuple(side // f for side in sides.values())
-        height, width = self.layout.image_shape
-        size = (height + top + bottom) * (width + left + right)
-        request = self._request(len(pixel_values), size, class_labels, **sampling)
-        hidden = F.pad(torch.zeros_like(pixel_values[:, :1], dtype=torch.bool), pixels, value=True)
-        codes = self._encoded(pixel_values)
+        pixels = (width + sides[0] + sides[1]) * (height + sides[2] + sides[3])
+        request = self._request(len(pixel_values), pixels, class_labels, **sampling)
+        codes, places = self._encoded(pixel_values), tuple(side // f for side in sides)
         known = F.pad(codes, places if codes.ndim == 3 else (0, 0, *places), value=-1)
-        given = MaskedImages.of(F.pad(pixel_values, pixels), hidden)
-        return self._finished(request, self._sample(request, known), given, self._seam(seam))
+        hidden = F.pad(torch.zeros_like(pixel_values[:, :1], dtype=torch.bool), sides, value=True)
+        given = MaskedImages.of(F.pad(pixel_values, sides), hidden)
+        return self._finished(request, self._sample(request, known), given, seam)
 
     @torch.no_grad()
     def vary(
@@ -267,64 +266,16 @@ class Editing:
         return self.layout.downsampling_factor if seam is None else whole("seam", seam, least=0, most=LARGEST_SEAM)
 
 
-LARGEST_SEAM = 2**10  # pixels
-
-
-def label_of_each(class_labels: Any, count: int) -> list[Any]:
-    """Labels of `count` images, from one label for all of them or one for each.
-
-    Raises:
-        ValueError: there is another number of labels.
-    """
-    labels = list(listed_labels(class_labels))
-    if len(labels) not in (1, count):
-        raise ValueError(
-            f"class_labels: received {len(labels)} labels for {count} images; needs one for all, or one for each"
-        )
-    return labels * (count // len(labels))
-
-
-def kept_box(rows: Any, box: Any, shape: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the part of an image of `shape` (H, W) that `rows` or `box` keeps.
-
-    Raises:
-        ValueError: both or neither are given, or they do not lie in the image.
-    """
-    height, width = shape
-    if (rows is None) == (box is None):
-        given = "neither" if rows is None else "both"
-        raise ValueError(f"rows, box: received {given}; give one of them, the part of the images that is kept")
-    if rows is not None:
-        return 0, 0, width, whole("rows", rows, most=height - 1)
-    try:
-        left, top, right, bottom = (whole("box", side, least=0) for side in box)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"box: received {described(box)}; needs left, top, right, bottom in pixels") from error
-    if not (left < right <= width and top < bottom <= height):
-        allowed = f"needs left < right <= {width} and top < bottom <= {height}"
-        raise ValueError(f"box: received {described(box)}; {allowed}")
-    return left, top, right, bottom
-
-
-def hidden_around(box: tuple[int, int, int, int], shape: tuple[int, int]) -> Tensor:
-    """bool `(1, 1, H, W)`, false in the box and true around it."""
-    left, top, right, bottom = box
-    hidden = torch.ones(1, 1, *shape, dtype=torch.bool)
-    hidden[..., top:bottom, left:right] = False
-    return hidden
-
-
-def require_sides(sides: dict[str, Any], factor: int) -> None:
-    """Checks what `outpaint` adds on each side, in pixels.
+def require_sides(sides: dict[str, Any], factor: int) -> tuple[int, ...]:
+    """What `outpaint` adds on each side, in pixels.
 
     Raises:
         ValueError: a side is no multiple of the downsampling factor, or all are 0.
     """
-    for name, side in sides.items():
-        if whole(name, side, least=0) % factor:
-            allowed = f"must be a multiple of {factor}, the pixels of a code"
-            raise ValueError(f"{name}: received {side}; {allowed}")
-    if not any(sides.values()):
-        raise ValueError(
-            f"left, top, right, bottom: received 0 for each; give the pixels to add, multiples of {factor}"
-        )
+    pixels = tuple(whole(name, side, least=0) for name, side in sides.items())
+    for name, side in zip(sides, pixels, strict=True):
+        if side % factor:
+            raise ValueError(f"{name}: received {side}; must be a multiple of {factor}, the pixels of a code")
+    if not any(pixels):
+        raise ValueError(f"{', '.join(sides)}: received 0 for each; give the pixels to add, multiples of {factor}")
+    return pixels

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from configs.arguments import described
+from configs.arguments import described, whole
 from stage1_vqgan import VQGANImageProcessor, normalize
 from stage1_vqgan.image_processing_pixels import pixels_of
 from stage1_vqgan.image_processing_shapes import to_shape
@@ -131,7 +131,11 @@ def _read(mask: Any, name: str) -> Tensor:
     if isinstance(mask, Image.Image):
         if mask.has_transparency_data:
             raise ValueError(f"{name}: received a picture with transparency; needs black (keep) and white (repaint)")
-        return pixels_of(mask, 1)[..., 0] >= HALF
+        try:
+            return pixels_of(mask, 1)[..., 0] >= HALF
+        except Exception as error:  # Pillow raises errors of many types for damaged files
+            reason = str(error).removeprefix("image: ").partition("\n")[0][:200]
+            raise ValueError(f"{name}: {reason or type(error).__name__}") from error
     if not isinstance(mask, np.ndarray | Tensor) or mask.dtype not in (np.bool_, torch.bool) or mask.ndim != 2:
         advice = "needs a PIL image, or an array or a tensor (H, W) of booleans, for instance mask > 0"
         raise ValueError(f"{name}: received {described(mask)}; {advice}")
@@ -163,3 +167,33 @@ def joined(images: Tensor, originals: MaskedImages, seam: int) -> Tensor:
     pixel_values, hidden, nearest, distance = (tensor.to(images.device) for tensor in originals)
     difference = _taken(pixel_values - images, nearest)
     return torch.where(hidden, images + difference * (1 - distance / (seam + 1)).clamp(min=0), pixel_values)
+
+
+def kept_box(rows: Any, box: Any, shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the part of an image of `shape` (H, W) that `rows` or `box` keeps.
+
+    Raises:
+        ValueError: both or neither are given, or they do not lie in the image.
+    """
+    height, width = shape
+    if (rows is None) == (box is None):
+        given = "neither" if rows is None else "both"
+        raise ValueError(f"rows, box: received {given}; give one of them, the part of the images that is kept")
+    if rows is not None:
+        return 0, 0, width, whole("rows", rows, most=height - 1)
+    try:
+        left, top, right, bottom = (whole("box", side, least=0) for side in box)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"box: received {described(box)}; needs left, top, right, bottom in pixels") from error
+    if not (left < right <= width and top < bottom <= height):
+        allowed = f"needs left < right <= {width} and top < bottom <= {height}"
+        raise ValueError(f"box: received {described(box)}; {allowed}")
+    return left, top, right, bottom
+
+
+def hidden_around(box: tuple[int, int, int, int], shape: tuple[int, int]) -> Tensor:
+    """bool `(1, 1, H, W)`, false in the box and true around it."""
+    left, top, right, bottom = box
+    hidden = torch.ones(1, 1, *shape, dtype=torch.bool)
+    hidden[..., top:bottom, left:right] = False
+    return hidden

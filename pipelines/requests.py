@@ -64,6 +64,20 @@ def condition_tokens(
     return layout.class_tokens(ids.repeat_interleave(each))[:, None]
 
 
+def label_of_each(class_labels: Any, count: int) -> list[Any]:
+    """Labels of `count` images, from one label for all of them or one for each.
+
+    Raises:
+        ValueError: there is another number of labels.
+    """
+    labels = list(listed_labels(class_labels))
+    if len(labels) not in (1, count):
+        raise ValueError(
+            f"class_labels: received {len(labels)} labels for {count} images; needs one for all, or one for each"
+        )
+    return labels * (count // len(labels))
+
+
 def image_seeds(count: int, seed: Any, generator: Any) -> Tensor:
     """The seed of each image, int64 `(N,)` on the CPU.
 
