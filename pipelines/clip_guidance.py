@@ -111,7 +111,8 @@ def clip_guidance(config: CLIPGuidanceConfig) -> "CLIPGuidanceOutput":
             callback_steps=config.save_steps or config.steps,
         )
     except ValueError as error:
-        raise ConfigError([Problem.of_error(error)]) from error
+        problem = Problem.of_error(error)
+        raise ConfigError([Problem(problem.key.replace("prompts", "text"), problem.message)]) from error
     reached = out.similarities[-1, 0].tolist()
     found = [
         {key: each, "weight": weight, "similarity": round(similarity, 4)}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from pipelines.clip.objective import Objective
 from pipelines.pipeline_vqgan import OUTPUT_TYPES, VQGANPipeline
 from pipelines.requests import image_seeds
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
-from stage2_prior import require_callback
 
 # Called with the number of steps done, the images so far, and the similarities `(B, P)` of the last step.
 Callback = Callable[[int, list[Image.Image], Tensor], None]
@@ -55,7 +55,7 @@ class CLIPGuidance:
     """Makes images that resemble texts or images, by a tokenizer and a CLIP. It needs no prior and no training.
 
     Args:
-        model: a tokenizer of gray or RGB images, which is put into evaluation mode; or a pipeline with such a tokenizer.
+        model: a tokenizer of gray or RGB images, which is put into evaluation mode; or a pipeline with such a one.
         clip: folder or Hub id of a CLIP or SigLIP of transformers.
         image_processor: prepares `init`; by default that of the pipeline, or for a tokenizer a new one.
 
@@ -133,7 +133,7 @@ class CLIPGuidance:
             FloatingPointError: latents are NaN or infinite.
         """
         choice("output_type", output_type, OUTPUT_TYPES[:3])
-        require_callback("callback", callback)
+        instance("callback", callback, (Callable, NoneType), "a function or None")
         steps, callback_steps = whole("steps", steps), whole("callback_steps", callback_steps)
         learning_rate = number("learning_rate", learning_rate, lambda value: value > 0, "a number above 0")
         ema_decay = number("ema_decay", ema_decay, lambda value: 0 <= value < 1, "a number from 0 to below 1")
