@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from configs.arguments import choice, described, instance, is_number, number, whole
+from configs.memory import shortage
 from pipelines.clip.encoder import CLIPEncoder
 from pipelines.clip.latents import LatentSpace
 from pipelines.clip.objective import Objective
@@ -137,8 +138,10 @@ class CLIPGuidance:
         steps, callback_steps = whole("steps", steps), whole("callback_steps", callback_steps)
         learning_rate = number("learning_rate", learning_rate, lambda value: value > 0, "a number above 0")
         ema_decay = number("ema_decay", ema_decay, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-        seeds = image_seeds(whole("num_images", num_images), seed, generator).tolist()
+        num_images, num_cutouts = whole("num_images", num_images), whole("num_cutouts", num_cutouts)
         shape = self._shape(size)
+        self._require_memory(num_images, num_cutouts, shape)
+        seeds = image_seeds(num_images, seed, generator).tolist()
         weighted = listed_prompts(prompts)
         self.clip.to(self.vqgan.device)
         start = self._start(init, shape, seeds)
@@ -150,7 +153,7 @@ class CLIPGuidance:
             start=start,
             init_weight=_init_weight(init_weight, init),
             seeds=seeds,
-            num_cutouts=whole("num_cutouts", num_cutouts),
+            num_cutouts=num_cutouts,
         )
         latents, average, similarities = start.clone(), start.clone(), []
         low, high = self.space.bounds()
@@ -186,6 +189,13 @@ class CLIPGuidance:
             allowed = f"needs a side in pixels or (height, width), divisible by {factor}"
             raise ValueError(f"size: received {described(size)}; {allowed}")
         return int(sides[0]), int(sides[1])
+
+    def _require_memory(self, num_images: int, num_cutouts: int, shape: tuple[int, int]) -> None:
+        """Refuses images and cut-outs, 32-bit floats, that do not fit in memory together."""
+        pixels = shape[0] * shape[1] + num_cutouts * self.clip.size**2
+        if lack := shortage(4 * 3 * num_images * pixels, self.vqgan.device):
+            asked = f"num_images {num_images}, num_cutouts {num_cutouts}, size {shape[0]}×{shape[1]}"
+            raise ValueError(f"num_cutouts: received {asked}; {lack}; ask for fewer or smaller ones")
 
     def _start(self, init: Any, shape: tuple[int, int], seeds: list[int]) -> Tensor:
         """The latents `(B, D, h, w)` at which the images start."""

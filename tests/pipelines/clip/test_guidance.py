@@ -234,6 +234,7 @@ WRONG = {
     "rate": ({"learning_rate": 0}, "learning_rate: received 0; allowed is a number above 0"),
     "decay": ({"ema_decay": 1}, "ema_decay: received 1; allowed is a number from 0 to below 1"),
     "cut-outs": ({"num_cutouts": 0}, "num_cutouts: received 0"),
+    "memory": ({"num_cutouts": 10**12}, "num_cutouts: received .*; needs at least .* of memory, but"),
     "seed": ({"seed": -1}, "seed: received -1"),
     "output": ({"output_type": "codes"}, "output_type: received 'codes'; allowed are 'pil', 'np', 'pt'"),
     "callback": ({"callback": 3}, "callback: received 3"),
