@@ -11,6 +11,7 @@ notebooks.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from types import NoneType
@@ -155,20 +156,15 @@ class CLIPGuidance:
             seeds=seeds,
             num_cutouts=num_cutouts,
         )
-        latents, average, similarities = start.clone(), start.clone(), []
-        low, high = self.space.bounds()
-        optimizer = torch.optim.Adam([latents], learning_rate)
-        bar = tqdm(range(steps), desc="guiding", unit="step", disable=not progress_bar)
-        for step in bar:
-            latents.grad, similarity = objective.gradient(latents, step)
-            optimizer.step()
-            latents.clamp_(low, high)
-            average.lerp_(latents, (1 - ema_decay) / (1 - ema_decay ** (step + 1)))  # without a bias to the start
+        states = islice(objective.descent(learning_rate, ema_decay), steps)
+        bar = tqdm(states, desc="guiding", total=steps, unit="step", disable=not progress_bar)
+        similarities = []
+        for step, (latents, similarity) in enumerate(bar, 1):
             similarities.append(similarity.cpu())
             bar.set_postfix(similarity=f"{similarities[-1][:, 0].mean():.3f}", refresh=False)
-            if callback is not None and (step + 1 == steps or (step + 1) % callback_steps == 0):
-                callback(step + 1, self._decoded(self._codes(average), "pil"), similarities[-1])
-        codes = self._codes(average)
+            if callback is not None and (step == steps or step % callback_steps == 0):
+                callback(step, self._decoded(self._codes(latents), "pil"), similarities[-1])
+        codes = self._codes(latents)
         return CLIPGuidanceOutput(self._decoded(codes, output_type), codes, torch.stack(similarities), seeds)
 
     def _codes(self, latents: Tensor) -> Tensor:

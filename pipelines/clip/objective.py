@@ -4,7 +4,9 @@ Shape letters: B images, C channels, H W image size, D code width, h w code grid
 width of an embedding.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from pipelines.clip.latents import LatentSpace
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of latents, and its gradient.
+    """The loss of latents, its gradient, and the steps that lower it.
 
     Attributes:
         space: the tokenizer and its latents.
@@ -37,6 +39,23 @@ class Objective:
     init_weight: float
     seeds: list[int]
     num_cutouts: int
+
+    @torch.no_grad()
+    def descent(self, learning_rate: float, ema_decay: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Steps of Adam from `start` on, without end.
+
+        Yields:
+            After each step the moving average of the latents, `(B, D, h, w)`, and the similarities `(B, P)` before it.
+        """
+        latents, average = self.start.clone(), self.start.clone()
+        low, high = self.space.bounds()
+        optimizer = torch.optim.Adam([latents], learning_rate)
+        for step in count():
+            latents.grad, similarities = self.gradient(latents, step)
+            optimizer.step()
+            latents.clamp_(low, high)
+            average.lerp_(latents, (1 - ema_decay) / (1 - ema_decay ** (step + 1)))  # without a bias to the start
+            yield average, similarities
 
     @torch.enable_grad()
     def gradient(self, latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
