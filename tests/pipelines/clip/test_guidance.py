@@ -1,6 +1,7 @@
 """CLIP guidance with a tiny random CLIP: what it reaches, that it repeats, and what it refuses."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +61,20 @@ def same(one, other) -> bool:
 
 
 def test_the_similarity_rises(guide, clip):
-    out = guide("a cat", steps=25, num_images=2, seed=0, learning_rate=0.3, **FEW)
-    assert out.similarities.shape == (25, 2, 1) and [image.size for image in out.images] == [(16, 16)] * 2
-    assert (out.similarities[-5:].mean(0) > out.similarities[:5].mean(0) + 0.02).all()
-    first = guide("a cat", steps=1, learning_rate=1e-9, num_images=2, seed=0, **FEW)
-    assert similarity(clip, out.images, "a cat").mean() > similarity(clip, first.images, "a cat").mean() + 0.02
+    out = guide("dog", steps=25, num_images=3, seed=10, learning_rate=0.3, **FEW)
+    assert out.similarities.shape == (25, 3, 1) and [image.size for image in out.images] == [(16, 16)] * 3
+    assert out.similarities[-5:].mean() > out.similarities[:5].mean() + 0.02
+    first = guide("dog", steps=1, num_images=3, seed=10, learning_rate=1e-9, **FEW)
+    assert similarity(clip, out.images, "dog").mean() > similarity(clip, first.images, "dog").mean() + 0.01
+
+
+def test_latents_stay_in_the_range_of_the_codebook(guide):
+    start, target = guide.space.random([0], (4, 4)), guide.clip.to(DEVICE).embed_prompt("dog")[None]
+    objective = Objective(guide.space, guide.clip, target, start.new_ones(1), start, 0.0, [0], 2)
+    codebook = guide.vqgan.quantize.codebook.detach()
+    low, high = codebook.amin(0)[:, None, None], codebook.amax(0)[:, None, None]
+    for latents, _ in islice(objective.descent(learning_rate=0.5, ema_decay=0.0), 4):
+        assert (low <= latents).all() and (latents <= high).all() and not torch.equal(latents, start)
 
 
 def test_embeddings_are_those_of_transformers(guide, clip):
