@@ -111,8 +111,7 @@ def clip_guidance(config: CLIPGuidanceConfig) -> "CLIPGuidanceOutput":
             callback_steps=config.save_steps or config.steps,
         )
     except ValueError as error:
-        problem = Problem.of_error(error)
-        raise ConfigError([Problem(problem.key.replace("prompts", "text"), problem.message)]) from error
+        raise ConfigError([Problem.of_error(error)]) from error
     reached = out.similarities[-1, 0].tolist()
     found = [
         {key: each, "weight": weight, "similarity": round(similarity, 4)}

@@ -41,10 +41,12 @@ def cutouts(images: Tensor, seeds: list[int], step: int, count: int, size: int) 
     """
     draws = uniform(
         torch.tensor(seeds)[:, None, None], torch.tensor(step), torch.arange(count)[:, None], torch.arange(NUM_DRAWS)
-    ).float()
+    )
     pairs = zip(images, draws.tolist(), strict=True)
     crops = torch.stack([pooled(crop(image, size, *row[:3]), size) for image, rows in pairs for row in rows])
-    flip, moves, angle, right, down, recolours, hue, saturation, noise = draws.flatten(0, 1).T[3:].to(images.device)
+    flip, moves, angle, right, down, recolours, hue, saturation, noise = (
+        draws.flatten(0, 1).T[3:].float().to(images.device)
+    )
     angle, right, down = ((2 * draw - 1) * (moves < MOVED) for draw in (angle, right, down))
     hue, saturation = ((2 * draw - 1) * (recolours < RECOLOURED) for draw in (hue, saturation))
     crops = moved(crops, flip < FLIPPED, ANGLE * angle, SHIFT * right, SHIFT * down)

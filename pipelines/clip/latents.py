@@ -61,8 +61,8 @@ class LatentSpace:
 
     def quantized(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized latents `(B, D, h, w)`, whose gradient is passed on to the latents, and their codes."""
-        quantizer = self.vqgan.quantize
-        if not isinstance(quantizer, GumbelQuantizer):
+        quantizer: Any = self.vqgan.quantize
+        if not self.is_behind:
             out = quantizer(latents)
             return out.quantized, out.codes
         height, width = latents.shape[2:]
