@@ -80,7 +80,7 @@ def layout_of(config: ConvertConfig, original: Original, tokenizer: VQGANModel |
         problems = _tokenizer_problems(config, tokenizer, vocab)
         facts = {"grid": config.grid or has.grid, "downsampling_factor": has.downsampling_factor}
     problems += [
-        Problem(name, "is not stated by the checkpoint, which holds no tokenizer; give it, or --tokenizer")
+        Problem(name, "the checkpoint holds no tokenizer, which states it; give it, or --tokenizer")
         for name, value in facts.items()
         if value is None
     ]
@@ -93,7 +93,7 @@ def layout_of(config: ConvertConfig, original: Original, tokenizer: VQGANModel |
         has_null=original.num_classes == 0,
         **facts,
     )
-    if layout.length > (places := original.sizes["block_size"]):
+    if layout.num_positions > (places := original.sizes["block_size"]):
         message = f"received {list(layout.grid)}, {layout.length} codes; this prior has positions for {places}"
         raise ConfigError([Problem("grid", message)])
     return layout

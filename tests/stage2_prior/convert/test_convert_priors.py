@@ -131,7 +131,10 @@ TAMING = "--from taming --checkpoint {at}/last.ckpt --config {at}/model.yaml --o
 @needs_golden
 @torch.no_grad()
 def test_logits_and_greedy_codes_are_the_originals(tmp_path):
-    golden, options = load_file(GOLDEN / "gpt_tiny.safetensors"), "--num_classes 80 --grid [4,8] --downsampling_factor 16"
+    golden, options = (
+        load_file(GOLDEN / "gpt_tiny.safetensors"),
+        "--num_classes 80 --grid [4,8] --downsampling_factor 16",
+    )
     given = f"--from taming --checkpoint {GOLDEN}/gpt_tiny.safetensors --config {GOLDEN}/gpt_tiny.json"
     out = command(f"{given} {options} --output_dir {{at}}/out", tmp_path)
     prior, layout = AutoModelForCausalLM.from_pretrained(out).eval(), TokenLayout.from_pretrained(out)
