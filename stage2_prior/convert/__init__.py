@@ -1,5 +1,4 @@
 """Converts the priors of other projects: `python -m stage2_prior.convert`.
 
-command.py is the command; taming.py reads a checkpoint and its configuration, settings.py holds the fields of that
-configuration; gpt2.py writes the stock model.
+command.py is the command; taming.py reads a checkpoint, settings.py its configuration; gpt2.py makes the stock model.
 """

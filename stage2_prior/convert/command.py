@@ -46,6 +46,7 @@ def convert(config: ConvertConfig) -> None:
         lines += _write_prior(original, layout, prior)
         if tokenizer is not None:
             _join(tokenizer, prior, folder)
+            layout.save_pretrained(folder / "prior")  # so that it can be fine-tuned
         kind = "prior" if tokenizer is None else "pipeline"
     print("\n".join([*lines, f"{kind} saved in {Path(config.output_dir).resolve()}"]))
 

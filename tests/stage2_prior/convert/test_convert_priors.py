@@ -14,6 +14,7 @@ from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import SamplingOptions, TokenLayout, load_causal_lm, sample_codes
 from stage2_prior.convert.command import UNKNOWN, ConvertConfig, convert
+from stage2_prior.prior import adapt_prior
 from tests.golden import GOLDEN
 
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the original's numbers are not here")
@@ -161,9 +162,8 @@ def test_a_checkpoint_with_its_tokenizer_becomes_a_pipeline(tmp_path, capsys, co
     pipe = VQGANPipeline.from_pretrained(command(TAMING, tmp_path))
     pipe.set_progress_bar_config(disable=True)
     assert f"pipeline saved in {tmp_path / 'out'}" in (told := capsys.readouterr().out) and "left out: 1 tokens" in told
-    assert type(pipe.prior) is GPT2LMHeadModel and {path.name for path in tmp_path.iterdir()} == {
-        *("last.ckpt", "model.yaml", "out")
-    }
+    assert type(pipe.prior) is GPT2LMHeadModel and not pipe.prior.config.tie_word_embeddings
+    assert {path.name for path in tmp_path.iterdir()} == {*("last.ckpt", "model.yaml", "out")}
 
     first = torch.tensor([4, 0, 2]) if conditions == "classes" else torch.tensor([24, 24])
     asked = {"class_labels": first.tolist()} if conditions == "classes" else {"num_images": 2}
@@ -177,6 +177,7 @@ def test_a_checkpoint_with_its_tokenizer_becomes_a_pipeline(tmp_path, capsys, co
     theirs, ours = (torch.cat([start[:, None], tokens[:, :-1]], 1) for start in (first, prompt))
     assert torch.allclose(pipe.prior(ours).logits[..., :24], logits(weights, theirs)[..., :24], atol=1e-4, rtol=1e-5)
     assert torch.equal(pipe.prior.generate(prompt[:, None], do_sample=False)[:, 1:], made.codes.flatten(1))
+    assert adapt_prior(str(tmp_path / "out" / "prior"), {}, pipe.layout).config.n_embd == WIDTH  # for fine-tuning
     if conditions == "classes":  # it was trained without the null token
         assert pipe.class_names == ["0", "1", "2", "3", "4"]
         with pytest.raises(ValueError, match="guidance_scale"):
