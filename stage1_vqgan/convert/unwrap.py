@@ -110,7 +110,7 @@ def _inside(state: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor],
     chosen = chosen if chosen is not None else (found or [""])[0]
     inside = {name.removeprefix(chosen): value for name, value in state.items() if name.startswith(chosen)}
     others = len(state) - len(inside)
-    return inside, f"only {chosen}* is converted; left out: {others} tensors of other models" if others else ""
+    return inside, f"the tokenizer is {chosen}*; {others} tensors are of other models" if others else ""
 
 
 def _unwrapped(name: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from configs import ConfigError, Problem
-from stage1_vqgan import as_float32, count, leave_out, prefixes, read_state, refuse, require_complete
+from stage1_vqgan import as_float32, count, is_stored, leave_out, prefixes, read_state, refuse, require_complete
 from stage2_prior.convert.config import ConvertConfig
 from stage2_prior.convert.settings import CONDITIONS, Settings, read_settings
 
@@ -101,16 +101,14 @@ def _require_stock(state: Mapping[str, Tensor], outer: str, path: Path) -> None:
     if any(name.startswith(f"{outer}{CONDITION_STAGE}") for name in state):
         raise refuse("checkpoint", path, f"its conditions are images ({CONDITION_STAGE}*); {CONDITIONS}")
     order = state.get(f"{outer}{ORDER}")
-    if order is not None and not torch.equal(order.flatten().long(), torch.arange(order.numel())):
+    if order is not None and not (is_stored(order) and order.flatten().tolist() == list(range(order.numel()))):
         raise refuse("checkpoint", path, f"its codes are in another order than row by row ({ORDER})")
 
 
 def _require_causal(name: str, mask: Tensor, path: Path) -> None:
     """Refuses attention that sees later tokens. The first token always sees itself alone."""
-    places = mask.shape[-1] if mask.ndim else 0
-    if mask.shape != (1, 1, places, places) or not torch.equal(
-        mask.bool()[0, 0], torch.ones(places, places).tril() > 0
-    ):
+    square = mask.ndim == 4 and mask.shape == (1, 1, *mask.shape[3:] * 2) and is_stored(mask)
+    if not square or not torch.equal(mask[0, 0] != 0, torch.ones(mask.shape[2:]).tril() != 0):
         reason = "its first tokens see each other, but those of a GPT-2 see only the tokens before them"
         raise refuse("checkpoint", path, f"{name} {tuple(mask.shape)} is no causal mask: {reason}")
 

@@ -71,6 +71,8 @@ CHANGES = {
     "expanded": ({TOKENS: torch.zeros(1, 1).expand(2**20, 2**20)}, "the file stores fewer numbers than these tensors"),
     "tokens that see each other": ({MASK: masked(8)}, "its first tokens see each other"),
     "no mask": ({MASK: torch.ones(3)}, "is no causal mask"),
+    "an expanded mask": ({MASK: torch.ones(1).expand(1, 1, 2**20, 2**20)}, "is no causal mask"),
+    "an expanded order": ({"permuter.forward_shuffle_idx": torch.zeros(1).expand(2**40)}, "in another order than row"),
     "another order": ({"permuter.forward_shuffle_idx": torch.arange(16).flip(0)}, "in another order than row by row"),
     "images as conditions": ({"cond_stage_model.quant_conv.bias": torch.ones(4)}, "its conditions are images"),
     "part of its tokenizer": ({"first_stage_model.quant_conv.bias": None}, "1 missing: quant_conv.bias"),
