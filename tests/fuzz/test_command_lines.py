@@ -15,6 +15,7 @@ from configs import ConfigError, load_config, parse_arguments, save_config, to_d
 from configs.loader import key_of, switches
 from configs.problems import SHOWN_PROBLEMS
 from pipelines.build import BuildConfig
+from pipelines.clip_guidance import CLIPGuidanceConfig
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.generate import GenerateConfig
 from pipelines.reconstruct import ReconstructConfig
@@ -24,6 +25,7 @@ from stage1_vqgan.convert.config import ConvertConfig
 from stage1_vqgan.evaluate import ReconstructionConfig
 from stage1_vqgan.quantizers import QUANTIZERS
 from stage2_prior import Stage2Config
+from stage2_prior.convert.config import ConvertConfig as PriorConvertConfig
 from stage2_prior.training.arguments import training_arguments
 from tessella.config import RunConfig
 from tests.fuzz.harness import cases, generator, outcome
@@ -34,9 +36,11 @@ COMMANDS: dict[str, tuple[type, list[str]]] = {
     "stage1_vqgan.train": (Stage1Config, ["digits/stage1"]),
     "stage1_vqgan.evaluate": (ReconstructionConfig, ["--model=x", "--data.dataset=digits"]),
     "stage1_vqgan.convert": (ConvertConfig, ["--from=taming", "--checkpoint=x", "--output=y"]),
+    "stage2_prior.convert": (PriorConvertConfig, ["--from=taming", "--checkpoint=x", "--output_dir=y"]),
     "stage2_prior.tokenize": (Stage2Config, ["digits/stage2"]),
     "stage2_prior.train": (Stage2Config, ["digits/stage2", "--report_to=[]"]),
     "pipelines.build": (BuildConfig, ["--tokenizer=x", "--prior=y", "--output_dir=z"]),
+    "pipelines.clip_guidance": (CLIPGuidanceConfig, ["runs/x", "--clip=y", "--text=a", "--output=z.png"]),
     "pipelines.evaluate": (EvaluationConfig, ["digits/evaluate"]),
     "pipelines.generate": (GenerateConfig, ["runs/x", "--grid=y.png"]),
     "pipelines.reconstruct": (ReconstructConfig, ["runs/x", "--images=y"]),
