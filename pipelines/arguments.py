@@ -41,7 +41,7 @@ def listed_labels(labels: Any) -> Sequence[Any]:
         ValueError: the labels are in another container or have more axes, or there are none.
     """
     if isinstance(labels, Tensor | np.ndarray):
-        if labels.ndim > 1 or (isinstance(labels, Tensor) and not _has_values(labels)):
+        if labels.ndim > 1 or (isinstance(labels, Tensor) and not has_values(labels)):
             raise ValueError(f"class_labels: received {described(labels)}; needs one axis")
         labels = np.atleast_1d(np.asarray(labels.tolist(), dtype=object))
     if isinstance(labels, str | bytes) or not isinstance(labels, Sequence | np.ndarray):
@@ -70,7 +70,7 @@ def int64_codes(codes: Any, num_axes: int = 3) -> Tensor:
         ValueError: the values are not whole numbers, or the shape is another one.
     """
     needed = f"needs whole numbers {AXES[num_axes]}, each at least 1"
-    if isinstance(codes, Tensor) and not _has_values(codes):
+    if isinstance(codes, Tensor) and not has_values(codes):
         raise ValueError(f"codes: received {described(codes)}, without values; {needed}")
     table = codes if isinstance(codes, Tensor) and codes.dtype == torch.int64 else _int64(codes, needed)
     if table.ndim != num_axes or not table.numel():
@@ -90,7 +90,7 @@ def _int64(codes: Any, needed: str) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether a tensor is a plain table of numbers: not on the device "meta", and not sparse."""
     return not tensor.is_meta and tensor.layout == torch.strided
 

@@ -19,7 +19,7 @@ from pipelines.windows import require_one_grid, sample_windows
 from stage1_vqgan import VQGANImageProcessor
 from stage2_prior import SamplingOptions, TokenLayout, require_callback
 
-LARGEST_SEAM = 2**10  # pixels
+LARGEST_SEAM, LARGEST_SIDE = 2**10, 2**16  # pixels
 
 
 class EditRequest(NamedTuple):
@@ -272,10 +272,10 @@ def require_sides(sides: dict[str, Any], factor: int) -> tuple[int, ...]:
     Raises:
         ValueError: a side is no multiple of the downsampling factor, or all are 0.
     """
-    pixels = tuple(whole(name, side, least=0) for name, side in sides.items())
+    pixels = tuple(whole(name, side, least=0, most=LARGEST_SIDE) for name, side in sides.items())
     for name, side in zip(sides, pixels, strict=True):
         if side % factor:
             raise ValueError(f"{name}: received {side}; must be a multiple of {factor}, the pixels of a code")
     if not any(pixels):
-        raise ValueError(f"{', '.join(sides)}: received 0 for each; give the pixels to add, multiples of {factor}")
+        raise ValueError(f"left: received 0, as for all sides; give the pixels to add, multiples of {factor}")
     return pixels

@@ -4,7 +4,6 @@ Shape letters: N images, C channels, H W image size, h w code grid, f downsampli
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from configs.arguments import described, whole
+from pipelines.arguments import has_values
 from stage1_vqgan import VQGANImageProcessor, normalize
 from stage1_vqgan.image_processing_pixels import pixels_of
 from stage1_vqgan.image_processing_shapes import to_shape
@@ -119,9 +119,10 @@ def read_masks(masks: Any, count: int) -> list[Tensor]:
     Raises:
         ValueError: a mask has another type, dtype or shape, or there are neither one nor `count` of them.
     """
-    single = isinstance(masks, Image.Image) or getattr(masks, "ndim", 3) == 2
+    single = isinstance(masks, Image.Image) or (isinstance(masks, np.ndarray | Tensor) and masks.ndim == 2)
     each = [masks] * count if single else masks
-    if not isinstance(each, Sequence | np.ndarray | Tensor) or isinstance(each, str | bytes) or len(each) != count:
+    listed = isinstance(each, list | tuple) or (isinstance(each, np.ndarray | Tensor) and each.ndim > 0)
+    if not listed or len(each) != count:
         counted = f"a list of {len(masks)}" if isinstance(masks, list | tuple) else described(masks)
         raise ValueError(f"masks: received {counted} for {count} images; needs one mask for each, or one for all")
     return [_read(mask, "masks" if single else f"masks[{number}]") for number, mask in enumerate(each)]
@@ -136,7 +137,8 @@ def _read(mask: Any, name: str) -> Tensor:
         except Exception as error:  # Pillow raises errors of many types for damaged files
             reason = str(error).removeprefix("image: ").partition("\n")[0][:200]
             raise ValueError(f"{name}: {reason or type(error).__name__}") from error
-    if not isinstance(mask, np.ndarray | Tensor) or mask.dtype not in (np.bool_, torch.bool) or mask.ndim != 2:
+    holds = isinstance(mask, np.ndarray) or (isinstance(mask, Tensor) and has_values(mask))
+    if not holds or mask.dtype not in (np.bool_, torch.bool) or mask.ndim != 2:
         advice = "needs a PIL image, or an array or a tensor (H, W) of booleans, for instance mask > 0"
         raise ValueError(f"{name}: received {described(mask)}; {advice}")
     return torch.as_tensor(mask).cpu()
@@ -177,8 +179,8 @@ def kept_box(rows: Any, box: Any, shape: tuple[int, int]) -> tuple[int, int, int
     """
     height, width = shape
     if (rows is None) == (box is None):
-        given = "neither" if rows is None else "both"
-        raise ValueError(f"rows, box: received {given}; give one of them, the part of the images that is kept")
+        given = "neither rows nor" if rows is None else "rows, and a"
+        raise ValueError(f"rows: received {given} box; give one of them, the part of the images that is kept")
     if rows is not None:
         return 0, 0, width, whole("rows", rows, most=height - 1)
     try:

@@ -70,12 +70,12 @@ def label_of_each(class_labels: Any, count: int) -> list[Any]:
     Raises:
         ValueError: there is another number of labels.
     """
-    labels = list(listed_labels(class_labels))
+    labels = listed_labels(class_labels)
     if len(labels) not in (1, count):
         raise ValueError(
             f"class_labels: received {len(labels)} labels for {count} images; needs one for all, or one for each"
         )
-    return labels * (count // len(labels))
+    return [*labels] * (count // len(labels))
 
 
 def image_seeds(count: int, seed: Any, generator: Any) -> Tensor:

@@ -329,7 +329,48 @@ LABELLED = {
     "num_images": Argument(constant(None), either(None)),
     "num_images_per_label": Argument(constant(1), whole(1, 100)),
     "output_type": Argument(constant("np"), either("pil", "np", "pt", "codes")),
+    "image_size": Argument(
+        constant(16),
+        optional(lambda value: REFUSED),
+        near={
+            "a pair": (lambda: (16, 20), [16, 20]),
+            "int64": (lambda: np.int64(20), 20),
+            "smaller": (lambda: 12, REFUSED),
+            "half a code": (lambda: 18, REFUSED),
+            "three": (lambda: (16, 16, 16), REFUSED),
+            "floats": (lambda: [16.0, 20.0], REFUSED),
+            "booleans": (lambda: [16, True], REFUSED),
+        },
+    ),
 }
+MASK = BYTES[0, 0] > 90
+MASKS = {
+    "an array": (MASK.numpy, MASK),
+    "one for each": (lambda: [MASK, MASK.numpy()], MASK),
+    "a stack": (lambda: torch.stack([MASK, MASK]), MASK),
+    "a PIL image": (lambda: Image.fromarray(MASK.numpy()), MASK),
+    "gray": (lambda: Image.fromarray(MASK.numpy() * np.uint8(200)), MASK),
+    "palette": (lambda: Image.fromarray(MASK.numpy()).convert("P"), MASK),
+    "transparent": (lambda: Image.fromarray(MASK.numpy()).convert("RGBA"), REFUSED),
+    "bytes": (MASK.byte, REFUSED),
+    "floats": (MASK.float, REFUSED),
+    "another size": (lambda: MASK[:8], REFUSED),
+    "channels": (lambda: MASK[None].expand(2, 1, 16, 16), REFUSED),
+    "too few": (lambda: [MASK], REFUSED),
+    "meta": (lambda: MASK.to("meta"), REFUSED),
+    "sparse": (MASK.to_sparse, REFUSED),
+}
+EDITED = {
+    **SAMPLING,
+    **{
+        name: argument
+        for name, argument in LABELLED.items()
+        if name in OUTPUT or name in ("class_labels", "output_type")
+    },
+    "images": Argument(lambda: BYTES, near={name: IMAGES[name] for name in IMAGES if name != "ragged"}),
+    "seam": Argument(constant(2), optional(whole(0, 1024))),
+}
+SIDE = Argument(constant(4), lambda value: 0 if is_number(value, (int,)) and value == 0 else REFUSED)
 
 
 def read_as_whole(value: Any) -> Any:
@@ -374,6 +415,16 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
                 "num_images": Argument(constant(2), optional(whole(1, 100))),
                 "output_type": Argument(constant("pt"), either("pil", "np", "pt", "codes")),
                 "num_images_per_label": Argument(constant(1), whole(1, 1)),
+            },
+        ),
+        "inpaint": (pipe.inpaint, {**EDITED, "masks": Argument(lambda: MASK, near=MASKS)}),
+        "complete": (pipe.complete, {**EDITED, "rows": Argument(constant(8), whole(1, 15))}),
+        "outpaint": (pipe.outpaint, {**EDITED, **dict.fromkeys(("left", "top", "right", "bottom"), SIDE)}),
+        "vary": (
+            pipe.vary,
+            {
+                **{name: argument for name, argument in EDITED.items() if name != "seam"},
+                "strength": Argument(constant(0.5), number(1e-300, 1)),
             },
         ),
         "encode": (pipe.encode, {"images": Argument(lambda: BYTES, near=IMAGES)}),

@@ -226,18 +226,22 @@ REFUSED = {
     "a seam of text": ("inpaint", {"masks": BLACK, "seam": "2"}, "seam: received '2'; must be a whole number"),
     "seeds of other numbers": ("inpaint", {"masks": BLACK, "seed": [1]}, "seed: received a list of 1 for 3 images"),
     "output type": ("inpaint", {"masks": BLACK, "output_type": "png"}, "output_type: received 'png'; allowed are"),
-    "nothing kept": ("complete", {}, "rows, box: received neither; give one of them"),
-    "two things kept": ("complete", {"rows": 2, "box": (0, 0, 4, 4)}, "rows, box: received both; give one of them"),
+    "nothing kept": ("complete", {}, "rows: received neither rows nor box; give one of them"),
+    "two things kept": (
+        "complete",
+        {"rows": 2, "box": (0, 0, 4, 4)},
+        "rows: received rows, and a box; give one of them",
+    ),
     "all rows": ("complete", {"rows": 16}, "rows: received 16; must be a whole number from 1 to 15"),
     "a box of three": ("complete", {"box": (0, 0, 4)}, "box: received (0, 0, 4); needs left, top, right, bottom"),
     "a box upside down": ("complete", {"box": (0, 5, 4, 4)}, "box: received (0, 5, 4, 4); needs left < right <= 16"),
     "a box outside": ("complete", {"box": (0, 0, 17, 4)}, "box: received (0, 0, 17, 4); needs left < right <= 16"),
     "no variation": ("vary", {"strength": 0}, "strength: received 0; allowed is a number above 0, up to 1"),
     "too much variation": ("vary", {"strength": 1.5}, "strength: received 1.5; allowed is a number above 0, up to 1"),
-    "no side": ("outpaint", {}, "left, right, top, bottom: received 0 for each; give the pixels to add"),
+    "no side": ("outpaint", {}, "left: received 0, as for all sides; give the pixels to add"),
     "half a code": ("outpaint", {"left": 6}, "left: received 6; must be a multiple of 4, the pixels of a code"),
-    "a negative side": ("outpaint", {"top": -4}, "top: received -4; must be a whole number from 0 up"),
-    "too many pixels": ("outpaint", {"top": 4 * 10**9}, "images: received 3; "),
+    "a negative side": ("outpaint", {"top": -4}, "top: received -4; must be a whole number from 0 to"),
+    "too many pixels": ("outpaint", {"top": 4 * 10**9}, "top: received 4000000000; must be a whole number from 0 to"),
 }
 
 
