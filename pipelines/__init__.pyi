@@ -2,3 +2,4 @@
 
 from .outputs import VQGANPipelineOutput as VQGANPipelineOutput
 from .pipeline_vqgan import VQGANPipeline as VQGANPipeline
+from .scoring import ScoreOutput as ScoreOutput

@@ -30,6 +30,7 @@ COMMANDS = [
     Command("build", "pipelines.build", "joins tokenizer and prior into a pipeline"),
     Command("generate", "pipelines.generate", "generates images"),
     Command("reconstruct", "pipelines.reconstruct", "images to codes and back"),
+    Command("score", "pipelines.score", "how improbable images are: finds unusual ones"),
     Command("evaluate", "pipelines.evaluate", "compares generated with real images"),
     Command("convert", "stage1_vqgan.convert", "tokenizers of other projects to ours and back"),
     Command("push", "pipelines.push", "uploads a model to the Hugging Face Hub"),

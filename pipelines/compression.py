@@ -1,0 +1,144 @@
+"""Compression: the codes of images, written by a range coder with the probabilities of the prior."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from configs.arguments import choice, whole
+from pipelines import compressed_file
+from pipelines.outputs import OUTPUT_TYPES
+from pipelines.requests import require_memory
+from pipelines.scoring import class_prompts
+from stage1_vqgan import VQGANModel
+from stage2_prior import (
+    SymbolReader,
+    SymbolWriter,
+    TokenLayout,
+    batch_size_that_fits,
+    read_codes,
+    write_codes,
+)
+
+if TYPE_CHECKING:
+    from pipelines.sampling import CodeSampler
+
+OTHER_MACHINE = (
+    "this machine computes other probabilities than the one that compressed them. The bits can be read with the same "
+    "processor or GPU, number of threads, versions of torch and transformers, and attention implementation"
+)
+
+
+class Compression:
+    """The methods of a pipeline that compress images."""
+
+    vqgan: VQGANModel
+    prior: PreTrainedModel
+    layout: TokenLayout
+    _sampler: "CodeSampler"
+
+    if TYPE_CHECKING:
+
+        def decode(self, codes: Any, output_type: str = "pil") -> Any: ...
+        def _require_likelihood(self, name: str) -> None: ...
+        def _codes_of(self, images: Any, codes: Any) -> Tensor: ...
+        def _labels_of(self, class_labels: Any, count: int) -> Tensor: ...
+
+    def compress(
+        self,
+        images: Any = None,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        *,
+        codes: Any = None,
+        batch_size: int | None = None,
+    ) -> bytes:
+        """Compresses images into one block of bytes, which `decompress` of the same pipeline turns into images.
+
+        The images become codes, as in `encode`; this loses what `reconstruct` loses. The codes are then kept exactly,
+        in about as many bits as `score` says. One header, of 45 bytes with its checksums, serves all images. To read
+        images one by one, compress them one by one.
+
+        The bits can be read on the machine that wrote them. Elsewhere the last digits of the probabilities may differ:
+        with another processor or GPU, number of threads, version of torch or transformers, or attention
+        implementation. `decompress` notices wrong codes by their checksum, and refuses them.
+
+        Args:
+            images: PIL images, arrays or tensors, one or a list; see [`VQGANImageProcessor`].
+            class_labels: id or name of the class of each image, or one for all images. A label takes log2 C bits, and
+                saves bits if the images of classes differ.
+            codes: in place of images, their codes as `encode` returns them.
+            batch_size: images in one forward, which the header records; by default as many as fit in memory.
+
+        Raises:
+            ImportError: constriction is not installed (pip install 'tessella[compression]').
+            ValueError: an argument is out of range; or the prior is masked, or needs labels.
+            FloatingPointError: logits or latents were NaN or infinite.
+        """
+        if batch_size is not None:
+            batch_size = whole("batch_size", batch_size, most=compressed_file.LARGEST_BATCH)
+        self._require_likelihood("compress")
+        if class_labels is None and not self.layout.has_null:
+            raise ValueError("class_labels: this prior has not learnt the null token, so each image needs its class")
+        writer = SymbolWriter()
+        codes = self._codes_of(images, codes)
+        labels = None if class_labels is None else self._labels_of(class_labels, len(codes))
+        flat, prompts = codes.flatten(1), class_prompts(self.layout, labels, len(codes))
+        if batch_size is None:
+            batch_size = batch_size_that_fits(self.prior, prompts.shape[1] + self.layout.length, guided=False)
+        batch_size = -(-len(codes) // -(-len(codes) // batch_size))  # spread the images evenly over the batches
+        if labels is not None:
+            writer.write(labels.numpy(), self._class_probabilities(len(codes)))
+        with self._steps(len(codes), batch_size, "compressing") as bar:
+            write_codes(writer, self.prior, prompts, flat, self.layout.num_codes, batch_size, bar.update)
+        header = compressed_file.header_of(self.layout, self.prior, flat, labels is not None, batch_size)
+        return compressed_file.pack(header, writer.content())
+
+    def decompress(self, data: bytes, output_type: str = "pil") -> Any:
+        """The images that `compress` of the same pipeline has compressed.
+
+        Args:
+            data: what `compress` returned.
+            output_type: "pil", "np" or "pt", see `generate`; or "codes", the codes as `encode` returns them.
+
+        Raises:
+            ImportError: constriction is not installed (pip install 'tessella[compression]').
+            ValueError: the data are damaged or cut, or no compressed images; another pipeline compressed them; this
+                machine cannot read them; or their images do not fit in memory.
+        """
+        choice("output_type", output_type, OUTPUT_TYPES)
+        self._require_likelihood("decompress")
+        header, content = compressed_file.unpack(data)
+        compressed_file.require_same(header, self.layout, self.prior)
+        received = f"{header.images:,} compressed images"
+        require_memory("data", received, header.images, self.layout.pixels, self.vqgan, self.layout, output_type)
+        reader = SymbolReader(content)
+        try:
+            labels = self._read_labels(reader, header.images) if header.has_labels else None
+            prompts = class_prompts(self.layout, labels, header.images)
+            length, num_codes = self.layout.length, self.layout.num_codes
+            with self._steps(header.images, header.batch_size, "decompressing") as bar:
+                flat = read_codes(reader, self.prior, prompts, length, num_codes, header.batch_size, bar.update)
+        except ValueError as error:
+            raise ValueError(f"data: {OTHER_MACHINE} ({error})") from error
+        if compressed_file.checksum_of_codes(flat) != header.codes:
+            raise ValueError(f"data: {OTHER_MACHINE} (the checksum of the codes is wrong)")
+        codes = flat.view(-1, *self.layout.codes_shape).to(self.vqgan.device)
+        return codes if output_type == "codes" else self.decode(codes, output_type)
+
+    # ------------------------------------------------------------------ helpers
+
+    def _class_probabilities(self, count: int) -> np.ndarray:
+        """float64 `(count, C)`: all classes are equally probable."""
+        return np.full((count, self.layout.num_classes), 1 / self.layout.num_classes)
+
+    def _read_labels(self, reader: SymbolReader, count: int) -> Tensor:
+        return torch.from_numpy(reader.read(self._class_probabilities(count)))
+
+    def _steps(self, count: int, batch_size: int, doing: str) -> tqdm:
+        """A progress bar over the forwards, with the options of the pipeline."""
+        total = -(-count // batch_size) * self.layout.length
+        return tqdm(total=total, **{"desc": doing, "unit": "code", **self._sampler.progress_bar})
