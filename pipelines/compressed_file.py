@@ -124,7 +124,10 @@ def require_same(header: Header, layout: TokenLayout, prior: PreTrainedModel) ->
             f"{layout.codes_text}",
         ),
         "labels": (header.has_labels <= bool(layout.num_classes), "they have class labels, this pipeline has none"),
-        "images": (header.images >= 1 and header.batch_size >= 1, "they hold no image"),
+        "images": (
+            1 <= header.batch_size <= header.images,
+            "the numbers of images in the header contradict each other",
+        ),
     }
     for equal, reason in differences.values():
         if not equal:

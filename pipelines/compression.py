@@ -10,9 +10,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from configs.arguments import choice, whole
+from configs.memory import shortage
 from pipelines import compressed_file
+from pipelines.chunks import bytes_of_image
 from pipelines.outputs import OUTPUT_TYPES
-from pipelines.requests import require_memory
 from pipelines.scoring import class_prompts
 from stage1_vqgan import VQGANModel
 from stage2_prior import (
@@ -113,8 +114,7 @@ class Compression:
         self._require_likelihood("decompress")
         header, content = compressed_file.unpack(data)
         compressed_file.require_same(header, self.layout, self.prior)
-        received = f"{header.images:,} compressed images"
-        require_memory("data", received, header.images, self.layout.pixels, self.vqgan, self.layout, output_type)
+        self._require_room(header.images, output_type)
         reader = SymbolReader(content)
         try:
             labels = self._read_labels(reader, header.images) if header.has_labels else None
@@ -130,6 +130,13 @@ class Compression:
         return codes if output_type == "codes" else self.decode(codes, output_type)
 
     # ------------------------------------------------------------------ helpers
+
+    def _require_room(self, count: int, output_type: str) -> None:
+        """Refuses more images than memory can hold together."""
+        needed = count * bytes_of_image(self.vqgan, self.layout, self.layout.pixels, output_type)
+        lack = shortage(needed, torch.device("cpu"))
+        if lack is not None:
+            raise ValueError(f"data: received {count:,} compressed images; decompressing them {lack}")
 
     def _class_probabilities(self, count: int) -> np.ndarray:
         """float64 `(count, C)`: all classes are equally probable."""

@@ -86,12 +86,13 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     config.require_new("table", [] if config.table is None else [Path(config.table)])
     pipeline = load_pipeline(config.pipeline, config.device)
     pipeline.set_progress_bar_config(disable=True)
+    label = label_of(config, pipeline)
     lines: list[dict[str, Any]] = []
     nats: dict[int, Tensor] = {}  # of the codes of each image that can be decoded, by its number
     with tqdm(total=len(files), desc="scoring", unit="image") as bar:
         for start in range(0, len(files), IMAGES_AT_ONCE):
             some = files[start : start + IMAGES_AT_ONCE]
-            for number, (line, of_codes) in enumerate(scored(some, pipeline, config), start):
+            for number, (line, of_codes) in enumerate(scored(some, pipeline, label, config), start):
                 lines.append({"file": str(files[number]), **line})
                 tqdm.write(json.dumps(lines[-1]))
                 if of_codes is not None:
@@ -109,18 +110,35 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     return lines
 
 
+def label_of(config: ScoreConfig, pipeline: "VQGANPipeline") -> str | None:
+    """The name of the class that `class_label` asks for.
+
+    Raises:
+        ConfigError: it is none of the classes, or several.
+    """
+    labels = asked_labels(config.class_label, pipeline.class_names)
+    if labels is None:
+        return None
+    try:
+        (number,) = pipeline.layout.class_ids(labels).tolist()
+    except ValueError as error:
+        message = f"received {len(labels)} classes; give one" if len(labels) > 1 else Problem.of_error(error).message
+        raise ConfigError([Problem("class_label", message)]) from error
+    return pipeline.class_names[number]
+
+
 def scored(
-    files: Sequence[Path], pipeline: "VQGANPipeline", config: ScoreConfig
+    files: Sequence[Path], pipeline: "VQGANPipeline", label: str | None, config: ScoreConfig
 ) -> Iterator[tuple[dict[str, Any], "Tensor | None"]]:
     """The line of each file, and the nats of its codes; an error and None if it cannot be decoded.
 
     Raises:
-        ConfigError: the class is unknown, or the prior has no likelihood.
+        ConfigError: the prior has no likelihood.
     """
     read = [readable(file, pipeline) for file in files]
     images = [image for image in read if not isinstance(image, str)]
     try:
-        results = iter(scores(images, pipeline, config) if images else [])
+        results = iter(scores(images, pipeline, label, config) if images else [])
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
     for image in read:
@@ -140,12 +158,11 @@ def readable(file: Path, pipeline: "VQGANPipeline") -> "Image.Image | str":
 
 
 def scores(
-    images: list["Image.Image"], pipeline: "VQGANPipeline", config: ScoreConfig
+    images: list["Image.Image"], pipeline: "VQGANPipeline", label: str | None, config: ScoreConfig
 ) -> list[tuple[dict[str, Any], "Tensor"]]:
     """The line of each image, and the nats of its codes."""
     codes = pipeline.encode(images)
     options: dict[str, Any] = {"codes": codes, "batch_size": config.batch_size}
-    label = asked_labels(config.class_label, pipeline.class_names)
     out = pipeline.score(class_labels=label, return_code_nats=True, **options)
     lines = [
         {"nats": round(nats, 4), "bits_per_pixel": round(bits, 6)}

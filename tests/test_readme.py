@@ -27,6 +27,7 @@ from pipelines.evaluate import EvaluationConfig
 from pipelines.generate import GenerateConfig
 from pipelines.push import PushConfig
 from pipelines.reconstruct import ReconstructConfig
+from pipelines.score import ScoreConfig
 from stage1_vqgan import Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.convert.config import ConvertConfig
 from stage1_vqgan.data.__main__ import DataReportConfig
@@ -58,6 +59,7 @@ CONFIGS = {
     "tessella.run": RunConfig,
     "pipelines.generate": GenerateConfig,
     "pipelines.reconstruct": ReconstructConfig,
+    "pipelines.score": ScoreConfig,
     "pipelines.push": PushConfig,
 }
 # Sections whose keys are those of other classes.
