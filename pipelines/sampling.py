@@ -3,7 +3,7 @@
 Shape letters: N images, n images of one batch. `codes_shape` is that of the layout, `(h, w)` for most tokenizers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class CodeSampler:
 
     def __init__(self, layout: TokenLayout):
         self.layout = layout
-        self.decoders = DecoderPool(layout.length, layout.num_codes)
+        self.decoders = DecoderPool(layout.num_positions, layout.num_codes)
         self.progress_bar: dict[str, Any] = {}
 
     def batches(
@@ -38,45 +38,54 @@ class CodeSampler:
         options: SamplingOptions,
         batch_size: int | None = None,
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
+        known: Tensor | None = None,
+        groups: Sequence[Sequence[str] | None] = (None,),
     ) -> Iterator[Tensor]:
         """Yields codes int64 `(n, *codes_shape)`, batch by batch. One progress bar covers all batches.
 
         Args:
             prior: causal language model over the tokens of the layout.
-            prompts: condition tokens, int64 `(N, 1)`.
+            prompts: condition tokens, int64 `(N, P)`.
             seeds: int64 `(N,)`.
             options: how codes are chosen.
             batch_size: images sampled at once; by default as many as fit in memory.
             callback_on_step_end: see `VQGANPipeline.generate`.
+            known: int64 `(N, L)`, codes that are given; -1 where a code is sampled.
+            groups: names of the conditions that each scale of the guidance is about; None is all of them.
         """
         length = self.layout.length
         if batch_size is None:
-            batch_size = batch_size_that_fits(prior, length, options.guided)
+            batch_size = batch_size_that_fits(prior, self.layout.num_positions, options.rows_per_image)
         batches = -(-len(prompts) // batch_size)
         batch_size = -(-len(prompts) // batches)  # spread the images evenly over the batches
         with (
-            self.decoders.borrow(prior, batch_size * (2 if options.guided else 1)) as decoder,
+            self.decoders.borrow(prior, batch_size * options.rows_per_image) as decoder,
             tqdm(total=batches * length, **{"desc": "sampling", "unit": "code", **self.progress_bar}) as bar,
         ):
-            for labels, some_seeds in zip(prompts.split(batch_size), seeds.split(batch_size), strict=True):
-                count = len(labels)
+            for start in range(0, len(prompts), batch_size):
+                count = min(batch_size, len(prompts) - start)
                 # fill up the last batch: with one batch size, one recorded step serves all batches
-                fill = torch.arange(batch_size, device=labels.device).clamp(max=count - 1)
+                fill = start + torch.arange(batch_size, device=prompts.device).clamp(max=count - 1)
 
                 def on_step(position: int, chosen: Tensor, count: int = count) -> None:
                     bar.update()
                     if callback_on_step_end is not None:
                         callback_on_step_end(position, chosen[:count].clone())
 
-                null = torch.full_like(labels, self.layout.null_token)
                 codes = sample(
                     decoder,
-                    labels[fill],
-                    null[fill],
-                    some_seeds[fill],
+                    prompts[fill],
+                    self._without(prompts[fill], groups),
+                    seeds[fill],
                     length,
                     self.layout.num_codes,
                     options,
                     on_step,
+                    None if known is None else known[fill],
                 )
                 yield codes[:count].view(-1, *self.layout.codes_shape)
+
+    def _without(self, prompts: Tensor, groups: Sequence[Sequence[str] | None]) -> Tensor:
+        """Prompts `(n, P)` with null tokens in place of each group's conditions, group by group: `(G·n, P)`."""
+        nulls = [self.layout.null_prompt(names).to(prompts.device) for names in groups]
+        return torch.cat([prompts.where(null < 0, null) for null in nulls])

@@ -4,6 +4,7 @@ pretrained.py reads the files of a trained prior.
 """
 
 import copy
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from configs.model_folder import local_folder
 from configs.problems import one_line
 from configs.staging import finish_interrupted
 from stage2_prior.adapters import base_of_adapter, check_layout_of_adapter, merge_adapter
+from stage2_prior.conditions import Segment
 from stage2_prior.pretrained import layout_of, load_causal_lm
 from stage2_prior.sampling.decoder import EagerDecoder
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
@@ -97,7 +99,7 @@ def decided_by(layout: TokenLayout) -> dict[str, Any]:
     """The fields of a model's configuration that the token layout determines."""
     return {
         "vocab_size": layout.vocab_size,
-        "max_position_embeddings": layout.length,
+        "max_position_embeddings": layout.num_positions,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
@@ -134,13 +136,13 @@ def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
     made of keys and values.
     """
     prior.eval()
-    tokens = torch.randint(layout.num_codes, (1, layout.length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(layout.num_codes, (1, layout.num_positions), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(prior.device)
     if tokens.device.type == "meta":
         return True
     whole = prior(input_ids=tokens).logits[0].float()
-    decoder, row, last = EagerDecoder(prior, 1, layout.length), slice(0, 1), layout.length - 1
-    alone = range(min(6, layout.length))
+    decoder, row, last = EagerDecoder(prior, 1, layout.num_positions), slice(0, 1), layout.num_positions - 1
+    alone = range(min(6, layout.num_positions))
     try:
         found = [decoder.read(row, tokens[:, place : place + 1], place) for place in alone]
         decoder.read(row, tokens[:, : last or 1], 0)
@@ -222,7 +224,8 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
             elif parameter.shape == before[parameter_name].shape:
                 parameter.copy_(before[parameter_name])
             else:  # a table of learnt position embeddings cannot be extended
-                learnt = f"whose position embeddings are for {known.length} codes; these images have {layout.length}"
+                has, needs = known.num_positions, layout.num_positions
+                learnt = f"whose position embeddings are for {has} tokens; these sequences have {needs}"
                 raise ConfigError([Problem(BASE_KEY, f"received {name!r}, {learnt}; train a new prior")])
     return prior
 
@@ -274,4 +277,22 @@ def shared_tokens(old: TokenLayout, new: TokenLayout) -> Tensor:
             pairs.append((old.num_codes + old.class_names.index(name), new.num_codes + number))
     if old.has_null and new.has_null:
         pairs.append((old.null_token, new.null_token))
+    before = {segment.name: segment for segment in old.segments}
+    for segment in new.segments:
+        pairs += _shared_of_segment(before.get(segment.name), segment, old, new)
     return torch.tensor(pairs).T
+
+
+def _shared_of_segment(
+    before: Segment | None, segment: Segment, old: TokenLayout, new: TokenLayout
+) -> Iterable[tuple[int, int]]:
+    """Pairs of tokens of a condition in both layouts: classes by name, tokens of the same tokenizer, the null token."""
+    if before is None or (before.kind, before.fingerprint) != (segment.kind, segment.fingerprint):
+        return
+    first_old, first_new = old.first_tokens[segment.name], new.first_tokens[segment.name]
+    names = before.class_names or tuple(map(str, range(before.num_tokens)))
+    wanted = segment.class_names or tuple(map(str, range(segment.num_tokens)))
+    places = {name: number for number, name in enumerate(names)}
+    yield from ((first_old + places[name], first_new + number) for number, name in enumerate(wanted) if name in places)
+    if before.has_null and segment.has_null:
+        yield old.null_of(segment.name), new.null_of(segment.name)

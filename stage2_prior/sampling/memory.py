@@ -13,16 +13,16 @@ LARGEST_BATCH = {"cpu": 64, "cuda": 256}
 NUMBERS_PER_CODE = 10
 
 
-def batch_size_that_fits(prior: PreTrainedModel, length: int, guided: bool) -> int:
+def batch_size_that_fits(prior: PreTrainedModel, length: int, rows_per_image: int) -> int:
     """The number of images to sample at once, at least 1.
 
     Args:
         prior: causal language model, on its device.
         length: tokens of a sequence.
-        guided: whether each image needs an unconditional row too.
+        rows_per_image: see `SamplingOptions.rows_per_image`.
     """
     device = prior.device
-    each = (2 if guided else 1) * length * bytes_per_token(prior) + 8 * NUMBERS_PER_CODE * prior.config.vocab_size
+    each = rows_per_image * length * bytes_per_token(prior) + 8 * NUMBERS_PER_CODE * prior.config.vocab_size
     return max(1, min(LARGEST_BATCH.get(device.type, 64), int(USABLE * free_memory(device)) // each))
 
 

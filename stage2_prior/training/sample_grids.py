@@ -54,7 +54,7 @@ class SampleGrids(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         layout = self.layout
         prompts, seeds = self.prompts.to(args.device), self.seeds.to(args.device)
-        nulls = torch.full_like(prompts, layout.null_token)
+        nulls = layout.null_prompt().to(args.device).expand_as(prompts).contiguous()
         codes = sample_codes(self.trainer.model, prompts, nulls, seeds, layout.length, layout.num_codes, self.options)
         if state.is_world_process_zero:
             image = self.draw(codes)

@@ -223,7 +223,7 @@ class PriorTrainer(Trainer):
         flops_per_second = torch.tensor(matmul_flops_per_second(args.device, dtype), device=args.device)
         total = self.accelerator.reduce(flops_per_second, "sum").item()
         try:
-            return total / training_flops(self.accelerator.unwrap_model(self.model).config, self.layout.length)
+            return total / training_flops(self.accelerator.unwrap_model(self.model).config, self.layout.num_positions)
         except (NotImplementedError, RuntimeError) as error:
             logger.warning("mfu is not logged: the operations of this prior cannot be counted (%s)", error)
             return None
