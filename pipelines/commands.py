@@ -1,4 +1,4 @@
-"""What the commands generate and reconstruct share: where their images go, and how a pipeline is loaded."""
+"""What the commands generate, reconstruct and score share: where their images go, and how a pipeline is loaded."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -89,7 +89,7 @@ class Compression:
         labels = None if class_labels is None else self._labels_of(class_labels, len(codes))
         flat, prompts = codes.flatten(1), class_prompts(self.layout, labels, len(codes))
         if batch_size is None:
-            batch_size = batch_size_that_fits(self.prior, prompts.shape[1] + self.layout.length, guided=False)
+            batch_size = batch_size_that_fits(self.prior, prompts.shape[1] + self.layout.length, 1)
         batch_size = -(-len(codes) // -(-len(codes) // batch_size))  # spread the images evenly over the batches
         if labels is not None:
             writer.write(labels.numpy(), self._class_probabilities(len(codes)))

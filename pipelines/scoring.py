@@ -5,10 +5,10 @@ Shape letters: N images, H W height and width in pixels, L codes of an image, C 
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,6 +21,7 @@ from pipelines.arguments import int64_codes, listed_labels
 from pipelines.heat_maps import overlays, surprise_maps
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import TokenLayout, code_nats, marginal_nats
+from stage2_prior.conditions import CLASS
 
 if TYPE_CHECKING:
     from pipelines.sampling import CodeSampler
@@ -99,6 +100,8 @@ class Scoring:
         self._require_likelihood("score")
         codes = self._codes_of(images, codes)
         labels = None if class_labels is None else self._labels_of(class_labels, len(codes))
+        if labels is None and not self.layout.has_null and not self.layout.num_classes:
+            raise ValueError("score: this prior has only learnt images with its conditions, which cannot be given here")
         likelihood: Likelihood = (
             "class" if labels is not None else "unconditional" if self.layout.has_null else "marginal"
         )
@@ -180,7 +183,7 @@ class Scoring:
 
     def _require_likelihood(self, name: str) -> None:
         """Refuses a masked prior."""
-        if getattr(self.layout, "family", "causal") != "causal":
+        if self.layout.family != "causal":
             reason = (
                 "it predicts hidden codes in any order, so it has no likelihood; use a pipeline with a causal prior"
             )
@@ -223,17 +226,26 @@ class Scoring:
             ]
         return torch.cat(parts)
 
-    @contextmanager
-    def _scoring(self, total: int) -> Iterator[tqdm]:
+    def _scoring(self, total: int) -> tqdm:
         """A progress bar with the options of the pipeline."""
-        with tqdm(total=total, **{"desc": "scoring", "unit": "image", **self._sampler.progress_bar}) as bar:
-            yield bar
+        return tqdm(total=total, **{"desc": "scoring", "unit": "image", **self._sampler.progress_bar})
 
 
 def class_prompts(layout: TokenLayout, labels: Tensor | None, count: int) -> Tensor:
-    """The prompts of images, int64 `(count, P)`: their classes int64 `(count,)`, or the null token."""
-    tokens = torch.full((count,), layout.null_token) if labels is None else layout.class_tokens(labels)
-    return tokens[:, None]
+    """The prompts of images, int64 `(count, P)`: their classes int64 `(count,)`, or null tokens; no other condition.
+
+    Raises:
+        ValueError: the prior has not learnt sequences without its other conditions.
+    """
+    prompts = layout.null_prompt().repeat(count, 1)
+    if labels is None:
+        return prompts
+    needed = [segment.name for segment in layout.segments if not segment.has_null]
+    if needed:
+        reason = f"this prior has only learnt classes together with {', '.join(needed)}, which cannot be given here"
+        raise ValueError(f"class_labels: {reason}")
+    prompts[:, layout.places[CLASS]] = layout.class_tokens(labels)[:, None]
+    return prompts
 
 
 def log_class_prior(layout: TokenLayout, class_prior: Any) -> Tensor:
@@ -245,17 +257,16 @@ def log_class_prior(layout: TokenLayout, class_prior: Any) -> Tensor:
     allowed = f"must be 'uniform', 'counts' or {layout.num_classes} numbers from 0 up, not all 0"
     if isinstance(class_prior, str):
         if class_prior == "counts" and not layout.class_counts:
-            raise ValueError(
-                "class_prior: received 'counts', but this pipeline does not record how many images each "
-                "class had; give 'uniform' or weights"
-            )
-        known = {"uniform": [1] * layout.num_classes, "counts": layout.class_counts}
-        class_prior = known.get(class_prior, class_prior)
+            missing = "this pipeline does not record how many images each class had; give 'uniform' or weights"
+            raise ValueError(f"class_prior: received 'counts', but {missing}")
+        class_prior = {"uniform": [1] * layout.num_classes, "counts": layout.class_counts}.get(class_prior, class_prior)
+    instance("class_prior", class_prior, (list, tuple, np.ndarray, Tensor), allowed)
     try:
-        weights = torch.as_tensor(class_prior, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
+        weights = np.asarray(class_prior.tolist() if isinstance(class_prior, Tensor) else class_prior)
+    except (NotImplementedError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"class_prior: received {described(class_prior)}; {allowed}") from error
-    good = weights.shape == (layout.num_classes,) and weights.isfinite().all() and (weights >= 0).all()
-    if not good or not weights.sum() > 0:
+    good = weights.shape == (layout.num_classes,) and weights.dtype.kind in "iuf"
+    if not good or not np.isfinite(weights).all() or weights.min() < 0 or not weights.max() > 0:
         raise ValueError(f"class_prior: received {described(class_prior)}; {allowed}")
-    return (weights / weights.sum()).log()
+    shares = torch.from_numpy(weights.astype(np.float64) / float(weights.max()))
+    return (shares / shares.sum()).log()

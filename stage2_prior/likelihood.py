@@ -43,6 +43,7 @@ def code_nats(
         FloatingPointError: logits were NaN or infinite.
     """
     batch_size = batch_size or sequences_that_fit(prior, prompts.shape[1] + codes.shape[1] - 1)
+    batch_size = min(batch_size, len(codes))  # torch splits by numbers of 64 bits
     parts = []
     with torch.autocast(prior.device.type, enabled=False):
         for some_prompts, some_codes in zip(prompts.split(batch_size), codes.split(batch_size), strict=True):

@@ -401,14 +401,14 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
             lambda **values: pipe.score(**values).nats,
             {
                 "images": Argument(lambda: BYTES, near=IMAGES),
-                "class_labels": LABELLED["class_labels"],
-                "batch_size": Argument(constant(None), optional(whole(1, HUGE))),
+                "class_labels": Argument(constant([1, 2]), optional(labels), near=LABELLED["class_labels"].near),
+                "batch_size": Argument(constant(None), optional(whole(1, math.inf))),
             },
         ),
         "class_posterior": (
             pipe.class_posterior,
             {
-                "codes": Argument(codes, near=WRONG_CODES | INTEGER_CODES),
+                "images": Argument(lambda: BYTES, near=IMAGES),
                 "class_prior": Argument(constant("uniform"), either("uniform"), near=CLASS_PRIORS),
             },
         ),

@@ -13,7 +13,9 @@ from pipelines import VQGANPipeline
 from pipelines.heat_maps import overlays, surprise_maps
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import CodeStore, TokenLayout, code_nats
+from stage2_prior.conditions import Segment
 from stage2_prior.data import CodeDataset
+from stage2_prior.prior import build_prior
 from tests import tiny
 from tests.devices import DEVICE
 
@@ -81,9 +83,9 @@ def test_the_mean_score_is_the_loss_of_training(tiny_runs, tiny_pipeline):
     batch = CodeDataset(split, store.layout).__getitems__(range(len(split)))
     with torch.no_grad():
         loss = tiny_pipeline.prior(**{name: value.to(DEVICE) for name, value in batch.items()}).loss
-    codes, classes = split.read(np.arange(len(split)))
-    codes = torch.from_numpy(codes.astype(np.int64)).view(-1, *store.layout.codes_shape)
-    out = tiny_pipeline.score(codes=codes, class_labels=classes)
+    rows = split.read(np.arange(len(split)))
+    codes = torch.from_numpy(rows.codes.astype(np.int64)).view(-1, *store.layout.codes_shape)
+    out = tiny_pipeline.score(codes=codes, class_labels=rows.labels)
     assert out.nats.mean().item() == pytest.approx(loss.item() * store.layout.length, rel=1e-5)
 
 
@@ -118,8 +120,6 @@ def several(request):
     torch.manual_seed(0)
     vqgan = VQGANModel(VQGANConfig(**tiny.VQGAN, quantizer=request.param, quantizer_options=options))
     layout = TokenLayout(32, ("a", "b"), (4, 4), 4, vqgan.compute_fingerprint(), grids=grids)
-    from stage2_prior.prior import build_prior
-
     pipeline = VQGANPipeline(
         vqgan, build_prior(tiny.RANDOM_PRIORS["llama"], layout), VQGANImageProcessor(16, 1), layout
     )
@@ -135,6 +135,33 @@ def test_several_codes_are_one_sequence(several, digits):
     maps = surprise_maps(torch.ones_like(out.code_nats), several.layout)
     assert torch.allclose(maps.sum((1, 2)), torch.tensor(several.layout.length / np.log(2)).float())
     assert [image.size for image in several.heat_maps(digits[:2], out.code_nats)] == [(16, 16)] * 2
+
+
+def test_other_conditions_are_null(tiny_pipeline, digits):
+    """A prior of classes, a style and a text of three tokens."""
+    segments = (Segment("style", "class", 2, class_names=("a", "b")), Segment("text", "text", 20, 3))
+    pipeline = with_layout(tiny_pipeline, segments=segments)
+    torch.manual_seed(0)
+    pipeline.prior = build_prior(tiny.RANDOM_PRIORS["gpt2"], pipeline.layout).eval().to(DEVICE)
+    out = pipeline.score(digits[:2], ["3", "4"], return_code_nats=True)
+    nulls = [32 + 10 + 1 + 2, *[32 + 10 + 1 + 3 + 20] * 3]
+    tokens = torch.cat([torch.tensor([[35, *nulls], [36, *nulls]]), out.codes.flatten(1)], 1).to(DEVICE)
+    with torch.no_grad():
+        logits = pipeline.prior(tokens[:, :-1]).logits[:, 4:].log_softmax(-1)
+    expected = -logits.gather(-1, tokens[:, 5:, None])[..., 0].cpu().double()
+    assert torch.allclose(out.code_nats.flatten(1), expected, atol=1e-5)
+    assert torch.allclose(
+        pipeline.class_posterior(digits[:2])[0, 3] / out.nats[0].neg().exp(),
+        1 / sum(pipeline.score(digits[0], n).nats.neg().exp() for n in range(10)),
+        rtol=1e-3,
+    )
+    tied = with_layout(pipeline, segments=(segments[0], dataclasses.replace(segments[1], has_null=False)))
+    with pytest.raises(ValueError, match="class_labels: this prior has only learnt classes together with text, which"):
+        tied.score(digits[0], 3)
+    assert len(tied.score(digits[0])) == 1  # without all conditions
+    alone = with_layout(tied, class_names=(), class_counts=(), has_null=False)
+    with pytest.raises(ValueError, match="score: this prior has only learnt images with its conditions"):
+        alone.score(digits[0])
 
 
 def test_a_heat_map_shows_where_the_nats_are(layout):
@@ -173,7 +200,9 @@ def test_wrong_arguments_of_score_are_refused(tiny_pipeline, arguments, message)
         tiny_pipeline.score(**arguments)
 
 
-@pytest.mark.parametrize("prior", ["count", "counts", [1] * 9, [0] * 10, [-1] + [1] * 9, [np.nan] * 10, None, {}])
+@pytest.mark.parametrize(
+    "prior", ["count", "counts", [1] * 9, [0] * 10, [-1] + [1] * 9, [np.nan] * 10, [1j] * 10, None]
+)
 def test_wrong_priors_over_classes_are_refused(tiny_pipeline, digits, prior):
     pipeline = with_layout(tiny_pipeline, class_counts=())
     with pytest.raises(ValueError, match="class_prior: received"):
@@ -184,6 +213,12 @@ def test_what_has_no_likelihood_is_refused(tiny_pipeline, digits):
     unconditional = with_layout(tiny_pipeline, class_names=(), class_counts=())
     with pytest.raises(ValueError, match="this prior has no classes"):
         unconditional.class_posterior(digits)
+    masked = with_layout(tiny_pipeline, family="masked")
+    for call in (masked.score, masked.class_posterior, masked.compress):
+        with pytest.raises(
+            ValueError, match=r"this pipeline has a masked prior: .* no likelihood; use a pipeline with"
+        ):
+            call(digits)
     with pytest.raises(ValueError, match=r"code_nats: received Tensor torch.float32 \(1, 4, 4\); must have shape"):
         tiny_pipeline.heat_maps(digits, torch.zeros(1, 4, 4))
     with pytest.raises(ValueError, match="span: received"):
