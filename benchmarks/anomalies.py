@@ -49,7 +49,7 @@ def measures(pipe: VQGANPipeline, images: list[Image.Image], codes: Tensor, usua
         usual: the class whose images are usual; None if those of all classes are.
         median: of the nats of training images.
     """
-    out = pipe.score(codes=codes, return_code_nats=True)
+    out = pipe.score(codes=codes)
     nats = out.nats.numpy()
     values = {
         "nats": nats,
@@ -81,13 +81,13 @@ def groups(pipe: VQGANPipeline, args: argparse.Namespace) -> tuple[Split, np.nda
 
 def picture(pipe: VQGANPipeline, split: Split, unusual: np.ndarray, nats: np.ndarray, label: str | None) -> Image.Image:
     """The most and the least probable images of both groups, above their heat maps."""
-    chosen = {}
+    chosen: dict[str, np.ndarray] = {}
     for name, numbers in (("usual", np.flatnonzero(~unusual)), ("unusual", np.flatnonzero(unusual))):
         order = numbers[np.argsort(nats[numbers])]
         chosen |= {f"{name}, lowest": order[:SHOWN], f"{name}, highest": order[::-1][:SHOWN]}
     numbers = np.concatenate(list(chosen.values()))
     images = [split.images[number] for number in numbers]
-    out = pipe.score(codes=split.codes[numbers], class_labels=label, return_code_nats=True)
+    out = pipe.score(codes=split.codes[numbers], class_labels=label)
     maps, rows = pipe.heat_maps(images, out.code_nats), []
     for name, part in chosen.items():
         images, shown = images[len(part) :], [image.convert("RGB") for image in images[: len(part)]]

@@ -46,5 +46,6 @@ def read_split(pipe: VQGANPipeline, dataset: str, args: argparse.Namespace, trai
     source = sources[0 if train else 1]
     found = read_real_images(source, pipe.image_processor, args.images, max_skipped_fraction=0.1)
     images = pipe.image_processor.postprocess(found.pixels())
-    names = None if found.labels is None else [source.class_names[number] for number in found.labels.tolist()]
+    known = source.class_names
+    names = [known[number] for number in found.labels.tolist()] if found.labels is not None and known else None
     return Split(images, pipe.encode(images).cpu(), names)

@@ -8,7 +8,7 @@
 | 1 | 1 if each image has a class label, else 0 |
 | 8, 8 | hashes of the tokenizer's fingerprint and of the prior's weights |
 | 2, 2, 4 | h and w of the code grid, and L, number of codes of an image |
-| 4, 2 | number of images, and images in one forward |
+| 4, 2, 2 | number of images, images in one forward, and threads of the CPU |
 | 4 | CRC-32 of the codes |
 | … | the bits: labels of all images, then codes batch by batch, position by position |
 | 4 | CRC-32 of all before |
@@ -32,9 +32,9 @@ from stage2_prior import TokenLayout
 MAGIC = b"\x89TSL"  # the first byte is no ASCII, so nothing takes the file for text
 VERSION = 1
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-LARGEST_BATCH = 2**16 - 1
+LARGEST = 2**16 - 1  # batch size, and number of threads
 
-_HEADER = struct.Struct("<4sBBB8s8sHHIIHI")
+_HEADER = struct.Struct("<4sBBB8s8sHHIIHHI")
 _CHECKSUM = struct.Struct("<I")
 
 
@@ -53,6 +53,7 @@ class Header:
     length: int
     images: int
     batch_size: int
+    threads: int
     codes: int
 
 
@@ -70,6 +71,7 @@ def header_of(layout: TokenLayout, prior: PreTrainedModel, codes: Tensor, has_la
         length=layout.length,
         images=len(codes),
         batch_size=batch_size,
+        threads=min(torch.get_num_threads(), LARGEST),
         codes=checksum_of_codes(codes),
     )
 

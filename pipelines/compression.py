@@ -1,6 +1,7 @@
 """Compression: the codes of images, written by a range coder with the probabilities of the prior."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 OTHER_MACHINE = (
     "this machine computes other probabilities than the one that compressed them. The bits can be read with the same "
-    "processor or GPU, number of threads, versions of torch and transformers, and attention implementation"
+    "processor or GPU, versions of torch and transformers, and attention implementation"
 )
 
 
@@ -60,12 +61,12 @@ class Compression:
         """Compresses images into one block of bytes, which `decompress` of the same pipeline turns into images.
 
         The images become codes, as in `encode`; this loses what `reconstruct` loses. The codes are then kept exactly,
-        in about as many bits as `score` says. One header, of 45 bytes with its checksums, serves all images. To read
+        in about as many bits as `score` says. One header, of 47 bytes with its checksums, serves all images. To read
         images one by one, compress them one by one.
 
         The bits can be read on the machine that wrote them. Elsewhere the last digits of the probabilities may differ:
-        with another processor or GPU, number of threads, version of torch or transformers, or attention
-        implementation. `decompress` notices wrong codes by their checksum, and refuses them.
+        with another processor or GPU, version of torch or transformers, or attention implementation. `decompress`
+        notices wrong codes by their checksum, and refuses them. The header records the number of threads.
 
         Args:
             images: PIL images, arrays or tensors, one or a list; see [`VQGANImageProcessor`].
@@ -80,7 +81,7 @@ class Compression:
             FloatingPointError: logits or latents were NaN or infinite.
         """
         if batch_size is not None:
-            batch_size = whole("batch_size", batch_size, most=compressed_file.LARGEST_BATCH)
+            batch_size = whole("batch_size", batch_size, most=compressed_file.LARGEST)
         self._require_likelihood("compress")
         if class_labels is None and not self.layout.has_null:
             raise ValueError("class_labels: this prior has not learnt the null token, so each image needs its class")
@@ -120,7 +121,7 @@ class Compression:
             labels = self._read_labels(reader, header.images) if header.has_labels else None
             prompts = class_prompts(self.layout, labels, header.images)
             length, num_codes = self.layout.length, self.layout.num_codes
-            with self._steps(header.images, header.batch_size, "decompressing") as bar:
+            with num_threads(header.threads), self._steps(header.images, header.batch_size, "decompressing") as bar:
                 flat = read_codes(reader, self.prior, prompts, length, num_codes, header.batch_size, bar.update)
         except ValueError as error:
             raise ValueError(f"data: {OTHER_MACHINE} ({error})") from error
@@ -149,3 +150,14 @@ class Compression:
         """A progress bar over the forwards, with the options of the pipeline."""
         total = -(-count // batch_size) * self.layout.length
         return tqdm(total=total, **{"desc": doing, "unit": "code", **self._sampler.progress_bar})
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Inside this context, torch computes with this number of CPU threads. It affects how sums are rounded."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

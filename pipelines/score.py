@@ -147,14 +147,23 @@ def scored(
 
 def readable(file: Path, pipeline: "VQGANPipeline") -> "Image.Image | str":
     """An image that the pipeline can encode, or in one line why it cannot."""
-    from stage1_vqgan import EncodedImage, decode
-
     try:
-        image = decode(EncodedImage(str(file), str(file)))
+        image = opened(file)
         pipeline.image_processor(image)
     except ValueError as error:
         return one_line(error)
     return image
+
+
+def opened(file: Path) -> "Image.Image":
+    """The image in a file.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    from stage1_vqgan import EncodedImage, decode
+
+    return decode(EncodedImage(str(file), str(file)))
 
 
 def scores(
@@ -163,7 +172,7 @@ def scores(
     """The line of each image, and the nats of its codes."""
     codes = pipeline.encode(images)
     options: dict[str, Any] = {"codes": codes, "batch_size": config.batch_size}
-    out = pipeline.score(class_labels=label, return_code_nats=True, **options)
+    out = pipeline.score(class_labels=label, **options)
     lines = [
         {"nats": round(nats, 4), "bits_per_pixel": round(bits, 6)}
         for nats, bits in zip(out.nats.tolist(), out.bits_per_pixel.tolist(), strict=True)
@@ -213,7 +222,7 @@ def draw(
     shown = numbers[: config.grid_images] if config.grid is not None else []
     originals, maps = [], []
     for number in tqdm(numbers if paths else shown, desc="drawing", unit="image"):
-        image = readable(files[number], pipeline)
+        image = opened(files[number])
         (heat_map,) = pipeline.heat_maps(image, nats[number][None], span)
         if paths:
             write_png(paths[number], heat_map)

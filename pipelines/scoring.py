@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from configs.arguments import described, instance, whole
 from pipelines.arguments import int64_codes, listed_labels
@@ -32,27 +31,27 @@ LARGEST_TABLE = 2**24
 Likelihood = Literal["class", "unconditional", "marginal"]
 
 
-@dataclass
-class ScoreOutput(ModelOutput):
+@dataclass(frozen=True)
+class ScoreOutput:
     """Output of [`VQGANPipeline.score`]. `len(out)` is N. All tensors are on the CPU.
 
     Attributes:
         nats: float64 `(N,)`, -ln p(codes of the image): the training loss times L. Higher is less probable.
         bits_per_pixel: float64 `(N,)`, nats / (ln 2 · H · W).
-        code_nats: float64, the nats of each code; its shape is that of `codes`. None unless it was asked for.
+        code_nats: float64, the nats of each code; its shape is that of `codes`. `heat_maps` makes pictures of them.
         codes: int64 `(N, h, w)`, `(N, h, w, G)` or `(N, L)`.
         likelihood: "class", given the labels; "unconditional", with the null token as the prompt; or "marginal", the
             mean over all classes, if the prior has not learnt the null token.
     """
 
-    nats: Tensor | None = None
-    bits_per_pixel: Tensor | None = None
-    code_nats: Tensor | None = None
-    codes: Tensor | None = None
-    likelihood: Likelihood | None = None
+    nats: Tensor
+    bits_per_pixel: Tensor
+    code_nats: Tensor
+    codes: Tensor
+    likelihood: Likelihood
 
     def __len__(self) -> int:
-        return 0 if self.nats is None else len(self.nats)
+        return len(self.nats)
 
 
 class Scoring:
@@ -74,7 +73,6 @@ class Scoring:
         class_labels: int | str | Sequence[int | str] | None = None,
         *,
         codes: Any = None,
-        return_code_nats: bool = False,
         batch_size: int | None = None,
     ) -> ScoreOutput:
         """How probable the prior finds the codes of images: the likelihood by which unusual images are found.
@@ -85,7 +83,6 @@ class Scoring:
                 unconditional; or, if the prior has not learnt the null token, the marginal over the classes, each
                 equally probable, which takes C forwards. `likelihood` of the output says which.
             codes: in place of images, their codes as `encode` returns them.
-            return_code_nats: also return the nats of each code, of which `heat_maps` makes pictures.
             batch_size: sequences in one forward; by default as many as fit in memory.
 
         Returns:
@@ -95,7 +92,6 @@ class Scoring:
             ValueError: an argument is out of range, or the prior is masked, so that it has no likelihood.
             FloatingPointError: logits or latents were NaN or infinite.
         """
-        instance("return_code_nats", return_code_nats, bool, "True or False")
         batch_size = None if batch_size is None else whole("batch_size", batch_size)
         self._require_likelihood("score")
         codes = self._codes_of(images, codes)
@@ -115,7 +111,7 @@ class Scoring:
         return ScoreOutput(
             nats=total,
             bits_per_pixel=total / (math.log(2) * self.layout.pixels),
-            code_nats=nats.double().view(codes.shape) if return_code_nats else None,
+            code_nats=nats.double().view(codes.shape),
             codes=codes,
             likelihood=likelihood,
         )
@@ -162,7 +158,7 @@ class Scoring:
 
         Args:
             images: those that were scored.
-            code_nats: those of `score(images, return_code_nats=True)`.
+            code_nats: those of `score(images)`.
             span: bits per pixel of the lowest and of the highest colour. By default the 1st and the 99th percentile of
                 these images, so pictures of one call can be compared.
 
@@ -173,9 +169,9 @@ class Scoring:
             ValueError: the nats are those of other images or of another layout.
         """
         pixels = self.image_processor(images)["pixel_values"]
-        instance("code_nats", code_nats, Tensor, "code_nats of score(images, return_code_nats=True)")
+        instance("code_nats", code_nats, Tensor, "code_nats of score(images)")
         if code_nats.shape != (len(pixels), *self.layout.codes_shape):
-            needed = f"must have shape {(len(pixels), *self.layout.codes_shape)}, as score(…, return_code_nats=True)"
+            needed = f"must have shape {(len(pixels), *self.layout.codes_shape)}, as that of score(images)"
             raise ValueError(f"code_nats: received {described(code_nats)}; {needed}")
         return overlays(self.image_processor.postprocess(pixels), surprise_maps(code_nats, self.layout), span)
 

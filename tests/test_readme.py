@@ -144,7 +144,11 @@ def options_of(module: str) -> set[str]:
         return keys_of(CONFIGS[module]) | {"help"}
     spec = find_spec(module)
     assert spec is not None and spec.origin is not None, f"there is no module {module}"
-    return set(re.findall(r'"--([\w-]+)"', Path(spec.origin).read_text())) | {"help"}
+    text = Path(spec.origin).read_text()
+    shared = (
+        ROOT / f"{name.replace('.', '/')}.py" for name in re.findall(r"^from (benchmarks\.\w+) import", text, re.M)
+    )
+    return set(re.findall(r'"--([\w-]+)"', text + "".join(path.read_text() for path in shared))) | {"help"}
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipelines import compressed_file
+from stage2_prior import read_codes
 from tests.devices import DEVICE
 
 pytest.importorskip("constriction")
 
-OVERHEAD = 45  # bytes of the header and the checksums
+OVERHEAD = 47  # bytes of the header and the checksums
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,25 @@ def test_codes_survive_in_as_many_bits_as_their_likelihood_says(tiny_pipeline, c
     expected = bits(tiny_pipeline, codes, torch.full((200,), tiny_pipeline.layout.null_token))
     assert 8 * (len(data) - OVERHEAD) == pytest.approx(expected, rel=0.01)
     assert 8 * (len(data) - OVERHEAD) <= 1.01 * tiny_pipeline.score(codes=codes).nats.sum().item() / np.log(2)
+
+
+def test_data_are_read_with_the_number_of_threads_that_wrote_them(tiny_pipeline, codes, monkeypatch):
+    """Sums of several threads are rounded otherwise."""
+    before, used = torch.get_num_threads(), []
+
+    def read(*arguments):
+        used.append(torch.get_num_threads())
+        return read_codes(*arguments)
+
+    monkeypatch.setattr("pipelines.compression.read_codes", read)
+    try:
+        torch.set_num_threads(2)
+        data = tiny_pipeline.compress(codes=codes)
+        torch.set_num_threads(1)
+        assert torch.equal(tiny_pipeline.decompress(data, "codes").cpu(), codes)
+        assert used == [2] and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_labels_are_kept_and_used(tiny_pipeline, codes, labels):

@@ -63,14 +63,14 @@ def test_nats_do_not_depend_on_the_batch(random_prior, layout, model_type):
 
 def test_a_score_is_the_sum_of_a_loop(tiny_pipeline, digits):
     labels = [0, "1", 2, 3, 4, 5]
-    out = tiny_pipeline.score(digits, labels, return_code_nats=True)
+    out = tiny_pipeline.score(digits, labels)
     codes, layout = tiny_pipeline.encode(digits).cpu(), tiny_pipeline.layout
     expected = torch.tensor([naive_nats(tiny_pipeline, layout.num_codes + n, codes[n]) for n in range(6)])
     assert torch.allclose(out.code_nats.flatten(1), expected.double(), atol=1e-5) and len(out) == 6
     assert torch.allclose(out.nats, expected.sum(1).double(), atol=1e-4) and out.likelihood == "class"
     assert torch.allclose(out.bits_per_pixel, out.nats / np.log(2) / 256) and torch.equal(out.codes, codes)
     one = tiny_pipeline.score(digits[2], 2)
-    assert one.code_nats is None and torch.allclose(one.nats, out.nats[2:3], atol=1e-4)
+    assert torch.allclose(one.nats, out.nats[2:3], atol=1e-4)
 
     free = tiny_pipeline.score(codes=codes[:1])
     assert free.likelihood == "unconditional"
@@ -91,10 +91,8 @@ def test_the_mean_score_is_the_loss_of_training(tiny_runs, tiny_pipeline):
 
 def test_without_the_null_token_the_score_is_the_marginal(tiny_pipeline, digits):
     pipeline = with_layout(tiny_pipeline, has_null=False)
-    out = pipeline.score(digits[:2], return_code_nats=True)
-    by_class = torch.stack(
-        [tiny_pipeline.score(digits[:2], number, return_code_nats=True).code_nats.flatten(1) for number in range(10)]
-    )
+    out = pipeline.score(digits[:2])
+    by_class = torch.stack([tiny_pipeline.score(digits[:2], number).code_nats.flatten(1) for number in range(10)])
     for image in range(2):
         for length in (1, 7, 16):  # p(the first codes) is the mean over the classes
             expected = -by_class[:, image, :length].sum(1).neg().exp().mean().log()
@@ -129,7 +127,7 @@ def several(request):
 
 def test_several_codes_are_one_sequence(several, digits):
     codes = several.encode(digits[:2]).cpu()
-    out = several.score(digits[:2], ["a", "b"], return_code_nats=True)
+    out = several.score(digits[:2], ["a", "b"])
     expected = torch.tensor([naive_nats(several, 32 + n, codes[n]) for n in range(2)])
     assert out.code_nats.shape == codes.shape and torch.allclose(out.nats, expected.sum(1).double(), atol=1e-4)
     maps = surprise_maps(torch.ones_like(out.code_nats), several.layout)
@@ -143,7 +141,7 @@ def test_other_conditions_are_null(tiny_pipeline, digits):
     pipeline = with_layout(tiny_pipeline, segments=segments)
     torch.manual_seed(0)
     pipeline.prior = build_prior(tiny.RANDOM_PRIORS["gpt2"], pipeline.layout).eval().to(DEVICE)
-    out = pipeline.score(digits[:2], ["3", "4"], return_code_nats=True)
+    out = pipeline.score(digits[:2], ["3", "4"])
     nulls = [32 + 10 + 1 + 2, *[32 + 10 + 1 + 3 + 20] * 3]
     tokens = torch.cat([torch.tensor([[35, *nulls], [36, *nulls]]), out.codes.flatten(1)], 1).to(DEVICE)
     with torch.no_grad():
@@ -191,7 +189,6 @@ def test_a_heat_map_shows_where_the_nats_are(layout):
         ({"codes": torch.zeros(3, 4, 4, dtype=torch.int64), "class_labels": [1, 2]}, "received 2 labels for 3 images"),
         ({"codes": torch.zeros(1, 4, 4, dtype=torch.int64), "class_labels": "x"}, "class_labels: received 'x'"),
         ({"codes": torch.zeros(1, 4, 4, dtype=torch.int64), "batch_size": 0}, "batch_size: received 0"),
-        ({"codes": torch.zeros(1, 4, 4, dtype=torch.int64), "return_code_nats": 1}, "return_code_nats: received 1"),
     ],
     ids=str,
 )
