@@ -83,8 +83,6 @@ class Compression:
         if batch_size is not None:
             batch_size = whole("batch_size", batch_size, most=compressed_file.LARGEST)
         self._require_likelihood("compress")
-        if class_labels is None and not self.layout.has_null:
-            raise ValueError("class_labels: this prior has not learnt the null token, so each image needs its class")
         writer = SymbolWriter()
         codes = self._codes_of(images, codes)
         labels = None if class_labels is None else self._labels_of(class_labels, len(codes))

@@ -96,16 +96,13 @@ class Scoring:
         self._require_likelihood("score")
         codes = self._codes_of(images, codes)
         labels = None if class_labels is None else self._labels_of(class_labels, len(codes))
-        if labels is None and not self.layout.has_null and not self.layout.num_classes:
-            raise ValueError("score: this prior has only learnt images with its conditions, which cannot be given here")
-        likelihood: Likelihood = (
-            "class" if labels is not None else "unconditional" if self.layout.has_null else "marginal"
-        )
-        if likelihood == "marginal":
-            nats = self._marginal_nats(codes, batch_size)
+        likelihood: Likelihood
+        if labels is None and self.layout.num_classes and not self.layout.has_null:
+            likelihood, nats = "marginal", self._marginal_nats(codes, batch_size)
         else:
+            likelihood = "unconditional" if labels is None else "class"
+            prompts = class_prompts(self.layout, labels, len(codes))
             with self._scoring(len(codes)) as bar:
-                prompts = class_prompts(self.layout, labels, len(codes))
                 nats = code_nats(self.prior, prompts, codes.flatten(1), batch_size, bar.update)
         total = nats.sum(1, dtype=torch.float64)
         return ScoreOutput(
@@ -231,16 +228,19 @@ def class_prompts(layout: TokenLayout, labels: Tensor | None, count: int) -> Ten
     """The prompts of images, int64 `(count, P)`: their classes int64 `(count,)`, or null tokens; no other condition.
 
     Raises:
-        ValueError: the prior has not learnt sequences without its other conditions.
+        ValueError: the prior has not learnt such prompts.
     """
     prompts = layout.null_prompt().repeat(count, 1)
-    if labels is None:
-        return prompts
-    needed = [segment.name for segment in layout.segments if not segment.has_null]
+    if labels is not None:
+        prompts[:, layout.places[CLASS]] = layout.class_tokens(labels)[:, None]
+        needed = [segment.name for segment in layout.segments if not segment.has_null]
+    else:
+        needed = [] if layout.has_null else [segment.name for segment in layout.conditions]
+    if needed == [CLASS]:
+        raise ValueError("class_labels: received None; this prior has not learnt the null token, so it needs the class")
     if needed:
-        reason = f"this prior has only learnt classes together with {', '.join(needed)}, which cannot be given here"
+        reason = f"this prior has not learnt to do without {', '.join(needed)}, which cannot be given here"
         raise ValueError(f"class_labels: {reason}")
-    prompts[:, layout.places[CLASS]] = layout.class_tokens(labels)[:, None]
     return prompts
 
 

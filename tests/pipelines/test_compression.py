@@ -161,7 +161,7 @@ def test_data_of_others_are_refused(tiny_pipeline, codes):
 def test_what_cannot_be_compressed_is_refused(tiny_pipeline, codes, monkeypatch):
     other = copy.copy(tiny_pipeline)
     other.layout = dataclasses.replace(tiny_pipeline.layout, has_null=False)
-    with pytest.raises(ValueError, match="class_labels: this prior has not learnt the null token"):
+    with pytest.raises(ValueError, match="class_labels: received None; this prior has not learnt the null token"):
         other.compress(codes=codes[:1])
     monkeypatch.setitem(sys.modules, "constriction", None)
     with pytest.raises(ImportError, match=r"pip install 'tessella\[compression\]'"):

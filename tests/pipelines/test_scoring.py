@@ -154,11 +154,11 @@ def test_other_conditions_are_null(tiny_pipeline, digits):
         rtol=1e-3,
     )
     tied = with_layout(pipeline, segments=(segments[0], dataclasses.replace(segments[1], has_null=False)))
-    with pytest.raises(ValueError, match="class_labels: this prior has only learnt classes together with text, which"):
+    with pytest.raises(ValueError, match="class_labels: this prior has not learnt to do without text, which"):
         tied.score(digits[0], 3)
     assert len(tied.score(digits[0])) == 1  # without all conditions
     alone = with_layout(tied, class_names=(), class_counts=(), has_null=False)
-    with pytest.raises(ValueError, match="score: this prior has only learnt images with its conditions"):
+    with pytest.raises(ValueError, match="class_labels: this prior has not learnt to do without style, text, which"):
         alone.score(digits[0])
 
 
