@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -16,7 +15,6 @@ from pipelines import compressed_file
 from pipelines.chunks import bytes_of_image
 from pipelines.outputs import OUTPUT_TYPES
 from pipelines.scoring import class_prompts
-from stage1_vqgan import VQGANModel
 from stage2_prior import (
     SymbolReader,
     SymbolWriter,
@@ -38,7 +36,7 @@ OTHER_MACHINE = (
 class Compression:
     """The methods of a pipeline that compress images."""
 
-    vqgan: VQGANModel
+    vqgan: Any  # VQGANModel; each tensor of its output may be None
     prior: PreTrainedModel
     layout: TokenLayout
     _sampler: "CodeSampler"
@@ -91,7 +89,7 @@ class Compression:
             batch_size = batch_size_that_fits(self.prior, prompts.shape[1] + self.layout.length, 1)
         batch_size = -(-len(codes) // -(-len(codes) // batch_size))  # spread the images evenly over the batches
         if labels is not None:
-            writer.write(labels.numpy(), self._class_probabilities(len(codes)))
+            writer.write_uniform(labels.numpy(), self.layout.num_classes)
         with self._steps(len(codes), batch_size, "compressing") as bar:
             write_codes(writer, self.prior, prompts, flat, self.layout.num_codes, batch_size, bar.update)
         header = compressed_file.header_of(self.layout, self.prior, flat, labels is not None, batch_size)
@@ -116,9 +114,9 @@ class Compression:
         self._require_room(header.images, output_type)
         reader = SymbolReader(content)
         try:
-            labels = self._read_labels(reader, header.images) if header.has_labels else None
-            prompts = class_prompts(self.layout, labels, header.images)
-            length, num_codes = self.layout.length, self.layout.num_codes
+            length, num_codes, num_classes = self.layout.length, self.layout.num_codes, self.layout.num_classes
+            labels = reader.read_uniform(header.images, num_classes) if header.has_labels else None
+            prompts = class_prompts(self.layout, None if labels is None else torch.from_numpy(labels), header.images)
             with num_threads(header.threads), self._steps(header.images, header.batch_size, "decompressing") as bar:
                 flat = read_codes(reader, self.prior, prompts, length, num_codes, header.batch_size, bar.update)
         except ValueError as error:
@@ -136,13 +134,6 @@ class Compression:
         lack = shortage(needed, torch.device("cpu"))
         if lack is not None:
             raise ValueError(f"data: received {count:,} compressed images; decompressing them {lack}")
-
-    def _class_probabilities(self, count: int) -> np.ndarray:
-        """float64 `(count, C)`: all classes are equally probable."""
-        return np.full((count, self.layout.num_classes), 1 / self.layout.num_classes)
-
-    def _read_labels(self, reader: SymbolReader, count: int) -> Tensor:
-        return torch.from_numpy(reader.read(self._class_probabilities(count)))
 
     def _steps(self, count: int, batch_size: int, doing: str) -> tqdm:
         """A progress bar over the forwards, with the options of the pipeline."""

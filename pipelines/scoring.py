@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from configs.arguments import described, instance, whole
 from pipelines.arguments import int64_codes, listed_labels
 from pipelines.heat_maps import overlays, surprise_maps
-from stage1_vqgan import VQGANImageProcessor, VQGANModel
+from stage1_vqgan import VQGANImageProcessor
 from stage2_prior import TokenLayout, code_nats, marginal_nats
 from stage2_prior.conditions import CLASS
 
@@ -57,7 +57,7 @@ class ScoreOutput:
 class Scoring:
     """The methods of a pipeline that score images."""
 
-    vqgan: VQGANModel
+    vqgan: Any  # VQGANModel; each tensor of its output may be None
     prior: PreTrainedModel
     image_processor: VQGANImageProcessor
     layout: TokenLayout
@@ -76,6 +76,9 @@ class Scoring:
         batch_size: int | None = None,
     ) -> ScoreOutput:
         """How probable the prior finds the codes of images: the likelihood by which unusual images are found.
+
+        As in the training loss, the probabilities are those of all tokens. `compress` leaves out the tokens that are no
+        codes, so it takes at most as many bits.
 
         Args:
             images: PIL images, arrays or tensors, one or a list; see [`VQGANImageProcessor`].

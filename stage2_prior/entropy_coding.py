@@ -39,6 +39,11 @@ class SymbolWriter:
         if probabilities.shape[1] > 1:  # a symbol without an alternative takes no bits
             self._coder.encode(symbols.astype(np.int32), self._family, probabilities)
 
+    def write_uniform(self, symbols: np.ndarray, size: int) -> None:
+        """Writes whole numbers `(n,)` from 0 to size - 1 that are all equally probable."""
+        if size > 1:
+            self._coder.encode(symbols.astype(np.int32), self._stream.model.Uniform(size))
+
     def content(self) -> bytes:
         """All that was written, a multiple of 4 bytes."""
         return self._coder.get_compressed().astype("<u4").tobytes()
@@ -69,6 +74,19 @@ class SymbolReader:
             return np.zeros(len(probabilities), dtype=np.int64)
         try:
             return self._coder.decode(self._family, probabilities).astype(np.int64)
+        except AssertionError as error:
+            raise ValueError("the bits were not written with these probabilities") from error
+
+    def read_uniform(self, count: int, size: int) -> np.ndarray:
+        """`count` symbols int64 that `write_uniform` wrote.
+
+        Raises:
+            ValueError: the content cannot have been written with such probabilities.
+        """
+        if size == 1:
+            return np.zeros(count, dtype=np.int64)
+        try:
+            return self._coder.decode(self._stream.model.Uniform(size), count).astype(np.int64)
         except AssertionError as error:
             raise ValueError("the bits were not written with these probabilities") from error
 
