@@ -10,6 +10,7 @@ Source: range coding, Martin 1979, "Range encoding"; implementation: `constricti
 """
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -77,16 +78,16 @@ class SymbolReader:
         except AssertionError as error:
             raise ValueError("the bits were not written with these probabilities") from error
 
-    def read_uniform(self, count: int, size: int) -> np.ndarray:
-        """`count` symbols int64 that `write_uniform` wrote.
+    def read_uniform(self, number: int, size: int) -> np.ndarray:
+        """`number` symbols int64 that `write_uniform` wrote.
 
         Raises:
             ValueError: the content cannot have been written with such probabilities.
         """
         if size == 1:
-            return np.zeros(count, dtype=np.int64)
+            return np.zeros(number, dtype=np.int64)
         try:
-            return self._coder.decode(self._stream.model.Uniform(size), count).astype(np.int64)
+            return self._coder.decode(self._stream.model.Uniform(size), number).astype(np.int64)
         except AssertionError as error:
             raise ValueError("the bits were not written with these probabilities") from error
 
@@ -100,16 +101,12 @@ def write_codes(
     batch_size: int,
     on_step: Callable[[], object],
 ) -> None:
-    """Writes codes int64 `(N, L)`; the other arguments are those of `read_codes`."""
-    rows = iter(codes.split(batch_size))
-    now: np.ndarray
+    """Writes codes int64 `(N, L)` on the CPU; the other arguments are those of `read_codes`."""
 
-    def choose(position: int, probabilities: np.ndarray) -> np.ndarray:
-        nonlocal now
-        if position == 0:
-            now = next(rows).cpu().numpy()
-        writer.write(now[:, position], probabilities)
-        return now[:, position]
+    def choose(start: int, position: int, probabilities: np.ndarray) -> np.ndarray:
+        chosen = codes[start : start + len(probabilities), position].numpy()
+        writer.write(chosen, probabilities)
+        return chosen
 
     _step_through(prior, prompts, codes.shape[1], num_codes, batch_size, choose, on_step)
 
@@ -138,9 +135,11 @@ def read_codes(
         FloatingPointError: logits were NaN or infinite.
         ValueError: the content cannot have been written with these arguments.
     """
-    return _step_through(
-        prior, prompts, length, num_codes, batch_size, lambda _, probabilities: reader.read(probabilities), on_step
-    )
+
+    def choose(start: int, position: int, probabilities: np.ndarray) -> np.ndarray:
+        return reader.read(probabilities)
+
+    return _step_through(prior, prompts, length, num_codes, batch_size, choose, on_step)
 
 
 @torch.inference_mode()
@@ -150,21 +149,25 @@ def _step_through(
     length: int,
     num_codes: int,
     batch_size: int,
-    choose: Callable[[int, np.ndarray], np.ndarray],
+    choose: Callable[[int, int, np.ndarray], np.ndarray],
     on_step: Callable[[], object],
 ) -> Tensor:
-    """All codes int64 `(N, L)` on the CPU, each chosen by `choose(position, probabilities (n, K))`."""
+    """All codes int64 `(N, L)` on the CPU.
+
+    `choose(start, position, probabilities (n, K))` chooses the codes of n images from image `start` on.
+    """
     decoder = EagerDecoder(prior, batch_size, prompts.shape[1] + length - 1)
     parts = []
     with torch.autocast(prior.device.type, enabled=False):
-        for batch in prompts.to(prior.device).split(batch_size):
+        for start, batch in zip(count(0, batch_size), prompts.to(prior.device).split(batch_size), strict=False):
             fill = torch.arange(batch_size).clamp(max=len(batch) - 1)
             tokens, codes = batch[fill.to(batch.device)], torch.empty(len(batch), length, dtype=torch.int64)
             if tokens.shape[1] > 1:
                 decoder.read(slice(0, batch_size), tokens[:, :-1], 0)
             for position in range(length):
                 logits = decoder.read(slice(0, batch_size), tokens[:, -1:], batch.shape[1] - 1 + position)
-                codes[:, position] = torch.from_numpy(choose(position, _probabilities(logits, num_codes)[: len(batch)]))
+                probabilities = _probabilities(logits, num_codes)[: len(batch)]
+                codes[:, position] = torch.from_numpy(choose(start, position, probabilities))
                 tokens = codes[fill, position : position + 1].to(batch.device)
                 on_step()
             parts.append(codes)
