@@ -27,8 +27,8 @@ class SampleGrids(TrainerCallback):
     """Samples from the evaluated weights, and saves the images in the folder of the run and in the trackers.
 
     A row shows one class, out of up to ten that are spread evenly over all classes; with further conditions, the prompt
-    of one validation image. Samples are guided if the prior learns the null token. All processes sample the same images,
-    because a forward needs the shards of all processes. The main process decodes the images.
+    of one validation image. Samples are guided if the prior learns the null token. All processes sample the same
+    images, because a forward needs the shards of all processes. The main process decodes the images.
 
     Args:
         trainer: the prior's Trainer; its TensorBoard, Weights & Biases and trackio callbacks log the images.
