@@ -132,7 +132,8 @@ class Stage2Config(TrainingConfig):
         ten views of data.augmentation.ten_crop
     tokenize_batch_size: images on one device in one forward pass of the tokenizer
     model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; classes with
-        new names get new embeddings
+        new names get new embeddings. Or starts from a causal language model of transformers, whose tokenizer must be
+        that of a text in conditions
     model: `model_type` of a causal language model in transformers, and fields of its configuration, such as
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads and attention_dropout
     lora: trains an adapter of the prior in model_name_or_path; see lora.r

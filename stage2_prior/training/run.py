@@ -27,6 +27,7 @@ from stage2_prior.condition_tokenizers import (
 )
 from stage2_prior.data import CodeDataset
 from stage2_prior.export import export_prior
+from stage2_prior.language_model import is_language_model, prior_from_language_model
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
 from stage2_prior.training.arguments import training_arguments
 from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
@@ -241,10 +242,19 @@ def open_codes(config: Stage2Config) -> tuple[CodeStore, TokenLayout]:
 
 
 def initial_prior(config: Stage2Config, layout: TokenLayout) -> PreTrainedModel:
-    """The prior before its first step: new, or loaded from `model_name_or_path`, with an adapter if lora.r > 0."""
+    """The prior before its first step: new, or loaded from `model_name_or_path`, with an adapter if lora.r > 0.
+
+    Raises:
+        ConfigError: the prior or language model in `model_name_or_path` cannot be loaded, or does not fit.
+    """
     base = config.model_name_or_path
     if base is None:
         return build_prior(config.model, layout)
+    if is_language_model(base):
+        if config.lora.r:
+            message = f"received {config.lora.r}, but {base} is a language model, which knows no codes; set it to 0"
+            raise ConfigError([Problem("lora.r", f"{message}, or adapt a prior of stage 2")])
+        return prior_from_language_model(base, config.model, layout)
     prior = adapt_prior(base, config.model, layout)
     if not config.lora.r:
         return prior
