@@ -25,16 +25,18 @@ from pipelines.arguments import (
     shard_size,
 )
 from pipelines.chunks import images_at_once
+from pipelines.compression import Compression
 from pipelines.editing import Editing
 from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput, pipeline_text
 from pipelines.requests import condition_tokens, image_seeds, require_conditions, require_memory
 from pipelines.sampling import CodeSampler
+from pipelines.scoring import Scoring
 from pipelines.windows import larger_grid, sample_windows
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, require_callback
 
 
-class VQGANPipeline(Editing):
+class VQGANPipeline(Editing, Scoring, Compression):
     """Generates images: the prior samples codes, the tokenizer decodes them.
 
     Args:

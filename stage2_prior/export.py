@@ -8,8 +8,10 @@ from configs.checksums import write_checksums
 from configs.hub import is_repo_id
 from configs.uploads import RUN_FILES, copy_files, copy_run
 from stage2_prior.adapters import base_of_adapter
+from stage2_prior.condition_tokenizers import copy_tokenizers
 from stage2_prior.model_card import PANELS, PICTURES, prior_card
 from stage2_prior.prior import load_prior
+from stage2_prior.vocabulary import TokenLayout
 
 
 def export_prior(source: Path, target: Path, name: str, license: str | None = None) -> None:
@@ -21,6 +23,7 @@ def export_prior(source: Path, target: Path, name: str, license: str | None = No
         ConfigError: the prior of the adapter cannot be loaded.
     """
     copy_model(source, target)
+    copy_tokenizers(source, target, TokenLayout.from_pretrained(source))
     collect_run(source, target, "prior", PANELS, PICTURES)
     write_card(target, lambda license: prior_card(target, name, license), license or run_license(source))
 
