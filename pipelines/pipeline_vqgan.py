@@ -25,16 +25,16 @@ from pipelines.arguments import (
     shard_size,
 )
 from pipelines.chunks import images_at_once
-from pipelines.outputs import VQGANPipelineOutput, pipeline_text
+from pipelines.compression import Compression
+from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput, pipeline_text
 from pipelines.requests import condition_tokens, image_seeds, require_conditions, require_memory
 from pipelines.sampling import CodeSampler
+from pipelines.scoring import Scoring
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, require_callback
 
-OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
-
-class VQGANPipeline:
+class VQGANPipeline(Scoring, Compression):
     """Generates images: the prior samples codes, the tokenizer decodes them.
 
     Args:
