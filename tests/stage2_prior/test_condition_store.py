@@ -228,7 +228,7 @@ def test_classes_of_the_validation_split_are_those_of_the_training(files):
     [
         ({"kind": "text", "column": "caption"}, {}, r"conditions\.c\.column: received 'caption'; the columns are"),
         ({"kind": "image", "column": "caption"}, {}, r"conditions\.c\.column: received 'caption'; the columns are"),
-        ({"kind": "image", "column": "style"}, {}, r"conditions\.c\.column: received 'style'; its values are not images"),
+        ({"kind": "image", "column": "style"}, {}, r"conditions\.c\.column: received 'style'; its values are not"),
         ({"kind": "text", "column": "style"}, {}, r"conditions\.c\.column: received 'style', which holds ClassLabel"),
         ({"kind": "text", "column": "twin"}, {}, r"conditions\.c\.column: 'twin' holds .* only text and numbers"),
         ({"kind": "text", "column": "text"}, {"data.streaming": True}, r"c\.tokenizer: a stream is not read"),
