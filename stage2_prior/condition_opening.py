@@ -16,7 +16,6 @@ from stage2_prior.condition_sources import (
     ImageCondition,
     TextCondition,
     class_names,
-    load_condition_images,
 )
 from stage2_prior.condition_text import load_text_tokenizer, read_tokenizer_file, text_fingerprint, vocabulary_size
 from stage2_prior.condition_tokenizers import FOLDER, image_segment
@@ -58,13 +57,18 @@ def conditions_origin(
 
 
 def open_conditions(
-    config: Stage2Config, images: Mapping[str, VQGANModel], train: Images, validation: Images
+    config: Stage2Config,
+    images: Mapping[str, VQGANModel],
+    sources: Mapping[str, tuple[Images, Images]],
+    train: Images,
+    validation: Images,
 ) -> dict[str, list[Condition]]:
     """The conditions of each split, in the order of the settings; reads the text tokenizers in the code store.
 
     Args:
         config: the settings.
         images: the tokenizer of each condition image.
+        sources: see `load_condition_images`.
         train, validation: the images, with the columns of the conditions.
 
     Raises:
@@ -77,7 +81,7 @@ def open_conditions(
         elif condition.kind == "text":
             pair = _texts(name, condition, Path(config.code_store) / FOLDER / name)
         else:
-            pair = _images(config, name, condition, images[name])
+            pair = _images(config, name, condition, images[name], sources.get(name, (None, None)))
         for split, opened in zip(SPLITS, pair, strict=True):
             found[split].append(opened)
     return found
@@ -96,11 +100,14 @@ def _texts(name: str, condition: ConditionConfig, folder: Path) -> list[Conditio
     return [TextCondition(segment, str(condition.column), tokenizer)] * len(SPLITS)
 
 
-def _images(config: Stage2Config, name: str, condition: ConditionConfig, tokenizer: VQGANModel) -> list[Condition]:
+def _images(
+    config: Stage2Config,
+    name: str,
+    condition: ConditionConfig,
+    tokenizer: VQGANModel,
+    sources: tuple[Images | None, Images | None],
+) -> list[Condition]:
     segment = image_segment(name, condition, tokenizer)
-    sources: tuple[Images | None, ...] = (None, None)
-    if condition.column is not None:
-        sources = load_condition_images(name, condition.column, config.data)
     values = trained_range(replace(config.data, value_range=None), condition.tokenizer or config.tokenizer)
     views = (config.num_views, 1)
     return [

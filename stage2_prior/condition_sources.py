@@ -132,12 +132,20 @@ def _about_condition(problem: Problem, columns: dict[str, str]) -> Problem:
     return Problem(f"conditions.{names[0]}.column", problem.message)
 
 
-def load_condition_images(name: str, column: str, data: DataConfig) -> tuple[Images, Images]:
-    """The images of another column, in the order of the images themselves.
+def load_condition_images(config: Stage2Config) -> dict[str, tuple[Images, Images]]:
+    """Both splits of the images in other columns, in the order of the images themselves, by the names of conditions.
 
     Raises:
-        ConfigError: the column does not exist or holds no images.
+        ConfigError: a column does not exist or holds no images.
     """
+    return {
+        name: _load_column(name, condition.column, config.data)
+        for name, condition in config.conditions.items()
+        if condition.kind == "image" and condition.column is not None
+    }
+
+
+def _load_column(name: str, column: str, data: DataConfig) -> tuple[Images, Images]:
     try:
         return load_images(replace(data, image_column=column, use_labels=False, columns=[]))
     except ConfigError as error:

@@ -106,7 +106,7 @@ def _image_tokenizer(own_name: str, name: str, condition: ConditionConfig, own: 
         shape = list(own.config.image_shape)
     changes: dict[str, Any] = {} if shape is None else {"image_size": shape}
     try:
-        model = load_tokenizer(condition.tokenizer or own_name, f"conditions.{name}.tokenizer", **changes)
+        model: Any = load_tokenizer(condition.tokenizer or own_name, f"conditions.{name}.tokenizer", **changes)
     except ConfigError as error:
         keys = {"model.image_size": f"conditions.{name}.{key}"}
         raise ConfigError(
@@ -116,7 +116,8 @@ def _image_tokenizer(own_name: str, name: str, condition: ConditionConfig, own: 
         message = f"received {condition.tokenizer!r}, whose images have {model.config.in_channels} channels; those of"
         message = f"{message} {transform!r} have {own.config.in_channels}, as the images themselves"
         raise ConfigError([Problem(f"conditions.{name}.tokenizer", message)])
-    return model.to(own.device)
+    tokenizer: VQGANModel = model.to(own.device)
+    return tokenizer
 
 
 def image_segment(name: str, condition: ConditionConfig, tokenizer: VQGANModel) -> Segment:

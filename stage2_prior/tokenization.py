@@ -36,7 +36,7 @@ from stage1_vqgan import (
 )
 from stage2_prior.code_store import CodeStore, claim_folder, images_per_shard, shard_path
 from stage2_prior.condition_opening import conditions_origin, open_conditions, tell_of_cut_texts, view_dataset
-from stage2_prior.condition_sources import Condition, ImageCondition, load_with_conditions
+from stage2_prior.condition_sources import Condition, ImageCondition, load_condition_images, load_with_conditions
 from stage2_prior.condition_tokenizers import image_tokenizers, save_tokenizers, text_tokenizers
 from stage2_prior.conditions import Segment
 from stage2_prior.encoding import encode_shard, split_into_shards
@@ -69,7 +69,7 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
     model = open_tokenizer(config).to(processes.device)
     check_aspect_ratio(config)
     train, validation = load_with_conditions(config)
-    folder, images = Path(config.code_store), image_tokenizers(config, model)
+    folder, images, sources = Path(config.code_store), image_tokenizers(config, model), load_condition_images(config)
     if processes.is_main_process:
         texts = text_tokenizers(config, train)
         origin = _origin(config, model, train, validation) | conditions_origin(config, texts, images, train, validation)
@@ -81,7 +81,7 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
         processes.print(f"{folder} already holds these codes; nothing to do")
         return CodeStore(folder)
 
-    conditions = open_conditions(config, images, train, validation)
+    conditions = open_conditions(config, images, sources, train, validation)
     if processes.is_main_process:
         _tell(config, model, train, validation, [condition.segment for condition in conditions["train"]])
     started = time.perf_counter()

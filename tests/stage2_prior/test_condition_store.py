@@ -15,7 +15,7 @@ from configs import ConfigError
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_images
 from stage2_prior.condition_images import apply_transform
 from stage2_prior.condition_opening import open_conditions
-from stage2_prior.condition_sources import load_with_conditions
+from stage2_prior.condition_sources import load_condition_images, load_with_conditions
 from stage2_prior.condition_text import load_text_tokenizer
 from stage2_prior.condition_tokenizers import image_tokenizers
 from stage2_prior.tokenization import open_tokenizer, tokenize, tokenize_split
@@ -155,9 +155,10 @@ def test_one_store_whoever_makes_it(root, store, monkeypatch, streaming):
     for path in made.folder.glob("*.arrow"):
         path.unlink()
     model = open_tokenizer(config).to(DEVICE)
+    tokenizers = image_tokenizers(config, model)
     for rank in (1, 0):
         train, validation = load_with_conditions(config)
-        conditions = open_conditions(config, image_tokenizers(config, model), train, validation)
+        conditions = open_conditions(config, tokenizers, load_condition_images(config), train, validation)
         place = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=False, device=DEVICE)
         tokenize_split(config, place, model, "train", train, 2, conditions["train"])
     assert {path.name: path.read_bytes() for path in made.folder.glob("train-*")} == written
@@ -205,15 +206,12 @@ def test_a_row_without_its_condition_image_is_skipped(files):
         tokenize(settings(files, "strict", {"twin": ALL["twin"]}))
 
 
-def test_labels_in_words_are_classes(root):
-    (segment,) = tokenize(settings(root, "words", {"word": {"kind": "class", "column": "word"}})).layout.segments
-    assert segment.class_names == STYLES
-
-
-def test_kept_columns_are_those_of_the_settings(root):
-    store = tokenize(settings(root, "kept", {"text": ALL["text"]}, **{"data.columns": ["word", "text"]}))
+def test_labels_in_words_are_classes_and_kept_columns_are_those_of_the_settings(root):
+    conditions = {"text": ALL["text"], "word": {"kind": "class", "column": "word"}}
+    store = tokenize(settings(root, "kept", conditions, **{"data.columns": ["word", "text"]}))
+    assert store.layout.segments[1].class_names == STYLES
     assert list(store.split("train").read_columns(np.arange(2))) == ["word", "text"]
-    assert read(store, "train").conditions.shape == (TRAIN, 4)
+    assert read(store, "train").conditions.shape == (TRAIN, 5)
 
 
 def test_classes_of_the_validation_split_are_those_of_the_training(files):
@@ -229,9 +227,8 @@ def test_classes_of_the_validation_split_are_those_of_the_training(files):
     "condition, changes, message",
     [
         ({"kind": "text", "column": "caption"}, {}, r"conditions\.c\.column: received 'caption'; the columns are"),
-        ({"kind": "class", "column": "caption"}, {}, r"conditions\.c\.column: received 'caption'; the columns are"),
         ({"kind": "image", "column": "caption"}, {}, r"conditions\.c\.column: received 'caption'; the columns are"),
-        ({"kind": "image", "column": "text"}, {}, r"conditions\.c\.column: received 'text'; its values are not images"),
+        ({"kind": "image", "column": "style"}, {}, r"conditions\.c\.column: received 'style'; its values are not"),
         ({"kind": "text", "column": "style"}, {}, r"conditions\.c\.column: received 'style', which holds ClassLabel"),
         ({"kind": "text", "column": "twin"}, {}, r"conditions\.c\.column: 'twin' holds .* only text and numbers"),
         ({"kind": "text", "column": "text"}, {"data.streaming": True}, r"c\.tokenizer: a stream is not read"),
