@@ -3,6 +3,7 @@
     [0, K)        image codes
     [K, K + C)    classes
     K + C         the null token: the unconditional prompt; condition dropout replaces classes by it
+    next          the mask token, in place of a code that a masked prior has to find; causal priors have none
     …             padding of the vocabulary, never used
 
 A sequence is `[condition] + codes`. Codes are in raster order. A tokenizer with several codes at each position, or with
@@ -16,14 +17,14 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from configs.arguments import described, instance, is_number, whole
+from configs.arguments import choice, described, instance, is_number, whole
 from configs.files import read_json, write_json
 from configs.names import is_whole, one_form
 from configs.problems import cut, did_you_mean, listed, nearest
@@ -43,6 +44,9 @@ PAD_TO_MULTIPLE_OF = 64
 
 Count = Annotated[int, Ge(1)]
 
+# A causal prior predicts each code from the codes before it, a masked prior the hidden codes from all others.
+Family = Literal["causal", "masked"]
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -58,6 +62,7 @@ class TokenLayout:
         class_counts: number of training images of each class; empty if it is unknown. A fact about the data, so layouts
             with other counts are equal.
         grids: h, w and number of codes at each position of each grid; empty for one grid with one code at each.
+        family: "causal" or "masked".
 
     Raises:
         ValueError: a field has another type, or a number is below 1.
@@ -71,6 +76,7 @@ class TokenLayout:
     has_null: bool = True
     class_counts: tuple[Annotated[int, Ge(0)], ...] = field(default=(), compare=False)
     grids: tuple[tuple[Count, Count, Count], ...] = ()
+    family: Family = "causal"
 
     def __post_init__(self) -> None:
         instance("class_names", self.class_names, (list, tuple), "a tuple of names")
@@ -81,6 +87,7 @@ class TokenLayout:
             raise ValueError(f"grid: received {described(self.grid)}; must be h and w, two whole numbers")
         instance("tokenizer_fingerprint", self.tokenizer_fingerprint, str, "text")
         instance("has_null", self.has_null, bool, "True or False")
+        choice("family", self.family, get_args(Family))
         instance("class_counts", self.class_counts, (list, tuple), "a tuple of numbers")
         if len(self.class_counts) not in (0, len(self.class_names)):
             counts = f"{len(self.class_counts)} numbers for {len(self.class_names)} classes"
@@ -107,9 +114,19 @@ class TokenLayout:
         return self.num_codes + self.num_classes
 
     @property
+    def mask_token(self) -> int:
+        """The token in place of a hidden code; only a masked prior has it."""
+        return self.null_token + 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens without padding."""
+        return self.null_token + 1 + (self.family == "masked")
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens, padding included."""
-        return -(-(self.null_token + 1) // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+        return -(-self.num_tokens // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
 
     @property
     def length(self) -> int:
@@ -201,11 +218,14 @@ class TokenLayout:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values for JSON. `tokens` lists the ranges of tokens in order."""
-        padding = self.vocab_size - self.null_token - 1
-        tokens = {"codes": self.num_codes, "classes": self.num_classes, "null": 1, "padding": padding}
-        values = {"tokens": tokens, **asdict(self)}
+        tokens = {"codes": self.num_codes, "classes": self.num_classes, "null": 1}
+        if self.family == "masked":
+            tokens["mask"] = 1
+        values = {"tokens": {**tokens, "padding": self.vocab_size - self.num_tokens}, **asdict(self)}
         if not self.grids:
             del values["grids"]
+        if self.family == "causal":
+            del values["family"]
         return values
 
     @classmethod

@@ -12,6 +12,10 @@ LARGEST_BATCH = {"cpu": 64, "cuda": 256}
 # A step holds this many 8-byte numbers at once for each image and each code: logits, probabilities, random numbers.
 NUMBERS_PER_CODE = 10
 
+# A forward of a masked prior holds this many features of a token at once, as multiples of its width, and as many copies
+# of its logits.
+FEATURES_AT_ONCE, LOGITS_AT_ONCE = 24, 5
+
 
 def batch_size_that_fits(prior: PreTrainedModel, length: int, guided: bool) -> int:
     """The number of images to sample at once, at least 1.
@@ -23,6 +27,20 @@ def batch_size_that_fits(prior: PreTrainedModel, length: int, guided: bool) -> i
     """
     device = prior.device
     each = (2 if guided else 1) * length * bytes_per_token(prior) + 8 * NUMBERS_PER_CODE * prior.config.vocab_size
+    return max(1, min(LARGEST_BATCH.get(device.type, 64), int(USABLE * free_memory(device)) // each))
+
+
+def unmasking_batch_size(prior: PreTrainedModel, length: int, guided: bool) -> int:
+    """The number of images that a masked prior samples at once, at least 1.
+
+    Args:
+        prior: masked language model, on its device.
+        length: tokens of a sequence.
+        guided: whether each image needs an unconditional row too.
+    """
+    config, device = prior.config, prior.device
+    per_token = prior.dtype.itemsize * FEATURES_AT_ONCE * config.hidden_size + 4 * LOGITS_AT_ONCE * config.vocab_size
+    each = (2 if guided else 1) * length * per_token
     return max(1, min(LARGEST_BATCH.get(device.type, 64), int(USABLE * free_memory(device)) // each))
 
 
