@@ -1,7 +1,7 @@
 """Fixtures that several test files share: a tiny run of both stages, and tiny random priors."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -135,8 +135,14 @@ def layout() -> TokenLayout:
 
 
 @pytest.fixture(scope="session")
+def masked_layout(layout: TokenLayout) -> TokenLayout:
+    """The small token layout, of a masked prior."""
+    return replace(layout, family="masked")
+
+
+@pytest.fixture(scope="session")
 def random_prior() -> Callable[..., PreTrainedModel]:
-    """Returns a function that makes a random prior of an architecture ("llama", "gpt2", "qwen3")."""
+    """Returns a function that makes a random prior of an architecture in `tiny.RANDOM_PRIORS`."""
 
     def make(model_type: str, layout: TokenLayout, seed: int = 0, **settings: object) -> PreTrainedModel:
         with torch.random.fork_rng():

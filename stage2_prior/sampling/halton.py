@@ -30,15 +30,13 @@ def halton_ranks(grids: Grids) -> tuple[int, ...]:
 
 def halton_cells(height: int, width: int) -> np.ndarray:
     """All cells of a grid, int64 `(h·w,)`, in the order in which the Halton sequence of bases 2 and 3 reaches them."""
-    count = height * width
-    cells = np.empty(0, dtype=np.int64)
-    while len(cells) < count:
-        count *= 2
-        numbers = np.arange(1, count + 1)
-        y, x = (radical_inverse(numbers, base) for base in (2, 3))
+    size = points = height * width
+    while True:
+        points *= 2
+        y, x = (radical_inverse(np.arange(1, points + 1), base) for base in (2, 3))
         reached, first = np.unique((y * height).astype(int) * width + (x * width).astype(int), return_index=True)
-        cells = reached[first.argsort()][: height * width] if len(reached) == height * width else cells
-    return cells
+        if len(reached) == size:
+            return reached[first.argsort()]
 
 
 def radical_inverse(numbers: np.ndarray, base: int) -> np.ndarray:

@@ -236,7 +236,7 @@ def check_unmasking(
     on_step: OnStep | None,
     known: Tensor | None,
 ) -> None:
-    """Checks the arguments of `unmask`, without reading the tokens themselves."""
+    """Checks the arguments of `unmask`. Of the tokens, it reads only `known`."""
     whole("length", length)
     whole("num_codes", num_codes)
     require_int64("prompts", prompts, (None, None))
@@ -248,6 +248,9 @@ def check_unmasking(
     if known is not None:
         require_int64("known", known, (len(prompts), length))
         tensors["known"] = known
+        if (least := int(known.min())) < -1 or (most := int(known.max())) >= num_codes:
+            received = f"codes from {least}" if least < -1 else f"codes up to {most}"
+            raise ValueError(f"known: received {received}; must be from -1 (to be found) to {num_codes - 1}")
     for name, tensor in tensors.items():
         if tensor.device != prompts.device:
             raise ValueError(f"{name}: received a tensor on {tensor.device}; prompts are on {prompts.device}")
