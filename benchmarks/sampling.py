@@ -107,7 +107,7 @@ def sample(
     prompts, nulls = prompts_of(layout, batch, prior.device)
     if lane.startswith(OURS):
         options = SamplingOptions(guidance_scale=guidance, temperature=0.0 if greedy else 1.0)
-        rows, sizes = batch * (2 if options.guided else 1), (layout.length, layout.num_codes)
+        rows, sizes = batch * options.rows_per_image, (layout.length, layout.num_codes)
         decoder = make_decoder(prior, rows, *sizes, compiled=lane.endswith("compiled"))
         seeds = torch.arange(batch, device=prior.device)
         return partial(draw, decoder, prompts, nulls, seeds, *sizes, options)

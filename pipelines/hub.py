@@ -256,9 +256,7 @@ def load(
     vqgan = load_vqgan(folder / "vqgan", dtype=dtype)
     return {
         "vqgan": vqgan,
-        "prior": load_language_model(
-            folder / "prior", layout.family, trust_remote_code, dtype=dtype, **attention
-        ),
+        "prior": load_language_model(folder / "prior", layout.family, trust_remote_code, dtype=dtype, **attention),
         "image_processor": load_image_processor(folder / "vqgan", vqgan.config),
         "layout": layout,
     }

@@ -4,7 +4,7 @@ Shape letters: N images, h w code grid, L codes of an image, K codebook size. Co
 tokenizer has several codes at each position or several grids, `(N, h, w, G)` or `(N, L)`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,14 @@ from pipelines.requests import (
 )
 from pipelines.sampling import CodeSampler
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
-from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, UnmaskingOrder, require_callback
+from stage2_prior import (
+    GuidanceSchedule,
+    SamplingOptions,
+    TokenLayout,
+    UnmaskingOptions,
+    UnmaskingOrder,
+    require_callback,
+)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
@@ -203,23 +210,11 @@ class VQGANPipeline:
         )
         unmasking = unmasking_options(self.layout, num_steps, order, order_temperature)
         require_conditions(self.layout, options, has_labels=class_labels is not None)
-        prompts = condition_tokens(
-            class_labels, num_images, num_images_per_label, self.vqgan, self.layout, output_type
-        ).to(self.device)
+        prompts = condition_tokens(class_labels, num_images, num_images_per_label, self.vqgan, self.layout, output_type)
         seeds = image_seeds(len(prompts), seed, generator)
-        codes, images = [], []
-        for batch in self._sampler.batches(
-            self.prior, prompts, seeds.to(self.device), options, batch_size, callback_on_step_end, unmasking
-        ):
-            codes.append(batch)
-            if output_type != "codes":
-                images += self._decoded(batch, output_type)
-        return VQGANPipelineOutput(
-            images=_join(images, output_type),
-            codes=torch.cat(codes),
-            labels=None if class_labels is None else self.layout.names_of(prompts[:, 0]),
-            seeds=seeds.tolist(),
-        )
+        labels = None if class_labels is None else self.layout.names_of(prompts[:, 0])
+        batches = self._sampled(prompts, seeds, options, batch_size, callback_on_step_end, unmasking=unmasking)
+        return self._output(batches, output_type, labels, seeds)
 
     __call__ = generate
 
@@ -381,6 +376,35 @@ class VQGANPipeline:
         return pipeline if where is None else pipeline.to(where)
 
     # ------------------------------------------------------------------ helpers
+
+    def _sampled(
+        self,
+        prompts: Tensor,
+        seeds: Tensor,
+        options: SamplingOptions,
+        batch_size: int | None,
+        callback_on_step_end: Callable[[int, Tensor], None] | None,
+        known: Tensor | None = None,
+        groups: Sequence[Sequence[str] | None] = (None,),
+        unmasking: UnmaskingOptions | None = None,
+    ) -> Iterator[Tensor]:
+        """Samples codes `(n, *codes_shape)` batch by batch; see `CodeSampler.batches` for the arguments."""
+        prompts, seeds = prompts.to(self.device), seeds.to(self.device)
+        known = None if known is None else known.to(self.device)
+        return self._sampler.batches(
+            self.prior, prompts, seeds, options, batch_size, callback_on_step_end, known, groups, unmasking
+        )
+
+    def _output(
+        self, batches: Iterable[Tensor], output_type: str, labels: list[str] | None, seeds: Tensor
+    ) -> VQGANPipelineOutput:
+        """Collects sampled codes, and decodes each batch when it is sampled."""
+        codes, images = [], []
+        for batch in batches:
+            codes.append(batch)
+            if output_type != "codes":
+                images += self._decoded(batch, output_type)
+        return VQGANPipelineOutput(_join(images, output_type), torch.cat(codes), labels, seeds.tolist())
 
     def _decoded(self, codes: Tensor, output_type: str) -> list[Any]:
         """Images of codes in `[0, K)`, in parts that fit in memory. Refuses NaN or infinite pixels."""

@@ -15,9 +15,6 @@ from stage2_prior import SamplingOptions, TokenLayout, UnmaskingOptions
 
 LARGEST_SEED = 2**63 - 1
 
-# Steps of a masked prior. An image of fewer codes has one for each.
-DEFAULT_STEPS = UnmaskingOptions.num_steps
-
 
 def require_conditions(layout: TokenLayout, options: SamplingOptions, has_labels: bool) -> None:
     """Checks that the prior has the null token if guidance or unconditional images need it.
@@ -49,18 +46,14 @@ def unmasking_options(
     """
     asked = {"num_steps": num_steps, "order": order, "order_temperature": order_temperature}
     given = {name: value for name, value in asked.items() if value is not None}
-    if layout.family == "causal":
-        for name, value in given.items():
-            raise ValueError(
-                f"{name}: received {described(value)}; this prior is causal, it chooses one code after another; leave "
-                "it out"
-            )
-        return None
-    if num_steps is None:
-        given["num_steps"] = min(DEFAULT_STEPS, layout.length)
-    else:
-        whole("num_steps", num_steps, most=layout.length)
-    return UnmaskingOptions(**given)
+    if layout.family == "masked":
+        unmasking = UnmaskingOptions(**given)
+        unmasking.steps(layout.length)
+        return unmasking
+    for name, value in given.items():
+        advice = "this prior is causal: it chooses one code after another; leave it out"
+        raise ValueError(f"{name}: received {described(value)}; {advice}")
+    return None
 
 
 def condition_tokens(

@@ -3,7 +3,7 @@
 Shape letters: N images, n images of one batch. `codes_shape` is that of the layout, `(h, w)` for most tokenizers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,6 @@ from stage2_prior import (
     batch_size_that_fits,
     sample,
     unmask,
-    unmasking_batch_size,
 )
 
 
@@ -37,7 +36,7 @@ class CodeSampler:
 
     def __init__(self, layout: TokenLayout):
         self.layout = layout
-        self.decoders = DecoderPool(layout.length, layout.num_codes)
+        self.decoders = DecoderPool(layout.num_positions, layout.num_codes)
         self.progress_bar: dict[str, Any] = {}
 
     def batches(
@@ -48,58 +47,67 @@ class CodeSampler:
         options: SamplingOptions,
         batch_size: int | None = None,
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
+        known: Tensor | None = None,
+        groups: Sequence[Sequence[str] | None] = (None,),
         unmasking: UnmaskingOptions | None = None,
     ) -> Iterator[Tensor]:
         """Yields codes int64 `(n, *codes_shape)`, batch by batch. One progress bar covers all batches.
 
         Args:
             prior: language model of the layout's family over its tokens.
-            prompts: condition tokens, int64 `(N, 1)`.
+            prompts: condition tokens, int64 `(N, P)`.
             seeds: int64 `(N,)`.
             options: how codes are chosen.
             batch_size: images sampled at once; by default as many as fit in memory.
             callback_on_step_end: see `VQGANPipeline.generate`.
-            unmasking: steps and order of a masked prior; None for a causal one.
+            known: int64 `(N, L)`, codes that are given; -1 where a code is sampled.
+            groups: names of the conditions that each scale of the guidance is about; None is all of them.
+            unmasking: steps and order of a masked prior; the defaults of `UnmaskingOptions` if it is None.
         """
-        length = self.layout.length
+        layout, unmasking = self.layout, unmasking or UnmaskingOptions()
+        masked = layout.family == "masked"
+        steps, unit = (unmasking.steps(layout.length), "step") if masked else (layout.length, "code")
         if batch_size is None:
-            fitting = batch_size_that_fits if unmasking is None else unmasking_batch_size
-            batch_size = fitting(prior, length, options.guided)
+            batch_size = batch_size_that_fits(prior, layout.num_positions, options.rows_per_image, layout.family)
         batches = -(-len(prompts) // batch_size)
         batch_size = -(-len(prompts) // batches)  # spread the images evenly over the batches
-        steps, unit = (length, "code") if unmasking is None else (unmasking.num_steps, "step")
         with (
             self._sampling(prior, batch_size, options, unmasking) as sampled,
             tqdm(total=batches * steps, **{"desc": "sampling", "unit": unit, **self.progress_bar}) as bar,
         ):
-            for labels, some_seeds in zip(prompts.split(batch_size), seeds.split(batch_size), strict=True):
-                count = len(labels)
+            for start in range(0, len(prompts), batch_size):
+                count = min(batch_size, len(prompts) - start)
                 # fill up the last batch: with one batch size, one recorded step serves all batches
-                fill = torch.arange(batch_size, device=labels.device).clamp(max=count - 1)
+                fill = start + torch.arange(batch_size, device=prompts.device).clamp(max=count - 1)
 
                 def on_step(step: int, chosen: Tensor, count: int = count) -> None:
                     bar.update()
                     if callback_on_step_end is not None:
                         callback_on_step_end(step, chosen[:count].clone())
 
-                null = torch.full_like(labels, self.layout.null_token)
-                yield sampled(labels[fill], null[fill], some_seeds[fill], on_step)[:count].view(
-                    -1, *self.layout.codes_shape
-                )
+                nulls, given = self._without(prompts[fill], groups), None if known is None else known[fill]
+                codes = sampled(prompts[fill], nulls, seeds[fill], on_step, given)
+                bar.update((start // batch_size + 1) * steps - bar.n)  # few hidden codes need fewer steps
+                yield codes[:count].view(-1, *layout.codes_shape)
 
     @contextmanager
     def _sampling(
-        self, prior: PreTrainedModel, batch_size: int, options: SamplingOptions, unmasking: UnmaskingOptions | None
+        self, prior: PreTrainedModel, batch_size: int, options: SamplingOptions, unmasking: UnmaskingOptions
     ) -> Iterator[Callable[..., Tensor]]:
-        """Lends a function of prompts, null prompts, seeds and `on_step`, which samples the codes of one batch."""
-        length, num_codes = self.layout.length, self.layout.num_codes
-        if unmasking is not None:
-            places = {"mask_token": self.layout.mask_token, "grids": self.layout.all_grids}
-            yield lambda prompts, null, seeds, on_step: unmask(
-                prior, prompts, null, seeds, length, num_codes, options, unmasking, on_step, **places
+        """Lends a function that samples one batch: codes `(n, L)` of prompts, null prompts, seeds, on_step, known."""
+        layout, request = self.layout, (self.layout.length, self.layout.num_codes, options)
+        if layout.family == "masked":
+            places: dict[str, Any] = {"mask_token": layout.mask_token, "grids": layout.all_grids}
+            yield lambda prompts, nulls, seeds, on_step, known: unmask(
+                prior, prompts, nulls, seeds, *request, unmasking, on_step, known, **places
             )
-            return
-        with self.decoders.borrow(prior, batch_size * (2 if options.guided else 1)) as decoder:
-            yield lambda prompts, null, seeds, on_step: sample(
-                decoder, prompts, null, seeds, length, num_codes, options, on_step
-            )
+        else:
+            with self.decoders.borrow(prior, batch_size * options.rows_per_image) as decoder:
+                yield lambda prompts, nulls, seeds, on_step, known: sample(
+                    decoder, prompts, nulls, seeds, *request, on_step, known
+                )
+
+    def _without(self, prompts: Tensor, groups: Sequence[Sequence[str] | None]) -> Tensor:
+        """Prompts `(n, P)` with null tokens in place of each group's conditions, group by group: `(G·n, P)`."""
+        nulls = [self.layout.null_prompt(names).to(prompts.device) for names in groups]
+        return torch.cat([prompts.where(null < 0, null) for null in nulls])

@@ -8,7 +8,6 @@ from .sampling.arguments import require_callback as require_callback
 from .sampling.decoders import DecoderPool as DecoderPool
 from .sampling.loop import sample as sample, sample_codes as sample_codes
 from .sampling.memory import batch_size_that_fits as batch_size_that_fits
-from .sampling.memory import unmasking_batch_size as unmasking_batch_size
 from .sampling.options import GuidanceSchedule as GuidanceSchedule, SamplingOptions as SamplingOptions
 from .sampling.unmasking import UnmaskingOptions as UnmaskingOptions, UnmaskingOrder as UnmaskingOrder, unmask as unmask
 from .training.config import Stage2Config as Stage2Config

@@ -11,10 +11,10 @@ all of them, and so on. Images that could not be decoded have no rows; the notes
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -134,6 +134,29 @@ class CodeStore:
             )
 
 
+class Rows(NamedTuple):
+    """Rows of a split.
+
+    Attributes:
+        codes: uint16 or uint32 `(n, L)`.
+        labels: int64 `(n,)`, or None for a store without labels.
+        conditions: uint32 `(n, P')`, tokens of further conditions, see `shards.Shard`, or None.
+    """
+
+    codes: np.ndarray
+    labels: np.ndarray | None
+    conditions: np.ndarray | None
+
+
+def _tables(shard: Shard) -> Rows:
+    return Rows(shard.codes, shard.labels, shard.conditions)
+
+
+def _empty(table: np.ndarray | None, rows: int) -> np.ndarray | None:
+    """An array for rows of such a table."""
+    return None if table is None else np.empty((rows, *table.shape[1:]), table.dtype)
+
+
 class CodeSplit:
     """The rows of one split.
 
@@ -161,30 +184,24 @@ class CodeSplit:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_shards"}
 
-    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self, rows: np.ndarray) -> "Rows":
         """Reads rows in any order, across shards.
 
         Args:
             rows: int64 `(n,)`, row numbers of the split.
-
-        Returns:
-            Codes, uint16 or uint32 `(n, L)`, and labels, int64 `(n,)`, or None for a store without labels.
 
         Raises:
             Damaged: a shard has another form than the layout and `shard_rows` say.
         """
         shards = np.searchsorted(self.ends, rows, side="right")
         offsets = rows - self.starts[shards]
-        first_codes, first_labels, _ = self._shards[0]
-        codes = np.empty((len(rows), first_codes.shape[1]), first_codes.dtype)
-        labels = None if first_labels is None else np.empty(len(rows), first_labels.dtype)
+        tables = [_empty(first, len(rows)) for first in _tables(self._shards[0])]
         for shard in np.unique(shards):
-            shard_codes, shard_labels, _ = self._shards[shard]
             places = np.flatnonzero(shards == shard)
-            codes[places] = shard_codes[offsets[places]]
-            if labels is not None and shard_labels is not None:
-                labels[places] = shard_labels[offsets[places]]
-        return codes, labels
+            for table, source in zip(tables, _tables(self._shards[shard]), strict=True):
+                if table is not None and source is not None:
+                    table[places] = source[offsets[places]]
+        return Rows(*tables)  # type: ignore[arg-type]
 
     def read_columns(self, rows: np.ndarray) -> dict[str, list[Any]]:
         """The kept columns (`data.columns`) of rows in any order: text or numbers, None where a value is missing.
@@ -209,11 +226,22 @@ class CodeSplit:
             for name, values, limit in (
                 ("codes", shard.codes, self.layout.num_codes),
                 ("labels", shard.labels, self.layout.num_classes),
+                *self._segments_of(shard),
             ):
                 if values is not None and values.size and not (values.min() >= 0 and values.max() < limit):
                     raise Damaged(
                         f"{path}: holds {name} from {values.min()} to {values.max()}; allowed are 0 to {limit - 1}"
                     )
+
+    def _segments_of(self, shard: Shard) -> Iterator[tuple[str, np.ndarray | None, int]]:
+        """Name, values and limit of each further condition; its null token is allowed."""
+        if shard.conditions is None:
+            return
+        start = 0
+        for segment in self.layout.segments:
+            end = start + segment.length
+            yield f"tokens of {segment.name}", shard.conditions[:, start:end], segment.num_tokens + 1
+            start = end
 
     @cached_property
     def _shards(self) -> list[Shard]:
@@ -222,9 +250,8 @@ class CodeSplit:
         for path, start, end in zip(self.paths, self.starts, self.ends, strict=True):
             shard, _ = map_shard(path)
             layout = self.layout
-            form = described(
-                end - start, layout.length, code_dtype(layout.num_codes), layout.num_classes > 0, self.columns
-            )
+            width, dtype = sum(segment.length for segment in layout.segments), code_dtype(layout.num_codes)
+            form = described(end - start, layout.length, dtype, layout.num_classes > 0, self.columns, width)
             if shard.form != form:
                 raise Damaged(f"{path}: holds {shard.form}; the manifest says {form}")
             shards.append(shard)

@@ -46,27 +46,25 @@ class MaskedCodeDataset(Dataset):
             `labels` int64 `(B, P + L)`: the hidden codes, and -100 everywhere else.
         """
         layout = self.sequences.layout
-        batch = self.sequences.__getitems__(indices)
-        prompts, codes = batch["input_ids"][:, : 1 - layout.length or None], batch["labels"][:, -layout.length :]
-        keys = np.asarray(indices, dtype=np.int64)
-        keys = keys if keys.ndim == 2 else np.stack([np.zeros_like(keys), keys], 1)
-        hidden = torch.from_numpy(hidden_places(self.seed, keys, layout.length))
-        tokens = codes.where(~hidden & (codes != IGNORED), layout.mask_token)
-        labels = torch.cat([torch.full_like(prompts, IGNORED), codes.where(hidden, IGNORED)], 1)
-        return {"input_ids": torch.cat([prompts, tokens], 1), "labels": labels}
+        epochs, rows, prompts, codes = self.sequences.read(indices)
+        hidden = hidden_places(self.seed, epochs, rows, layout.length)
+        tokens = np.concatenate([prompts, np.where(hidden, layout.mask_token, codes)], 1)
+        labels = np.full_like(tokens, IGNORED)
+        labels[:, prompts.shape[1] :] = np.where(hidden & (rows >= 0)[:, None], codes, IGNORED)
+        return {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
 
 
-def hidden_places(seed: int, keys: np.ndarray, length: int) -> np.ndarray:
+def hidden_places(seed: int, epochs: np.ndarray, rows: np.ndarray, length: int) -> np.ndarray:
     """Which codes are hidden, bool `(B, L)`: at least one of each row.
 
     The share of hidden codes is cos(π/2 · u) with a uniform u, rounded up to whole codes; any codes are equally likely.
 
     Args:
         seed: integer.
-        keys: int64 `(B, 2)`, (epoch, row). Each row of the result is a hash of the seed and of its key.
+        epochs, rows: int64 `(B,)`. Each row of the result is a hash of the seed, the epoch and the row.
         length: L.
     """
-    counters = (np.array([seed]), keys[:, :1], keys[:, 1:], np.array([HIDING]), np.arange(length + 1))
-    draws = uniform(*counters)
+    key = (np.array([seed]), epochs[:, None], rows[:, None], np.array([HIDING]))
+    draws = uniform(*key, np.arange(length + 1))
     counts = np.ceil(np.cos(math.pi / 2 * draws[:, :1]) * length)
     return draws[:, 1:].argsort(1).argsort(1) < counts

@@ -4,6 +4,7 @@ pretrained.py reads the files of a trained prior.
 """
 
 import copy
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from configs.model_folder import local_folder
 from configs.problems import one_line
 from configs.staging import finish_interrupted
 from stage2_prior.adapters import base_of_adapter, check_layout_of_adapter, merge_adapter
+from stage2_prior.conditions import Segment
 from stage2_prior.pretrained import AUTO_CLASSES, layout_of, load_language_model
 from stage2_prior.sampling.decoder import EagerDecoder
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
@@ -103,7 +105,7 @@ def decided_by(layout: TokenLayout) -> dict[str, Any]:
     others = {"cls_token_id": None, "mask_token_id": layout.mask_token, "sep_token_id": None} if masked else {}
     return {
         "vocab_size": layout.vocab_size,
-        "max_position_embeddings": layout.length + masked,
+        "max_position_embeddings": layout.num_positions,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
@@ -118,7 +120,9 @@ def _initialise(config: Any, layout: TokenLayout) -> PreTrainedModel:
         raise ConfigError([Problem("model.model_type", f"received {config.model_type!r}; {reason}")])
     suits, needs = (reads_like_a_sequence, CAUSAL) if layout.family == "causal" else (sees_both_sides, MASKED)
     if not suits(prior, layout):
-        raise ConfigError([Problem("model.model_type", f"received {config.model_type!r}; {needs}; choose another model")])
+        raise ConfigError(
+            [Problem("model.model_type", f"received {config.model_type!r}; {needs}; choose another model")]
+        )
     if layout.family == "causal":
         prior.generation_config = generation_config(layout)
     return prior
@@ -142,13 +146,13 @@ def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
     made of keys and values.
     """
     prior.eval()
-    tokens = torch.randint(layout.num_codes, (1, layout.length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(layout.num_codes, (1, layout.num_positions), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(prior.device)
     if tokens.device.type == "meta":
         return True
     whole = prior(input_ids=tokens).logits[0].float()
-    decoder, row, last = EagerDecoder(prior, 1, layout.length), slice(0, 1), layout.length - 1
-    alone = range(min(6, layout.length))
+    decoder, row, last = EagerDecoder(prior, 1, layout.num_positions), slice(0, 1), layout.num_positions - 1
+    alone = range(min(6, layout.num_positions))
     try:
         found = [decoder.read(row, tokens[:, place : place + 1], place) for place in alone]
         decoder.read(row, tokens[:, : last or 1], 0)
@@ -170,8 +174,8 @@ def sees_both_sides(prior: PreTrainedModel, layout: TokenLayout) -> bool:
     if prior.device.type == "meta":
         return True
     prior.eval()
-    tokens = torch.zeros(3, layout.length + 1, dtype=torch.int64, device=prior.device)
-    tokens[1, 0], tokens[2, -1] = layout.null_token, layout.mask_token
+    tokens = torch.zeros(3, layout.sequence_length, dtype=torch.int64, device=prior.device)
+    tokens[1, 0], tokens[2, -1] = 1, layout.mask_token
     try:
         logits = prior(input_ids=tokens).logits.float()
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
@@ -251,7 +255,8 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
             elif parameter.shape == before[parameter_name].shape:
                 parameter.copy_(before[parameter_name])
             else:  # a table of learnt position embeddings cannot be extended
-                learnt = f"whose position embeddings are for {known.length} codes; these images have {layout.length}"
+                has, needs = known.num_positions, layout.num_positions
+                learnt = f"whose position embeddings are for {has} tokens; these sequences have {needs}"
                 raise ConfigError([Problem(BASE_KEY, f"received {name!r}, {learnt}; train a new prior")])
     return prior
 
@@ -305,4 +310,22 @@ def shared_tokens(old: TokenLayout, new: TokenLayout) -> Tensor:
         pairs.append((old.null_token, new.null_token))
     if old.family == new.family == "masked":
         pairs.append((old.mask_token, new.mask_token))
+    before = {segment.name: segment for segment in old.segments}
+    for segment in new.segments:
+        pairs += _shared_of_segment(before.get(segment.name), segment, old, new)
     return torch.tensor(pairs).T
+
+
+def _shared_of_segment(
+    before: Segment | None, segment: Segment, old: TokenLayout, new: TokenLayout
+) -> Iterable[tuple[int, int]]:
+    """Pairs of tokens of a condition in both layouts: classes by name, tokens of the same tokenizer, the null token."""
+    if before is None or (before.kind, before.fingerprint) != (segment.kind, segment.fingerprint):
+        return
+    first_old, first_new = old.first_tokens[segment.name], new.first_tokens[segment.name]
+    names = before.class_names or tuple(map(str, range(before.num_tokens)))
+    wanted = segment.class_names or tuple(map(str, range(segment.num_tokens)))
+    places = {name: number for number, name in enumerate(names)}
+    yield from ((first_old + places[name], first_new + number) for number, name in enumerate(wanted) if name in places)
+    if before.has_null and segment.has_null:
+        yield old.null_of(segment.name), new.null_of(segment.name)

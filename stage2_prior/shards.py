@@ -1,7 +1,8 @@
 """A shard of the code store: an Arrow file with one record batch, which `datasets.Dataset.from_file` also opens.
 
-Columns: `codes`, a fixed-size list of uint16 (uint32 above 65,536 codes), for labeled images `label`, int64, and then
-the columns of the data set that `data.columns` keeps, text or numbers.
+Columns: `codes`, a fixed-size list of uint16 (uint32 above 65,536 codes); for labeled images `label`, int64; with
+further conditions `condition`, a fixed-size list of uint32, see `Shard`; and then the columns of the data set that
+`data.columns` keeps, text or numbers.
 The metadata of the schema holds notes about the images, and a checksum of the columns.
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 # Key of the shard's notes in the metadata of its Arrow schema.
 NOTES_KEY = b"tessella"
-COLUMNS = ["codes", "label"]
+CODES, LABEL, CONDITION = "codes", "label", "condition"
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,21 @@ class Shard(NamedTuple):
         codes: uint16 or uint32 `(rows, L)`.
         labels: int64 `(rows,)`, or None without labels.
         columns: further columns of the data set, or None.
+        conditions: uint32 `(rows, P')`, the tokens of all further conditions (`TokenLayout.segments`), each counted
+            from 0 in its segment; the null token is the number of tokens of the segment. Or None.
     """
 
     codes: np.ndarray
     labels: np.ndarray | None
     columns: pa.Table | None = None
+    conditions: np.ndarray | None = None
 
     def checksum(self) -> str:
         """The XXH3-128 checksum of codes, labels and columns, as 32 hexadecimal digits. It reads all of them."""
         digest = xxhash.xxh3_128(self.codes.data)
         digest.update(b"" if self.labels is None else self.labels.data)
         digest.update(b"" if self.columns is None else json.dumps(self.columns.to_pydict(), default=str).encode())
+        digest.update(b"" if self.conditions is None else self.conditions.data)
         return digest.hexdigest()
 
     @property
@@ -74,12 +79,16 @@ class Shard(NamedTuple):
         """Shape and dtype in words."""
         rows, length = self.codes.shape
         names = () if self.columns is None else tuple(self.columns.column_names)
-        return described(rows, length, self.codes.dtype, self.labels is not None, names)
+        width = 0 if self.conditions is None else self.conditions.shape[1]
+        return described(rows, length, self.codes.dtype, self.labels is not None, names, width)
 
 
-def described(rows: int, length: int, dtype: np.dtype, with_labels: bool, columns: Sequence[str] = ()) -> str:
+def described(
+    rows: int, length: int, dtype: np.dtype, with_labels: bool, columns: Sequence[str] = (), conditions: int = 0
+) -> str:
     """Shape and dtype of a shard in words."""
     text = f"{rows:,} rows of {length:,} codes ({dtype}) with{'' if with_labels else 'out'} labels"
+    text += f", {conditions:,} condition tokens" if conditions else ""
     return text + (f" and with the columns {', '.join(columns)}" if columns else "")
 
 
@@ -95,6 +104,7 @@ def write_shard(
     images: int,
     skipped: Sequence[SkippedImage] = (),
     kept: pa.Table | None = None,
+    conditions: np.ndarray | None = None,
 ) -> None:
     """Writes one shard atomically: a file with a shard's name is complete.
 
@@ -105,11 +115,19 @@ def write_shard(
         images: number of images in the shard's range of the split.
         skipped: the images in this range that could not be decoded.
         kept: further columns of the rows, or None.
+        conditions: tokens of further conditions, see `Shard`, or None.
     """
-    shard = Shard(np.ascontiguousarray(codes), None if labels is None else np.ascontiguousarray(labels, np.int64), kept)
-    columns = {"codes": pa.FixedSizeListArray.from_arrays(pa.array(shard.codes.reshape(-1)), codes.shape[1])}
+    shard = Shard(
+        np.ascontiguousarray(codes),
+        None if labels is None else np.ascontiguousarray(labels, np.int64),
+        kept,
+        None if conditions is None else np.ascontiguousarray(conditions, np.uint32),
+    )
+    columns = {CODES: _lists(shard.codes)}
     if shard.labels is not None:
-        columns["label"] = pa.array(shard.labels)
+        columns[LABEL] = pa.array(shard.labels)
+    if shard.conditions is not None:
+        columns[CONDITION] = _lists(shard.conditions)
     if kept is not None:
         columns |= {name: kept[name].combine_chunks() for name in kept.column_names}
     num_classes = int(labels.max(initial=-1)) + 1 if labels is not None else 0
@@ -170,26 +188,43 @@ def check_shard(path: Path) -> ShardNotes:
 
 
 def _shard(batch: pa.RecordBatch, path: Path) -> Shard:
-    schema = batch.schema
-    num_own = 2 if schema.names[:2] == COLUMNS else 1
-    codes_type: Any = schema.field(0).type if len(schema) else None
-    allowed = [pa.uint16(), pa.uint32()]
+    own = [name for name in batch.schema.names[:3] if name in (CODES, LABEL, CONDITION)]
+    arrays = {name: batch.column(name) for name in own} if len(set(own)) == len(own) else {}
+    kinds = {CODES: [pa.uint16(), pa.uint32()], CONDITION: [pa.uint32()]}
     if (
-        schema.names[:num_own] != COLUMNS[:num_own]
-        or not pa.types.is_fixed_size_list(codes_type)
-        or codes_type.value_type not in allowed
-        or (num_own == 2 and schema.field(1).type != pa.int64())
-        or any(pa.types.is_nested(field.type) for field in list(schema)[num_own:])
+        own != [name for name in (CODES, LABEL, CONDITION) if name in own]
+        or CODES not in arrays
+        or not all(_is_table(arrays[name], kinds[name]) for name in kinds.keys() & arrays.keys())
+        or (LABEL in arrays and arrays[LABEL].type != pa.int64())
+        or any(pa.types.is_nested(field.type) for field in list(batch.schema)[len(own) :])
     ):
-        columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
-        raise Damaged(f"{path}: holds the columns {columns}; allowed are codes (lists of uint16) and label (int64)")
-    lists = batch.column(0)
-    labels = batch.column(1) if num_own == 2 else None
-    if lists.null_count or lists.values.null_count or (labels is not None and labels.null_count):
+        columns = ", ".join(f"{field.name}: {field.type}" for field in batch.schema)
+        allowed = "codes (lists of uint16), label (int64) and condition (lists of uint32)"
+        raise Damaged(f"{path}: holds the columns {columns}; allowed are {allowed}")
+    if any(array.null_count or (name != LABEL and array.values.null_count) for name, array in arrays.items()):
         raise Damaged(f"{path}: values are missing (null)")
-    codes = lists.flatten().to_numpy(zero_copy_only=True).reshape(len(lists), codes_type.list_size)
-    kept = pa.Table.from_batches([batch]).select(schema.names[num_own:]) if len(schema) > num_own else None
-    return Shard(codes, None if labels is None else labels.to_numpy(zero_copy_only=True), kept)
+    labels, conditions = arrays.get(LABEL), arrays.get(CONDITION)
+    names = batch.schema.names[len(own) :]
+    return Shard(
+        _table(arrays[CODES]),
+        None if labels is None else labels.to_numpy(zero_copy_only=True),
+        pa.Table.from_batches([batch]).select(names) if names else None,
+        None if conditions is None else _table(conditions),
+    )
+
+
+def _lists(table: np.ndarray) -> pa.Array:
+    """A table `(rows, n)` as an array of fixed-size lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(table.reshape(-1)), table.shape[1])
+
+
+def _is_table(lists: pa.Array, values: list[pa.DataType]) -> bool:
+    return pa.types.is_fixed_size_list(lists.type) and lists.type.value_type in values
+
+
+def _table(lists: pa.Array) -> np.ndarray:
+    """The inverse of `_lists`, without a copy."""
+    return lists.flatten().to_numpy(zero_copy_only=True).reshape(len(lists), lists.type.list_size)
 
 
 def _notes(schema: pa.Schema, path: Path) -> ShardNotes:

@@ -3,34 +3,35 @@
     [0, K)        image codes
     [K, K + C)    classes
     K + C         the null token: the unconditional prompt; condition dropout replaces classes by it
-    next          the mask token, in place of a code that a masked prior has to find; causal priors have none
+    …             for each further condition: its tokens, then its own null token
+    …             the mask token of a masked prior
     …             padding of the vocabulary, never used
 
-A sequence is `[condition] + codes`. Codes are in raster order. A tokenizer with several codes at each position, or with
-several grids, has this order: grid by grid, each in raster order, and the codes of a position one after another. All
-codebooks of such a tokenizer share the tokens [0, K); the position of a code says to which codebook it belongs.
+A sequence is `prompt + codes`. The prompt has one token for the class, or the null token if there are no conditions at
+all; then the tokens of the further conditions in their order. Codes are in raster order. A tokenizer with several codes
+at each position, or with several grids, has this order: grid by grid, each in raster order, and the codes of a position
+one after another. All codebooks of such a tokenizer share the tokens [0, K); the position of a code says to which
+codebook it belongs.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import numpy as np
 import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from configs.arguments import choice, described, instance, is_number, whole
+from configs.arguments import choice, described, instance, whole
 from configs.files import read_json, write_json
-from configs.names import is_whole, one_form
-from configs.problems import cut, did_you_mean, listed, nearest
+from configs.names import one_form
 from configs.randomness import Numbers
 from configs.sections import LARGEST
 from stage1_vqgan import Grids, codes_shape, grids_text, num_codes
+from stage2_prior.conditions import CLASS, ClassNames, Count, Segment
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -42,9 +43,6 @@ FILE_NAME = "token_layout.json"
 # The vocabulary is padded to a multiple of this number, because tensor cores multiply whole tiles.
 PAD_TO_MULTIPLE_OF = 64
 
-Count = Annotated[int, Ge(1)]
-
-# A causal prior predicts each code from the codes before it, a masked prior the hidden codes from all others.
 Family = Literal["causal", "masked"]
 
 
@@ -62,10 +60,11 @@ class TokenLayout:
         class_counts: number of training images of each class; empty if it is unknown. A fact about the data, so layouts
             with other counts are equal.
         grids: h, w and number of codes at each position of each grid; empty for one grid with one code at each.
-        family: "causal" or "masked".
+        segments: the conditions beside the class.
+        family: "causal", or "masked", which has a mask token.
 
     Raises:
-        ValueError: a field has another type, or a number is below 1.
+        ValueError: a field has another type, a number is below 1, or two conditions have one name.
     """
 
     num_codes: Count
@@ -76,6 +75,7 @@ class TokenLayout:
     has_null: bool = True
     class_counts: tuple[Annotated[int, Ge(0)], ...] = field(default=(), compare=False)
     grids: tuple[tuple[Count, Count, Count], ...] = ()
+    segments: tuple[Segment, ...] = ()
     family: Family = "causal"
 
     def __post_init__(self) -> None:
@@ -87,7 +87,6 @@ class TokenLayout:
             raise ValueError(f"grid: received {described(self.grid)}; must be h and w, two whole numbers")
         instance("tokenizer_fingerprint", self.tokenizer_fingerprint, str, "text")
         instance("has_null", self.has_null, bool, "True or False")
-        choice("family", self.family, get_args(Family))
         instance("class_counts", self.class_counts, (list, tuple), "a tuple of numbers")
         if len(self.class_counts) not in (0, len(self.class_names)):
             counts = f"{len(self.class_counts)} numbers for {len(self.class_names)} classes"
@@ -100,6 +99,8 @@ class TokenLayout:
             "class_counts": tuple(whole("class_counts", count, least=0, most=2**40) for count in self.class_counts),
         }
         plain["grids"] = _grids(self.grids, plain["grid"])
+        plain["segments"] = _segments(self.segments)
+        choice("family", self.family, get_args(Family))
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
@@ -114,19 +115,91 @@ class TokenLayout:
         return self.num_codes + self.num_classes
 
     @property
-    def mask_token(self) -> int:
-        """The token in place of a hidden code; only a masked prior has it."""
-        return self.null_token + 1
+    def used_tokens(self) -> int:
+        """Number of tokens without the padding."""
+        segments = sum(segment.num_tokens + 1 for segment in self.segments)
+        return self.null_token + 1 + segments + (self.family == "masked")
 
     @property
-    def num_tokens(self) -> int:
-        """Number of tokens without padding."""
-        return self.null_token + 1 + (self.family == "masked")
+    def mask_token(self) -> int:
+        """The token of a code that a masked prior shall predict.
+
+        Raises:
+            AttributeError: the prior is causal.
+        """
+        if self.family != "masked":
+            raise AttributeError("a causal prior has no mask token")
+        return self.used_tokens - 1
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, padding included."""
-        return -(-self.num_tokens // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+        return -(-self.used_tokens // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+
+    # ------------------------------------------------------------------ the prompt
+
+    @cached_property
+    def conditions(self) -> tuple[Segment, ...]:
+        """All segments of the prompt. The first is named "class", unless there are only other conditions."""
+        if not self.num_classes and self.segments:
+            return self.segments
+        has_null = self.has_null and not self.segments  # else the null token only stands where all others are null
+        first = Segment(CLASS, "class", self.num_classes, 1, has_null, self.class_names)
+        return first, *self.segments
+
+    @cached_property
+    def first_tokens(self) -> dict[str, int]:
+        """The first token of each segment, by its name. Its null token follows its last token."""
+        first, found = self.null_token + 1, {CLASS: self.num_codes}
+        for segment in self.segments:
+            found[segment.name] = first
+            first += segment.num_tokens + 1
+        return {segment.name: found[segment.name] for segment in self.conditions}
+
+    @cached_property
+    def places(self) -> dict[str, slice]:
+        """The places of each segment in the prompt, by its name."""
+        found, start = {}, 0
+        for segment in self.conditions:
+            found[segment.name] = slice(start, start + segment.length)
+            start += segment.length
+        return found
+
+    @property
+    def prompt_length(self) -> int:
+        """P, number of tokens in front of the codes."""
+        return sum(segment.length for segment in self.conditions)
+
+    @property
+    def sequence_length(self) -> int:
+        """P + L, number of tokens of prompt and codes."""
+        return self.prompt_length + self.length
+
+    @property
+    def num_positions(self) -> int:
+        """Number of tokens that a prior reads: P + L; a causal prior does not read the last code."""
+        return self.sequence_length - (self.family == "causal")
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """The first token of the segment at each place of the prompt, int64 `(P,)`."""
+        firsts = torch.tensor([self.first_tokens[segment.name] for segment in self.conditions])
+        return firsts.repeat_interleave(torch.tensor([segment.length for segment in self.conditions]))
+
+    def null_of(self, name: str) -> int:
+        """The null token of a segment."""
+        (segment,) = [segment for segment in self.conditions if segment.name == name]
+        return self.first_tokens[name] + segment.num_tokens
+
+    def null_prompt(self, names: Sequence[str] | None = None) -> Tensor:
+        """int64 `(P,)`: the null token of the named segments at their places, -1 at other places; of all by default."""
+        prompt = torch.full((self.prompt_length,), -1)
+        for name, places in self.places.items():
+            if names is None or name in names:
+                prompt[places] = self.null_of(name)
+        return prompt
+
+    # ------------------------------------------------------------------ the codes
 
     @property
     def length(self) -> int:
@@ -172,61 +245,21 @@ class TokenLayout:
         Raises:
             ValueError: a label is not one of the classes.
         """
-        listed = isinstance(labels, Sequence | np.ndarray) and getattr(labels, "ndim", 1) == 1
-        if not listed or isinstance(labels, str | bytes):
-            raise ValueError(f"class_labels: received {described(labels)}; must be a list of ids or names")
-        ids = []
-        for label in labels:
-            if isinstance(label, str) and one_form(label) in self._ids:
-                ids.append(self._ids[one_form(label)])
-            elif is_number(label, Integral) and 0 <= int(label) < self.num_classes:
-                ids.append(self._id_of_number(int(label)))
-            elif self.num_classes == 0:
-                raise ValueError("class_labels: this prior is unconditional; use num_images instead")
-            else:
-                raise ValueError(f"class_labels: {unknown_label(label, self.class_names)}")
-        return torch.tensor(ids, dtype=torch.int64)
-
-    def _id_of_number(self, number: int) -> int:
-        """The number, if it is an id and no name of another class.
-
-        Raises:
-            ValueError: another class has this number as its name.
-        """
-        for other in self._ids_by_number.get(number, ()):
-            if other != number:
-                name = self.class_names[other]
-                raise ValueError(
-                    f"class_labels: received {number}, which has two readings: class {name!r} (id {other}), and id "
-                    f"{number} (class {self.class_names[number]!r}); write the name as text, {name!r} or "
-                    f"{self.class_names[number]!r}"
-                )
-        return number
+        return self._classes.ids(labels)
 
     @cached_property
-    def _ids_by_number(self) -> dict[int, list[int]]:
-        """The ids of the classes whose names are a number."""
-        ids: dict[int, list[int]] = {}
-        for id_, name in enumerate(self.class_names):
-            if is_whole(name):
-                ids.setdefault(int(name), []).append(id_)
-        return ids
-
-    @cached_property
-    def _ids(self) -> dict[str, int]:
-        return {name: number for number, name in reversed(list(enumerate(self.class_names)))}
+    def _classes(self) -> ClassNames:
+        return ClassNames(self.class_names)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values for JSON. `tokens` lists the ranges of tokens in order."""
         tokens = {"codes": self.num_codes, "classes": self.num_classes, "null": 1}
-        if self.family == "masked":
-            tokens["mask"] = 1
-        values = {"tokens": {**tokens, "padding": self.vocab_size - self.num_tokens}, **asdict(self)}
-        if not self.grids:
-            del values["grids"]
-        if self.family == "causal":
-            del values["family"]
-        return values
+        tokens |= {segment.name: segment.num_tokens + 1 for segment in self.segments}
+        tokens |= {"mask": 1} if self.family == "masked" else {}
+        values = {"tokens": tokens | {"padding": self.vocab_size - self.used_tokens}, **asdict(self)}
+        values["segments"] = [segment.to_dict() for segment in self.segments]
+        unset = {"grids": (), "segments": [], "family": "causal"}  # as in layouts of versions without these fields
+        return {name: value for name, value in values.items() if name not in unset or value != unset[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TokenLayout":
@@ -332,13 +365,16 @@ def _grids(grids: Any, grid: Any) -> Grids:
     return () if plain == ((*grid, 1),) else plain
 
 
-def unknown_label(label: Any, names: Sequence[str]) -> str:
-    """The message for an unknown class label: the ids, the first names, and the names that are most like it."""
-    shown = listed([cut(name, 40) for name in names], 10)
-    message = f"received {described(label)}; allowed are ids 0 to {len(names) - 1} or names: {shown}"
-    by_letters = {name.casefold(): name for name in names}
-    near = nearest(one_form(label).casefold(), by_letters, 3) if isinstance(label, str) else []
-    return message + did_you_mean([by_letters[name] for name in near])
+def _segments(segments: Any) -> tuple[Segment, ...]:
+    """The field `segments`. Names are of identifiers, because they are keys, arguments and names of folders."""
+    instance("segments", segments, (list, tuple), "a tuple of segments")
+    names = {CLASS, "codes", "classes", "null", "mask", "padding"}
+    for segment in segments:
+        instance("segments", segment, Segment, "a tuple of segments")
+        if not segment.name.isidentifier() or segment.name in names:
+            raise ValueError(f"segments: received the name {segment.name!r}; must be a new identifier")
+        names.add(segment.name)
+    return tuple(segments)
 
 
 @cache

@@ -70,7 +70,7 @@ def test_hounsfield_units_keep_their_range(tmp_path, stage2_values, random_prior
     prior, vqgan = random_prior("llama", store.layout), load_tokenizer(str(tmp_path / "vqgan"))
     VQGANPipeline(vqgan, prior, processor, store.layout).save_pretrained(tmp_path / "pipeline")
     pipeline = VQGANPipeline.from_pretrained(tmp_path / "pipeline")
-    stored, _ = store.split("validation").read(np.array([0]))
+    stored, _ = store.split("validation").read(np.array([0]))[:2]
     validation = load_images(stage2.data)[1]
     original = Image.open(validation.encoded([0])[0].content)
     codes = pipeline.encode([original, np.asarray(original)])

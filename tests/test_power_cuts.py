@@ -22,7 +22,7 @@ def weights(*models):
 
 
 def rows(store):
-    return [np.concatenate([*part.read(np.arange(len(part)))], axis=None) for part in map(store.split, SPLITS)]
+    return [np.concatenate([*part.read(np.arange(len(part)))[:2]], axis=None) for part in map(store.split, SPLITS)]
 
 
 SPLITS = ("train", "validation")

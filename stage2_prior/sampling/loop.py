@@ -6,7 +6,7 @@ the prior reads: the prompt of length P comes first, so the code at position i h
 Shape letters: B images, P prompt length, L codes of an image, K codebook size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,15 +34,16 @@ def sample_codes(
     num_codes: int,
     options: SamplingOptions,
     on_step: OnStep | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Samples the codes of one batch of images with the fastest decoder that supports the prior; see `sample`.
 
     Args:
         prior: causal language model, in evaluation mode.
     """
-    rows = len(prompts) * (2 if options.guided else 1)
+    rows = len(prompts) * options.rows_per_image
     decoder = make_decoder(prior, rows, prompts.shape[1] + length - 1, num_codes)
-    return sample(decoder, prompts, null_prompts, seeds, length, num_codes, options, on_step)
+    return sample(decoder, prompts, null_prompts, seeds, length, num_codes, options, on_step, known)
 
 
 @torch.inference_mode()
@@ -55,23 +56,26 @@ def sample(
     num_codes: int,
     options: SamplingOptions,
     on_step: OnStep | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Samples the codes of one batch of images.
 
-    With guidance, the batch has 2B rows: B prompts, then B null prompts, which one forward reads together. Positions
-    without guidance read only the first half. If guidance starts later, the second half first reads all codes picked
-    so far. The host never waits for the device inside the loop.
+    With guidance by G groups of conditions, the batch has (1 + G)·B rows: B prompts, then the B null prompts of each
+    group, which one forward reads together. Positions without guidance read only the prompts. If guidance starts later,
+    the other rows first read all codes picked so far. The host never waits for the device inside the loop.
 
     Args:
-        decoder: a decoder for B rows (2B with guidance) of P + L - 1 tokens.
+        decoder: a decoder for B rows ((1 + G)·B with guidance) of P + L - 1 tokens.
         prompts: int64 `(B, P)`, the conditions.
-        null_prompts: int64 `(B, P)`, prompts without a condition; they are only read with guidance.
+        null_prompts: int64 `(G·B, P)`, group by group: prompts with null tokens in place of the group's conditions.
+            They are only read with guidance. Usually G is 1, and all tokens are null tokens.
         seeds: int64 `(B,)`. The noise of an image at a position depends only on (its seed, position, code), so an
             image does not depend on the batch it is sampled in.
         length: L.
         num_codes: K; only tokens below K are picked.
         options: guidance, temperature and filters.
         on_step: see `OnStep`.
+        known: int64 `(B, L)`, codes that are given; -1 where a code is sampled.
 
     Returns:
         int64 `(B, L)`.
@@ -81,11 +85,11 @@ def sample(
         ValueError: an argument has another type, shape or dtype, or is on another device.
     """
     length, num_codes = whole("length", length), whole("num_codes", num_codes)
-    check_sampling(decoder, prompts, null_prompts, seeds, length, num_codes, options, on_step)
+    check_sampling(decoder, prompts, null_prompts, seeds, length, num_codes, options, on_step, known)
     batch_size, prompt_length = prompts.shape
     scales = options.scales(length)
     guided = options.guided_positions(length)
-    conditional, unconditional = slice(0, batch_size), slice(batch_size, 2 * batch_size)
+    conditional, unconditional = slice(0, batch_size), slice(batch_size, batch_size * options.rows_per_image)
     tokens = torch.cat([prompts, null_prompts] if guided else [prompts])
     tokens = torch.cat([tokens, tokens.new_zeros(len(tokens), length)], 1)
     noise_at = noise(seeds, length, num_codes)
@@ -105,7 +109,9 @@ def sample(
                 logits = guide(logits, scales[position])
             total += logits.amax(-1)
             codes = pick(logits, noise_at(position), options)
-            tokens[:, place] = codes.repeat(2) if guided else codes
+            if known is not None:
+                codes = codes.where(known[:, position] < 0, known[:, position])
+            tokens[:, place] = codes.repeat(len(tokens) // batch_size)
             if on_step is not None:
                 on_step(position, codes)
 
@@ -117,10 +123,17 @@ def sample(
     return tokens[conditional, prompt_length:].clone()
 
 
-def guide(logits: Tensor, scale: float) -> Tensor:
-    """u + s·(c - u), from logits `(2B, K)` whose second half is unconditional."""
-    conditional, unconditional = logits.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
+def guide(logits: Tensor, scales: Sequence[float]) -> Tensor:
+    """c + Σ (s_g - 1)·(c - u_g), for one group u + s·(c - u).
+
+    Args:
+        logits: `((1 + G)·B, K)`: c, then u_g of each of G groups.
+        scales: s_g.
+    """
+    conditional, *without = logits.chunk(1 + len(scales))
+    if len(scales) == 1:
+        return without[0] + scales[0] * (conditional - without[0])
+    return conditional + sum((scale - 1) * (conditional - u) for scale, u in zip(scales, without, strict=True))
 
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:

@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 
 from configs.memory import USABLE, free_memory
 from stage2_prior.sampling.decoder import EagerDecoder
+from stage2_prior.vocabulary import Family
 
 # Larger batches are not faster per image: attention dominates, and its work is proportional to the number of images.
 LARGEST_BATCH = {"cpu": 64, "cuda": 256}
@@ -17,31 +18,27 @@ NUMBERS_PER_CODE = 10
 FEATURES_AT_ONCE, LOGITS_AT_ONCE = 24, 5
 
 
-def batch_size_that_fits(prior: PreTrainedModel, length: int, guided: bool) -> int:
+def batch_size_that_fits(prior: PreTrainedModel, length: int, rows_per_image: int, family: Family = "causal") -> int:
     """The number of images to sample at once, at least 1.
 
     Args:
-        prior: causal language model, on its device.
+        prior: language model, on its device.
         length: tokens of a sequence.
-        guided: whether each image needs an unconditional row too.
+        rows_per_image: see `SamplingOptions.rows_per_image`.
+        family: "causal" or "masked".
     """
     device = prior.device
-    each = (2 if guided else 1) * length * bytes_per_token(prior) + 8 * NUMBERS_PER_CODE * prior.config.vocab_size
+    if family == "masked":
+        each = rows_per_image * length * forward_bytes_per_token(prior)
+    else:
+        each = rows_per_image * length * bytes_per_token(prior) + 8 * NUMBERS_PER_CODE * prior.config.vocab_size
     return max(1, min(LARGEST_BATCH.get(device.type, 64), int(USABLE * free_memory(device)) // each))
 
 
-def unmasking_batch_size(prior: PreTrainedModel, length: int, guided: bool) -> int:
-    """The number of images that a masked prior samples at once, at least 1.
-
-    Args:
-        prior: masked language model, on its device.
-        length: tokens of a sequence.
-        guided: whether each image needs an unconditional row too.
-    """
-    config, device = prior.config, prior.device
-    per_token = prior.dtype.itemsize * FEATURES_AT_ONCE * config.hidden_size + 4 * LOGITS_AT_ONCE * config.vocab_size
-    each = (2 if guided else 1) * length * per_token
-    return max(1, min(LARGEST_BATCH.get(device.type, 64), int(USABLE * free_memory(device)) // each))
+def forward_bytes_per_token(prior: PreTrainedModel) -> int:
+    """Bytes of one token in a forward of a masked prior, and of its logits in a step."""
+    config = prior.config
+    return prior.dtype.itemsize * FEATURES_AT_ONCE * config.hidden_size + 4 * LOGITS_AT_ONCE * config.vocab_size
 
 
 @torch.inference_mode()

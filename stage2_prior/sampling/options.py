@@ -19,7 +19,8 @@ class SamplingOptions:
     """Guidance, temperature and filters of the sampling loop.
 
     Args:
-        guidance_scale: s in u + s·(c - u) on the logits; 1.0 is no guidance.
+        guidance_scale: s in u + s·(c - u) on the logits; 1.0 is no guidance. A tuple has a scale for each group of
+            conditions, whose null tokens give u_g: c + Σ (s_g - 1)·(c - u_g).
         guidance_schedule: "constant"; "linear" and "cosine" raise the scale from 1.0 at the first code towards
             guidance_scale at the last code, as t^power and (1 - cos(π·t^power)) / 2. t is the fraction of the codes
             before the position.
@@ -40,7 +41,7 @@ class SamplingOptions:
     al. 2024. The order of the filters is that of transformers.
     """
 
-    guidance_scale: float = 1.0
+    guidance_scale: float | tuple[float, ...] = 1.0
     guidance_schedule: GuidanceSchedule = "constant"
     guidance_power: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -65,6 +66,11 @@ class SamplingOptions:
             "top_p": (lambda value: SMALLEST <= value <= 1, "a number from 1.2e-38 to 1"),
             "min_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
         }
+        scales = self.guidance_scale
+        if isinstance(scales, list | tuple) and scales:
+            each = tuple(number("guidance_scale", scale, *ranges["guidance_scale"]) for scale in scales)
+            object.__setattr__(self, "guidance_scale", each)
+            del ranges["guidance_scale"]
         for name, (holds, allowed) in ranges.items():
             object.__setattr__(self, name, number(name, getattr(self, name), holds, allowed))
         object.__setattr__(self, "top_k", int(self.top_k))
@@ -72,29 +78,42 @@ class SamplingOptions:
         object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
 
     @property
-    def guided(self) -> bool:
-        """Whether the options ask for guidance, which needs unconditional rows."""
-        return self.guidance_scale != 1.0
+    def group_scales(self) -> tuple[float, ...]:
+        """The guidance scale of each group of conditions; one group, all conditions, unless a tuple was given."""
+        scale = self.guidance_scale
+        return scale if isinstance(scale, tuple) else (scale,)
 
-    def scales(self, length: int) -> list[float]:
-        """The guidance scale of each of `length` positions; 1.0 is no guidance."""
-        return [self._scale(position / length) for position in range(length)]
+    @property
+    def guided(self) -> bool:
+        """Whether the options ask for guidance, which needs rows with null tokens."""
+        return any(scale != 1.0 for scale in self.group_scales)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of the prior for each image: one, and with guidance one for each group."""
+        return 1 + len(self.group_scales) if self.guided else 1
+
+    def scales(self, length: int) -> list[tuple[float, ...]]:
+        """The guidance scales of the groups at each of `length` positions; 1.0 is no guidance."""
+        return [
+            tuple(1 + strength * (scale - 1) if strength < 1 else scale for scale in self.group_scales)
+            for strength in (self._strength(position / length) for position in range(length))
+        ]
 
     def guided_positions(self, length: int) -> range:
-        """From the first to the last position whose scale is not 1.0; only these need unconditional rows."""
-        guided = [position for position, scale in enumerate(self.scales(length)) if scale != 1.0]
+        """From the first to the last position with a scale other than 1.0; only these need rows with null tokens."""
+        guided = [position for position, scales in enumerate(self.scales(length)) if set(scales) != {1.0}]
         return range(guided[0], guided[-1] + 1) if guided else range(0)
 
-    def _scale(self, t: float) -> float:
+    def _strength(self, t: float) -> float:
+        """The share of the guidance that acts at t, from 0 to 1."""
         start, stop = self.guidance_interval
         if not start <= t < stop:
-            return 1.0
+            return 0.0
         if self.guidance_schedule == "constant":
-            return float(self.guidance_scale)
+            return 1.0
         share = t**self.guidance_power
-        if self.guidance_schedule == "cosine":
-            share = (1 - math.cos(math.pi * share)) / 2
-        return 1 + share * (self.guidance_scale - 1)
+        return (1 - math.cos(math.pi * share)) / 2 if self.guidance_schedule == "cosine" else share
 
 
 def _interval(value: Any) -> tuple[float, float]:

@@ -1,10 +1,10 @@
 """Sampling of codes from a masked prior: predict all hidden codes at once, keep the surest ones, and repeat.
 
-Shape letters: B images, P prompt length, L codes of an image, K codebook size, T steps, G guidance groups, n hidden codes.
+Shape letters: B images, P prompt length, L codes of an image, K codebook size, T steps, G guidance groups, n hidden
+codes of the batch.
 
-Source: Chang et al. 2022, "MaskGIT: masked generative image transformer", section 3.2, with the choice by confidence and
-annealed Gumbel noise of its code. Deviation: noise depends on the image's seed alone, so an image does not depend on the
-batch.
+Source: Chang et al. 2022, "MaskGIT: masked generative image transformer", section 3.2, with the order of its code:
+confidence and annealed Gumbel noise. Our noise is a hash of the image's seed, so an image does not depend on its batch.
 """
 
 import math
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from configs.arguments import choice, described, instance, number, whole
 from configs.randomness import exponential
 from stage1_vqgan import Grids
-from stage2_prior.sampling.arguments import OnStep, require_callback, require_int64
+from stage2_prior.sampling.arguments import OnStep, check_request
 from stage2_prior.sampling.halton import halton_ranks
 from stage2_prior.sampling.loop import NUMBERS_AT_ONCE, guide, pick
 from stage2_prior.sampling.options import LARGEST, SamplingOptions
@@ -32,7 +32,8 @@ class UnmaskingOptions:
     """The order in which a masked prior chooses the codes of an image.
 
     Args:
-        num_steps: T, forwards of the prior. After step t, cos(π/2 · t/T) of the codes are still hidden.
+        num_steps: T, forwards of the prior. After step t, cos(π/2 · t/T) of the codes are still hidden. None is 12, or
+            one for each code if there are fewer codes.
         order: "confidence" first keeps the codes of which the prior is surest; "halton" takes positions that lie far
             from each other, the same for all images.
         order_temperature: weight of the Gumbel noise that is added to the confidence, the logarithm of a code's
@@ -43,12 +44,13 @@ class UnmaskingOptions:
         ValueError: a value is out of range.
     """
 
-    num_steps: int = DEFAULT_STEPS
+    num_steps: int | None = None
     order: UnmaskingOrder = "confidence"
     order_temperature: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "num_steps", whole("num_steps", self.num_steps))
+        if self.num_steps is not None:
+            object.__setattr__(self, "num_steps", whole("num_steps", self.num_steps))
         choice("order", self.order, get_args(UnmaskingOrder))
         if self.order_temperature is None:
             return
@@ -58,6 +60,19 @@ class UnmaskingOptions:
         allowed = "a number from 0 up to 3.4e38 (0.0 is no noise)"
         value = number("order_temperature", self.order_temperature, lambda value: 0 <= value <= LARGEST, allowed)
         object.__setattr__(self, "order_temperature", value)
+
+    def steps(self, length: int) -> int:
+        """T for images of this many codes.
+
+        Raises:
+            ValueError: there are more steps than codes.
+        """
+        return min(DEFAULT_STEPS, length) if self.num_steps is None else whole("num_steps", self.num_steps, most=length)
+
+    def weights(self, steps: int) -> list[float]:
+        """The weight of the order's noise in each of T steps."""
+        first = DEFAULT_ORDER_TEMPERATURE if self.order_temperature is None else self.order_temperature
+        return [first * (1 - (step + 1) / steps) for step in range(steps)]
 
 
 @torch.inference_mode()
@@ -69,7 +84,7 @@ def unmask(
     length: int,
     num_codes: int,
     options: SamplingOptions,
-    unmasking: UnmaskingOptions = UnmaskingOptions(),  # noqa: B008  (frozen)
+    unmasking: UnmaskingOptions = UnmaskingOptions(),
     on_step: OnStep | None = None,
     known: Tensor | None = None,
     *,
@@ -103,11 +118,18 @@ def unmask(
         FloatingPointError: logits were NaN or infinite.
         ValueError: an argument has another type, shape, dtype or range, or is on another device.
     """
-    check_unmasking(prompts, null_prompts, seeds, length, num_codes, options, unmasking, on_step, known)
-    steps, count = unmasking.num_steps, len(prompts)
+    length, num_codes = whole("length", length), whole("num_codes", num_codes, most=prior.config.vocab_size)
+    check_request(prompts, null_prompts, seeds, length, options, on_step, known)
+    instance("unmasking", unmasking, UnmaskingOptions, "UnmaskingOptions")
+    if known is not None:
+        check_known(known, num_codes)
+    steps, count = unmasking.steps(length), len(prompts)
     scales, guided = options.scales(steps), options.guided_positions(steps)
     codes = seeds.new_full((count, length), -1) if known is None else known.clone()
-    hidden_after = torch.tensor([schedule(steps, number) for number in (codes < 0).sum(1).tolist()], device=codes.device)
+    hidden_after = torch.tensor(
+        [schedule(steps, number) for number in (codes < 0).sum(1).tolist()], device=codes.device
+    )
+    weights = [0.0] * steps if options.temperature == 0 else unmasking.weights(steps)
     ranks = None
     if unmasking.order == "halton":
         ranks = torch.tensor(halton_ranks(grids or square(length)), device=codes.device)
@@ -127,7 +149,7 @@ def unmask(
         if ranks is not None:
             urgency = -ranks[places].float()
         else:
-            urgency = confidence + order_noise(seeds[rows], step * length + places, num_codes, step, options, unmasking)
+            urgency = confidence + order_noise(seeds[rows], step * length + places, num_codes, weights[step])
         keep = most_urgent(urgency, rows, places, hidden, hidden.sum(1) - hidden_after[:, step])
         codes[rows, places] = found.where(keep, -1)
         if on_step is not None:
@@ -186,13 +208,9 @@ def choose(logits: Tensor, seeds: Tensor, counters: Tensor, options: SamplingOpt
     return chosen, logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
 
 
-def order_noise(
-    seeds: Tensor, counters: Tensor, num_codes: int, step: int, options: SamplingOptions, unmasking: UnmaskingOptions
-) -> Tensor | float:
-    """Gumbel noise of the order, float32 `(n,)`, at its weight in this step."""
-    weight = DEFAULT_ORDER_TEMPERATURE if unmasking.order_temperature is None else unmasking.order_temperature
-    weight *= 1 - (step + 1) / unmasking.num_steps
-    if weight == 0 or options.temperature == 0:
+def order_noise(seeds: Tensor, counters: Tensor, num_codes: int, weight: float) -> Tensor | float:
+    """Gumbel noise of the order at its weight in a step, float32 `(n,)`."""
+    if weight == 0:
         return 0.0
     # the codes have the counters below K
     return -weight * exponential(seeds, counters, torch.full_like(seeds, num_codes)).log()
@@ -225,38 +243,12 @@ def square(length: int) -> Grids:
     return ((side, side, 1),)
 
 
-def check_unmasking(
-    prompts: Tensor,
-    null_prompts: Tensor,
-    seeds: Tensor,
-    length: int,
-    num_codes: int,
-    options: SamplingOptions,
-    unmasking: UnmaskingOptions,
-    on_step: OnStep | None,
-    known: Tensor | None,
-) -> None:
-    """Checks the arguments of `unmask`. Of the tokens, it reads only `known`."""
-    whole("length", length)
-    whole("num_codes", num_codes)
-    require_int64("prompts", prompts, (None, None))
-    require_int64("null_prompts", null_prompts, (None, prompts.shape[1]))
-    if len(null_prompts) % len(prompts):
-        raise ValueError(f"null_prompts: received {len(null_prompts)}; must be a multiple of {len(prompts)} prompts")
-    require_int64("seeds", seeds, (len(prompts),))
-    tensors = {"null_prompts": null_prompts, "seeds": seeds}
-    if known is not None:
-        require_int64("known", known, (len(prompts), length))
-        tensors["known"] = known
-        if (least := int(known.min())) < -1 or (most := int(known.max())) >= num_codes:
-            received = f"codes from {least}" if least < -1 else f"codes up to {most}"
-            raise ValueError(f"known: received {received}; must be from -1 (to be found) to {num_codes - 1}")
-    for name, tensor in tensors.items():
-        if tensor.device != prompts.device:
-            raise ValueError(f"{name}: received a tensor on {tensor.device}; prompts are on {prompts.device}")
-    instance("options", options, SamplingOptions, "SamplingOptions")
-    instance("unmasking", unmasking, UnmaskingOptions, "UnmaskingOptions")
-    if unmasking.num_steps > length:
-        allowed = f"allowed is 1 to {length}, the number of codes of an image"
-        raise ValueError(f"num_steps: received {unmasking.num_steps}; {allowed}")
-    require_callback("on_step", on_step)
+def check_known(known: Tensor, num_codes: int) -> None:
+    """Refuses tokens that are no codes.
+
+    Raises:
+        ValueError: a number is below -1, or not below K.
+    """
+    for code in (int(known.min()), int(known.max())):
+        if not -1 <= code < num_codes:
+            raise ValueError(f"known: received {code}; must be codes below {num_codes}, or -1 where one is to be found")

@@ -39,4 +39,4 @@ def check_training_memory(trainer: Any, config: Stage2Config, layout: TokenLayou
 def saved_activations(model: Any, layout: TokenLayout) -> int:
     """Bytes that one image needs at least in a step: the input of every layer, and the logits."""
     per_token = getattr(model, "hidden_size", 0) * getattr(model, "num_hidden_layers", 0) + layout.vocab_size
-    return BFLOAT16 * layout.length * per_token
+    return BFLOAT16 * layout.num_positions * per_token

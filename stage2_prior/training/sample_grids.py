@@ -12,7 +12,7 @@ from configs.run_folder import RunFolder
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, labelled_grid, load_tokenizer
 from stage2_prior.sampling.loop import sample_codes
 from stage2_prior.sampling.options import SamplingOptions
-from stage2_prior.sampling.unmasking import UnmaskingOptions, unmask
+from stage2_prior.sampling.unmasking import unmask
 from stage2_prior.training.trackers import track_image
 from stage2_prior.vocabulary import TokenLayout
 
@@ -55,13 +55,9 @@ class SampleGrids(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         layout = self.layout
         prompts, seeds = self.prompts.to(args.device), self.seeds.to(args.device)
-        nulls = torch.full_like(prompts, layout.null_token)
+        nulls = layout.null_prompt().to(args.device).expand_as(prompts).contiguous()
         request = (self.trainer.model, prompts, nulls, seeds, layout.length, layout.num_codes, self.options)
-        if layout.family == "masked":
-            steps = UnmaskingOptions(num_steps=min(UnmaskingOptions.num_steps, layout.length))
-            codes = unmask(*request, steps, mask_token=layout.mask_token)
-        else:
-            codes = sample_codes(*request)
+        codes = unmask(*request, mask_token=layout.mask_token) if layout.family == "masked" else sample_codes(*request)
         if state.is_world_process_zero:
             image = self.draw(codes)
             self.run.save_image("samples", image, state.global_step)

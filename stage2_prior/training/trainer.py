@@ -237,7 +237,7 @@ class PriorTrainer(Trainer):
         total = self.accelerator.reduce(flops_per_second, "sum").item()
         try:
             config, layout = self.accelerator.unwrap_model(self.model).config, self.layout
-            return total / training_flops(config, layout.length + (layout.family == "masked"), layout.family)
+            return total / training_flops(config, layout.num_positions, layout.family)
         except (NotImplementedError, RuntimeError) as error:
             logger.warning("mfu is not logged: the operations of this prior cannot be counted (%s)", error)
             return None

@@ -142,7 +142,7 @@ def rows_of(folder):
     """Codes and labels of both splits."""
     store = CodeStore(folder)
     splits = [store.split(name) for name in ("train", "validation")]
-    return [array for split in splits for array in split.read(np.arange(len(split)))]
+    return [array for split in splits for array in split.read(np.arange(len(split)))[:2]]
 
 
 def continued(folder):

@@ -44,7 +44,7 @@ def test_batches_are_as_large_as_fit_the_memory(pipeline, monkeypatch, capfd):
 
 def test_guidance_takes_two_rows_an_image(pipeline, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 1_000_000)
-    plain, guided = (memory.batch_size_that_fits(pipeline.prior, 16, guided) for guided in (False, True))
+    plain, guided = (memory.batch_size_that_fits(pipeline.prior, 16, rows) for rows in (1, 2))
     assert 1 < guided < plain < 64
     monkeypatch.undo()
     largest = memory.LARGEST_BATCH.get(DEVICE.type, 64)

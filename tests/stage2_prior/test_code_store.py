@@ -33,7 +33,7 @@ def test_rows_are_read_back_in_any_order(tmp_path, shard_rows, with_labels):
     split = store.split("train")
     assert store.layout == layout and len(split) == ROWS
     for rows in ([3], [0, 1, 2], [9, 0, 4, 4, 5, 2], list(range(ROWS))):
-        read_codes, read_labels = split.read(np.array(rows))
+        read_codes, read_labels, _ = split.read(np.array(rows))
         np.testing.assert_array_equal(read_codes, codes[rows])
         if with_labels:
             np.testing.assert_array_equal(read_labels, labels[rows])

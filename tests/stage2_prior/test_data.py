@@ -8,13 +8,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from stage2_prior import TokenLayout
+from stage2_prior.code_store import Rows
 from stage2_prior.data import CodeDataset, collate
 
 ROWS = 4000
 
 
 @dataclass
-class Rows:
+class Split:
     """Rows in memory, with the interface of `CodeSplit`."""
 
     codes: np.ndarray
@@ -24,13 +25,13 @@ class Rows:
         return len(self.codes)
 
     def read(self, rows):
-        return self.codes[rows], None if self.labels is None else self.labels[rows]
+        return Rows(self.codes[rows], None if self.labels is None else self.labels[rows], None)
 
 
 @pytest.fixture(scope="module")
 def rows(layout):
     rng = np.random.default_rng(0)
-    return Rows(
+    return Split(
         rng.integers(layout.num_codes, size=(ROWS, layout.length)).astype(np.uint16), rng.integers(5, size=ROWS)
     )
 
@@ -98,7 +99,7 @@ def test_condition_dropout_is_keyed_by_seed_epoch_and_row(rows, layout):
 
 def test_without_labels_the_condition_is_null(rows, layout):
     unconditional = TokenLayout(layout.num_codes, (), layout.grid, layout.downsampling_factor, "")
-    batch = CodeDataset(Rows(rows.codes, None), unconditional, 0.1).__getitems__(keys(0, range(8)))
+    batch = CodeDataset(Split(rows.codes, None), unconditional, 0.1).__getitems__(keys(0, range(8)))
     assert (batch["input_ids"][:, 0] == layout.num_codes).all()
     assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
 

@@ -83,14 +83,14 @@ def test_a_store_holds_the_codes_of_the_ten_crops(tiny_runs, tmp_path, capsys):
     for number, encoded in enumerate(train.encoded(range(9))):
         pixels = crops_of_torchvision(decode(encoded), 16, 1.25, 1).to(DEVICE)
         expected = model.encode(pixels / 127.5 - 1).codes.flatten(1).cpu().numpy()
-        codes, labels = store.split("train").read(np.arange(number, 90, 9))
+        codes, labels = store.split("train").read(np.arange(number, 90, 9))[:2]
         assert_same_codes(codes, expected)
         assert (labels == train.labels[number]).all()
     # the validation images are not cropped
     plain = (
         ImageDataset(validation, (16, 16), 1).__getitems__([ImageKey(0, number) for number in range(3)]).images(DEVICE)
     )
-    codes, _ = store.split("validation").read(np.arange(3))
+    codes, _ = store.split("validation").read(np.arange(3))[:2]
     assert_same_codes(codes, model.encode(plain).codes.flatten(1).cpu().numpy())
 
     for name in ("manifest.json", "validation-00000.arrow"):

@@ -68,7 +68,7 @@ def noise(seeds, position, num_codes):
 def draw_naively(prior, layout, labels, seeds, **options):
     """Samples without a cache, with two forwards for guidance."""
     options = SamplingOptions(**options)
-    scales = options.scales(layout.length)
+    scales = [scale for (scale,) in options.scales(layout.length)]
     conditional = layout.class_tokens(labels)[:, None]
     unconditional = torch.full_like(conditional, layout.null_token)
     for position in range(layout.length):
