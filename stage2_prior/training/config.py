@@ -233,7 +233,7 @@ class Stage2Config(TrainingConfig):
 
         if self.model_name_or_path is not None:  # The saved prior has its own architecture.
             return
-        model_type = self.model.get("model_type")
+        model_type: Any = self.model.get("model_type")
         if known := _other_model_types(model_type, self.prior):
             kind = f"{self.prior} language model of transformers"
             yield "model.model_type", model_type, unknown_key(str(model_type), known).replace("key", kind)
