@@ -111,7 +111,7 @@ def check_layout_of_adapter(folder: Path, base: str, key: str) -> None:
         known, layout = layout_of(base), layout_of(str(folder))
     except (OSError, ValueError):  # reported by those who read these files next
         return
-    for field in ("num_codes", "grid", "downsampling_factor"):
+    for field in ("num_codes", "grid", "downsampling_factor", "family"):
         has, wanted = getattr(layout, field), getattr(known, field)
         if has != wanted:
             message = f"its token_layout.json has {field} {shown(has)}, that of {base} has {shown(wanted)}"

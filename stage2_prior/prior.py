@@ -232,8 +232,8 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
         layout: token layout of the codes to train on; their tokenizer must be the same.
 
     Raises:
-        ConfigError: no prior can be loaded, it has another architecture, it was trained on another tokenizer's codes,
-            or its learnt position embeddings are for another number of codes.
+        ConfigError: no prior can be loaded, it has another family or architecture, it was trained on another
+            tokenizer's codes, or its learnt position embeddings are for another number of codes.
     """
     known, trained = _load_known(name)
     _check_known(name, known, trained, model, layout)
@@ -280,7 +280,10 @@ def _load_known(name: str) -> tuple[TokenLayout, PreTrainedModel]:
 def _check_known(
     name: str, known: TokenLayout, trained: PreTrainedModel, model: dict[str, Any], layout: TokenLayout
 ) -> None:
-    """Refuses a prior for the codes of another tokenizer, or with another architecture than the configuration."""
+    """Refuses a prior of another family, for the codes of another tokenizer, or with another architecture."""
+    if known.family != layout.family:
+        message = f"received {layout.family!r}, but {name} is a {known.family} prior; set it to {known.family!r}"
+        raise ConfigError([Problem("prior", message)])
     try:
         known.require_fingerprint(
             layout.tokenizer_fingerprint, BASE_KEY, f"{name} was trained on those; choose another"

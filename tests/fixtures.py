@@ -98,6 +98,19 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory, stage2_values: Callable[
 
 
 @pytest.fixture(scope="session")
+def masked_runs(
+    tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory, stage2_values: Callable[..., dict]
+) -> TinyRuns:
+    """A masked prior on the codes of `tiny_runs`, and its pipeline. Its folder `vqgan` does not exist."""
+    root = tmp_path_factory.mktemp("masked_runs")
+    values = stage2_values(root, tiny_runs.vqgan, code_store=str(tiny_runs.codes), prior="masked", model=tiny.BERT)
+    runs = TinyRuns(root, tiny_runs.stage1, load_config(Stage2Config, overrides=values))
+    train_stage2(runs.stage2)
+    build(BuildConfig(tokenizer=str(tiny_runs.vqgan), prior=str(runs.prior), output_dir=str(runs.pipeline)))
+    return runs
+
+
+@pytest.fixture(scope="session")
 def tiny_pipeline(tiny_runs: TinyRuns) -> VQGANPipeline:
     """The pipeline of `tiny_runs`, loaded from its folder."""
     pipeline = VQGANPipeline.from_pretrained(tiny_runs.pipeline, device=DEVICE)
