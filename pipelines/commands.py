@@ -1,7 +1,7 @@
 """What the commands generate and reconstruct share: where their images go, and how a pipeline is loaded."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,7 +71,7 @@ class UnmaskingSettings(Section):
     @property
     def unmasking(self) -> dict[str, Any]:
         """The keys that are set, as arguments of `VQGANPipeline.generate`."""
-        values = {name: getattr(self, name) for name in UnmaskingSettings.__dataclass_fields__}
+        values = {field.name: getattr(self, field.name) for field in fields(UnmaskingSettings)}
         return {name: value for name, value in values.items() if value is not None}
 
 
