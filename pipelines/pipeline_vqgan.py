@@ -122,7 +122,7 @@ class VQGANPipeline:
         self._sampler.progress_bar = kwargs
 
     def compile(self) -> None:
-        """Compiles the forward of the prior and the tokenizer's decoder with torch.compile.
+        """Compiles the forward of a causal prior and the tokenizer's decoder with torch.compile.
 
         The first batch then takes some minutes longer. Later batches of the same size are faster.
         """

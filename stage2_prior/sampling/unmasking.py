@@ -21,7 +21,7 @@ from stage1_vqgan import Grids
 from stage2_prior.sampling.arguments import OnStep, check_request
 from stage2_prior.sampling.halton import halton_ranks
 from stage2_prior.sampling.loop import NUMBERS_AT_ONCE, guide, pick
-from stage2_prior.sampling.options import LARGEST, SamplingOptions
+from stage2_prior.sampling.options import SamplingOptions
 
 UnmaskingOrder = Literal["confidence", "halton"]
 DEFAULT_STEPS, DEFAULT_ORDER_TEMPERATURE = 12, 4.5
@@ -57,8 +57,8 @@ class UnmaskingOptions:
         if self.order == "halton":
             received = described(self.order_temperature)
             raise ValueError(f"order_temperature: received {received}; the order 'halton' has no noise; leave it out")
-        allowed = "a number from 0 up to 3.4e38 (0.0 is no noise)"
-        value = number("order_temperature", self.order_temperature, lambda value: 0 <= value <= LARGEST, allowed)
+        allowed = "a number from 0 up to 1e30 (0.0 is no noise)"
+        value = number("order_temperature", self.order_temperature, lambda value: 0 <= value <= 1e30, allowed)
         object.__setattr__(self, "order_temperature", value)
 
     def steps(self, length: int) -> int:
