@@ -24,12 +24,11 @@ class MaskedCodeDataset(Dataset):
     """Sequences of codes with hidden codes. `__getitems__` reads a whole batch at once, as in `CodeDataset`.
 
     Args:
-        sequences: the sequences for a causal prior, whose conditions these have too.
-        seed: a hash of (seed, epoch, row) says which codes are hidden.
+        sequences: the sequences for a causal prior, whose conditions these have too. A hash of (its seed, epoch, row)
+            says which codes are hidden.
     """
 
     sequences: CodeDataset
-    seed: int = 0
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -47,11 +46,16 @@ class MaskedCodeDataset(Dataset):
         """
         layout = self.sequences.layout
         epochs, rows, prompts, codes = self.sequences.read(indices)
-        hidden = hidden_places(self.seed, epochs, rows, layout.length)
+        hidden = hidden_places(self.sequences.seed, epochs, rows, layout.length)
         tokens = np.concatenate([prompts, np.where(hidden, layout.mask_token, codes)], 1)
         labels = np.full_like(tokens, IGNORED)
         labels[:, prompts.shape[1] :] = np.where(hidden & (rows >= 0)[:, None], codes, IGNORED)
         return {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
+
+
+def for_family(sequences: CodeDataset) -> CodeDataset | MaskedCodeDataset:
+    """The sequences as a prior of the layout's family needs them."""
+    return MaskedCodeDataset(sequences) if sequences.layout.family == "masked" else sequences
 
 
 def hidden_places(seed: int, epochs: np.ndarray, rows: np.ndarray, length: int) -> np.ndarray:

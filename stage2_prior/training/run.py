@@ -18,10 +18,10 @@ from configs.resumed_settings import differences
 from configs.run_folder import RunFolder, holds_work
 from configs.stalls import watched_for_stalls
 from stage2_prior.adapters import attach_adapter
-from stage2_prior.code_store import CodeSplit, CodeStore
+from stage2_prior.code_store import CodeStore
 from stage2_prior.data import CodeDataset
 from stage2_prior.export import export_prior
-from stage2_prior.masking import MaskedCodeDataset
+from stage2_prior.masking import for_family
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
 from stage2_prior.training.arguments import training_arguments
 from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
@@ -114,8 +114,8 @@ class Training:
         self.trainer = PriorTrainer(
             model=initial_prior(config, layout),
             args=arguments,
-            train_dataset=sequences(store.split("train"), layout, config.condition_dropout, config.seed),
-            eval_dataset=sequences(store.split("validation"), layout),
+            train_dataset=for_family(CodeDataset(store.split("train"), layout, config.condition_dropout, config.seed)),
+            eval_dataset=for_family(CodeDataset(store.split("validation"), layout)),
             callbacks=[self.callback],
             layout=layout,
             run=run,
@@ -223,14 +223,6 @@ def open_codes(config: Stage2Config) -> tuple[CodeStore, TokenLayout]:
     check_codes(config, store)
     has_null = not store.layout.num_classes or config.condition_dropout > 0
     return store, replace(store.layout, has_null=has_null, family=config.prior)
-
-
-def sequences(
-    split: CodeSplit, layout: TokenLayout, condition_dropout: float = 0.0, seed: int = 0
-) -> CodeDataset | MaskedCodeDataset:
-    """The training sequences of a split for a prior of the layout's family."""
-    dataset = CodeDataset(split, layout, condition_dropout, seed)
-    return MaskedCodeDataset(dataset, seed) if layout.family == "masked" else dataset
 
 
 def initial_prior(config: Stage2Config, layout: TokenLayout) -> PreTrainedModel:

@@ -32,7 +32,7 @@ class Store:
 @pytest.fixture(scope="module")
 def make(masked_layout):
     def make(dropout=0.0, seed=0):
-        return MaskedCodeDataset(CodeDataset(Store(masked_layout), masked_layout, dropout, seed), seed)
+        return MaskedCodeDataset(CodeDataset(Store(masked_layout), masked_layout, dropout, seed))
 
     return make
 

@@ -85,7 +85,7 @@ def draw_naively(prior, layout, label, seed, options=None, known=None, **unmaski
 @pytest.mark.parametrize(("options", "unmasking"), OPTIONS, ids=str)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_codes_are_those_of_a_loop_over_places(random_prior, masked_layout, model_type, options, unmasking):
-    prior, labels, seeds = random_prior(model_type, masked_layout), torch.arange(5), torch.arange(100, 105)
+    prior, labels, seeds = random_prior(model_type, masked_layout), torch.arange(3), torch.arange(100, 103)
     codes = draw(prior, masked_layout, labels, seeds, options, **unmasking)
     expected = [
         draw_naively(prior, masked_layout, label, seed, options, **unmasking)
@@ -109,12 +109,11 @@ def test_known_codes_stay_and_the_others_are_those_of_the_loop(random_prior, mas
         assert codes[row].tolist() == expected
 
 
-@pytest.mark.parametrize("order", ["confidence", "halton"])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("model_type", "order"), [("bert", "confidence"), ("modernbert", "halton")])
 def test_an_image_does_not_depend_on_its_batch(random_prior, masked_layout, model_type, order):
-    prior, labels = random_prior(model_type, masked_layout), torch.arange(64) % 5
-    seeds = torch.randint(2**62, (64,), generator=torch.Generator().manual_seed(0))
-    known = torch.where(torch.arange(16) < torch.arange(64)[:, None] % 16, 3, -1)
+    prior, labels = random_prior(model_type, masked_layout), torch.arange(32) % 5
+    seeds = torch.randint(2**62, (32,), generator=torch.Generator().manual_seed(0))
+    known = torch.where(torch.arange(16) < torch.arange(32)[:, None] % 16, 3, -1)
 
     def in_batches(size, rows):
         return torch.cat(
@@ -124,10 +123,10 @@ def test_an_image_does_not_depend_on_its_batch(random_prior, masked_layout, mode
             ]
         )
 
-    together = in_batches(64, torch.arange(64))
-    for size, rows in [(7, torch.arange(63)), (1, torch.arange(0, 64, 8))]:
+    together = in_batches(32, torch.arange(32))
+    for size, rows in [(7, torch.arange(32)), (1, torch.arange(0, 32, 8))]:
         assert torch.equal(in_batches(size, rows), together[rows])
-    assert torch.equal(in_batches(64, torch.arange(64).flip(0)).flip(0), together)
+    assert torch.equal(in_batches(32, torch.arange(32).flip(0)).flip(0), together)
 
 
 @pytest.mark.parametrize(
