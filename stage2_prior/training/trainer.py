@@ -51,7 +51,7 @@ class PriorTrainer(Trainer):
         **kwargs: Any,
     ):
         if layout.family == "masked":
-            kwargs["compute_loss_func"] = self._loss_of_hidden_codes
+            kwargs["compute_loss_func"] = self.loss_of_hidden_codes
         super().__init__(*args, **kwargs)
         self.layout, self.run, self.average, self.best = layout, run, average, best
         self.add_callback(average)
@@ -125,7 +125,7 @@ class PriorTrainer(Trainer):
         self._losses.append((self.state.global_step, loss.detach()))
         return loss
 
-    def _loss_of_hidden_codes(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    def loss_of_hidden_codes(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """The mean cross-entropy of the hidden codes, over all micro-batches and processes of a step.
 
         Not the model's own: that of some models is the mean over a micro-batch, which Trainer does not expect.

@@ -113,7 +113,7 @@ def test_the_loss_counts_hidden_codes_alone(smoothing, items):
     labels = torch.full((3, 5), -100)
     labels[0, 1], labels[0, 4], labels[2, 2] = 3, 7, 0
     trainer: Any = SimpleNamespace(args=SimpleNamespace(label_smoothing_factor=smoothing))
-    found = PriorTrainer._loss_of_hidden_codes(trainer, SimpleNamespace(logits=logits), labels, items)
+    found = PriorTrainer.loss_of_hidden_codes(trainer, SimpleNamespace(logits=logits), labels, items)
     scores, expected = logits.log_softmax(-1), 0.0
     for row, place, code in [(0, 1, 3), (0, 4, 7), (2, 2, 0)]:
         expected -= (1 - smoothing) * scores[row, place, code] + smoothing * scores[row, place].mean()
