@@ -1,12 +1,13 @@
 """What the commands generate, reconstruct and score share: where their images go, and how a pipeline is loaded."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from configs import ConfigError, Problem, Section
 from configs.problems import listed, one_line
+from configs.sections import NonNegativeFloat, Positive
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,27 @@ class ImageOutput(Section):
         if found and not self.overwrite:
             message = f"received {getattr(self, key)!r}, which would replace {listed(found)}"
             raise ConfigError([Problem(key, f"{message}; choose another name, or add --overwrite true")])
+
+
+@dataclass(kw_only=True)
+class UnmaskingSettings(Section):
+    """How a masked prior samples; a causal prior refuses these keys.
+
+    num_steps: predictions for an image, 12 by default
+    order: "confidence" first chooses the codes of which the prior is surest (default), "halton" chooses codes far from
+        each other
+    order_temperature: weight of the random part of the order "confidence", 4.5 by default
+    """
+
+    num_steps: Positive | None = None
+    order: Literal["confidence", "halton"] | None = None
+    order_temperature: NonNegativeFloat | None = None
+
+    @property
+    def unmasking(self) -> dict[str, Any]:
+        """The keys that are set, as arguments of `VQGANPipeline.generate`."""
+        values = {field.name: getattr(self, field.name) for field in fields(UnmaskingSettings)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def device_of(name: str | None) -> "torch.device":

@@ -14,10 +14,17 @@ from configs.arguments import choice, number, whole
 from configs.randomness import uniform
 from pipelines.masks import MaskedImages, hidden_around, joined, kept_box, known_codes, masked_images
 from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput
-from pipelines.requests import condition_tokens, image_seeds, label_of_each, require_conditions, require_memory
+from pipelines.requests import (
+    condition_tokens,
+    image_seeds,
+    label_of_each,
+    require_conditions,
+    require_memory,
+    unmasking_options,
+)
 from pipelines.windows import require_one_grid, sample_windows
 from stage1_vqgan import VQGANImageProcessor
-from stage2_prior import SamplingOptions, TokenLayout, require_callback
+from stage2_prior import SamplingOptions, TokenLayout, UnmaskingOptions, require_callback
 
 LARGEST_SEAM, LARGEST_SIDE = 2**10, 2**16  # pixels
 
@@ -32,6 +39,7 @@ class EditRequest(NamedTuple):
     batch_size: int | None
     callback: Callable[[int, Tensor], None] | None
     labels: list[str] | None
+    unmasking: UnmaskingOptions | None
 
 
 class Editing:
@@ -215,6 +223,9 @@ class Editing:
         output_type: str = "pil",
         batch_size: int | None = None,
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
+        num_steps: int | None = None,
+        order: str | None = None,
+        order_temperature: float | None = None,
         **options: Any,
     ) -> EditRequest:
         """Checks the arguments of an edit of `count` images, which then have `pixels` pixels each."""
@@ -222,6 +233,7 @@ class Editing:
         batch_size = None if batch_size is None else whole("batch_size", batch_size)
         require_callback("callback_on_step_end", callback_on_step_end)
         sampling = SamplingOptions(**options)
+        unmasking = unmasking_options(self.layout, num_steps, order, order_temperature)
         require_conditions(self.layout, sampling, has_labels=class_labels is not None)
         require_memory("images", count, count, pixels, self.vqgan, self.layout, output_type)
         labels = None if class_labels is None else label_of_each(class_labels, count)
@@ -229,15 +241,14 @@ class Editing:
         prompts = condition_tokens(labels, number, 1, self.vqgan, self.layout, output_type)
         names = None if labels is None else self.layout.names_of(prompts[:, 0])
         seeds = image_seeds(count, seed, generator)
-        return EditRequest(prompts, seeds, sampling, output_type, batch_size, callback_on_step_end, names)
+        return EditRequest(prompts, seeds, sampling, output_type, batch_size, callback_on_step_end, names, unmasking)
 
     def _sample(self, request: EditRequest, known: Tensor) -> Tensor:
         """Codes of the shape of `known`, which is that of images of any size; -1 where a code is sampled."""
 
         def sample(seeds: Tensor, known: Tensor) -> Iterator[Tensor]:
-            return self._sampled(
-                request.prompts, seeds, request.options, request.batch_size, request.callback, known=known
-            )
+            prompts, _, options, _, batch_size, callback, _, unmasking = request
+            return self._sampled(prompts, seeds, options, batch_size, callback, known=known, unmasking=unmasking)
 
         if known.ndim == 2:
             return torch.cat([*sample(request.seeds, known)])

@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le
 from configs import ConfigError, Problem, run
 from configs.files import write_png
 from configs.sections import BatchSize, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
-from pipelines.commands import ImageOutput, load_pipeline
+from pipelines.commands import ImageOutput, UnmaskingSettings, load_pipeline
 
 if TYPE_CHECKING:
     from pipelines.outputs import VQGANPipelineOutput
@@ -38,7 +38,7 @@ MOST_IMAGES = 10_000
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(ImageOutput):
+class GenerateConfig(UnmaskingSettings, ImageOutput):
     """Generates images with a pipeline, and prints a JSON line for each: its file, label, seed and settings.
 
     pipeline: folder or Hub id of the pipeline
@@ -95,7 +95,7 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
     from stage1_vqgan import labelled_grid
 
     pipeline = load_pipeline(config.pipeline, config.device)
-    settings = {key: getattr(config, key) for key in SAMPLING_KEYS}
+    settings = {key: getattr(config, key) for key in SAMPLING_KEYS} | config.unmasking
     seed = secrets.randbelow(2**32) if config.seed is None else config.seed
     try:
         classes = asked_classes(config, pipeline)

@@ -32,7 +32,7 @@ from configs.uploads import MODEL_FILES, copy_files
 from configs.versions import own_version
 from pipelines.model_card import PLACEHOLDER, model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
-from stage2_prior import TokenLayout, load_causal_lm, without_adapters
+from stage2_prior import TokenLayout, load_language_model, without_adapters
 
 INDEX_NAME, JANUS = "model_index.json", "janus"
 
@@ -256,7 +256,7 @@ def load(
     vqgan = load_vqgan(folder / "vqgan", dtype=dtype)
     return {
         "vqgan": vqgan,
-        "prior": load_causal_lm(folder / "prior", trust_remote_code, dtype=dtype, **attention),
+        "prior": load_language_model(folder / "prior", layout.family, trust_remote_code, dtype=dtype, **attention),
         "image_processor": load_image_processor(folder / "vqgan", vqgan.config),
         "layout": layout,
     }

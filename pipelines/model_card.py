@@ -23,11 +23,20 @@ from configs.uploads import REPO_ID
 from stage1_vqgan import VQGANConfig
 from stage1_vqgan.model_card import CAPTION, WITHOUT_PACKAGE, detail_rows as tokenizer_rows, num_parameters
 from stage2_prior import TokenLayout
-from stage2_prior.model_card import TASK, class_blocks, detail_rows as prior_rows, example_class, prompt
+from stage2_prior.model_card import (
+    TASK,
+    auto_class,
+    class_blocks,
+    detail_rows as prior_rows,
+    example_class,
+    imports,
+    kind_tag,
+    sampling_code,
+)
 
 PLACEHOLDER = "path/or/repository"
 METRICS_NAME, SAMPLES_NAME, RECONSTRUCTIONS_NAME = "metrics.json", "samples.png", "reconstructions.png"
-TAGS = ("vqgan", "image-generation", "autoregressive")
+TAGS = ("vqgan", "image-generation")
 
 MEANINGS = {
     "class_accuracy": "share of the images to which a classifier of real images gives the class that was asked for",
@@ -54,7 +63,9 @@ def model_card(folder: Path, name: str, license: str) -> str:
     """
     layout = TokenLayout.from_dict(read_json(folder / "model_index.json")["token_layout"])
     config = VQGANConfig.from_pretrained(folder / "vqgan")
-    metadata = card_metadata(license, dataset_ids(folder), TAGS, pipeline_tag=TASK, **_index(folder, name))
+    metadata = card_metadata(
+        license, dataset_ids(folder), (*TAGS, kind_tag(layout)), pipeline_tag=TASK, **_index(folder, name)
+    )
     body = [
         f"# {'Class-conditional image generator' if layout.num_classes else 'Image generator'}",
         part("pictures", picture(folder, SAMPLES_NAME, "Generated images")),
@@ -83,8 +94,8 @@ def _summary(folder: Path, config: VQGANConfig, layout: TokenLayout) -> str:
     kind = cell(read_json(folder / "prior" / "config.json").get("model_type"))
     return (
         f"Generates {size} {colour} images in two stages: a VQGAN tokenizer turns an image into "
-        f"{layout.length} codes out of {layout.num_codes:,}, and a causal language model (`{kind}`) samples such "
-        "codes. Made with tessella."
+        f"{layout.length} codes out of {layout.num_codes:,}, and a {layout.family} language model (`{kind}`) samples "
+        "such codes. Made with tessella."
     )
 
 
@@ -109,20 +120,18 @@ images[0].save("image.png")
 
 
 def _use_without(name: str, layout: TokenLayout) -> list[str]:
-    first, what = prompt(layout)
     return [
         "Without this package: transformers loads the prior without other code. The tokenizer brings its own Python "
         "files, which `trust_remote_code=True` runs, so read them first.",
         WITHOUT_PACKAGE,
         f"""```python
-import torch
-from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM
+{imports(layout)}
+from transformers import AutoImageProcessor, AutoModel, {auto_class(layout)}
 
-prior = AutoModelForCausalLM.from_pretrained("{name}", subfolder="prior")
+prior = {auto_class(layout)}.from_pretrained("{name}", subfolder="prior")
 vqgan = AutoModel.from_pretrained("{name}", subfolder="vqgan", trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained("{name}", subfolder="vqgan", trust_remote_code=True)
-prompt = torch.full((4, 1), {first})  # {what}, four times
-codes = prior.generate(prompt, do_sample=True)[:, 1:].view(4, {", ".join(map(str, layout.codes_shape))})
+{sampling_code(layout)}
 images = processor.postprocess(vqgan.decode_codes(codes))
 images[0].save("image.png")
 ```""",

@@ -28,12 +28,25 @@ from pipelines.chunks import images_at_once
 from pipelines.compression import Compression
 from pipelines.editing import Editing
 from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput, pipeline_text
-from pipelines.requests import condition_tokens, image_seeds, require_conditions, require_memory
+from pipelines.requests import (
+    condition_tokens,
+    image_seeds,
+    require_conditions,
+    require_memory,
+    unmasking_options,
+)
 from pipelines.sampling import CodeSampler
 from pipelines.scoring import Scoring
 from pipelines.windows import larger_grid, sample_windows
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
-from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, require_callback
+from stage2_prior import (
+    GuidanceSchedule,
+    SamplingOptions,
+    TokenLayout,
+    UnmaskingOptions,
+    UnmaskingOrder,
+    require_callback,
+)
 
 
 class VQGANPipeline(Editing, Scoring, Compression):
@@ -41,13 +54,13 @@ class VQGANPipeline(Editing, Scoring, Compression):
 
     Args:
         vqgan: the tokenizer.
-        prior: causal language model over the tokenizer's codes.
+        prior: causal or masked language model over the tokenizer's codes.
         image_processor: converts images into pixel values and back.
         layout: meaning of the prior's tokens.
 
     Raises:
         ValueError: the prior was trained on the codes of another tokenizer, or the layout does not fit the tokenizer or
-            the prior's vocabulary.
+            the prior's vocabulary or family.
     """
 
     def __init__(
@@ -58,6 +71,8 @@ class VQGANPipeline(Editing, Scoring, Compression):
             raise ValueError(
                 f"prior: received a vocabulary of {prior.config.vocab_size} tokens; the layout has {layout.vocab_size}"
             )
+        if prior.can_generate() != (layout.family == "causal"):
+            raise ValueError(f"prior: received {type(prior).__name__}; the layout is that of a {layout.family} prior")
         self.vqgan, self.prior = vqgan.eval(), prior.eval()
         self.image_processor, self.layout = image_processor, layout
         self._sampler = CodeSampler(layout)
@@ -109,7 +124,7 @@ class VQGANPipeline(Editing, Scoring, Compression):
         self._sampler.progress_bar = kwargs
 
     def compile(self) -> None:
-        """Compiles the forward of the prior and the tokenizer's decoder with torch.compile.
+        """Compiles the forward of a causal prior and the tokenizer's decoder with torch.compile.
 
         The first batch then takes some minutes longer. Later batches of the same size are faster.
         """
@@ -132,6 +147,9 @@ class VQGANPipeline(Editing, Scoring, Compression):
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        num_steps: int | None = None,
+        order: UnmaskingOrder | None = None,
+        order_temperature: float | None = None,
         seed: int | list[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -156,6 +174,12 @@ class VQGANPipeline(Editing, Scoring, Compression):
             top_k: sample from the k most likely codes; 0 samples from all.
             top_p: sample from the most likely codes whose probabilities add up to top_p.
             min_p: exclude codes less than min_p times as likely as the most likely one.
+            num_steps: of a masked prior, the number of its predictions for an image, 12 by default and at most one for
+                each code. A causal prior has none, and refuses this and the next two.
+            order: of a masked prior: "confidence" first chooses the codes of which the prior is surest (default),
+                "halton" chooses codes far from each other, in the same order for all images.
+            order_temperature: of the order "confidence", weight of its random part, 4.5 by default. More makes images
+                more varied and less typical.
             seed: the seed of the first image; the next images have seed + 1, seed + 2, …. Or a list with the seed of
                 each image. In float32, an image depends only on its seed, its label and the options, not on the other
                 images. From 0 to 2**63 - 1.
@@ -164,7 +188,8 @@ class VQGANPipeline(Editing, Scoring, Compression):
                 generator, torch's global generator draws the seeds.
             output_type: "pil", "np" (N, H, W, C), "pt" (N, C, H, W), both in [0, 1], or "codes" (not decoded).
             batch_size: images sampled at once; by default as many as fit in memory, at most 64 on a CPU, 256 on CUDA.
-            callback_on_step_end: called after each step with the position and the codes `(n,)` sampled there.
+            callback_on_step_end: called after each step with the position and the codes `(n,)` sampled there; for a
+                masked prior, with the step and all codes `(n, L)`, -1 where one is not chosen yet.
             image_size: height and width of larger images than those of the training, in pixels, or the side of a
                 square; multiples of the downsampling factor. Windows of the trained size slide over the larger grid of
                 codes, see `pipelines/windows.py`. The steps of callback_on_step_end are then those of each window.
@@ -189,13 +214,14 @@ class VQGANPipeline(Editing, Scoring, Compression):
             top_p=top_p,
             min_p=min_p,
         )
+        unmasking = unmasking_options(self.layout, num_steps, order, order_temperature)
         require_conditions(self.layout, options, has_labels=class_labels is not None)
         prompts = condition_tokens(class_labels, num_images, num_images_per_label, self.vqgan, self.layout, output_type)
         seeds = image_seeds(len(prompts), seed, generator)
         labels = None if class_labels is None else self.layout.names_of(prompts[:, 0])
 
         def sample(seeds: Tensor, known: Tensor | None = None) -> Iterator[Tensor]:
-            return self._sampled(prompts, seeds, options, batch_size, callback_on_step_end, known)
+            return self._sampled(prompts, seeds, options, batch_size, callback_on_step_end, known, unmasking=unmasking)
 
         if image_size is None:
             return self._output(sample(seeds), output_type, labels, seeds)
@@ -370,12 +396,13 @@ class VQGANPipeline(Editing, Scoring, Compression):
         callback_on_step_end: Callable[[int, Tensor], None] | None,
         known: Tensor | None = None,
         groups: Sequence[Sequence[str] | None] = (None,),
+        unmasking: UnmaskingOptions | None = None,
     ) -> Iterator[Tensor]:
         """Samples codes `(n, *codes_shape)` batch by batch; see `CodeSampler.batches` for the arguments."""
         prompts, seeds = prompts.to(self.device), seeds.to(self.device)
         known = None if known is None else known.to(self.device)
         return self._sampler.batches(
-            self.prior, prompts, seeds, options, batch_size, callback_on_step_end, known, groups
+            self.prior, prompts, seeds, options, batch_size, callback_on_step_end, known, groups, unmasking
         )
 
     def _output(

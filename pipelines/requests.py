@@ -11,7 +11,7 @@ from configs.randomness import draw_seeds
 from pipelines.arguments import listed_labels
 from pipelines.chunks import bytes_of_image
 from stage1_vqgan import VQGANModel
-from stage2_prior import SamplingOptions, TokenLayout
+from stage2_prior import SamplingOptions, TokenLayout, UnmaskingOptions
 
 LARGEST_SEED = 2**63 - 1
 
@@ -30,6 +30,30 @@ def require_conditions(layout: TokenLayout, options: SamplingOptions, has_labels
         )
     if options.guided and not has_labels:
         raise ValueError(f"guidance_scale: received {options.guidance_scale}; guidance needs class_labels (or use 1.0)")
+
+
+def unmasking_options(
+    layout: TokenLayout, num_steps: Any, order: Any, order_temperature: Any
+) -> UnmaskingOptions | None:
+    """The steps and the order of a masked prior; None for a causal prior.
+
+    Args:
+        layout: the token layout.
+        num_steps, order, order_temperature: see `VQGANPipeline.generate`.
+
+    Raises:
+        ValueError: a value is out of range, or is given for a causal prior.
+    """
+    asked = {"num_steps": num_steps, "order": order, "order_temperature": order_temperature}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if layout.family == "masked":
+        unmasking = UnmaskingOptions(**given)
+        unmasking.steps(layout.length)
+        return unmasking
+    for name, value in given.items():
+        advice = "this prior is causal: it chooses one code after another; leave it out"
+        raise ValueError(f"{name}: received {described(value)}; {advice}")
+    return None
 
 
 def condition_tokens(

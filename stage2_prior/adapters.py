@@ -42,7 +42,7 @@ def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: 
     ends = (prior.get_input_embeddings(), prior.get_output_embeddings())
     names = [name for name, module in prior.named_modules() if module in ends]
     settings = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type(prior),
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -61,6 +61,11 @@ def attach_adapter(prior: PreTrainedModel, base: str, lora: LoraConfig, tokens: 
     # peft's model card shows this name; only adapter_config.json needs the path
     prior.name_or_path = prior.config.name_or_path = Path(base).resolve().name if is_local else base
     return adapted
+
+
+def task_type(prior: PreTrainedModel) -> str | None:
+    """The task by which peft chooses the class of the adapted model; it has none for masked language models."""
+    return "CAUSAL_LM" if prior.can_generate() else None
 
 
 def base_of_adapter(folder: Path, key: str) -> str | None:
@@ -106,7 +111,7 @@ def check_layout_of_adapter(folder: Path, base: str, key: str) -> None:
         known, layout = layout_of(base), layout_of(str(folder))
     except (OSError, ValueError):  # reported by those who read these files next
         return
-    for field in ("num_codes", "grid", "downsampling_factor"):
+    for field in ("num_codes", "grid", "downsampling_factor", "family"):
         has, wanted = getattr(layout, field), getattr(known, field)
         if has != wanted:
             message = f"its token_layout.json has {field} {shown(has)}, that of {base} has {shown(wanted)}"
@@ -132,7 +137,7 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     settings, weights = read_adapter(folder)
     with in_our_words(folder):
-        adapted: Any = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+        adapted: Any = peft.get_peft_model(base, peft.LoraConfig(task_type=task_type(base), **settings))
         needed, allowed = (
             peft.get_peft_model_state_dict(adapted, save_embedding_layers=whole) for whole in (False, True)
         )

@@ -16,7 +16,7 @@ from configs.model_folder import local_folder
 from configs.problems import one_line
 from stage2_prior.condition_text import TOKENIZER_NAME, read_tokenizer_file, text_fingerprint
 from stage2_prior.conditions import Segment
-from stage2_prior.pretrained import load_causal_lm
+from stage2_prior.pretrained import load_language_model
 from stage2_prior.prior import BASE_KEY, check_architecture, decided_by, with_vocabulary
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
 
@@ -54,7 +54,7 @@ def prior_from_language_model(name: str, model: dict[str, Any], layout: TokenLay
     try:
         folder = local_folder(name)
         segment = _text_of(name, folder, layout)
-        trained: Any = load_causal_lm(folder, dtype=torch.float32)
+        trained: Any = load_language_model(folder, dtype=torch.float32)
     except ConfigError:
         raise
     except (OSError, ValueError, SafetensorError) as error:

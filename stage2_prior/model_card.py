@@ -20,6 +20,7 @@ from configs.card_facts import dataset_ids
 from configs.files import read_json
 from configs.loss_curves import Panel
 from configs.model_folder import ADAPTER_CONFIG_NAME
+from stage2_prior.sampling.unmasking import DEFAULT_ORDER_TEMPERATURE, UnmaskingOptions
 from stage2_prior.vocabulary import FILE_NAME, TokenLayout
 
 PANELS = [Panel("Cross-entropy of a code (nats)", {"loss": "training", "eval_loss": "validation"})]
@@ -49,7 +50,7 @@ def prior_card(folder: Path, name: str, license: str) -> str:
         license_part(license),
         f"## Limits\n\n{LIMITS}",
     ]
-    tags = ["autoregressive", "image-generation"]
+    tags = [kind_tag(layout), "image-generation"]
     return with_front_matter(
         card_metadata(license, dataset_ids(folder), tags, **metadata), "\n" + "\n\n".join(body) + "\n"
     )
@@ -64,8 +65,8 @@ LIMITS = (
 def summary(layout: TokenLayout) -> str:
     """One paragraph: what the prior does."""
     return (
-        f"A causal language model that writes images as {layout.length} codes out of {layout.num_codes:,}. A tokenizer "
-        f"with the fingerprint `{layout.tokenizer_fingerprint}` turns them into pixels."
+        f"A {layout.family} language model that writes images as {layout.length} codes out of {layout.num_codes:,}. A "
+        f"tokenizer with the fingerprint `{layout.tokenizer_fingerprint}` turns them into pixels."
     )
 
 
@@ -91,18 +92,15 @@ def prompt_code(layout: TokenLayout) -> tuple[str, str]:
 
 def use_blocks(layout: TokenLayout, name: str) -> list[str]:
     """Examples with transformers alone, and with this package."""
-    tokens, what = prompt_code(layout)
-    codes = f"prior.generate(prompt, do_sample=True)[:, {layout.prompt_length}:]"
     return [
         "## Use",
-        "It is an ordinary causal language model. transformers loads it without other code:",
+        f"It is an ordinary {layout.family} language model. transformers loads it without other code:",
         f"""```python
-import torch
-from transformers import AutoModelForCausalLM
+{imports(layout)}
+from transformers import {auto_class(layout)}
 
-prior = AutoModelForCausalLM.from_pretrained("{name}")
-prompt = {tokens}  # {what}, four times
-codes = {codes}.view(4, {", ".join(map(str, layout.codes_shape))})
+prior = {auto_class(layout)}.from_pretrained("{name}")
+{sampling_code(layout)}
 ```""",
         "tessella joins it with its tokenizer:",
         install_block(),
@@ -113,6 +111,44 @@ python -m pipelines.build --tokenizer TOKENIZER --prior prior --output_dir pipel
     ]
 
 
+def kind_tag(layout: TokenLayout) -> str:
+    """The tag of the family on the Hub."""
+    return "masked-image-modeling" if layout.family == "masked" else "autoregressive"
+
+
+def auto_class(layout: TokenLayout) -> str:
+    """The class of transformers that loads the prior."""
+    return "AutoModelForMaskedLM" if layout.family == "masked" else "AutoModelForCausalLM"
+
+
+def imports(layout: TokenLayout) -> str:
+    """The imports that `sampling_code` needs."""
+    return "import math\n\nimport torch" if layout.family == "masked" else "import torch"
+
+
+def sampling_code(layout: TokenLayout) -> str:
+    """Python that samples the `codes` of four images with `prior`, without this package."""
+    given, what = prompt_code(layout)
+    start, length = layout.prompt_length, layout.length
+    shape = f"view(4, {', '.join(map(str, layout.codes_shape))})"
+    if layout.family == "causal":
+        return f"""prompt = {given}  # {what}, four times
+codes = prior.generate(prompt, do_sample=True)[:, {start}:].{shape}"""
+    steps = UnmaskingOptions().steps(length)
+    return f"""tokens = torch.full((4, {start + length}), {layout.mask_token})  # all codes are hidden
+tokens[:, :{start}] = {given}  # {what}
+for step in range(1, {steps + 1}):
+    logits = prior(input_ids=tokens).logits[:, {start}:, :{layout.num_codes}].detach()
+    found = torch.distributions.Categorical(logits=logits).sample()
+    sure = logits.log_softmax(-1).gather(2, found[..., None])[..., 0]
+    sure += {DEFAULT_ORDER_TEMPERATURE} * (1 - step / {steps}) * torch.distributions.Gumbel(0.0, 1.0).sample(sure.shape)
+    known = tokens[:, {start}:] < {layout.num_codes}
+    found, sure = found.where(~known, tokens[:, {start}:]), sure.where(~known, torch.inf)
+    kept = sure.topk({length} - int({length} * math.cos(math.pi / 2 * step / {steps}))).indices
+    tokens[:, {start}:].scatter_(1, kept, found.gather(1, kept))
+codes = tokens[:, {start}:].{shape}"""
+
+
 def detail_rows(layout: TokenLayout) -> list[tuple[str, str]]:
     """Rows for a table of facts."""
     if layout.segments:
@@ -121,6 +157,8 @@ def detail_rows(layout: TokenLayout) -> list[tuple[str, str]]:
     if layout.num_classes:
         prompt = f"class c is token {layout.num_codes} + c"
         prompt += f"; no class is token {layout.null_token}" if layout.has_null else ""
+    if layout.family == "masked":
+        prompt += f"; a hidden code is token {layout.mask_token}"
     return [("Code grid", f"{layout.codes_text} codes"), ("Prompt", prompt), ("Layout", f"`{FILE_NAME}`")]
 
 

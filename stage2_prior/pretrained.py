@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from configs.files import read_json
 from configs.model_folder import WEIGHTS_NAMES, check_model_folder, local_folder
 from configs.problems import shown
 from configs.weights_files import FLOATS, Stored, in_our_words, require_finite, require_none, size
-from stage2_prior.vocabulary import TokenLayout
+from stage2_prior.vocabulary import Family, TokenLayout
+
+# The class of transformers that builds and loads the priors of a family.
+AUTO_CLASSES: dict[Family, Any] = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 
 # transformers lists the weights that do not fit a configuration under these names.
 MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -19,13 +22,16 @@ MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 SLACK = 2**24
 
 
-def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """Loads a causal language model in evaluation mode. Every weight comes from the folder's safetensors.
+def load_language_model(
+    folder: str | Path, family: Family = "causal", trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
+    """Loads a causal or masked language model in evaluation mode. Every weight comes from the folder's safetensors.
 
     Args:
         folder: a folder that a model's `save_pretrained` wrote.
+        family: "causal" or "masked", as the token layout of the prior says.
         trust_remote_code: run Python files of the folder, if its config.json names such files.
-        **options: passed to `AutoModelForCausalLM.from_pretrained`, for instance `dtype`.
+        **options: passed to `from_pretrained`, for instance `dtype`.
 
     Raises:
         OSError: a file is missing or damaged.
@@ -34,9 +40,9 @@ def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **option
     folder = Path(folder)
     stored = check_model_folder(folder)
     if not trust_remote_code:
-        _check_size(folder, stored)
+        _check_size(folder, family, stored)
     with in_our_words(folder):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AUTO_CLASSES[family].from_pretrained(
             str(folder),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -67,11 +73,11 @@ def load_causal_lm(folder: str | Path, trust_remote_code: bool = False, **option
     return model
 
 
-def _check_size(folder: Path, stored: dict[str, Stored]) -> None:
+def _check_size(folder: Path, family: Family, stored: dict[str, Stored]) -> None:
     """Refuses a config.json of a larger model than the weights, before a model of this size takes memory."""
     with in_our_words(folder / "config.json"), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        implied = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+        implied = AUTO_CLASSES[family].from_config(config, trust_remote_code=False).num_parameters()
     if implied > 2 * size(stored) + SLACK:  # below it, transformers lists the weights that are missing
         raise ValueError(
             f"{folder}: the weights do not fit config.json, which describes a model of {implied:,} weights, but "

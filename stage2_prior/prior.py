@@ -1,4 +1,4 @@
-"""Builds a prior, a stock causal language model over a token layout, or adapts a trained one to new classes.
+"""Builds a prior, a stock causal or masked language model over a token layout, or adapts a trained one to new classes.
 
 pretrained.py reads the files of a trained prior.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from configs import ConfigError, Problem
 from configs.hub import is_repo_id
@@ -22,23 +22,27 @@ from configs.problems import one_line
 from configs.staging import finish_interrupted
 from stage2_prior.adapters import base_of_adapter, check_layout_of_adapter, merge_adapter
 from stage2_prior.conditions import Segment
-from stage2_prior.pretrained import layout_of, load_causal_lm
+from stage2_prior.pretrained import AUTO_CLASSES, layout_of, load_language_model
 from stage2_prior.sampling.decoder import EagerDecoder
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
 
 # Configuration field that names the prior to fine-tune.
 BASE_KEY = "model_name_or_path"
 
+# What the model of a prior must be, for the message.
+CAUSAL = "a causal prior must be causal, and must support the standard cache of keys and values"
+MASKED = "a masked prior must predict every token from all tokens before and after it"
+
 # Layers of the largest model that is built to count the weights of a deeper one.
 COUNTED = 4
 
 
 def build_prior(model: dict[str, Any], layout: TokenLayout) -> PreTrainedModel:
-    """Builds a stock causal language model with random weights for a token layout.
+    """Builds a stock language model with random weights for a token layout.
 
     Args:
         model: `model_type`, and fields of that model's configuration.
-        layout: determines the size of the vocabulary and the number of positions.
+        layout: determines the family, the size of the vocabulary and the number of positions.
 
     Raises:
         ConfigError: a model of this type refuses the settings, cannot be a prior, or does not fit in memory.
@@ -92,29 +96,35 @@ def _count(model: dict[str, Any], layout: TokenLayout, layers: int) -> int:
     own = {name: value for name, value in model.items() if fields.get("num_hidden_layers", "num_hidden_layers") != name}
     config = AutoConfig.for_model(**{**own, "num_hidden_layers": layers}, **decided_by(layout))
     with torch.device("meta"):
-        return int(AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters())
+        return int(AUTO_CLASSES[layout.family].from_config(config, trust_remote_code=False).num_parameters())
 
 
 def decided_by(layout: TokenLayout) -> dict[str, Any]:
     """The fields of a model's configuration that the token layout determines."""
+    masked = layout.family == "masked"
+    others = {"cls_token_id": None, "mask_token_id": layout.mask_token, "sep_token_id": None} if masked else {}
     return {
         "vocab_size": layout.vocab_size,
         "max_position_embeddings": layout.num_positions,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
+        **others,
     }
 
 
 def _initialise(config: Any, layout: TokenLayout) -> PreTrainedModel:
-    prior = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    prior = AUTO_CLASSES[layout.family].from_config(config, trust_remote_code=False)
     if has_experts(prior):
         reason = "the router of its experts adds its own loss to the loss of the codes; choose a model without experts"
         raise ConfigError([Problem("model.model_type", f"received {config.model_type!r}; {reason}")])
-    if not reads_like_a_sequence(prior, layout):
-        reason = "a prior must be causal, and must support the standard cache of keys and values; choose another model"
-        raise ConfigError([Problem("model.model_type", f"received {config.model_type!r}; {reason}")])
-    prior.generation_config = generation_config(layout)
+    suits, needs = (reads_like_a_sequence, CAUSAL) if layout.family == "causal" else (sees_both_sides, MASKED)
+    if not suits(prior, layout):
+        raise ConfigError(
+            [Problem("model.model_type", f"received {config.model_type!r}; {needs}; choose another model")]
+        )
+    if layout.family == "causal":
+        prior.generation_config = generation_config(layout)
     return prior
 
 
@@ -155,6 +165,27 @@ def reads_like_a_sequence(prior: PreTrainedModel, layout: TokenLayout) -> bool:
     return torch.allclose(expected, torch.cat(found), rtol=1e-3, atol=1e-3 * float(whole.std()))
 
 
+@torch.no_grad()
+def sees_both_sides(prior: PreTrainedModel, layout: TokenLayout) -> bool:
+    """Whether the logits at the first place depend on the last token, and those at the last place on the first token.
+
+    A model that writes text, with a decoder for instance, is refused too: it is no plain masked language model.
+    """
+    if prior.device.type == "meta":
+        return True
+    prior.eval()
+    tokens = torch.zeros(3, layout.sequence_length, dtype=torch.int64, device=prior.device)
+    tokens[1, 0], tokens[2, -1] = 1, layout.mask_token
+    try:
+        logits = prior(input_ids=tokens).logits.float()
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        prior.train()
+    changes = (logits - logits[0]).abs().amax(-1) / logits[0].std()
+    return not prior.can_generate() and min(changes[1, -1], changes[2, 0]) > 1e-5
+
+
 def generation_config(layout: TokenLayout) -> GenerationConfig:
     """Limits `prior.generate(condition)`, without further arguments, to the codes of one image."""
     return GenerationConfig(
@@ -182,7 +213,7 @@ def load_prior(name: str, key: str = BASE_KEY) -> PreTrainedModel:
     folder = local_folder(name)
     base = base_of_adapter(folder, key)
     if base is None:
-        return load_causal_lm(folder)
+        return load_language_model(folder, layout_of(name).family)
     try:
         check_layout_of_adapter(folder, base, key)
         prior = adapt_prior(base, {}, layout_of(name))
@@ -201,8 +232,8 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
         layout: token layout of the codes to train on; their tokenizer must be the same.
 
     Raises:
-        ConfigError: no prior can be loaded, it has another architecture, it was trained on another tokenizer's codes,
-            or its learnt position embeddings are for another number of codes.
+        ConfigError: no prior can be loaded, it has another family or architecture, it was trained on another
+            tokenizer's codes, or its learnt position embeddings are for another number of codes.
     """
     known, trained = _load_known(name)
     _check_known(name, known, trained, model, layout)
@@ -268,7 +299,10 @@ def _load_known(name: str) -> tuple[TokenLayout, PreTrainedModel]:
 def _check_known(
     name: str, known: TokenLayout, trained: PreTrainedModel, model: dict[str, Any], layout: TokenLayout
 ) -> None:
-    """Refuses a prior for the codes of another tokenizer, or with another architecture than the configuration."""
+    """Refuses a prior of another family, for the codes of another tokenizer, or with another architecture."""
+    if known.family != layout.family:
+        message = f"received {layout.family!r}, but {name} is a {known.family} prior; set it to {known.family!r}"
+        raise ConfigError([Problem("prior", message)])
     try:
         known.require_fingerprint(
             layout.tokenizer_fingerprint, BASE_KEY, f"{name} was trained on those; choose another"
@@ -298,13 +332,15 @@ def check_architecture(name: str, trained: PreTrainedModel, model: dict[str, Any
 
 
 def shared_tokens(old: TokenLayout, new: TokenLayout) -> Tensor:
-    """Pairs of tokens with the same meaning in both layouts, int64 `(2, n)`: codes, classes by name, the null token."""
+    """Pairs of tokens with the same meaning in both layouts, int64 `(2, n)`: codes, classes by name, null and mask."""
     pairs = [(code, code) for code in range(new.num_codes)]
     for number, name in enumerate(new.class_names):
         if name in old.class_names:
             pairs.append((old.num_codes + old.class_names.index(name), new.num_codes + number))
     if old.has_null and new.has_null:
         pairs.append((old.null_token, new.null_token))
+    if old.family == new.family == "masked":
+        pairs.append((old.mask_token, new.mask_token))
     before = {segment.name: segment for segment in old.segments}
     for segment in new.segments:
         pairs += _shared_of_segment(before.get(segment.name), segment, old, new)

@@ -1,7 +1,7 @@
 """Fixtures that several test files share: a tiny run of both stages, and tiny random priors."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -98,6 +98,19 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory, stage2_values: Callable[
 
 
 @pytest.fixture(scope="session")
+def masked_runs(
+    tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory, stage2_values: Callable[..., dict]
+) -> TinyRuns:
+    """A masked prior on the codes of `tiny_runs`, and its pipeline. Its folder `vqgan` does not exist."""
+    root = tmp_path_factory.mktemp("masked_runs")
+    values = stage2_values(root, tiny_runs.vqgan, code_store=str(tiny_runs.codes), prior="masked", model=tiny.BERT)
+    runs = TinyRuns(root, tiny_runs.stage1, load_config(Stage2Config, overrides=values))
+    train_stage2(runs.stage2)
+    build(BuildConfig(tokenizer=str(tiny_runs.vqgan), prior=str(runs.prior), output_dir=str(runs.pipeline)))
+    return runs
+
+
+@pytest.fixture(scope="session")
 def tiny_pipeline(tiny_runs: TinyRuns) -> VQGANPipeline:
     """The pipeline of `tiny_runs`, loaded from its folder."""
     pipeline = VQGANPipeline.from_pretrained(tiny_runs.pipeline, device=DEVICE)
@@ -135,8 +148,14 @@ def layout() -> TokenLayout:
 
 
 @pytest.fixture(scope="session")
+def masked_layout(layout: TokenLayout) -> TokenLayout:
+    """The small token layout, of a masked prior."""
+    return replace(layout, family="masked")
+
+
+@pytest.fixture(scope="session")
 def random_prior() -> Callable[..., PreTrainedModel]:
-    """Returns a function that makes a random prior of an architecture ("llama", "gpt2", "qwen3")."""
+    """Returns a function that makes a random prior of an architecture in `tiny.RANDOM_PRIORS`."""
 
     def make(model_type: str, layout: TokenLayout, seed: int = 0, **settings: object) -> PreTrainedModel:
         with torch.random.fork_rng():

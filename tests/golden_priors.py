@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stage2_prior import SamplingOptions, TokenLayout, load_causal_lm, sample_codes
+from stage2_prior import SamplingOptions, TokenLayout, load_language_model, sample_codes
 from stage2_prior.convert.command import convert
 from stage2_prior.convert.config import ConvertConfig
 from stage2_prior.sampling.loop import filter_logits
@@ -28,7 +28,7 @@ def load() -> tuple[PreTrainedModel, TokenLayout]:
         files = {"checkpoint": str(GOLDEN / f"{NAME}.safetensors"), "config": str(GOLDEN / f"{NAME}.json")}
         facts = {"num_classes": CODES, "grid": list(GRID), "downsampling_factor": 16}
         convert(ConvertConfig(source="taming", output_dir=str(folder), **files, **facts))
-        return load_causal_lm(folder).to(DEVICE), TokenLayout.from_pretrained(folder)  # type: ignore[arg-type]
+        return load_language_model(folder).to(DEVICE), TokenLayout.from_pretrained(folder)  # type: ignore[arg-type]
 
 
 def largest(found: Tensor, expected: Tensor) -> float:

@@ -18,7 +18,7 @@ QUANTIZERS = {
     "residual": {"quantizer": "residual", "quantizer_options": {"depth": 2}},
     "pyramid": {"quantizer": "pyramid", "quantizer_options": {"hidden_channels": 8, "num_res_blocks": 1}},
 }
-PRIORS = {"causal": "llama"}  # architecture of each family
+PRIORS = {"causal": "llama", "masked": "bert"}  # architecture of each family
 
 
 def coarse_noise(count: int, *size: int, seed: int = 0) -> np.ndarray:

@@ -25,11 +25,20 @@ LLAMA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 # wide initialisation, so that the logits of a random prior differ clearly
 RANDOM_PRIORS = {
     "llama": {**LLAMA, "initializer_range": 0.3},
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
     "qwen3": {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3},
+    "bert": {**BERT, "initializer_range": 0.3},
+    "modernbert": {**BERT, "model_type": "modernbert", "initializer_range": 0.3},
 }
 DATA = {"dataset": "digits", "augmentation": {"rotate": 10, "translate": 0.06, "scale": 0.1}}
 

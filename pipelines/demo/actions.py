@@ -13,6 +13,7 @@ from pipelines.demo.mosaic import mosaics
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan.data.decoding import EncodedImage, decode
 from stage1_vqgan.reconstruction import peak_signal_to_noise
+from stage2_prior import UnmaskingOptions
 
 ADVICE = "Upload a picture as PNG, JPEG, WebP or TIFF."
 LARGEST_SEED = 2**32 - 1
@@ -59,7 +60,8 @@ def generate(
         count: images of each class.
         seed: seed of the first image.
         guidance_scale: see `VQGANPipeline.generate`.
-        report: called after each step with the number of sampled codes, and that of all codes.
+        report: called after each step with the work that is done, and all work: numbers of codes, or, with a masked
+            prior, of steps for an image.
         **options: temperature and filters, see `VQGANPipeline.generate`.
 
     Returns:
@@ -73,7 +75,9 @@ def generate(
         raise ValueError(f"{len(classes)} classes with {count} images each are too many; allowed are {most} images")
     if not classes and not pipeline.layout.has_null:
         raise ValueError("Choose at least one class; this prior was not trained to do without.")
-    total = len(classes or [0]) * count * pipeline.layout.length
+    length = pipeline.layout.length
+    steps = UnmaskingOptions().steps(length) if pipeline.layout.family == "masked" else length
+    total = len(classes or [0]) * count * steps
     sampled = 0
 
     def step(position: int, codes: Tensor) -> None:

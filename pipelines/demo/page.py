@@ -82,8 +82,9 @@ def describe(pipeline: VQGANPipeline) -> str:
     layout, classes = pipeline.layout, len(pipeline.class_names)
     height, width = (side * layout.downsampling_factor for side in layout.grid)
     about = f"images of {classes} classes" if classes else "images"
+    prior = "BERT-style" if layout.family == "masked" else "GPT-style"
     return (
-        f"Generates {about}, {width}×{height} pixels. A GPT-style prior writes {layout.codes_text} codes "
+        f"Generates {about}, {width}×{height} pixels. A {prior} prior writes {layout.codes_text} codes "
         f"out of {layout.num_codes}; a VQGAN tokenizer decodes them to an image."
     )
 
@@ -152,7 +153,7 @@ def _generate_tab(pipeline: VQGANPipeline, most: int) -> None:
             gallery = gr.Gallery(
                 label="Images", columns=4, format="png", object_fit="contain", height=600, elem_classes=_sharp(pipeline)
             )
-    bar = gr.Progress()
+    bar, unit = gr.Progress(), "steps" if pipeline.layout.family == "masked" else "codes"
 
     def generate(
         classes: list[int] | None,
@@ -173,7 +174,7 @@ def _generate_tab(pipeline: VQGANPipeline, most: int) -> None:
                 count,
                 seed,
                 guidance_scale,
-                lambda done, total: progress((done, total), desc="sampling", unit="codes"),
+                lambda done, total: progress((done, total), desc="sampling", unit=unit),
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,

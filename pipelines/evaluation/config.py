@@ -6,13 +6,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
-from configs import Section
 from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat, worker_problems
+from pipelines.commands import UnmaskingSettings
 from stage1_vqgan import DataConfig
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig(Section):
+class EvaluationConfig(UnmaskingSettings):
     """Compares the images that a pipeline generates with real images.
 
     pipeline: folder or Hub id of the pipeline

@@ -112,7 +112,9 @@ def generate_samples(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple
     generator = torch.Generator().manual_seed(config.seed)
     classes = range(len(pipeline.class_names))
     if not classes:
-        out = pipeline.generate(num_images=config.samples_per_class, generator=generator, output_type="pt")
+        out = pipeline.generate(
+            num_images=config.samples_per_class, generator=generator, output_type="pt", **config.unmasking
+        )
         return out.images.cpu() * 2 - 1, None
     out = pipeline.generate(
         class_labels=pipeline.class_names,
@@ -120,6 +122,7 @@ def generate_samples(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple
         guidance_scale=config.guidance_scale,
         generator=generator,
         output_type="pt",
+        **config.unmasking,
     )
     return out.images.cpu() * 2 - 1, np.repeat(classes, config.samples_per_class)
 

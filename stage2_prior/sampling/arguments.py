@@ -27,6 +27,26 @@ def check_sampling(
     known: Tensor | None = None,
 ) -> None:
     """Checks the arguments of `sample`, without waiting for a GPU: it does not read the tokens themselves."""
+    check_request(prompts, null_prompts, seeds, length, options, on_step, known)
+    if isinstance(decoder, EagerDecoder):
+        whole("length", length, most=decoder.length + 1 - prompts.shape[1])
+        whole("num_codes", num_codes, most=decoder.prior.config.vocab_size)
+        rows = len(prompts) * (options.rows_per_image if options.guided_positions(length) else 1)
+        if rows > decoder.num_rows:
+            needed = f"needs {rows} rows, but the decoder has {decoder.num_rows}"
+            raise ValueError(f"prompts: received {len(prompts)}; this {needed}")
+
+
+def check_request(
+    prompts: Tensor,
+    null_prompts: Tensor,
+    seeds: Tensor,
+    length: int,
+    options: SamplingOptions,
+    on_step: OnStep | None,
+    known: Tensor | None,
+) -> None:
+    """Checks what a causal and a masked prior are asked for in the same words."""
     require_int64("prompts", prompts, (None, None))
     instance("options", options, SamplingOptions, "SamplingOptions")
     require_int64("null_prompts", null_prompts, (len(options.group_scales) * len(prompts), prompts.shape[1]))
@@ -39,13 +59,6 @@ def check_sampling(
         if tensor.device != prompts.device:
             raise ValueError(f"{name}: received a tensor on {tensor.device}; prompts are on {prompts.device}")
     require_callback("on_step", on_step)
-    if isinstance(decoder, EagerDecoder):
-        whole("length", length, most=decoder.length + 1 - prompts.shape[1])
-        whole("num_codes", num_codes, most=decoder.prior.config.vocab_size)
-        rows = len(prompts) * (options.rows_per_image if options.guided_positions(length) else 1)
-        if rows > decoder.num_rows:
-            needed = f"needs {rows} rows, but the decoder has {decoder.num_rows}"
-            raise ValueError(f"prompts: received {len(prompts)}; this {needed}")
 
 
 def require_int64(name: str, value: Any, shape: tuple[int | None, ...]) -> None:

@@ -71,7 +71,17 @@ NARROWER_TYPES = {
 }
 
 # Fields that the code store determines.
-DERIVED_KEYS = {"vocab_size", "max_position_embeddings", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id"}
+DERIVED_KEYS = {
+    "vocab_size",
+    "max_position_embeddings",
+    "n_positions",
+    "bos_token_id",
+    "cls_token_id",
+    "eos_token_id",
+    "mask_token_id",
+    "pad_token_id",
+    "sep_token_id",
+}
 
 # Sizes of a language model. An architecture with other names for them lists these names in its `attribute_map`.
 # A size is at most the number beside it, far above any model: a configuration class makes a list of all layers.
@@ -134,8 +144,11 @@ class Stage2Config(TrainingConfig):
     model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; classes with
         new names get new embeddings. Or starts from a causal language model of transformers, whose tokenizer must be
         that of a text in conditions
-    model: `model_type` of a causal language model in transformers, and fields of its configuration, such as
-        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads and attention_dropout
+    prior: "causal", which predicts each code from the codes before it, or "masked", which predicts hidden codes from
+        all others (MaskGIT) and samples an image in a few steps
+    model: `model_type` of a causal or masked language model in transformers, such as llama or modernbert, and fields of
+        its configuration, such as hidden_size, intermediate_size, num_hidden_layers, num_attention_heads and
+        attention_dropout
     lora: trains an adapter of the prior in model_name_or_path; see lora.r
     condition_dropout: fraction of training sequences in which null tokens replace the class and all conditions, for
         guidance
@@ -158,6 +171,7 @@ class Stage2Config(TrainingConfig):
     num_views: Annotated[int, Ge(1), Le(10_000)] = 1
     tokenize_batch_size: BatchSize = 128
     model_name_or_path: str | None = None
+    prior: Literal["causal", "masked"] = "causal"
     model: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig = field(default_factory=LoraConfig)
     condition_dropout: Fraction = 0.1
@@ -235,19 +249,15 @@ class Stage2Config(TrainingConfig):
 
     def _model_problems(self) -> Iterable[tuple[str, Any, str]]:
         from huggingface_hub.errors import StrictDataclassFieldValidationError
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        from transformers import AutoConfig, PreTrainedConfig
 
         if self.model_name_or_path is not None:  # The saved prior has its own architecture.
             return
-        model_type = self.model.get("model_type")
-        if model_type not in list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-            # with those that the caller has registered; this imports every architecture, which takes seconds
-            known = sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
-            if model_type not in known:
-                message = unknown_key(str(model_type), known).replace("key", "causal language model of transformers")
-                yield "model.model_type", model_type, message
-                return
+        model_type: Any = self.model.get("model_type")
+        if known := _other_model_types(model_type, self.prior):
+            kind = f"{self.prior} language model of transformers"
+            yield "model.model_type", model_type, unknown_key(str(model_type), known).replace("key", kind)
+            return
         config_class = type(AutoConfig.for_model(model_type))
         types = {field.name: field.type for field in fields(config_class)}
         aliases = {alias: name for alias, name in config_class.attribute_map.items() if name in types}
@@ -304,6 +314,23 @@ class Stage2Config(TrainingConfig):
             yield f"model.{key}", width, f"must be a multiple of the {heads} attention heads (num_attention_heads)"
         if isinstance(heads, int) and isinstance(groups, int) and "num_key_value_heads" in given and heads % groups:
             yield f"model.{given['num_key_value_heads'][0]}", groups, f"must divide num_attention_heads ({heads})"
+
+
+def _other_model_types(model_type: Any, family: str) -> list[str]:
+    """The architectures of a family, if `model_type` is none of them; else nothing."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers.models.auto import modeling_auto
+
+    names = {
+        "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    }
+    if model_type in list(names[family]):
+        return []
+    # with those that the caller has registered; this imports every architecture, which takes seconds
+    mapping = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING, "masked": MODEL_FOR_MASKED_LM_MAPPING}[family]
+    known = sorted(config.model_type for config in mapping)
+    return [] if model_type in known else known
 
 
 def wrong_value(key: str, hint: Any, value: Any) -> Iterable[tuple[str, Any, str]]:

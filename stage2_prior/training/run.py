@@ -28,6 +28,7 @@ from stage2_prior.condition_tokenizers import (
 from stage2_prior.data import CodeDataset
 from stage2_prior.export import export_prior
 from stage2_prior.language_model import is_language_model, prior_from_language_model
+from stage2_prior.masking import for_family
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
 from stage2_prior.training.arguments import training_arguments
 from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
@@ -120,10 +121,10 @@ class Training:
         self.trainer = PriorTrainer(
             model=initial_prior(config, layout),
             args=arguments,
-            train_dataset=CodeDataset(
-                store.split("train"), layout, config.condition_dropout, config.seed, config.segment_dropout
+            train_dataset=for_family(
+                CodeDataset(store.split("train"), layout, config.condition_dropout, config.seed, config.segment_dropout)
             ),
-            eval_dataset=CodeDataset(store.split("validation"), layout),
+            eval_dataset=for_family(CodeDataset(store.split("validation"), layout)),
             callbacks=[self.callback],
             layout=layout,
             run=run,
@@ -210,11 +211,9 @@ class Training:
                 copy_tokenizers(self.store.folder, folder, self.layout)
         if trainer.is_world_process_zero():
             step, loss = evaluation["step"], evaluation["eval_loss"]
-            results = {
-                "model_step": step,
-                "eval_loss": loss,
-                "bits_per_pixel": bits_per_pixel(loss, self.layout),
-            }
+            results = {"model_step": step, "eval_loss": loss}
+            if self.layout.family == "causal":
+                results["bits_per_pixel"] = bits_per_pixel(loss, self.layout)
             if is_exhausted(history, patience):
                 results["early_stopping_patience"] = patience
                 print(f"stopped at step {trainer.state.global_step}: no lower loss in the last {patience} evaluations")
@@ -238,7 +237,8 @@ def open_codes(config: Stage2Config) -> tuple[CodeStore, TokenLayout]:
     together, alone = config.condition_dropout > 0, config.segment_dropout
     segments = tuple(replace(segment, has_null=together or segment.name in alone) for segment in store.layout.segments)
     is_unconditional = not store.layout.num_classes and not segments
-    return store, replace(store.layout, has_null=is_unconditional or together, segments=segments)
+    has_null = is_unconditional or together
+    return store, replace(store.layout, has_null=has_null, segments=segments, family=config.prior)
 
 
 def initial_prior(config: Stage2Config, layout: TokenLayout) -> PreTrainedModel:

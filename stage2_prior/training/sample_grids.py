@@ -13,6 +13,7 @@ from stage1_vqgan import VQGANImageProcessor, VQGANModel, labelled_grid, load_to
 from stage2_prior.code_store import CodeStore
 from stage2_prior.sampling.loop import sample_codes
 from stage2_prior.sampling.options import SamplingOptions
+from stage2_prior.sampling.unmasking import unmask
 from stage2_prior.training.grid_prompts import grid_rows
 from stage2_prior.training.trackers import track_image
 from stage2_prior.vocabulary import TokenLayout
@@ -64,7 +65,8 @@ class SampleGrids(TrainerCallback):
         layout = self.layout
         prompts, seeds = self.prompts.to(args.device), self.seeds.to(args.device)
         nulls = layout.null_prompt().to(args.device).expand_as(prompts).contiguous()
-        codes = sample_codes(self.trainer.model, prompts, nulls, seeds, layout.length, layout.num_codes, self.options)
+        request = (self.trainer.model, prompts, nulls, seeds, layout.length, layout.num_codes, self.options)
+        codes = unmask(*request, mask_token=layout.mask_token) if layout.family == "masked" else sample_codes(*request)
         if state.is_world_process_zero:
             image = self.draw(codes)
             self.run.save_image("samples", image, state.global_step)

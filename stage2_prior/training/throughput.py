@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from stage2_prior.compat import without_data
+from stage2_prior.pretrained import AUTO_CLASSES
+from stage2_prior.vocabulary import Family
 
 # Sides of the square matrices whose product is timed. The side doubles from the first to the last value, but stops when
 # a product takes this many seconds.
@@ -53,7 +55,7 @@ class Throughput:
         return speed
 
 
-def training_flops(config: PreTrainedConfig, length: int) -> float:
+def training_flops(config: PreTrainedConfig, length: int, family: Family = "causal") -> float:
     """Floating-point operations of the matrix products in training, per token.
 
     The operations of one forward are counted, without computing it. The backward has twice as many. Attention counts
@@ -61,8 +63,9 @@ def training_flops(config: PreTrainedConfig, length: int) -> float:
     6 N + 12 · layers · width of all heads · length, where N is the number of weights in matrices, without embeddings.
 
     Args:
-        config: configuration of a causal language model.
+        config: configuration of a language model.
         length: tokens of a sequence.
+        family: "causal" or "masked".
 
     Raises:
         NotImplementedError, RuntimeError: the operations of the model depend on its data.
@@ -75,10 +78,13 @@ def training_flops(config: PreTrainedConfig, length: int) -> float:
         torch.no_grad(),
         FlopCounterMode(display=False) as counter,
     ):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), attn_implementation="eager", experts_implementation="eager"
-        ).eval()
-        model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
+        model = (
+            AUTO_CLASSES[family]
+            .from_config(copy.deepcopy(config), attn_implementation="eager", experts_implementation="eager")
+            .eval()
+        )
+        cache = {"use_cache": False} if family == "causal" else {}
+        model(input_ids=torch.zeros(1, length, dtype=torch.int64), **cache)
     return 3 * counter.get_total_flops() / length
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -49,6 +50,8 @@ class PriorTrainer(Trainer):
         best: BestWeights,
         **kwargs: Any,
     ):
+        if layout.family == "masked":
+            kwargs["compute_loss_func"] = self.loss_of_hidden_codes
         super().__init__(*args, **kwargs)
         self.layout, self.run, self.average, self.best = layout, run, average, best
         self.add_callback(average)
@@ -121,6 +124,16 @@ class PriorTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._losses.append((self.state.global_step, loss.detach()))
         return loss
+
+    def loss_of_hidden_codes(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """The mean cross-entropy of the hidden codes, over all micro-batches and processes of a step.
+
+        Not the model's own: that of some models is the mean over a micro-batch, which Trainer does not expect.
+        """
+        hidden = labels != IGNORED
+        smoothing = self.args.label_smoothing_factor
+        nats = cross_entropy(outputs.logits[hidden].float(), labels[hidden], reduction="sum", label_smoothing=smoothing)
+        return nats / (hidden.sum() if num_items_in_batch is None else num_items_in_batch)
 
     def require_finite(self) -> None:
         """Ends the run if a loss since the last call, or a weight, is not finite. All processes must call this.
@@ -223,13 +236,17 @@ class PriorTrainer(Trainer):
         flops_per_second = torch.tensor(matmul_flops_per_second(args.device, dtype), device=args.device)
         total = self.accelerator.reduce(flops_per_second, "sum").item()
         try:
-            return total / training_flops(self.accelerator.unwrap_model(self.model).config, self.layout.num_positions)
+            config, layout = self.accelerator.unwrap_model(self.model).config, self.layout
+            return total / training_flops(config, layout.num_positions, layout.family)
         except (NotImplementedError, RuntimeError) as error:
             logger.warning("mfu is not logged: the operations of this prior cannot be counted (%s)", error)
             return None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds bits per pixel and perplexity to a loss in nats per code, and the training speed."""
+        """Adds bits per pixel and perplexity to a loss in nats per code, and the training speed.
+
+        The loss of a masked prior is no likelihood of an image, so it has neither.
+        """
         if "loss" in logs:
             self.require_finite()
             logs["tokens_per_second"] = self.throughput.tokens_per_second() * self.args.world_size
@@ -239,7 +256,7 @@ class PriorTrainer(Trainer):
         # Trainer takes the whole run for one epoch: count the epochs of the code store instead.
         self.state.epoch = self.state.global_step * rows / len(cast(CodeDataset, self.train_dataset))
         for name in ("loss", "eval_loss"):
-            if name in logs:
+            if name in logs and self.layout.family == "causal":
                 prefix = name.removesuffix("loss")
                 logs[f"{prefix}bits_per_pixel"] = bits_per_pixel(logs[name], self.layout)
                 logs[f"{prefix}perplexity"] = math.exp(min(logs[name], 80.0))

@@ -335,6 +335,7 @@ LABELLED = {
             "bytes": (lambda: b"\1\2", REFUSED),
         },
     ),
+    **{name: Argument(constant(None), either(None)) for name in ("num_steps", "order", "order_temperature")},  # causal
     "num_images": Argument(constant(None), either(None)),
     "num_images_per_label": Argument(constant(1), whole(1, 100)),
     "output_type": Argument(constant("np"), either("pil", "np", "pt", "codes")),

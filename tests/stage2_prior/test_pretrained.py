@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from configs import ConfigError
 from configs.checksums import Damaged, write_checksums
 from pipelines.build import BuildConfig, build
-from stage2_prior import TokenLayout, load_causal_lm, load_prior
+from stage2_prior import TokenLayout, load_language_model, load_prior
 from stage2_prior.adapters import attach_adapter, merge_adapter, without_adapters
 from stage2_prior.prior import adapt_prior, build_prior
 from stage2_prior.training.config import LoraConfig
@@ -33,7 +33,7 @@ def folder(random_prior, layout, tmp_path) -> Path:
 def assert_refused(folder: Path, layout: TokenLayout, message: str) -> None:
     """Every function that reads a prior refuses the folder."""
     with pytest.raises((ValueError, OSError), match=message):
-        load_causal_lm(folder)
+        load_language_model(folder)
     with pytest.raises((ValueError, OSError), match=message):
         load_prior(str(folder))
     with pytest.raises(ConfigError, match=r"model_name_or_path: received .*its prior cannot be loaded"):
@@ -50,7 +50,7 @@ def test_what_was_saved_is_loaded(random_prior, layout, tmp_path, model_type, ti
     prior = random_prior(model_type, layout, tie_word_embeddings=tied).to(dtype)
     prior.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (max_shard_size == "5KB") == (tmp_path / "model.safetensors.index.json").is_file()
-    loaded = load_causal_lm(tmp_path)
+    loaded = load_language_model(tmp_path)
     assert type(loaded) is type(prior) and not loaded.training
     for name, parameter in prior.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter.cpu())
@@ -237,9 +237,9 @@ def test_checksums_find_every_changed_file(folder, layout):
         content = path.read_bytes()
         path.write_bytes(content.replace(b"e", b"a", 1))
         with pytest.raises(ValueError, match=rf"{path}: .*(changed|not JSON).* remove {folder}/checksums\.json"):
-            load_causal_lm(folder)
+            load_language_model(folder)
         path.write_bytes(content)
-    load_causal_lm(folder)
+    load_language_model(folder)
 
 
 def test_weights_that_were_added_later_are_refused(random_prior, layout, tmp_path):
@@ -249,7 +249,7 @@ def test_weights_that_were_added_later_are_refused(random_prior, layout, tmp_pat
     random_prior("llama", layout, seed=1).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path)
     with pytest.raises(Damaged, match=r"model\.safetensors: this file was added after the folder was saved"):
-        load_causal_lm(tmp_path)
+        load_language_model(tmp_path)
 
 
 def test_planted_code_is_neither_run_nor_asked_for(folder, layout, answers, tmp_path):
@@ -409,11 +409,11 @@ def test_merging_keeps_the_logits_and_leaves_the_prior_alone(layout, random_prio
     model.save_pretrained(folder)
     prior = model.eval()
     if way == "load_adapter":
-        prior = load_causal_lm(base)
+        prior = load_language_model(base)
         prior.load_adapter(folder)
     sequences = torch.tensor([[layout.num_codes + 2, 3, 1, 4], [layout.null_token, 1, 5, 9]])
     expected = prior(input_ids=sequences).logits
-    plain = load_causal_lm(base)
+    plain = load_language_model(base)
     assert not torch.allclose(plain(input_ids=sequences).logits, expected, atol=1e-2)
     assert without_adapters(plain) is plain
     merged = without_adapters(prior)
@@ -422,12 +422,12 @@ def test_merging_keeps_the_logits_and_leaves_the_prior_alone(layout, random_prio
     torch.testing.assert_close(merged(input_ids=sequences).logits, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(prior(input_ids=sequences).logits, expected)
     merged.save_pretrained(tmp_path / "merged")
-    again = load_causal_lm(tmp_path / "merged")
+    again = load_language_model(tmp_path / "merged")
     assert torch.equal(again(input_ids=sequences).logits, merged(input_ids=sequences).logits)
 
 
 def test_adapters_that_are_switched_off_are_not_merged(adapter, folder):
-    prior = load_causal_lm(folder)
+    prior = load_language_model(folder)
     expected = {name: weight.clone() for name, weight in prior.named_parameters()}
     prior.load_adapter(adapter)
     for module in prior.modules():

@@ -10,7 +10,7 @@ from transformers import GPT2LMHeadModel
 from configs import run
 from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
-from stage2_prior import TokenLayout, load_causal_lm
+from stage2_prior import TokenLayout, load_language_model
 from stage2_prior.convert.command import UNKNOWN, ConvertConfig, convert
 from stage2_prior.prior import adapt_prior
 from tests import golden_priors
@@ -178,7 +178,7 @@ def test_a_prior_alone_and_with_a_given_tokenizer(tmp_path, capsys):
     assert (layout.tokenizer_fingerprint, layout.num_codes, layout.has_null) == (UNKNOWN, VOCAB, True)
     assert "the checkpoint holds no tokenizer" in capsys.readouterr().out
     start = torch.tensor([7])
-    codes = load_causal_lm(alone).generate(torch.tensor([[layout.null_token]]), do_sample=False)[:, 1:]
+    codes = load_language_model(alone).generate(torch.tensor([[layout.null_token]]), do_sample=False)[:, 1:]
     assert torch.equal(codes, greedy(weights, start, 16, VOCAB))
 
     model = tokenizer()
