@@ -201,5 +201,5 @@ def test_priors_that_cannot_be_fine_tuned(tiny_runs, random_prior, tmp_path):
         adapt_prior(str(tiny_runs.prior), {"model_type": "llama", "hidden_size": 64}, layout)
     random_prior("gpt2", layout).save_pretrained(tmp_path)
     layout.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"position embeddings are for 16 codes; these images have 64"):
+    with pytest.raises(ConfigError, match=r"position embeddings are for 16 tokens; these sequences have 64"):
         adapt_prior(str(tmp_path), {}, replace(layout, grid=(8, 8)))

@@ -104,7 +104,7 @@ class DataConfig(Section):
             yield (
                 "columns",
                 self.columns,
-                f"a name may stand here once, and {', '.join(STORED)} are columns of every code store",
+                f"a name may stand here once, and {', '.join(STORED)} are names of the store itself",
             )
 
     def identity(self) -> dict[str, Any]:

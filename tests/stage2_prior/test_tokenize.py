@@ -346,7 +346,7 @@ class TestColumns:
         [
             (["picture"], "'picture' holds Image"),
             (["size"], "received 'size'; the columns are picture, "),
-            (["label"], "codes and label are stored anyway"),
+            (["label"], "codes, label, condition are names of the store itself"),
             (["age", "age"], "a name may stand here once"),
         ],
     )
