@@ -4,7 +4,7 @@ Shape letters: N images, h w code grid, L codes of an image, K codebook size. Co
 tokenizer has several codes at each position or several grids, `(N, h, w, G)` or `(N, L)`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from pipelines.arguments import (
     require_upload,
     shard_size,
 )
-from pipelines.chunks import images_at_once
+from pipelines.chunks import encode_in_chunks, images_at_once
+from pipelines.conditions import ConditionTokenizer, ImageTokenizer, require_tokenizers
 from pipelines.outputs import VQGANPipelineOutput, pipeline_text
-from pipelines.requests import condition_tokens, image_seeds, require_conditions, require_memory
+from pipelines.prompts import asked_prompts, given_conditions, guidance_groups, require_learnt
+from pipelines.requests import image_seeds, prompt_tokens, require_memory
 from pipelines.sampling import CodeSampler
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, require_callback
@@ -42,14 +44,21 @@ class VQGANPipeline:
         prior: causal language model over the tokenizer's codes.
         image_processor: converts images into pixel values and back.
         layout: meaning of the prior's tokens.
+        conditions: tokenizers of the texts and of the condition images that the prior takes, by the names of its
+            conditions. Condition images with the codes of `vqgan` need none.
 
     Raises:
         ValueError: the prior was trained on the codes of another tokenizer, or the layout does not fit the tokenizer or
-            the prior's vocabulary.
+            the prior's vocabulary, or a tokenizer of the conditions is missing or another one than in the training.
     """
 
     def __init__(
-        self, vqgan: VQGANModel, prior: PreTrainedModel, image_processor: VQGANImageProcessor, layout: TokenLayout
+        self,
+        vqgan: VQGANModel,
+        prior: PreTrainedModel,
+        image_processor: VQGANImageProcessor,
+        layout: TokenLayout,
+        conditions: Mapping[str, ConditionTokenizer] | None = None,
     ):
         layout.require_tokenizer(vqgan)
         if prior.config.vocab_size != layout.vocab_size:
@@ -58,6 +67,8 @@ class VQGANPipeline:
             )
         self.vqgan, self.prior = vqgan.eval(), prior.eval()
         self.image_processor, self.layout = image_processor, layout
+        self.conditions = dict(conditions or {})
+        self._tokenizers = require_tokenizers(layout, self.conditions, ImageTokenizer(vqgan, image_processor))
         self._sampler = CodeSampler(layout)
         self._origin: Path | None = None  # the folder that it was loaded from
 
@@ -65,17 +76,18 @@ class VQGANPipeline:
 
     @property
     def components(self) -> dict[str, Any]:
-        """The models, image processor and layout, by the names of the constructor's arguments."""
+        """The models, image processor, layout and conditions, by the names of the constructor's arguments."""
         return {
             "vqgan": self.vqgan,
             "prior": self.prior,
             "image_processor": self.image_processor,
             "layout": self.layout,
+            "conditions": self.conditions,
         }
 
     @property
     def device(self) -> torch.device:
-        """The device of both models."""
+        """The device of all models."""
         return self.prior.device
 
     @property
@@ -92,14 +104,15 @@ class VQGANPipeline:
         return list(self.layout.class_names)
 
     def to(self, *args: Any, **kwargs: Any) -> "VQGANPipeline":
-        """Moves or casts both models. The arguments are those of `torch.nn.Module.to`.
+        """Moves or casts all models. The arguments are those of `torch.nn.Module.to`.
 
         Raises:
             ValueError: there is no such device, or the dtype cannot hold weights.
         """
         require_move("device or dtype", *args, **kwargs)
-        self.vqgan.to(*args, **kwargs)
-        self.prior.to(*args, **kwargs)
+        others = [one.vqgan for one in self.conditions.values() if isinstance(one, ImageTokenizer)]
+        for model in (self.vqgan, self.prior, *others):
+            model.to(*args, **kwargs)
         return self
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
@@ -119,10 +132,10 @@ class VQGANPipeline:
     @torch.no_grad()
     def generate(
         self,
-        class_labels: int | str | Sequence[int | str] | None = None,
+        class_labels: int | str | Sequence[int | str] | Mapping[str, Any] | None = None,
         num_images: int | None = None,
         num_images_per_label: int = 1,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Mapping[str, float] = 1.0,
         guidance_schedule: GuidanceSchedule = "constant",
         guidance_power: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -135,14 +148,24 @@ class VQGANPipeline:
         output_type: str = "pil",
         batch_size: int | None = None,
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
+        *,
+        text: str | Sequence[str] | Mapping[str, Any] | None = None,
+        condition_images: Any = None,
     ) -> VQGANPipelineOutput:
         """Generates images.
 
+        A prior may have several conditions, `pipe.layout.conditions`. Each is given alone, or in a dictionary by its
+        name, `{name: value}`. A value without a list serves all images; lists have one length. A condition that is
+        left out is a null token, if the prior has learnt to do without it.
+
         Args:
             class_labels: ids or names of classes. Without labels, the images are unconditional.
-            num_images: number of images if class_labels is not given (default 1).
-            num_images_per_label: number of images for each class label; images of one label are adjacent in the output.
-            guidance_scale: strength of the classifier-free guidance; 1.0 is no guidance, 1.5 to 3 is usual.
+            num_images: number of images if class_labels and lists are not given (default 1).
+            num_images_per_label: number of images for each class label, or for each prompt of several conditions;
+                images of one label are adjacent in the output.
+            guidance_scale: strength of the classifier-free guidance; 1.0 is no guidance, 1.5 to 3 is usual. A number
+                guides by all conditions together, `{name: number}` by each named one with a scale of its own, and the
+                name "a+b" by a and b together. Each scale takes one more prediction for each code.
             guidance_schedule: "constant"; "linear" and "cosine" raise the guidance from 1.0 at the first code towards
                 guidance_scale at the last code, so that images vary more.
             guidance_power: exponent of "linear" and "cosine"; above 1, guidance starts later.
@@ -162,6 +185,10 @@ class VQGANPipeline:
             output_type: "pil", "np" (N, H, W, C), "pt" (N, C, H, W), both in [0, 1], or "codes" (not decoded).
             batch_size: images sampled at once; by default as many as fit in memory, at most 64 on a CPU, 256 on CUDA.
             callback_on_step_end: called after each step with the position and the codes `(n,)` sampled there.
+            text: texts. A text of more tokens than the prior takes loses its end, as in the training.
+            condition_images: PIL images, arrays or tensors, see [`VQGANImageProcessor`]. They are the condition itself,
+                such as the small or the gray image, not the image that it is made from. They are resized to the size of
+                the condition.
 
         Returns:
             [`VQGANPipelineOutput`].
@@ -173,8 +200,9 @@ class VQGANPipeline:
         if batch_size is not None:
             batch_size = whole("batch_size", batch_size)
         require_callback("callback_on_step_end", callback_on_step_end)
+        scales, groups = guidance_groups(self.layout, guidance_scale)
         options = SamplingOptions(
-            guidance_scale=guidance_scale,
+            guidance_scale=scales,
             guidance_schedule=guidance_schedule,
             guidance_power=guidance_power,
             guidance_interval=guidance_interval,
@@ -183,12 +211,16 @@ class VQGANPipeline:
             top_p=top_p,
             min_p=min_p,
         )
-        require_conditions(self.layout, options, has_labels=class_labels is not None)
-        prompts = condition_tokens(class_labels, num_images, num_images_per_label, self.vqgan, self.layout, output_type)
+        given = given_conditions(self.layout, class_labels, text, condition_images)
+        require_learnt(self.layout, [one.segment.name for one in given], options, groups)
+        prompts = prompt_tokens(
+            given, num_images, num_images_per_label, self.vqgan, self.layout, output_type, self._tokenizers
+        )
         seeds = image_seeds(len(prompts), seed, generator)
-        labels = None if class_labels is None else self.layout.names_of(prompts[:, 0])
-        batches = self._sampled(prompts, seeds, options, batch_size, callback_on_step_end)
-        return self._output(batches, output_type, labels, seeds)
+        batches = self._sampled(prompts, seeds, options, batch_size, callback_on_step_end, groups=groups)
+        out = self._output(batches, output_type, labels_of(self.layout, given, prompts), seeds)
+        out.prompts = asked_prompts(given, len(prompts)) if self.layout.segments else None
+        return out
 
     __call__ = generate
 
@@ -203,13 +235,7 @@ class VQGANPipeline:
             ValueError: an image has another type, shape, dtype or range.
             FloatingPointError: latents were NaN or infinite.
         """
-        pixel_values = self.image_processor(images)["pixel_values"]
-        parts = pixel_values.split(images_at_once(self.vqgan, pixel_values[0, 0].numel()))
-        encoded = [self.vqgan.encode(part.to(self.device, self.vqgan.dtype)) for part in parts]
-        if not torch.stack([part.latents.isfinite().all() for part in encoded]).all():
-            advice = "load the pipeline in float32, or check whether the tokenizer's weights are damaged"
-            raise FloatingPointError(f"the tokenizer's latents are NaN or infinite in {self.vqgan.dtype}; {advice}")
-        return torch.cat([part.codes for part in encoded])
+        return encode_in_chunks(self.vqgan, self.image_processor(images)["pixel_values"])
 
     @torch.no_grad()
     def decode(self, codes: Any, output_type: str = "pil") -> Any:

@@ -2,6 +2,7 @@
 
 from .adapters import without_adapters as without_adapters
 from .code_store import CodeStore as CodeStore
+from .conditions import CLASS as CLASS, Segment as Segment
 from .pretrained import load_causal_lm as load_causal_lm
 from .prior import load_prior as load_prior
 from .sampling.arguments import require_callback as require_callback
