@@ -1,5 +1,7 @@
 """Encodes images in chunks: how many the tokenizer encodes or decodes at once, and how much memory they take."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def encode_in_chunks(vqgan: VQGANModel, pixel_values: Tensor) -> Tensor:
         FloatingPointError: latents were NaN or infinite.
     """
     parts = pixel_values.split(images_at_once(vqgan, pixel_values[0, 0].numel()))
-    encoded = [vqgan.encode(part.to(vqgan.device, vqgan.dtype)) for part in parts]
+    encoded: list[Any] = [vqgan.encode(part.to(vqgan.device, vqgan.dtype)) for part in parts]
     if not torch.stack([part.latents.isfinite().all() for part in encoded]).all():
         advice = "load the pipeline in float32, or check whether the tokenizer's weights are damaged"
         raise FloatingPointError(f"the tokenizer's latents are NaN or infinite in {vqgan.dtype}; {advice}")

@@ -4,25 +4,70 @@ Shape letters: n values of a condition.
 """
 
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from configs.arguments import instance
-from configs.checksums import verify_checksums
-from configs.files import make_folder
+from configs.arguments import described, instance
 from configs.problems import listed
 from pipelines.chunks import encode_in_chunks
-from pipelines.prompts import Given
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
-from stage2_prior import CLASS, Segment, TokenLayout, encode_texts, load_text_tokenizer, text_fingerprint
+from stage2_prior import Segment, TokenLayout
+from stage2_prior.condition_text import (
+    TOKENIZER_NAME,
+    encode_texts,
+    read_tokenizer_file,
+    save_text_tokenizer,
+    text_fingerprint,
+    text_tokens,
+    tokenizer_of,
+)
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "conditions"
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """The tokenizer of texts.
+
+    Args:
+        json: the text of its `tokenizer.json`.
+    """
+
+    json: str
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, which neither cuts nor pads texts."""
+        return tokenizer_of(self.json, Path(TOKENIZER_NAME))
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the tokenizer."""
+        return text_fingerprint(self.json)
+
+    def ids(self, texts: Sequence[str], segment: Segment, key: str) -> Tensor:
+        """Tokens of texts, int64 `(n, length)`; unused places hold the null token.
+
+        Raises:
+            ValueError: the tokenizer has no token for a text; the message names `key`.
+        """
+        counts = [len(tokens) for tokens in text_tokens(self.tokenizer, texts)]
+        if 0 in counts:
+            unknown = described(texts[counts.index(0)])
+            raise ValueError(f"{key}: received {unknown}; the tokenizer has no token for it; use other words")
+        if max(counts) > segment.length:
+            message = "%s: a text has %d tokens, of which the prior takes the first %d, as in its training"
+            logger.warning(message, key, max(counts), segment.length)
+        return encode_texts(self.tokenizer, texts, segment)
 
 
 @dataclass(frozen=True)
@@ -37,8 +82,8 @@ class ImageTokenizer:
         """Fingerprint of the tokenizer."""
         return self.vqgan.config.fingerprint or self.vqgan.compute_fingerprint()
 
-    def ids(self, images: list[Any], segment: Segment, key: str) -> Tensor:
-        """Codes of images, resized to `segment.image_shape`, int64 `(n, length)`.
+    def ids(self, images: Sequence[Any], segment: Segment, key: str) -> Tensor:
+        """Codes of images that are resized to `segment.image_shape`, int64 `(n, length)`.
 
         Raises:
             ValueError: an image has another type, shape, dtype or range; the message names `key`.
@@ -46,48 +91,30 @@ class ImageTokenizer:
         processor = copy.copy(self.image_processor)
         processor.size = dict(zip(("height", "width"), segment.image_shape, strict=True))
         try:
-            pixel_values = processor(images)["pixel_values"]
+            pixel_values = processor(list(images))["pixel_values"]
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
         return encode_in_chunks(self.vqgan, pixel_values).flatten(1).cpu()
 
 
-ConditionTokenizer = PreTrainedTokenizerBase | ImageTokenizer
+ConditionTokenizer = TextTokenizer | ImageTokenizer
+KINDS: dict[str, type] = {"text": TextTokenizer, "image": ImageTokenizer}
 
 
-@torch.no_grad()
-def condition_ids(given: Given, layout: TokenLayout, tokenizers: Mapping[str, ConditionTokenizer]) -> Tensor:
-    """The ids of given values among the tokens of their condition, int64 `(n, length)`.
-
-    Raises:
-        ValueError: a class is unknown, or a text or an image cannot be encoded.
-    """
-    segment = given.segment
-    if segment.kind == "class":
-        classes = layout.class_ids if segment.name == CLASS else segment.classes.ids
-        return classes(given.values)[:, None]
-    tokenizer: Any = tokenizers[segment.name]
-    if segment.kind == "text":
-        return encode_texts(tokenizer, list(given.values), segment)
-    return tokenizer.ids(list(given.values), segment, given.key)
-
-
-# ---------------------------------------------------------------------- saving and loading
-
-
-def own_segments(layout: TokenLayout) -> list[Segment]:
-    """The conditions that need a tokenizer beside that of the pipeline's images."""
-    return [
-        segment
+def own_segments(layout: TokenLayout) -> dict[str, Segment]:
+    """The conditions, by name, that need a tokenizer beside that of the pipeline's images."""
+    shared = layout.tokenizer_fingerprint
+    return {
+        segment.name: segment
         for segment in layout.segments
-        if segment.kind == "text" or (segment.kind == "image" and segment.fingerprint != layout.tokenizer_fingerprint)
-    ]
+        if segment.kind == "text" or (segment.kind == "image" and segment.fingerprint != shared)
+    }
 
 
 def require_tokenizers(
     layout: TokenLayout, conditions: Mapping[str, ConditionTokenizer], own: ImageTokenizer
 ) -> dict[str, ConditionTokenizer]:
-    """The tokenizer of each condition of texts or images. Images may have the tokenizer of the pipeline.
+    """The tokenizer of each condition of texts or images. Condition images may have that of the pipeline's images.
 
     Args:
         layout: the token layout.
@@ -97,27 +124,27 @@ def require_tokenizers(
     Raises:
         ValueError: a tokenizer is missing, is that of no condition, or is another one than in the training.
     """
-    needed = {segment.name: segment for segment in own_segments(layout)}
+    needed = own_segments(layout)
     if unknown := sorted(conditions.keys() - needed.keys()):
-        advice = f"the prior needs {listed([repr(name) for name in needed], 10) or 'none'}"
-        raise ValueError(f"conditions: received a tokenizer of {unknown[0]!r}; {advice}")
-    if missing := [name for name in needed if name not in conditions]:
-        raise ValueError(f"conditions: the tokenizer of {missing[0]!r} is missing; it is saved with the prior")
+        names = listed([repr(name) for name in needed], 10)
+        raise ValueError(f"conditions: received a tokenizer of {unknown[0]!r}; this prior needs {names or 'none'}")
     for name, segment in needed.items():
+        if name not in conditions:
+            raise ValueError(f"conditions: the tokenizer of {name!r} is missing; its training saved it with the prior")
         _require_tokenizer(segment, conditions[name])
     shared = {segment.name: own for segment in layout.segments if segment.kind == "image"}
     return {**shared, **conditions}
 
 
 def _require_tokenizer(segment: Segment, tokenizer: ConditionTokenizer) -> None:
-    kind = ImageTokenizer if segment.kind == "image" else PreTrainedTokenizerBase
-    instance(f"conditions.{segment.name}", tokenizer, kind, f"the tokenizer of {segment.kind}s")
-    found = tokenizer.fingerprint if isinstance(tokenizer, ImageTokenizer) else text_fingerprint(tokenizer)
-    if found != segment.fingerprint:
-        raise ValueError(
-            f"conditions.{segment.name}: received the tokenizer {found}, but the prior was trained with "
-            f"{segment.fingerprint}; use that tokenizer"
-        )
+    kind = KINDS[segment.kind]
+    instance(f"conditions.{segment.name}", tokenizer, kind, f"of type {kind.__name__}")
+    if tokenizer.fingerprint != segment.fingerprint:
+        trained = f"but the prior was trained with {segment.fingerprint}; use that tokenizer"
+        raise ValueError(f"conditions.{segment.name}: received the tokenizer {tokenizer.fingerprint}, {trained}")
+
+
+# ---------------------------------------------------------------------- saving and loading
 
 
 def save_conditions(folder: Path, conditions: Mapping[str, ConditionTokenizer], **options: Any) -> None:
@@ -129,12 +156,12 @@ def save_conditions(folder: Path, conditions: Mapping[str, ConditionTokenizer], 
         **options: passed to `VQGANModel.save_pretrained`, for instance `max_shard_size`.
     """
     for name, tokenizer in conditions.items():
-        target = make_folder(folder / FOLDER / name)
-        if isinstance(tokenizer, ImageTokenizer):
+        target = folder / FOLDER / name
+        if isinstance(tokenizer, TextTokenizer):
+            save_text_tokenizer(tokenizer.json, target)
+        else:
             tokenizer.vqgan.save_pretrained(target, **options)
             tokenizer.image_processor.save_pretrained(target)
-        else:
-            tokenizer.save_pretrained(target)
 
 
 def load_conditions(folder: Path, layout: TokenLayout, **options: Any) -> dict[str, ConditionTokenizer]:
@@ -150,14 +177,11 @@ def load_conditions(folder: Path, layout: TokenLayout, **options: Any) -> dict[s
         OSError, ValueError: a file is damaged, or refers to code or files outside the folder.
     """
     found: dict[str, ConditionTokenizer] = {}
-    for segment in own_segments(layout):
-        place = folder / FOLDER / segment.name
-        if not place.is_dir():
-            raise FileNotFoundError(f"{place}: this folder is missing, the tokenizer of the condition {segment.name!r}")
+    for name, segment in own_segments(layout).items():
+        place = folder / FOLDER / name
         if segment.kind == "text":
-            verify_checksums(place, ["tokenizer.json"])
-            found[segment.name] = load_text_tokenizer(place)
+            found[name] = TextTokenizer(read_tokenizer_file(place))
         else:
             vqgan = load_vqgan(place, **options)
-            found[segment.name] = ImageTokenizer(vqgan, load_image_processor(place, vqgan.config))
+            found[name] = ImageTokenizer(vqgan, load_image_processor(place, vqgan.config))
     return found

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from configs.arguments import described
 from configs.problems import cut, listed
 from stage1_vqgan import VQGANModel
-from stage2_prior import TokenLayout
+from stage2_prior import Segment, TokenLayout
 
 
 @dataclass(repr=False)
@@ -25,12 +25,15 @@ class VQGANPipelineOutput(ModelOutput):
         labels: the class name of each image; None for images of no given class.
         seeds: the seed of each image, from 0 to 2**63 - 1. `generate(out.labels[n], seed=out.seeds[n])` with the same
             options makes image n again.
+        prompts: of a prior with several conditions, what was asked of each image, as arguments of `generate`:
+            `generate(**out.prompts[n], seed=out.seeds[n])` makes image n again.
     """
 
     images: Any = None
     codes: Tensor | None = None
     labels: list[str] | None = None
     seeds: list[int] | None = None
+    prompts: list[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return 0 if self.codes is None else len(self.codes)
@@ -50,6 +53,16 @@ class VQGANPipelineOutput(ModelOutput):
         return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
 
 
+def condition_text(segment: Segment) -> str:
+    """A condition in a few words."""
+    if segment.kind == "class":
+        return f"{segment.num_tokens} classes ({listed([cut(name, 40) for name in segment.class_names], 8)})"
+    if segment.kind == "text":
+        return f"text, up to {segment.length} tokens"
+    height, width = segment.image_shape
+    return f"image, {width}×{height} pixels" + (f", {segment.transform}" if segment.transform else "")
+
+
 def pipeline_text(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout) -> str:
     """A pipeline in a few lines: its images, its classes, its models, and where they compute."""
     config, (height, width), factor = vqgan.config, layout.grid, layout.downsampling_factor
@@ -58,6 +71,7 @@ def pipeline_text(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout
     lines = [
         f"images: {width * factor}×{height * factor} pixels, {channels}, {layout.codes_text} codes",
         f"classes: {layout.num_classes} ({names})" if names else "classes: none",
+        *(f"{segment.name}: {condition_text(segment)}" for segment in layout.segments),
         f"vqgan: {config.quantizer}, {config.num_embeddings:,} codes, {vqgan.num_parameters():,} parameters",
         f"prior: {type(prior).__name__}, {prior.num_parameters():,} parameters",
         f"device: {prior.device}, {str(prior.dtype).removeprefix('torch.')}",

@@ -31,7 +31,7 @@ from pipelines.prompts import asked_prompts, given_conditions, guidance_groups, 
 from pipelines.requests import image_seeds, prompt_tokens, require_memory
 from pipelines.sampling import CodeSampler
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
-from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, require_callback
+from stage2_prior import CLASS, GuidanceSchedule, SamplingOptions, TokenLayout, require_callback
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
@@ -212,13 +212,14 @@ class VQGANPipeline:
             min_p=min_p,
         )
         given = given_conditions(self.layout, class_labels, text, condition_images)
-        require_learnt(self.layout, [one.segment.name for one in given], options, groups)
+        names = [one.segment.name for one in given]
+        require_learnt(self.layout, names, options, groups)
         prompts = prompt_tokens(
             given, num_images, num_images_per_label, self.vqgan, self.layout, output_type, self._tokenizers
         )
         seeds = image_seeds(len(prompts), seed, generator)
         batches = self._sampled(prompts, seeds, options, batch_size, callback_on_step_end, groups=groups)
-        out = self._output(batches, output_type, labels_of(self.layout, given, prompts), seeds)
+        out = self._output(batches, output_type, self.layout.names_of(prompts[:, 0]) if CLASS in names else None, seeds)
         out.prompts = asked_prompts(given, len(prompts)) if self.layout.segments else None
         return out
 

@@ -3,10 +3,13 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from configs.arguments import described, is_number
 from configs.problems import listed
 from pipelines.arguments import listed_labels
-from stage2_prior import SamplingOptions, Segment, TokenLayout
+from pipelines.conditions import ConditionTokenizer
+from stage2_prior import CLASS, SamplingOptions, Segment, TokenLayout
 
 # The argument of `generate` for conditions of each kind.
 ARGUMENTS = {"class": "class_labels", "text": "text", "image": "condition_images"}
@@ -31,7 +34,9 @@ class Given(NamedTuple):
     is_single: bool
 
 
-def given_conditions(layout: TokenLayout, class_labels: Any = None, text: Any = None, images: Any = None) -> list[Given]:
+def given_conditions(
+    layout: TokenLayout, class_labels: Any = None, text: Any = None, images: Any = None
+) -> list[Given]:
     """What is given, in the order of the prompt.
 
     Args:
@@ -99,21 +104,33 @@ def _given(layout: TokenLayout, segment: Segment, value: Any) -> Given:
     return Given(segment, key, values, not is_list)
 
 
-def asked_prompts(given: Sequence[Given], count: int, each: int) -> list[dict[str, dict[str, Any]]]:
-    """What was asked of each image, as arguments of `generate`.
+def condition_ids(one: Given, layout: TokenLayout, tokenizers: Mapping[str, ConditionTokenizer]) -> Tensor:
+    """The ids of given values among the tokens of their condition, int64 `(n, length)`.
 
-    Args:
-        given: what was given.
-        count: number of different prompts.
-        each: number of images of each prompt.
+    Raises:
+        ValueError: a class is unknown, or a text or an image cannot be encoded.
     """
-    asked: list[dict[str, dict[str, Any]]] = []
+    segment = one.segment
+    if segment.kind != "class":
+        return tokenizers[segment.name].ids(one.values, segment, one.key)
+    classes = layout.class_ids if segment.name == CLASS else segment.classes.ids
+    return classes(one.values)[:, None]
+
+
+def number_of_prompts(given: Sequence[Given]) -> int:
+    """The number of different prompts: the length that all lists have; 1 without a list."""
+    return next((len(one.values) for one in given if not one.is_single), 1)
+
+
+def asked_prompts(given: Sequence[Given], count: int) -> list[dict[str, dict[str, Any]]]:
+    """What was asked of each of `count` images, as arguments of `generate`: `{argument: {condition: value}}`."""
+    each, asked = count // number_of_prompts(given), []
     for number in range(count):
         prompt: dict[str, dict[str, Any]] = {}
         for one in given:
-            value = one.values[0 if one.is_single else number]
+            value = one.values[0 if one.is_single else number // each]
             prompt.setdefault(ARGUMENTS[one.segment.kind], {})[one.segment.name] = value
-        asked += [prompt] * each
+        asked.append(prompt)
     return asked
 
 

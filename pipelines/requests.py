@@ -10,8 +10,8 @@ from configs.arguments import described, whole
 from configs.memory import shortage
 from configs.randomness import draw_seeds
 from pipelines.chunks import bytes_of_image
-from pipelines.conditions import ConditionTokenizer, condition_ids
-from pipelines.prompts import Given, given_conditions, require_learnt
+from pipelines.conditions import ConditionTokenizer
+from pipelines.prompts import Given, condition_ids, given_conditions, number_of_prompts, require_learnt
 from stage1_vqgan import VQGANModel
 from stage2_prior import CLASS, SamplingOptions, TokenLayout
 
@@ -89,11 +89,6 @@ def images_of_each(given: Sequence[Given], num_images: Any, num_images_per_label
             advice = f"cannot be given with {what} (use num_images_per_label)"
             raise ValueError(f"num_images: received {described(num_images)}; {advice}")
     return whole("num_images", num_images)
-
-
-def number_of_prompts(given: Sequence[Given]) -> int:
-    """The number of different prompts: the length of the lists that are given, which is the same for all; else 1."""
-    return next((len(one.values) for one in given if not one.is_single), 1)
 
 
 def image_seeds(count: int, seed: Any, generator: Any) -> Tensor:
