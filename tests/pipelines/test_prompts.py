@@ -1,9 +1,7 @@
 """Prompts of several conditions: texts, condition images and several classes in `generate`, and their tokenizers."""
 
 import dataclasses
-import json
 import logging
-import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from stage2_prior.prior import build_prior
 from tests import tiny
 
 TEXTS = ["a red cat", "a blue dog", "two red dogs", "no cat at all"]
-STYLES = ("flat", "drawn", "shaded")
+STYLES, ANIMALS = ("flat", "drawn", "shaded"), ("ant", "bee", "cat")
 K, L = tiny.VQGAN["num_embeddings"], 16
 
 
@@ -41,15 +39,16 @@ def parts():
     return tokenizer_of(0, 16), tokenizer_of(1, 8), TextTokenizer(train_text_tokenizer(TEXTS, 300).to_str())
 
 
-def make(parts, segments, class_names=("ant", "bee", "cat"), conditions=None, **fields):
+def make(parts, segments, class_names=(), conditions=None, **fields):
     """A pipeline with a random prior over these segments."""
     own, small, text = parts
     layout = TokenLayout(K, class_names, (4, 4), 4, own.fingerprint, segments=tuple(segments), **fields)
     torch.manual_seed(2)
     prior = build_prior(tiny.RANDOM_PRIORS["llama"], layout)
     found = {"caption": text, "small": small}
-    chosen = {segment.name: found[segment.name] for segment in segments if segment.name in found}
-    pipeline = VQGANPipeline(own.vqgan, prior, own.image_processor, layout, chosen if conditions is None else conditions)
+    if conditions is None:
+        conditions = {segment.name: found[segment.name] for segment in segments if segment.name in found}
+    pipeline = VQGANPipeline(own.vqgan, prior, own.image_processor, layout, conditions)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -59,6 +58,7 @@ def segments(parts):
     own, small, text = parts
     image = {"kind": "image", "num_tokens": K, "length": 4, "grids": ((2, 2, 1),), "image_shape": (8, 8)}
     return {
+        "animal": Segment("animal", "class", 3, class_names=ANIMALS),
         "style": Segment("style", "class", 3, class_names=STYLES),
         "caption": Segment("caption", "text", 300, 6, fingerprint=text.fingerprint),
         "small": Segment("small", fingerprint=small.fingerprint, **image),
@@ -68,7 +68,14 @@ def segments(parts):
 
 @pytest.fixture(scope="module")
 def pipeline(parts, segments):
+    """All of its conditions were dropped together, and each alone."""
     return make(parts, segments.values())
+
+
+@pytest.fixture(scope="module")
+def with_class(parts, segments):
+    """A pipeline with the class of a class-only prior before the other conditions."""
+    return make(parts, [segments[name] for name in ("style", "caption", "small", "corner")], ANIMALS)
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +98,14 @@ def prompts_of(pipeline, monkeypatch, **asked):
     return seen[0].cpu()
 
 
-def test_a_prompt_holds_the_tokens_of_each_condition(pipeline, parts, segments, picture, monkeypatch):
+@pytest.mark.parametrize("name", ["animal", "class"])
+def test_a_prompt_holds_the_tokens_of_each_condition(pipeline, with_class, parts, segments, picture, monkeypatch, name):
     own, small, text = parts
-    layout = pipeline.layout
-    asked = {"class_labels": {"class": ["cat", 0], "style": "drawn"}, "text": ["a cat", "a red dog"]}
-    prompts = prompts_of(pipeline, monkeypatch, **asked, condition_images={"small": picture, "corner": picture})
-    pixels = own.image_processor.__class__(8, 1)(picture)["pixel_values"]
+    made = {"animal": pipeline, "class": with_class}[name]
+    layout = made.layout
+    asked = {"class_labels": {name: ["cat", 0], "style": "drawn"}, "text": ["a cat", "a red dog"]}
+    prompts = prompts_of(made, monkeypatch, **asked, condition_images={"small": picture, "corner": picture})
+    pixels = VQGANImageProcessor(8, 1)(picture)["pixel_values"]
     with torch.no_grad():
         codes = [one.vqgan.encode(pixels).codes.flatten() for one in (small, own)]
     texts = encode_texts(text.tokenizer, asked["text"], segments["caption"])
@@ -109,3 +118,174 @@ def test_what_is_not_given_is_null(pipeline, monkeypatch):
     layout = pipeline.layout
     prompts = prompts_of(pipeline, monkeypatch, num_images=2)
     assert prompts.tolist() == [layout.null_prompt().tolist()] * 2
+
+
+def test_lists_have_one_length_and_single_values_serve_all_images(pipeline, monkeypatch):
+    lists = {"class_labels": {"style": [1, 1, 1]}, "text": ["a cat"] * 3}
+    one = {"class_labels": {"style": 1}, "text": "a cat"}
+    expected = prompts_of(pipeline, monkeypatch, **lists)
+    assert expected.shape == (3, pipeline.layout.prompt_length)
+    for asked in (one | {"text": ["a cat"] * 3}, lists | {"text": "a cat"}, one | {"num_images_per_label": 3}):
+        assert torch.equal(prompts_of(pipeline, monkeypatch, **asked), expected)
+    several = prompts_of(pipeline, monkeypatch, text=["a cat", "a dog"], num_images_per_label=2)
+    assert torch.equal(several[0], several[1]) and not torch.equal(several[1], several[2])
+    assert torch.equal(prompts_of(pipeline, monkeypatch, text="a cat", num_images=2), several[:2])
+
+
+# {argument: value}, words of the message
+REFUSED = {
+    "lists": (
+        {"class_labels": {"style": [0, 1]}, "text": ["a", "b", "c"]},
+        "text: received 3 values, but class_labels['style'] has 2; give lists of one length",
+    ),
+    "a list of one": ({"class_labels": {"style": [0]}, "text": ["a", "b"]}, "text: received 2 values, but"),
+    "no name": (
+        {"class_labels": 3},
+        "class_labels: received 3; several such conditions need {name: value}; this pipeline knows class_labels "
+        "('animal', 'style'), text ('caption'), condition_images ('small', 'corner')",
+    ),
+    "no such condition": ({"text": {"words": "a"}}, "text: received the condition 'words'; this pipeline knows"),
+    "another kind": ({"text": {"style": "flat"}}, "text: received the condition 'style'"),
+    "no such class": ({"class_labels": {"style": "wild"}}, "style: received 'wild'; allowed are ids 0 to 2 or names"),
+    "no texts": ({"text": []}, "text: received an empty list"),
+    "blank text": ({"text": ["a", " "]}, "text: received ' '; must be text that is not empty"),
+    "number for a text": ({"text": 3}, "text: received 3; must be text"),
+    "text for an image": ({"condition_images": {"small": "cat.png"}}, "condition_images['small']: images[0]: "),
+    "no images": ({"condition_images": {"small": []}}, "condition_images['small']: received an empty list"),
+    "count of a list": (
+        {"text": ["a", "b"], "num_images": 4},
+        "num_images: received 4; cannot be given with text (use num_images_per_label)",
+    ),
+    "two counts": (
+        {"text": "a", "num_images": 4, "num_images_per_label": 2},
+        "num_images: received 4; cannot be given with num_images_per_label",
+    ),
+    "guidance by nothing": (
+        {"guidance_scale": 2.0},
+        "guidance_scale: received 2.0; guidance needs class_labels['animal'] or class_labels['style'] or text or",
+    ),
+    "guidance by what is not given": (
+        {"text": "a", "guidance_scale": {"small": 2.0}},
+        "guidance_scale: received (2.0,); guidance needs condition_images['small'] (or use 1.0)",
+    ),
+    "guidance by an unknown name": (
+        {"text": "a", "guidance_scale": {"caption+words": 2.0}},
+        "guidance_scale: received the condition 'caption+words'; allowed are 'animal', 'style', 'caption', 'small', "
+        "'corner', or several joined by +",
+    ),
+    "a list of scales": ({"text": "a", "guidance_scale": (2.0, 3.0)}, "guidance_scale: received (2.0, 3.0); must be"),
+    "a scale of text": ({"text": "a", "guidance_scale": {"caption": "x"}}, "guidance_scale: received 'x'; allowed is"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_prompt_can_be_made_of_is_refused(pipeline, case):
+    arguments, words = REFUSED[case]
+    with pytest.raises(ValueError) as caught:
+        pipeline.generate(**arguments, output_type="codes")
+    assert words in str(caught.value)
+
+
+def test_a_class_only_pipeline_names_what_it_knows(tiny_pipeline):
+    for arguments in ({"text": "a"}, {"condition_images": [0]}, {"class_labels": {"style": 1}}):
+        with pytest.raises(ValueError, match=r"this pipeline knows class_labels \('class'\)$"):
+            tiny_pipeline.generate(**arguments)
+
+
+# Which conditions have a null token of their own, whether all were dropped together; what is asked; the message
+LEARNT = {
+    "nothing": (["caption"], False, {}, "class_labels['style']: this prior was trained without dropout of 'style'"),
+    "all": ([], True, {}, None),
+    "each": (["style", "caption"], False, {}, None),
+    "one": (["caption"], False, {"class_labels": 0}, None),
+    "the other": (["caption"], True, {"text": "a"}, "class_labels: this prior was trained without dropout of 'style'"),
+    "guided by all": (["style", "caption"], False, {"text": "a", "guidance_scale": 2.0}, None),
+    "guided by all together": ([], True, {"class_labels": 0, "text": "a", "guidance_scale": 2.0}, None),
+    "guided by one": (["caption"], True, {"class_labels": 0, "text": "a", "guidance_scale": {"caption": 2.0}}, None),
+    "guided by the other": (
+        ["caption"],
+        True,
+        {"class_labels": 0, "text": "a", "guidance_scale": {"style": 2.0}},
+        "guidance_scale: this prior was trained without dropout of 'style' alone",
+    ),
+    "guided by all, none dropped together": (
+        ["caption"],
+        False,
+        {"class_labels": 0, "text": "a", "guidance_scale": 2.0},
+        "guidance_scale: this prior was trained without dropout of 'style' alone",
+    ),
+    "the rest": (["style"], True, {"class_labels": 0, "text": "a", "guidance_scale": {"style+caption": 2.0}}, None),
+}
+
+
+@pytest.mark.parametrize("case", LEARNT)
+def test_only_null_tokens_that_training_has_seen_are_used(parts, segments, case):
+    own_null, together, arguments, words = LEARNT[case]
+    chosen = [dataclasses.replace(segments[name], has_null=name in own_null) for name in ("style", "caption")]
+    pipeline = make(parts, chosen, class_names=(), has_null=together)
+    if words is None:
+        assert len(pipeline.generate(**arguments, output_type="codes")) == 1
+        return
+    with pytest.raises(ValueError) as caught:
+        pipeline.generate(**arguments)
+    assert words.replace("['style']", "") in str(caught.value)
+
+
+@torch.no_grad()
+def greedy_naively(pipeline, prompt, groups, scales):
+    """Forwards of whole sequences, one for each group at each code: c + Σ (s - 1)·(c - u)."""
+    codes = torch.empty(0, dtype=torch.int64)
+    for _ in range(L):
+        nulls = [pipeline.layout.null_prompt(names) for names in groups]
+        rows = [prompt, *(prompt.where(null < 0, null) for null in nulls)]
+        logits = [pipeline.prior(torch.cat([row, codes])[None]).logits[0, -1, :K].double() for row in rows]
+        guided = logits[0] + sum((s - 1) * (logits[0] - u) for s, u in zip(scales, logits[1:], strict=True))
+        codes = torch.cat([codes, guided.argmax()[None]])
+    return codes
+
+
+@pytest.mark.parametrize(
+    "scale, groups",
+    [
+        (3.0, [None]),
+        ({"style": 3.0}, [["style"]]),
+        ({"caption": 3.0, "style": 1.0}, [["caption"]]),
+        ({"style": 3.0, "caption+small": 2.0}, [["style"], ["caption", "small"]]),
+    ],
+)
+def test_guidance_by_named_conditions(pipeline, picture, monkeypatch, scale, groups):
+    asked = {"class_labels": {"style": [0, 1]}, "text": "a cat", "condition_images": {"small": picture}}
+    prompts = prompts_of(pipeline, monkeypatch, **asked)
+    out = pipeline.generate(**asked, guidance_scale=scale, temperature=0.0, output_type="codes")
+    scales = [scale] if isinstance(scale, float) else [value for value in scale.values() if value != 1]
+    for prompt, codes in zip(prompts, out.codes, strict=True):
+        assert codes.flatten().tolist() == greedy_naively(pipeline, prompt, groups, scales).tolist()
+
+
+def test_the_output_names_what_was_asked_of_each_image(with_class, picture):
+    pictures = [picture, picture.rotate(90)]
+    asked = {"class_labels": {"class": ["cat", "ant"]}, "text": "a dog", "condition_images": {"corner": pictures}}
+    out = with_class.generate(**asked, num_images_per_label=2, guidance_scale={"caption": 2.0}, seed=5)
+    assert out.labels == ["cat", "cat", "ant", "ant"] and out.images[0].size == (16, 16)
+    found = {
+        "class_labels": {"class": "ant"},
+        "text": {"caption": "a dog"},
+        "condition_images": {"corner": pictures[1]},
+    }
+    assert out.prompts[2] == found
+    again = with_class.generate(**out.prompts[2], seed=out.seeds[2], guidance_scale={"caption": 2.0})
+    assert torch.equal(again.codes[0], out.codes[2])
+
+
+def test_a_long_text_loses_its_end_and_one_without_tokens_is_refused(pipeline, caplog):
+    with caplog.at_level(logging.WARNING):
+        pipeline.generate(text="a red cat and a blue dog", output_type="codes")
+    assert "text: a text has" in caplog.text and "the first 6" in caplog.text
+
+
+def test_a_stock_prior_writes_the_same_codes_without_this_package(parts, segments, monkeypatch):
+    pipeline = make(parts, [segments["caption"]], ANIMALS)
+    prompts = prompts_of(pipeline, monkeypatch, text=TEXTS, class_labels=0)
+    expected = pipeline.generate(text=TEXTS, class_labels=0, temperature=0.0, output_type="codes").codes
+    written = pipeline.prior.generate(prompts, do_sample=False)[:, prompts.shape[1] :]
+    assert torch.equal(written, expected.flatten(1))
