@@ -5,7 +5,7 @@ Shape letters: n values of a condition.
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from configs.arguments import described, instance
-from configs.problems import listed
+from configs.problems import cut, listed
 from pipelines.chunks import encode_in_chunks
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
 from stage2_prior import Segment, TokenLayout
@@ -32,6 +32,9 @@ from stage2_prior.condition_text import (
 logger = logging.getLogger(__name__)
 
 FOLDER = "conditions"
+
+# The argument of `VQGANPipeline.generate` for conditions of each kind.
+ARGUMENTS = {"class": "class_labels", "text": "text", "image": "condition_images"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,24 @@ class ImageTokenizer:
 
 ConditionTokenizer = TextTokenizer | ImageTokenizer
 KINDS: dict[str, type] = {"text": TextTokenizer, "image": ImageTokenizer}
+
+
+def not_learnt(layout: TokenLayout, nulls: Iterable[str]) -> list[Segment]:
+    """The conditions in `nulls` whose null token training has not seen in a prompt with all of these null tokens."""
+    without = [segment for segment in layout.conditions if segment.name in set(nulls)]
+    if len(without) == len(layout.conditions) and layout.has_null:
+        return []
+    return [segment for segment in without if not segment.has_null]
+
+
+def condition_text(segment: Segment) -> str:
+    """A condition in a few words."""
+    if segment.kind == "class":
+        return f"{segment.num_tokens} classes ({listed([cut(name, 40) for name in segment.class_names], 8)})"
+    if segment.kind == "text":
+        return f"text, up to {segment.length} tokens"
+    height, width = segment.image_shape
+    return f"image, {width}×{height} pixels" + (f", {segment.transform}" if segment.transform else "")
 
 
 def own_segments(layout: TokenLayout) -> dict[str, Segment]:

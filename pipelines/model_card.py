@@ -20,10 +20,11 @@ from configs.card import (
 from configs.card_facts import dataset_ids
 from configs.files import read_json
 from configs.uploads import REPO_ID
+from pipelines.conditions import ARGUMENTS, condition_text, not_learnt
 from stage1_vqgan import VQGANConfig
 from stage1_vqgan.model_card import CAPTION, WITHOUT_PACKAGE, detail_rows as tokenizer_rows, num_parameters
-from stage2_prior import TokenLayout
-from stage2_prior.model_card import TASK, class_blocks, detail_rows as prior_rows, example_class, prompt
+from stage2_prior import Segment, TokenLayout
+from stage2_prior.model_card import TASK, class_blocks, class_table, detail_rows as prior_rows, example_class, prompt
 
 PLACEHOLDER = "path/or/repository"
 METRICS_NAME, SAMPLES_NAME, RECONSTRUCTIONS_NAME = "metrics.json", "samples.png", "reconstructions.png"
@@ -54,12 +55,13 @@ def model_card(folder: Path, name: str, license: str) -> str:
     """
     layout = TokenLayout.from_dict(read_json(folder / "model_index.json")["token_layout"])
     config = VQGANConfig.from_pretrained(folder / "vqgan")
-    metadata = card_metadata(license, dataset_ids(folder), TAGS, pipeline_tag=TASK, **_index(folder, name))
+    metadata = card_metadata(license, dataset_ids(folder), TAGS, pipeline_tag=task(layout), **_index(folder, name))
+    kind = "Conditional image" if layout.segments else "Class-conditional image" if layout.num_classes else "Image"
     body = [
-        f"# {'Class-conditional image generator' if layout.num_classes else 'Image generator'}",
+        f"# {kind} generator",
         part("pictures", picture(folder, SAMPLES_NAME, "Generated images")),
         part("use", _summary(folder, config, layout), *_use(name, layout), *_use_without(name, layout)),
-        part("details", "## Details", table(_details(folder, config, layout)), *class_blocks(layout)),
+        part("details", "## Details", table(_details(folder, config, layout)), *_tables(layout)),
         training_part(folder),
         _evaluation(folder),
         license_part(license),
@@ -88,18 +90,27 @@ def _summary(folder: Path, config: VQGANConfig, layout: TokenLayout) -> str:
     )
 
 
+def task(layout: TokenLayout) -> str:
+    """The task of a pipeline in the words of the Hub."""
+    kinds = {segment.kind for segment in layout.segments}
+    return "text-to-image" if "text" in kinds else "image-to-image" if "image" in kinds else TASK
+
+
 def _use(name: str, layout: TokenLayout) -> list[str]:
     arguments, meaning = "num_images=4", ""
-    if layout.num_classes:
+    if layout.segments:
+        arguments = "\n" + "".join(f"    {argument},\n" for argument in [*_asked(layout), "num_images_per_label=4"])
+    elif layout.num_classes:
         number = example_class(layout)
         guidance = ", guidance_scale=1.5" if layout.has_null else ""
         arguments = f"class_labels=[{number}], num_images_per_label=4{guidance}"
         meaning = f"  # class {number}, {comment(layout.class_names[number])}"
+    pillow = "from PIL import Image\n\n" if "Image.open" in arguments else ""
     return [
         "## Use",
         install_block(),
         f"""```python
-from pipelines import VQGANPipeline
+{pillow}from pipelines import VQGANPipeline
 
 pipe = VQGANPipeline.from_pretrained("{name}")
 images = pipe.generate({arguments}).images{meaning}
@@ -108,8 +119,30 @@ images[0].save("image.png")
     ]
 
 
+def _asked(layout: TokenLayout) -> list[str]:
+    """Arguments of `generate` that give an example of each condition."""
+    values = {"class": "0", "text": '"…"', "image": 'Image.open("condition.png")'}
+    by_kind = {
+        kind: [f'"{segment.name}": {value}' for segment in layout.conditions if segment.kind == kind]
+        for kind, value in values.items()
+    }
+    asked = [f"{ARGUMENTS[kind]}={{{', '.join(found)}}}" for kind, found in by_kind.items() if found]
+    return asked + (["guidance_scale=1.5"] if _guided(layout) else [])
+
+
+def _guided(layout: TokenLayout) -> bool:
+    """Whether the prior can do without all conditions."""
+    return not not_learnt(layout, [segment.name for segment in layout.conditions])
+
+
 def _use_without(name: str, layout: TokenLayout) -> list[str]:
     first, what = prompt(layout)
+    shape = ", ".join(map(str, layout.codes_shape))
+    tokens = f"torch.full((4, 1), {first})  # {what}, four times"
+    if layout.segments:
+        if not _guided(layout):
+            return []
+        tokens = f"torch.tensor([{layout.null_prompt().tolist()}] * 4)  # no condition, four times"
     return [
         "Without this package: transformers loads the prior without other code. The tokenizer brings its own Python "
         "files, which `trust_remote_code=True` runs, so read them first.",
@@ -121,12 +154,32 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM
 prior = AutoModelForCausalLM.from_pretrained("{name}", subfolder="prior")
 vqgan = AutoModel.from_pretrained("{name}", subfolder="vqgan", trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained("{name}", subfolder="vqgan", trust_remote_code=True)
-prompt = torch.full((4, 1), {first})  # {what}, four times
-codes = prior.generate(prompt, do_sample=True)[:, 1:].view(4, {", ".join(map(str, layout.codes_shape))})
+prompt = {tokens}
+codes = prior.generate(prompt, do_sample=True)[:, {layout.prompt_length}:].view(4, {shape})
 images = processor.postprocess(vqgan.decode_codes(codes))
 images[0].save("image.png")
 ```""",
     ]
+
+
+def _tables(layout: TokenLayout) -> list[str]:
+    """The conditions, and the names of their classes."""
+    if not layout.segments:
+        return class_blocks(layout)
+    rows = [_condition_row(layout, segment) for segment in layout.conditions]
+    named = [segment for segment in layout.conditions if segment.kind == "class"]
+    return [
+        "### Conditions",
+        table(rows, ("condition", "kind", "places in the prompt", "tokens", "null token")),
+        *(f"### Classes of `{one.name}`\n\n{class_table(one.class_names, ())}" for one in named),
+    ]
+
+
+def _condition_row(layout: TokenLayout, segment: Segment) -> tuple[Any, ...]:
+    places, first = layout.places[segment.name], layout.first_tokens[segment.name]
+    tokens = f"{first} to {first + segment.num_tokens - 1}"
+    placed = f"{places.start} to {places.stop - 1}"
+    return f"`{segment.name}`", cell(condition_text(segment)), placed, tokens, first + segment.num_tokens
 
 
 def _details(folder: Path, config: VQGANConfig, layout: TokenLayout) -> list[tuple[str, str]]:

@@ -10,8 +10,9 @@ from transformers.utils import ModelOutput
 
 from configs.arguments import described
 from configs.problems import cut, listed
+from pipelines.conditions import condition_text
 from stage1_vqgan import VQGANModel
-from stage2_prior import Segment, TokenLayout
+from stage2_prior import TokenLayout
 
 
 @dataclass(repr=False)
@@ -51,16 +52,6 @@ class VQGANPipelineOutput(ModelOutput):
         if self.seeds is not None:
             lines.append(f"seeds: {listed([str(seed) for seed in self.seeds], 4)}")
         return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
-
-
-def condition_text(segment: Segment) -> str:
-    """A condition in a few words."""
-    if segment.kind == "class":
-        return f"{segment.num_tokens} classes ({listed([cut(name, 40) for name in segment.class_names], 8)})"
-    if segment.kind == "text":
-        return f"text, up to {segment.length} tokens"
-    height, width = segment.image_shape
-    return f"image, {width}×{height} pixels" + (f", {segment.transform}" if segment.transform else "")
 
 
 def pipeline_text(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout) -> str:

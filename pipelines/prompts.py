@@ -1,6 +1,6 @@
 """Prompts: what `VQGANPipeline.generate` is given for each condition, and guidance by condition."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -8,11 +8,8 @@ from torch import Tensor
 from configs.arguments import described, is_number
 from configs.problems import listed
 from pipelines.arguments import listed_labels
-from pipelines.conditions import ConditionTokenizer
+from pipelines.conditions import ARGUMENTS, ConditionTokenizer, not_learnt
 from stage2_prior import CLASS, SamplingOptions, Segment, TokenLayout
-
-# The argument of `generate` for conditions of each kind.
-ARGUMENTS = {"class": "class_labels", "text": "text", "image": "condition_images"}
 
 # For each scale of the guidance, the names of its conditions; None is all of them.
 Groups = tuple[tuple[str, ...] | None, ...]
@@ -178,23 +175,15 @@ def require_learnt(
         ValueError: the prior cannot do without a condition, or guidance acts on none that is given.
     """
     missing = [segment.name for segment in layout.conditions if segment.name not in given]
-    if lacking := _not_learnt(layout, missing):
+    if lacking := not_learnt(layout, missing):
         raise ValueError(f"{argument_of(layout, lacking[0])}: {_without_dropout(layout, lacking)}")
     for names in groups if options.guided else ():
         group = [segment for segment in layout.conditions if names is None or segment.name in names]
-        if lacking := _not_learnt(layout, [*missing, *(segment.name for segment in group)]):
+        if lacking := not_learnt(layout, [*missing, *(segment.name for segment in group)]):
             raise ValueError(f"guidance_scale: {_without_dropout(layout, lacking)} and guidance_scale 1.0")
         if not any(segment.name in given for segment in group):
             needs = " or ".join(dict.fromkeys(argument_of(layout, segment) for segment in group))
             raise ValueError(f"guidance_scale: received {options.guidance_scale}; guidance needs {needs} (or use 1.0)")
-
-
-def _not_learnt(layout: TokenLayout, nulls: Iterable[str]) -> list[Segment]:
-    """The conditions in `nulls` whose null token training has not seen in a prompt with all of these null tokens."""
-    without = [segment for segment in layout.conditions if segment.name in set(nulls)]
-    if len(without) == len(layout.conditions) and layout.has_null:
-        return []
-    return [segment for segment in without if not segment.has_null]
 
 
 def _without_dropout(layout: TokenLayout, lacking: Sequence[Segment]) -> str:

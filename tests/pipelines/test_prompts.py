@@ -1,15 +1,21 @@
 """Prompts of several conditions: texts, condition images and several classes in `generate`, and their tokenizers."""
 
+import copy
 import dataclasses
+import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models
 
-from pipelines import VQGANPipeline
-from pipelines.conditions import ImageTokenizer, TextTokenizer
+from configs import ConfigError
+from pipelines import VQGANPipeline, hub
+from pipelines.build import BuildConfig, build
+from pipelines.conditions import ImageTokenizer, TextTokenizer, save_conditions
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import Segment, TokenLayout
 from stage2_prior.condition_text import encode_texts, train_text_tokenizer
@@ -289,3 +295,162 @@ def test_a_stock_prior_writes_the_same_codes_without_this_package(parts, segment
     expected = pipeline.generate(text=TEXTS, class_labels=0, temperature=0.0, output_type="codes").codes
     written = pipeline.prior.generate(prompts, do_sample=False)[:, prompts.shape[1] :]
     assert torch.equal(written, expected.flatten(1))
+
+
+def test_a_text_without_known_tokens_is_refused(segments):
+    tokenizer = Tokenizer(models.BPE({"c": 0, "a": 1, "t": 2}, []))
+    with pytest.raises(ValueError, match="text: received 'dog'; the tokenizer has no token for it"):
+        TextTokenizer(tokenizer.to_str()).ids(["cat", "dog"], segments["caption"], "text")
+
+
+def test_the_condition_images_of_a_prior_may_have_another_dtype(parts, segments, picture):
+    own, small, text = (copy.deepcopy(part) for part in parts)
+    pipeline = make((own, small, text), [segments["small"]]).to(torch.float64)
+    assert small.vqgan.dtype == torch.float64
+    assert len(pipeline.generate(condition_images=[picture] * 2, output_type="codes")) == 2
+
+
+# ---------------------------------------------------------------------- saving and loading
+
+
+@pytest.fixture(scope="module")
+def saved(with_class, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "saved"
+    with_class.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "pipeline")
+
+
+def test_a_loaded_pipeline_makes_the_same_images(saved, with_class, picture):
+    loaded = VQGANPipeline.from_pretrained(saved)
+    loaded.set_progress_bar_config(disable=True)
+    asked = {"class_labels": {"class": 0, "style": 1}, "text": "a dog", "condition_images": {"small": picture}}
+    options = {"guidance_scale": {"caption": 2.0}, "seed": 3, "output_type": "codes"}
+    expected = with_class.generate(**asked, **options).codes
+    assert torch.equal(loaded.generate(**asked, **options).codes, expected)
+    assert sorted(loaded.components["conditions"]) == ["caption", "small"]
+    assert "style: 3 classes" in repr(loaded) and "caption: text, up to 6 tokens" in repr(loaded)
+
+
+def test_the_folder_holds_each_tokenizer(saved):
+    assert [path.name for path in (saved / "conditions" / "caption").iterdir()] == ["tokenizer.json"]
+    names = {path.name for path in (saved / "conditions" / "small").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "preprocessor_config.json", "checksums.json"}
+    index = json.loads((saved / "model_index.json").read_text())
+    assert [segment["name"] for segment in index["token_layout"]["segments"]] == ["style", "caption", "small", "corner"]
+
+
+def test_the_card_shows_how_to_ask(saved):
+    card = (saved / "README.md").read_text()
+    assert 'text={"caption": "…"}' in card and 'class_labels={"class": 0, "style": 0}' in card
+    assert "| `caption` | text, up to 6 tokens | 2 to 7 |" in card and "pipeline_tag: text-to-image" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+
+
+def damage_text(folder):
+    path = folder / "conditions" / "caption" / "tokenizer.json"
+    path.write_text(path.read_text().replace("dog", "cow"))
+    return "conditions.caption: received the tokenizer .*, but the prior was trained with"
+
+
+def remove_text(folder):
+    shutil.rmtree(folder / "conditions" / "caption")
+    return "conditions/caption/tokenizer.json"
+
+
+def cut_text(folder):
+    (folder / "conditions" / "caption" / "tokenizer.json").write_text("{")
+    return "conditions.caption: received the tokenizer"
+
+
+def pickle_text(folder):
+    (folder / "conditions" / "caption" / "tokenizer.json").rename(folder / "conditions" / "caption" / "tokenizer.pkl")
+    return "conditions/caption/tokenizer.json"
+
+
+def remove_images(folder):
+    shutil.rmtree(folder / "conditions" / "small")
+    return "conditions/small"
+
+
+def pickle_images(folder):
+    weights = folder / "conditions" / "small" / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    return "conditions/small"
+
+
+def exchange_images(folder):
+    shutil.rmtree(folder / "conditions" / "small")
+    shutil.copytree(folder / "vqgan", folder / "conditions" / "small")
+    return "conditions/small|conditions.small: received the tokenizer"
+
+
+def flip_a_bit(folder):
+    path = folder / "conditions" / "small" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    return "conditions/small/model.safetensors: the contents of this file have changed"
+
+
+DAMAGES = [damage_text, remove_text, cut_text, pickle_text, remove_images, pickle_images, exchange_images, flip_a_bit]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_missing_or_foreign_tokenizer_is_refused(folder, damage):
+    words = damage(folder)
+    with pytest.raises((OSError, ValueError), match=words):
+        VQGANPipeline.from_pretrained(folder)
+
+
+def test_conditions_of_the_constructor_are_checked(parts, segments):
+    own, _, text = parts
+    for conditions, words in (
+        ({}, "conditions: the tokenizer of 'caption' is missing"),
+        ({"caption": text, "corner": own}, "conditions: received a tokenizer of 'corner'; this prior needs 'caption'"),
+        ({"caption": own}, "conditions.caption: received .*; must be of type TextTokenizer"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make(parts, [segments["caption"], segments["corner"]], conditions=conditions)
+    with pytest.raises(ValueError, match=r"conditions\.small: received the tokenizer"):
+        make(parts, [segments["small"]], conditions={"small": own})
+
+
+def test_saving_over_another_prior_removes_its_tokenizers(folder, parts, segments):
+    make(parts, [segments["caption"]]).save_pretrained(folder)
+    assert [path.name for path in (folder / "conditions").iterdir()] == ["caption"]
+    assert VQGANPipeline.from_pretrained(folder).layout.prompt_length == 6
+
+
+def test_build_takes_the_tokenizers_from_the_prior(with_class, parts, tmp_path):
+    own, _, _ = parts
+    own.vqgan.save_pretrained(tmp_path / "vqgan")
+    own.image_processor.save_pretrained(tmp_path / "vqgan")
+    with_class.prior.save_pretrained(tmp_path / "prior")
+    with_class.layout.save_pretrained(tmp_path / "prior")
+    names = {"tokenizer": str(tmp_path / "vqgan"), "prior": str(tmp_path / "prior")}
+    config = BuildConfig(**names, output_dir=str(tmp_path / "pipeline"))
+    with pytest.raises(ConfigError, match=r"prior: received .*; a tokenizer of its conditions cannot be loaded"):
+        build(config)
+    save_conditions(tmp_path / "prior", with_class.conditions)
+    build(config)
+    loaded = VQGANPipeline.from_pretrained(tmp_path / "pipeline")
+    assert {name: one.fingerprint for name, one in loaded.conditions.items()} == {
+        name: one.fingerprint for name, one in with_class.conditions.items()
+    }
+
+
+def test_an_upload_holds_the_tokenizers(folder, tmp_path, monkeypatch):
+    (folder / "conditions" / "caption" / "secret.pkl").write_text("mine")
+    monkeypatch.setattr(hub, "push_folder", lambda repo, write, stale, private: write(tmp_path / "upload", repo))
+    (tmp_path / "upload").mkdir()
+    hub.push_saved("me/model", folder, None)
+    sent = {path.relative_to(tmp_path / "upload").as_posix() for path in (tmp_path / "upload").rglob("*")}
+    assert {"conditions/caption/tokenizer.json", "conditions/small/model.safetensors"} < sent
+    assert not any(name.endswith(".pkl") for name in sent)
+    VQGANPipeline.from_pretrained(tmp_path / "upload")
