@@ -176,7 +176,8 @@ def require_learnt(
     """
     missing = [segment.name for segment in layout.conditions if segment.name not in given]
     if lacking := not_learnt(layout, missing):
-        raise ValueError(f"{argument_of(layout, lacking[0])}: {_without_dropout(layout, lacking)}")
+        rest = "" if layout.segments else " and guidance_scale 1.0"
+        raise ValueError(f"{argument_of(layout, lacking[0])}: {_without_dropout(layout, lacking)}{rest}")
     for names in groups if options.guided else ():
         group = [segment for segment in layout.conditions if names is None or segment.name in names]
         if lacking := not_learnt(layout, [*missing, *(segment.name for segment in group)]):

@@ -387,7 +387,7 @@ def pickle_images(folder):
 def exchange_images(folder):
     shutil.rmtree(folder / "conditions" / "small")
     shutil.copytree(folder / "vqgan", folder / "conditions" / "small")
-    return "conditions/small|conditions.small: received the tokenizer"
+    return "conditions.small: received the tokenizer"
 
 
 def flip_a_bit(folder):
