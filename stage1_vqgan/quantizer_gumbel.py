@@ -91,13 +91,18 @@ class GumbelQuantizer(CodebookQuantizer):
 
         Two random entries differ by 2 Σ var(e) in the mean of the squared distance, which `sharpness` divides by.
         """
-        variance = centres.float().var(0, correction=0).sum().clamp(min=1e-12)
-        self._set(torch.arange(len(centres), device=centres.device), centres, self.options.sharpness / variance)
+        self._set(torch.arange(len(centres), device=centres.device), centres, self._initial_scale(centres))
 
     @torch.no_grad()
     def move_entries(self, codes: Tensor, rows: Tensor) -> None:
+        """The moved entries get the scale that the others have learnt, or the initial one if that attracts nothing."""
         entries, weights = self.codebook, self.proj.weight.float().flatten(1)
-        self._set(codes, rows, (weights * entries).sum() / entries.square().sum().clamp(min=1e-12))
+        learnt = (weights * entries).sum() / entries.square().sum().clamp(min=1e-12)
+        self._set(codes, rows, learnt.where(learnt > 0, self._initial_scale(entries)))
+
+    def _initial_scale(self, entries: Tensor) -> Tensor:
+        variance = entries.float().var(0, correction=0).sum().clamp(min=1e-12)
+        return self.options.sharpness / variance
 
     def _set(self, codes: Tensor, rows: Tensor, scale: Tensor) -> None:
         """Sets the entries of codes to `rows`, and their logits to scale · (z·e - ½‖e‖²)."""

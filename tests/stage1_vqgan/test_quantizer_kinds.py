@@ -371,6 +371,16 @@ def test_gumbel_temperature_falls_along_half_a_cosine():
     assert found == pytest.approx([2.0, 0.5 + 0.75 * (1 + 0.5**0.5), 1.25, 0.5])
 
 
+def test_gumbel_restarts_attract_before_the_logits_have_learnt_to():
+    """Random logits may fall where a latent lies near its entry. A moved entry must not take this scale."""
+    quantizer = make("gumbel").eval()
+    with torch.no_grad():
+        quantizer.proj.weight.copy_(-quantizer.embed.weight[:, :, None, None])
+    rows = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    quantizer.move_entries(torch.tensor([5, 11]), rows)
+    assert quantizer(rows[:, :, None, None]).codes.flatten().tolist() == [5, 11]
+
+
 def test_gumbel_in_evaluation_takes_the_likeliest_code():
     quantizer, z = make("gumbel").eval(), latents("gumbel")
     quantizer.prepare(0.0, [1, 2])

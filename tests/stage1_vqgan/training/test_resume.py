@@ -127,11 +127,15 @@ def test_kmeans_takes_the_batches_of_whole_steps(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("quantizer", ["ema", pytest.param("gumbel", marks=pytest.mark.slow)])
 def test_resuming_is_exact_with_every_quantizer_that_has_a_state(tmp_path, quantizer):
-    values = dict(make_config(tmp_path).model, quantizer=quantizer)
-    train(make_config(tmp_path / "straight", model=values))
+    """And with the StyleGAN discriminator, and augmentation of what it sees."""
+    changes = {
+        "model": dict(make_config(tmp_path).model, quantizer=quantizer),
+        "discriminator": {"type": "stylegan", "base_channels": 4, "augmentation": True},
+    }
+    train(make_config(tmp_path / "straight", **changes))
     shutil.copytree(tmp_path / "straight", tmp_path / "again")
     interrupt(tmp_path / "again", after=3)
-    train(make_config(tmp_path / "again", model=values))
+    train(make_config(tmp_path / "again", **changes))
     expected, found = contents(tmp_path / "straight"), contents(tmp_path / "again")
     assert [path for path in expected if not torch.equal(expected[path], found[path])] == []
     assert quantizer != "ema" or any(path.endswith("cluster_size") for path in expected)
