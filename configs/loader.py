@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from configs.files import write_text
 from configs.problems import ConfigError, Problem, cut, listed, nearest, shown, unknown_key
@@ -200,6 +200,9 @@ def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems
             else:
                 good[name] = _read_section(hint, section, f"{key}.", problems)
             continue
+        if (section := section_in_dict(hint)) is not None and isinstance(values.get(own_key), Mapping):
+            good[name] = _read_sections(section, values[own_key], f"{key}.", problems)
+            continue
         if own_key in values:
             try:
                 good[name] = read_value(hint, values[own_key])
@@ -212,6 +215,25 @@ def _read_section(cls: type[T], values: Mapping[str, Any], prefix: str, problems
         if field.default is MISSING and field.default_factory is MISSING:
             good[name] = _stand_in(hint)
     return cls(**good)
+
+
+def _read_sections(cls: type[T], values: Mapping[str, Any], prefix: str, problems: list[Problem]) -> dict[str, T]:
+    """Builds the sections of a field of type `dict[str, cls]`, and appends their problems."""
+    found: dict[str, T] = {}
+    for name, section in values.items():
+        if isinstance(section, Mapping):
+            found[name] = _read_section(cls, section, f"{prefix}{name}.", problems)
+        else:
+            keys = listed([key_of(field) for field in fields(cls)])  # type: ignore[arg-type]
+            message = f"received {shown(section)}; must be a section with keys such as {keys}"
+            problems.append(Problem(f"{prefix}{name}", message))
+    return found
+
+
+def section_in_dict(hint: Any) -> type | None:
+    """The dataclass of a field of type `dict[str, dataclass]`; None for other types."""
+    is_dict = get_origin(hint) is dict and is_dataclass(get_args(hint)[1])
+    return get_args(hint)[1] if is_dict else None
 
 
 def _nested_keys(cls: type, prefix: str = "") -> Iterator[str]:
@@ -266,6 +288,14 @@ def _broken_rules(config: Any, kind: str, prefix: str = "") -> list[Problem]:
         for key, value, message in getattr(config, kind, tuple)()
     ]
     for field in fields(config):
-        if is_dataclass(section := getattr(config, field.name)):
-            found += _broken_rules(section, kind, f"{prefix}{key_of(field)}.")
+        value, key = getattr(config, field.name), f"{prefix}{key_of(field)}"
+        if is_dataclass(value):
+            found += _broken_rules(value, kind, f"{key}.")
+        elif isinstance(value, dict):
+            sections = {name: section for name, section in value.items() if is_dataclass(section)}
+            found += [
+                problem
+                for name, section in sections.items()
+                for problem in _broken_rules(section, kind, f"{key}.{name}.")
+            ]
     return found

@@ -10,7 +10,7 @@ from .data.decoding import (
     decode as decode,
 )
 from .data.indexed import ImageSource as ImageSource
-from .data.labels import warn_of_empty_classes as warn_of_empty_classes
+from .data.labels import read_labels as read_labels, warn_of_empty_classes as warn_of_empty_classes
 from .data.loading import keyed_loader as keyed_loader
 from .data.overview import LOOKED_AT_FIRST as LOOKED_AT_FIRST, data_facts as data_facts, look as look
 from .data.samplers import TrainingSampler as TrainingSampler

@@ -1,5 +1,7 @@
 """Condition images: the transforms that make one from the image itself, and their codes."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,8 +63,7 @@ def transformed_shape(transform: str, shape: tuple[int, int]) -> tuple[int, int]
 
 def encode_images(tokenizer: VQGANModel, pixels: Tensor) -> Tensor:
     """The codes of images in the order of a sequence, int64 `(B, L)`; pixels `(B, C, H, W)` in [-1, 1]."""
-    codes: Tensor = tokenizer.encode(pixels).codes
-    return codes.flatten(1)
+    return cast(Tensor, tokenizer.encode(pixels).codes).flatten(1)
 
 
 def _changed(transform: Transform, pixels: Tensor) -> Tensor:

@@ -95,6 +95,16 @@ class Segment:
         """The names of the classes."""
         return ClassNames(self.class_names, self.name)
 
+    @property
+    def summary(self) -> str:
+        """The segment in words, such as "style (4 classes)"."""
+        if self.kind == "class":
+            return f"{self.name} ({self.num_tokens:,} classes)"
+        if self.kind == "text":
+            return f"{self.name} (text of {self.length:,} tokens out of {self.num_tokens:,})"
+        image = f"image, {self.transform}" if self.transform else "image"
+        return f"{self.name} ({image}: {self.length:,} codes out of {self.num_tokens:,})"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not at their defaults, as plain values for JSON."""
         defaults = {field.name: field.default for field in fields(self)}

@@ -212,8 +212,27 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
     config = copy.deepcopy(trained.config)
     for field, value in decided_by(layout).items():
         setattr(config, field, value)
+    return with_vocabulary(trained, config, layout, shared_tokens(known, layout), repr(name))
+
+
+def with_vocabulary(
+    trained: PreTrainedModel, config: Any, layout: TokenLayout, tokens: Tensor, name: str
+) -> PreTrainedModel:
+    """A model with the vocabulary of a token layout and, but for the rows of tokens, the weights of a trained one.
+
+    Args:
+        trained: the trained model.
+        config: its configuration, with the fields that the layout decides.
+        layout: the token layout.
+        tokens: int64 `(2, n)`: tokens of the trained model, and the tokens of the layout that keep their rows. Other
+            rows are random.
+        name: the trained model in words, for messages.
+
+    Raises:
+        ConfigError: its learnt position embeddings are for another number of tokens.
+    """
     prior = _initialise(config, layout)
-    old, new = shared_tokens(known, layout)
+    old, new = tokens
     ends = (prior.get_input_embeddings(), prior.get_output_embeddings())
     by_token = {id(parameter) for end in ends for parameter in end.parameters()}
     before = dict(trained.named_parameters())
@@ -224,9 +243,9 @@ def adapt_prior(name: str, model: dict[str, Any], layout: TokenLayout) -> PreTra
             elif parameter.shape == before[parameter_name].shape:
                 parameter.copy_(before[parameter_name])
             else:  # a table of learnt position embeddings cannot be extended
-                has, needs = known.num_positions, layout.num_positions
+                has, needs = trained.config.max_position_embeddings, layout.num_positions
                 learnt = f"whose position embeddings are for {has} tokens; these sequences have {needs}"
-                raise ConfigError([Problem(BASE_KEY, f"received {name!r}, {learnt}; train a new prior")])
+                raise ConfigError([Problem(BASE_KEY, f"received {name}, {learnt}; train a new prior")])
     return prior
 
 
@@ -256,6 +275,15 @@ def _check_known(
         )
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
+    check_architecture(name, trained, model)
+
+
+def check_architecture(name: str, trained: PreTrainedModel, model: dict[str, Any]) -> None:
+    """Refuses fields of `model` that differ from those of the trained model `name`.
+
+    Raises:
+        ConfigError: names each such field.
+    """
     has = {field: getattr(trained.config, field, None) for field in model}
     different = [
         Problem(

@@ -5,6 +5,7 @@ write the manifest.
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +22,12 @@ from configs.opening import print_facts
 from configs.stalls import library_timeout, watched_for_stalls
 from stage1_vqgan import (
     LOOKED_AT_FIRST,
-    ImageDataset,
     Images,
     ImageStream,
     SkippedImage,
     VQGANImageProcessor,
     VQGANModel,
     data_facts,
-    load_images,
     load_tokenizer,
     look,
     too_many_skipped,
@@ -36,6 +35,10 @@ from stage1_vqgan import (
     warn_of_empty_classes,
 )
 from stage2_prior.code_store import CodeStore, claim_folder, images_per_shard, shard_path
+from stage2_prior.condition_opening import conditions_origin, open_conditions, tell_of_cut_texts, view_dataset
+from stage2_prior.condition_sources import Condition, ImageCondition, load_with_conditions
+from stage2_prior.condition_tokenizers import image_tokenizers, save_tokenizers, text_tokenizers
+from stage2_prior.conditions import Segment
 from stage2_prior.encoding import encode_shard, split_into_shards
 from stage2_prior.manifest import MANIFEST_NAME, write_manifest
 from stage2_prior.shards import ShardNotes, map_shard, read_notes, write_shard
@@ -65,26 +68,32 @@ def tokenize(config: Stage2Config) -> CodeStore:
 def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
     model = open_tokenizer(config).to(processes.device)
     check_aspect_ratio(config)
-    train, validation = load_images(config.data)
-    folder, origin = Path(config.code_store), _origin(config, model, train, validation)
+    train, validation = load_with_conditions(config)
+    folder, images = Path(config.code_store), image_tokenizers(config, model)
     if processes.is_main_process:
+        texts = text_tokenizers(config, train)
+        origin = _origin(config, model, train, validation) | conditions_origin(config, texts, images, train, validation)
         rows_before = claim_folder(folder, origin)
+        if not (folder / MANIFEST_NAME).is_file():
+            save_tokenizers(config, texts, images, model)
     processes.wait_for_everyone()
     if (folder / MANIFEST_NAME).is_file():
         processes.print(f"{folder} already holds these codes; nothing to do")
         return CodeStore(folder)
 
+    conditions = open_conditions(config, images, train, validation)
     if processes.is_main_process:
-        _tell(config, model, train, validation)
+        _tell(config, model, train, validation, [condition.segment for condition in conditions["train"]])
     started = time.perf_counter()
     notes = {}
     for split, source, num_views in (("train", train, config.num_views), ("validation", validation, 1)):
-        num_shards = tokenize_split(config, processes, model, split, source, num_views)
+        num_shards = tokenize_split(config, processes, model, split, source, num_views, conditions[split])
         processes.wait_for_everyone()
         notes[split] = [read_notes(shard_path(folder, split, shard)) for shard in range(num_shards)]
         skipped = [image for shard in notes[split] for image in shard.skipped]
         _check_skipped(config, split, skipped, sum(shard.images for shard in notes[split]))
-    layout = _token_layout(model, _class_names(train, notes))
+    tell_of_cut_texts(processes, conditions["train"])
+    layout = _token_layout(model, _class_names(train, notes), [condition.segment for condition in conditions["train"]])
     layout = replace(layout, class_counts=_class_counts(folder, layout, len(notes["train"]), config.num_views))
     if isinstance(train, ImageStream) and not all(layout.class_counts):  # an indexed source has told it before
         warn_of_empty_classes(layout.class_names, layout.class_counts)
@@ -102,13 +111,17 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
     return CodeStore(folder)
 
 
-def _tell(config: Stage2Config, model: VQGANModel, train: Images, validation: Images) -> None:
+def _tell(
+    config: Stage2Config, model: VQGANModel, train: Images, validation: Images, segments: Sequence[Segment]
+) -> None:
     """Prints the first lines: what the data hold, and what becomes of them."""
     tokenizer, limit = model.config, config.data.max_skipped_fraction
     looked = look(train, LOOKED_AT_FIRST, tokenizer.in_channels, trained_range(config.data, config.tokenizer))
     facts = data_facts(train, validation, looked, tokenizer.image_shape, limit)
     codes = f"{tokenizer.num_codes_per_image:,} of each image, out of {tokenizer.num_embeddings:,}"
     facts["codes"] = f"{codes}; views of an image: {config.num_views}"
+    if segments:
+        facts["conditions"] = "; ".join(segment.summary for segment in segments)
     facts["device"] = str(model.device)
     print_facts(facts | {"tokenizer": config.tokenizer, "code store": config.code_store})
 
@@ -164,36 +177,50 @@ def _origin(config: Stage2Config, model: VQGANModel, train: Images, validation: 
 
 
 def tokenize_split(
-    config: Stage2Config, processes: PartialState, model: VQGANModel, split: str, source: Images, num_views: int
+    config: Stage2Config,
+    processes: PartialState,
+    model: VQGANModel,
+    split: str,
+    source: Images,
+    num_views: int,
+    conditions: Sequence[Condition] = (),
 ) -> int:
     """Writes the missing shards of a split that belong to this process; returns the number of all shards."""
-    dataset = ImageDataset(
-        source,
-        model.config.image_shape,
-        model.config.in_channels,
-        config.data.augmentation if num_views > 1 else None,
-        config.seed,
-        first_view_plain=True,
-        aspect_ratio=config.data.aspect_ratio,
-        value_range=trained_range(config.data, config.tokenizer),
-    )
+    values = trained_range(config.data, config.tokenizer)
+    dataset = view_dataset(config, source, model, num_views, values)
+    others = [c.dataset.source for c in conditions if isinstance(c, ImageCondition) and c.dataset is not None]
     num_images, num_shards = source.num_images, 0
     skipped: list[SkippedImage] = []
     total = None if num_images is None else num_images * num_views
     with tqdm(total=total, desc=f"tokenizing {split}", unit="image", disable=not processes.is_main_process) as progress:
-        for shard, images in split_into_shards(source, images_per_shard(num_views)):
+        size = images_per_shard(num_views)
+        shards = zip(*(split_into_shards(each, size) for each in (source, *others)), strict=True)
+        for (shard, images), *condition_images in shards:
             num_shards += 1
             path = shard_path(config.code_store, split, shard)
             if shard % processes.num_processes != processes.process_index or path.is_file():
                 continue
             batch_size, num_workers = config.tokenize_batch_size, config.dataloader_num_workers
-            encoded = encode_shard(model, dataset, images, num_views, batch_size, num_workers, progress)
+            encoded = encode_shard(
+                model,
+                dataset,
+                images,
+                num_views,
+                batch_size,
+                num_workers,
+                progress,
+                conditions,
+                [others for _, others in condition_images],
+                config.data.columns,
+            )
             skipped += encoded.skipped
             # one process can stop early; several must raise together, so they check after the split
             if num_images is not None and processes.num_processes == 1:
                 _check_skipped(config, split, skipped, num_images)
             labels = encoded.labels if source.has_labels else None
-            write_shard(path, encoded.codes, labels, encoded.images, encoded.skipped, encoded.columns)
+            write_shard(
+                path, encoded.codes, labels, encoded.images, encoded.skipped, encoded.columns, encoded.conditions
+            )
     return num_shards
 
 
@@ -227,7 +254,7 @@ def _check_skipped(config: Stage2Config, split: str, skipped: list[SkippedImage]
         raise ConfigError([problem], "image data")
 
 
-def _token_layout(model: VQGANModel, class_names: list[str]) -> TokenLayout:
+def _token_layout(model: VQGANModel, class_names: list[str], segments: Sequence[Segment]) -> TokenLayout:
     return TokenLayout(
         num_codes=model.config.num_embeddings,
         class_names=tuple(class_names),
@@ -235,4 +262,5 @@ def _token_layout(model: VQGANModel, class_names: list[str]) -> TokenLayout:
         downsampling_factor=model.config.downsampling_factor,
         tokenizer_fingerprint=str(model.config.fingerprint),
         grids=model.config.grids,
+        segments=tuple(segments),
     )

@@ -23,6 +23,7 @@ from configs.sections import (
 )
 from configs.values import read_value
 from stage1_vqgan import AugmentationConfig, DataConfig
+from stage2_prior.training.condition_config import ConditionConfig, name_problem
 
 # Arguments of Trainer that would break complete checkpoints, exact resume or reproducible batches, or that have no
 # effect here.
@@ -131,20 +132,24 @@ class Stage2Config(TrainingConfig):
         ten views of data.augmentation.ten_crop
     tokenize_batch_size: images on one device in one forward pass of the tokenizer
     model_name_or_path: fine-tunes the prior in this folder (an output_dir of stage 2) or Hub repository; classes with
-        new names get new embeddings
+        new names get new embeddings. Or starts from a causal language model of transformers, whose tokenizer must be
+        that of a text in conditions
     model: `model_type` of a causal language model in transformers, and fields of its configuration, such as
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads and attention_dropout
     lora: trains an adapter of the prior in model_name_or_path; see lora.r
-    condition_dropout: fraction of training sequences whose class is replaced by the null token, for guidance
+    condition_dropout: fraction of training sequences in which null tokens replace the class and all conditions, for
+        guidance
+    conditions: conditions beside the class, by name: {text: {column: caption, kind: text}}; see conditions.NAME
     keep_best: save the weights of the evaluation with the lowest loss; false saves the last weights
     early_stopping_patience: training ends after this many evaluations in a row without a lower loss; 0 turns this off
     num_sample_images: number of images that every evaluation samples for a grid; 0 samples none, and needs no tokenizer
     training_arguments: any other field of transformers.TrainingArguments
 
-    stage2_prior.tokenize reads the first five of these keys, data, seed and dataloader_num_workers.
+    stage2_prior.tokenize reads the first five of these keys, conditions, data, seed and dataloader_num_workers.
     """
 
     preset: ClassVar[str] = "stage2"
+    fields_of: ClassVar[dict[str, type]] = {"conditions.NAME": ConditionConfig}
 
     tokenizer: str
     data: DataConfig
@@ -156,6 +161,7 @@ class Stage2Config(TrainingConfig):
     model: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig = field(default_factory=LoraConfig)
     condition_dropout: Fraction = 0.1
+    conditions: dict[str, ConditionConfig] = field(default_factory=dict)
     keep_best: bool = True
     early_stopping_patience: NonNegative = 0
     num_sample_images: Annotated[int, Ge(0), MOST_PICTURES] = 40
@@ -172,8 +178,19 @@ class Stage2Config(TrainingConfig):
         """The value for `accelerate launch --mixed_precision`."""
         return "fp16" if self.training_arguments.get("fp16") is True else super().mixed_precision
 
+    @property
+    def segment_dropout(self) -> dict[str, float]:
+        """The dropout of each condition that has one of its own."""
+        return {name: condition.dropout for name, condition in self.conditions.items() if condition.dropout}
+
+    def settle(self) -> None:
+        super().settle()
+        for condition in self.conditions.values():
+            condition.settle()
+
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         yield from super().problems()
+        yield from ((f"conditions.{n}", None, problem) for n in self.conditions if (problem := name_problem(n)))
         if LAUNCHED_WITH["USE_DEEPSPEED"] == "true":
             reason = "its checkpoints are pickles that can run code when a run resumes"
             allowed = (

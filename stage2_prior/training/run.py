@@ -19,8 +19,15 @@ from configs.run_folder import RunFolder, holds_work
 from configs.stalls import watched_for_stalls
 from stage2_prior.adapters import attach_adapter
 from stage2_prior.code_store import CodeStore
+from stage2_prior.condition_tokenizers import (
+    check_given_tokenizers,
+    copy_tokenizers,
+    require_tokenizers,
+    without_tokenizers,
+)
 from stage2_prior.data import CodeDataset
 from stage2_prior.export import export_prior
+from stage2_prior.language_model import is_language_model, prior_from_language_model
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
 from stage2_prior.training.arguments import training_arguments
 from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
@@ -113,7 +120,9 @@ class Training:
         self.trainer = PriorTrainer(
             model=initial_prior(config, layout),
             args=arguments,
-            train_dataset=CodeDataset(store.split("train"), layout, config.condition_dropout, config.seed),
+            train_dataset=CodeDataset(
+                store.split("train"), layout, config.condition_dropout, config.seed, config.segment_dropout
+            ),
             eval_dataset=CodeDataset(store.split("validation"), layout),
             callbacks=[self.callback],
             layout=layout,
@@ -128,7 +137,7 @@ class Training:
         self.trainer.add_callback(Selection(self.trainer, best, config.early_stopping_patience))
         if config.num_sample_images:
             number, seed = config.num_sample_images, config.seed
-            self.trainer.add_callback(SampleGrids(self.trainer, run, layout, config.tokenizer, number, seed))
+            self.trainer.add_callback(SampleGrids(self.trainer, run, store, layout, config.tokenizer, number, seed))
         self.checkpoint: Path | None = None
 
     def resume(self) -> None:
@@ -178,6 +187,8 @@ class Training:
             "codes": f"{layout.length:,} in each, out of {layout.num_codes:,}",
             "classes": f"{layout.num_classes:,}" if layout.num_classes else "none: the prior is unconditional",
         }
+        if layout.segments:
+            facts["conditions"] = "; ".join(segment.summary for segment in layout.segments)
         device, processes = trainer.args.device, trainer.accelerator.num_processes
         pictures = "samples" if config.num_sample_images else ""
         print_facts(facts | run_facts(config, device, processes, {"prior": trainer.model}, len(train), pictures))
@@ -196,6 +207,7 @@ class Training:
                 evaluation = self.best.move_to(folder)
             if trainer.is_world_process_zero():
                 self.layout.save_pretrained(folder)
+                copy_tokenizers(self.store.folder, folder, self.layout)
         if trainer.is_world_process_zero():
             step, loss = evaluation["step"], evaluation["eval_loss"]
             results = {
@@ -215,22 +227,34 @@ class Training:
 def open_codes(config: Stage2Config) -> tuple[CodeStore, TokenLayout]:
     """The code store, and the token layout of a prior over its codes.
 
-    The prior learns the null token if it has no classes, or if training uses condition dropout.
+    The prior learns the null token if it has no conditions, or if training uses condition dropout. It learns that of a
+    further condition also if this condition has a dropout of its own.
 
     Raises:
         ConfigError: the store is missing, or it was written with other settings.
     """
     store = CodeStore(config.code_store)
     check_codes(config, store)
-    has_null = not store.layout.num_classes or config.condition_dropout > 0
-    return store, replace(store.layout, has_null=has_null)
+    together, alone = config.condition_dropout > 0, config.segment_dropout
+    segments = tuple(replace(segment, has_null=together or segment.name in alone) for segment in store.layout.segments)
+    is_unconditional = not store.layout.num_classes and not segments
+    return store, replace(store.layout, has_null=is_unconditional or together, segments=segments)
 
 
 def initial_prior(config: Stage2Config, layout: TokenLayout) -> PreTrainedModel:
-    """The prior before its first step: new, or loaded from `model_name_or_path`, with an adapter if lora.r > 0."""
+    """The prior before its first step: new, or loaded from `model_name_or_path`, with an adapter if lora.r > 0.
+
+    Raises:
+        ConfigError: the prior or language model in `model_name_or_path` cannot be loaded, or does not fit.
+    """
     base = config.model_name_or_path
     if base is None:
         return build_prior(config.model, layout)
+    if is_language_model(base):
+        if config.lora.r:
+            message = f"received {config.lora.r}, but {base} is a language model, which knows no codes; set it to 0"
+            raise ConfigError([Problem("lora.r", f"{message}, or adapt a prior of stage 2")])
+        return prior_from_language_model(base, config.model, layout)
     prior = adapt_prior(base, config.model, layout)
     if not config.lora.r:
         return prior
@@ -245,8 +269,10 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
     Raises:
         ConfigError: names the settings that differ.
     """
-    origin = store.manifest["origin"]
+    origin = without_tokenizers(store.manifest["origin"])
+    conditions = {name: condition.identity() for name, condition in config.conditions.items()}
     wanted = {"num_views": config.num_views, "data": config.data.identity(), "image_size": config.image_shape}
+    wanted["conditions"] = conditions or None
     problems = [
         Problem(key, f"{config.code_store} was written with {shown(old)}, but the configuration has {shown(new)}")
         for key, old, new in differences(origin, wanted)
@@ -257,6 +283,11 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
     try:
         if tokenizer.is_file():
             store.layout.require_fingerprint(read_json(tokenizer).get("fingerprint"), advice=advice)
+        if not problems:
+            require_tokenizers(config.code_store, store.layout)
+            check_given_tokenizers(config, store.layout)
+    except ConfigError:
+        raise
     except ValueError as error:
         problems.append(Problem.of_error(error))
     if problems:

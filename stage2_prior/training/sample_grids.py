@@ -10,12 +10,13 @@ from transformers import TrainerCallback
 from configs import ConfigError, Problem
 from configs.run_folder import RunFolder
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, labelled_grid, load_tokenizer
+from stage2_prior.code_store import CodeStore
 from stage2_prior.sampling.loop import sample_codes
 from stage2_prior.sampling.options import SamplingOptions
+from stage2_prior.training.grid_prompts import grid_rows
 from stage2_prior.training.trackers import track_image
 from stage2_prior.vocabulary import TokenLayout
 
-MOST_ROWS = 10  # a row for each class
 GUIDANCE_SCALE = 1.5  # as in the model card's example
 
 # Number of images decoded at once: the activations of a decoder are larger than those of a prior.
@@ -25,13 +26,14 @@ DECODE_BATCH_SIZE = 8
 class SampleGrids(TrainerCallback):
     """Samples from the evaluated weights, and saves the images in the folder of the run and in the trackers.
 
-    A row shows one class, out of up to ten that are spread evenly over all classes. Classes are guided if the prior
-    learns the null token. All processes sample the same images, because a forward needs the shards of all processes.
-    The main process decodes the images.
+    A row shows one class, out of up to ten that are spread evenly over all classes; with further conditions, the prompt
+    of one validation image. Samples are guided if the prior learns the null token. All processes sample the same
+    images, because a forward needs the shards of all processes. The main process decodes the images.
 
     Args:
         trainer: the prior's Trainer; its TensorBoard, Weights & Biases and trackio callbacks log the images.
         run: the run, whose folder gets `samples/step_00001000.png`.
+        store: the code store.
         layout: the token layout.
         tokenizer: folder or Hub id.
         num_images: images in a grid.
@@ -41,14 +43,21 @@ class SampleGrids(TrainerCallback):
         ConfigError: the tokenizer is missing, or the codes are of another tokenizer.
     """
 
-    def __init__(self, trainer: Any, run: RunFolder, layout: TokenLayout, tokenizer: str, num_images: int, seed: int):
+    def __init__(
+        self,
+        trainer: Any,
+        run: RunFolder,
+        store: CodeStore,
+        layout: TokenLayout,
+        tokenizer: str,
+        num_images: int,
+        seed: int,
+    ):
         self.trainer, self.run, self.layout = trainer, run, layout
         self.tokenizer, self.processor = load_decoder(tokenizer, layout)
-        rows = min(MOST_ROWS, num_images, layout.num_classes or MOST_ROWS)
-        self.columns = -(-num_images // rows)
-        self.prompts = grid_prompts(layout, num_images, self.columns)
+        self.columns, self.prompts, self.names = grid_rows(store, layout, num_images)
         self.seeds = seed + torch.arange(num_images)
-        guided = layout.has_null and layout.num_classes > 0
+        guided = layout.has_null and (layout.num_classes > 0 or len(layout.segments) > 0)
         self.options = SamplingOptions(guidance_scale=GUIDANCE_SCALE if guided else 1.0)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -73,19 +82,8 @@ class SampleGrids(TrainerCallback):
             for image in self.processor.postprocess(tokenizer.decode_codes(batch, self.layout.grid))
         ]
         tokenizer.to("cpu")
-        classes = self.prompts[:: self.columns, 0]
-        names = self.layout.names_of(classes) if self.layout.num_classes else [""] * len(classes)
-        rows = [(name, images[n * self.columns : (n + 1) * self.columns]) for n, name in enumerate(names)]
+        rows = [(name, images[n * self.columns : (n + 1) * self.columns]) for n, name in enumerate(self.names)]
         return labelled_grid(rows, self.columns, min_tile=48)
-
-
-def grid_prompts(layout: TokenLayout, num_images: int, columns: int) -> Tensor:
-    """Condition tokens of the images of a grid, row by row, each row of one class: int64 `(N, 1)`."""
-    if not layout.num_classes:
-        return torch.full((num_images, 1), layout.null_token)
-    rows = -(-num_images // columns)
-    classes = torch.arange(rows) * layout.num_classes // rows
-    return layout.class_tokens(classes.repeat_interleave(columns)[:num_images])[:, None]
 
 
 def load_decoder(name: str, layout: TokenLayout) -> tuple[VQGANModel, VQGANImageProcessor]:

@@ -14,8 +14,9 @@ from configs import ConfigError, load_config
 from pipelines.build import BuildConfig, build
 from stage1_vqgan import image_grid, with_row_labels
 from stage2_prior import Stage2Config, TokenLayout
+from stage2_prior.training.grid_prompts import grid_prompts
 from stage2_prior.training.run import train
-from stage2_prior.training.sample_grids import grid_prompts, load_decoder
+from stage2_prior.training.sample_grids import load_decoder
 from tests.devices import DEVICE
 
 
