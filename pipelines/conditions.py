@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from configs.arguments import described, instance
-from configs.problems import cut, listed
+from configs.problems import listed
 from pipelines.chunks import encode_in_chunks
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
 from stage2_prior import Segment, TokenLayout
@@ -28,10 +28,9 @@ from stage2_prior.condition_text import (
     text_tokens,
     tokenizer_of,
 )
+from stage2_prior.condition_tokenizers import FOLDER, saved_names
 
 logger = logging.getLogger(__name__)
-
-FOLDER = "conditions"
 
 # The argument of `VQGANPipeline.generate` for conditions of each kind.
 ARGUMENTS = {"class": "class_labels", "text": "text", "image": "condition_images"}
@@ -112,24 +111,9 @@ def not_learnt(layout: TokenLayout, nulls: Iterable[str]) -> list[Segment]:
     return [segment for segment in without if not segment.has_null]
 
 
-def condition_text(segment: Segment) -> str:
-    """A condition in a few words."""
-    if segment.kind == "class":
-        return f"{segment.num_tokens} classes ({listed([cut(name, 40) for name in segment.class_names], 8)})"
-    if segment.kind == "text":
-        return f"text, up to {segment.length} tokens"
-    height, width = segment.image_shape
-    return f"image, {width}×{height} pixels" + (f", {segment.transform}" if segment.transform else "")
-
-
-def own_segments(layout: TokenLayout) -> dict[str, Segment]:
+def _needed(layout: TokenLayout) -> dict[str, Segment]:
     """The conditions, by name, that need a tokenizer beside that of the pipeline's images."""
-    shared = layout.tokenizer_fingerprint
-    return {
-        segment.name: segment
-        for segment in layout.segments
-        if segment.kind == "text" or (segment.kind == "image" and segment.fingerprint != shared)
-    }
+    return {segment.name: segment for segment in layout.segments if segment.name in saved_names(layout)}
 
 
 def require_tokenizers(
@@ -145,7 +129,7 @@ def require_tokenizers(
     Raises:
         ValueError: a tokenizer is missing, is that of no condition, or is another one than in the training.
     """
-    needed = own_segments(layout)
+    needed = _needed(layout)
     if unknown := sorted(conditions.keys() - needed.keys()):
         names = listed([repr(name) for name in needed], 10)
         raise ValueError(f"conditions: received a tokenizer of {unknown[0]!r}; this prior needs {names or 'none'}")
@@ -198,7 +182,7 @@ def load_conditions(folder: Path, layout: TokenLayout, **options: Any) -> dict[s
         OSError, ValueError: a file is damaged, or refers to code or files outside the folder.
     """
     found: dict[str, ConditionTokenizer] = {}
-    for name, segment in own_segments(layout).items():
+    for name, segment in _needed(layout).items():
         place = folder / FOLDER / name
         if segment.kind == "text":
             found[name] = TextTokenizer(read_tokenizer_file(place))

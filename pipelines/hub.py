@@ -31,14 +31,7 @@ from configs.hub import is_repo_id, push_folder
 from configs.staging import finish_interrupted, replaced_files
 from configs.uploads import MODEL_FILES, copy_files
 from configs.versions import own_version
-from pipelines.conditions import (
-    FOLDER,
-    TOKENIZER_NAME,
-    ConditionTokenizer,
-    ImageTokenizer,
-    load_conditions,
-    save_conditions,
-)
+from pipelines.conditions import FOLDER, ConditionTokenizer, ImageTokenizer, load_conditions, save_conditions
 from pipelines.model_card import PLACEHOLDER, model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
 from stage2_prior import TokenLayout, load_causal_lm, without_adapters
@@ -61,7 +54,7 @@ UPLOADED = {
 }
 
 # The same for the folder of a condition.
-CONDITION_FILES = (TOKENIZER_NAME, *MODEL_FILES)
+CONDITION_FILES = ("tokenizer.json", *MODEL_FILES)
 
 # Files of an earlier upload that must not mix with those of a new one.
 STALE = ("vqgan/*.safetensors*", "prior/*.safetensors*", f"{FOLDER}/*", f"{JANUS}/*", "card/*")

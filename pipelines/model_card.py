@@ -20,7 +20,7 @@ from configs.card import (
 from configs.card_facts import dataset_ids
 from configs.files import read_json
 from configs.uploads import REPO_ID
-from pipelines.conditions import ARGUMENTS, condition_text, not_learnt
+from pipelines.conditions import ARGUMENTS, not_learnt
 from stage1_vqgan import VQGANConfig
 from stage1_vqgan.model_card import CAPTION, WITHOUT_PACKAGE, detail_rows as tokenizer_rows, num_parameters
 from stage2_prior import Segment, TokenLayout
@@ -170,7 +170,7 @@ def _tables(layout: TokenLayout) -> list[str]:
     named = [segment for segment in layout.conditions if segment.kind == "class"]
     return [
         "### Conditions",
-        table(rows, ("condition", "kind", "places in the prompt", "tokens", "null token")),
+        table(rows, ("condition", "places in the prompt", "tokens", "null token")),
         *(f"### Classes of `{one.name}`\n\n{class_table(one.class_names, ())}" for one in named),
     ]
 
@@ -179,7 +179,7 @@ def _condition_row(layout: TokenLayout, segment: Segment) -> tuple[Any, ...]:
     places, first = layout.places[segment.name], layout.first_tokens[segment.name]
     tokens = f"{first} to {first + segment.num_tokens - 1}"
     placed = f"{places.start} to {places.stop - 1}"
-    return f"`{segment.name}`", cell(condition_text(segment)), placed, tokens, first + segment.num_tokens
+    return cell(segment.summary), placed, tokens, first + segment.num_tokens
 
 
 def _details(folder: Path, config: VQGANConfig, layout: TokenLayout) -> list[tuple[str, str]]:

@@ -10,7 +10,6 @@ from transformers.utils import ModelOutput
 
 from configs.arguments import described
 from configs.problems import cut, listed
-from pipelines.conditions import condition_text
 from stage1_vqgan import VQGANModel
 from stage2_prior import TokenLayout
 
@@ -62,7 +61,7 @@ def pipeline_text(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout
     lines = [
         f"images: {width * factor}×{height * factor} pixels, {channels}, {layout.codes_text} codes",
         f"classes: {layout.num_classes} ({names})" if names else "classes: none",
-        *(f"{segment.name}: {condition_text(segment)}" for segment in layout.segments),
+        *([f"conditions: {', '.join(segment.summary for segment in layout.segments)}"] if layout.segments else []),
         f"vqgan: {config.quantizer}, {config.num_embeddings:,} codes, {vqgan.num_parameters():,} parameters",
         f"prior: {type(prior).__name__}, {prior.num_parameters():,} parameters",
         f"device: {prior.device}, {str(prior.dtype).removeprefix('torch.')}",

@@ -5,11 +5,15 @@ from pathlib import Path
 from configs.card import write_card
 from configs.card_facts import collect_run, run_license
 from configs.checksums import write_checksums
+from configs.files import make_folder
 from configs.hub import is_repo_id
-from configs.uploads import RUN_FILES, copy_files, copy_run
+from configs.uploads import MODEL_FILES, RUN_FILES, copy_files, copy_run
 from stage2_prior.adapters import base_of_adapter
+from stage2_prior.condition_text import TOKENIZER_NAME
+from stage2_prior.condition_tokenizers import FOLDER, saved_names
 from stage2_prior.model_card import PANELS, PICTURES, prior_card
 from stage2_prior.prior import load_prior
+from stage2_prior.vocabulary import TokenLayout
 
 
 def export_prior(source: Path, target: Path, name: str, license: str | None = None) -> None:
@@ -27,6 +31,9 @@ def export_prior(source: Path, target: Path, name: str, license: str | None = No
 
 def copy_model(source: Path, target: Path) -> None:
     """Writes the model, its settings and its results; see `export_prior`."""
+    for name in saved_names(TokenLayout.from_pretrained(source)):
+        part = Path(FOLDER, name)
+        copy_files(source / part, make_folder(target / part), (TOKENIZER_NAME, *MODEL_FILES))
     base = base_of_adapter(source, "output_dir")
     if base is None or (is_repo_id(base) and not Path(base).is_dir()):
         copy_run(source, target)

@@ -333,7 +333,7 @@ def test_a_loaded_pipeline_makes_the_same_images(saved, with_class, picture):
     expected = with_class.generate(**asked, **options).codes
     assert torch.equal(loaded.generate(**asked, **options).codes, expected)
     assert sorted(loaded.components["conditions"]) == ["caption", "small"]
-    assert "style: 3 classes" in repr(loaded) and "caption: text, up to 6 tokens" in repr(loaded)
+    assert "conditions: style (3 classes), caption (text of 6 tokens out of 300), small (" in repr(loaded)
 
 
 def test_the_folder_holds_each_tokenizer(saved):
@@ -347,7 +347,7 @@ def test_the_folder_holds_each_tokenizer(saved):
 def test_the_card_shows_how_to_ask(saved):
     card = (saved / "README.md").read_text()
     assert 'text={"caption": "…"}' in card and 'class_labels={"class": 0, "style": 0}' in card
-    assert "| `caption` | text, up to 6 tokens | 2 to 7 |" in card and "pipeline_tag: text-to-image" in card
+    assert "| caption (text of 6 tokens out of 300) | 2 to 7 |" in card and "pipeline_tag: text-to-image" in card
     code = card.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
 
