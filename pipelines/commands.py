@@ -1,6 +1,6 @@
 """What the commands generate and reconstruct share: where their images go, and how a pipeline is loaded."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,27 @@ class ImageOutput(Section):
         if found and not self.overwrite:
             message = f"received {getattr(self, key)!r}, which would replace {listed(found)}"
             raise ConfigError([Problem(key, f"{message}; choose another name, or add --overwrite true")])
+
+
+def images_in(text: str, key: str = "images") -> Iterator[tuple[str, Path]]:
+    """The image files that a key names, a file or all images in a folder, and a name for each.
+
+    Raises:
+        ConfigError: there is no such file, or the folder holds no images.
+    """
+    from stage1_vqgan.data.decoding import readable_extensions
+
+    path = Path(text).expanduser()
+    if path.is_file():
+        yield path.stem, path
+        return
+    extensions = readable_extensions()
+    files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in extensions and file.is_file()]
+    if not files:
+        reason = "this folder holds no images" if path.is_dir() else "there is no such file or folder"
+        raise ConfigError([Problem(key, f"received {text!r}; {reason}")])
+    for file in files:
+        yield "_".join(file.relative_to(path).with_suffix("").parts), file
 
 
 def device_of(name: str | None) -> "torch.device":

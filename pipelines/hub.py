@@ -35,6 +35,7 @@ from pipelines.conditions import FOLDER, ConditionTokenizer, ImageTokenizer, loa
 from pipelines.model_card import PLACEHOLDER, model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
 from stage2_prior import TokenLayout, load_causal_lm, without_adapters
+from stage2_prior.condition_text import TOKENIZER_NAME
 
 INDEX_NAME, JANUS = "model_index.json", "janus"
 
@@ -54,7 +55,7 @@ UPLOADED = {
 }
 
 # The same for the folder of a condition.
-CONDITION_FILES = ("tokenizer.json", *MODEL_FILES)
+CONDITION_FILES = (TOKENIZER_NAME, *MODEL_FILES)
 
 # Files of an earlier upload that must not mix with those of a new one.
 STALE = ("vqgan/*.safetensors*", "prior/*.safetensors*", f"{FOLDER}/*", f"{JANUS}/*", "card/*")

@@ -32,19 +32,19 @@ class Given(NamedTuple):
 
 
 def given_conditions(
-    layout: TokenLayout, class_labels: Any = None, text: Any = None, images: Any = None
+    layout: TokenLayout, class_labels: Any = None, text: Any = None, condition_images: Any = None
 ) -> list[Given]:
     """What is given, in the order of the prompt.
 
     Args:
         layout: the token layout.
-        class_labels, text, images: see `VQGANPipeline.generate`; images are the condition images.
+        class_labels, text, condition_images: see `VQGANPipeline.generate`.
 
     Raises:
         ValueError: the pipeline has no such condition, a list is empty, or two lists have different lengths.
     """
     found: dict[str, Any] = {}
-    for kind, value in (("class", class_labels), ("text", text), ("image", images)):
+    for kind, value in (("class", class_labels), ("text", text), ("image", condition_images)):
         if value is not None:
             found |= _by_name(layout, kind, value)
     given = [_given(layout, segment, found[segment.name]) for segment in layout.conditions if segment.name in found]

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models
 
-from configs import ConfigError
+from configs import ConfigError, run
 from pipelines import VQGANPipeline, hub
 from pipelines.build import BuildConfig, build
 from pipelines.conditions import ImageTokenizer, TextTokenizer, save_conditions
+from pipelines.generate import GenerateConfig, generate
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import Segment, TokenLayout
 from stage2_prior.condition_text import encode_texts, train_text_tokenizer
@@ -454,3 +455,60 @@ def test_an_upload_holds_the_tokenizers(folder, tmp_path, monkeypatch):
     assert {"conditions/caption/tokenizer.json", "conditions/small/model.safetensors"} < sent
     assert not any(name.endswith(".pkl") for name in sent)
     VQGANPipeline.from_pretrained(tmp_path / "upload")
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def command(saved, tmp_path, monkeypatch, capsys, picture):
+    """Runs the command in a folder with two pictures; returns its lines, or what it says when it refuses."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    picture.save("pictures/a.png")
+    picture.rotate(90).save("pictures/b.png")
+
+    def start(*arguments):
+        try:
+            run(GenerateConfig, generate, "command", [str(saved), *arguments, "--device=cpu"])
+        except SystemExit:
+            return capsys.readouterr().err
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return start
+
+
+def test_the_command_generates_from_all_conditions(command, with_class, picture):
+    options = ["--class_labels.class=cat,ant", "--class_labels.style=1", "--text=a dog", "--seed=4"]
+    options += ["--condition_images.small=pictures", "--guidance_scale.caption=2", "--output_dir=out", "--grid=a.png"]
+    lines = command(*options)
+    expected = with_class.generate(
+        class_labels={"class": ["cat", "ant"], "style": 1},
+        text="a dog",
+        condition_images={"small": [picture, picture.rotate(90)]},
+        guidance_scale={"caption": 2.0},
+        seed=4,
+    )
+    assert [line["file"] for line in lines] == ["out/cat_drawn_a_dog_0004.png", "out/ant_drawn_a_dog_0005.png"]
+    assert lines[1]["label"] == "ant" and lines[1]["condition_images"] == {"small": "pictures/b.png"}
+    for line, image in zip(lines, expected.images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(line["file"])), np.asarray(image))
+    again = [f"--{key}={json.dumps(lines[1][key])}" for key in ("class_labels", "text", "condition_images", "seed")]
+    (line,) = command(*again, "--guidance_scale.caption=2", "--output_dir=again")
+    assert np.array_equal(np.asarray(Image.open(line["file"])), np.asarray(expected.images[1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--class_labels.style=wild"], "style: received 'wild'; allowed are ids 0 to 2"),
+        (["--class_labels=1"], "class_labels: received 1; several such conditions need {name: value}"),
+        (["--text.words=a"], "text: received the condition 'words'; this pipeline knows"),
+        (["--condition_images.small=nowhere"], "condition_images: received 'nowhere'; there is no such file or folder"),
+        (["--condition_images.small=pictures", "--text=[a, b, c]"], "condition_images['small']: received 2 values"),
+        (["--text=a", "--guidance_scale.words=2"], "guidance_scale: received the condition 'words'"),
+    ],
+    ids=str,
+)
+def test_mistakes_of_the_command_are_messages(command, arguments, message):
+    assert message in command(*arguments, "--grid=a.png")
