@@ -23,8 +23,8 @@ from configs.uploads import REPO_ID
 from pipelines.conditions import ARGUMENTS, not_learnt
 from stage1_vqgan import VQGANConfig
 from stage1_vqgan.model_card import CAPTION, WITHOUT_PACKAGE, detail_rows as tokenizer_rows, num_parameters
-from stage2_prior import Segment, TokenLayout
-from stage2_prior.model_card import TASK, class_blocks, class_table, detail_rows as prior_rows, example_class, prompt
+from stage2_prior import TokenLayout
+from stage2_prior.model_card import TASK, class_blocks, detail_rows as prior_rows, example_class, prompt_code
 
 PLACEHOLDER = "path/or/repository"
 METRICS_NAME, SAMPLES_NAME, RECONSTRUCTIONS_NAME = "metrics.json", "samples.png", "reconstructions.png"
@@ -61,7 +61,7 @@ def model_card(folder: Path, name: str, license: str) -> str:
         f"# {kind} generator",
         part("pictures", picture(folder, SAMPLES_NAME, "Generated images")),
         part("use", _summary(folder, config, layout), *_use(name, layout), *_use_without(name, layout)),
-        part("details", "## Details", table(_details(folder, config, layout)), *_tables(layout)),
+        part("details", "## Details", table(_details(folder, config, layout)), *class_blocks(layout)),
         training_part(folder),
         _evaluation(folder),
         license_part(license),
@@ -136,13 +136,8 @@ def _guided(layout: TokenLayout) -> bool:
 
 
 def _use_without(name: str, layout: TokenLayout) -> list[str]:
-    first, what = prompt(layout)
-    shape = ", ".join(map(str, layout.codes_shape))
-    tokens = f"torch.full((4, 1), {first})  # {what}, four times"
-    if layout.segments:
-        if not _guided(layout):
-            return []
-        tokens = f"torch.tensor([{layout.null_prompt().tolist()}] * 4)  # no condition, four times"
+    tokens, what = prompt_code(layout)
+    codes = f"prior.generate(prompt, do_sample=True)[:, {layout.prompt_length}:]"
     return [
         "Without this package: transformers loads the prior without other code. The tokenizer brings its own Python "
         "files, which `trust_remote_code=True` runs, so read them first.",
@@ -154,32 +149,12 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM
 prior = AutoModelForCausalLM.from_pretrained("{name}", subfolder="prior")
 vqgan = AutoModel.from_pretrained("{name}", subfolder="vqgan", trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained("{name}", subfolder="vqgan", trust_remote_code=True)
-prompt = {tokens}
-codes = prior.generate(prompt, do_sample=True)[:, {layout.prompt_length}:].view(4, {shape})
+prompt = {tokens}  # {what}, four times
+codes = {codes}.view(4, {", ".join(map(str, layout.codes_shape))})
 images = processor.postprocess(vqgan.decode_codes(codes))
 images[0].save("image.png")
 ```""",
     ]
-
-
-def _tables(layout: TokenLayout) -> list[str]:
-    """The conditions, and the names of their classes."""
-    if not layout.segments:
-        return class_blocks(layout)
-    rows = [_condition_row(layout, segment) for segment in layout.conditions]
-    named = [segment for segment in layout.conditions if segment.kind == "class"]
-    return [
-        "### Conditions",
-        table(rows, ("condition", "places in the prompt", "tokens", "null token")),
-        *(f"### Classes of `{one.name}`\n\n{class_table(one.class_names, ())}" for one in named),
-    ]
-
-
-def _condition_row(layout: TokenLayout, segment: Segment) -> tuple[Any, ...]:
-    places, first = layout.places[segment.name], layout.first_tokens[segment.name]
-    tokens = f"{first} to {first + segment.num_tokens - 1}"
-    placed = f"{places.start} to {places.stop - 1}"
-    return cell(segment.summary), placed, tokens, first + segment.num_tokens
 
 
 def _details(folder: Path, config: VQGANConfig, layout: TokenLayout) -> list[tuple[str, str]]:

@@ -1,6 +1,17 @@
 """Stage 1: the VQGAN tokenizer, its data and its training."""
 
 from .configuration_vqgan import VQGANConfig as VQGANConfig
+from .convert.command import import_tokenizer as import_tokenizer, written_beside as written_beside
+from .convert.config import ConvertConfig as ConvertConfig
+from .convert.files import (
+    as_float32 as as_float32,
+    is_stored as is_stored,
+    read_mapping as read_mapping,
+    refuse as refuse,
+)
+from .convert.names import count as count
+from .convert.original import leave_out as leave_out, require_complete as require_complete, section as section
+from .convert.unwrap import prefixes as prefixes, read_state as read_state
 from .data.config import AugmentationConfig as AugmentationConfig, DataConfig as DataConfig
 from .data.dataset import ImageBatch as ImageBatch, ImageDataset as ImageDataset, ImageKey as ImageKey
 from .data.decoding import (

@@ -6,7 +6,6 @@ A code store, the output folder of a run and a pipeline have a folder `condition
     conditions/sketch/config.json, model.safetensors, …   that of a condition image, if it is not that of the images
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from configs import ConfigError, Problem
-from configs.files import read_json
+from configs.files import make_folder, read_json
 from configs.hub import is_repo_id
 from configs.problems import one_line
 from configs.staging import replaced_files
+from configs.uploads import MODEL_FILES, copy_files
 from stage1_vqgan import Images, VQGANImageProcessor, VQGANModel, load_tokenizer
 from stage2_prior.condition_images import transform_problem, transformed_shape
 from stage2_prior.condition_sources import require_texts, training_texts
@@ -237,4 +237,5 @@ def without_tokenizers(origin: dict[str, Any]) -> dict[str, Any]:
 def copy_tokenizers(source: str | Path, target: str | Path, layout: TokenLayout) -> None:
     """Copies the folders of the conditions from a code store or a run into another folder."""
     for name in saved_names(layout):
-        shutil.copytree(Path(source) / FOLDER / name, Path(target) / FOLDER / name)
+        copied = make_folder(Path(target) / FOLDER / name)
+        copy_files(Path(source) / FOLDER / name, copied, (*MODEL_FILES, TOKENIZER_NAME))

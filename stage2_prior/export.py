@@ -5,12 +5,10 @@ from pathlib import Path
 from configs.card import write_card
 from configs.card_facts import collect_run, run_license
 from configs.checksums import write_checksums
-from configs.files import make_folder
 from configs.hub import is_repo_id
-from configs.uploads import MODEL_FILES, RUN_FILES, copy_files, copy_run
+from configs.uploads import RUN_FILES, copy_files, copy_run
 from stage2_prior.adapters import base_of_adapter
-from stage2_prior.condition_text import TOKENIZER_NAME
-from stage2_prior.condition_tokenizers import FOLDER, saved_names
+from stage2_prior.condition_tokenizers import copy_tokenizers
 from stage2_prior.model_card import PANELS, PICTURES, prior_card
 from stage2_prior.prior import load_prior
 from stage2_prior.vocabulary import TokenLayout
@@ -25,15 +23,13 @@ def export_prior(source: Path, target: Path, name: str, license: str | None = No
         ConfigError: the prior of the adapter cannot be loaded.
     """
     copy_model(source, target)
+    copy_tokenizers(source, target, TokenLayout.from_pretrained(source))
     collect_run(source, target, "prior", PANELS, PICTURES)
     write_card(target, lambda license: prior_card(target, name, license), license or run_license(source))
 
 
 def copy_model(source: Path, target: Path) -> None:
     """Writes the model, its settings and its results; see `export_prior`."""
-    for name in saved_names(TokenLayout.from_pretrained(source)):
-        part = Path(FOLDER, name)
-        copy_files(source / part, make_folder(target / part), (TOKENIZER_NAME, *MODEL_FILES))
     base = base_of_adapter(source, "output_dir")
     if base is None or (is_repo_id(base) and not Path(base).is_dir()):
         copy_run(source, target)

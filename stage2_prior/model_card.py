@@ -70,16 +70,29 @@ def summary(layout: TokenLayout) -> str:
 
 
 def prompt(layout: TokenLayout) -> tuple[int, str]:
-    """The token of an example's prompt, and what it means."""
+    """The token of an example's prompt, and what it means; for a prompt of one token."""
     if not layout.num_classes:
         return layout.null_token, "the only prompt"
     number = example_class(layout)
     return layout.num_codes + number, f"class {number}, {comment(layout.class_names[number])}"
 
 
+def prompt_code(layout: TokenLayout) -> tuple[str, str]:
+    """An example's prompt for four images, as a Python expression, and what it means."""
+    if not layout.segments:
+        first, what = prompt(layout)
+        return f"torch.full((4, 1), {first})", what
+    tokens = (layout.null_prompt() if layout.has_null else layout.offsets).tolist()
+    parts = [(tokens[places.start], places.stop - places.start) for places in layout.places.values()]
+    text = " + ".join(f"[{token}]" if length == 1 else f"[{token}] * {length}" for token, length in parts)
+    what = "no condition" if layout.has_null else "the first token of each condition"
+    return f"torch.tensor({text}).repeat(4, 1)", what
+
+
 def use_blocks(layout: TokenLayout, name: str) -> list[str]:
     """Examples with transformers alone, and with this package."""
-    first, what = prompt(layout)
+    tokens, what = prompt_code(layout)
+    codes = f"prior.generate(prompt, do_sample=True)[:, {layout.prompt_length}:]"
     return [
         "## Use",
         "It is an ordinary causal language model. transformers loads it without other code:",
@@ -88,8 +101,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 prior = AutoModelForCausalLM.from_pretrained("{name}")
-prompt = torch.full((4, 1), {first})  # {what}, four times
-codes = prior.generate(prompt, do_sample=True)[:, 1:].view(4, {", ".join(map(str, layout.codes_shape))})
+prompt = {tokens}  # {what}, four times
+codes = {codes}.view(4, {", ".join(map(str, layout.codes_shape))})
 ```""",
         "tessella joins it with its tokenizer:",
         install_block(),
@@ -102,6 +115,8 @@ python -m pipelines.build --tokenizer TOKENIZER --prior prior --output_dir pipel
 
 def detail_rows(layout: TokenLayout) -> list[tuple[str, str]]:
     """Rows for a table of facts."""
+    if layout.segments:
+        return [("Code grid", f"{layout.codes_text} codes"), *segment_rows(layout), ("Layout", f"`{FILE_NAME}`")]
     prompt = f"always token {layout.null_token}"
     if layout.num_classes:
         prompt = f"class c is token {layout.num_codes} + c"
@@ -109,11 +124,24 @@ def detail_rows(layout: TokenLayout) -> list[tuple[str, str]]:
     return [("Code grid", f"{layout.codes_text} codes"), ("Prompt", prompt), ("Layout", f"`{FILE_NAME}`")]
 
 
+def segment_rows(layout: TokenLayout) -> list[tuple[str, str]]:
+    """Rows about the conditions, in the order of the prompt: their places, counted from 0, and their tokens."""
+    rows = []
+    for segment in layout.conditions:
+        places, first = layout.places[segment.name], layout.first_tokens[segment.name]
+        where = f"place {places.start}" if segment.length == 1 else f"places {places.start} to {places.stop - 1}"
+        tokens = f"tokens {first:,} to {first + segment.num_tokens - 1:,}, none is {layout.null_of(segment.name):,}"
+        rows.append(("Prompt", f"{where}: {cell(segment.summary)}; {tokens}"))
+    return rows
+
+
 def class_blocks(layout: TokenLayout) -> list[str]:
-    """A table of the classes: id, name and, if the layout knows it, the number of images."""
-    if not layout.num_classes:
-        return []
-    return ["### Classes", class_table(layout.class_names, layout.class_counts)]
+    """Tables of classes: id, name and, if the layout knows it, the number of images."""
+    blocks = ["### Classes", class_table(layout.class_names, layout.class_counts)] if layout.num_classes else []
+    for segment in layout.segments:
+        if segment.kind == "class":
+            blocks += [f"### Classes of {segment.name}", class_table(segment.class_names, ())]
+    return blocks
 
 
 def example_class(layout: TokenLayout) -> int:

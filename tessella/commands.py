@@ -32,6 +32,7 @@ COMMANDS = [
     Command("reconstruct", "pipelines.reconstruct", "images to codes and back"),
     Command("evaluate", "pipelines.evaluate", "compares generated with real images"),
     Command("convert", "stage1_vqgan.convert", "tokenizers of other projects to ours and back"),
+    Command("convert-prior", "stage2_prior.convert", "priors of other projects to ours"),
     Command("push", "pipelines.push", "uploads a model to the Hugging Face Hub"),
     Command("presets", "configs.presets", "lists, prints and copies the settings that ship with the package"),
     Command("demo-app", "pipelines.app", "a web page that generates and reconstructs"),

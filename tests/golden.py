@@ -44,7 +44,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def main() -> None:
     rows: dict[str, list[Found]] = {}
-    for module in ("tests.golden_models", "tests.golden_losses"):
+    for module in ("tests.golden_models", "tests.golden_losses", "tests.golden_priors"):
         for found in import_module(module).compare():
             rows.setdefault(found.quantity, []).append(found)
     print(f"{'quantity':<40}{'cases':>6}{'max error':>12}{'bound':>9}  worst case")

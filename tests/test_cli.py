@@ -97,6 +97,7 @@ MISTAKES = {
     "dry run": ("stage1_vqgan.data", "digits/stage1 --contact_shet x", "did you mean 'contact_sheet'?"),
     "reconstruction": ("stage1_vqgan.evaluate", "--modle x", "did you mean 'model'?"),
     "conversion": ("stage1_vqgan.convert", "--form taming", "did you mean 'from'?"),
+    "conversion of a prior": ("stage2_prior.convert", "--from llamagen --tokeniser x", "did you mean 'tokenizer'?"),
     "codes": ("stage2_prior.tokenize", "digits/stage2 --num_veiws 3", "did you mean 'num_views'?"),
     "prior": ("stage2_prior.train", "digits/stage2 --condition_dropuot 3", "did you mean 'condition_dropout'?"),
     "pipeline": ("pipelines.build", "--tokeniser x", "did you mean 'tokenizer'?"),

@@ -33,6 +33,7 @@ from stage1_vqgan.data.__main__ import DataReportConfig
 from stage1_vqgan.evaluate import ReconstructionConfig
 from stage1_vqgan.quantizers import QUANTIZERS
 from stage2_prior import Stage2Config, TokenLayout
+from stage2_prior.convert.config import ConvertConfig as PriorConvertConfig
 from stage2_prior.prior import build_prior
 from tessella.commands import BY_NAME
 from tessella.config import RunConfig
@@ -50,6 +51,7 @@ CONFIGS = {
     "stage1_vqgan.data": DataReportConfig,
     "stage1_vqgan.evaluate": ReconstructionConfig,
     "stage1_vqgan.train": Stage1Config,
+    "stage2_prior.convert": PriorConvertConfig,
     "stage2_prior.tokenize": Stage2Config,
     "stage2_prior.train": Stage2Config,
     "pipelines.app": AppConfig,

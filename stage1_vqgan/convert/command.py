@@ -44,6 +44,16 @@ def convert(config: ConvertConfig) -> None:
 
 def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
     """Converts a tokenizer of another code base to a `VQGANModel`; returns lines to print."""
+    model, notes = import_tokenizer(config, folder)
+    return [*notes, *compare(config, model, Path(config.checkpoint))]
+
+
+def import_tokenizer(config: ConvertConfig, folder: Path) -> tuple[VQGANModel, list[str]]:
+    """Writes the folder of a tokenizer that another code base has trained; returns the tokenizer and lines to print.
+
+    Raises:
+        ConfigError: a file cannot be read, or files contradict each other.
+    """
     checkpoint = Path(config.checkpoint)
     original = READERS[str(config.source)](checkpoint, Path(config.config) if config.config else None)
     model = build_model(original, config.image_size)
@@ -56,8 +66,8 @@ def bring_in(config: ConvertConfig, folder: Path) -> list[str]:
     if original.discriminator:
         save_file(original.discriminator, folder / DISCRIMINATOR_NAME)
     write_checksums(folder)
-    compared = compare(config, load_vqgan(folder), checkpoint)
-    return [*describe(model), *reading_notes(original, model, config.image_size is not None), *compared]
+    model = load_vqgan(folder)
+    return model, [*describe(model), *reading_notes(original, model, config.image_size is not None)]
 
 
 def export(config: ConvertConfig, folder: Path) -> list[str]:
@@ -111,15 +121,19 @@ def reading_notes(original: Original, model: VQGANModel, is_resized: bool) -> li
 
 
 @contextlib.contextmanager
-def written_beside(output: Path) -> Iterator[Path]:
-    """A new temporary folder, which is renamed to `output` on success and removed on an error.
+def written_beside(output: Path, field: str = "output") -> Iterator[Path]:
+    """A new temporary folder, which is renamed to `output` on success and removed on an error, with all beside it.
+
+    Args:
+        output: the folder to create.
+        field: configuration field that names it, for the error.
 
     Raises:
         ConfigError: `output` is a file or a folder that is not empty.
     """
     output = output.resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise refuse("output", output, "it exists already; choose another folder, or remove it")
+        raise refuse(field, output, "it exists already; choose another folder, or remove it")
     above = next(path for path in output.parents if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=above) as beside:
         folder = Path(beside) / "folder"

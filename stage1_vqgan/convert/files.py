@@ -107,19 +107,19 @@ def read_content(path: Path, field: str = "checkpoint") -> Any:
     return _read_flax(path, field) if path.suffix == ".msgpack" else _read_pickle(path, field)
 
 
+def is_stored(tensor: Tensor) -> bool:
+    """Whether the file stores every number of a tensor. The size of sparse and expanded tensors has no limit."""
+    return tensor.layout == torch.strided and tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
 def as_float32(weights: Mapping[str, Tensor], path: Path, field: str = "checkpoint") -> dict[str, Tensor]:
     """Converts weights to contiguous float32.
 
     Raises:
         ConfigError: a weight is not a floating-point tensor, not finite, or larger than its stored data.
     """
-    # the size of sparse and expanded tensors is not limited by the size of the file
-    plain = {
-        name: value.layout == torch.strided and value.nbytes <= value.untyped_storage().nbytes()
-        for name, value in weights.items()
-    }
     wrong = [f"{name} ({value.dtype})" for name, value in weights.items() if value.dtype not in FLOATS]
-    hollow = [name for name, stored in plain.items() if not stored]
+    hollow = [name for name, value in weights.items() if not is_stored(value)]
     problems = [
         Problem(field, f"{listed(names)}: {reason}")
         for names, reason in (

@@ -193,27 +193,45 @@ def build_model(original: Original, image_size: int | list[int] | None = None) -
     with torch.device("meta"):
         model = VQGANModel(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    shapes = {name: tuple(value.shape) for name, value in original.weights.items()}
-    missing = [name for name in expected if name not in shapes]
-    unexpected = [name for name in shapes if name not in expected]
+    require_complete(original.weights, expected, "tokenizer", original.name_in_file)
+    model.load_state_dict(original.weights, assign=True)
+    return model.eval()
+
+
+def require_complete(
+    weights: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    kind: str,
+    name_in_file: Callable[[str], str] = str,
+) -> None:
+    """Refuses weights that are not exactly those of a model.
+
+    Args:
+        weights: tensors by their names.
+        expected: the names and shapes that the model has.
+        kind: the kind of the model, for the message.
+        name_in_file: translates a name to the name in the file.
+
+    Raises:
+        ConfigError: tensors are missing, unexpected or of another shape.
+    """
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
     misshapen = [
-        f"{original.name_in_file(name)} {shapes[name]}, needed {shape}"
+        f"{name_in_file(name)} {shapes[name]}, needed {shape}"
         for name, shape in expected.items()
         if name in shapes and shapes[name] != shape
     ]
     problems = [
-        Problem("checkpoint", f"{len(names)} {kind}: {listed(names)}")
-        for kind, names in (
-            ("missing", [original.name_in_file(name) for name in missing]),
-            ("unexpected", [original.name_in_file(name) for name in unexpected]),
+        Problem("checkpoint", f"{len(names)} {wrong}: {listed(names)}")
+        for wrong, names in (
+            ("missing", [name_in_file(name) for name in expected if name not in shapes]),
+            ("unexpected", [name_in_file(name) for name in shapes if name not in expected]),
             ("of another shape", misshapen),
         )
         if names
     ]
     if problems:
-        raise ConfigError(problems, "these are not the weights of a complete tokenizer")
-    model.load_state_dict(original.weights, assign=True)
-    return model.eval()
+        raise ConfigError(problems, f"these are not the weights of a complete {kind}")
 
 
 def _resized(config: VQGANConfig, image_size: int | list[int]) -> VQGANConfig:

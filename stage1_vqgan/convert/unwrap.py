@@ -1,7 +1,7 @@
 """Finds the tokenizer in a checkpoint: inside entries, lists, wrappers of modules, and beside other models."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,8 @@ def read_tokenizer(path: Path, foreign: Mapping[str, str] | None = None) -> tupl
     Raises:
         ConfigError: the file cannot be read, holds no state dict or several tokenizers, or those of other kinds.
     """
-    content = read_content(path)
-    states = list(_states(content))
-    if not states:
-        raise refuse("checkpoint", path, f"it holds {type(content).__name__}; it must hold a state dict")
-    held = [where for where, state in states if _prefixes(map(_unwrapped, map(str, state)))]
-    where, state = next((entry for entry in states if entry[0] in held), states[0])
-    notes = [f"read from {where}; these hold a tokenizer too: {listed(held[1:])}"] if held[1:] else []
-    tensors, outside = _inside(require_tensors(state, path), path)
+    state, notes = read_state(path, MARK, "tokenizer")
+    tensors, outside = _inside(state, path)
     notes += [outside] if outside else []
     for pattern, words in (FOREIGN | dict(foreign or {})).items():
         if found := next((name for name in tensors if re.match(pattern, name)), None):
@@ -62,6 +56,34 @@ def read_tokenizer(path: Path, foreign: Mapping[str, str] | None = None) -> tupl
     if _is_continuous(tensors):
         raise refuse("checkpoint", path, "this is an AutoencoderKL: its latents are continuous, it has no codes")
     return tensors, notes
+
+
+def read_state(path: Path, mark: str, kind: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Reads all tensors of a state dict in a checkpoint, in their stored dtypes.
+
+    Args:
+        path: the file, see `read_content`.
+        mark: name of a tensor of the wanted model; the first state dict with such a tensor is chosen.
+        kind: the kind of this model, for the lines.
+
+    Returns:
+        The tensors by their names without wrappers, those of other models too, and lines for the user: what was chosen.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no state dict.
+    """
+    content = read_content(path)
+    states = list(_states(content))
+    if not states:
+        raise refuse("checkpoint", path, f"it holds {type(content).__name__}; it must hold a state dict")
+    held = [where for where, state in states if prefixes(map(_unwrapped, map(str, state)), mark)]
+    where, state = next((entry for entry in states if entry[0] in held), states[0])
+    notes = [f"read from {where}; these hold a {kind} too: {listed(held[1:])}"] if held[1:] else []
+    stored = require_tensors(state, path)
+    names = {_unwrapped(name): name for name in stored if name != COUNTER}
+    if len(names) < len(stored.keys() - {COUNTER}):
+        raise refuse("checkpoint", path, f"it holds every weight twice, with and without {listed(sorted(WRAPPERS))}")
+    return {short: stored[name] for short, name in names.items()}, notes
 
 
 def _states(content: Any, where: str = "", seen: tuple[int, ...] = ()) -> Iterator[tuple[str, Mapping[Any, Any]]]:
@@ -79,27 +101,25 @@ def _states(content: Any, where: str = "", seen: tuple[int, ...] = ()) -> Iterat
         yield where or "the file itself", content
 
 
-def _inside(stored: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str]:
+def _inside(state: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of the tokenizer without its prefix, and a line about those of other models."""
-    names = {name: _unwrapped(name) for name in stored if name != COUNTER}
-    if len(set(names.values())) < len(names):
-        raise refuse("checkpoint", path, f"it holds every weight twice, with and without {listed(sorted(WRAPPERS))}")
-    prefixes = _prefixes(names.values())
-    chosen = "" if "" in prefixes else next((prefix for prefix in prefixes if prefix.endswith(FIRST_STAGE)), None)
-    if chosen is None and len(prefixes) > 1:
-        raise refuse("checkpoint", path, f"it holds {len(prefixes)} tokenizers, {listed(prefixes)}; save one of them")
-    chosen = chosen if chosen is not None else (prefixes or [""])[0]
-    found = {short.removeprefix(chosen): stored[name] for name, short in names.items() if short.startswith(chosen)}
-    others = len(names) - len(found)
-    return found, f"only {chosen}* is converted; left out: {others} tensors of other models" if others else ""
+    found = prefixes(state, MARK)
+    chosen = "" if "" in found else next((prefix for prefix in found if prefix.endswith(FIRST_STAGE)), None)
+    if chosen is None and len(found) > 1:
+        raise refuse("checkpoint", path, f"it holds {len(found)} tokenizers, {listed(found)}; save one of them")
+    chosen = chosen if chosen is not None else (found or [""])[0]
+    inside = {name.removeprefix(chosen): value for name, value in state.items() if name.startswith(chosen)}
+    others = len(state) - len(inside)
+    return inside, f"the tokenizer is {chosen}*; {others} tensors are of other models" if others else ""
 
 
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _prefixes(names: Collection[str] | Iterator[str]) -> list[str]:
-    return [name.removesuffix(MARK) for name in names if f".{name}".endswith(f".{MARK}")]
+def prefixes(names: Iterable[str], mark: str) -> list[str]:
+    """What stands before the name of a tensor, in all names that end with it."""
+    return [name.removesuffix(mark) for name in names if f".{name}".endswith(f".{mark}")]
 
 
 def _is_continuous(tensors: Mapping[str, Tensor]) -> bool:

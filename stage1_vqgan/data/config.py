@@ -13,8 +13,8 @@ from configs.sections import Fraction, Positive
 # values is that of the tokenizer.
 FREE_KEYS = {"shuffle_buffer_size", "max_skipped_fraction", "value_range"}
 
-# The columns of every code store.
-STORED = ("codes", "label")
+# The columns of a code store that are not those of the data set.
+STORED = ("codes", "label", "condition")
 
 
 @dataclass(kw_only=True)
@@ -101,7 +101,11 @@ class DataConfig(Section):
             allowed = "must be null, 'auto' or [low, high], the values that become black and white, low below high"
             yield "value_range", given, allowed
         if len(set(self.columns)) < len(self.columns) or set(self.columns) & set(STORED):
-            yield "columns", self.columns, f"a name may stand here once, and {' and '.join(STORED)} are stored anyway"
+            yield (
+                "columns",
+                self.columns,
+                f"a name may stand here once, and {', '.join(STORED)} are columns of every code store",
+            )
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine which images the data set contains, and how they are prepared."""

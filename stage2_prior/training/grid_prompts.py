@@ -45,9 +45,11 @@ def grid_prompts(layout: TokenLayout, num_images: int, columns: int) -> Tensor:
 
 
 def describe(prompts: Tensor, layout: TokenLayout, store: CodeStore) -> list[str]:
-    """Classes and texts of prompts int64 `(B, P)` in words; of a condition image only its name."""
+    """Texts and classes of prompts int64 `(B, P)` in words; of condition images alone their names."""
     ids = prompts - layout.offsets
-    parts = [_words(segment, ids[:, layout.places[segment.name]], store) for segment in layout.conditions]
+    in_words = [s for s in layout.conditions if s.kind != "image"] or list(layout.conditions)
+    in_words.sort(key=lambda segment: segment.kind != "text")  # a picture has little room, and a text says most
+    parts = [_words(segment, ids[:, layout.places[segment.name]], store) for segment in in_words]
     return [" · ".join(filter(None, words)) for words in zip(*parts, strict=True)]
 
 

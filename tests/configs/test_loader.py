@@ -434,7 +434,7 @@ def keys_of(cls, prefix=""):
         yield from keys_of(kind, f"{prefix}{key}.")
 
 
-@pytest.mark.parametrize("kind", ["stage1", "stage2", "evaluate", "reconstruct", "convert", "build"])
+@pytest.mark.parametrize("kind", ["stage1", "stage2", "evaluate", "reconstruct", "convert", "prior", "build"])
 def test_help_explains_every_key(capsys, kind):
     cls = dataclass_of(kind)
     run(cls, pytest.fail, "command", ["--help"])
@@ -450,6 +450,7 @@ def dataclass_of(kind):
     from stage1_vqgan.convert.config import ConvertConfig
     from stage1_vqgan.evaluate import ReconstructionConfig
     from stage2_prior import Stage2Config
+    from stage2_prior.convert.config import ConvertConfig as PriorConvertConfig
 
     return {
         "stage1": Stage1Config,
@@ -457,6 +458,7 @@ def dataclass_of(kind):
         "evaluate": EvaluationConfig,
         "reconstruct": ReconstructionConfig,
         "convert": ConvertConfig,
+        "prior": PriorConvertConfig,
         "build": BuildConfig,
     }[kind.partition("_")[0]]
 

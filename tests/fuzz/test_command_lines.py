@@ -24,6 +24,7 @@ from stage1_vqgan.convert.config import ConvertConfig
 from stage1_vqgan.evaluate import ReconstructionConfig
 from stage1_vqgan.quantizers import QUANTIZERS
 from stage2_prior import Stage2Config
+from stage2_prior.convert.config import ConvertConfig as PriorConvertConfig
 from stage2_prior.training.arguments import training_arguments
 from tessella.config import RunConfig
 from tests.fuzz.harness import cases, generator, outcome
@@ -34,6 +35,7 @@ COMMANDS: dict[str, tuple[type, list[str]]] = {
     "stage1_vqgan.train": (Stage1Config, ["digits/stage1"]),
     "stage1_vqgan.evaluate": (ReconstructionConfig, ["--model=x", "--data.dataset=digits"]),
     "stage1_vqgan.convert": (ConvertConfig, ["--from=taming", "--checkpoint=x", "--output=y"]),
+    "stage2_prior.convert": (PriorConvertConfig, ["--from=taming", "--checkpoint=x", "--output_dir=y"]),
     "stage2_prior.tokenize": (Stage2Config, ["digits/stage2"]),
     "stage2_prior.train": (Stage2Config, ["digits/stage2", "--report_to=[]"]),
     "pipelines.build": (BuildConfig, ["--tokenizer=x", "--prior=y", "--output_dir=z"]),

@@ -251,7 +251,7 @@ def test_the_tokenizer_in_the_checkpoint_of_a_transformer(tmp_path, capsys):
     outer = {"model": {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": params}}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(outer))
     command(TAMING + VERIFY, at=tmp_path)
-    assert "only first_stage_model.* is converted; left out: 3 tensors of other models" in capsys.readouterr().out
+    assert "the tokenizer is first_stage_model.*; 3 tensors are of other models" in capsys.readouterr().out
     assert VQGANConfig.from_pretrained(tmp_path / "out").image_size == model.config.sample_size
 
 
