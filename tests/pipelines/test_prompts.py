@@ -348,7 +348,10 @@ def test_the_folder_holds_each_tokenizer(saved):
 def test_the_card_shows_how_to_ask(saved):
     card = (saved / "README.md").read_text()
     assert 'text={"caption": "…"}' in card and 'class_labels={"class": 0, "style": 0}' in card
-    assert "| Prompt | places 2 to 7: caption (text of 6 tokens out of 300); tokens" in card and "pipeline_tag: text-to-image" in card
+    assert (
+        "| Prompt | places 2 to 7: caption (text of 6 tokens out of 300); tokens" in card
+        and "pipeline_tag: text-to-image" in card
+    )
     code = card.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
 
