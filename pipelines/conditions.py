@@ -27,6 +27,7 @@ from stage2_prior.condition_text import (
     text_fingerprint,
     text_tokens,
     tokenizer_of,
+    vocabulary_size,
 )
 from stage2_prior.condition_tokenizers import FOLDER, saved_names
 
@@ -56,6 +57,11 @@ class TextTokenizer:
         """Fingerprint of the tokenizer."""
         return text_fingerprint(self.json)
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of its tokens."""
+        return vocabulary_size(self.tokenizer)
+
     def ids(self, texts: Sequence[str], segment: Segment, key: str) -> Tensor:
         """Tokens of texts, int64 `(n, length)`; unused places hold the null token.
 
@@ -84,6 +90,11 @@ class ImageTokenizer:
         """Fingerprint of the tokenizer."""
         return self.vqgan.config.fingerprint or self.vqgan.compute_fingerprint()
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of its codes."""
+        return self.vqgan.config.num_embeddings
+
     def ids(self, images: Sequence[Any], segment: Segment, key: str) -> Tensor:
         """Codes of images that are resized to `segment.image_shape`, int64 `(n, length)`.
 
@@ -96,7 +107,11 @@ class ImageTokenizer:
             pixel_values = processor(list(images))["pixel_values"]
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
-        return encode_in_chunks(self.vqgan, pixel_values).flatten(1).cpu()
+        codes = encode_in_chunks(self.vqgan, pixel_values).flatten(1).cpu()
+        if codes.shape[1] != segment.length:
+            found = f"{key}: the tokenizer makes {codes.shape[1]} codes of such images, the token layout has "
+            raise ValueError(f"{found}{segment.length}; restore the layout that was saved with the prior")
+        return codes
 
 
 ConditionTokenizer = TextTokenizer | ImageTokenizer
@@ -133,12 +148,15 @@ def require_tokenizers(
     if unknown := sorted(conditions.keys() - needed.keys()):
         names = listed([repr(name) for name in needed], 10)
         raise ValueError(f"conditions: received a tokenizer of {unknown[0]!r}; this prior needs {names or 'none'}")
-    for name, segment in needed.items():
+    for name in needed:
         if name not in conditions:
             raise ValueError(f"conditions: the tokenizer of {name!r} is missing; its training saved it with the prior")
-        _require_tokenizer(segment, conditions[name])
-    shared = {segment.name: own for segment in layout.segments if segment.kind == "image"}
-    return {**shared, **conditions}
+    shared = {one.name: own for one in layout.segments if one.kind == "image" and one.name not in needed}
+    found = {**shared, **conditions}
+    for segment in layout.segments:
+        if segment.name in found:
+            _require_tokenizer(segment, found[segment.name])
+    return found
 
 
 def _require_tokenizer(segment: Segment, tokenizer: ConditionTokenizer) -> None:
@@ -147,6 +165,10 @@ def _require_tokenizer(segment: Segment, tokenizer: ConditionTokenizer) -> None:
     if tokenizer.fingerprint != segment.fingerprint:
         trained = f"but the prior was trained with {segment.fingerprint}; use that tokenizer"
         raise ValueError(f"conditions.{segment.name}: received the tokenizer {tokenizer.fingerprint}, {trained}")
+    if tokenizer.num_tokens != segment.num_tokens:
+        received = f"received {segment.num_tokens} tokens, but its tokenizer has {tokenizer.num_tokens}"
+        advice = "restore the layout that was saved with the prior"
+        raise ValueError(f"token_layout.segments.{segment.name}: {received}; {advice}")
 
 
 # ---------------------------------------------------------------------- saving and loading

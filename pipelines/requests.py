@@ -13,7 +13,7 @@ from pipelines.chunks import bytes_of_image
 from pipelines.conditions import ConditionTokenizer
 from pipelines.prompts import Given, condition_ids, given_conditions, number_of_prompts, require_learnt
 from stage1_vqgan import VQGANModel
-from stage2_prior import CLASS, SamplingOptions, TokenLayout
+from stage2_prior import SamplingOptions, TokenLayout
 
 LARGEST_SEED = 2**63 - 1
 
@@ -24,7 +24,8 @@ def require_conditions(layout: TokenLayout, options: SamplingOptions, has_labels
     Raises:
         ValueError: it has not, or guidance has no labels.
     """
-    require_learnt(layout, [CLASS] if has_labels else [], options)
+    classes = [segment.name for segment in layout.conditions if segment.kind == "class"]
+    require_learnt(layout, classes[:1] if has_labels else [], options)
 
 
 def condition_tokens(

@@ -16,6 +16,7 @@ from configs import ConfigError, run
 from pipelines import VQGANPipeline, hub
 from pipelines.build import BuildConfig, build
 from pipelines.conditions import ImageTokenizer, TextTokenizer, save_conditions
+from pipelines.demo.actions import require_classes_only
 from pipelines.generate import GenerateConfig, generate
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import Segment, TokenLayout
@@ -423,6 +424,13 @@ def test_conditions_of_the_constructor_are_checked(parts, segments):
             make(parts, [segments["caption"], segments["corner"]], conditions=conditions)
     with pytest.raises(ValueError, match=r"conditions\.small: received the tokenizer"):
         make(parts, [segments["small"]], conditions={"small": own})
+    wrong = [dataclasses.replace(segments[name], num_tokens=16) for name in ("caption", "corner")]
+    for segment in wrong:
+        with pytest.raises(ValueError, match=r"token_layout\.segments\..*: received 16 tokens, but its tokenizer has"):
+            make(parts, [segment])
+    larger = dataclasses.replace(segments["corner"], image_shape=(12, 12))
+    with pytest.raises(ValueError, match=r"condition_images: the tokenizer makes 9 codes of such images, .* has 4"):
+        make(parts, [larger]).generate(condition_images=Image.new("L", (8, 8)))
 
 
 def test_saving_over_another_prior_removes_its_tokenizers(folder, parts, segments):
@@ -458,6 +466,14 @@ def test_an_upload_holds_the_tokenizers(folder, tmp_path, monkeypatch):
     assert {"conditions/caption/tokenizer.json", "conditions/small/model.safetensors"} < sent
     assert not any(name.endswith(".pkl") for name in sent)
     VQGANPipeline.from_pretrained(tmp_path / "upload")
+
+
+def test_the_demo_app_refuses_what_it_has_no_inputs_for(with_class, tiny_pipeline):
+    require_classes_only(tiny_pipeline)
+    with pytest.raises(
+        ConfigError, match=r"further conditions, style \(3 classes\), .*; the page asks for classes only"
+    ):
+        require_classes_only(with_class)
 
 
 # ---------------------------------------------------------------------- the command
