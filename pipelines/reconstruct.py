@@ -56,7 +56,7 @@ def reconstruct(config: ReconstructConfig) -> list[dict[str, Any]]:
 
     files = image_files([config.images] if isinstance(config.images, str) else config.images)
     paths = config.images_of(list(files))
-    vqgan, processor = load_model(config)
+    vqgan, processor = load_model(config.model, config.device)
     shown = spread(len(files), MOST_SHOWN) if config.grid is not None else []
     originals, reconstructions = [], []
     lines: list[dict[str, Any]] = []
@@ -120,23 +120,23 @@ def image_files(given: Sequence[str]) -> dict[str, Path]:
     return dict(zip(names, (file for _, file in found), strict=True))
 
 
-def load_model(config: ReconstructConfig) -> tuple["VQGANModel", "VQGANImageProcessor"]:
-    """The tokenizer, also out of a pipeline, and its image processor.
+def load_model(model: str, device: str | None) -> tuple["VQGANModel", "VQGANImageProcessor"]:
+    """The tokenizer of the key `model`, also out of a pipeline, on that of the key `device`; and its image processor.
 
     Raises:
-        ConfigError: neither a tokenizer nor a pipeline can be loaded.
+        ConfigError: neither a tokenizer nor a pipeline can be loaded, or there is no such device.
     """
     from configs.model_folder import local_folder
     from stage1_vqgan import load_image_processor, load_tokenizer
 
-    name = tokenizer_of(config.model)
+    name = tokenizer_of(model)
     vqgan = load_tokenizer(name, "model")
     try:
         processor = load_image_processor(local_folder(name), vqgan.config)
     except (OSError, ValueError) as error:
-        message = f"received {config.model!r}; its preprocessor_config.json cannot be read: {one_line(error)}"
+        message = f"received {model!r}; its preprocessor_config.json cannot be read: {one_line(error)}"
         raise ConfigError([Problem("model", message)]) from error
-    return vqgan.to(device_of(config.device)), processor  # type: ignore[arg-type]
+    return vqgan.to(device_of(device)), processor  # type: ignore[arg-type]
 
 
 def tokenizer_of(name: str) -> str:

@@ -23,6 +23,7 @@ from configs.yaml_files import preset_names, preset_of
 from pipelines import VQGANPipeline
 from pipelines.app import AppConfig
 from pipelines.build import BuildConfig
+from pipelines.clip_guidance import CLIPGuidanceConfig
 from pipelines.evaluate import EvaluationConfig
 from pipelines.generate import GenerateConfig
 from pipelines.push import PushConfig
@@ -56,6 +57,7 @@ CONFIGS = {
     "stage2_prior.train": Stage2Config,
     "pipelines.app": AppConfig,
     "pipelines.build": BuildConfig,
+    "pipelines.clip_guidance": CLIPGuidanceConfig,
     "pipelines.evaluate": EvaluationConfig,
     "tessella.run": RunConfig,
     "pipelines.generate": GenerateConfig,

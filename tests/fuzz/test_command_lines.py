@@ -15,6 +15,7 @@ from configs import ConfigError, load_config, parse_arguments, save_config, to_d
 from configs.loader import key_of, switches
 from configs.problems import SHOWN_PROBLEMS
 from pipelines.build import BuildConfig
+from pipelines.clip_guidance import CLIPGuidanceConfig
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.generate import GenerateConfig
 from pipelines.reconstruct import ReconstructConfig
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[type, list[str]]] = {
     "stage2_prior.tokenize": (Stage2Config, ["digits/stage2"]),
     "stage2_prior.train": (Stage2Config, ["digits/stage2", "--report_to=[]"]),
     "pipelines.build": (BuildConfig, ["--tokenizer=x", "--prior=y", "--output_dir=z"]),
+    "pipelines.clip_guidance": (CLIPGuidanceConfig, ["runs/x", "--clip=y", "--text=a", "--output=z.png"]),
     "pipelines.evaluate": (EvaluationConfig, ["digits/evaluate"]),
     "pipelines.generate": (GenerateConfig, ["runs/x", "--grid=y.png"]),
     "pipelines.reconstruct": (ReconstructConfig, ["runs/x", "--images=y"]),
