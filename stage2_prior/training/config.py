@@ -191,6 +191,9 @@ class Stage2Config(TrainingConfig):
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         yield from super().problems()
         yield from ((f"conditions.{n}", None, problem) for n in self.conditions if (problem := name_problem(n)))
+        for name, condition in self.conditions.items() if self.data.dataset == "digits" else ():
+            if condition.column is not None:
+                yield f"conditions.{name}.column", condition.column, "'digits' has no columns; use a transform"
         if LAUNCHED_WITH["USE_DEEPSPEED"] == "true":
             reason = "its checkpoints are pickles that can run code when a run resumes"
             allowed = (
