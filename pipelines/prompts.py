@@ -62,7 +62,9 @@ def _by_name(layout: TokenLayout, kind: str, value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         if unknown := [name for name in value if name not in names]:
             raise ValueError(f"{ARGUMENTS[kind]}: received the condition {described(unknown[0])}; {_known(layout)}")
-        return {name: each for name, each in value.items() if each is not None}
+        if not value:
+            raise ValueError(f"{ARGUMENTS[kind]}: received an empty dictionary; {_known(layout)}")
+        return dict(value)
     if len(names) != 1:
         advice = "several such conditions need {name: value}; " if names else ""
         raise ValueError(f"{ARGUMENTS[kind]}: received {described(value)}; {advice}{_known(layout)}")
@@ -144,7 +146,7 @@ def guidance_groups(layout: TokenLayout, scale: Any) -> tuple[Any, Groups]:
     Raises:
         ValueError: a name is unknown, or the scale is a list.
     """
-    if isinstance(scale, list | tuple):
+    if isinstance(scale, list | tuple) or (isinstance(scale, Mapping) and not scale):
         raise ValueError(f"guidance_scale: received {described(scale)}; must be a number, or {{condition: number}}")
     if not isinstance(scale, Mapping):
         return scale, (None,)

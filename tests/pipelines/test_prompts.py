@@ -155,6 +155,8 @@ REFUSED = {
     "no such condition": ({"text": {"words": "a"}}, "text: received the condition 'words'; this pipeline knows"),
     "another kind": ({"text": {"style": "flat"}}, "text: received the condition 'style'"),
     "no such class": ({"class_labels": {"style": "wild"}}, "style: received 'wild'; allowed are ids 0 to 2 or names"),
+    "no names": ({"text": {}}, "text: received an empty dictionary; this pipeline knows"),
+    "nothing for a name": ({"class_labels": {"style": None}}, "style: received None; allowed are ids 0 to 2"),
     "no texts": ({"text": []}, "text: received an empty list"),
     "blank text": ({"text": ["a", " "]}, "text: received ' '; must be text that is not empty"),
     "number for a text": ({"text": 3}, "text: received 3; must be text"),
@@ -182,6 +184,7 @@ REFUSED = {
         "'corner', or several joined by +",
     ),
     "a list of scales": ({"text": "a", "guidance_scale": (2.0, 3.0)}, "guidance_scale: received (2.0, 3.0); must be"),
+    "no scales": ({"text": "a", "guidance_scale": {}}, "guidance_scale: received {}; must be a number, or"),
     "a scale of text": ({"text": "a", "guidance_scale": {"caption": "x"}}, "guidance_scale: received 'x'; allowed is"),
 }
 
