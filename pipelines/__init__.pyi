@@ -3,3 +3,4 @@
 from .clip.guidance import CLIPGuidance as CLIPGuidance, CLIPGuidanceOutput as CLIPGuidanceOutput
 from .outputs import VQGANPipelineOutput as VQGANPipelineOutput
 from .pipeline_vqgan import VQGANPipeline as VQGANPipeline
+from .scoring import ScoreOutput as ScoreOutput

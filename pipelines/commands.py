@@ -1,4 +1,4 @@
-"""What the commands generate and reconstruct share: where their images go, and how a pipeline is loaded."""
+"""What the commands generate, reconstruct and score share: where their images go, and how a pipeline is loaded."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -40,13 +40,18 @@ class ImageOutput(Section):
             ConfigError: a file exists, unless `overwrite`.
         """
         paths = [] if self.output_dir is None else [Path(self.output_dir, f"{name}.png") for name in names]
-        self._refuse("output_dir", paths)
-        self._refuse("grid", [] if self.grid is None else [Path(self.grid)])
+        self.require_new("output_dir", paths)
+        self.require_new("grid", [] if self.grid is None else [Path(self.grid)])
         for path in (*paths[:1], *([] if self.grid is None else [Path(self.grid)])):
             path.parent.mkdir(parents=True, exist_ok=True)
         return paths
 
-    def _refuse(self, key: str, paths: list[Path]) -> None:
+    def require_new(self, key: str, paths: list[Path]) -> None:
+        """Refuses to replace files that the key `key` names, unless `overwrite`.
+
+        Raises:
+            ConfigError: a file exists.
+        """
         found = [path.name for path in paths if path.exists()]
         if found and not self.overwrite:
             message = f"received {getattr(self, key)!r}, which would replace {listed(found)}"

@@ -13,6 +13,8 @@ from configs.problems import cut, listed
 from stage1_vqgan import VQGANModel
 from stage2_prior import TokenLayout
 
+OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+
 
 @dataclass(repr=False)
 class VQGANPipelineOutput(ModelOutput):

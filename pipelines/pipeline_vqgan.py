@@ -25,18 +25,18 @@ from pipelines.arguments import (
     shard_size,
 )
 from pipelines.chunks import encode_in_chunks, images_at_once
+from pipelines.compression import Compression
 from pipelines.conditions import ConditionTokenizer, ImageTokenizer, require_tokenizers
-from pipelines.outputs import VQGANPipelineOutput, pipeline_text
+from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput, pipeline_text
 from pipelines.prompts import asked_prompts, given_conditions, guidance_groups, require_learnt
 from pipelines.requests import image_seeds, prompt_tokens, require_memory
 from pipelines.sampling import CodeSampler
+from pipelines.scoring import Scoring
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import CLASS, GuidanceSchedule, SamplingOptions, TokenLayout, require_callback
 
-OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
-
-class VQGANPipeline:
+class VQGANPipeline(Scoring, Compression):
     """Generates images: the prior samples codes, the tokenizer decodes them.
 
     Args:

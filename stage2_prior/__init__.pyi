@@ -3,6 +3,13 @@
 from .adapters import without_adapters as without_adapters
 from .code_store import CodeStore as CodeStore
 from .conditions import CLASS as CLASS, Segment as Segment
+from .entropy_coding import (
+    SymbolReader as SymbolReader,
+    SymbolWriter as SymbolWriter,
+    read_codes as read_codes,
+    write_codes as write_codes,
+)
+from .likelihood import code_nats as code_nats, marginal_nats as marginal_nats
 from .pretrained import load_causal_lm as load_causal_lm
 from .prior import load_prior as load_prior
 from .sampling.arguments import require_callback as require_callback

@@ -1,6 +1,10 @@
 """Trains image generators in two stages, and uses them. Command line: `tessella --help`."""
 
-from pipelines import VQGANPipeline as VQGANPipeline, VQGANPipelineOutput as VQGANPipelineOutput
+from pipelines import (
+    ScoreOutput as ScoreOutput,
+    VQGANPipeline as VQGANPipeline,
+    VQGANPipelineOutput as VQGANPipelineOutput,
+)
 from stage1_vqgan import (
     DataConfig as DataConfig,
     Stage1Config as Stage1Config,

@@ -30,6 +30,7 @@ COMMANDS = [
     Command("build", "pipelines.build", "joins tokenizer and prior into a pipeline"),
     Command("generate", "pipelines.generate", "generates images"),
     Command("reconstruct", "pipelines.reconstruct", "images to codes and back"),
+    Command("score", "pipelines.score", "how improbable images are: finds unusual ones"),
     Command("clip-guidance", "pipelines.clip_guidance", "an image that resembles a text or an image, by CLIP"),
     Command("evaluate", "pipelines.evaluate", "compares generated with real images"),
     Command("convert", "stage1_vqgan.convert", "tokenizers of other projects to ours and back"),

@@ -103,6 +103,7 @@ MISTAKES = {
     "pipeline": ("pipelines.build", "--tokeniser x", "did you mean 'tokenizer'?"),
     "generation": ("pipelines.generate", "runs/x --temperatur 3", "did you mean 'temperature'?"),
     "pictures of images": ("pipelines.reconstruct", "runs/x --imges y", "did you mean 'images'?"),
+    "scores": ("pipelines.score", "runs/x --tabel y", "did you mean 'table'?"),
     "prompts of CLIP": ("pipelines.clip_guidance", "runs/x --clip y --output z.png --txet a", "did you mean 'text'?"),
     "demo app": ("pipelines.app", "runs/x --prot 1", "did you mean 'port'?"),
     "upload": ("pipelines.push", "runs/x --hub_modle_id me/x", "did you mean 'hub_model_id'?"),

@@ -28,6 +28,7 @@ from pipelines.evaluate import EvaluationConfig
 from pipelines.generate import GenerateConfig
 from pipelines.push import PushConfig
 from pipelines.reconstruct import ReconstructConfig
+from pipelines.score import ScoreConfig
 from stage1_vqgan import Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.convert.config import ConvertConfig
 from stage1_vqgan.data.__main__ import DataReportConfig
@@ -62,6 +63,7 @@ CONFIGS = {
     "tessella.run": RunConfig,
     "pipelines.generate": GenerateConfig,
     "pipelines.reconstruct": ReconstructConfig,
+    "pipelines.score": ScoreConfig,
     "pipelines.push": PushConfig,
 }
 # Sections whose keys are those of other classes.
@@ -146,7 +148,11 @@ def options_of(module: str) -> set[str]:
         return keys_of(CONFIGS[module]) | {"help"}
     spec = find_spec(module)
     assert spec is not None and spec.origin is not None, f"there is no module {module}"
-    return set(re.findall(r'"--([\w-]+)"', Path(spec.origin).read_text())) | {"help"}
+    text = Path(spec.origin).read_text()
+    shared = (
+        ROOT / f"{name.replace('.', '/')}.py" for name in re.findall(r"^from (benchmarks\.\w+) import", text, re.M)
+    )
+    return set(re.findall(r'"--([\w-]+)"', text + "".join(path.read_text() for path in shared))) | {"help"}
 
 
 @pytest.fixture

@@ -227,6 +227,15 @@ INTEGER_CODES = {
     "a big-endian array": (lambda: codes().numpy().astype(">i8"), codes()),
 }
 BYTES = (pixels().add(1).mul(127.5)).round().to(torch.uint8)
+CLASS_PRIORS = {
+    "weights": (lambda: np.full(3, 7), "uniform"),
+    "a tensor of weights": (lambda: torch.ones(3), "uniform"),
+    "negative weights": (lambda: [1, 1, -1], REFUSED),
+    "two axes of weights": (lambda: np.ones((3, 1)), REFUSED),
+    "ragged weights": (lambda: [1, [1], 1], REFUSED),
+    "texts": (lambda: ["1", "1", "1"], REFUSED),
+    "a dictionary of weights": (lambda: {"ant": 1}, REFUSED),
+}
 IMAGES = {
     "a tensor": (lambda: BYTES, BYTES),
     "floats": (lambda: BYTES / 255, BYTES),
@@ -387,6 +396,21 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
         "reconstruct": (
             pipe.reconstruct,
             {"images": Argument(lambda: BYTES, near=IMAGES), "output_type": Argument(constant("pt"), either_type)},
+        ),
+        "score": (
+            lambda **values: pipe.score(**values).nats,
+            {
+                "images": Argument(lambda: BYTES, near=IMAGES),
+                "class_labels": Argument(constant([1, 2]), optional(labels), near=LABELLED["class_labels"].near),
+                "batch_size": Argument(constant(None), optional(whole(1, math.inf))),
+            },
+        ),
+        "class_posterior": (
+            pipe.class_posterior,
+            {
+                "images": Argument(lambda: BYTES, near=IMAGES),
+                "class_prior": Argument(constant("uniform"), either("uniform"), near=CLASS_PRIORS),
+            },
         ),
         "to": (
             lambda device: pipe.to(device).device.type,

@@ -19,6 +19,7 @@ from pipelines.clip_guidance import CLIPGuidanceConfig
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.generate import GenerateConfig
 from pipelines.reconstruct import ReconstructConfig
+from pipelines.score import ScoreConfig
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.configuration_architecture import VQGANArchitecture
 from stage1_vqgan.convert.config import ConvertConfig
@@ -44,6 +45,7 @@ COMMANDS: dict[str, tuple[type, list[str]]] = {
     "pipelines.evaluate": (EvaluationConfig, ["digits/evaluate"]),
     "pipelines.generate": (GenerateConfig, ["runs/x", "--grid=y.png"]),
     "pipelines.reconstruct": (ReconstructConfig, ["runs/x", "--images=y"]),
+    "pipelines.score": (ScoreConfig, ["runs/x", "--images=y"]),
     "tessella.run": (RunConfig, ["--data=digits", "--output_dir=x"]),
 }
 

@@ -1,0 +1,150 @@
+"""The format of compressed images: a header that says what can decode them, then the bits of the range coder.
+
+| bytes | content |
+| --- | --- |
+| 4 | MAGIC |
+| 1 | version of the format |
+| 1 | dtype of the prior, its place in DTYPES |
+| 1 | 1 if each image has a class label, else 0 |
+| 8, 8 | hashes of the tokenizer's fingerprint and of the prior's weights |
+| 2, 2, 4 | h and w of the code grid, and L, number of codes of an image |
+| 4, 2, 2 | number of images, images in one forward, and threads of the CPU |
+| 4 | CRC-32 of the codes |
+| … | the bits: labels of all images, then codes batch by batch, position by position |
+| 4 | CRC-32 of all before |
+
+All numbers are unsigned, and little-endian.
+"""
+
+import struct
+import zlib
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from configs.arguments import described
+from stage2_prior import TokenLayout
+
+MAGIC = b"\x89TSL"  # the first byte is no ASCII, so nothing takes the file for text
+VERSION = 1
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+LARGEST = 2**16 - 1  # batch size, and number of threads
+
+_HEADER = struct.Struct("<4sBBB8s8sHHIIHHI")
+_CHECKSUM = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first bytes, in their order; see the table above."""
+
+    magic: bytes
+    version: int
+    dtype: int
+    has_labels: int
+    tokenizer: bytes
+    prior: bytes
+    grid_height: int
+    grid_width: int
+    length: int
+    images: int
+    batch_size: int
+    threads: int
+    codes: int
+
+
+def header_of(layout: TokenLayout, prior: PreTrainedModel, codes: Tensor, has_labels: bool, batch_size: int) -> Header:
+    """The header of codes int64 `(N, L)`."""
+    return Header(
+        magic=MAGIC,
+        version=VERSION,
+        dtype=DTYPES.index(str(prior.dtype).removeprefix("torch.")),
+        has_labels=int(has_labels),
+        tokenizer=xxhash.xxh3_64_digest(layout.tokenizer_fingerprint.encode()),
+        prior=fingerprint_of_prior(prior),
+        grid_height=layout.grid[0],
+        grid_width=layout.grid[1],
+        length=layout.length,
+        images=len(codes),
+        batch_size=batch_size,
+        threads=min(torch.get_num_threads(), LARGEST),
+        codes=checksum_of_codes(codes),
+    )
+
+
+def pack(header: Header, content: bytes) -> bytes:
+    """The bytes of a compressed file."""
+    data = _HEADER.pack(*astuple(header)) + content
+    return data + _CHECKSUM.pack(zlib.crc32(data))
+
+
+def unpack(data: Any) -> tuple[Header, bytes]:
+    """Header and content of a compressed file.
+
+    Raises:
+        ValueError: these are not the bytes that `pack` made.
+    """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise ValueError(f"data: received {described(data)}; must be the bytes that compress() returned")
+    data = bytes(data)
+    if data[: len(MAGIC)] != MAGIC:
+        raise ValueError(f"data: received {len(data):,} bytes that compress() has not made: the first are no {MAGIC!r}")
+    if len(data) > len(MAGIC) and data[len(MAGIC)] > VERSION:
+        version = data[len(MAGIC)]
+        raise ValueError(
+            f"data: received version {version} of the format; this package reads up to {VERSION}, or the "
+            "data are damaged"
+        )
+    body, end = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
+    whole = len(body) >= _HEADER.size and (len(body) - _HEADER.size) % 4 == 0
+    if not whole or _CHECKSUM.unpack(end) != (zlib.crc32(body),):
+        raise ValueError(
+            f"data: received {len(data):,} bytes whose checksum is wrong: they are cut or damaged; get them again"
+        )
+    return Header(*_HEADER.unpack_from(body)), body[_HEADER.size :]
+
+
+def require_same(header: Header, layout: TokenLayout, prior: PreTrainedModel) -> None:
+    """Refuses data that another pipeline has compressed.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    mine = header_of(layout, prior, torch.empty(0, layout.length), False, 1)
+    stored = DTYPES[header.dtype] if header.dtype < len(DTYPES) else f"number {header.dtype}"
+    differences = {
+        "tokenizer": (header.tokenizer == mine.tokenizer, "another tokenizer compressed them; load that pipeline"),
+        "dtype": (header.dtype == mine.dtype, f"the prior had the dtype {stored}; load the pipeline with it"),
+        "prior": (header.prior == mine.prior, "another prior compressed them; load that pipeline"),
+        "grid": (
+            (header.grid_height, header.grid_width, header.length) == (*layout.grid, layout.length),
+            f"they hold images of {header.grid_height}×{header.grid_width} codes, this pipeline has "
+            f"{layout.codes_text}",
+        ),
+        "labels": (header.has_labels <= bool(layout.num_classes), "they have class labels, this pipeline has none"),
+        "images": (
+            1 <= header.batch_size <= header.images,
+            "the numbers of images in the header contradict each other",
+        ),
+    }
+    for equal, reason in differences.values():
+        if not equal:
+            raise ValueError(f"data: {reason}")
+
+
+def checksum_of_codes(codes: Tensor) -> int:
+    """CRC-32 of codes as 32-bit numbers."""
+    return zlib.crc32(codes.cpu().numpy().astype("<u4").tobytes())
+
+
+def fingerprint_of_prior(prior: PreTrainedModel) -> bytes:
+    """8 bytes, the XXH3 hash of names and values of all weights in their dtype."""
+    digest = xxhash.xxh3_64(prior.config.model_type.encode())
+    for name, weight in sorted(prior.named_parameters()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
