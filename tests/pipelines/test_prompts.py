@@ -68,7 +68,7 @@ def segments(parts):
     return {
         "animal": Segment("animal", "class", 3, class_names=ANIMALS),
         "style": Segment("style", "class", 3, class_names=STYLES),
-        "caption": Segment("caption", "text", 300, 6, fingerprint=text.fingerprint),
+        "caption": Segment("caption", "text", text.num_tokens, 6, fingerprint=text.fingerprint),
         "small": Segment("small", fingerprint=small.fingerprint, **image),
         "corner": Segment("corner", fingerprint=own.fingerprint, **image),
     }
@@ -338,7 +338,7 @@ def test_a_loaded_pipeline_makes_the_same_images(saved, with_class, picture):
     expected = with_class.generate(**asked, **options).codes
     assert torch.equal(loaded.generate(**asked, **options).codes, expected)
     assert sorted(loaded.components["conditions"]) == ["caption", "small"]
-    assert "conditions: style (3 classes), caption (text of 6 tokens out of 300), small (" in repr(loaded)
+    assert "conditions: style (3 classes), caption (text of 6 tokens out of 277), small (" in repr(loaded)
 
 
 def test_the_folder_holds_each_tokenizer(saved):
@@ -353,7 +353,7 @@ def test_the_card_shows_how_to_ask(saved):
     card = (saved / "README.md").read_text()
     assert 'text={"caption": "…"}' in card and 'class_labels={"class": 0, "style": 0}' in card
     assert (
-        "| Prompt | places 2 to 7: caption (text of 6 tokens out of 300); tokens" in card
+        "| Prompt | places 2 to 7: caption (text of 6 tokens out of 277); tokens" in card
         and "pipeline_tag: text-to-image" in card
     )
     code = card.split("```python\n")[1].split("```")[0]
