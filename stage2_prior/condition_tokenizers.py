@@ -116,7 +116,7 @@ def _image_tokenizer(own_name: str, name: str, condition: ConditionConfig, own: 
         message = f"received {condition.tokenizer!r}, whose images have {model.config.in_channels} channels; those of"
         message = f"{message} {transform!r} have {own.config.in_channels}, as the images themselves"
         raise ConfigError([Problem(f"conditions.{name}.tokenizer", message)])
-    return model.to(own.device)
+    return model.to(own.device)  # type: ignore[arg-type]
 
 
 def image_segment(name: str, condition: ConditionConfig, tokenizer: VQGANModel) -> Segment:
