@@ -14,14 +14,18 @@ def main(config: AppConfig) -> None:
     gradio, torch and transformers are imported here, because the check of the arguments must not wait for them.
 
     Raises:
-        ConfigError: gradio is not installed, the pipeline cannot be loaded, or the port is in use.
+        ConfigError: gradio is not installed, the pipeline cannot be loaded or has further conditions, or the port is
+            in use.
     """
     if find_spec("gradio") is None:
         raise ConfigError([Problem("", NO_GRADIO)])
     from pipelines.commands import load_pipeline
+    from pipelines.demo.actions import require_classes_only
     from pipelines.demo.page import build_page, launch
 
-    page = build_page(load_pipeline(config.pipeline, config.device), config)
+    pipeline = load_pipeline(config.pipeline, config.device)
+    require_classes_only(pipeline)
+    page = build_page(pipeline, config)
     print(f"open {launch(page, config)} in a browser; Ctrl-C ends the app", flush=True)
     page.block_thread()
 

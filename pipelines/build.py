@@ -58,6 +58,7 @@ def build(config: BuildConfig) -> "VQGANPipeline":
     # These imports are slow, so they come after the check of the arguments.
     from configs.card_facts import run_license
     from pipelines import hub
+    from pipelines.conditions import load_conditions
     from pipelines.pipeline_vqgan import VQGANPipeline
     from stage1_vqgan import load_image_processor, load_tokenizer
     from stage2_prior import TokenLayout, load_prior
@@ -86,9 +87,14 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         message = f"received {config.tokenizer!r}; its preprocessor_config.json is missing or cannot be read: {error}"
         raise ConfigError([Problem("tokenizer", message)]) from error
     try:
+        conditions = load_conditions(Path(config.prior), layout)
+    except (OSError, ValueError) as error:
+        message = f"received {config.prior!r}; a tokenizer of its conditions cannot be loaded: {one_line(error)}"
+        raise ConfigError([Problem("prior", message)]) from error
+    try:
         layout.require_fingerprint(vqgan.config.fingerprint)
         layout.set_image_size(vqgan, processor)
-        pipeline = VQGANPipeline(vqgan, prior, processor, layout)
+        pipeline = VQGANPipeline(vqgan, prior, processor, layout, conditions)
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
     license = config.license or run_license(Path(config.prior)) or run_license(Path(config.tokenizer))

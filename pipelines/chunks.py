@@ -1,4 +1,9 @@
-"""How many images the tokenizer encodes or decodes at once, and how much memory they take."""
+"""Encodes images in chunks: how many the tokenizer encodes or decodes at once, and how much memory they take."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from configs.memory import USABLE, free_memory
 from stage1_vqgan import VQGANModel
@@ -26,6 +31,20 @@ def images_at_once(vqgan: VQGANModel, pixels: int) -> int:
     channels_per_pixel = max(vqgan.config.base_channels, *(max(pair) / 4**level for level, pair in enumerate(pairs)))
     each = int(MAPS_AT_ONCE * channels_per_pixel * pixels * vqgan.dtype.itemsize)
     return max(1, min(LARGEST_CHUNK // pixels, int(USABLE * free_memory(vqgan.device)) // each))
+
+
+def encode_in_chunks(vqgan: VQGANModel, pixel_values: Tensor) -> Tensor:
+    """Codes of prepared images `(N, C, H, W)`; their shape is that of `VQGANModel.encode`.
+
+    Raises:
+        FloatingPointError: latents were NaN or infinite.
+    """
+    parts = pixel_values.split(images_at_once(vqgan, pixel_values[0, 0].numel()))
+    encoded: list[Any] = [vqgan.encode(part.to(vqgan.device, vqgan.dtype)) for part in parts]
+    if not torch.stack([part.latents.isfinite().all() for part in encoded]).all():
+        advice = "load the pipeline in float32, or check whether the tokenizer's weights are damaged"
+        raise FloatingPointError(f"the tokenizer's latents are NaN or infinite in {vqgan.dtype}; {advice}")
+    return torch.cat([part.codes for part in encoded])
 
 
 def bytes_of_image(vqgan: VQGANModel, layout: TokenLayout, pixels: int, output_type: str) -> int:

@@ -1,6 +1,6 @@
 """What the commands generate, reconstruct and score share: where their images go, and how a pipeline is loaded."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,6 +78,27 @@ class UnmaskingSettings(Section):
         """The keys that are set, as arguments of `VQGANPipeline.generate`."""
         values = {field.name: getattr(self, field.name) for field in fields(UnmaskingSettings)}
         return {name: value for name, value in values.items() if value is not None}
+
+
+def images_in(text: str, key: str = "images") -> Iterator[tuple[str, Path]]:
+    """The image files that a key names, a file or all images in a folder, and a name for each.
+
+    Raises:
+        ConfigError: there is no such file, or the folder holds no images.
+    """
+    from stage1_vqgan.data.decoding import readable_extensions
+
+    path = Path(text).expanduser()
+    if path.is_file():
+        yield path.stem, path
+        return
+    extensions = readable_extensions()
+    files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in extensions and file.is_file()]
+    if not files:
+        reason = "this folder holds no images" if path.is_dir() else "there is no such file or folder"
+        raise ConfigError([Problem(key, f"received {text!r}; {reason}")])
+    for file in files:
+        yield "_".join(file.relative_to(path).with_suffix("").parts), file
 
 
 def device_of(name: str | None) -> "torch.device":

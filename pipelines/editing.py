@@ -12,19 +12,15 @@ from torch import Tensor
 
 from configs.arguments import choice, number, whole
 from configs.randomness import uniform
+from pipelines.chunks import encode_in_chunks
+from pipelines.conditions import ConditionTokenizer
 from pipelines.masks import MaskedImages, hidden_around, joined, kept_box, known_codes, masked_images
 from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput
-from pipelines.requests import (
-    condition_tokens,
-    image_seeds,
-    label_of_each,
-    require_conditions,
-    require_memory,
-    unmasking_options,
-)
+from pipelines.prompts import Groups, asked_prompts, given_conditions, guidance_groups, require_learnt
+from pipelines.requests import image_seeds, prompts_of, require_memory, unmasking_options
 from pipelines.windows import require_one_grid, sample_windows
 from stage1_vqgan import VQGANImageProcessor
-from stage2_prior import SamplingOptions, TokenLayout, UnmaskingOptions, require_callback
+from stage2_prior import CLASS, SamplingOptions, TokenLayout, UnmaskingOptions, require_callback
 
 LARGEST_SEAM, LARGEST_SIDE = 2**10, 2**16  # pixels
 
@@ -35,10 +31,12 @@ class EditRequest(NamedTuple):
     prompts: Tensor
     seeds: Tensor
     options: SamplingOptions
+    groups: Groups
     output_type: str
     batch_size: int | None
     callback: Callable[[int, Tensor], None] | None
     labels: list[str] | None
+    asked: list[dict[str, Any]] | None
     unmasking: UnmaskingOptions | None
 
 
@@ -49,8 +47,9 @@ class Editing:
     first, and the edited images have that size.
 
     All take `class_labels`: ids or names, one for all images or one for each; without labels, the new codes are those
-    of no given class. `**sampling` are the other arguments of `VQGANPipeline.generate`: `seed`, `generator`,
-    `guidance_scale` and the other options of sampling, `output_type`, `batch_size` and `callback_on_step_end`.
+    of no given class. `**sampling` are the other arguments of `VQGANPipeline.generate`: `text`, `condition_images`,
+    `seed`, `generator`, `guidance_scale` and the other options of sampling, `output_type`, `batch_size` and
+    `callback_on_step_end`.
     The result has the codes of the whole images, known ones and new ones.
 
     In float32, an edited image depends only on its own visible pixels, mask, label and seed, and on the options.
@@ -59,7 +58,7 @@ class Editing:
     vqgan: Any  # VQGANModel
     image_processor: VQGANImageProcessor
     layout: TokenLayout
-    _encoded: Callable[[Tensor], Tensor]
+    _tokenizers: dict[str, ConditionTokenizer]
     _decoded_parts: Callable[[Tensor], Iterator[Tensor]]
     _sampled: Callable[..., Iterator[Tensor]]
 
@@ -169,7 +168,7 @@ class Editing:
         pixel_values = self.image_processor(images)["pixel_values"]
         pixels = (width + sides[0] + sides[1]) * (height + sides[2] + sides[3])
         request = self._request(len(pixel_values), pixels, class_labels, **sampling)
-        codes, places = self._encoded(pixel_values), tuple(side // f for side in sides)
+        codes, places = encode_in_chunks(self.vqgan, pixel_values), tuple(side // f for side in sides)
         known = F.pad(codes, places if codes.ndim == 3 else (0, 0, *places), value=-1)
         hidden = F.pad(torch.zeros_like(pixel_values[:, :1], dtype=torch.bool), sides, value=True)
         given = MaskedImages.of(F.pad(pixel_values, sides), hidden)
@@ -197,7 +196,7 @@ class Editing:
         strength = number("strength", strength, lambda value: 0 < value <= 1, "a number above 0, up to 1")
         pixel_values = self.image_processor(images)["pixel_values"]
         request = self._request(len(pixel_values), self.layout.pixels, class_labels, **sampling)
-        known = self._encoded(pixel_values).flatten(1)
+        known = encode_in_chunks(self.vqgan, pixel_values).flatten(1)
         count = max(1, round(strength * self.layout.length))
         known[self._changed(request.seeds.to(known.device), count)] = -1
         return self._finished(request, self._sample(request, known))
@@ -210,7 +209,7 @@ class Editing:
         require_one_grid(self.layout, "images")
         seam = self._seam(seam)
         request = self._request(len(given.hidden), self.layout.pixels, class_labels, **sampling)
-        known = known_codes(self._encoded(given.pixel_values), given.hidden.to(self.vqgan.device))
+        known = known_codes(encode_in_chunks(self.vqgan, given.pixel_values), given.hidden.to(self.vqgan.device))
         return self._finished(request, self._sample(request, known), given, seam)
 
     def _request(
@@ -226,29 +225,43 @@ class Editing:
         num_steps: int | None = None,
         order: str | None = None,
         order_temperature: float | None = None,
+        text: Any = None,
+        condition_images: Any = None,
+        guidance_scale: Any = 1.0,
         **options: Any,
     ) -> EditRequest:
         """Checks the arguments of an edit of `count` images, which then have `pixels` pixels each."""
         choice("output_type", output_type, OUTPUT_TYPES)
         batch_size = None if batch_size is None else whole("batch_size", batch_size)
         require_callback("callback_on_step_end", callback_on_step_end)
-        sampling = SamplingOptions(**options)
+        scales, groups = guidance_groups(self.layout, guidance_scale)
+        sampling = SamplingOptions(guidance_scale=scales, **options)
         unmasking = unmasking_options(self.layout, num_steps, order, order_temperature)
-        require_conditions(self.layout, sampling, has_labels=class_labels is not None)
+        given = given_conditions(self.layout, class_labels, text, condition_images)
+        names = [one.segment.name for one in given]
+        require_learnt(self.layout, names, sampling, groups)
         require_memory("images", count, count, pixels, self.vqgan, self.layout, output_type)
-        labels = None if class_labels is None else label_of_each(class_labels, count)
-        number = count if labels is None else None
-        prompts = condition_tokens(labels, number, 1, self.vqgan, self.layout, output_type)
-        names = None if labels is None else self.layout.names_of(prompts[:, 0])
+        prompts = prompts_of(count, given, self.vqgan, self.layout, output_type, self._tokenizers)
+        labels = self.layout.names_of(prompts[:, 0]) if CLASS in names else None
+        asked = asked_prompts(given, count) if self.layout.segments else None
         seeds = image_seeds(count, seed, generator)
-        return EditRequest(prompts, seeds, sampling, output_type, batch_size, callback_on_step_end, names, unmasking)
+        how = (sampling, groups, output_type, batch_size, callback_on_step_end)
+        return EditRequest(prompts, seeds, *how, labels, asked, unmasking)
 
     def _sample(self, request: EditRequest, known: Tensor) -> Tensor:
         """Codes of the shape of `known`, which is that of images of any size; -1 where a code is sampled."""
 
         def sample(seeds: Tensor, known: Tensor) -> Iterator[Tensor]:
-            prompts, _, options, _, batch_size, callback, _, unmasking = request
-            return self._sampled(prompts, seeds, options, batch_size, callback, known=known, unmasking=unmasking)
+            return self._sampled(
+                request.prompts,
+                seeds,
+                request.options,
+                request.batch_size,
+                request.callback,
+                known,
+                request.groups,
+                unmasking=request.unmasking,
+            )
 
         if known.ndim == 2:
             return torch.cat([*sample(request.seeds, known)])
@@ -263,7 +276,7 @@ class Editing:
             if given is not None:
                 pixels = joined(pixels, given, seam)
             images = self.image_processor.postprocess(pixels, request.output_type)
-        return VQGANPipelineOutput(images=images, codes=codes, labels=request.labels, seeds=request.seeds.tolist())
+        return VQGANPipelineOutput(images, codes, request.labels, request.seeds.tolist(), request.asked)
 
     def _changed(self, seeds: Tensor, count: int) -> Tensor:
         """The `count` codes of each image that `vary` samples anew, bool `(N, L)`."""

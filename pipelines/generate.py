@@ -15,11 +15,12 @@ from annotated_types import Ge, Gt, Le
 from configs import ConfigError, Problem, run
 from configs.files import write_png
 from configs.sections import BatchSize, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
-from pipelines.commands import ImageOutput, UnmaskingSettings, load_pipeline
+from pipelines.commands import ImageOutput, UnmaskingSettings, images_in, load_pipeline
 
 if TYPE_CHECKING:
     from pipelines.outputs import VQGANPipelineOutput
     from pipelines.pipeline_vqgan import VQGANPipeline
+    from pipelines.prompts import Given
 
 # Keys that `VQGANPipeline.generate` takes under the same names, and that each printed line repeats.
 SAMPLING_KEYS = (
@@ -43,11 +44,14 @@ class GenerateConfig(UnmaskingSettings, ImageOutput):
 
     pipeline: folder or Hub id of the pipeline
     class_labels: names or ids of classes: one, several with commas (cats,dogs), a list, or "all"; null makes images of
-        no given class
-    num_images: number of images without class_labels; by default 1
-    num_images_per_label: number of images of each class
+        no given class. Of several class conditions, {name: classes}: --class_labels.style flat
+    text: a text, or a list of them, for a prior with texts; of several texts, {name: text}
+    condition_images: a file, a folder or a list of them, for a prior with condition images; of several, {name: files}
+    num_images: number of images without class_labels and lists; by default 1
+    num_images_per_label: number of images of each class or other prompt
     seed: seed of the first image, the next ones have seed + 1, seed + 2, …; null chooses one by chance
-    guidance_scale: strength of the guidance towards the class; 1 is no guidance, 1.5 to 3 is usual
+    guidance_scale: strength of the guidance towards the class; 1 is no guidance, 1.5 to 3 is usual. Of several
+        conditions, {name: scale} guides by these alone: --guidance_scale.text 3
     guidance_schedule, guidance_power, guidance_interval: growth of the guidance, and the part of the codes that it acts
         on, as in VQGANPipeline.generate
     temperature: below 1 gives more typical images, above 1 more varied ones; 0 always takes the most likely code
@@ -64,11 +68,13 @@ class GenerateConfig(UnmaskingSettings, ImageOutput):
     }
 
     pipeline: str
-    class_labels: int | str | list[int | str] | None = None
+    class_labels: int | str | list[int | str] | dict[str, int | str | list[int | str]] | None = None
+    text: str | list[str] | dict[str, str | list[str]] | None = None
+    condition_images: str | list[str] | dict[str, str | list[str]] | None = None
     num_images: Positive | None = None
     num_images_per_label: Positive = 1
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] | None = None
-    guidance_scale: NonNegativeFloat = 1.0
+    guidance_scale: NonNegativeFloat | dict[str, NonNegativeFloat] = 1.0
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     guidance_power: PositiveFloat = 1.0
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
@@ -92,18 +98,23 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
         ConfigError: the pipeline cannot be loaded, a class is unknown, an argument is out of range, or a file exists.
     """
     # These imports are slow, so they come after the check of the arguments.
+    from pipelines.prompts import asked_prompts, given_conditions
+    from pipelines.requests import images_of_each
     from stage1_vqgan import labelled_grid
 
     pipeline = load_pipeline(config.pipeline, config.device)
     settings = {key: getattr(config, key) for key in SAMPLING_KEYS} | config.unmasking
     seed = secrets.randbelow(2**32) if config.seed is None else config.seed
     try:
-        classes = asked_classes(config, pipeline)
-        each = config.num_images_per_label if classes else config.num_images or 1
-        require_few(classes or [""], each, "num_images_per_label" if classes else "num_images")
-        paths = config.images_of(file_names(classes or ["image"], each, seed))
+        asked = asked_conditions(config, pipeline)
+        given = given_conditions(pipeline.layout, **asked)
+        names = prompt_names(pipeline, given)
+        each = images_of_each(given, config.num_images, config.num_images_per_label)
+        require_few(names, each, "num_images_per_label" if given and config.num_images is None else "num_images")
+        paths = config.images_of(file_names(names, each, seed))
+        asked["condition_images"] = opened(asked["condition_images"])
         counts: dict[str, Any] = {"num_images": config.num_images, "num_images_per_label": config.num_images_per_label}
-        out = pipeline.generate(classes, **counts, seed=seed, batch_size=config.batch_size, **settings)
+        out = pipeline.generate(**asked, **counts, seed=seed, batch_size=config.batch_size, **settings)
     except ConfigError:
         raise
     except ValueError as error:
@@ -111,36 +122,93 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
     for path, image in zip(paths, out.images if paths else [], strict=True):
         write_png(path, image)
     if config.grid is not None:
-        rows = [(name, out.images[n * each : (n + 1) * each]) for n, name in enumerate(classes or [""])]
+        rows = [(name, out.images[n * each : (n + 1) * each]) for n, name in enumerate(names)]
         write_png(config.grid, labelled_grid(rows, columns=10))
-    for number in range(len(out)):
+    prompts = asked_prompts(given, len(out)) if pipeline.layout.segments else [{}] * len(out)
+    for number, prompt in enumerate(prompts):
         file = str(paths[number]) if paths else config.grid
-        label = classes[number // each] if classes else None
-        print(json.dumps({"file": file, "label": label, "seed": seed + number, **settings}))
+        label = out.labels[number] if out.labels else None
+        print(json.dumps({"file": file, "label": label, **prompt, "seed": seed + number, **settings}))
     return out
 
 
-def asked_classes(config: GenerateConfig, pipeline: "VQGANPipeline") -> list[str] | None:
-    """The names of the classes that `class_labels` asks for; None for images of no given class.
+def asked_conditions(config: GenerateConfig, pipeline: "VQGANPipeline") -> dict[str, Any]:
+    """The arguments `class_labels`, `text` and `condition_images` of `generate`; of images, their paths.
+
+    Raises:
+        ConfigError: there are no such images.
+    """
+    classes = {one.name: one.class_names for one in pipeline.layout.conditions if one.kind == "class"}
+    only = next(iter(classes.values())) if len(classes) == 1 else ()
+    labels, images = config.class_labels, config.condition_images
+    if isinstance(labels, dict):
+        labels = {name: single(asked_labels(value, classes.get(name, ())), value) for name, value in labels.items()}
+    else:
+        labels = single(asked_labels(labels, only), labels)
+    if isinstance(images, dict):
+        images = {name: asked_images(value) for name, value in images.items()}
+    elif images is not None:
+        images = asked_images(images)
+    return {"class_labels": labels, "text": config.text, "condition_images": images}
+
+
+def single(labels: list[int | str] | None, value: Any) -> Any:
+    """One label without its list, which then serves all images, unless `value` is a list."""
+    return labels[0] if labels is not None and len(labels) == 1 and not isinstance(value, list) else labels
+
+
+def asked_images(value: str | list[str]) -> str | list[str]:
+    """The files of condition images: one, or a list of those that a list or a folder holds."""
+    texts = value if isinstance(value, list) else [value]
+    files = [str(file) for text in texts for _, file in images_in(text, "condition_images")]
+    return files[0] if files == [value] else files
+
+
+def opened(value: Any) -> Any:
+    """The images of files, in the same lists and dictionaries.
+
+    Raises:
+        ValueError: a file cannot be decoded.
+    """
+    from stage1_vqgan import EncodedImage, decode
+
+    if isinstance(value, dict):
+        return {name: opened(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [opened(one) for one in value]
+    try:
+        return None if value is None else decode(EncodedImage(value, value))
+    except ValueError as error:
+        raise ValueError(f"condition_images: received {value!r}; {error}") from error
+
+
+def prompt_names(pipeline: "VQGANPipeline", given: Sequence["Given"]) -> list[str]:
+    """The classes and texts of each prompt in words; empty for prompts without both.
 
     Raises:
         ValueError: a class is unknown.
     """
-    from pipelines.arguments import listed_labels
+    from pipelines.prompts import condition_ids, number_of_prompts
 
-    labels = asked_labels(config.class_labels, pipeline.class_names)
-    if labels is None:
-        return None
-    return [pipeline.class_names[number] for number in pipeline.layout.class_ids(listed_labels(labels)).tolist()]
+    words = []
+    for one in given:
+        if one.segment.kind == "class":
+            ids = condition_ids(one, pipeline.layout, {})[:, 0].tolist()
+            words.append([one.segment.class_names[number] for number in ids])
+        elif one.segment.kind == "text":
+            words.append(list(one.values))
+    count = number_of_prompts(given)
+    rows = zip(*(found * count if len(found) == 1 else found for found in words), strict=True)
+    return [" · ".join(row) for row in rows] if words else [""] * count
 
 
-def require_few(classes: Sequence[str], each: int, key: str) -> None:
+def require_few(names: Sequence[str], each: int, key: str) -> None:
     """Refuses more images than MOST_IMAGES.
 
     Raises:
         ValueError: there are more; `key` is the one to lower.
     """
-    count = len(classes) * each
+    count = len(names) * each
     if count > MOST_IMAGES:
         raise ValueError(f"{key}: received {each}, so {count:,} images; one command makes at most {MOST_IMAGES:,}")
 

@@ -7,12 +7,13 @@ card/                   what the card shows, if it is known: pictures, metrics, 
 *.py                    the tokenizer's model files, for AutoModel with trust_remote_code
 vqgan/                  config.json, model.safetensors, preprocessor_config.json
 prior/                  config.json, model.safetensors, generation_config.json
+conditions/<name>/      of texts: tokenizer.json; of condition images: the files of vqgan/
 janus/                  on request: config.json, model.safetensors of the tokenizer as a JanusVQVAE of transformers
 """
 
 import inspect
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,9 +31,11 @@ from configs.hub import is_repo_id, push_folder
 from configs.staging import finish_interrupted, replaced_files
 from configs.uploads import MODEL_FILES, copy_files
 from configs.versions import own_version
+from pipelines.conditions import FOLDER, ConditionTokenizer, ImageTokenizer, load_conditions, save_conditions
 from pipelines.model_card import PLACEHOLDER, model_card
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
 from stage2_prior import TokenLayout, load_language_model, without_adapters
+from stage2_prior.condition_text import TOKENIZER_NAME
 
 INDEX_NAME, JANUS = "model_index.json", "janus"
 
@@ -51,8 +54,11 @@ UPLOADED = {
     FACTS_FOLDER: ("*.png", "*.json", "*.yaml"),
 }
 
+# The same for the folder of a condition.
+CONDITION_FILES = (TOKENIZER_NAME, *MODEL_FILES)
+
 # Files of an earlier upload that must not mix with those of a new one.
-STALE = ("vqgan/*.safetensors*", "prior/*.safetensors*", f"{JANUS}/*", "card/*")
+STALE = ("vqgan/*.safetensors*", "prior/*.safetensors*", f"{FOLDER}/*", f"{JANUS}/*", "card/*")
 
 
 def save(
@@ -61,6 +67,7 @@ def save(
     prior: PreTrainedModel,
     image_processor: VQGANImageProcessor,
     layout: TokenLayout,
+    conditions: Mapping[str, ConditionTokenizer] | None = None,
     *,
     name: str = PLACEHOLDER,
     janus: bool = False,
@@ -76,7 +83,7 @@ def save(
 
     Args:
         folder: created if it does not exist.
-        vqgan, prior, image_processor, layout: components of the pipeline.
+        vqgan, prior, image_processor, layout, conditions: components of the pipeline.
         name: folder or Hub id in the examples of the model card.
         janus: also write `janus/`. A folder that has one gets a new one in any case.
         origin: the folder that the pipeline was loaded from, whose card is copied if the weights are still the same.
@@ -96,11 +103,13 @@ def save(
         "token_layout": layout.to_dict(),
         "tokenizer_fingerprint": layout.tokenizer_fingerprint,
     }
-    needed = vqgan.get_memory_footprint() + prior.get_memory_footprint()
+    others = [one.vqgan for one in (conditions or {}).values() if isinstance(one, ImageTokenizer)]
+    needed = sum(model.get_memory_footprint() for model in (vqgan, prior, *others))
     with replaced_files(folder, needed) as staged:
         vqgan.save_pretrained(staged / "vqgan", **options)
         image_processor.save_pretrained(staged / "vqgan")
         prior.save_pretrained(staged / "prior", **options)
+        save_conditions(staged, conditions or {}, **options)
         if janus or (Path(folder) / JANUS / "config.json").is_file():
             from stage1_vqgan.convert.janus import write  # slow to import
 
@@ -115,6 +124,9 @@ def save(
             add_facts(staged)
         write_card(staged, lambda license: model_card(staged, name, license), license)
         remove_tree(folder / FACTS_FOLDER)  # the facts of other weights
+    for place in (folder / FOLDER).glob("*"):
+        if place.name not in (conditions or {}):
+            remove_tree(place)  # of another prior
 
 
 def _keep_card(staged: Path, folder: Path, origin: Path | None) -> None:
@@ -185,11 +197,12 @@ def push_saved(repo_id: str, source: Path, private: bool | None, license: str | 
         Damaged: a file of the models has changed since it was saved.
         ValueError: a file is a symbolic link, or holds a secret or the path of your home folder.
     """
-    for parent in ("", "vqgan", "prior", JANUS):
+    conditions = {f"{FOLDER}/{place.name}": CONDITION_FILES for place in (source / FOLDER).glob("*")}
+    for parent in ("", "vqgan", "prior", *conditions, JANUS):
         verify_checksums(source / parent)
 
     def write(folder: Path, name: str) -> None:
-        for part, patterns in UPLOADED.items():
+        for part, patterns in (UPLOADED | conditions).items():
             if (source / part).is_dir():
                 copy_files(source / part, make_folder(folder / part), patterns)
         write_card(folder, lambda license: model_card(folder, name, license), license)
@@ -216,7 +229,8 @@ def find(name: str | Path, subfolder: str = "", **download: Any) -> Path:
     if not folder.is_dir():
         if not is_repo_id(str(name)):
             raise FileNotFoundError(f"there is no folder {str(name)!r}, and the name is not a valid Hub id")
-        names = (INDEX_NAME, "config.json", CHECKSUMS_NAME, f"{JANUS}/{CHECKSUMS_NAME}", "vqgan/*", "prior/*")
+        names = [INDEX_NAME, "config.json", CHECKSUMS_NAME, f"{JANUS}/{CHECKSUMS_NAME}", "vqgan/*", "prior/*"]
+        names += [f"{FOLDER}/*.json", f"{FOLDER}/*.safetensors"]
         wanted = [str(inside / name) for name in names]
         folder = Path(snapshot_download(str(name), allow_patterns=wanted, **download))
     folder /= inside
@@ -259,6 +273,7 @@ def load(
         "prior": load_language_model(folder / "prior", layout.family, trust_remote_code, dtype=dtype, **attention),
         "image_processor": load_image_processor(folder / "vqgan", vqgan.config),
         "layout": layout,
+        "conditions": load_conditions(folder, layout, dtype=dtype),
     }
 
 

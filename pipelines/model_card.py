@@ -20,6 +20,7 @@ from configs.card import (
 from configs.card_facts import dataset_ids
 from configs.files import read_json
 from configs.uploads import REPO_ID
+from pipelines.conditions import ARGUMENTS, not_learnt
 from stage1_vqgan import VQGANConfig
 from stage1_vqgan.model_card import CAPTION, WITHOUT_PACKAGE, detail_rows as tokenizer_rows, num_parameters
 from stage2_prior import TokenLayout
@@ -63,11 +64,11 @@ def model_card(folder: Path, name: str, license: str) -> str:
     """
     layout = TokenLayout.from_dict(read_json(folder / "model_index.json")["token_layout"])
     config = VQGANConfig.from_pretrained(folder / "vqgan")
-    metadata = card_metadata(
-        license, dataset_ids(folder), (*TAGS, kind_tag(layout)), pipeline_tag=TASK, **_index(folder, name)
-    )
+    tags = (*TAGS, kind_tag(layout))
+    metadata = card_metadata(license, dataset_ids(folder), tags, pipeline_tag=task(layout), **_index(folder, name))
+    kind = "Conditional image" if layout.segments else "Class-conditional image" if layout.num_classes else "Image"
     body = [
-        f"# {'Class-conditional image generator' if layout.num_classes else 'Image generator'}",
+        f"# {kind} generator",
         part("pictures", picture(folder, SAMPLES_NAME, "Generated images")),
         part("use", _summary(folder, config, layout), *_use(name, layout), *_use_without(name, layout)),
         part("details", "## Details", table(_details(folder, config, layout)), *class_blocks(layout)),
@@ -99,24 +100,49 @@ def _summary(folder: Path, config: VQGANConfig, layout: TokenLayout) -> str:
     )
 
 
+def task(layout: TokenLayout) -> str:
+    """The task of a pipeline in the words of the Hub."""
+    kinds = {segment.kind for segment in layout.segments}
+    return "text-to-image" if "text" in kinds else "image-to-image" if "image" in kinds else TASK
+
+
 def _use(name: str, layout: TokenLayout) -> list[str]:
     arguments, meaning = "num_images=4", ""
-    if layout.num_classes:
+    if layout.segments:
+        arguments = "\n" + "".join(f"    {argument},\n" for argument in [*_asked(layout), "num_images_per_label=4"])
+    elif layout.num_classes:
         number = example_class(layout)
         guidance = ", guidance_scale=1.5" if layout.has_null else ""
         arguments = f"class_labels=[{number}], num_images_per_label=4{guidance}"
         meaning = f"  # class {number}, {comment(layout.class_names[number])}"
+    pillow = "from PIL import Image\n\n" if "Image.open" in arguments else ""
     return [
         "## Use",
         install_block(),
         f"""```python
-from pipelines import VQGANPipeline
+{pillow}from pipelines import VQGANPipeline
 
 pipe = VQGANPipeline.from_pretrained("{name}")
 images = pipe.generate({arguments}).images{meaning}
 images[0].save("image.png")
 ```""",
     ]
+
+
+def _asked(layout: TokenLayout) -> list[str]:
+    """Arguments of `generate` that give an example of each condition."""
+    values = {"class": "0", "text": '"…"', "image": 'Image.open("condition.png")'}
+    by_kind = {
+        kind: [f'"{segment.name}": {value}' for segment in layout.conditions if segment.kind == kind]
+        for kind, value in values.items()
+    }
+    asked = [f"{ARGUMENTS[kind]}={{{', '.join(found)}}}" for kind, found in by_kind.items() if found]
+    return asked + (["guidance_scale=1.5"] if _guided(layout) else [])
+
+
+def _guided(layout: TokenLayout) -> bool:
+    """Whether the prior can do without all conditions."""
+    return not not_learnt(layout, [segment.name for segment in layout.conditions])
 
 
 def _use_without(name: str, layout: TokenLayout) -> list[str]:

@@ -27,12 +27,15 @@ class VQGANPipelineOutput(ModelOutput):
         labels: the class name of each image; None for images of no given class.
         seeds: the seed of each image, from 0 to 2**63 - 1. `generate(out.labels[n], seed=out.seeds[n])` with the same
             options makes image n again.
+        prompts: of a prior with several conditions, what was asked of each image, as arguments of `generate`:
+            `generate(**out.prompts[n], seed=out.seeds[n])` makes image n again.
     """
 
     images: Any = None
     codes: Tensor | None = None
     labels: list[str] | None = None
     seeds: list[int] | None = None
+    prompts: list[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return 0 if self.codes is None else len(self.codes)
@@ -60,6 +63,7 @@ def pipeline_text(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout
     lines = [
         f"images: {width * factor}×{height * factor} pixels, {channels}, {layout.codes_text} codes",
         f"classes: {layout.num_classes} ({names})" if names else "classes: none",
+        *([f"conditions: {', '.join(segment.summary for segment in layout.segments)}"] if layout.segments else []),
         f"vqgan: {config.quantizer}, {config.num_embeddings:,} codes, {vqgan.num_parameters():,} parameters",
         f"prior: {type(prior).__name__}, {prior.num_parameters():,} parameters",
         f"device: {prior.device}, {str(prior.dtype).removeprefix('torch.')}",

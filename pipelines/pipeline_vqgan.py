@@ -4,7 +4,7 @@ Shape letters: N images, h w code grid, L codes of an image, K codebook size. Co
 tokenizer has several codes at each position or several grids, `(N, h, w, G)` or `(N, L)`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,19 @@ from pipelines.arguments import (
     require_upload,
     shard_size,
 )
-from pipelines.chunks import images_at_once
+from pipelines.chunks import encode_in_chunks, images_at_once
 from pipelines.compression import Compression
+from pipelines.conditions import ConditionTokenizer, ImageTokenizer, require_tokenizers
 from pipelines.editing import Editing
 from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput, pipeline_text
-from pipelines.requests import (
-    condition_tokens,
-    image_seeds,
-    require_conditions,
-    require_memory,
-    unmasking_options,
-)
+from pipelines.prompts import asked_prompts, given_conditions, guidance_groups, require_learnt
+from pipelines.requests import image_seeds, prompt_tokens, require_memory, unmasking_options
 from pipelines.sampling import CodeSampler
 from pipelines.scoring import Scoring
 from pipelines.windows import larger_grid, sample_windows
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import (
+    CLASS,
     GuidanceSchedule,
     SamplingOptions,
     TokenLayout,
@@ -57,14 +54,22 @@ class VQGANPipeline(Editing, Scoring, Compression):
         prior: causal or masked language model over the tokenizer's codes.
         image_processor: converts images into pixel values and back.
         layout: meaning of the prior's tokens.
+        conditions: tokenizers of the texts and of the condition images that the prior takes, by the names of its
+            conditions. Condition images with the codes of `vqgan` need none.
 
     Raises:
         ValueError: the prior was trained on the codes of another tokenizer, or the layout does not fit the tokenizer or
-            the prior's vocabulary or family.
+            the prior's vocabulary or family, or a tokenizer of the conditions is missing or another one than in the
+            training.
     """
 
     def __init__(
-        self, vqgan: VQGANModel, prior: PreTrainedModel, image_processor: VQGANImageProcessor, layout: TokenLayout
+        self,
+        vqgan: VQGANModel,
+        prior: PreTrainedModel,
+        image_processor: VQGANImageProcessor,
+        layout: TokenLayout,
+        conditions: Mapping[str, ConditionTokenizer] | None = None,
     ):
         layout.require_tokenizer(vqgan)
         if prior.config.vocab_size != layout.vocab_size:
@@ -75,6 +80,8 @@ class VQGANPipeline(Editing, Scoring, Compression):
             raise ValueError(f"prior: received {type(prior).__name__}; the layout is that of a {layout.family} prior")
         self.vqgan, self.prior = vqgan.eval(), prior.eval()
         self.image_processor, self.layout = image_processor, layout
+        self.conditions = dict(conditions or {})
+        self._tokenizers = require_tokenizers(layout, self.conditions, ImageTokenizer(vqgan, image_processor))
         self._sampler = CodeSampler(layout)
         self._origin: Path | None = None  # the folder that it was loaded from
 
@@ -82,17 +89,18 @@ class VQGANPipeline(Editing, Scoring, Compression):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The models, image processor and layout, by the names of the constructor's arguments."""
+        """The models, image processor, layout and conditions, by the names of the constructor's arguments."""
         return {
             "vqgan": self.vqgan,
             "prior": self.prior,
             "image_processor": self.image_processor,
             "layout": self.layout,
+            "conditions": self.conditions,
         }
 
     @property
     def device(self) -> torch.device:
-        """The device of both models."""
+        """The device of all models."""
         return self.prior.device
 
     @property
@@ -109,14 +117,15 @@ class VQGANPipeline(Editing, Scoring, Compression):
         return list(self.layout.class_names)
 
     def to(self, *args: Any, **kwargs: Any) -> "VQGANPipeline":
-        """Moves or casts both models. The arguments are those of `torch.nn.Module.to`.
+        """Moves or casts all models. The arguments are those of `torch.nn.Module.to`.
 
         Raises:
             ValueError: there is no such device, or the dtype cannot hold weights.
         """
         require_move("device or dtype", *args, **kwargs)
-        self.vqgan.to(*args, **kwargs)
-        self.prior.to(*args, **kwargs)
+        others = [one.vqgan for one in self.conditions.values() if isinstance(one, ImageTokenizer)]
+        for model in (self.vqgan, self.prior, *others):
+            model.to(*args, **kwargs)
         return self
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
@@ -136,10 +145,10 @@ class VQGANPipeline(Editing, Scoring, Compression):
     @torch.no_grad()
     def generate(
         self,
-        class_labels: int | str | Sequence[int | str] | None = None,
+        class_labels: int | str | Sequence[int | str] | Mapping[str, Any] | None = None,
         num_images: int | None = None,
         num_images_per_label: int = 1,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Mapping[str, float] = 1.0,
         guidance_schedule: GuidanceSchedule = "constant",
         guidance_power: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -156,14 +165,24 @@ class VQGANPipeline(Editing, Scoring, Compression):
         batch_size: int | None = None,
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
         image_size: int | tuple[int, int] | None = None,
+        *,
+        text: str | Sequence[str] | Mapping[str, Any] | None = None,
+        condition_images: Any = None,
     ) -> VQGANPipelineOutput:
         """Generates images.
 
+        A prior may have several conditions, `pipe.layout.conditions`. Each is given alone, or in a dictionary by its
+        name, `{name: value}`. A value without a list serves all images; lists have one length. A condition that is
+        left out is a null token, if the prior has learnt to do without it.
+
         Args:
             class_labels: ids or names of classes. Without labels, the images are unconditional.
-            num_images: number of images if class_labels is not given (default 1).
-            num_images_per_label: number of images for each class label; images of one label are adjacent in the output.
-            guidance_scale: strength of the classifier-free guidance; 1.0 is no guidance, 1.5 to 3 is usual.
+            num_images: number of images if class_labels and lists are not given (default 1).
+            num_images_per_label: number of images for each class label, or for each prompt of several conditions;
+                images of one label are adjacent in the output.
+            guidance_scale: strength of the classifier-free guidance; 1.0 is no guidance, 1.5 to 3 is usual. A number
+                guides by all conditions together, `{name: number}` by each named one with a scale of its own, and the
+                name "a+b" by a and b together. Each scale takes one more prediction for each code.
             guidance_schedule: "constant"; "linear" and "cosine" raise the guidance from 1.0 at the first code towards
                 guidance_scale at the last code, so that images vary more.
             guidance_power: exponent of "linear" and "cosine"; above 1, guidance starts later.
@@ -193,6 +212,10 @@ class VQGANPipeline(Editing, Scoring, Compression):
             image_size: height and width of larger images than those of the training, in pixels, or the side of a
                 square; multiples of the downsampling factor. Windows of the trained size slide over the larger grid of
                 codes, see `pipelines/windows.py`. The steps of callback_on_step_end are then those of each window.
+            text: texts. A text of more tokens than the prior takes loses its end, as in the training.
+            condition_images: PIL images, arrays or tensors, see [`VQGANImageProcessor`]. They are the condition itself,
+                such as the small or the gray image, not the image that it is made from. They are resized to the size of
+                the condition.
 
         Returns:
             [`VQGANPipelineOutput`].
@@ -204,8 +227,9 @@ class VQGANPipeline(Editing, Scoring, Compression):
         if batch_size is not None:
             batch_size = whole("batch_size", batch_size)
         require_callback("callback_on_step_end", callback_on_step_end)
+        scales, groups = guidance_groups(self.layout, guidance_scale)
         options = SamplingOptions(
-            guidance_scale=guidance_scale,
+            guidance_scale=scales,
             guidance_schedule=guidance_schedule,
             guidance_power=guidance_power,
             guidance_interval=guidance_interval,
@@ -215,22 +239,29 @@ class VQGANPipeline(Editing, Scoring, Compression):
             min_p=min_p,
         )
         unmasking = unmasking_options(self.layout, num_steps, order, order_temperature)
-        require_conditions(self.layout, options, has_labels=class_labels is not None)
-        prompts = condition_tokens(class_labels, num_images, num_images_per_label, self.vqgan, self.layout, output_type)
+        given = given_conditions(self.layout, class_labels, text, condition_images)
+        names = [one.segment.name for one in given]
+        require_learnt(self.layout, names, options, groups)
+        prompts = prompt_tokens(
+            given, num_images, num_images_per_label, self.vqgan, self.layout, output_type, self._tokenizers
+        )
         seeds = image_seeds(len(prompts), seed, generator)
-        labels = None if class_labels is None else self.layout.names_of(prompts[:, 0])
 
         def sample(seeds: Tensor, known: Tensor | None = None) -> Iterator[Tensor]:
-            return self._sampled(prompts, seeds, options, batch_size, callback_on_step_end, known, unmasking=unmasking)
+            return self._sampled(
+                prompts, seeds, options, batch_size, callback_on_step_end, known, groups, unmasking=unmasking
+            )
 
-        if image_size is None:
-            return self._output(sample(seeds), output_type, labels, seeds)
-        grid = larger_grid(self.layout, image_size)
-        pixels = grid[0] * grid[1] * self.layout.downsampling_factor**2
-        require_memory("image_size", image_size, len(prompts), pixels, self.vqgan, self.layout, output_type)
-        known = torch.full((len(prompts), *grid, *self.layout.codes_shape[2:]), -1, device=self.device)
-        codes = sample_windows(sample, seeds, known, self.layout.grid)
-        return self._output([codes], output_type, labels, seeds)
+        batches: Iterable[Tensor] = sample(seeds)
+        if image_size is not None:
+            grid = larger_grid(self.layout, image_size)
+            pixels = grid[0] * grid[1] * self.layout.downsampling_factor**2
+            require_memory("image_size", image_size, len(prompts), pixels, self.vqgan, self.layout, output_type)
+            known = torch.full((len(prompts), *grid, *self.layout.codes_shape[2:]), -1, device=self.device)
+            batches = [sample_windows(sample, seeds, known, self.layout.grid)]
+        out = self._output(batches, output_type, self.layout.names_of(prompts[:, 0]) if CLASS in names else None, seeds)
+        out.prompts = asked_prompts(given, len(prompts)) if self.layout.segments else None
+        return out
 
     __call__ = generate
 
@@ -245,7 +276,7 @@ class VQGANPipeline(Editing, Scoring, Compression):
             ValueError: an image has another type, shape, dtype or range.
             FloatingPointError: latents were NaN or infinite.
         """
-        return self._encoded(self.image_processor(images)["pixel_values"])
+        return encode_in_chunks(self.vqgan, self.image_processor(images)["pixel_values"])
 
     @torch.no_grad()
     def decode(self, codes: Any, output_type: str = "pil") -> Any:
@@ -415,15 +446,6 @@ class VQGANPipeline(Editing, Scoring, Compression):
             if output_type != "codes":
                 images += self._decoded(batch, output_type)
         return VQGANPipelineOutput(_join(images, output_type), torch.cat(codes), labels, seeds.tolist())
-
-    def _encoded(self, pixel_values: Tensor) -> Tensor:
-        """Codes of prepared images `(N, C, H, W)`; see `encode`."""
-        parts = pixel_values.split(images_at_once(self.vqgan, pixel_values[0, 0].numel()))
-        encoded = [self.vqgan.encode(part.to(self.device, self.vqgan.dtype)) for part in parts]
-        if not torch.stack([part.latents.isfinite().all() for part in encoded]).all():
-            advice = "load the pipeline in float32, or check whether the tokenizer's weights are damaged"
-            raise FloatingPointError(f"the tokenizer's latents are NaN or infinite in {self.vqgan.dtype}; {advice}")
-        return torch.cat([part.codes for part in encoded])
 
     def _decoded(self, codes: Tensor, output_type: str) -> list[Any]:
         """Images of codes in `[0, K)`, in parts that fit in memory. Refuses NaN or infinite pixels."""

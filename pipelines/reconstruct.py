@@ -6,14 +6,14 @@ Usage: `python -m pipelines.reconstruct MODEL --images DIR --grid reconstruction
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, Problem, run
 from configs.problems import listed, one_line
-from pipelines.commands import ImageOutput, device_of
+from pipelines.commands import ImageOutput, device_of, images_in
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -111,28 +111,13 @@ def image_files(given: Sequence[str]) -> dict[str, Path]:
     Raises:
         ConfigError: a file or folder does not exist, a folder holds no image, or two images would have the same name.
     """
-    found = [(name, file) for text in given for name, file in _images_of(Path(text).expanduser(), text)]
+    found = [(name, file) for text in given for name, file in images_in(text)]
     counts = Counter(name for name, _ in found)
     names = [name if counts[name] == 1 else f"{name}{file.suffix.replace('.', '_')}" for name, file in found]
     if repeated := [f"{name}.png" for name, count in Counter(names).items() if count > 1]:
         message = f"several images would be saved as {listed(repeated)}; give them to several commands"
         raise ConfigError([Problem("images", message)])
     return dict(zip(names, (file for _, file in found), strict=True))
-
-
-def _images_of(path: Path, text: str) -> Iterator[tuple[str, Path]]:
-    from stage1_vqgan.data.decoding import readable_extensions
-
-    if path.is_file():
-        yield path.stem, path
-        return
-    extensions = readable_extensions()
-    files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in extensions and file.is_file()]
-    if not files:
-        reason = "this folder holds no images" if path.is_dir() else "there is no such file or folder"
-        raise ConfigError([Problem("images", f"received {text!r}; {reason}")])
-    for file in files:
-        yield "_".join(file.relative_to(path).with_suffix("").parts), file
 
 
 def load_model(model: str, device: str | None) -> tuple["VQGANModel", "VQGANImageProcessor"]:

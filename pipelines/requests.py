@@ -1,5 +1,6 @@
 """What is asked of `VQGANPipeline.generate`: which images, and whether the prior and the memory allow them."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,28 +9,13 @@ from torch import Tensor
 from configs.arguments import described, whole
 from configs.memory import shortage
 from configs.randomness import draw_seeds
-from pipelines.arguments import listed_labels
 from pipelines.chunks import bytes_of_image
+from pipelines.conditions import ConditionTokenizer
+from pipelines.prompts import Given, condition_ids, number_of_prompts
 from stage1_vqgan import VQGANModel
-from stage2_prior import SamplingOptions, TokenLayout, UnmaskingOptions
+from stage2_prior import TokenLayout, UnmaskingOptions
 
 LARGEST_SEED = 2**63 - 1
-
-
-def require_conditions(layout: TokenLayout, options: SamplingOptions, has_labels: bool) -> None:
-    """Checks that the prior has the null token if guidance or unconditional images need it.
-
-    Raises:
-        ValueError: it has none, or guidance has no labels.
-    """
-    if not layout.has_null and (options.guided or not has_labels):
-        what = "guidance_scale" if has_labels else "class_labels"
-        raise ValueError(
-            f"{what}: this prior was trained without condition dropout, so it has not learnt the null token; "
-            "it needs class_labels and guidance_scale 1.0"
-        )
-    if options.guided and not has_labels:
-        raise ValueError(f"guidance_scale: received {options.guidance_scale}; guidance needs class_labels (or use 1.0)")
 
 
 def unmasking_options(
@@ -56,50 +42,80 @@ def unmasking_options(
     return None
 
 
-def condition_tokens(
-    class_labels: Any, num_images: Any, num_images_per_label: Any, vqgan: VQGANModel, layout: TokenLayout, kind: str
+def prompt_tokens(
+    given: Sequence[Given],
+    num_images: Any,
+    num_images_per_label: Any,
+    vqgan: VQGANModel,
+    layout: TokenLayout,
+    kind: str,
+    tokenizers: Mapping[str, ConditionTokenizer] | None = None,
 ) -> Tensor:
-    """The condition tokens of the images that are asked for, int64 `(N, 1)`.
+    """The prompts of the images that are asked for, int64 `(N, P)`. What is not given has null tokens.
 
     Args:
-        class_labels, num_images, num_images_per_label: see `VQGANPipeline.generate`.
+        given: what is given, see `given_conditions`.
+        num_images, num_images_per_label: see `VQGANPipeline.generate`.
         vqgan: the tokenizer.
         layout: the token layout.
         kind: the `output_type` of the images.
+        tokenizers: the tokenizers of texts and condition images, by the names of the conditions.
 
     Raises:
         ValueError: the arguments contradict each other, a label is unknown, or the images do not fit in memory.
     """
-    each = whole("num_images_per_label", num_images_per_label)
-    if class_labels is None:
-        if each != 1:
-            advice = "needs class_labels (use num_images for unconditional images)"
-            raise ValueError(f"num_images_per_label: received {described(each)}; {advice}")
-        count = 1 if num_images is None else whole("num_images", num_images)
-        require_memory("num_images", count, count, layout.pixels, vqgan, layout, kind)
-        return torch.full((count, 1), layout.null_token)
-    if num_images is not None:
-        advice = "cannot be given with class_labels (use num_images_per_label)"
-        raise ValueError(f"num_images: received {described(num_images)}; {advice}")
-    labels = listed_labels(class_labels)
-    require_memory("class_labels", class_labels, len(labels), layout.pixels, vqgan, layout, kind)
-    ids = layout.class_ids(labels)
-    require_memory("num_images_per_label", each, each * len(ids), layout.pixels, vqgan, layout, kind)
-    return layout.class_tokens(ids.repeat_interleave(each))[:, None]
+    each = images_of_each(given, num_images, num_images_per_label)
+    count = number_of_prompts(given)
+    for one in given:
+        received = one.values[0] if one.is_single else one.values
+        require_memory(one.key, received, len(one.values), layout.pixels, vqgan, layout, kind)
+    prompts = layout.null_prompt().repeat(count, 1)
+    for one in given:
+        ids = condition_ids(one, layout, tokenizers or {})
+        prompts[:, layout.places[one.segment.name]] = ids + layout.first_tokens[one.segment.name]
+    name = "num_images_per_label" if num_images is None and given else "num_images"
+    require_memory(name, each, each * count, layout.pixels, vqgan, layout, kind)
+    return prompts.repeat_interleave(each, 0)
 
 
-def label_of_each(class_labels: Any, count: int) -> list[Any]:
-    """Labels of `count` images, from one label for all of them or one for each.
+def images_of_each(given: Sequence[Given], num_images: Any, num_images_per_label: Any) -> int:
+    """The number of images of each prompt.
 
     Raises:
-        ValueError: there is another number of labels.
+        ValueError: a number is no whole number, or the arguments contradict each other.
     """
-    labels = listed_labels(class_labels)
-    if len(labels) not in (1, count):
-        raise ValueError(
-            f"class_labels: received {len(labels)} labels for {count} images; needs one for all, or one for each"
-        )
-    return [*labels] * (count // len(labels))
+    each = whole("num_images_per_label", num_images_per_label)
+    if not given and each != 1:
+        advice = "needs class_labels (use num_images for unconditional images)"
+        raise ValueError(f"num_images_per_label: received {described(each)}; {advice}")
+    if num_images is None:
+        return each
+    for one in given:
+        if one.segment.kind == "class" or not one.is_single or each != 1:
+            what = one.key if each == 1 else "num_images_per_label"
+            advice = f"cannot be given with {what} (use num_images_per_label)"
+            raise ValueError(f"num_images: received {described(num_images)}; {advice}")
+    return whole("num_images", num_images)
+
+
+def prompts_of(
+    count: int,
+    given: Sequence[Given],
+    vqgan: VQGANModel,
+    layout: TokenLayout,
+    kind: str,
+    tokenizers: Mapping[str, ConditionTokenizer],
+) -> Tensor:
+    """The prompts of `count` images, int64 `(N, P)`: one for all of them, or one for each; see `prompt_tokens`.
+
+    Raises:
+        ValueError: there is another number of values.
+    """
+    number = number_of_prompts(given)
+    if number not in (1, count):
+        (key, *_) = [one.key for one in given if not one.is_single]
+        raise ValueError(f"{key}: received {number} values for {count} images; needs one for all, or one for each")
+    return prompt_tokens(given, None, 1, vqgan, layout, kind, tokenizers).repeat(count // number, 1)
 
 
 def image_seeds(count: int, seed: Any, generator: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from .adapters import without_adapters as without_adapters
 from .code_store import CodeStore as CodeStore
+from .conditions import CLASS as CLASS, Segment as Segment
 from .entropy_coding import (
     SymbolReader as SymbolReader,
     SymbolWriter as SymbolWriter,

@@ -36,7 +36,7 @@ class Segment:
         kind: "class"; "text", tokens of a text; or "image", codes of a condition image.
         num_tokens: number of its tokens, without its null token: classes, tokens of the text tokenizer, or codes.
         length: number of its places in the prompt. A shorter text fills its last places with null tokens.
-        has_null: whether training includes sequences without this condition.
+        has_null: whether training includes sequences without this condition alone, and with the others.
         class_names: names of the classes; only of kind "class".
         grids: h, w and number of codes at each position of each grid; only of kind "image".
         image_shape: (H, W) of the condition image in pixels; only of kind "image".

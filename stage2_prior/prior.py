@@ -358,5 +358,5 @@ def _shared_of_segment(
     wanted = segment.class_names or tuple(map(str, range(segment.num_tokens)))
     places = {name: number for number, name in enumerate(names)}
     yield from ((first_old + places[name], first_new + number) for number, name in enumerate(wanted) if name in places)
-    if before.has_null and segment.has_null:
+    if (before.has_null or old.has_null) and (segment.has_null or new.has_null):
         yield old.null_of(segment.name), new.null_of(segment.name)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from configs import ConfigError, Problem
 from configs.arguments import whole
 from pipelines.demo.mosaic import mosaics
 from pipelines.pipeline_vqgan import VQGANPipeline
@@ -34,6 +35,18 @@ class Reconstruction:
     reconstruction: Image.Image
     mosaic: Image.Image
     facts: str
+
+
+def require_classes_only(pipeline: VQGANPipeline) -> None:
+    """Refuses a prior with further conditions, for which the page has no inputs.
+
+    Raises:
+        ConfigError: names them.
+    """
+    if segments := pipeline.layout.segments:
+        names = ", ".join(segment.summary for segment in segments)
+        advice = "the page asks for classes only; use tessella generate, or VQGANPipeline.generate"
+        raise ConfigError([Problem("pipeline", f"received a prior with further conditions, {names}; {advice}")])
 
 
 def can_guide(pipeline: VQGANPipeline) -> bool:

@@ -30,7 +30,8 @@ class EvaluationConfig(UnmaskingSettings):
     max_real_images: upper limit of the real images of each split
     grid_columns: number of images of each class in samples.png
     dataloader_num_workers: processes that decode the real images; 0 decodes in the main process
-    tokenizer_run, code_store, prior_run: folders of the earlier steps; the metrics include their recorded durations
+    tokenizer_run, code_store, prior_run: folders of the earlier steps; the metrics include their recorded durations. A
+        prior with further conditions needs code_store: it is asked for the conditions of its validation images
     """
 
     preset: ClassVar[str] = "evaluate"

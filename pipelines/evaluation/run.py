@@ -23,6 +23,7 @@ from pipelines.commands import load_pipeline
 from pipelines.evaluation.classifiers import Classifier, ResNetClassifier, SupportVectorClassifier, class_metrics
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.metrics import area_features, frechet_distances, nearest_distance
+from pipelines.evaluation.prompts import sample_held_out
 from pipelines.evaluation.real_images import RealImages, read_real_images
 from pipelines.evaluation.report import (
     METRICS_NAME,
@@ -109,6 +110,8 @@ def generate_samples(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple
     Returns:
         Pixels float32 `(N, C, H, W)` in [-1, 1], and their classes, int64 `(N,)`, None if unconditional.
     """
+    if pipeline.layout.segments:
+        return sample_held_out(config, pipeline)
     generator = torch.Generator().manual_seed(config.seed)
     classes = range(len(pipeline.class_names))
     if not classes:

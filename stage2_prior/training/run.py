@@ -226,8 +226,8 @@ class Training:
 def open_codes(config: Stage2Config) -> tuple[CodeStore, TokenLayout]:
     """The code store, and the token layout of a prior over its codes.
 
-    The prior learns the null token if it has no conditions, or if training uses condition dropout. It learns that of a
-    further condition also if this condition has a dropout of its own.
+    The prior learns the null token if it has no conditions, or if training uses condition dropout. It learns to do
+    without one condition, and with the others, if this condition has a dropout of its own.
 
     Raises:
         ConfigError: the store is missing, or it was written with other settings.
@@ -235,7 +235,7 @@ def open_codes(config: Stage2Config) -> tuple[CodeStore, TokenLayout]:
     store = CodeStore(config.code_store)
     check_codes(config, store)
     together, alone = config.condition_dropout > 0, config.segment_dropout
-    segments = tuple(replace(segment, has_null=together or segment.name in alone) for segment in store.layout.segments)
+    segments = tuple(replace(segment, has_null=segment.name in alone) for segment in store.layout.segments)
     is_unconditional = not store.layout.num_classes and not segments
     has_null = is_unconditional or together
     return store, replace(store.layout, has_null=has_null, segments=segments, family=config.prior)

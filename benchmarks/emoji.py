@@ -1,0 +1,208 @@
+"""What conditions do, measured on emoji: text and style to image, and one style to another.
+
+    python -m benchmarks.emoji pairs --data emoji --output_dir emoji_pairs_of_styles
+    python -m benchmarks.emoji text PIPELINE --data emoji --pairs emoji_pairs
+    python -m benchmarks.emoji transfer PIPELINE --data emoji --pairs emoji_pairs
+
+The folders hold parquet files with the columns `image`, `style`, `text` and `code`; the same code is the same emoji in
+another style. `emoji` has train.parquet and test.parquet; the emoji of test are in no style in train. `emoji_pairs` has
+test.parquet; the train images show its emoji in the three other styles.
+
+`pairs` writes a data set whose rows have the column `source` too, the same emoji in another style. `text` generates
+every emoji from its text and its style. `transfer` generates it from its image in another style, a condition image.
+Features are those of EfficientNet-Lite0, which no training has used.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset, Image as ImageFeature, load_dataset
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from benchmarks.machine import environment
+from benchmarks.report import table, write
+from pipelines import VQGANPipeline
+from stage1_vqgan import labelled_grid
+from stage1_vqgan.networks import load_network
+
+NETWORK = "efficientnet-lite0@96"
+SHOWN = 12  # images in a row of the picture
+
+
+class Emoji(NamedTuple):
+    """Emoji, and what is known of each.
+
+    Attributes:
+        images: RGB images.
+        styles: int64 `(N,)`.
+        texts: descriptions.
+        codes: Unicode code points, the same for an emoji in all styles.
+    """
+
+    images: list[Image.Image]
+    styles: np.ndarray
+    texts: list[str]
+    codes: list[str]
+
+
+def read(path: Path) -> tuple[Emoji, list[str]]:
+    """The emoji of a parquet file, and the names of the styles."""
+    rows: Any = load_dataset("parquet", data_files=str(path), split="train")
+    images = [image.convert("RGB") for image in rows["image"]]
+    emoji = Emoji(images, np.array(rows["style"]), list(rows["text"]), list(rows["code"]))
+    return emoji, rows.features["style"].names
+
+
+class Features:
+    """Features of images, float32 `(N, D)` of length 1."""
+
+    def __init__(self) -> None:
+        self.network = load_network(NETWORK).eval()
+
+    @torch.no_grad()
+    def __call__(self, images: list[Image.Image]) -> Tensor:
+        pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
+        parts = [self.network(part).pooled for part in tqdm(pixels.split(64), desc="features", leave=False)]
+        return torch.nn.functional.normalize(torch.cat(parts))
+
+
+def retrieval(generated: Tensor, real: Tensor, emoji: Emoji) -> dict[str, float]:
+    """How often the nearest real image, among those of the style that was asked for, is the emoji asked for.
+
+    Args:
+        generated, real: features `(N, D)` of the generated and the real images of the same emoji.
+        emoji: the N emoji.
+
+    Returns:
+        The shares of the nearest and of the five nearest, and what chance would give.
+    """
+    codes, first, five, chance = np.array(emoji.codes), [], [], []
+    for style in np.unique(emoji.styles):
+        rows = np.flatnonzero(emoji.styles == style)
+        order = (generated[rows] @ real[rows].T).argsort(1, descending=True).numpy()
+        hits = codes[rows][order[:, :5]] == codes[rows][:, None]
+        first += hits[:, 0].tolist()
+        five += hits.any(1).tolist()
+        chance += [1 / len(rows)] * len(rows)
+    return {"top_1": float(np.mean(first)), "top_5": float(np.mean(five)), "chance": float(np.mean(chance))}
+
+
+def text(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
+    """Generates all emoji of both test sets from text and style, and without the text."""
+    features = Features()
+    train, names = read(args.data / "train.parquet")
+    classifier = LogisticRegression(max_iter=2000).fit(features(train.images), train.styles)
+    results: dict[str, Any] = {}
+    for split, path in (("test", args.data), ("pairs", args.pairs)):
+        emoji, _ = read(path / "test.parquet")
+        real, rows = features(emoji.images), []
+        asked: dict[str, Any] = {"class_labels": {args.style: [names[style] for style in emoji.styles]}, "seed": 0}
+        asked |= {"guidance_scale": args.guidance_scale, "temperature": args.temperature}
+        givens: dict[str, dict[str, Any]] = {"with text": {"text": emoji.texts}, "without": {}}
+        for kind, given in givens.items():
+            images = [image.convert("RGB") for image in pipeline.generate(**asked, **given).images]
+            found = features(images)
+            results[f"{split}, {kind}"] = retrieval(found, real, emoji) | {
+                "style": float(np.mean(classifier.predict(found) == emoji.styles)),
+                "style of real images": float(np.mean(classifier.predict(real) == emoji.styles)),
+            }
+            rows.append((kind, images))
+        picture(args.output_dir / f"text_{split}.png", [("real", emoji.images), *rows], emoji)
+    return results
+
+
+def transfer(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
+    """Generates each emoji of `pairs` from its train image in another style. Copying that image is the base line."""
+    features = Features()
+    train, names = read(args.data / "train.parquet")
+    emoji, _ = read(args.pairs / "test.parquet")
+    sources = [train.images[train.codes.index(code)] for code in emoji.codes]
+    labels = {args.style: [names[style] for style in emoji.styles]}
+    options = {"guidance_scale": args.guidance_scale, "temperature": args.temperature, "seed": 0}
+    generated = pipeline.generate(class_labels=labels, condition_images=sources, **options).images
+    kinds: dict[str, list[Image.Image]] = {
+        "generated": [image.convert("RGB") for image in generated],
+        "the input copied": sources,
+        "the real image, reconstructed": pipeline.reconstruct(emoji.images),
+    }
+    real = features(emoji.images)
+    lines = [("input", sources), ("generated", kinds["generated"]), ("real", emoji.images)]
+    picture(args.output_dir / "transfer.png", lines, emoji)
+    return {
+        kind: {
+            "l1": float(np.mean([l1(one, other) for one, other in zip(images, emoji.images, strict=True)])),
+            "feature distance": float(1 - (features(images) * real).sum(1).mean()),
+        }
+        for kind, images in kinds.items()
+    }
+
+
+def l1(one: Image.Image, other: Image.Image) -> float:
+    """Mean absolute difference of pixels in [0, 1]."""
+    return float(np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean() / 255)
+
+
+def picture(path: Path, rows: list[tuple[str, list[Image.Image]]], emoji: Emoji) -> None:
+    """Saves a few emoji of each style, a line for each kind of images."""
+    lines = []
+    for style in np.unique(emoji.styles):
+        shown = np.flatnonzero(emoji.styles == style)[:SHOWN]
+        lines += [(name, [images[number] for number in shown]) for name, images in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid(lines, SHOWN).save(path)
+
+
+def pairs(args: argparse.Namespace) -> None:
+    """Writes the train and test images with the same emoji in each other style as the column `source`."""
+    for split in ("train", "test"):
+        emoji, names = read(args.data / f"{split}.parquet")
+        by_code = defaultdict(list)
+        for number, code in enumerate(emoji.codes):
+            by_code[code].append(number)
+        rows = [(one, other) for group in by_code.values() for one in group for other in group if one != other]
+        raw: Any = load_dataset("parquet", data_files=str(args.data / f"{split}.parquet"), split="train")
+        encoded = raw.cast_column("image", ImageFeature(decode=False))["image"]
+        columns = {
+            "image": [encoded[one] for one, _ in rows],
+            "source": [encoded[other] for _, other in rows],
+            "style": [names[emoji.styles[one]] for one, _ in rows],
+        }
+        found = Dataset.from_dict(columns).cast_column("image", ImageFeature()).cast_column("source", ImageFeature())
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        found.to_parquet(str(args.output_dir / f"{split}.parquet"))
+        print(f"{len(rows):,} pairs in {args.output_dir / split}.parquet")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji", description=__doc__)
+    parser.add_argument("task", choices=["pairs", "text", "transfer"])
+    parser.add_argument("pipeline", nargs="?", help="folder of a pipeline")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
+    parser.add_argument("--pairs", type=Path, help="folder with the test.parquet of emoji known in other styles")
+    parser.add_argument("--style", default="style", help="name of the condition with the styles")
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks/emoji"))
+    args = parser.parse_args()
+    if args.task == "pairs":
+        pairs(args)
+        return
+    if args.pipeline is None or args.pairs is None:
+        parser.error(f"{args.task} needs a pipeline and --pairs")
+    where = environment()
+    results = {"text": text, "transfer": transfer}[args.task](args, VQGANPipeline.from_pretrained(args.pipeline))
+    print(table([{"": name} | {key: round(value, 3) for key, value in row.items()} for name, row in results.items()]))
+    write(
+        args.output_dir / f"{args.task}.json", {"environment": where, "settings": str(vars(args)), "results": results}
+    )
+
+
+if __name__ == "__main__":
+    main()
