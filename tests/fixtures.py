@@ -155,11 +155,12 @@ def masked_layout(layout: TokenLayout) -> TokenLayout:
 
 @pytest.fixture(scope="session")
 def random_prior() -> Callable[..., PreTrainedModel]:
-    """Returns a function that makes a random prior of an architecture in `tiny.RANDOM_PRIORS`."""
+    """Returns a function that makes a random prior of an architecture in `tiny`."""
+    settings_of = tiny.RANDOM_PRIORS | tiny.MASKED_PRIORS
 
     def make(model_type: str, layout: TokenLayout, seed: int = 0, **settings: object) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return build_prior({**tiny.RANDOM_PRIORS[model_type], **settings}, layout).eval().to(DEVICE)
+            return build_prior({**settings_of[model_type], **settings}, layout).eval().to(DEVICE)
 
     return make

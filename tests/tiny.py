@@ -37,6 +37,8 @@ RANDOM_PRIORS = {
     "llama": {**LLAMA, "initializer_range": 0.3},
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3},
     "qwen3": {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3},
+}
+MASKED_PRIORS = {
     "bert": {**BERT, "initializer_range": 0.3},
     "modernbert": {**BERT, "model_type": "modernbert", "initializer_range": 0.3},
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.chunks import encode_in_chunks
 from pipelines.masks import MaskedImages, joined, known_codes, masked_images
 from tests.devices import DEVICE
 from tests.random_pipelines import PRIORS, QUANTIZERS, coarse_noise, random_pipeline
@@ -128,7 +129,7 @@ def test_new_codes_are_the_most_likely_after_the_known_ones(kind, random_prior, 
     pipe = random_pipeline(random_prior, kind)
     out = pipe.inpaint(images, mask, "bee", temperature=0.0, output_type="codes")
     given = masked_images(pipe.image_processor, images, mask)
-    known = known_codes(pipe._encoded(given.pixel_values).cpu(), given.hidden)
+    known = known_codes(encode_in_chunks(pipe.vqgan, given.pixel_values).cpu(), given.hidden)
     assert out.images is None and out.codes.shape == (3, *pipe.layout.codes_shape)
     assert (known < 0).float().mean() == 6 / 16
     for codes, some in zip(out.codes.cpu(), known, strict=True):
@@ -220,7 +221,7 @@ REFUSED = {
         "masks: received float32 from",
     ),
     "no mask": ("inpaint", {"masks": None}, "masks: received None for 3 images; needs one mask for each, or one"),
-    "labels of other numbers": ("inpaint", {"masks": BLACK, "class_labels": [1, 2]}, "class_labels: received 2 labels"),
+    "labels of other numbers": ("inpaint", {"masks": BLACK, "class_labels": [1, 2]}, "class_labels: received 2 values"),
     "unknown label": ("inpaint", {"masks": BLACK, "class_labels": "dog"}, "class_labels: received 'dog'"),
     "guidance of nothing": ("inpaint", {"masks": BLACK, "guidance_scale": 2.0}, "guidance needs class_labels"),
     "a seam of text": ("inpaint", {"masks": BLACK, "seam": "2"}, "seam: received '2'; must be a whole number"),
