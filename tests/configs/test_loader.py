@@ -505,7 +505,7 @@ def test_shipped_stage2_builds(name):
     from stage2_prior.prior import build_prior
 
     config = load_config(dataclass_of("stage2"), name, GIVEN[name])
-    layout = TokenLayout(1024, ("a", "b"), (16, 16), 16, "fingerprint")
+    layout = TokenLayout(1024, ("a", "b"), (16, 16), 16, "fingerprint", family=config.prior)
     with torch.device("meta"):
         prior = build_prior(config.model, layout)
     assert prior.get_output_embeddings().weight.shape[0] == layout.vocab_size
