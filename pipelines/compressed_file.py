@@ -32,7 +32,8 @@ from stage2_prior import TokenLayout
 MAGIC = b"\x89TSL"  # the first byte is no ASCII, so nothing takes the file for text
 VERSION = 1
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-LARGEST = 2**16 - 1  # batch size, and number of threads
+LARGEST = 2**16 - 1  # batch size
+LARGEST_THREADS = 2**10  # the process ends if it cannot start as many
 
 _HEADER = struct.Struct("<4sBBB8s8sHHIIHHI")
 _CHECKSUM = struct.Struct("<I")
@@ -71,7 +72,7 @@ def header_of(layout: TokenLayout, prior: PreTrainedModel, codes: Tensor, has_la
         length=layout.length,
         images=len(codes),
         batch_size=batch_size,
-        threads=min(torch.get_num_threads(), LARGEST),
+        threads=min(torch.get_num_threads(), LARGEST_THREADS),
         codes=checksum_of_codes(codes),
     )
 
@@ -130,6 +131,7 @@ def require_same(header: Header, layout: TokenLayout, prior: PreTrainedModel) ->
             1 <= header.batch_size <= header.images,
             "the numbers of images in the header contradict each other",
         ),
+        "threads": (header.threads <= LARGEST_THREADS, f"they ask for {header.threads:,} threads of the CPU"),
     }
     for equal, reason in differences.values():
         if not equal:

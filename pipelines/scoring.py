@@ -200,6 +200,10 @@ class Scoring:
 
     def _labels_of(self, class_labels: Any, count: int) -> Tensor:
         """Class ids int64 `(count,)` of one label for all images, or of a label for each."""
+        if not self.layout.num_classes and self.layout.segments:
+            names = ", ".join(segment.name for segment in self.layout.segments)
+            reason = f"this prior has no class, and its other conditions ({names}) cannot be given here; leave it out"
+            raise ValueError(f"class_labels: received {described(class_labels)}; {reason}")
         ids = self.layout.class_ids(listed_labels(class_labels))
         if len(ids) not in (1, count):
             raise ValueError(f"class_labels: received {len(ids)} labels for {count} images; give one each, or one")

@@ -115,6 +115,22 @@ class Segment:
         }
 
 
+def checked_segments(segments: Any) -> tuple[Segment, ...]:
+    """The segments of a layout. Their names are identifiers, because they are keys, arguments and names of folders.
+
+    Raises:
+        ValueError: one is no segment, or has a name that is no identifier or is taken.
+    """
+    instance("segments", segments, (list, tuple), "a tuple of segments")
+    names = {CLASS, "codes", "classes", "null", "mask", "padding"}
+    for segment in segments:
+        instance("segments", segment, Segment, "a tuple of segments")
+        if not segment.name.isidentifier() or segment.name in names:
+            raise ValueError(f"segments: received the name {segment.name!r}; must be a new identifier")
+        names.add(segment.name)
+    return tuple(segments)
+
+
 class ClassNames:
     """The names of classes in the order of their ids.
 

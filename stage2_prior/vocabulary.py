@@ -15,23 +15,20 @@ codebook it belongs.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import torch
 from annotated_types import Ge
-from torch import Tensor
 
 from configs.arguments import choice, described, instance, whole
 from configs.files import read_json, write_json
 from configs.names import one_form
-from configs.randomness import Numbers
 from configs.sections import LARGEST
 from stage1_vqgan import Grids, codes_shape, grids_text, num_codes
-from stage2_prior.conditions import CLASS, ClassNames, Count, Segment
+from stage2_prior.conditions import Count, Segment, checked_segments
+from stage2_prior.prompt_tokens import PromptTokens
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -47,7 +44,7 @@ Family = Literal["causal", "masked"]
 
 
 @dataclass(frozen=True)
-class TokenLayout:
+class TokenLayout(PromptTokens):
     """Meaning of the tokens of a prior. The code store, the prior and the pipeline each store a copy.
 
     Args:
@@ -99,20 +96,10 @@ class TokenLayout:
             "class_counts": tuple(whole("class_counts", count, least=0, most=2**40) for count in self.class_counts),
         }
         plain["grids"] = _grids(self.grids, plain["grid"])
-        plain["segments"] = _segments(self.segments)
+        plain["segments"] = checked_segments(self.segments)
         choice("family", self.family, get_args(Family))
         for name, value in plain.items():
             object.__setattr__(self, name, value)
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return len(self.class_names)
-
-    @property
-    def null_token(self) -> int:
-        """The token of the unconditional prompt."""
-        return self.num_codes + self.num_classes
 
     @property
     def used_tokens(self) -> int:
@@ -135,69 +122,6 @@ class TokenLayout:
     def vocab_size(self) -> int:
         """Number of tokens, padding included."""
         return -(-self.used_tokens // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
-
-    # ------------------------------------------------------------------ the prompt
-
-    @cached_property
-    def conditions(self) -> tuple[Segment, ...]:
-        """All segments of the prompt. The first is named "class", unless there are only other conditions."""
-        if not self.num_classes and self.segments:
-            return self.segments
-        has_null = self.has_null and not self.segments  # else the null token only stands where all others are null
-        first = Segment(CLASS, "class", self.num_classes, 1, has_null, self.class_names)
-        return first, *self.segments
-
-    @cached_property
-    def first_tokens(self) -> dict[str, int]:
-        """The first token of each segment, by its name. Its null token follows its last token."""
-        first, found = self.null_token + 1, {CLASS: self.num_codes}
-        for segment in self.segments:
-            found[segment.name] = first
-            first += segment.num_tokens + 1
-        return {segment.name: found[segment.name] for segment in self.conditions}
-
-    @cached_property
-    def places(self) -> dict[str, slice]:
-        """The places of each segment in the prompt, by its name."""
-        found, start = {}, 0
-        for segment in self.conditions:
-            found[segment.name] = slice(start, start + segment.length)
-            start += segment.length
-        return found
-
-    @property
-    def prompt_length(self) -> int:
-        """P, number of tokens in front of the codes."""
-        return sum(segment.length for segment in self.conditions)
-
-    @property
-    def sequence_length(self) -> int:
-        """P + L, number of tokens of prompt and codes."""
-        return self.prompt_length + self.length
-
-    @property
-    def num_positions(self) -> int:
-        """Number of tokens that a prior reads: P + L; a causal prior does not read the last code."""
-        return self.sequence_length - (self.family == "causal")
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """The first token of the segment at each place of the prompt, int64 `(P,)`."""
-        firsts = torch.tensor([self.first_tokens[segment.name] for segment in self.conditions])
-        return firsts.repeat_interleave(torch.tensor([segment.length for segment in self.conditions]))
-
-    def null_of(self, name: str) -> int:
-        """The null token of a segment."""
-        (segment,) = [segment for segment in self.conditions if segment.name == name]
-        return self.first_tokens[name] + segment.num_tokens
-
-    def null_prompt(self, names: Sequence[str] | None = None) -> Tensor:
-        """int64 `(P,)`: the null token of the named segments at their places, -1 at other places; of all by default."""
-        prompt = torch.full((self.prompt_length,), -1)
-        for name, places in self.places.items():
-            if names is None or name in names:
-                prompt[places] = self.null_of(name)
-        return prompt
 
     # ------------------------------------------------------------------ the codes
 
@@ -230,26 +154,6 @@ class TokenLayout:
     def pixels(self) -> int:
         """Number of pixels of a decoded image, H·W."""
         return self.grid[0] * self.grid[1] * self.downsampling_factor**2
-
-    def class_tokens(self, labels: Numbers) -> Numbers:
-        """Tokens of int64 class labels `(B,)`, a tensor or an array."""
-        return labels + self.num_codes
-
-    def names_of(self, tokens: Tensor) -> list[str]:
-        """Class names of condition tokens `(B,)`; the null token has none."""
-        return [self.class_names[token - self.num_codes] for token in tokens.tolist()]
-
-    def class_ids(self, labels: Sequence[Any]) -> Tensor:
-        """Class ids, int64 `(B,)`, of labels that are ids or names.
-
-        Raises:
-            ValueError: a label is not one of the classes.
-        """
-        return self._classes.ids(labels)
-
-    @cached_property
-    def _classes(self) -> ClassNames:
-        return ClassNames(self.class_names)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values for JSON. `tokens` lists the ranges of tokens in order."""
@@ -363,18 +267,6 @@ def _grids(grids: Any, grid: Any) -> Grids:
     if plain and plain[-1][:2] != grid:
         raise ValueError(f"grids: received {plain}; the last must have h and w of grid, {grid}")
     return () if plain == ((*grid, 1),) else plain
-
-
-def _segments(segments: Any) -> tuple[Segment, ...]:
-    """The field `segments`. Names are of identifiers, because they are keys, arguments and names of folders."""
-    instance("segments", segments, (list, tuple), "a tuple of segments")
-    names = {CLASS, "codes", "classes", "null", "mask", "padding"}
-    for segment in segments:
-        instance("segments", segment, Segment, "a tuple of segments")
-        if not segment.name.isidentifier() or segment.name in names:
-            raise ValueError(f"segments: received the name {segment.name!r}; must be a new identifier")
-        names.add(segment.name)
-    return tuple(segments)
 
 
 @cache

@@ -173,14 +173,14 @@ def run_stage1(config: Stage1Config, folder: Path, name: str = "stage1", bypass:
         Training.finish, patched._restart_dead_codes, patched.step = finish, restart, step  # type: ignore[method-assign]
 
 
-def run_stage2(config: Stage2Config, folder: Path) -> None:
+def run_stage2(config: Stage2Config, folder: Path, name: str = "stage2") -> None:
     """Trains; saves the prior of this process and the average of its weights."""
     evaluate = prior_training.PriorTrainer.evaluate
 
     def evaluate_and_leave(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         states = {"weights": copy.deepcopy(trainer.model.state_dict())}
         with trainer.average.applied():
-            leave(folder, "stage2", {**states, "average": trainer.model.state_dict()})
+            leave(folder, name, {**states, "average": trainer.model.state_dict()})
         return evaluate(trainer, *args, **kwargs)
 
     prior_training.PriorTrainer.evaluate = evaluate_and_leave  # type: ignore[method-assign]
@@ -304,6 +304,9 @@ def run_all(folder: Path, other: Path) -> None:
     tokenize(config)
     measure(folder / "measured", other / "vqgan")
     run_stage2(config, folder / "states")
+    model = {**tiny.BERT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    masked = {"tokenizer": str(other / "vqgan"), "output_dir": str(folder / "masked"), "prior": "masked"}
+    run_stage2(stage2_config(folder, **masked, model=model), folder / "states", "masked")
 
 
 def run_all_on_two(folder: Path, other: Path) -> None:

@@ -125,6 +125,15 @@ class PriorTrainer(Trainer):
         self._losses.append((self.state.global_step, loss.detach()))
         return loss
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """In an evaluation, the mean over the codes of this process, which `prediction_step` adds up.
+
+        Trainer divides it by the codes of all processes, which may have different numbers of them.
+        """
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch if model.training else None)
+
     def loss_of_hidden_codes(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """The mean cross-entropy of the hidden codes, over all micro-batches and processes of a step.
 

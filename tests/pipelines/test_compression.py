@@ -156,6 +156,9 @@ def test_data_of_others_are_refused(tiny_pipeline, codes):
     newer = compressed_file.pack(dataclasses.replace(header, version=2), content)
     with pytest.raises(ValueError, match="data: received version 2 of the format"):
         tiny_pipeline.decompress(newer)
+    crowded = compressed_file.pack(dataclasses.replace(header, threads=1025), content)
+    with pytest.raises(ValueError, match="data: they ask for 1,025 threads of the CPU"):
+        tiny_pipeline.decompress(crowded)
 
 
 def test_what_cannot_be_compressed_is_refused(tiny_pipeline, codes, monkeypatch):

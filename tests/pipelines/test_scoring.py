@@ -162,6 +162,15 @@ def test_other_conditions_are_null(tiny_pipeline, digits):
         alone.score(digits[0])
 
 
+def test_labels_are_refused_where_the_prior_has_other_conditions_alone(tiny_pipeline, digits):
+    segment = Segment("style", "class", 2, class_names=("a", "b"))
+    pipeline = with_layout(tiny_pipeline, class_names=(), class_counts=(), segments=(segment,))
+    with pytest.raises(
+        ValueError, match=r"class_labels: received 'a'; this prior has no class, and its other conditions \(style\)"
+    ):
+        pipeline.score(digits[:1], "a")
+
+
 def test_a_heat_map_shows_where_the_nats_are(layout):
     nats = torch.zeros(1, 4, 4)
     nats[0, 1, 2] = 3.0
