@@ -92,6 +92,18 @@ def test_training_drops_a_condition(config, store):
     assert round(float(empty) * 30) == 2  # the rows without text
 
 
+def test_only_a_prior_without_conditions_is_called_unconditional(root, tmp_path, capsys):
+    config = settings(root, "style", {"style": ALL["style"]})
+    data = dataclasses.replace(config.data, use_labels=False, label_column=None)
+    config = dataclasses.replace(config, data=data)
+    tokenize(config)
+    store, layout = open_codes(config)
+    with RunFolder(config, True, export_prior) as run, StopRequest() as request:
+        Training(run, request, training_arguments(config), store, layout).tell()
+    printed = capsys.readouterr().out
+    assert "unconditional" not in printed and printed.count("style (3 classes)") == 2
+
+
 def test_the_run_trains_with_the_dropouts_of_the_settings(prior, config, tmp_path):
     config = dataclasses.replace(config, output_dir=str(tmp_path), condition_dropout=0.3)
     store, layout = open_codes(config)
