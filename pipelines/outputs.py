@@ -60,9 +60,10 @@ def pipeline_text(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout
     config, (height, width), factor = vqgan.config, layout.grid, layout.downsampling_factor
     channels = f"{config.in_channels} channel{'s' * (config.in_channels > 1)}"
     names = listed([cut(name, 40) for name in layout.class_names], 8)
+    classes = f"classes: {layout.num_classes} ({names})" if names else "classes: none"
     lines = [
         f"images: {width * factor}×{height * factor} pixels, {channels}, {layout.codes_text} codes",
-        f"classes: {layout.num_classes} ({names})" if names else "classes: none",
+        *([classes] if names or not layout.segments else []),
         *([f"conditions: {', '.join(segment.summary for segment in layout.segments)}"] if layout.segments else []),
         f"vqgan: {config.quantizer}, {config.num_embeddings:,} codes, {vqgan.num_parameters():,} parameters",
         f"prior: {type(prior).__name__}, {prior.num_parameters():,} parameters",

@@ -186,7 +186,8 @@ def require_learnt(
             raise ValueError(f"guidance_scale: {_without_dropout(layout, lacking)} and guidance_scale 1.0")
         if not any(segment.name in given for segment in group):
             needs = " or ".join(dict.fromkeys(argument_of(layout, segment) for segment in group))
-            raise ValueError(f"guidance_scale: received {options.guidance_scale}; guidance needs {needs} (or use 1.0)")
+            received = options.guidance_scale if names is None else f"the condition {'+'.join(names)!r}"
+            raise ValueError(f"guidance_scale: received {received}; guidance needs {needs} (or use 1.0)")
 
 
 def _without_dropout(layout: TokenLayout, lacking: Sequence[Segment]) -> str:

@@ -200,14 +200,20 @@ class Scoring:
 
     def _labels_of(self, class_labels: Any, count: int) -> Tensor:
         """Class ids int64 `(count,)` of one label for all images, or of a label for each."""
-        if not self.layout.num_classes and self.layout.segments:
-            names = ", ".join(segment.name for segment in self.layout.segments)
-            reason = f"this prior has no class, and its other conditions ({names}) cannot be given here; leave it out"
-            raise ValueError(f"class_labels: received {described(class_labels)}; {reason}")
+        if not self.layout.num_classes:
+            raise ValueError(f"class_labels: received {described(class_labels)}; {self._without_classes}")
         ids = self.layout.class_ids(listed_labels(class_labels))
         if len(ids) not in (1, count):
             raise ValueError(f"class_labels: received {len(ids)} labels for {count} images; give one each, or one")
         return ids.expand(count)
+
+    @property
+    def _without_classes(self) -> str:
+        """Why labels cannot be given, if the prior has no classes."""
+        if self.layout.segments:
+            names = ", ".join(segment.name for segment in self.layout.segments)
+            return f"scores take the class alone, and this prior has none, only the conditions {names}; leave it out"
+        return "this prior has no classes; leave it out"
 
     def _nats_by_class(self, codes: Tensor, batch_size: int | None, bar: tqdm) -> Iterator[Tensor]:
         """The nats of all codes given each class in turn, float32 `(N, L)`."""

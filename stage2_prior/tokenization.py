@@ -122,6 +122,8 @@ def _tell(
     facts["codes"] = f"{codes}; views of an image: {config.num_views}"
     if segments:
         facts["conditions"] = "; ".join(segment.summary for segment in segments)
+        if not train.has_labels:
+            del facts["classes"]  # it says that the prior will be unconditional
     facts["device"] = str(model.device)
     print_facts(facts | {"tokenizer": config.tokenizer, "code store": config.code_store})
 

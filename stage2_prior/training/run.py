@@ -186,8 +186,9 @@ class Training:
         facts = {
             "sequences": f"{len(train):,} for training, {len(validation):,} for validation, in {config.code_store}",
             "codes": f"{layout.length:,} in each, out of {layout.num_codes:,}",
-            "classes": f"{layout.num_classes:,}" if layout.num_classes else "none: the prior is unconditional",
         }
+        if layout.num_classes or not layout.segments:
+            facts["classes"] = f"{layout.num_classes:,}" if layout.num_classes else "none: the prior is unconditional"
         if layout.segments:
             facts["conditions"] = "; ".join(segment.summary for segment in layout.segments)
         device, processes = trainer.args.device, trainer.accelerator.num_processes

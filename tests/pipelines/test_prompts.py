@@ -177,7 +177,7 @@ REFUSED = {
     ),
     "guidance by what is not given": (
         {"text": "a", "guidance_scale": {"small": 2.0}},
-        "guidance_scale: received (2.0,); guidance needs condition_images['small'] (or use 1.0)",
+        "guidance_scale: received the condition 'small'; guidance needs condition_images['small'] (or use 1.0)",
     ),
     "guidance by an unknown name": (
         {"text": "a", "guidance_scale": {"caption+words": 2.0}},
@@ -539,3 +539,10 @@ def test_the_command_generates_from_all_conditions(command, with_class, picture)
 )
 def test_mistakes_of_the_command_are_messages(command, arguments, message):
     assert message in command(*arguments, "--grid=a.png")
+
+
+def test_a_pipeline_without_the_class_does_not_call_itself_unconditional(pipeline, with_class, picture):
+    assert "\n  classes: " not in repr(pipeline) and "conditions: animal (3 classes)" in repr(pipeline)
+    assert "\n  classes: 3 " in repr(with_class)
+    with pytest.raises(ValueError, match=r"class_labels: received 'flat'; scores take the class alone, .* style"):
+        pipeline.score(picture.convert("RGB"), "flat")

@@ -10,6 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from configs import ConfigError
+from configs.interruption import StopRequest
+from configs.run_folder import RunFolder
 from stage2_prior import CodeStore, SamplingOptions, TokenLayout, load_prior, sample_codes
 from stage2_prior.condition_text import load_text_tokenizer, train_text_tokenizer, vocabulary_size
 from stage2_prior.data import CodeDataset
@@ -17,8 +19,9 @@ from stage2_prior.export import export_prior
 from stage2_prior.model_card import prior_card
 from stage2_prior.prior import adapt_prior, build_prior
 from stage2_prior.tokenization import tokenize
+from stage2_prior.training.arguments import training_arguments
 from stage2_prior.training.grid_prompts import grid_rows
-from stage2_prior.training.run import initial_prior, open_codes, train
+from stage2_prior.training.run import Training, initial_prior, open_codes, train
 from tests import conditioned, tiny
 from tests.conditioned import ALL, settings
 
@@ -87,6 +90,27 @@ def test_training_drops_a_condition(config, store):
     assert abs(dropped - 0.2) < 0.06  # 5 standard deviations of 1,500 draws are 0.052
     empty = (prompts[:, layout.places["text"]] == layout.null_of("text")).all(1).float().mean()
     assert round(float(empty) * 30) == 2  # the rows without text
+
+
+def test_only_a_prior_without_conditions_is_called_unconditional(root, tmp_path, capsys):
+    config = settings(root, "style", {"style": ALL["style"]})
+    data = dataclasses.replace(config.data, use_labels=False, label_column=None)
+    config = dataclasses.replace(config, data=data)
+    tokenize(config)
+    store, layout = open_codes(config)
+    with RunFolder(config, True, export_prior) as run, StopRequest() as request:
+        Training(run, request, training_arguments(config), store, layout).tell()
+    printed = capsys.readouterr().out
+    assert "unconditional" not in printed and printed.count("style (3 classes)") == 2
+
+
+def test_the_run_trains_with_the_dropouts_of_the_settings(prior, config, tmp_path):
+    config = dataclasses.replace(config, output_dir=str(tmp_path), condition_dropout=0.3)
+    store, layout = open_codes(config)
+    with RunFolder(config, True, export_prior) as run, StopRequest() as request:
+        trainer = Training(run, request, training_arguments(config), store, layout).trainer
+    assert trainer.train_dataset.segment_dropout == {"style": 0.2} and trainer.train_dataset.condition_dropout == 0.3
+    assert not trainer.eval_dataset.segment_dropout and trainer.eval_dataset.condition_dropout == 0.0
 
 
 def test_samples_of_the_prior(prior, config, store):
