@@ -166,7 +166,7 @@ def test_labels_are_refused_where_the_prior_has_other_conditions_alone(tiny_pipe
     segment = Segment("style", "class", 2, class_names=("a", "b"))
     pipeline = with_layout(tiny_pipeline, class_names=(), class_counts=(), segments=(segment,))
     with pytest.raises(
-        ValueError, match=r"class_labels: received 'a'; this prior has none, only the conditions style"
+        ValueError, match=r"class_labels: received 'a'; .*this prior has none, only the conditions style"
     ):
         pipeline.score(digits[:1], "a")
 
