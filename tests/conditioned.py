@@ -1,9 +1,11 @@
 """A small data set of colour images with classes, texts and a second image, and settings of conditions on it."""
 
 import io
+from contextlib import contextmanager
 
 import datasets
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -23,6 +25,18 @@ ALL = {
     "small": {"transform": "downscale 2"},
     "twin": {"kind": "image", "column": "twin"},
 }
+
+
+@contextmanager
+def prepared(folder):
+    """Inside this context, the folder holds the data and two tokenizers, and `datasets` keeps its cache there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        datasets.disable_progress_bars()
+        write_data(folder / "data")
+        save_tokenizer(folder / "vqgan")
+        save_tokenizer(folder / "own", 8, seed=1)
+        yield folder
 
 
 def image_bytes(rng):

@@ -23,13 +23,7 @@ from tests.conditioned import ALL, settings
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A folder with data, tokenizers and a code store."""
-    folder = tmp_path_factory.mktemp("prompts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        datasets.disable_progress_bars()
-        conditioned.write_data(folder / "data")
-        conditioned.save_tokenizer(folder / "vqgan")
-        conditioned.save_tokenizer(folder / "own", 8, seed=1)
+    with conditioned.prepared(tmp_path_factory.mktemp("prompts")) as folder:
         twin = {**ALL["twin"], "tokenizer": str(folder / "own")}
         tokenize(settings(folder, "run", {**ALL, "twin": twin}))
         yield folder

@@ -4,7 +4,6 @@ import io
 import shutil
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -34,13 +33,8 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with data and a tokenizer."""
-    folder = tmp_path_factory.mktemp("conditioned")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        datasets.disable_progress_bars()
-        conditioned.write_data(folder / "data")
-        conditioned.save_tokenizer(folder / "vqgan")
+    """A folder with data and tokenizers."""
+    with conditioned.prepared(tmp_path_factory.mktemp("conditioned")) as folder:
         yield folder
 
 

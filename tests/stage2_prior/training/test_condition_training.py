@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import datasets
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -31,13 +30,7 @@ CONDITIONS = {**ALL, "style": {**ALL["style"], "dropout": 0.2}}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A folder with data and two tokenizers."""
-    folder = tmp_path_factory.mktemp("training")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        datasets.disable_progress_bars()
-        conditioned.write_data(folder / "data")
-        conditioned.save_tokenizer(folder / "vqgan")
-        conditioned.save_tokenizer(folder / "own", 8, seed=1)
+    with conditioned.prepared(tmp_path_factory.mktemp("training")) as folder:
         yield folder
 
 
