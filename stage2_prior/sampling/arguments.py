@@ -50,6 +50,8 @@ def check_request(
     require_int64("prompts", prompts, (None, None))
     instance("options", options, SamplingOptions, "SamplingOptions")
     require_int64("null_prompts", null_prompts, (len(options.group_scales) * len(prompts), prompts.shape[1]))
+    if (scales := options.table.shape[1]) not in (1, len(prompts)):
+        raise ValueError(f"options: received guidance scales for {scales} images; prompts has {len(prompts)}")
     require_int64("seeds", seeds, (len(prompts),))
     others = {"null_prompts": null_prompts, "seeds": seeds}
     if known is not None:
