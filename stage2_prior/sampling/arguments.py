@@ -76,8 +76,8 @@ def require_int64(name: str, value: Any, shape: tuple[int | None, ...]) -> None:
     raise ValueError(f"{name}: received {described(value)}; needs an int64 tensor of shape ({allowed})")
 
 
-def require_callback(name: str, callback: Any) -> None:
-    """Refuses what cannot be called with a position and codes."""
+def require_callback(name: str, callback: Any, takes: str = "a position and codes") -> None:
+    """Refuses what cannot be called with two arguments; `takes` states them in words."""
     if callback is None:
         return
     try:
@@ -85,9 +85,7 @@ def require_callback(name: str, callback: Any) -> None:
             raise TypeError("it cannot be called")
         inspect.signature(callback).bind(0, None)
     except TypeError as error:
-        raise ValueError(
-            f"{name}: received {described(callback)}; must be a function of a position and codes: {error}"
-        ) from error
+        raise ValueError(f"{name}: received {described(callback)}; must be a function of {takes}: {error}") from error
     except ValueError as error:  # some functions written in C have no signature
         if isinstance(callback, type):
             raise ValueError(f"{name}: received {described(callback)}; must be a function") from error

@@ -95,7 +95,9 @@ SCALES_OF_IMAGES = (2.5, 1.0, 3.0, 1.0, 0.0, 2.5, 8.0)
     ],
     ids=str,
 )
-@pytest.mark.parametrize("make", [make_decoder, lambda prior, rows, length, num_codes: EagerDecoder(prior, rows, length)])
+@pytest.mark.parametrize(
+    "make", [make_decoder, lambda prior, rows, length, num_codes: EagerDecoder(prior, rows, length)]
+)
 def test_each_image_has_the_codes_of_its_own_guidance_scale(random_prior, layout, make, options):
     prior, labels, seeds = random_prior("llama", layout), torch.arange(7) % 5, torch.arange(100, 107)
     decoder = make(prior, 14, layout.length, layout.num_codes)
