@@ -140,6 +140,18 @@ def group_scales(value):
     return tuple(scales) if type(value) in (list, tuple) else scales[0]
 
 
+def scales_of_prompts(value):
+    """Guidance scales of two prompts: one for both, or a list with one for each."""
+    scales = group_scales(value)
+    return (
+        list(scales)
+        if isinstance(scales, tuple) and len(scales) == 2
+        else REFUSED
+        if isinstance(scales, tuple)
+        else scales
+    )
+
+
 def size_of(value):
     """The height and width that a size of the image processor stands for; None is that of its default."""
     if isinstance(value, dict) and set(value) == {"height", "width"}:
@@ -319,6 +331,25 @@ CALLBACKS = {
     "any arguments": (lambda: lambda *chosen: None, None),
     "text": (lambda: "print", REFUSED),
 }
+SCALE_LISTS = {
+    "a tuple": (lambda: (0, 2.5), [0.0, 2.5]),
+    "of one prompt": (lambda: [2.0], REFUSED),
+    "of three prompts": (lambda: [2.0, 3.0, 4.0], REFUSED),
+    "nested": (lambda: [[2.0], [3.0]], REFUSED),
+    "one is wrong": (lambda: [2.0, math.nan], REFUSED),
+    "by name": (lambda: {"class": [2.0, 3.0]}, [2.0, 3.0]),
+    "an unknown name": (lambda: {"style": [2.0, 3.0]}, REFUSED),
+}
+SCORES_OF_IMAGES = {
+    "zeros": (lambda: lambda images, labels: np.zeros(len(images)), lambda *given: torch.zeros(len(given[0]))),
+    "nothing": (lambda: lambda images, labels: None, REFUSED),
+    "one number": (lambda: lambda images, labels: 0.0, REFUSED),
+    "too few": (lambda: lambda images, labels: [0.0] * (len(images) - 1), REFUSED),
+    "NaN": (lambda: lambda images, labels: [math.nan] * len(images), REFUSED),
+    "texts": (lambda: lambda images, labels: ["1"] * len(images), REFUSED),
+    "ragged": (lambda: lambda images, labels: [[1], [1, 2], 3, 4], REFUSED),
+    "hostile": (lambda: lambda images, labels: Hostile(), REFUSED),
+}
 OUTPUT = {
     "seed": Argument(constant(None), either(None), near={"beside the generator": (lambda: 7, REFUSED)}),
     "generator": Argument(seeded, either(None), near=GENERATORS),
@@ -344,6 +375,9 @@ LABELLED = {
         },
     ),
     **{name: Argument(constant(None), either(None)) for name in ("num_steps", "order", "order_temperature")},  # causal
+    "guidance_scale": Argument(constant([1.5, 2.5]), scales_of_prompts, near=SCALE_LISTS),
+    "best_of": Argument(constant(2), whole(1, 1000)),
+    "best_by": Argument(constant("class"), optional(either("class", "likelihood")), near=SCORES_OF_IMAGES),
     "num_images": Argument(constant(None), either(None)),
     "num_images_per_label": Argument(constant(1), whole(1, 100)),
     "output_type": Argument(constant("np"), either("pil", "np", "pt", "codes")),
@@ -433,6 +467,7 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
                 "num_images": Argument(constant(2), optional(whole(1, 100))),
                 "output_type": Argument(constant("pt"), either("pil", "np", "pt", "codes")),
                 "num_images_per_label": Argument(constant(1), whole(1, 1)),
+                "best_by": Argument(constant(None), either(None), near={"class": (lambda: "class", REFUSED)}),
             },
         ),
         "inpaint": (pipe.inpaint, {**EDITED, "masks": Argument(lambda: MASK, near=MASKS)}),
