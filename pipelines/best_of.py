@@ -99,7 +99,8 @@ def require_best_of(layout: TokenLayout, best_of: Any, best_by: Any, has_class: 
     count = whole("best_of", best_of, most=MOST_CANDIDATES)
     if best_by is None:
         if count > 1:
-            raise ValueError(f"best_of: received {count}; needs best_by: 'likelihood', 'class' or a function of images")
+            needs = "needs 'likelihood', 'class' or a function of images and labels"
+            raise ValueError(f"best_by: received None; best_of {count} {needs}")
         return count
     if callable(best_by):
         require_callback("best_by", best_by, "images and labels")

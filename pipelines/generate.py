@@ -135,10 +135,10 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
         rows = [(name, out.images[n * each : (n + 1) * each]) for n, name in enumerate(names)]
         write_png(config.grid, labelled_grid(rows, columns=10))
     prompts = asked_prompts(given, len(out), scale) if out.prompts else [{}] * len(out)
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, chosen) in enumerate(zip(prompts, out.seeds or [], strict=True)):
         file = str(paths[number]) if paths else config.grid
         label = out.labels[number] if out.labels else None
-        line = {"file": file, "label": label, **prompt, "seed": out.seeds[number], **settings} | prompt
+        line = {"file": file, "label": label, **prompt, "seed": chosen, **settings} | prompt
         print(json.dumps(line | ({"score": out.scores[number]} if out.scores else {})))
     return out
 

@@ -9,15 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from configs.arguments import choice, instance
+from configs.arguments import instance
 from pipelines import hub
 from pipelines.arguments import (
-    int64_codes,
     require_device,
     require_dtype,
     require_loading,
@@ -26,11 +24,11 @@ from pipelines.arguments import (
     shard_size,
 )
 from pipelines.best_of import BestOf, ImageScore, require_best_of
-from pipelines.chunks import encode_in_chunks, images_at_once
+from pipelines.coding import Coding, joined_images
 from pipelines.compression import Compression
 from pipelines.conditions import ConditionTokenizer, ImageTokenizer, require_tokenizers
 from pipelines.editing import Editing
-from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput, pipeline_text
+from pipelines.outputs import VQGANPipelineOutput, pipeline_text
 from pipelines.requests import Request, prompt_tokens, require_memory
 from pipelines.sampling import CodeSampler
 from pipelines.scoring import Scoring
@@ -39,7 +37,7 @@ from stage1_vqgan import VQGANImageProcessor, VQGANModel
 from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, UnmaskingOptions, UnmaskingOrder
 
 
-class VQGANPipeline(Editing, BestOf, Scoring, Compression):
+class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
     """Generates images: the prior samples codes, the tokenizer decodes them.
 
     Args:
@@ -243,7 +241,8 @@ class VQGANPipeline(Editing, BestOf, Scoring, Compression):
             top_p=top_p,
             min_p=min_p,
         )
-        count = require_best_of(self.layout, best_of, best_by, request.labels is not None, image_size is not None)
+        is_larger = image_size is not None and larger_grid(self.layout, image_size) != self.layout.grid
+        count = require_best_of(self.layout, best_of, best_by, request.labels is not None, is_larger)
         sample = partial(self._codes, image_size=image_size)
         batches: Iterable[Tensor] = sample(request)
         scores = None
@@ -255,42 +254,6 @@ class VQGANPipeline(Editing, BestOf, Scoring, Compression):
         return out
 
     __call__ = generate
-
-    @torch.no_grad()
-    def encode(self, images: Any) -> Tensor:
-        """Encodes images into codes int64 `(N, h, w)`, `(N, h, w, G)` or `(N, L)`.
-
-        Args:
-            images: PIL images, arrays or tensors, one or a list; see [`VQGANImageProcessor`].
-
-        Raises:
-            ValueError: an image has another type, shape, dtype or range.
-            FloatingPointError: latents were NaN or infinite.
-        """
-        return encode_in_chunks(self.vqgan, self.image_processor(images)["pixel_values"])
-
-    @torch.no_grad()
-    def decode(self, codes: Any, output_type: str = "pil") -> Any:
-        """Decodes codes into images.
-
-        Args:
-            codes: whole numbers `(N, h, w)` in `[0, K)`, or of the other shapes: a tensor, an array or nested lists.
-                Floats are refused.
-            output_type: "pil", "np" or "pt"; see `generate`.
-
-        Raises:
-            ValueError: the codes are not such numbers, their images do not fit in memory, or pixels are not finite.
-        """
-        choice("output_type", output_type, OUTPUT_TYPES[:3])
-        codes = int64_codes(codes, 1 + len(self.layout.codes_shape)).to(self.device)
-        require_memory("codes", codes, len(codes), self._pixels(codes), self.vqgan, self.layout, output_type)
-        self.vqgan.check_codes(codes, self.layout.grid)
-        return _join(self._decoded(codes, output_type), output_type)
-
-    def reconstruct(self, images: Any, output_type: str = "pil") -> Any:
-        """Encodes and decodes images. No prior can generate images of higher fidelity than these reconstructions."""
-        choice("output_type", output_type, OUTPUT_TYPES[:3])
-        return self.decode(self.encode(images), output_type)
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -447,28 +410,4 @@ class VQGANPipeline(Editing, BestOf, Scoring, Compression):
             codes.append(batch)
             if output_type != "codes":
                 images += self._decoded(batch, output_type)
-        return VQGANPipelineOutput(_join(images, output_type), torch.cat(codes), labels, seeds.tolist())
-
-    def _decoded(self, codes: Tensor, output_type: str) -> list[Any]:
-        """Images of codes in `[0, K)`, in parts that fit in memory. Refuses NaN or infinite pixels."""
-        return [self.image_processor.postprocess(part, output_type) for part in self._decoded_parts(codes)]
-
-    def _decoded_parts(self, codes: Tensor) -> Iterator[Tensor]:
-        """The decoder's output for codes in `[0, K)`, `(n, C, H, W)`, in parts that fit in memory."""
-        # not decode_codes: its check of the codes would wait for the GPU
-        for part in codes.split(images_at_once(self.vqgan, self._pixels(codes))):
-            yield self.vqgan.decode(self.vqgan.lookup(part, self.layout.grid))
-
-    def _pixels(self, codes: Tensor) -> int:
-        """Number of pixels of the image of each row of codes, H·W."""
-        height, width = self.vqgan.grid_of(codes, self.layout.grid)
-        return height * width * self.layout.downsampling_factor**2
-
-
-def _join(batches: list[Any], output_type: str) -> Any:
-    """Joins the images of all batches."""
-    if output_type == "codes":
-        return None
-    if output_type == "pil":
-        return [image for batch in batches for image in batch]
-    return torch.cat(batches) if output_type == "pt" else np.concatenate(batches)
+        return VQGANPipelineOutput(joined_images(images, output_type), torch.cat(codes), labels, seeds.tolist())

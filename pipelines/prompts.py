@@ -189,7 +189,7 @@ def scale_of_prompt(guidance_scale: Any, number: int) -> Any:
     """The guidance scale of one prompt, as `generate` takes it."""
     if isinstance(guidance_scale, Mapping):
         return {name: scale_of_prompt(scale, number) for name, scale in guidance_scale.items()}
-    return guidance_scale[number] if scale_lists(guidance_scale) else guidance_scale
+    return float(guidance_scale[number] if scale_lists(guidance_scale) else guidance_scale)
 
 
 def require_learnt(

@@ -295,8 +295,16 @@ PIXELS = {
     "meta": (lambda: pixels().to("meta"), REFUSED),
     "sparse": (lambda: pixels().to_sparse(), REFUSED),
 }
+SCALE_LISTS = {
+    "a tuple": (lambda: (0, 2.5), [0.0, 2.5]),
+    "of one prompt": (lambda: [2.0], REFUSED),
+    "of three prompts": (lambda: [2.0, 3.0, 4.0], REFUSED),
+    "nested": (lambda: [[2.0], [3.0]], REFUSED),
+    "one is wrong": (lambda: [2.0, math.nan], REFUSED),
+    "an unknown name": (lambda: {"style": [2.0, 3.0]}, REFUSED),
+}
 SAMPLING = {
-    "guidance_scale": Argument(constant(1.5), number(0, 3.4e38)),
+    "guidance_scale": Argument(constant(1.5), scales_of_prompts, near=SCALE_LISTS),
     "guidance_schedule": Argument(constant("linear"), either("constant", "linear", "cosine")),
     "guidance_power": Argument(constant(1.0), number(1e-300, 1.7e308)),
     "guidance_interval": Argument(
@@ -330,15 +338,6 @@ CALLBACKS = {
     "two arguments": (lambda: lambda position, chosen: None, None),
     "any arguments": (lambda: lambda *chosen: None, None),
     "text": (lambda: "print", REFUSED),
-}
-SCALE_LISTS = {
-    "a tuple": (lambda: (0, 2.5), [0.0, 2.5]),
-    "of one prompt": (lambda: [2.0], REFUSED),
-    "of three prompts": (lambda: [2.0, 3.0, 4.0], REFUSED),
-    "nested": (lambda: [[2.0], [3.0]], REFUSED),
-    "one is wrong": (lambda: [2.0, math.nan], REFUSED),
-    "by name": (lambda: {"class": [2.0, 3.0]}, [2.0, 3.0]),
-    "an unknown name": (lambda: {"style": [2.0, 3.0]}, REFUSED),
 }
 SCORES_OF_IMAGES = {
     "zeros": (lambda: lambda images, labels: np.zeros(len(images)), lambda *given: torch.zeros(len(given[0]))),
@@ -375,9 +374,6 @@ LABELLED = {
         },
     ),
     **{name: Argument(constant(None), either(None)) for name in ("num_steps", "order", "order_temperature")},  # causal
-    "guidance_scale": Argument(constant([1.5, 2.5]), scales_of_prompts, near=SCALE_LISTS),
-    "best_of": Argument(constant(2), whole(1, 1000)),
-    "best_by": Argument(constant("class"), optional(either("class", "likelihood")), near=SCORES_OF_IMAGES),
     "num_images": Argument(constant(None), either(None)),
     "num_images_per_label": Argument(constant(1), whole(1, 100)),
     "output_type": Argument(constant("np"), either("pil", "np", "pt", "codes")),
@@ -468,6 +464,14 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
                 "output_type": Argument(constant("pt"), either("pil", "np", "pt", "codes")),
                 "num_images_per_label": Argument(constant(1), whole(1, 1)),
                 "best_by": Argument(constant(None), either(None), near={"class": (lambda: "class", REFUSED)}),
+            },
+        ),
+        "generate the best": (
+            pipe.generate,
+            {
+                **{name: LABELLED[name] for name in ("class_labels", "generator", "output_type")},
+                "best_of": Argument(constant(2), whole(1, 1000)),
+                "best_by": Argument(constant("class"), near=SCORES_OF_IMAGES),
             },
         ),
         "inpaint": (pipe.inpaint, {**EDITED, "masks": Argument(lambda: MASK, near=MASKS)}),

@@ -130,7 +130,7 @@ def test_a_masked_prior_takes_functions(masked):
 
 
 WRONG = {
-    "no score": ({"best_of": 4}, "best_of: received 4; needs best_by: 'likelihood', 'class' or a function"),
+    "no score": ({"best_of": 4}, "best_by: received None; best_of 4 needs 'likelihood', 'class' or"),
     "none": ({"best_of": 0, "best_by": "class"}, "best_of: received 0; must be a whole number from 1 to 1000"),
     "too many": ({"best_of": 1001, "best_by": "class"}, "best_of: received 1001; must be"),
     "true": ({"best_of": True, "best_by": "class"}, "best_of: received True; must be"),

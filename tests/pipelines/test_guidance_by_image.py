@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from pipelines import VQGANPipeline
+from stage2_prior.prior import build_prior
+from tests import tiny
 from tests.devices import DEVICE
 
-# The priors are hardly trained, so guidance must be strong to change codes.
-LABELS, SCALES = [3, 7, 1, 3], [30.0, 1.0, 100.0, 0.0]
+LABELS, SCALES = [3, 7, 1, 3], [2.5, 1.0, 6.0, 0.0]
 SCHEDULES = [{}, {"guidance_schedule": "linear", "guidance_interval": (0.2, 0.9)}]
 
 
@@ -17,6 +18,9 @@ def pipeline(request, tiny_runs, masked_runs) -> VQGANPipeline:
     runs = {"causal": tiny_runs, "masked": masked_runs}[request.param]
     pipeline = VQGANPipeline.from_pretrained(runs.pipeline, device=DEVICE)
     pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    config = {"causal": tiny.RANDOM_PRIORS["llama"], "masked": tiny.MASKED_PRIORS["bert"]}[request.param]
+    pipeline.prior = build_prior(config, pipeline.layout).eval().to(DEVICE)  # the class counts more than in a tiny run
     return pipeline
 
 
