@@ -10,6 +10,7 @@ from PIL import Image
 from configs import run
 from configs.randomness import mix
 from pipelines import VQGANPipeline
+from pipelines.best_of import best_candidates
 from pipelines.generate import GenerateConfig, generate
 from tests.devices import DEVICE, EXACT_ON_CPU
 
@@ -83,9 +84,20 @@ def test_more_candidates_are_never_worse_and_one_is_the_plain_request(pipeline):
     assert one.scores != eight.scores
 
 
-def test_of_equal_candidates_the_first_is_chosen(pipeline):
+def test_greedy_candidates_are_equal(pipeline):
     out = pipeline.generate([3, 5], seed=0, temperature=0.0, best_of=COUNT, best_by="likelihood", output_type="codes")
     assert out.seeds == [0, 1]
+
+
+def test_of_equal_candidates_the_first_is_chosen_though_scores_round():
+    """Scores of equal codes may differ in the last digit, and a batch must not decide."""
+    codes, scores = torch.tensor([[1], [1], [2], [3], [2], [3]]), torch.tensor([1.0, 1.0001, 0.5, 3.0, 4.0, 3.0001])
+    best = best_candidates(codes.split(4), 3, lambda _, some: scores[some])
+    assert (
+        best.codes.tolist() == [[1], [2]]
+        and best.numbers.tolist() == [0, 1]
+        and best.scores.tolist() == pytest.approx([1.0, 4.0])
+    )
 
 
 def test_each_image_has_its_own_guidance_scale(pipeline):

@@ -20,7 +20,7 @@ from pipelines.demo.actions import require_classes_only
 from pipelines.generate import GenerateConfig, generate
 from pipelines.prompts import given_conditions, guidance_groups, require_learnt
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
-from stage2_prior import SamplingOptions, Segment, TokenLayout
+from stage2_prior import SamplingOptions, Segment, TokenLayout, code_nats
 from stage2_prior.condition_text import encode_texts, train_text_tokenizer
 from stage2_prior.prior import build_prior
 from tests import tiny
@@ -300,6 +300,23 @@ def test_each_prompt_has_its_own_scales_of_named_conditions(pipeline):
         assert torch.equal(pipeline.generate(**out.prompts[n], seed=n, **options).codes, alone.codes)
     mixed = pipeline.generate(**asked, guidance_scale=scales | {"style+animal": 2.5}, seed=0, **settings)
     assert torch.equal(mixed.codes[6:], out.codes[6:]) and not torch.equal(mixed.codes[2:4], out.codes[2:4])
+
+
+def test_the_best_by_class_keeps_the_other_conditions(with_class):
+    asked = {"class_labels": {"class": "cat", "style": "flat"}, "text": "a red cat", "output_type": "codes"}
+    out = with_class.generate(**asked, seed=7, best_of=5, best_by="class")
+    alone = with_class.generate(**asked, seed=out.seeds[0])
+    assert torch.equal(out.codes, alone.codes) and out.seeds != [7]
+    layout = with_class.layout
+    prompt = layout.null_prompt()
+    prompt[1] = layout.first_tokens["style"]
+    ids = encode_texts(with_class.conditions["caption"].tokenizer, ["a red cat"], layout.segments[1])
+    prompt[layout.places["caption"]] = ids[0] + layout.first_tokens["caption"]
+    likelihood = []
+    for number in range(3):
+        prompt[0] = K + number
+        likelihood.append(-code_nats(with_class.prior, prompt[None], alone.codes.flatten(1)).double().sum())
+    assert out.scores[0] == pytest.approx(torch.stack(likelihood).log_softmax(0)[2].item(), rel=1e-4)
 
 
 def test_with_num_images_each_image_has_a_scale(pipeline):
