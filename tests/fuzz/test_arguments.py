@@ -143,13 +143,9 @@ def group_scales(value):
 def scales_of_prompts(value):
     """Guidance scales of two prompts: one for both, or a list with one for each."""
     scales = group_scales(value)
-    return (
-        list(scales)
-        if isinstance(scales, tuple) and len(scales) == 2
-        else REFUSED
-        if isinstance(scales, tuple)
-        else scales
-    )
+    if not isinstance(scales, tuple):
+        return scales
+    return list(scales) if len(scales) == 2 else REFUSED
 
 
 def size_of(value):
