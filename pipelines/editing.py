@@ -34,7 +34,7 @@ class Editing(Requests):
     All take `class_labels`: ids or names, one for all images or one for each; without labels, the new codes are those
     of no given class. `**sampling` are the other arguments of `VQGANPipeline.generate`: `text`, `condition_images`,
     `seed`, `generator`, `guidance_scale` and the other options of sampling, `output_type`, `batch_size` and
-    `callback_on_step_end`.
+    `callback_on_step_end`. A list of guidance scales has one for each image.
     The result has the codes of the whole images, known ones and new ones.
 
     In float32, an edited image depends only on its own visible pixels, mask, label and seed, and on the options.
