@@ -14,7 +14,7 @@ from pipelines.best_of import best_candidates
 from pipelines.generate import GenerateConfig, generate
 from tests.devices import DEVICE, EXACT_ON_CPU
 
-COUNT = 4
+COUNT = 3
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,11 @@ def best_naively(pipeline, label, seed, best_by, **options):
 @pytest.mark.parametrize("best_by", ["likelihood", "class", darkness])
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "batch_size": 5}], ids=str)
 def test_the_best_is_that_of_a_loop_over_single_requests(pipeline, best_by, options):
-    labels = [1, 2, 7]
+    labels = [1, 7]
     out = pipeline.generate(labels, num_images_per_label=2, seed=10, best_of=COUNT, best_by=best_by, **options)
-    assert out.labels == ["1", "1", "2", "2", "7", "7"] and len(out.images) == 6
-    assert any(seed >= 16 for seed in out.seeds)  # not all first candidates are the best ones
-    for n in range(6):
+    assert out.labels == ["1", "1", "7", "7"] and len(out.images) == 4
+    assert any(seed >= 14 for seed in out.seeds)  # not all first candidates are the best ones
+    for n in range(4):
         score, seed, codes = best_naively(pipeline, labels[n // 2], 10 + n, best_by, **options)
         assert out.seeds[n] == seed and torch.equal(out.codes[n], codes)
         assert out.scores[n] == pytest.approx(score, rel=1e-4, abs=1e-5)
