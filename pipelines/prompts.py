@@ -133,6 +133,22 @@ def asked_prompts(given: Sequence[Given], count: int) -> list[dict[str, dict[str
     return asked
 
 
+def require_given(layout: TokenLayout, given: Collection[str], rest: str = "") -> None:
+    """Checks that the prior can do without all conditions that are not given.
+
+    Args:
+        layout: the token layout.
+        given: names of the conditions that are given.
+        rest: what the message adds.
+
+    Raises:
+        ValueError: names a condition that the prior needs.
+    """
+    missing = [segment.name for segment in layout.conditions if segment.name not in given]
+    if lacking := not_learnt(layout, missing):
+        raise ValueError(f"{argument_of(layout, lacking[0])}: {_without_dropout(layout, lacking)}{rest}")
+
+
 # ---------------------------------------------------------------------- guidance
 
 
@@ -176,10 +192,8 @@ def require_learnt(
     Raises:
         ValueError: the prior cannot do without a condition, or guidance acts on none that is given.
     """
+    require_given(layout, given, "" if layout.segments else " and guidance_scale 1.0")
     missing = [segment.name for segment in layout.conditions if segment.name not in given]
-    if lacking := not_learnt(layout, missing):
-        rest = "" if layout.segments else " and guidance_scale 1.0"
-        raise ValueError(f"{argument_of(layout, lacking[0])}: {_without_dropout(layout, lacking)}{rest}")
     for names in groups if options.guided else ():
         group = [segment for segment in layout.conditions if names is None or segment.name in names]
         if lacking := not_learnt(layout, [*missing, *(segment.name for segment in group)]):
