@@ -207,5 +207,8 @@ def require_learnt(
 def _without_dropout(layout: TokenLayout, lacking: Sequence[Segment]) -> str:
     names = listed([repr(segment.name) for segment in lacking], 10)
     dropout = f"dropout of {names} alone" if layout.segments else "condition dropout"
+    if layout.segments and CLASS in [segment.name for segment in lacking]:
+        advice = "declare it in conditions, with kind class and a dropout, and set data.use_labels false"
+        dropout += f" (the class of data.label_column has none; for a new training, {advice})"
     needs = listed(list(dict.fromkeys(argument_of(layout, segment) for segment in lacking)), 10)
     return f"this prior was trained without {dropout}, so it has not learnt the null token; it needs {needs}"

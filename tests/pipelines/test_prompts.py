@@ -192,6 +192,13 @@ def test_only_null_tokens_that_training_has_seen_are_used(segments, case):
     assert words.replace("['style']", "") in str(caught.value)
 
 
+def test_the_class_without_dropout_of_its_own_says_how_it_gets_one(with_class):
+    asked = {"class_labels": {"class": 0, "style": 1}, "guidance_scale": {"class": 2.0}}
+    for arguments in (asked, {"text": "a"}):
+        with pytest.raises(ValueError, match=r"'class' alone \(the class of data.label_column has none; .* conditions"):
+            with_class.generate(**arguments)
+
+
 @torch.no_grad()
 def greedy_naively(pipeline, prompt, groups, scales):
     """Forwards of whole sequences, one for each group at each code: c + Σ (s - 1)·(c - u)."""
