@@ -72,6 +72,10 @@ def claim_folder(folder: Path, origin: dict[str, Any], unset: Mapping[str, Any] 
         raise store_problem(f"{error}; or choose another code_store") from error
     before |= {name: value for name, value in (unset or {}).items() if before.get(name) is None}
     _require_origin(folder, before, json.loads(json.dumps(origin)))
+    orders = [", ".join(each.get("conditions", {})) for each in (before, origin)]
+    if not is_finished and orders[0] != orders[1]:
+        message = f"{folder} holds codes with the conditions {orders[0]}, but their order is now {orders[1]}"
+        raise store_problem(f"{message}; restore the order, or remove the folder to encode the images again")
     try:
         return 0 if is_finished else sum(check_shard(shard).rows for shard in shards)
     except Damaged as error:
@@ -215,7 +219,7 @@ class CodeSplit:
         return pa.concat_tables(tables).take(rows).to_pydict() if self.columns else {}
 
     def check(self, checksums: Sequence[str]) -> None:
-        """Reads all codes and labels, and compares them with the checksum of each shard and the ranges of the layout.
+        """Reads all rows, and compares them with the checksum of each shard and the ranges of the layout.
 
         Raises:
             Damaged: a shard has another form, other contents, or values out of range.
