@@ -19,6 +19,7 @@ from pipelines.conditions import TextTokenizer, save_conditions
 from pipelines.demo.actions import require_classes_only
 from pipelines.generate import GenerateConfig, generate
 from pipelines.prompts import given_conditions, guidance_groups, require_learnt
+from pipelines.score import ScoreConfig, score
 from stage1_vqgan import VQGANImageProcessor
 from stage2_prior import SamplingOptions, TokenLayout
 from stage2_prior.condition_text import encode_texts
@@ -491,6 +492,24 @@ def test_the_command_generates_from_all_conditions(command, with_class, picture)
 )
 def test_mistakes_of_the_command_are_messages(command, arguments, message):
     assert message in command(*arguments, "--grid=a.png")
+
+
+def test_the_command_score_takes_a_class_of_each_condition(saved, tmp_path, picture, capsys, with_class):
+    picture.resize((16, 16)).save(tmp_path / "a.png")
+    options = [f"--images={tmp_path / 'a.png'}", "--device=cpu", "--best_class=false"]
+    labels = ["--class_label.class=cat", "--class_label.style=1"]
+    run(ScoreConfig, score, "command", [str(saved), *options, *labels])
+    expected = with_class.score(Image.open(tmp_path / "a.png"), {"class": "cat", "style": "drawn"})
+    assert json.loads(capsys.readouterr().out)["nats"] == pytest.approx(expected.nats.item(), abs=1e-3)
+    for wrong, message in (
+        ("--class_label=cat", "class_label: received 'cat'; several such conditions need {name: value}"),
+        ("--class_label.style=wild", "class_label: received 'wild'; allowed are ids 0 to 2"),
+        ("--class_label.style=1,2", "class_label: received 2 classes; give one"),
+        ("--class_label.style=1", "class_labels['class']: this prior was trained without dropout of 'class' alone"),
+    ):
+        with pytest.raises(SystemExit):
+            run(ScoreConfig, score, "command", [str(saved), *options, wrong])
+        assert message in capsys.readouterr().err
 
 
 def test_a_pipeline_without_the_class_does_not_call_itself_unconditional(pipeline, with_class, picture):
