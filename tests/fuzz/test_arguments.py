@@ -132,6 +132,14 @@ def number(least: float, most: float, whole_only: bool = False) -> Callable[[Any
     return means
 
 
+def group_scales(value):
+    """Guidance scales: one for all conditions, or one for each group of them."""
+    scales = [number(0, 3.4e38)(one) for one in value] if type(value) in (list, tuple) else [number(0, 3.4e38)(value)]
+    if not scales or any(scale is REFUSED for scale in scales):
+        return REFUSED
+    return tuple(scales) if type(value) in (list, tuple) else scales[0]
+
+
 def size_of(value):
     """The height and width that a size of the image processor stands for; None is that of its default."""
     if isinstance(value, dict) and set(value) == {"height", "width"}:
@@ -589,7 +597,15 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
                 )
             },
         ),
-        "SamplingOptions": (SamplingOptions, SAMPLING),
+        "SamplingOptions": (
+            SamplingOptions,
+            {
+                **SAMPLING,
+                "guidance_scale": Argument(
+                    constant(1.5), group_scales, near={"one is wrong": (lambda: (1.5, -1.0), REFUSED)}
+                ),
+            },
+        ),
         "sample": (
             sampled,
             {
