@@ -54,7 +54,7 @@ def write_store(folder, layout, column="style"):
         codes = np.zeros((6, 16), np.uint16)
         write_shard(shard_path(folder, split, 0), codes, labels, 6, conditions=STYLES[:, None])
         notes[split] = [read_notes(shard_path(folder, split, 0))]
-    conditions = {"conditions": {"style": {"kind": "class", "column": column}}}
+    conditions = {"conditions": {one.name: {"kind": "class", "column": column} for one in layout.segments}}
     origin = ORIGIN | conditions | {"tokenizer_fingerprint": layout.tokenizer_fingerprint}
     write_manifest(folder, layout, notes, origin, 1.0)
 
