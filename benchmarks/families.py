@@ -22,6 +22,7 @@ from pipelines.evaluation.classifiers import accuracy
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.metrics import area_features, frechet_distances
 from pipelines.evaluation.run import generate_samples, new_classifier, read_splits
+from stage2_prior import CLASS
 
 
 class Real:
@@ -92,7 +93,8 @@ def main() -> None:
         real = Real(base, pipe) if real is None else real
         for scale in args.guidance_scales:
             for config in variants(pipe, replace(base, pipeline=folder, guidance_scale=scale), args):
-                found = real.metrics(*generate_samples(config, pipe))
+                samples, labels = generate_samples(config, pipe)
+                found = real.metrics(samples, labels.get(CLASS))
                 row: dict[str, Any] = {"prior": folder, "guidance": scale}
                 row |= {"steps": config.num_steps or pipe.layout.length, "order": config.order or "raster"}
                 row |= {"noise": config.order_temperature if config.order == "confidence" else "-"}

@@ -3,14 +3,14 @@
 | bytes | content |
 | --- | --- |
 | 4 | MAGIC |
-| 1 | version of the format |
+| 1 | version of the format: 2 if other conditions than the class are given, else 1 |
 | 1 | dtype of the prior, its place in DTYPES |
-| 1 | 1 if each image has a class label, else 0 |
+| 1 | which conditions are given: bit n is 1 if the images have the condition n of the prompt |
 | 8, 8 | hashes of the tokenizer's fingerprint and of the prior's weights |
 | 2, 2, 4 | h and w of the code grid, and L, number of codes of an image |
 | 4, 2, 2 | number of images, images in one forward, and threads of the CPU |
 | 4 | CRC-32 of the codes |
-| … | the bits: labels of all images, then codes batch by batch, position by position |
+| … | the bits: each given condition of all images, then codes batch by batch, position by position |
 | 4 | CRC-32 of all before |
 
 All numbers are unsigned, and little-endian.
@@ -18,6 +18,7 @@ All numbers are unsigned, and little-endian.
 
 import struct
 import zlib
+from collections.abc import Collection
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -27,12 +28,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from configs.arguments import described
-from stage2_prior import TokenLayout
+from stage2_prior import CLASS, Segment, TokenLayout
 
 MAGIC = b"\x89TSL"  # the first byte is no ASCII, so nothing takes the file for text
-VERSION = 1
+VERSION, CLASSES_ONLY = 2, 1  # of files with any conditions, and of files with the class or no condition
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 LARGEST = 2**16 - 1  # batch size
+MOST_CONDITIONS = 8
 LARGEST_THREADS = 2**10  # the process ends if it cannot start as many
 
 _HEADER = struct.Struct("<4sBBB8s8sHHIIHHI")
@@ -46,7 +48,7 @@ class Header:
     magic: bytes
     version: int
     dtype: int
-    has_labels: int
+    given: int
     tokenizer: bytes
     prior: bytes
     grid_height: int
@@ -58,13 +60,26 @@ class Header:
     codes: int
 
 
-def header_of(layout: TokenLayout, prior: PreTrainedModel, codes: Tensor, has_labels: bool, batch_size: int) -> Header:
-    """The header of codes int64 `(N, L)`."""
+def header_of(
+    layout: TokenLayout, prior: PreTrainedModel, codes: Tensor, given: Collection[str] = (), batch_size: int = 1
+) -> Header:
+    """The header of codes int64 `(N, L)`; `given` are the names of the conditions that are given.
+
+    Raises:
+        ValueError: a given condition is behind the eighth of the prompt.
+    """
+    places = [place for place, segment in enumerate(layout.conditions) if segment.name in given]
+    if places and places[-1] >= MOST_CONDITIONS:
+        name = layout.conditions[places[-1]].name
+        raise ValueError(
+            f"conditions: received {name!r}; compressed images can have the first {MOST_CONDITIONS} conditions of the "
+            "prompt; leave it out"
+        )
     return Header(
         magic=MAGIC,
-        version=VERSION,
+        version=VERSION if set(given) - {CLASS} else CLASSES_ONLY,
         dtype=DTYPES.index(str(prior.dtype).removeprefix("torch.")),
-        has_labels=int(has_labels),
+        given=sum(1 << place for place in places),
         tokenizer=xxhash.xxh3_64_digest(layout.tokenizer_fingerprint.encode()),
         prior=fingerprint_of_prior(prior),
         grid_height=layout.grid[0],
@@ -75,6 +90,11 @@ def header_of(layout: TokenLayout, prior: PreTrainedModel, codes: Tensor, has_la
         threads=min(torch.get_num_threads(), LARGEST_THREADS),
         codes=checksum_of_codes(codes),
     )
+
+
+def given_segments(header: Header, layout: TokenLayout) -> list[Segment]:
+    """The conditions that the images have, in the order of the prompt."""
+    return [segment for place, segment in enumerate(layout.conditions) if header.given >> place & 1]
 
 
 def pack(header: Header, content: bytes) -> bytes:
@@ -115,7 +135,7 @@ def require_same(header: Header, layout: TokenLayout, prior: PreTrainedModel) ->
     Raises:
         ValueError: names what differs.
     """
-    mine = header_of(layout, prior, torch.empty(0, layout.length), False, 1)
+    mine = header_of(layout, prior, torch.empty(0, layout.length))
     stored = DTYPES[header.dtype] if header.dtype < len(DTYPES) else f"number {header.dtype}"
     differences = {
         "tokenizer": (header.tokenizer == mine.tokenizer, "another tokenizer compressed them; load that pipeline"),
@@ -126,7 +146,11 @@ def require_same(header: Header, layout: TokenLayout, prior: PreTrainedModel) ->
             f"they hold images of {header.grid_height}×{header.grid_width} codes, this pipeline has "
             f"{layout.codes_text}",
         ),
-        "labels": (header.has_labels <= bool(layout.num_classes), "they have class labels, this pipeline has none"),
+        "given": (
+            header.given < 1 << len(layout.conditions)
+            and all(one.num_tokens for one in given_segments(header, layout)),
+            "they have conditions that this pipeline does not have; load the one that compressed them",
+        ),
         "images": (
             1 <= header.batch_size <= header.images,
             "the numbers of images in the header contradict each other",

@@ -3,7 +3,6 @@
 Shape letters: n values of a condition.
 """
 
-import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from configs.problems import listed
 from pipelines.chunks import encode_in_chunks
 from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, load_vqgan
 from stage2_prior import Segment, TokenLayout
+from stage2_prior.condition_images import condition_pixels
 from stage2_prior.condition_text import (
     TOKENIZER_NAME,
     encode_texts,
@@ -96,18 +97,19 @@ class ImageTokenizer:
         return self.vqgan.config.num_embeddings
 
     def ids(self, images: Sequence[Any], segment: Segment, key: str) -> Tensor:
-        """Codes of images that are resized to `segment.image_shape`, int64 `(n, length)`.
+        """Codes of the condition images of images, see `condition_pixels`; int64 `(n, length)`.
 
         Raises:
-            ValueError: an image has another type, shape, dtype or range; the message names `key`.
+            ValueError: an image has another type, shape, dtype or range, or is no drawing where one is needed; the
+                message names `key`.
         """
-        processor = copy.copy(self.image_processor)
-        processor.size = dict(zip(("height", "width"), segment.image_shape, strict=True))
+        processor = self.image_processor
         try:
-            pixel_values = processor(list(images))["pixel_values"]
+            read = processor.read(list(images))
+            pixels = [condition_pixels(levels, segment, processor.aspect_ratio) for levels in read]
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
-        codes = encode_in_chunks(self.vqgan, pixel_values).flatten(1).cpu()
+        codes = encode_in_chunks(self.vqgan, torch.stack(pixels)).flatten(1).cpu()
         if codes.shape[1] != segment.length:
             found = f"{key}: the tokenizer makes {codes.shape[1]} codes of such images, the token layout has "
             raise ValueError(f"{found}{segment.length}; restore the layout that was saved with the prior")

@@ -149,18 +149,21 @@ def asked_conditions(config: GenerateConfig, pipeline: "VQGANPipeline") -> dict[
     Raises:
         ConfigError: there are no such images.
     """
-    classes = {one.name: one.class_names for one in pipeline.layout.conditions if one.kind == "class"}
-    only = next(iter(classes.values())) if len(classes) == 1 else ()
-    labels, images = config.class_labels, config.condition_images
-    if isinstance(labels, dict):
-        labels = {name: single(asked_labels(value, classes.get(name, ())), value) for name, value in labels.items()}
-    else:
-        labels = single(asked_labels(labels, only), labels)
+    labels, images = asked_classes(config.class_labels, pipeline), config.condition_images
     if isinstance(images, dict):
         images = {name: asked_images(value) for name, value in images.items()}
     elif images is not None:
         images = asked_images(images)
     return {"class_labels": labels, "text": config.text, "condition_images": images}
+
+
+def asked_classes(labels: Any, pipeline: "VQGANPipeline") -> Any:
+    """The argument `class_labels` of `generate`, for one condition or for several by name; see `asked_labels`."""
+    classes = {one.name: one.class_names for one in pipeline.layout.conditions if one.kind == "class"}
+    only = next(iter(classes.values())) if len(classes) == 1 else ()
+    if isinstance(labels, dict):
+        return {name: single(asked_labels(value, classes.get(name, ())), value) for name, value in labels.items()}
+    return single(asked_labels(labels, only), labels)
 
 
 def single(labels: list[int | str] | None, value: Any) -> Any:

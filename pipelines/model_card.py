@@ -1,5 +1,6 @@
 """The README.md of a pipeline on the Hub. It is made from the files of the pipeline's folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ MEANINGS = {
     "ssim": "of reconstructions",
     "codebook_usage": "share of the codes that occur",
 }
+
+
+def meanings_of(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The meanings of the metrics that a card shows, with the accuracies of further conditions."""
+    added = [key for key in metrics if key.startswith("class_accuracy_") and key not in MEANINGS]
+    return MEANINGS | dict.fromkeys(added, "as `class_accuracy`, of the classes of this condition")
 
 
 def model_card(folder: Path, name: str, license: str) -> str:
@@ -175,7 +182,7 @@ def _details(folder: Path, config: VQGANConfig, layout: TokenLayout) -> list[tup
 def _index(folder: Path, name: str) -> dict[str, Any]:
     """The fields of the metadata that hold metrics."""
     metrics = read_facts(folder, METRICS_NAME)
-    shown = {key: metrics[key] for key in MEANINGS if key in metrics and not key.endswith("_real")}
+    shown = {key: metrics[key] for key in meanings_of(metrics) if key in metrics and not key.endswith("_real")}
     if not shown:
         return {}
     data = str(metrics.get("data") or "unknown")
@@ -185,7 +192,11 @@ def _index(folder: Path, name: str) -> dict[str, Any]:
 
 def _evaluation(folder: Path) -> str:
     metrics = read_facts(folder, METRICS_NAME)
-    rows = [(f"`{key}`", f"{metrics[key]:.4g}", text) for key, text in MEANINGS.items() if metrics.get(key) is not None]
+    rows = [
+        (f"`{key}`", f"{metrics[key]:.4g}", text)
+        for key, text in meanings_of(metrics).items()
+        if metrics.get(key) is not None
+    ]
     shown = picture(folder, RECONSTRUCTIONS_NAME, "Images and their reconstructions", CAPTION)
     if not rows:
         return part("evaluation", "## Reconstructions" if shown else "", shown)

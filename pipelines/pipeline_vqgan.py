@@ -208,9 +208,9 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
                 square; multiples of the downsampling factor. Windows of the trained size slide over the larger grid of
                 codes, see `pipelines/windows.py`. The steps of callback_on_step_end are then those of each window.
             text: texts. A text of more tokens than the prior takes loses its end, as in the training.
-            condition_images: PIL images, arrays or tensors, see [`VQGANImageProcessor`]. They are the condition itself,
-                such as the small or the gray image, not the image that it is made from. They are resized to the size of
-                the condition.
+            condition_images: PIL images, arrays or tensors, see [`VQGANImageProcessor`]: the condition itself, such as
+                the gray image, or the image that "gray", "mask" or "downscale" make it from; for "edges", a drawing.
+                They are resized to the size of the condition.
             best_of: sample so many candidates of each image, up to 1,000, and keep the best one. The first candidate
                 has the seed of the image, the others have hashes of it. `out.seeds` are those of the chosen ones, and
                 make them again without best_of; `out.scores` are their scores.

@@ -148,6 +148,22 @@ def asked_prompts(given: Sequence[Given], count: int, guidance_scale: Any = 1.0)
     return asked
 
 
+def require_given(layout: TokenLayout, given: Collection[str], rest: str = "") -> None:
+    """Checks that the prior can do without all conditions that are not given.
+
+    Args:
+        layout: the token layout.
+        given: names of the conditions that are given.
+        rest: what the message adds.
+
+    Raises:
+        ValueError: names a condition that the prior needs.
+    """
+    missing = [segment.name for segment in layout.conditions if segment.name not in given]
+    if lacking := not_learnt(layout, missing):
+        raise ValueError(f"{argument_of(layout, lacking[0])}: {_without_dropout(layout, lacking)}{rest}")
+
+
 # ---------------------------------------------------------------------- guidance
 
 
@@ -206,10 +222,8 @@ def require_learnt(
     Raises:
         ValueError: the prior cannot do without a condition, or guidance acts on none that is given.
     """
+    require_given(layout, given, "" if layout.segments else " and guidance_scale 1.0")
     missing = [segment.name for segment in layout.conditions if segment.name not in given]
-    if lacking := not_learnt(layout, missing):
-        rest = "" if layout.segments else " and guidance_scale 1.0"
-        raise ValueError(f"{argument_of(layout, lacking[0])}: {_without_dropout(layout, lacking)}{rest}")
     for names, acts, scale in zip(groups, options.acting, options.group_scales, strict=True):
         if not acts:
             continue
@@ -225,5 +239,8 @@ def require_learnt(
 def _without_dropout(layout: TokenLayout, lacking: Sequence[Segment]) -> str:
     names = listed([repr(segment.name) for segment in lacking], 10)
     dropout = f"dropout of {names} alone" if layout.segments else "condition dropout"
+    if layout.segments and CLASS in [segment.name for segment in lacking]:
+        advice = "declare it in conditions, with kind class and a dropout, and set data.use_labels false"
+        dropout += f" (the class of data.label_column has none; for a new training, {advice})"
     needs = listed(list(dict.fromkeys(argument_of(layout, segment) for segment in lacking)), 10)
     return f"this prior was trained without {dropout}, so it has not learnt the null token; it needs {needs}"

@@ -17,7 +17,7 @@ from configs.files import write_png, write_text
 from configs.problems import one_line
 from configs.sections import BatchSize, Positive
 from pipelines.commands import ImageOutput, load_pipeline
-from pipelines.generate import asked_labels
+from pipelines.generate import asked_classes
 from pipelines.reconstruct import image_files
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class ScoreConfig(ImageOutput):
     output_dir: folder for the heat maps, a PNG file for each image
     grid: PNG file that shows the most improbable images above their heat maps
     grid_images: number of images in the grid
-    class_label: name or id of a class: how improbable an image is as one of this class; null scores without a class
+    class_label: name or id of a class: how improbable an image is as one of this class; of several conditions with
+        classes, {name: class}; null scores without a class
     best_class: also name the class that fits best; this reads each image once more for each class
     batch_size: images that the prior reads at once; null takes as many as fit in memory
     """
@@ -55,7 +56,7 @@ class ScoreConfig(ImageOutput):
     images: str | list[str]
     table: str | None = None
     grid_images: Positive = 32
-    class_label: int | str | None = None
+    class_label: int | str | dict[str, int | str] | None = None
     best_class: bool = True
     batch_size: BatchSize | None = None
 
@@ -86,13 +87,13 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     config.require_new("table", [] if config.table is None else [Path(config.table)])
     pipeline = load_pipeline(config.pipeline, config.device)
     pipeline.set_progress_bar_config(disable=True)
-    label = label_of(config, pipeline)
+    labels = labels_of(config, pipeline)
     lines: list[dict[str, Any]] = []
     nats: dict[int, Tensor] = {}  # of the codes of each image that can be decoded, by its number
     with tqdm(total=len(files), desc="scoring", unit="image") as bar:
         for start in range(0, len(files), IMAGES_AT_ONCE):
             some = files[start : start + IMAGES_AT_ONCE]
-            for number, (line, of_codes) in enumerate(scored(some, pipeline, label, config), start):
+            for number, (line, of_codes) in enumerate(scored(some, pipeline, labels, config), start):
                 lines.append({"file": str(files[number]), **line})
                 tqdm.write(json.dumps(lines[-1]))
                 if of_codes is not None:
@@ -110,25 +111,27 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     return lines
 
 
-def label_of(config: ScoreConfig, pipeline: "VQGANPipeline") -> str | None:
-    """The name of the class that `class_label` asks for.
+def labels_of(config: ScoreConfig, pipeline: "VQGANPipeline") -> Any:
+    """The argument `class_labels` of `score` that `class_label` asks for.
 
     Raises:
         ConfigError: it is none of the classes, or several.
     """
-    labels = asked_labels(config.class_label, pipeline.class_names)
-    if labels is None:
-        return None
+    from pipelines.prompts import condition_ids, given_conditions
+
     try:
-        (number,) = pipeline.layout.class_ids(labels).tolist()
+        labels = asked_classes(config.class_label, pipeline)
+        for one in given_conditions(pipeline.layout, labels):
+            if not one.is_single:
+                raise ValueError(f"class_label: received {len(one.values)} classes; give one")
+            condition_ids(one, pipeline.layout, {})
     except ValueError as error:
-        message = f"received {len(labels)} classes; give one" if len(labels) > 1 else Problem.of_error(error).message
-        raise ConfigError([Problem("class_label", message)]) from error
-    return pipeline.class_names[number]
+        raise ConfigError([Problem("class_label", Problem.of_error(error).message)]) from error
+    return labels
 
 
 def scored(
-    files: Sequence[Path], pipeline: "VQGANPipeline", label: str | None, config: ScoreConfig
+    files: Sequence[Path], pipeline: "VQGANPipeline", labels: Any, config: ScoreConfig
 ) -> Iterator[tuple[dict[str, Any], "Tensor | None"]]:
     """The line of each file, and the nats of its codes; an error and None if it cannot be decoded.
 
@@ -138,7 +141,7 @@ def scored(
     read = [readable(file, pipeline) for file in files]
     images = [image for image in read if not isinstance(image, str)]
     try:
-        results = iter(scores(images, pipeline, label, config) if images else [])
+        results = iter(scores(images, pipeline, labels, config) if images else [])
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
     for image in read:
@@ -167,12 +170,12 @@ def opened(file: Path) -> "Image.Image":
 
 
 def scores(
-    images: list["Image.Image"], pipeline: "VQGANPipeline", label: str | None, config: ScoreConfig
+    images: list["Image.Image"], pipeline: "VQGANPipeline", labels: Any, config: ScoreConfig
 ) -> list[tuple[dict[str, Any], "Tensor"]]:
     """The line of each image, and the nats of its codes."""
     codes = pipeline.encode(images)
     options: dict[str, Any] = {"codes": codes, "batch_size": config.batch_size}
-    out = pipeline.score(class_labels=label, **options)
+    out = pipeline.score(class_labels=labels, **options)
     lines = [
         {"nats": round(nats, 4), "bits_per_pixel": round(bits, 6)}
         for nats, bits in zip(out.nats.tolist(), out.bits_per_pixel.tolist(), strict=True)

@@ -4,9 +4,9 @@ Shape letters: N images, H W height and width in pixels, L codes of an image, C 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,19 +16,20 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from configs.arguments import described, instance, whole
-from pipelines.arguments import int64_codes, listed_labels
+from configs.problems import listed
+from pipelines.arguments import int64_codes
+from pipelines.conditions import ConditionTokenizer, not_learnt
 from pipelines.heat_maps import overlays, surprise_maps
+from pipelines.prompts import Given, given_conditions, require_given
+from pipelines.requests import prompts_of
 from stage1_vqgan import VQGANImageProcessor
-from stage2_prior import TokenLayout, code_nats, marginal_nats
-from stage2_prior.conditions import CLASS
+from stage2_prior import CLASS, Segment, TokenLayout, code_nats, marginal_nats
 
 if TYPE_CHECKING:
     from pipelines.sampling import CodeSampler
 
 # Numbers that the nats of all codes given each class may have at once.
 LARGEST_TABLE = 2**24
-
-Likelihood = Literal["class", "unconditional", "marginal"]
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,16 @@ class ScoreOutput:
         bits_per_pixel: float64 `(N,)`, nats / (ln 2 · H · W).
         code_nats: float64, the nats of each code; its shape is that of `codes`. `heat_maps` makes pictures of them.
         codes: int64 `(N, h, w)`, `(N, h, w, G)` or `(N, L)`.
-        likelihood: "class", given the labels; "unconditional", with the null token as the prompt; or "marginal", the
-            mean over all classes, if the prior has not learnt the null token.
+        likelihood: what was given: the names of the conditions, joined by "+", as in "class" or "style+text"; or
+            "unconditional", with null tokens as the prompt; or "marginal", the mean over all classes, if nothing was
+            given and the prior has not learnt the null token of its class.
     """
 
     nats: Tensor
     bits_per_pixel: Tensor
     code_nats: Tensor
     codes: Tensor
-    likelihood: Likelihood
+    likelihood: str
 
     def __len__(self) -> int:
         return len(self.nats)
@@ -61,17 +63,21 @@ class Scoring:
     prior: PreTrainedModel
     image_processor: VQGANImageProcessor
     layout: TokenLayout
+    _tokenizers: dict[str, ConditionTokenizer]
     _sampler: "CodeSampler"
 
     if TYPE_CHECKING:
 
         def encode(self, images: Any) -> Tensor: ...
 
+    @torch.no_grad()
     def score(
         self,
         images: Any = None,
-        class_labels: int | str | Sequence[int | str] | None = None,
+        class_labels: int | str | Sequence[int | str] | Mapping[str, Any] | None = None,
         *,
+        text: str | Sequence[str] | Mapping[str, Any] | None = None,
+        condition_images: Any = None,
         codes: Any = None,
         batch_size: int | None = None,
     ) -> ScoreOutput:
@@ -82,9 +88,10 @@ class Scoring:
 
         Args:
             images: PIL images, arrays or tensors, one or a list; see [`VQGANImageProcessor`].
-            class_labels: id or name of the class of each image, or one for all images. Without labels the score is
-                unconditional; or, if the prior has not learnt the null token, the marginal over the classes, each
-                equally probable, which takes C forwards. `likelihood` of the output says which.
+            class_labels, text, condition_images: as in `VQGANPipeline.generate`: of each image, or one for all images.
+                What is left out is a null token, if the prior has learnt to do without it. `likelihood` of the output
+                says what was given. If nothing is given, and the prior has not learnt the null token of its class, the
+                score is the marginal over the C classes, each equally probable, which takes C forwards.
             codes: in place of images, their codes as `encode` returns them.
             batch_size: sequences in one forward; by default as many as fit in memory.
 
@@ -92,19 +99,20 @@ class Scoring:
             [`ScoreOutput`].
 
         Raises:
-            ValueError: an argument is out of range, or the prior is masked, so that it has no likelihood.
+            ValueError: an argument is out of range, the prior needs a condition that is not given, or it is masked, so
+                that it has no likelihood.
             FloatingPointError: logits or latents were NaN or infinite.
         """
         batch_size = None if batch_size is None else whole("batch_size", batch_size)
         self._require_likelihood("score")
         codes = self._codes_of(images, codes)
-        labels = None if class_labels is None else self._labels_of(class_labels, len(codes))
-        likelihood: Likelihood
-        if labels is None and self.layout.num_classes and not self.layout.has_null:
-            likelihood, nats = "marginal", self._marginal_nats(codes, batch_size)
+        given = given_conditions(self.layout, class_labels, text, condition_images)
+        unknown = None if given else needed_class(self.layout)
+        if unknown is not None:
+            likelihood, nats = "marginal", self._marginal_nats(unknown, codes, batch_size)
         else:
-            likelihood = "unconditional" if labels is None else "class"
-            prompts = class_prompts(self.layout, labels, len(codes))
+            likelihood = "+".join(one.segment.name for one in given) or "unconditional"
+            prompts = self._prompts(len(codes), given)
             with self._scoring(len(codes)) as bar:
                 nats = code_nats(self.prior, prompts, codes.flatten(1), batch_size, bar.update)
         total = nats.sum(1, dtype=torch.float64)
@@ -116,10 +124,15 @@ class Scoring:
             likelihood=likelihood,
         )
 
+    @torch.no_grad()
     def class_posterior(
         self,
         images: Any = None,
+        condition: str | None = None,
         *,
+        class_labels: int | str | Sequence[int | str] | Mapping[str, Any] | None = None,
+        text: str | Sequence[str] | Mapping[str, Any] | None = None,
+        condition_images: Any = None,
         codes: Any = None,
         class_prior: str | Sequence[float] | Tensor = "uniform",
         batch_size: int | None = None,
@@ -130,6 +143,8 @@ class Scoring:
 
         Args:
             images, codes, batch_size: see `score`.
+            condition: the condition whose classes are asked for, of a prior with several; by default "class".
+            class_labels, text, condition_images: other conditions, which are known; see `score`.
             class_prior: p(class): "uniform"; "counts", as frequent as in the training data; or C weights from 0 up,
                 which are divided by their sum.
 
@@ -137,18 +152,23 @@ class Scoring:
             float64 `(N, C)` on the CPU; each row sums to 1.
 
         Raises:
-            ValueError: the prior has no classes or is masked, or an argument is out of range.
+            ValueError: the prior has no classes or is masked, needs another condition, or an argument is out of range.
             FloatingPointError: logits or latents were NaN or infinite.
         """
         batch_size = None if batch_size is None else whole("batch_size", batch_size)
         self._require_likelihood("class_posterior")
-        if not self.layout.num_classes:
-            raise ValueError("class_posterior: this prior has no classes; score() gives the likelihood of an image")
-        log_prior = log_class_prior(self.layout, class_prior)
+        asked = class_condition(self.layout, condition)
+        log_prior = log_class_prior(asked, self.layout.class_counts if asked.name == CLASS else (), class_prior)
+        given = given_conditions(self.layout, class_labels, text, condition_images)
+        if asked.name in [one.segment.name for one in given]:
+            advice = "its probabilities are asked for; leave it out of class_labels"
+            raise ValueError(f"class_labels: received the condition {asked.name!r}; {advice}")
         codes = self._codes_of(images, codes)
-        with self._scoring(len(codes) * self.layout.num_classes) as bar:
-            nats = [given.sum(1, dtype=torch.float64) for given in self._nats_by_class(codes, batch_size, bar)]
-        return (log_prior - torch.stack(nats, 1)).softmax(1)
+        prompts = self._prompts(len(codes), given, asked.name)
+        with self._scoring(len(codes) * asked.num_tokens) as bar:
+            each = self._nats_by_class(asked, prompts, codes, batch_size, bar)
+            nats = torch.stack([one.sum(1, dtype=torch.float64) for one in each], 1)
+        return (log_prior - nats).softmax(1)
 
     def heat_maps(self, images: Any, code_nats: Tensor, span: tuple[float, float] | None = None) -> list[Image.Image]:
         """Pictures of where images surprise the prior: each image in gray, under the colours of its bits per pixel.
@@ -198,38 +218,34 @@ class Scoring:
         self.vqgan.check_codes(codes.to(self.vqgan.device), self.layout.grid)
         return codes
 
-    def _labels_of(self, class_labels: Any, count: int) -> Tensor:
-        """Class ids int64 `(count,)` of one label for all images, or of a label for each."""
-        if not self.layout.num_classes:
-            raise ValueError(f"class_labels: received {described(class_labels)}; {self._without_classes}")
-        ids = self.layout.class_ids(listed_labels(class_labels))
-        if len(ids) not in (1, count):
-            raise ValueError(f"class_labels: received {len(ids)} labels for {count} images; give one each, or one")
-        return ids.expand(count)
+    def _prompts(self, count: int, given: Sequence[Given], *later: str) -> Tensor:
+        """The prompts of images, int64 `(count, P)`, with null tokens for what is not given; see `prompts_of`.
 
-    @property
-    def _without_classes(self) -> str:
-        """Why labels cannot be given, if the prior has no classes."""
-        if self.layout.segments:
-            names = ", ".join(segment.name for segment in self.layout.segments)
-            return f"scores take the class alone, and this prior has none, only the conditions {names}; leave it out"
-        return "this prior has no classes; leave it out"
+        Raises:
+            ValueError: the prior needs a condition that is neither given nor one of `later`.
+        """
+        require_given(self.layout, [*later, *(one.segment.name for one in given)])
+        return prompts_of(count, given, self.vqgan, self.layout, "codes", self._tokenizers)
 
-    def _nats_by_class(self, codes: Tensor, batch_size: int | None, bar: tqdm) -> Iterator[Tensor]:
-        """The nats of all codes given each class in turn, float32 `(N, L)`."""
-        for number in range(self.layout.num_classes):
-            prompts = class_prompts(self.layout, torch.tensor([number]).expand(len(codes)), len(codes))
+    def _nats_by_class(
+        self, asked: Segment, prompts: Tensor, codes: Tensor, batch_size: int | None, bar: tqdm
+    ) -> Iterator[Tensor]:
+        """The nats of all codes given each class of a condition in turn, float32 `(N, L)`."""
+        prompts = prompts.clone()
+        for number in range(asked.num_tokens):
+            prompts[:, self.layout.places[asked.name]] = self.layout.first_tokens[asked.name] + number
             yield code_nats(self.prior, prompts, codes.flatten(1), batch_size, bar.update)
 
-    def _marginal_nats(self, codes: Tensor, batch_size: int | None) -> Tensor:
-        """float64 `(N, L)`; see `marginal_nats`."""
-        log_prior = log_class_prior(self.layout, "uniform")
-        at_once = max(1, LARGEST_TABLE // (self.layout.num_classes * self.layout.length))
-        with self._scoring(len(codes) * self.layout.num_classes) as bar:
-            parts = [
-                marginal_nats(torch.stack(list(self._nats_by_class(part, batch_size, bar)), 1), log_prior)
-                for part in codes.split(at_once)
-            ]
+    def _marginal_nats(self, unknown: Segment, codes: Tensor, batch_size: int | None) -> Tensor:
+        """float64 `(N, L)`, without any condition; see `marginal_nats`."""
+        log_prior = log_class_prior(unknown, (), "uniform")
+        at_once = max(1, LARGEST_TABLE // (unknown.num_tokens * self.layout.length))
+        parts = []
+        with self._scoring(len(codes) * unknown.num_tokens) as bar:
+            for part in codes.split(at_once):
+                prompts = self.layout.null_prompt().repeat(len(part), 1)
+                each = self._nats_by_class(unknown, prompts, part, batch_size, bar)
+                parts.append(marginal_nats(torch.stack(list(each), 1), log_prior))
         return torch.cat(parts)
 
     def _scoring(self, total: int) -> tqdm:
@@ -237,44 +253,53 @@ class Scoring:
         return tqdm(total=total, **{"desc": "scoring", "unit": "image", **self._sampler.progress_bar})
 
 
-def class_prompts(layout: TokenLayout, labels: Tensor | None, count: int) -> Tensor:
-    """The prompts of images, int64 `(count, P)`: their classes int64 `(count,)`, or null tokens; no other condition.
+def needed_class(layout: TokenLayout) -> Segment | None:
+    """The class that a prior needs, if it needs nothing else; None if it needs nothing, or something else too."""
+    lacking = not_learnt(layout, [segment.name for segment in layout.conditions])
+    return lacking[0] if len(lacking) == 1 and lacking[0].kind == "class" and lacking[0].num_tokens else None
+
+
+def class_condition(layout: TokenLayout, name: str | None) -> Segment:
+    """The condition with the classes that `class_posterior` asks for.
 
     Raises:
-        ValueError: the prior has not learnt such prompts.
+        ValueError: there are no classes, no such condition, or several to choose from.
     """
-    prompts = layout.null_prompt().repeat(count, 1)
-    if labels is not None:
-        prompts[:, layout.places[CLASS]] = layout.class_tokens(labels)[:, None]
-        needed = [segment.name for segment in layout.segments if not segment.has_null]
-    else:
-        needed = [] if layout.has_null else [segment.name for segment in layout.conditions]
-    if needed == [CLASS]:
-        raise ValueError("class_labels: received None; this prior has not learnt the null token, so it needs the class")
-    if needed:
-        reason = f"this prior has not learnt to do without {', '.join(needed)}, which cannot be given here"
-        raise ValueError(f"class_labels: {reason}")
-    return prompts
+    classes = [segment for segment in layout.conditions if segment.kind == "class" and segment.num_tokens]
+    if not classes:
+        raise ValueError("class_posterior: this prior has no classes; score() gives the likelihood of an image")
+    if name is None and (len(classes) == 1 or classes[0].name == CLASS):
+        return classes[0]
+    for segment in classes:
+        if segment.name == name:
+            return segment
+    names = listed([repr(segment.name) for segment in classes], 10)
+    raise ValueError(f"condition: received {described(name)}; must be one of the conditions with classes, {names}")
 
 
-def log_class_prior(layout: TokenLayout, class_prior: Any) -> Tensor:
+def log_class_prior(segment: Segment, counts: Sequence[int], class_prior: Any) -> Tensor:
     """ln p(class), float64 `(C,)`; see `Scoring.class_posterior`.
+
+    Args:
+        segment: the condition with the classes.
+        counts: number of training images of each class; empty if it is unknown.
+        class_prior: see `Scoring.class_posterior`.
 
     Raises:
         ValueError: it is neither "uniform" nor "counts" nor C weights, or the counts of the classes are unknown.
     """
-    allowed = f"must be 'uniform', 'counts' or {layout.num_classes} numbers from 0 up, not all 0"
+    allowed = f"must be 'uniform', 'counts' or {segment.num_tokens} numbers from 0 up, not all 0"
     if isinstance(class_prior, str):
-        if class_prior == "counts" and not layout.class_counts:
+        if class_prior == "counts" and not counts:
             missing = "this pipeline does not record how many images each class had; give 'uniform' or weights"
             raise ValueError(f"class_prior: received 'counts', but {missing}")
-        class_prior = {"uniform": [1] * layout.num_classes, "counts": layout.class_counts}.get(class_prior, class_prior)
+        class_prior = {"uniform": [1] * segment.num_tokens, "counts": counts}.get(class_prior, class_prior)
     instance("class_prior", class_prior, (list, tuple, np.ndarray, Tensor), allowed)
     try:
         weights = np.asarray(class_prior.tolist() if isinstance(class_prior, Tensor) else class_prior)
     except (NotImplementedError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"class_prior: received {described(class_prior)}; {allowed}") from error
-    good = weights.shape == (layout.num_classes,) and weights.dtype.kind in "iuf"
+    good = weights.shape == (segment.num_tokens,) and weights.dtype.kind in "iuf"
     if not good or not np.isfinite(weights).all() or weights.min() < 0 or not weights.max() > 0:
         raise ValueError(f"class_prior: received {described(class_prior)}; {allowed}")
     shares = torch.from_numpy(weights.astype(np.float64) / float(weights.max()))

@@ -28,7 +28,7 @@ from .data.samplers import TrainingSampler as TrainingSampler
 from .data.skipped import too_many_skipped as too_many_skipped
 from .data.sources import Images as Images, load_images as load_images
 from .data.streamed import ImageStream as ImageStream
-from .image_processing_shapes import normalize as normalize
+from .image_processing_shapes import AspectRatio as AspectRatio, normalize as normalize, to_shape as to_shape
 from .image_processing_values import ValueRange as ValueRange
 from .image_processing_vqgan import VQGANImageProcessor as VQGANImageProcessor
 from .modeling_vqgan import VQGANModel as VQGANModel

@@ -209,8 +209,8 @@ class VQGANModel(PreTrainedModel):
         of the quantizer can change the codes. The fingerprint is None then, and computed when the tokenizer is saved.
 
         Raises:
-            ValueError: weights are missing, unexpected, misshapen or not finite, or the fingerprint in config.json is
-                that of other weights or fields.
+            ValueError: weights are missing, unexpected, misshapen or not finite; they are those of another quantizer;
+                or the fingerprint in config.json is that of other weights or fields.
         """
         name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         kwargs |= {"output_loading_info": True}
@@ -228,6 +228,9 @@ class VQGANModel(PreTrainedModel):
                 exact = loaded[0]
             options = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
             stored = cls.config_class.from_pretrained(name, **options)
+            if stored.quantizer != model.config.quantizer:
+                message = f"quantizer: received {model.config.quantizer!r}, but {name} was trained with"
+                raise ValueError(f"{message} {stored.quantizer!r}, whose codes have another meaning; leave it out")
             verify_fingerprint(name, stored, exact.named_parameters())
             if (stored.fingerprint, facts_of(stored)) != (model.config.fingerprint, facts_of(model.config)):
                 model.config.fingerprint = None

@@ -11,7 +11,7 @@ all of them, and so on. Images that could not be decoded have no rows; the notes
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ def shard_path(folder: str | Path, split: str, shard: int) -> Path:
     return Path(folder) / f"{split}-{shard:05d}.arrow"
 
 
-def claim_folder(folder: Path, origin: dict[str, Any]) -> int:
+def claim_folder(folder: Path, origin: dict[str, Any], unset: Mapping[str, Any] | None = None) -> int:
     """Records in a folder the settings that determine its codes, before the first shard is written.
 
     The shards of an interrupted run are read, so that nothing is built on damaged ones.
@@ -50,6 +50,7 @@ def claim_folder(folder: Path, origin: dict[str, Any]) -> int:
     Args:
         folder: folder of the store; it is created if it does not exist.
         origin: settings and data that determine the codes, as JSON values.
+        unset: what null means in the settings of a store, for those that may be null.
 
     Returns:
         Number of rows in the shards that an interrupted run has already written.
@@ -69,7 +70,12 @@ def claim_folder(folder: Path, origin: dict[str, Any]) -> int:
         before = read_json(path)
     except ValueError as error:
         raise store_problem(f"{error}; or choose another code_store") from error
+    before |= {name: value for name, value in (unset or {}).items() if before.get(name) is None}
     _require_origin(folder, before, json.loads(json.dumps(origin)))
+    orders = [", ".join(each.get("conditions", {})) for each in (before, origin)]
+    if not is_finished and orders[0] != orders[1]:
+        message = f"{folder} holds codes with the conditions {orders[0]}, but their order is now {orders[1]}"
+        raise store_problem(f"{message}; restore the order, or remove the folder to encode the images again")
     try:
         return 0 if is_finished else sum(check_shard(shard).rows for shard in shards)
     except Damaged as error:
@@ -213,7 +219,7 @@ class CodeSplit:
         return pa.concat_tables(tables).take(rows).to_pydict() if self.columns else {}
 
     def check(self, checksums: Sequence[str]) -> None:
-        """Reads all codes and labels, and compares them with the checksum of each shard and the ranges of the layout.
+        """Reads all rows, and compares them with the checksum of each shard and the ranges of the layout.
 
         Raises:
             Damaged: a shard has another form, other contents, or values out of range.

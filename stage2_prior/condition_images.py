@@ -7,11 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.arguments import described
-from stage1_vqgan import VQGANModel, normalize
+from stage1_vqgan import AspectRatio, VQGANModel, normalize, to_shape
+from stage2_prior.conditions import Segment
 from stage2_prior.transforms import Transform, parse_transform
 
 # Shares of red, green and blue in the brightness (ITU-R BT.601, as in Pillow).
 BRIGHTNESS = (0.299, 0.587, 0.114)
+# How much the channels of a drawing without colours may differ, in levels of an image file: JPEG changes them a little.
+COLOURLESS = 32
 # Differences to the right and downwards (Sobel), divided so that a step from black to white has length 1.
 SOBEL = ((-0.125, 0.0, 0.125), (-0.25, 0.0, 0.25), (-0.125, 0.0, 0.125))
 
@@ -59,6 +62,49 @@ def transformed_shape(transform: str, shape: tuple[int, int]) -> tuple[int, int]
     name, amount = parse_transform(transform)
     factor = int(amount) if name == "downscale" else 1
     return shape[0] // factor, shape[1] // factor
+
+
+def condition_pixels(levels: Tensor, segment: Segment, aspect_ratio: AspectRatio = "crop") -> Tensor:
+    """The condition image of an image that a user gives: a picture, or already what the transform makes of it.
+
+    "gray" and "mask" change nothing at the second time, so they are applied to both. "downscale" is applied to images
+    of at least the size that the training images have; a smaller one is the small image itself. "edges" at the second
+    time would draw the edges of lines, so it needs a drawing.
+
+    Args:
+        levels: uint8 `(H, W, C)`.
+        segment: the condition.
+        aspect_ratio: see `VQGANImageProcessor`.
+
+    Returns:
+        Float32 `(C, *segment.image_shape)` in [-1, 1].
+
+    Raises:
+        ValueError: the image has colours, and the condition is "edges".
+    """
+    transform, shape = _missing_transform(levels, segment)
+    pixels = normalize(to_shape(levels, shape, aspect_ratio).permute(2, 0, 1))[None]
+    return (apply_transform(transform, pixels) if transform else pixels)[0]
+
+
+def _missing_transform(levels: Tensor, segment: Segment) -> tuple[str, tuple[int, int]]:
+    """The transform that an image needs, "" if none; and the height and width at which it is applied."""
+    shape = (segment.image_shape[0], segment.image_shape[1])
+    name, amount = parse_transform(segment.transform) if segment.transform else ("", 0)
+    if name in ("gray", "mask"):
+        return segment.transform, shape
+    if name == "downscale":
+        whole = shape[0] * int(amount), shape[1] * int(amount)
+        return (
+            (segment.transform, whole) if levels.shape[0] >= whole[0] and levels.shape[1] >= whole[1] else ("", shape)
+        )
+    if name == "edges" and int((levels.amax(2) - levels.amin(2)).max()) > COLOURLESS:
+        advice = (
+            f"{segment.name!r} is a drawing, dark lines on white: apply_transform('edges', …) of "
+            "stage2_prior.condition_images makes it of a picture, and image.convert('L') removes colours of a drawing"
+        )
+        raise ValueError(f"received an image with colours; {advice}")
+    return "", shape
 
 
 def encode_images(tokenizer: VQGANModel, pixels: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class ClassNames:
         if is_number(label, Integral) and 0 <= int(label) < len(self.names):
             return self._id_of_number(int(label))
         if not self.names:
-            raise ValueError(f"{self.key}: this prior is unconditional; use num_images instead")
+            raise ValueError(f"{self.key}: this prior has no classes; leave it out (generate takes num_images instead)")
         raise ValueError(f"{self.key}: {unknown_label(label, self.names)}")
 
     def _id_of_number(self, number: int) -> int:

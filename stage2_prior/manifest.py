@@ -1,7 +1,7 @@
 """The manifest of a code store: token layout, splits, origin and the checksums of the shards."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,6 +50,7 @@ class Origin:
     seed: int
     images: list[int | None]
     class_names: list[str] | None
+    conditions: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = unsealed(read_json(path), path)
         _reader().validate_json(json.dumps(manifest), strict=True)
-        TokenLayout.from_dict(manifest["token_layout"])
+        layout = TokenLayout.from_dict(manifest["token_layout"])
     except ValidationError as error:
         found = [
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
@@ -117,6 +118,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise store_problem(*(f"{path}: {message}" for message in found), REPAIR) from error
     except ValueError as error:  # a layout has a line for each of its problems
         raise store_problem(*str(error).splitlines(), REPAIR) from error
+    has = ", ".join(segment.name for segment in layout.segments)
+    told = ", ".join(manifest["origin"].get("conditions", {}))
+    if has != told:
+        reason = f"its token layout has the conditions {has or 'none'}, but its origin names {told or 'none'}"
+        raise store_problem(f"{path}: {reason}; {REPAIR}")
     return manifest
 
 

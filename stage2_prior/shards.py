@@ -179,17 +179,18 @@ def check_shard(path: Path) -> ShardNotes:
     """Reads a whole shard, and compares it with its own notes.
 
     Raises:
-        Damaged: see `map_shard`, or codes or labels have changed.
+        Damaged: see `map_shard`, or codes, labels or conditions have changed.
     """
     shard, notes = map_shard(path)
     if (notes.rows, notes.checksum) != (len(shard.codes), shard.checksum()):
-        raise Damaged(f"{path}: the codes or labels of this file have changed since it was written")
+        raise Damaged(f"{path}: the codes, labels or conditions of this file have changed since it was written")
     return notes
 
 
 def _shard(batch: pa.RecordBatch, path: Path) -> Shard:
+    is_clear = len(set(batch.schema.names)) == len(batch.schema.names)  # pyarrow allows two columns of one name
     own = [name for name in batch.schema.names[:3] if name in (CODES, LABEL, CONDITION)]
-    arrays = {name: batch.column(name) for name in own} if len(set(own)) == len(own) else {}
+    arrays = {name: batch.column(name) for name in own} if is_clear else {}
     kinds = {CODES: [pa.uint16(), pa.uint32()], CONDITION: [pa.uint32()]}
     if (
         own != [name for name in (CODES, LABEL, CONDITION) if name in own]

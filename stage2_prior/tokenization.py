@@ -25,6 +25,7 @@ from stage1_vqgan import (
     Images,
     ImageStream,
     SkippedImage,
+    VQGANConfig,
     VQGANImageProcessor,
     VQGANModel,
     data_facts,
@@ -73,7 +74,8 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
     if processes.is_main_process:
         texts = text_tokenizers(config, train)
         origin = _origin(config, model, train, validation) | conditions_origin(config, texts, images, train, validation)
-        rows_before = claim_folder(folder, origin)
+        own = VQGANConfig.from_pretrained(config.tokenizer).image_shape
+        rows_before = claim_folder(folder, origin, {"image_size": list(own)})
         if not (folder / MANIFEST_NAME).is_file():
             save_tokenizers(config, texts, images, model)
     processes.wait_for_everyone()
@@ -174,7 +176,7 @@ def _origin(config: Stage2Config, model: VQGANModel, train: Images, validation: 
         "images": [source.num_images for source in (train, validation)],
         "class_names": train.class_names,
         **({} if found is None else {"value_range": list(found)}),
-        "image_size": config.image_shape,
+        "image_size": list(model.config.image_shape),
     }
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stage2_prior import SamplingOptions, TokenLayout, load_language_model, sample_codes
-from stage2_prior.convert.command import convert
-from stage2_prior.convert.config import ConvertConfig
+from stage2_prior.convert.__main__ import ConvertConfig, main
 from stage2_prior.sampling.loop import filter_logits
 from tests.devices import DEVICE
 from tests.golden import GOLDEN, OUTPUTS, Found
@@ -27,7 +26,7 @@ def load() -> tuple[PreTrainedModel, TokenLayout]:
         folder = Path(above) / "prior"
         files = {"checkpoint": str(GOLDEN / f"{NAME}.safetensors"), "config": str(GOLDEN / f"{NAME}.json")}
         facts = {"num_classes": CODES, "grid": list(GRID), "downsampling_factor": 16}
-        convert(ConvertConfig(source="taming", output_dir=str(folder), **files, **facts))
+        main(ConvertConfig(source="taming", output_dir=str(folder), **files, **facts))
         return load_language_model(folder).to(DEVICE), TokenLayout.from_pretrained(folder)  # type: ignore[arg-type]
 
 

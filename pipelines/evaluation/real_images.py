@@ -41,6 +41,11 @@ class RealImages:
     def __len__(self) -> int:
         return sum(len(batch.indices) for batch in self.batches)
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """int64 `(N,)`, the number of each image in its split."""
+        return torch.cat([batch.indices for batch in self.batches]).numpy()
+
     def pixels(self) -> Tensor:
         """float32 `(N, C, H, W)` in [-1, 1]."""
         return torch.cat([batch.images() for batch in self.batches])

@@ -18,11 +18,11 @@ from configs.values import read_value
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.real_images import RealImages
 from pipelines.model_card import (
-    MEANINGS,
     METRICS_NAME,
     PLACEHOLDER,
     RECONSTRUCTIONS_NAME,
     SAMPLES_NAME,
+    meanings_of,
     model_card,
 )
 from pipelines.pipeline_vqgan import VQGANPipeline
@@ -72,7 +72,7 @@ def update_card(config: EvaluationConfig, metrics: dict[str, Any]) -> None:
     folder = Path(config.pipeline)
     if not folder.is_dir():
         return
-    shown = {key: metrics[key] for key in (*MEANINGS, "num_samples") if key in metrics}
+    shown = {key: metrics[key] for key in (*meanings_of(metrics), "num_samples") if key in metrics}
     shown |= {"guidance_scale": config.guidance_scale, **public_dataset(config.data.dataset)}
     try:
         target = make_folder(folder / FACTS_FOLDER)

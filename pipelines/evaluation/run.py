@@ -7,6 +7,7 @@ areas to `feature_size × feature_size`.
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from configs.files import write_json
 from configs.memory import shortage
 from pipelines.chunks import bytes_of_image
 from pipelines.commands import load_pipeline
-from pipelines.evaluation.classifiers import Classifier, ResNetClassifier, SupportVectorClassifier, class_metrics
+from pipelines.evaluation.classifiers import (
+    Classifier,
+    ResNetClassifier,
+    SupportVectorClassifier,
+    class_accuracy,
+    class_metrics,
+)
+from pipelines.evaluation.conditions import RealLabels, real_labels
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.metrics import area_features, frechet_distances, nearest_distance
 from pipelines.evaluation.prompts import sample_held_out
@@ -36,6 +44,7 @@ from pipelines.evaluation.report import (
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import load_images, require_range
 from stage1_vqgan.reconstruction import evaluate_reconstruction
+from stage2_prior import CLASS
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
@@ -58,7 +67,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         started = time.perf_counter()
         train, validation = read_splits(config, pipeline)
         samples, labels = generate_samples(config, pipeline)
-        metrics = measure(config, pipeline, train, validation, samples, labels)
+        real = real_labels(config, pipeline.layout, train, validation)
+        metrics = measure(config, pipeline, train, validation, real, samples, labels)
         metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
         metrics["inputs"] = inputs
         (folder / METRICS_NAME).unlink(missing_ok=True)  # those of other settings must not stand beside new pictures
@@ -104,11 +114,11 @@ def read_splits(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple[Real
     return train, validation
 
 
-def generate_samples(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple[Tensor, np.ndarray | None]:
+def generate_samples(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple[Tensor, dict[str, np.ndarray]]:
     """Generates the images to evaluate.
 
     Returns:
-        Pixels float32 `(N, C, H, W)` in [-1, 1], and their classes, int64 `(N,)`, None if unconditional.
+        Pixels float32 `(N, C, H, W)` in [-1, 1], and their classes, int64 `(N,)`, by the name of the condition.
     """
     if pipeline.layout.segments:
         return sample_held_out(config, pipeline)
@@ -118,7 +128,7 @@ def generate_samples(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple
         out = pipeline.generate(
             num_images=config.samples_per_class, generator=generator, output_type="pt", **config.unmasking
         )
-        return out.images.cpu() * 2 - 1, None
+        return out.images.cpu() * 2 - 1, {}
     out = pipeline.generate(
         class_labels=pipeline.class_names,
         num_images_per_label=config.samples_per_class,
@@ -127,7 +137,7 @@ def generate_samples(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple
         output_type="pt",
         **config.unmasking,
     )
-    return out.images.cpu() * 2 - 1, np.repeat(classes, config.samples_per_class)
+    return out.images.cpu() * 2 - 1, {CLASS: np.repeat(classes, config.samples_per_class)}
 
 
 def measure(
@@ -135,19 +145,30 @@ def measure(
     pipeline: VQGANPipeline,
     train: RealImages,
     validation: RealImages,
+    real: RealLabels,
     samples: Tensor,
-    labels: np.ndarray | None,
+    labels: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    """Computes all metrics of generated images and of the tokenizer. Class metrics need labels of all images."""
+    """Computes all metrics of generated images and of the tokenizer. Class metrics need labels of all images.
+
+    Args:
+        config: settings of the evaluation.
+        pipeline: the evaluated pipeline.
+        train, validation: real images.
+        real: their classes.
+        samples: generated images, float32 `(N, C, H, W)` in [-1, 1].
+        labels: their classes, int64 `(N,)`, by the name of the condition.
+    """
     train_pixels, validation_pixels = train.pixels(), validation.pixels()
     metrics = dict[str, Any]()
-    if labels is not None and train.labels is not None and validation.labels is not None:
-        metrics |= class_metrics(
-            lambda: new_classifier(config, pipeline.device),
-            (train_pixels, train.labels),
-            (validation_pixels, validation.labels),
-            (samples, labels),
-        )
+    for name in sorted(labels.keys() & real.keys()):
+        classifier = partial(new_classifier, config, pipeline.device)
+        of_train, of_validation = (train_pixels, real[name][0]), (validation_pixels, real[name][1])
+        if name == CLASS:
+            metrics |= class_metrics(classifier, of_train, of_validation, (samples, labels[name]))
+        else:
+            found = class_accuracy(classifier, of_train, of_validation, (samples, labels[name]))
+            metrics |= {key.replace("accuracy", f"accuracy_{name}"): value for key, value in found.items()}
     real_train, real_validation, generated = (
         area_features(pixels, config.feature_size) for pixels in (train_pixels, validation_pixels, samples)
     )

@@ -3,9 +3,7 @@
 Run it as `python -m stage2_prior.convert --from taming --checkpoint FILE --output_dir DIR`.
 """
 
-import contextlib
-import io
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from configs.checksums import write_checksums
 from stage1_vqgan import (
     ConvertConfig as TokenizerConfig,
     VQGANModel,
-    import_own,
     import_tokenizer,
     load_tokenizer,
     written_beside,
@@ -26,11 +23,14 @@ from stage2_prior.vocabulary import TokenLayout
 
 # Fingerprint in the layout of a prior whose tokenizer was not given. No tokenizer has it.
 UNKNOWN = "unknown"
-JOINING = "pipelines.build"
 
 
-def convert(config: ConvertConfig) -> None:
+def convert(config: ConvertConfig, join: Callable[[str, Path, Path], object]) -> None:
     """Converts a prior. The output folder appears only after the whole conversion has succeeded.
+
+    Args:
+        config: the options.
+        join: makes a pipeline of a tokenizer and a prior, as `pipelines.build`: `join(tokenizer, prior, folder)`.
 
     Raises:
         ConfigError: a file cannot be read, files contradict each other, or no stock model can compute this prior.
@@ -45,7 +45,7 @@ def convert(config: ConvertConfig) -> None:
         layout = layout_of(config, original, model)
         lines += _write_prior(original, layout, prior)
         if tokenizer is not None:
-            _join(tokenizer, prior, folder)
+            join(tokenizer, prior, folder)
             layout.save_pretrained(folder / "prior")  # so that it can be fine-tuned
         kind = "prior" if tokenizer is None else "pipeline"
     print("\n".join([*lines, f"{kind} saved in {Path(config.output_dir).resolve()}"]))
@@ -61,7 +61,9 @@ def _tokenizer(
         )
         return str(place), *import_tokenizer(options, place)
     if config.tokenizer is None:
-        advice = f"its layout names the tokenizer {UNKNOWN!r}; {JOINING} refuses it. Convert it again with --tokenizer"
+        advice = (
+            f"its layout names the tokenizer {UNKNOWN!r}; pipelines.build refuses it. Convert it again with --tokenizer"
+        )
         return None, None, [f"the checkpoint holds no tokenizer: only the prior is converted, and {advice}"]
     return config.tokenizer, load_tokenizer(config.tokenizer), []
 
@@ -128,11 +130,3 @@ def _write_prior(original: Original, layout: TokenLayout, folder: Path) -> list[
     if vocab > layout.num_codes:
         lines.append(f"left out: {vocab - layout.num_codes} tokens of the prior, which are no codes of the tokenizer")
     return [*lines, *original.notes]
-
-
-def _join(tokenizer: str, prior: Path, folder: Path) -> None:
-    """Joins both into a pipeline, by the command of the package above. It is found by its name, as by `python -m`."""
-    import_own(JOINING.partition(".")[0])
-    joining = import_module(JOINING)
-    with contextlib.redirect_stdout(io.StringIO()):  # it would name the temporary folder
-        joining.build(joining.BuildConfig(tokenizer=tokenizer, prior=str(prior), output_dir=str(folder)))

@@ -130,6 +130,10 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
+# The usual architectures of each family, for messages.
+USUAL = {"causal": "llama or gpt2, for instance", "masked": "modernbert or bert, for instance"}
+
+
 @dataclass(kw_only=True)
 class Stage2Config(TrainingConfig):
     """Stage 2: writes the codes of all images, and trains a prior on them.
@@ -256,7 +260,12 @@ class Stage2Config(TrainingConfig):
         model_type: Any = self.model.get("model_type")
         if known := _other_model_types(model_type, self.prior):
             kind = f"{self.prior} language model of transformers"
-            yield "model.model_type", model_type, unknown_key(str(model_type), known).replace("key", kind)
+            advice = f"with prior {self.prior}, choose {USUAL[self.prior]}"
+            yield (
+                "model.model_type",
+                model_type,
+                f"{unknown_key(str(model_type), known).replace('key', kind)}; {advice}",
+            )
             return
         config_class = type(AutoConfig.for_model(model_type))
         types = {field.name: field.type for field in fields(config_class)}

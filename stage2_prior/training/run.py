@@ -270,16 +270,18 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
     Raises:
         ConfigError: names the settings that differ.
     """
+    tokenizer = Path(config.tokenizer) / "config.json"
     origin = without_tokenizers(store.manifest["origin"])
     conditions = {name: condition.identity() for name, condition in config.conditions.items()}
-    wanted = {"num_views": config.num_views, "data": config.data.identity(), "image_size": config.image_shape}
-    wanted["conditions"] = conditions or None
+    wanted = {"num_views": config.num_views, "data": config.data.identity(), "conditions": conditions or None}
+    size = config.image_shape or own_image_shape(tokenizer)
+    if size is not None:  # that of a tokenizer on the Hub is unknown here
+        origin["image_size"], wanted["image_size"] = list(store.layout.image_shape), size
     problems = [
         Problem(key, f"{config.code_store} was written with {shown(old)}, but the configuration has {shown(new)}")
         for key, old, new in differences(origin, wanted)
         if key.partition(".")[0] in wanted
     ]
-    tokenizer = Path(config.tokenizer) / "config.json"
     advice = f"choose another code_store than {config.code_store} and run stage2_prior.tokenize"
     try:
         if tokenizer.is_file():
@@ -293,6 +295,12 @@ def check_codes(config: Stage2Config, store: CodeStore) -> None:
         problems.append(Problem.of_error(error))
     if problems:
         raise ConfigError(problems, "codes")
+
+
+def own_image_shape(config: Path) -> list[int] | None:
+    """[H, W] of a tokenizer's images, from its config.json; None if there is no such file."""
+    size = read_json(config).get("image_size") if config.is_file() else None
+    return [size, size] if isinstance(size, int) else size
 
 
 def check_run(config: Stage2Config, layout: TokenLayout) -> None:

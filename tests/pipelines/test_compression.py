@@ -6,6 +6,7 @@ import random
 import struct
 import sys
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,7 +146,9 @@ def test_data_of_others_are_refused(tiny_pipeline, codes):
     other = dataclasses.replace(layout, tokenizer_fingerprint="0" * 16)
     assert refusal(layout=other) == "data: another tokenizer compressed them; load that pipeline"
     assert "they hold images of 4×4 codes" in refusal(layout=dataclasses.replace(layout, grid=(4, 2)))
-    assert "they have class labels" in refusal(layout=dataclasses.replace(layout, class_names=(), class_counts=()))
+    assert "they have conditions that this pipeline does not have" in refusal(
+        layout=dataclasses.replace(layout, class_names=(), class_counts=())
+    )
 
     header, content = compressed_file.unpack(data)
     many = compressed_file.pack(dataclasses.replace(header, images=2**32 - 1), content)
@@ -153,18 +156,36 @@ def test_data_of_others_are_refused(tiny_pipeline, codes):
         ValueError, match="data: received 4,294,967,295 compressed images; decompressing them needs at least"
     ):
         tiny_pipeline.decompress(many)
-    newer = compressed_file.pack(dataclasses.replace(header, version=2), content)
-    with pytest.raises(ValueError, match="data: received version 2 of the format"):
+    newer = compressed_file.pack(dataclasses.replace(header, version=3), content)
+    with pytest.raises(ValueError, match="data: received version 3 of the format"):
         tiny_pipeline.decompress(newer)
+    for given in (2, 128):
+        foreign = compressed_file.pack(dataclasses.replace(header, given=given), content)
+        with pytest.raises(ValueError, match="data: they have conditions that this pipeline does not have"):
+            tiny_pipeline.decompress(foreign)
     crowded = compressed_file.pack(dataclasses.replace(header, threads=1025), content)
     with pytest.raises(ValueError, match="data: they ask for 1,025 threads of the CPU"):
         tiny_pipeline.decompress(crowded)
 
 
+def test_a_header_cannot_ask_for_more_memory_than_there_is(tiny_pipeline, codes, monkeypatch):
+    """Anyone can write a header with a checksum that is right."""
+    header, content = compressed_file.unpack(tiny_pipeline.compress(codes=codes[:2]))
+    many = {"images": compressed_file.LARGEST, "batch_size": compressed_file.LARGEST}
+    crafted = compressed_file.pack(dataclasses.replace(header, **many), content)
+    monkeypatch.setattr("configs.memory.free_memory", lambda device: 2**25)
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(free=0))
+    monkeypatch.setattr("pipelines.compression.read_codes", None)  # it would allocate the memory
+    with pytest.raises(ValueError, match="data: they were compressed 65,535 images at once; decompressing them needs"):
+        tiny_pipeline.decompress(crafted, "codes")
+
+
 def test_what_cannot_be_compressed_is_refused(tiny_pipeline, codes, monkeypatch):
     other = copy.copy(tiny_pipeline)
     other.layout = dataclasses.replace(tiny_pipeline.layout, has_null=False)
-    with pytest.raises(ValueError, match="class_labels: received None; this prior has not learnt the null token"):
+    with pytest.raises(
+        ValueError, match=r"class_labels: this prior was trained without condition dropout, .*; it needs class_labels$"
+    ):
         other.compress(codes=codes[:1])
     monkeypatch.setitem(sys.modules, "constriction", None)
     with pytest.raises(ImportError, match=r"pip install 'tessella\[compression\]'"):

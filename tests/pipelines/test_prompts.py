@@ -15,64 +15,25 @@ from tokenizers import Tokenizer, models
 from configs import ConfigError, run
 from pipelines import VQGANPipeline, hub
 from pipelines.build import BuildConfig, build
-from pipelines.conditions import ImageTokenizer, TextTokenizer, save_conditions
+from pipelines.conditions import TextTokenizer, save_conditions
 from pipelines.demo.actions import require_classes_only
 from pipelines.generate import GenerateConfig, generate
 from pipelines.prompts import given_conditions, guidance_groups, require_learnt
-from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
-from stage2_prior import SamplingOptions, Segment, TokenLayout, code_nats
-from stage2_prior.condition_text import encode_texts, train_text_tokenizer
-from stage2_prior.prior import build_prior
-from tests import tiny
-
-TEXTS = ["a red cat", "a blue dog", "two red dogs", "no cat at all"]
-STYLES, ANIMALS = ("flat", "drawn", "shaded"), ("ant", "bee", "cat")
-K, L = tiny.VQGAN["num_embeddings"], 16
-
-
-def tokenizer_of(seed, image_size):
-    """A random tokenizer that uses many codes, with its image processor."""
-    torch.manual_seed(seed)
-    model = VQGANModel(VQGANConfig(**{**tiny.VQGAN, "image_size": image_size})).eval()
-    with torch.no_grad():
-        latents = model.encode(torch.rand(64, 1, image_size, image_size) * 2 - 1).latents
-        rows = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
-        model.quantize.place_entries(rows[torch.randperm(len(rows))[:K]])
-    model.config.fingerprint = model.compute_fingerprint()
-    return ImageTokenizer(model, VQGANImageProcessor(image_size, 1))
+from pipelines.score import ScoreConfig, score
+from stage1_vqgan import VQGANImageProcessor
+from stage2_prior import SamplingOptions, TokenLayout, code_nats
+from stage2_prior.condition_text import encode_texts
+from tests.prompted import ANIMALS, TEXTS, K, L, make, make_parts, make_segments, prompts_of
 
 
 @pytest.fixture(scope="module")
 def parts():
-    """The tokenizer of the images, that of the small images, and that of the texts."""
-    return tokenizer_of(0, 16), tokenizer_of(1, 8), TextTokenizer(train_text_tokenizer(TEXTS, 300).to_str())
-
-
-def make(parts, segments, class_names=(), conditions=None, **fields):
-    """A pipeline with a random prior over these segments."""
-    own, small, text = parts
-    layout = TokenLayout(K, class_names, (4, 4), 4, own.fingerprint, segments=tuple(segments), **fields)
-    torch.manual_seed(2)
-    prior = build_prior(tiny.RANDOM_PRIORS["llama"], layout)
-    found = {"caption": text, "small": small}
-    if conditions is None:
-        conditions = {segment.name: found[segment.name] for segment in segments if segment.name in found}
-    pipeline = VQGANPipeline(own.vqgan, prior, own.image_processor, layout, conditions)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return make_parts()
 
 
 @pytest.fixture(scope="module")
 def segments(parts):
-    own, small, text = parts
-    image = {"kind": "image", "num_tokens": K, "length": 4, "grids": ((2, 2, 1),), "image_shape": (8, 8)}
-    return {
-        "animal": Segment("animal", "class", 3, class_names=ANIMALS),
-        "style": Segment("style", "class", 3, class_names=STYLES),
-        "caption": Segment("caption", "text", text.num_tokens, 6, fingerprint=text.fingerprint),
-        "small": Segment("small", fingerprint=small.fingerprint, **image),
-        "corner": Segment("corner", fingerprint=own.fingerprint, **image),
-    }
+    return make_segments(parts)
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +51,6 @@ def with_class(parts, segments):
 @pytest.fixture(scope="module")
 def picture():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8))
-
-
-def prompts_of(pipeline, monkeypatch, **asked):
-    """The prompts int64 `(N, P)` that `generate` samples from."""
-    seen = []
-    sampled = pipeline._sampled
-
-    def record(prompts, *args, **options):
-        seen.append(prompts)
-        return sampled(prompts, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_sampled", record)
-        pipeline.generate(**asked, seed=0, output_type="codes")
-    return seen[0].cpu()
 
 
 @pytest.mark.parametrize("name", ["animal", "class"])
@@ -253,6 +199,13 @@ def test_only_null_tokens_that_training_has_seen_are_used(segments, case):
     with pytest.raises(ValueError) as caught:
         require_learnt(layout, given, options, groups)
     assert words.replace("['style']", "") in str(caught.value)
+
+
+def test_the_class_without_dropout_of_its_own_says_how_it_gets_one(with_class):
+    asked = {"class_labels": {"class": 0, "style": 1}, "guidance_scale": {"class": 2.0}}
+    for arguments in (asked, {"text": "a"}):
+        with pytest.raises(ValueError, match=r"'class' alone \(the class of data.label_column has none; .* conditions"):
+            with_class.generate(**arguments)
 
 
 @torch.no_grad()
@@ -590,8 +543,28 @@ def test_mistakes_of_the_command_are_messages(command, arguments, message):
     assert message in command(*arguments, "--grid=a.png")
 
 
+def test_the_command_score_takes_a_class_of_each_condition(saved, tmp_path, picture, capsys, with_class):
+    picture.resize((16, 16)).save(tmp_path / "a.png")
+    options = [f"--images={tmp_path / 'a.png'}", "--device=cpu", "--best_class=false"]
+    labels = ["--class_label.class=cat", "--class_label.style=1"]
+    run(ScoreConfig, score, "command", [str(saved), *options, *labels])
+    expected = with_class.score(Image.open(tmp_path / "a.png"), {"class": "cat", "style": "drawn"})
+    assert json.loads(capsys.readouterr().out)["nats"] == pytest.approx(expected.nats.item(), abs=1e-3)
+    for wrong, message in (
+        ("--class_label=cat", "class_label: received 'cat'; several such conditions need {name: value}"),
+        ("--class_label.style=wild", "class_label: received 'wild'; allowed are ids 0 to 2"),
+        ("--class_label.style=1,2", "class_label: received 2 classes; give one"),
+        ("--class_label.style=1", "class_labels['class']: this prior was trained without dropout of 'class' alone"),
+    ):
+        with pytest.raises(SystemExit):
+            run(ScoreConfig, score, "command", [str(saved), *options, wrong])
+        assert message in capsys.readouterr().err
+
+
 def test_a_pipeline_without_the_class_does_not_call_itself_unconditional(pipeline, with_class, picture):
     assert "\n  classes: " not in repr(pipeline) and "conditions: animal (3 classes)" in repr(pipeline)
     assert "\n  classes: 3 " in repr(with_class)
-    with pytest.raises(ValueError, match=r"class_labels: received 'flat'; scores take the class alone, .* style"):
+    with pytest.raises(
+        ValueError, match=r"class_labels: received 'flat'; several such conditions need \{name: value\}"
+    ):
         pipeline.score(picture.convert("RGB"), "flat")

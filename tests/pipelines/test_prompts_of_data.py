@@ -25,11 +25,17 @@ def root(tmp_path_factory):
     """A folder with data, tokenizers and a code store."""
     with conditioned.prepared(tmp_path_factory.mktemp("prompts")) as folder:
         twin = {**ALL["twin"], "tokenizer": str(folder / "own")}
-        tokenize(settings(folder, "run", {**ALL, "twin": twin}))
+        more = {"twin": twin, "lines": {"transform": "edges"}, "hole": {"transform": "mask 0.5"}}
+        tokenize(settings(folder, "run", {**ALL, **more}))
         yield folder
 
 
-def test_the_prompts_are_those_of_the_training(root, monkeypatch):
+TRANSFORMS = {"gray": "gray", "small": "downscale 2", "hole": "mask 0.5", "lines": "edges"}
+
+
+@pytest.mark.parametrize("given", ["condition images", "images"])
+def test_the_prompts_are_those_of_the_training(root, monkeypatch, given):
+    """Condition images are what their transform makes, or the images themselves, which the pipeline transforms."""
     store = CodeStore(root / "run" / "codes")
     layout, split = store.layout, store.split("validation")
     vqgan = load_vqgan(root / "vqgan")
@@ -45,8 +51,10 @@ def test_the_prompts_are_those_of_the_training(root, monkeypatch):
     pixels = processor(images)["pixel_values"]
     made = {
         name: VQGANImageProcessor(num_channels=3).postprocess(apply_transform(transform, pixels))
-        for name, transform in (("gray", "gray"), ("small", "downscale 2"))
+        for name, transform in TRANSFORMS.items()
     }
+    if given == "images":
+        made |= {"gray": images, "small": images, "hole": images}
     seen = []
     monkeypatch.setattr(pipeline, "_sampled", lambda prompts, *args, **options: seen.append(prompts) or [prompts])
     pipeline.generate(

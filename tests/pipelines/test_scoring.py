@@ -13,7 +13,6 @@ from pipelines import VQGANPipeline
 from pipelines.heat_maps import overlays, surprise_maps
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import CodeStore, TokenLayout, code_nats
-from stage2_prior.conditions import Segment
 from stage2_prior.data import CodeDataset
 from stage2_prior.prior import build_prior
 from tests import tiny
@@ -135,42 +134,6 @@ def test_several_codes_are_one_sequence(several, digits):
     assert [image.size for image in several.heat_maps(digits[:2], out.code_nats)] == [(16, 16)] * 2
 
 
-def test_other_conditions_are_null(tiny_pipeline, digits):
-    """A prior of classes, a style and a text of three tokens."""
-    segments = (Segment("style", "class", 2, class_names=("a", "b")), Segment("text", "text", 20, 3))
-    pipeline = with_layout(tiny_pipeline, segments=segments)
-    torch.manual_seed(0)
-    pipeline.prior = build_prior(tiny.RANDOM_PRIORS["gpt2"], pipeline.layout).eval().to(DEVICE)
-    out = pipeline.score(digits[:2], ["3", "4"])
-    nulls = [32 + 10 + 1 + 2, *[32 + 10 + 1 + 3 + 20] * 3]
-    tokens = torch.cat([torch.tensor([[35, *nulls], [36, *nulls]]), out.codes.flatten(1)], 1).to(DEVICE)
-    with torch.no_grad():
-        logits = pipeline.prior(tokens[:, :-1]).logits[:, 4:].log_softmax(-1)
-    expected = -logits.gather(-1, tokens[:, 5:, None])[..., 0].cpu().double()
-    assert torch.allclose(out.code_nats.flatten(1), expected, atol=1e-5)
-    assert torch.allclose(
-        pipeline.class_posterior(digits[:2])[0, 3] / out.nats[0].neg().exp(),
-        1 / sum(pipeline.score(digits[0], n).nats.neg().exp() for n in range(10)),
-        rtol=1e-3,
-    )
-    tied = with_layout(pipeline, segments=(segments[0], dataclasses.replace(segments[1], has_null=False)))
-    with pytest.raises(ValueError, match="class_labels: this prior has not learnt to do without text, which"):
-        tied.score(digits[0], 3)
-    assert len(tied.score(digits[0])) == 1  # without all conditions
-    alone = with_layout(tied, class_names=(), class_counts=(), has_null=False)
-    with pytest.raises(ValueError, match="class_labels: this prior has not learnt to do without style, text, which"):
-        alone.score(digits[0])
-
-
-def test_labels_are_refused_where_the_prior_has_other_conditions_alone(tiny_pipeline, digits):
-    segment = Segment("style", "class", 2, class_names=("a", "b"))
-    pipeline = with_layout(tiny_pipeline, class_names=(), class_counts=(), segments=(segment,))
-    with pytest.raises(
-        ValueError, match=r"class_labels: received 'a'; .*this prior has none, only the conditions style"
-    ):
-        pipeline.score(digits[:1], "a")
-
-
 def test_a_heat_map_shows_where_the_nats_are(layout):
     nats = torch.zeros(1, 4, 4)
     nats[0, 1, 2] = 3.0
@@ -195,7 +158,10 @@ def test_a_heat_map_shows_where_the_nats_are(layout):
             r"codes: received shape \(1, 4, 8\); the prior has learnt",
         ),
         ({"codes": torch.full((1, 4, 4), 32)}, "codes: received values from 32 to 32"),
-        ({"codes": torch.zeros(3, 4, 4, dtype=torch.int64), "class_labels": [1, 2]}, "received 2 labels for 3 images"),
+        (
+            {"codes": torch.zeros(3, 4, 4, dtype=torch.int64), "class_labels": [1, 2]},
+            "class_labels: received 2 values for 3 images",
+        ),
         ({"codes": torch.zeros(1, 4, 4, dtype=torch.int64), "class_labels": "x"}, "class_labels: received 'x'"),
         ({"codes": torch.zeros(1, 4, 4, dtype=torch.int64), "batch_size": 0}, "batch_size: received 0"),
     ],

@@ -170,6 +170,13 @@ def test_other_codes_have_no_fingerprint_until_they_are_saved(tmp_path):
     assert kept.config.fingerprint == kept.compute_fingerprint()
 
 
+def test_weights_of_another_quantizer_are_refused(tmp_path):
+    """Those of some quantizers have the same names and shapes."""
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"quantizer: received 'ibq', but .* was trained with 'vq'"):
+        VQGANModel.from_pretrained(tmp_path, quantizer="ibq")
+
+
 @pytest.mark.parametrize("key", ["encoder.conv_in.weight", "decoder.conv_out.bias"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite_are_refused(tmp_path, key, value):

@@ -210,7 +210,7 @@ def test_an_interrupted_store_with_a_damaged_shard_is_not_continued(tmp_path):
     path = shard_path(tmp_path, "train", 1)
     path.write_bytes(flipped(whole := path.read_bytes(), whole.index(codes)))
     with pytest.raises(
-        ConfigError, match=r"train-00001\.arrow: the codes or labels of this file .*; remove it and run"
+        ConfigError, match=r"train-00001\.arrow: the codes, labels or conditions of this file .*; remove it and run"
     ):
         claim_folder(tmp_path, ORIGIN)
 

@@ -7,8 +7,8 @@ from PIL import Image
 from scipy.ndimage import sobel
 from transformers import PreTrainedTokenizerFast
 
-from stage1_vqgan import normalize
-from stage2_prior.condition_images import apply_transform, transformed_shape
+from stage1_vqgan import normalize, to_shape
+from stage2_prior.condition_images import apply_transform, condition_pixels, transformed_shape
 from stage2_prior.condition_text import (
     decode_text,
     encode_texts,
@@ -92,6 +92,40 @@ def test_other_transforms_are_refused(levels, transform, message):
 def test_only_colours_can_be_removed(levels):
     with pytest.raises(ValueError, match="1 channels; only images with 3 have colours"):
         changed("gray", levels[:, :, :1])
+
+
+def image_segment(transform, height, width):
+    return Segment("sketch", "image", 8, 4, grids=((2, 2, 1),), image_shape=(height, width), transform=transform)
+
+
+@pytest.mark.parametrize("transform", ["gray", "mask 0.5"])
+def test_a_transformed_image_is_not_changed_again(levels, transform):
+    segment = image_segment(transform, 12, 16)
+    made = changed(transform, levels)
+    again = condition_pixels(torch.from_numpy(made), segment)
+    assert torch.equal(again, normalize(torch.from_numpy(made).permute(2, 0, 1)))
+    assert torch.equal(again, condition_pixels(torch.from_numpy(levels), segment))
+
+
+def test_an_image_of_the_size_of_the_training_is_scaled_down_as_there(levels):
+    segment = image_segment("downscale 2", 6, 8)
+    small = changed("downscale 2", levels)
+    expected = normalize(torch.from_numpy(small).permute(2, 0, 1))
+    assert torch.equal(condition_pixels(torch.from_numpy(levels), segment), expected)
+    assert torch.equal(condition_pixels(torch.from_numpy(small), segment), expected)
+    large = torch.from_numpy(levels).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    found = condition_pixels(large, segment)  # resized to the size of the training first
+    assert torch.equal(found, condition_pixels(to_shape(large, (12, 16)), segment))
+
+
+def test_edges_need_a_drawing(levels):
+    segment = image_segment("edges", 12, 16)
+    drawing = torch.from_numpy(changed("edges", levels))
+    assert torch.equal(condition_pixels(drawing, segment), normalize(drawing.permute(2, 0, 1)))
+    noisy = (drawing.int() + torch.randint(-9, 10, drawing.shape)).clamp(0, 255).to(torch.uint8)
+    assert condition_pixels(noisy, segment).shape == (3, 12, 16)
+    with pytest.raises(ValueError, match=r"received an image with colours; 'sketch' is a drawing, .* apply_transform"):
+        condition_pixels(torch.from_numpy(levels), segment)
 
 
 @pytest.fixture(scope="module")

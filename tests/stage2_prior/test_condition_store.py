@@ -171,6 +171,19 @@ def test_an_interrupted_store_keeps_its_text_tokenizer(root, monkeypatch):
     assert {path.name: path.read_bytes() for path in store.folder.glob("*.arrow")} == before
 
 
+def test_conditions_in_another_order_do_not_continue_a_store(root):
+    """The tokens of the conditions stand in this order in every shard."""
+    names = {"style": ALL["style"], "word": {"kind": "class", "column": "word"}}
+    other = dict(reversed(names.items()))
+    store = tokenize(settings(root, "ordered", names))
+    assert tokenize(settings(root, "ordered", other)).layout == store.layout  # finished: its layout tells the order
+    (store.folder / "manifest.json").unlink()
+    (store.folder / "validation-00000.arrow").unlink()
+    with pytest.raises(ConfigError, match="the conditions style, word, but their order is now word, style; restore"):
+        tokenize(settings(root, "ordered", other))
+    assert tokenize(settings(root, "ordered", names)).layout == store.layout
+
+
 def test_a_condition_image_with_a_tokenizer_of_its_own(root, rows):
     own = conditioned.save_tokenizer(root / "own", 8, seed=1, num_embeddings=16)
     store = tokenize(settings(root, "other", {"twin": {"kind": "image", "column": "twin", "tokenizer": own}}))

@@ -1,6 +1,7 @@
 """Writing the code store: the codes are those of the tokenizer; interrupted or repeated calls give the same store."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from stage1_vqgan import DataConfig, VQGANImageProcessor, VQGANModel, decode, lo
 from stage2_prior import CodeStore
 from stage2_prior.shards import check_shard
 from stage2_prior.tokenization import tokenize, tokenize_split
+from stage2_prior.training.run import check_codes
 from tests.devices import DEVICE, assert_same_codes
 from tests.image_files import picture, write_parquet
 
@@ -85,7 +87,7 @@ def test_manifest_says_what_the_codes_are(tiny_runs):
         "seed": 0,
         "images": [1437, 360],
         "class_names": [str(digit) for digit in range(10)],
-        "image_size": None,
+        "image_size": [16, 16],
     }
     layout = CodeStore(tiny_runs.codes).layout
     assert (layout.num_codes, layout.grid, layout.downsampling_factor) == (32, (4, 4), 4)
@@ -98,6 +100,22 @@ def test_a_second_call_does_nothing(tiny_runs):
     before = {path: path.stat().st_mtime_ns for path in tiny_runs.codes.iterdir()}
     tokenize(tiny_runs.stage2)
     assert {path: path.stat().st_mtime_ns for path in tiny_runs.codes.iterdir()} == before
+
+
+@pytest.mark.parametrize("recorded", [[16, 16], None])
+def test_the_size_of_the_tokenizer_may_be_written_out(tiny_runs, tmp_path, recorded):
+    """Stores of earlier versions record null if the size was not given."""
+    codes = shutil.copytree(tiny_runs.codes, tmp_path / "codes")
+    origin = json.loads((codes / "origin.json").read_text()) | {"image_size": recorded}
+    (codes / "origin.json").write_text(json.dumps(origin))
+    for size in (None, 16, [16, 16]):
+        config = replace(tiny_runs.stage2, code_store=str(codes), image_size=size)
+        check_codes(config, tokenize(config))
+    other = replace(tiny_runs.stage2, code_store=str(codes), image_size=32)
+    with pytest.raises(ConfigError, match=r"holds codes with image_size \[16, 16\], but image_size is now \[32, 32\]"):
+        tokenize(other)
+    with pytest.raises(ConfigError, match=r"image_size: .* was written with \[16, 16\], but the .* has \[32, 32\]"):
+        check_codes(other, CodeStore(codes))
 
 
 def test_shards_and_batches_change_nothing(tiny_runs, tmp_path, small_shards, monkeypatch):

@@ -78,4 +78,4 @@ def test_as_many_real_images_as_generated_ones():
             return super().fit(pixels, labels)
 
     class_metrics(lambda: Counted(4, 0.1, 10.0), corners(0, 200), corners(1, 20), corners(2, 40))
-    assert sizes == [200, 40, 40]
+    assert sorted(sizes) == [40, 40, 200]

@@ -2,15 +2,19 @@
 
 import dataclasses
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from configs import ConfigError
 from pipelines import VQGANPipeline
+from pipelines.evaluation.conditions import real_labels
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.prompts import chosen_rows
-from pipelines.evaluation.run import generate_samples
+from pipelines.evaluation.run import generate_samples, measure, read_splits
+from pipelines.model_card import meanings_of
 from stage1_vqgan import DataConfig, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import Segment, TokenLayout
 from stage2_prior.code_store import shard_path
@@ -20,29 +24,39 @@ from stage2_prior.shards import read_notes, write_shard
 from tests import tiny
 from tests.code_stores import ORIGIN
 
+PRIORS = tiny.RANDOM_PRIORS | tiny.MASKED_PRIORS
 STYLE = Segment("style", "class", 4, class_names=("flat", "drawn", "shaded", "dark"))
 LABELS, STYLES = np.array([1, 0, 1, 1, 0, 1]), np.array([0, 1, 2, 3, 0, 1])
 
 
-@pytest.fixture(scope="module")
-def pipeline():
+def make(prior="llama", **changes):
     torch.manual_seed(0)
     vqgan = VQGANModel(VQGANConfig(**tiny.VQGAN))
     vqgan.config.fingerprint = vqgan.compute_fingerprint()
     layout = TokenLayout(32, ("ant", "bee"), (4, 4), 4, vqgan.config.fingerprint, segments=(STYLE,))
-    made = VQGANPipeline(vqgan, build_prior(tiny.RANDOM_PRIORS["llama"], layout), VQGANImageProcessor(16, 1), layout)
+    layout = dataclasses.replace(layout, **changes)
+    made = VQGANPipeline(vqgan, build_prior(PRIORS[prior], layout), VQGANImageProcessor(16, 1), layout)
     made.set_progress_bar_config(disable=True)
     return made
 
 
-def write_store(folder, layout):
+@pytest.fixture(scope="module")
+def pipeline():
+    return make()
+
+
+def write_store(folder, layout, column="style"):
+    """A store of six images in each split, all of the same codes."""
     folder.mkdir(exist_ok=True)
+    labels = LABELS if layout.num_classes else None
     notes = {}
     for split in ("train", "validation"):
         codes = np.zeros((6, 16), np.uint16)
-        write_shard(shard_path(folder, split, 0), codes, LABELS, 6, conditions=STYLES[:, None])
+        write_shard(shard_path(folder, split, 0), codes, labels, 6, conditions=STYLES[:, None])
         notes[split] = [read_notes(shard_path(folder, split, 0))]
-    write_manifest(folder, layout, notes, ORIGIN | {"tokenizer_fingerprint": layout.tokenizer_fingerprint}, 1.0)
+    conditions = {"conditions": {one.name: {"kind": "class", "column": column} for one in layout.segments}}
+    origin = ORIGIN | conditions | {"tokenizer_fingerprint": layout.tokenizer_fingerprint}
+    write_manifest(folder, layout, notes, origin, 1.0)
 
 
 def config_of(folder, **values):
@@ -53,11 +67,88 @@ def config_of(folder, **values):
 def test_images_are_asked_for_with_the_conditions_of_validation_images(pipeline, tmp_path):
     write_store(tmp_path, pipeline.layout)
     pixels, labels = generate_samples(config_of(tmp_path), pipeline)
-    assert labels.tolist() == [0, 0, 1, 1]
+    assert {name: found.tolist() for name, found in labels.items()} == {"class": [0, 0, 1, 1], "style": [1, 0, 0, 3]}
     seeds = torch.randint(2**63 - 1, (4,), generator=torch.Generator().manual_seed(0)).tolist()
     asked = {"class_labels": {"class": ["ant", "ant", "bee", "bee"], "style": ["drawn", "flat", "flat", "dark"]}}
     expected = pipeline.generate(**asked, guidance_scale=2.0, seed=seeds, output_type="pt").images
     assert torch.equal(pixels, expected * 2 - 1)
+
+
+def test_a_masked_prior_takes_the_steps_of_the_settings(tmp_path):
+    pipeline = make("bert", family="masked")
+    write_store(tmp_path, dataclasses.replace(pipeline.layout, family="causal"))
+    steps = {"num_steps": 3, "order": "halton"}
+    pixels, _ = generate_samples(config_of(tmp_path, **steps), pipeline)
+    seeds = torch.randint(2**63 - 1, (4,), generator=torch.Generator().manual_seed(0)).tolist()
+    asked = {"class_labels": {"class": ["ant", "ant", "bee", "bee"], "style": ["drawn", "flat", "flat", "dark"]}}
+    expected = pipeline.generate(**asked, guidance_scale=2.0, seed=seeds, output_type="pt", **steps).images
+    assert torch.equal(pixels, expected * 2 - 1)
+    with pytest.raises(ConfigError, match="num_steps: received 3; this prior is causal"):
+        generate_samples(config_of(tmp_path, **steps), make())
+
+
+def brightness_of(style, noise):
+    """A gray image whose brightness tells its style."""
+    return Image.fromarray(np.full((16, 16), 40 + 50 * style + noise, np.uint8))
+
+
+def write_images(folder, **columns):
+    """40 images in each split, ten of each style; the brightness of an image tells its style."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        styles = [number % 4 for number in range(40)]
+        images = [brightness_of(style, rng.integers(20)) for style in styles]
+        names = [STYLE.class_names[style] for style in styles]
+        features = datasets.Features(image=datasets.Image(), style=datasets.ClassLabel(names=list(STYLE.class_names)))
+        rows = {"image": images, "style": names} | columns
+        folder.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.fixture
+def quiet(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def evaluation(folder, pipeline, **values):
+    """The real images and their classes, for an evaluation of a pipeline."""
+    data = DataConfig(dataset=str(folder / "data"), validation_split="validation", use_labels=False)
+    config = dataclasses.replace(config_of(folder / "store", feature_size=4, num_components=2, **values), data=data)
+    train, validation = read_splits(config, pipeline)
+    return config, train, validation, real_labels(config, pipeline.layout, train, validation)
+
+
+def test_a_condition_with_classes_has_an_accuracy(tmp_path, quiet):
+    pipeline = make(class_names=())
+    write_images(tmp_path / "data")
+    write_store(tmp_path / "store", pipeline.layout)
+    config, train, validation, real = evaluation(tmp_path, pipeline, max_real_images=24)
+    assert real.keys() == {"style"} and len(train) == 24
+    for images, labels in zip((train, validation), real["style"], strict=True):
+        levels = (images.pixels().mean((1, 2, 3)) + 1) * 127.5
+        assert labels.tolist() == ((levels - 35) // 50).int().tolist()
+    asked = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
+    right = (asked[:, None, None, None] * 50.0 + 50).expand(-1, 1, 16, 16) / 127.5 - 1
+    for labels, share in ((asked, 1.0), (asked.roll(2), 0.0), (asked.where(asked > 0, 3), 0.75)):
+        metrics = measure(config, pipeline, train, validation, real, right, {"style": labels.numpy()})
+        assert metrics["class_accuracy_style"] == share and metrics["class_accuracy_style_real"] == 1.0
+        assert not metrics.keys() & {"class_accuracy", "class_accuracy_real", "classification_accuracy_score"}
+    assert "class_accuracy_style_real" in meanings_of(metrics)
+
+
+def test_other_columns_and_other_classes(tmp_path, quiet, capsys):
+    pipeline = make(class_names=())
+    write_images(tmp_path / "data")
+    write_store(tmp_path / "store", pipeline.layout, "kind")
+    assert evaluation(tmp_path, pipeline)[-1] == {}
+    assert "no accuracy of style: received 'kind'; the columns are" in capsys.readouterr().out
+    other = make(class_names=(), segments=(dataclasses.replace(STYLE, class_names=("a", "b", "c", "d")),))
+    write_store(tmp_path / "store", other.layout)
+    with pytest.raises(
+        ConfigError, match=r"data\.dataset: its column 'style' has the classes flat, drawn, .* a, b, c, d"
+    ):
+        evaluation(tmp_path, other)
 
 
 def test_what_cannot_be_evaluated_is_refused(pipeline, tmp_path):

@@ -11,7 +11,8 @@ from configs import run
 from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import TokenLayout, load_language_model
-from stage2_prior.convert.command import UNKNOWN, ConvertConfig, convert
+from stage2_prior.convert.__main__ import main
+from stage2_prior.convert.command import UNKNOWN, ConvertConfig
 from stage2_prior.prior import adapt_prior
 from tests import golden_priors
 from tests.golden import GOLDEN
@@ -121,7 +122,7 @@ def write(folder: Path, weights: dict[str, torch.Tensor], **params) -> None:
 
 
 def command(arguments: str, at: Path) -> Path:
-    run(ConvertConfig, convert, "convert", [word.format(at=at) for word in arguments.split()])
+    run(ConvertConfig, main, "convert", [word.format(at=at) for word in arguments.split()])
     return at / "out"
 
 

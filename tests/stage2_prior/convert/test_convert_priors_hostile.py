@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from configs import run
 from stage1_vqgan import VQGANImageProcessor
-from stage2_prior.convert.command import ConvertConfig, convert
+from stage2_prior.convert.__main__ import ConvertConfig, main
 from tests.golden import GOLDEN
 from tests.stage2_prior.convert.test_convert_priors import CONDITIONS, FIRST_STAGE, gpt, needs_golden, tokenizer, write
 
@@ -25,7 +25,7 @@ def attempt(tmp_path, monkeypatch, capsys):
     def refused(arguments: str) -> str:
         before = set(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as exited:
-            run(ConvertConfig, convert, "convert", arguments.split())
+            run(ConvertConfig, main, "convert", arguments.split())
         told = capsys.readouterr()
         assert exited.value.code == 2 and set(tmp_path.rglob("*")) == before, "something was left"
         assert "Traceback" not in told.err and "saved in" not in told.out

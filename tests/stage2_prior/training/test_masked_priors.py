@@ -140,7 +140,7 @@ def test_sample_grids_are_those_of_the_pipeline(make_config, tiny_runs, tmp_path
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"model_type": "llama"}, "received 'llama'; unknown masked language model of transformers"),
+        ({"model_type": "llama"}, "received 'llama'; unknown masked language model .* choose modernbert or bert"),
         ({**tiny.BERT, "is_decoder": True}, "received 'bert'; a masked prior must predict every token from all tokens"),
         (
             {"model_type": "bart", "d_model": 32, "encoder_layers": 1, "decoder_layers": 1},

@@ -193,7 +193,7 @@ def test_the_road_without_labels(make_config, tiny_runs, tmp_path):
     pipeline = VQGANPipeline.from_pretrained(tmp_path / "pipeline")
     out = pipeline.generate(num_images=3, generator=torch.Generator().manual_seed(0))
     assert len(out.images) == 3 and out.images[0].size == (16, 16) and len(out.codes.unique(dim=0)) == 3
-    with pytest.raises(ValueError, match="class_labels: this prior is unconditional; use num_images"):
+    with pytest.raises(ValueError, match="class_labels: this prior has no classes; leave it out"):
         pipeline.generate(class_labels=[0])
     card = (tmp_path / "pipeline" / "README.md").read_text()
     assert "always token 32" in card and "num_images=4" in card and "class" not in card.split("---", 2)[2].lower()
