@@ -152,6 +152,8 @@ class Stage2Config(TrainingConfig):
     lora: trains an adapter of the prior in model_name_or_path; see lora.r
     condition_dropout: fraction of training sequences in which null tokens replace the class and all conditions, for
         guidance
+    token_dropout: dropout probability of the token embeddings, of conditions and codes, in training; LlamaGen has 0.1.
+        The embedding dropout of GPT-2 (embd_pdrop) and of BERT (hidden_dropout_prob) in model comes on top
     conditions: conditions beside the class, by name: {text: {column: caption, kind: text}}; see conditions.NAME
     keep_best: save the weights of the evaluation with the lowest loss; false saves the last weights
     early_stopping_patience: training ends after this many evaluations in a row without a lower loss; 0 turns this off
@@ -175,6 +177,7 @@ class Stage2Config(TrainingConfig):
     model: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig = field(default_factory=LoraConfig)
     condition_dropout: Fraction = 0.1
+    token_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     conditions: dict[str, ConditionConfig] = field(default_factory=dict)
     keep_best: bool = True
     early_stopping_patience: NonNegative = 0

@@ -38,6 +38,7 @@ from stage2_prior.training.memory import check_training_memory
 from stage2_prior.training.sample_grids import SampleGrids
 from stage2_prior.training.selection import BestWeights, Selection, evaluations, is_exhausted
 from stage2_prior.training.sharding import check_sharding
+from stage2_prior.training.token_dropout import add_token_dropout
 from stage2_prior.training.trackers import SettingsOnTrackers
 from stage2_prior.training.trainer import PriorTrainer, bits_per_pixel
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
@@ -118,8 +119,10 @@ class Training:
         set_seed(config.seed)
         self.callback = RunCallback(run, request)
         self.average, self.best = WeightAverage(config.average_decay, config.ema_decay > 0), BestWeights(run.path)
+        prior = initial_prior(config, layout)
+        add_token_dropout(prior, config.token_dropout)
         self.trainer = PriorTrainer(
-            model=initial_prior(config, layout),
+            model=prior,
             args=arguments,
             train_dataset=for_family(
                 CodeDataset(store.split("train"), layout, config.condition_dropout, config.seed, config.segment_dropout)
