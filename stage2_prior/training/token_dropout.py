@@ -1,4 +1,4 @@
-"""Token dropout, as in LlamaGen: in training, the layers of a prior read token embeddings of which some values are 0."""
+"""Token dropout, as in LlamaGen: in training, some values of the token embeddings that a prior reads are 0."""
 
 from typing import Any
 
