@@ -123,13 +123,13 @@ class Training:
         prior = initial_prior(config, layout)
         contrast = ContrastiveLoss(prior, config.cca) if config.cca.beta else None
         add_token_dropout(prior, config.token_dropout)
-        sequences = for_family(
-            CodeDataset(store.split("train"), layout, config.condition_dropout, config.seed, config.segment_dropout)
+        sequences = CodeDataset(
+            store.split("train"), layout, config.condition_dropout, config.seed, config.segment_dropout
         )
         self.trainer = PriorTrainer(
             model=prior,
             args=arguments,
-            train_dataset=sequences if contrast is None else PairDataset(sequences),
+            train_dataset=for_family(sequences) if contrast is None else PairDataset(sequences),
             eval_dataset=for_family(CodeDataset(store.split("validation"), layout)),
             callbacks=[self.callback],
             layout=layout,
