@@ -2,6 +2,7 @@
 
     python -m benchmarks.emoji pairs --data emoji --output_dir emoji_pairs_of_styles
     python -m benchmarks.emoji text PIPELINE --data emoji --pairs emoji_pairs
+    python -m benchmarks.emoji guidance PIPELINE --data emoji --pairs emoji_pairs
     python -m benchmarks.emoji transfer PIPELINE --data emoji --pairs emoji_pairs
 
 The folders hold parquet files with the columns `image`, `style`, `text` and `code`; the same code is the same emoji in
@@ -9,7 +10,8 @@ another style. `emoji` has train.parquet and test.parquet; the emoji of test are
 test.parquet; the train images show its emoji in the three other styles.
 
 `pairs` writes a data set whose rows have the column `source` too, the same emoji in another style. `text` generates
-every emoji from its text and its style. `transfer` generates it from its image in another style, a condition image.
+every emoji from its text and its style; `guidance` does so with several scales of guidance by each. `transfer`
+generates it from its image in another style, a condition image.
 Features are those of EfficientNet-Lite0, which no training has used.
 """
 
@@ -29,6 +31,7 @@ from tqdm.auto import tqdm
 from benchmarks.machine import environment
 from benchmarks.report import table, write
 from pipelines import VQGANPipeline
+from pipelines.evaluation.metrics import frechet_distances
 from stage1_vqgan import labelled_grid
 from stage1_vqgan.networks import load_network
 
@@ -94,27 +97,68 @@ def retrieval(generated: Tensor, real: Tensor, emoji: Emoji) -> dict[str, float]
     return {"top_1": float(np.mean(first)), "top_5": float(np.mean(five)), "chance": float(np.mean(chance))}
 
 
+class Judge:
+    """What generated emoji are compared with."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.features = Features()
+        self.train, self.names = read(args.data / "train.parquet")
+        self.of_train = self.features(self.train.images)
+        self.classifier = LogisticRegression(max_iter=2000).fit(self.of_train, self.train.styles)
+
+    def measures(self, images: list[Image.Image], emoji: Emoji, real: Tensor) -> dict[str, float]:
+        """Retrieval, share of the images whose style is the one asked for, and Frechet distance of the features."""
+        found = self.features(images)
+        sets = [part.double().numpy() for part in (self.of_train, real, found)]
+        return retrieval(found, real, emoji) | {
+            "style": float(np.mean(self.classifier.predict(found) == emoji.styles)),
+            "distance": frechet_distances(sets[0], sets[1], sets[2:], num_components=24)[0],
+        }
+
+
+def generated(pipeline: VQGANPipeline, asked: dict[str, Any], args: argparse.Namespace) -> list[Image.Image]:
+    """The images of a request, with the settings of the command line that it does not state."""
+    settings = {"guidance_scale": args.guidance_scale, "temperature": args.temperature, "num_steps": args.num_steps}
+    return [image.convert("RGB") for image in pipeline.generate(**settings | asked, seed=0).images]
+
+
 def text(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
     """Generates all emoji of both test sets from text and style, and without the text."""
-    features = Features()
-    train, names = read(args.data / "train.parquet")
-    classifier = LogisticRegression(max_iter=2000).fit(features(train.images), train.styles)
+    judge = Judge(args)
     results: dict[str, Any] = {}
     for split, path in (("test", args.data), ("pairs", args.pairs)):
         emoji, _ = read(path / "test.parquet")
-        real, rows = features(emoji.images), []
-        asked: dict[str, Any] = {"class_labels": {args.style: [names[style] for style in emoji.styles]}, "seed": 0}
-        asked |= {"guidance_scale": args.guidance_scale, "temperature": args.temperature}
-        givens: dict[str, dict[str, Any]] = {"with text": {"text": emoji.texts}, "without": {}}
-        for kind, given in givens.items():
-            images = [image.convert("RGB") for image in pipeline.generate(**asked, **given).images]
-            found = features(images)
-            results[f"{split}, {kind}"] = retrieval(found, real, emoji) | {
-                "style": float(np.mean(classifier.predict(found) == emoji.styles)),
-                "style of real images": float(np.mean(classifier.predict(real) == emoji.styles)),
-            }
-            rows.append((kind, images))
-        picture(args.output_dir / f"text_{split}.png", [("real", emoji.images), *rows], emoji)
+        real = judge.features(emoji.images)
+        styles = {"class_labels": {args.style: [judge.names[style] for style in emoji.styles]}}
+        kinds = {
+            "with text": generated(pipeline, styles | {"text": emoji.texts}, args),
+            "without text": generated(pipeline, styles, args),
+            "real, reconstructed": [image.convert("RGB") for image in pipeline.reconstruct(emoji.images)],
+        }
+        for kind, images in kinds.items():
+            results[f"{split}, {kind}"] = judge.measures(images, emoji, real)
+        picture(args.output_dir / f"text_{split}.png", [("real", emoji.images), *list(kinds.items())[:2]], emoji)
+    return results
+
+
+def guidance(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
+    """Generates the emoji of both test sets together, with guidance on the style alone and on the text alone."""
+    judge = Judge(args)
+    test, pairs_ = read(args.data / "test.parquet")[0], read(args.pairs / "test.parquet")[0]
+    emoji = Emoji(
+        test.images + pairs_.images,
+        np.r_[test.styles, pairs_.styles],
+        test.texts + pairs_.texts,
+        test.codes + pairs_.codes,
+    )
+    real = judge.features(emoji.images)
+    asked = {"class_labels": {args.style: [judge.names[style] for style in emoji.styles]}, "text": emoji.texts}
+    scales = [{}, *({args.style: s} for s in (0.0, 2.0, 4.0)), *({"text": s} for s in (0.0, 2.0, 4.0))]
+    results = {}
+    for scale in scales:
+        name = ", ".join(f"{key} {value}" for key, value in scale.items()) or "none"
+        images = generated(pipeline, asked | {"guidance_scale": scale or 1.0}, args)
+        results[name] = judge.measures(images, emoji, real)
     return results
 
 
@@ -125,10 +169,8 @@ def transfer(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any
     emoji, _ = read(args.pairs / "test.parquet")
     sources = [train.images[train.codes.index(code)] for code in emoji.codes]
     labels = {args.style: [names[style] for style in emoji.styles]}
-    options = {"guidance_scale": args.guidance_scale, "temperature": args.temperature, "seed": 0}
-    generated = pipeline.generate(class_labels=labels, condition_images=sources, **options).images
     kinds: dict[str, list[Image.Image]] = {
-        "generated": [image.convert("RGB") for image in generated],
+        "generated": generated(pipeline, {"class_labels": labels, "condition_images": sources}, args),
         "the input copied": sources,
         "the real image, reconstructed": pipeline.reconstruct(emoji.images),
     }
@@ -182,13 +224,14 @@ def pairs(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji", description=__doc__)
-    parser.add_argument("task", choices=["pairs", "text", "transfer"])
+    parser.add_argument("task", choices=["pairs", "text", "guidance", "transfer"])
     parser.add_argument("pipeline", nargs="?", help="folder of a pipeline")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
     parser.add_argument("--pairs", type=Path, help="folder with the test.parquet of emoji known in other styles")
     parser.add_argument("--style", default="style", help="name of the condition with the styles")
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--num_steps", type=int, help="of a masked prior")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks/emoji"))
     args = parser.parse_args()
     if args.task == "pairs":
@@ -197,7 +240,9 @@ def main() -> None:
     if args.pipeline is None or args.pairs is None:
         parser.error(f"{args.task} needs a pipeline and --pairs")
     where = environment()
-    results = {"text": text, "transfer": transfer}[args.task](args, VQGANPipeline.from_pretrained(args.pipeline))
+    results = {"text": text, "guidance": guidance, "transfer": transfer}[args.task](
+        args, VQGANPipeline.from_pretrained(args.pipeline)
+    )
     print(table([{"": name} | {key: round(value, 3) for key, value in row.items()} for name, row in results.items()]))
     write(
         args.output_dir / f"{args.task}.json", {"environment": where, "settings": str(vars(args)), "results": results}

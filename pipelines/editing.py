@@ -3,44 +3,29 @@
 Shape letters: N images, C channels, H W image size, h w code grid, f downsampling factor, L codes of an image.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.arguments import choice, number, whole
+from configs.arguments import number, whole
 from configs.randomness import uniform
 from pipelines.chunks import encode_in_chunks
 from pipelines.conditions import ConditionTokenizer
 from pipelines.masks import MaskedImages, hidden_around, joined, kept_box, known_codes, masked_images
-from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput
-from pipelines.prompts import Groups, asked_prompts, given_conditions, guidance_groups, require_learnt
-from pipelines.requests import image_seeds, prompts_of, require_memory, unmasking_options
+from pipelines.outputs import VQGANPipelineOutput
+from pipelines.prompts import Given
+from pipelines.requests import Request, Requests, prompts_of, require_memory
 from pipelines.windows import require_one_grid, sample_windows
 from stage1_vqgan import VQGANImageProcessor
-from stage2_prior import CLASS, SamplingOptions, TokenLayout, UnmaskingOptions, require_callback
 
 LARGEST_SEAM, LARGEST_SIDE = 2**10, 2**16  # pixels
 
 
-class EditRequest(NamedTuple):
-    """What an edit asks of the prior; see `Editing.inpaint`."""
-
-    prompts: Tensor
-    seeds: Tensor
-    options: SamplingOptions
-    groups: Groups
-    output_type: str
-    batch_size: int | None
-    callback: Callable[[int, Tensor], None] | None
-    labels: list[str] | None
-    asked: list[dict[str, Any]] | None
-    unmasking: UnmaskingOptions | None
-
-
-class Editing:
+class Editing(Requests):
     """The methods of `VQGANPipeline` that edit images.
 
     All of them work at the size of the pipeline's images: the image processor resizes and crops images of another size
@@ -49,7 +34,7 @@ class Editing:
     All take `class_labels`: ids or names, one for all images or one for each; without labels, the new codes are those
     of no given class. `**sampling` are the other arguments of `VQGANPipeline.generate`: `text`, `condition_images`,
     `seed`, `generator`, `guidance_scale` and the other options of sampling, `output_type`, `batch_size` and
-    `callback_on_step_end`.
+    `callback_on_step_end`. A list of guidance scales has one for each image.
     The result has the codes of the whole images, known ones and new ones.
 
     In float32, an edited image depends only on its own visible pixels, mask, label and seed, and on the options.
@@ -57,10 +42,8 @@ class Editing:
 
     vqgan: Any  # VQGANModel
     image_processor: VQGANImageProcessor
-    layout: TokenLayout
     _tokenizers: dict[str, ConditionTokenizer]
     _decoded_parts: Callable[[Tensor], Iterator[Tensor]]
-    _sampled: Callable[..., Iterator[Tensor]]
 
     @torch.no_grad()
     def inpaint(
@@ -167,7 +150,7 @@ class Editing:
         seam = self._seam(seam)
         pixel_values = self.image_processor(images)["pixel_values"]
         pixels = (width + sides[0] + sides[1]) * (height + sides[2] + sides[3])
-        request = self._request(len(pixel_values), pixels, class_labels, **sampling)
+        request = self._request_of(len(pixel_values), pixels, class_labels, **sampling)
         codes, places = encode_in_chunks(self.vqgan, pixel_values), tuple(side // f for side in sides)
         known = F.pad(codes, places if codes.ndim == 3 else (0, 0, *places), value=-1)
         hidden = F.pad(torch.zeros_like(pixel_values[:, :1], dtype=torch.bool), sides, value=True)
@@ -195,7 +178,7 @@ class Editing:
         """
         strength = number("strength", strength, lambda value: 0 < value <= 1, "a number above 0, up to 1")
         pixel_values = self.image_processor(images)["pixel_values"]
-        request = self._request(len(pixel_values), self.layout.pixels, class_labels, **sampling)
+        request = self._request_of(len(pixel_values), self.layout.pixels, class_labels, **sampling)
         known = encode_in_chunks(self.vqgan, pixel_values).flatten(1)
         count = max(1, round(strength * self.layout.length))
         known[self._changed(request.seeds.to(known.device), count)] = -1
@@ -208,67 +191,29 @@ class Editing:
     ) -> VQGANPipelineOutput:
         require_one_grid(self.layout, "images")
         seam = self._seam(seam)
-        request = self._request(len(given.hidden), self.layout.pixels, class_labels, **sampling)
+        request = self._request_of(len(given.hidden), self.layout.pixels, class_labels, **sampling)
         known = known_codes(encode_in_chunks(self.vqgan, given.pixel_values), given.hidden.to(self.vqgan.device))
         return self._finished(request, self._sample(request, known), given, seam)
 
-    def _request(
-        self,
-        count: int,
-        pixels: int,
-        class_labels: Any,
-        seed: Any = None,
-        generator: Any = None,
-        output_type: str = "pil",
-        batch_size: int | None = None,
-        callback_on_step_end: Callable[[int, Tensor], None] | None = None,
-        num_steps: int | None = None,
-        order: str | None = None,
-        order_temperature: float | None = None,
-        text: Any = None,
-        condition_images: Any = None,
-        guidance_scale: Any = 1.0,
-        **options: Any,
-    ) -> EditRequest:
+    def _request_of(self, count: int, pixels: int, class_labels: Any, **sampling: Any) -> Request:
         """Checks the arguments of an edit of `count` images, which then have `pixels` pixels each."""
-        choice("output_type", output_type, OUTPUT_TYPES)
-        batch_size = None if batch_size is None else whole("batch_size", batch_size)
-        require_callback("callback_on_step_end", callback_on_step_end)
-        scales, groups = guidance_groups(self.layout, guidance_scale)
-        sampling = SamplingOptions(guidance_scale=scales, **options)
-        unmasking = unmasking_options(self.layout, num_steps, order, order_temperature)
-        given = given_conditions(self.layout, class_labels, text, condition_images)
-        names = [one.segment.name for one in given]
-        require_learnt(self.layout, names, sampling, groups)
-        require_memory("images", count, count, pixels, self.vqgan, self.layout, output_type)
-        prompts = prompts_of(count, given, self.vqgan, self.layout, output_type, self._tokenizers)
-        labels = self.layout.names_of(prompts[:, 0]) if CLASS in names else None
-        asked = asked_prompts(given, count) if self.layout.segments else None
-        seeds = image_seeds(count, seed, generator)
-        how = (sampling, groups, output_type, batch_size, callback_on_step_end)
-        return EditRequest(prompts, seeds, *how, labels, asked, unmasking)
+        scale, kind = sampling.get("guidance_scale", 1.0), sampling.get("output_type", "pil")
 
-    def _sample(self, request: EditRequest, known: Tensor) -> Tensor:
+        def make(given: Sequence[Given]) -> Tensor:
+            require_memory("images", count, count, pixels, self.vqgan, self.layout, kind)
+            return prompts_of(count, given, self.vqgan, self.layout, kind, self._tokenizers, scale)
+
+        return self._request(make, class_labels, **sampling)
+
+    def _sample(self, request: Request, known: Tensor) -> Tensor:
         """Codes of the shape of `known`, which is that of images of any size; -1 where a code is sampled."""
-
-        def sample(seeds: Tensor, known: Tensor) -> Iterator[Tensor]:
-            return self._sampled(
-                request.prompts,
-                seeds,
-                request.options,
-                request.batch_size,
-                request.callback,
-                known,
-                request.groups,
-                unmasking=request.unmasking,
-            )
-
+        sample = partial(self._sampled_for, request)
         if known.ndim == 2:
             return torch.cat([*sample(request.seeds, known)])
         return sample_windows(sample, request.seeds, known, self.layout.grid)
 
     def _finished(
-        self, request: EditRequest, codes: Tensor, given: MaskedImages | None = None, seam: int = 0
+        self, request: Request, codes: Tensor, given: MaskedImages | None = None, seam: int = 0
     ) -> VQGANPipelineOutput:
         images = None
         if request.output_type != "codes":

@@ -51,13 +51,17 @@ class GenerateConfig(UnmaskingSettings, ImageOutput):
     num_images_per_label: number of images of each class or other prompt
     seed: seed of the first image, the next ones have seed + 1, seed + 2, …; null chooses one by chance
     guidance_scale: strength of the guidance towards the class; 1 is no guidance, 1.5 to 3 is usual. Of several
-        conditions, {name: scale} guides by these alone: --guidance_scale.text 3
+        conditions, {name: scale} guides by these alone: --guidance_scale.text 3. A list has one for each class or other
+        prompt: --guidance_scale '[1.5, 3]'
     guidance_schedule, guidance_power, guidance_interval: growth of the guidance, and the part of the codes that it acts
         on, as in VQGANPipeline.generate
     temperature: below 1 gives more typical images, above 1 more varied ones; 0 always takes the most likely code
     top_k, top_p, min_p: sample from the k most likely codes (0 is all), from the most likely ones that add up to this
         probability, from codes at least this many times as likely as the most likely one
     image_size: [height, width] of larger images than those of the training, or the side of a square
+    best_of: sample so many candidates of each image, and keep the best one. The printed seed is that of the chosen one,
+        which makes it again without best_of
+    best_by: what is best: "likelihood" is the most probable image, "class" the one that shows its class most clearly
     batch_size: images sampled at once; null takes as many as fit in memory
     """
 
@@ -74,7 +78,9 @@ class GenerateConfig(UnmaskingSettings, ImageOutput):
     num_images: Positive | None = None
     num_images_per_label: Positive = 1
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] | None = None
-    guidance_scale: NonNegativeFloat | dict[str, NonNegativeFloat] = 1.0
+    guidance_scale: NonNegativeFloat | list[NonNegativeFloat] | dict[str, NonNegativeFloat | list[NonNegativeFloat]] = (
+        1.0
+    )
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     guidance_power: PositiveFloat = 1.0
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
@@ -83,6 +89,8 @@ class GenerateConfig(UnmaskingSettings, ImageOutput):
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     min_p: Fraction = 0.0
     image_size: Positive | list[Positive] | None = None
+    best_of: Positive = 1
+    best_by: Literal["likelihood", "class"] | None = None
     batch_size: BatchSize | None = None
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
@@ -98,23 +106,25 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
         ConfigError: the pipeline cannot be loaded, a class is unknown, an argument is out of range, or a file exists.
     """
     # These imports are slow, so they come after the check of the arguments.
-    from pipelines.prompts import asked_prompts, given_conditions
+    from pipelines.prompts import asked_prompts, given_conditions, number_of_prompts
     from pipelines.requests import images_of_each
     from stage1_vqgan import labelled_grid
 
     pipeline = load_pipeline(config.pipeline, config.device)
     settings = {key: getattr(config, key) for key in SAMPLING_KEYS} | config.unmasking
+    scale = config.guidance_scale
     seed = secrets.randbelow(2**32) if config.seed is None else config.seed
     try:
         asked = asked_conditions(config, pipeline)
         given = given_conditions(pipeline.layout, **asked)
-        names = prompt_names(pipeline, given)
-        each = images_of_each(given, config.num_images, config.num_images_per_label)
+        names = prompt_names(pipeline, given, number_of_prompts(given, scale))
+        each = images_of_each(given, config.num_images, config.num_images_per_label, scale)
         require_few(names, each, "num_images_per_label" if given and config.num_images is None else "num_images")
         paths = config.images_of(file_names(names, each, seed))
         asked["condition_images"] = opened(asked["condition_images"])
         counts: dict[str, Any] = {"num_images": config.num_images, "num_images_per_label": config.num_images_per_label}
-        out = pipeline.generate(**asked, **counts, seed=seed, batch_size=config.batch_size, **settings)
+        others: dict[str, Any] = {key: getattr(config, key) for key in ("best_of", "best_by", "batch_size")}
+        out = pipeline.generate(**asked, **counts, seed=seed, **others, **settings)
     except ConfigError:
         raise
     except ValueError as error:
@@ -124,11 +134,12 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
     if config.grid is not None:
         rows = [(name, out.images[n * each : (n + 1) * each]) for n, name in enumerate(names)]
         write_png(config.grid, labelled_grid(rows, columns=10))
-    prompts = asked_prompts(given, len(out)) if pipeline.layout.segments else [{}] * len(out)
-    for number, prompt in enumerate(prompts):
+    prompts = asked_prompts(given, len(out), scale) if out.prompts else [{}] * len(out)
+    for number, (prompt, chosen) in enumerate(zip(prompts, out.seeds or [], strict=True)):
         file = str(paths[number]) if paths else config.grid
         label = out.labels[number] if out.labels else None
-        print(json.dumps({"file": file, "label": label, **prompt, "seed": seed + number, **settings}))
+        line = {"file": file, "label": label, **prompt, "seed": chosen, **settings} | prompt
+        print(json.dumps(line | ({"score": out.scores[number]} if out.scores else {})))
     return out
 
 
@@ -182,13 +193,13 @@ def opened(value: Any) -> Any:
         raise ValueError(f"condition_images: received {value!r}; {error}") from error
 
 
-def prompt_names(pipeline: "VQGANPipeline", given: Sequence["Given"]) -> list[str]:
-    """The classes and texts of each prompt in words; empty for prompts without both.
+def prompt_names(pipeline: "VQGANPipeline", given: Sequence["Given"], count: int) -> list[str]:
+    """The classes and texts of each of `count` prompts in words; empty for prompts without both.
 
     Raises:
         ValueError: a class is unknown.
     """
-    from pipelines.prompts import condition_ids, number_of_prompts
+    from pipelines.prompts import condition_ids
 
     words = []
     for one in given:
@@ -197,7 +208,6 @@ def prompt_names(pipeline: "VQGANPipeline", given: Sequence["Given"]) -> list[st
             words.append([one.segment.class_names[number] for number in ids])
         elif one.segment.kind == "text":
             words.append(list(one.values))
-    count = number_of_prompts(given)
     rows = zip(*(found * count if len(found) == 1 else found for found in words), strict=True)
     return [" · ".join(row) for row in rows] if words else [""] * count
 

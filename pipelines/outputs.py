@@ -27,8 +27,9 @@ class VQGANPipelineOutput(ModelOutput):
         labels: the class name of each image; None for images of no given class.
         seeds: the seed of each image, from 0 to 2**63 - 1. `generate(out.labels[n], seed=out.seeds[n])` with the same
             options makes image n again.
-        prompts: of a prior with several conditions, what was asked of each image, as arguments of `generate`:
-            `generate(**out.prompts[n], seed=out.seeds[n])` makes image n again.
+        prompts: of a prior with several conditions, or with a list of guidance scales, what was asked of each image, as
+            arguments of `generate`: `generate(**out.prompts[n], seed=out.seeds[n])` makes image n again.
+        scores: the score of each image by `best_by` of `generate`; None without it.
     """
 
     images: Any = None
@@ -36,6 +37,7 @@ class VQGANPipelineOutput(ModelOutput):
     labels: list[str] | None = None
     seeds: list[int] | None = None
     prompts: list[dict[str, Any]] | None = None
+    scores: list[float] | None = None
 
     def __len__(self) -> int:
         return 0 if self.codes is None else len(self.codes)

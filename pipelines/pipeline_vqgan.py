@@ -5,18 +5,17 @@ tokenizer has several codes at each position or several grids, `(N, h, w, G)` or
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from configs.arguments import choice, instance, whole
+from configs.arguments import instance
 from pipelines import hub
 from pipelines.arguments import (
-    int64_codes,
     require_device,
     require_dtype,
     require_loading,
@@ -24,29 +23,21 @@ from pipelines.arguments import (
     require_upload,
     shard_size,
 )
-from pipelines.chunks import encode_in_chunks, images_at_once
+from pipelines.best_of import BestOf, ImageScore, require_best_of
+from pipelines.coding import Coding, joined_images
 from pipelines.compression import Compression
 from pipelines.conditions import ConditionTokenizer, ImageTokenizer, require_tokenizers
 from pipelines.editing import Editing
-from pipelines.outputs import OUTPUT_TYPES, VQGANPipelineOutput, pipeline_text
-from pipelines.prompts import asked_prompts, given_conditions, guidance_groups, require_learnt
-from pipelines.requests import image_seeds, prompt_tokens, require_memory, unmasking_options
+from pipelines.outputs import VQGANPipelineOutput, pipeline_text
+from pipelines.requests import Request, prompt_tokens, require_memory
 from pipelines.sampling import CodeSampler
 from pipelines.scoring import Scoring
-from pipelines.windows import larger_grid, sample_windows
+from pipelines.windows import larger_grid
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
-from stage2_prior import (
-    CLASS,
-    GuidanceSchedule,
-    SamplingOptions,
-    TokenLayout,
-    UnmaskingOptions,
-    UnmaskingOrder,
-    require_callback,
-)
+from stage2_prior import GuidanceSchedule, SamplingOptions, TokenLayout, UnmaskingOptions, UnmaskingOrder
 
 
-class VQGANPipeline(Editing, Scoring, Compression):
+class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
     """Generates images: the prior samples codes, the tokenizer decodes them.
 
     Args:
@@ -148,7 +139,7 @@ class VQGANPipeline(Editing, Scoring, Compression):
         class_labels: int | str | Sequence[int | str] | Mapping[str, Any] | None = None,
         num_images: int | None = None,
         num_images_per_label: int = 1,
-        guidance_scale: float | Mapping[str, float] = 1.0,
+        guidance_scale: float | Sequence[float] | Mapping[str, float | Sequence[float]] = 1.0,
         guidance_schedule: GuidanceSchedule = "constant",
         guidance_power: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -168,6 +159,8 @@ class VQGANPipeline(Editing, Scoring, Compression):
         *,
         text: str | Sequence[str] | Mapping[str, Any] | None = None,
         condition_images: Any = None,
+        best_of: int = 1,
+        best_by: Literal["likelihood", "class"] | ImageScore | None = None,
     ) -> VQGANPipelineOutput:
         """Generates images.
 
@@ -182,7 +175,9 @@ class VQGANPipeline(Editing, Scoring, Compression):
                 images of one label are adjacent in the output.
             guidance_scale: strength of the classifier-free guidance; 1.0 is no guidance, 1.5 to 3 is usual. A number
                 guides by all conditions together, `{name: number}` by each named one with a scale of its own, and the
-                name "a+b" by a and b together. Each scale takes one more prediction for each code.
+                name "a+b" by a and b together. Each scale takes one more prediction for each code. In place of a
+                number, a list has one for each prompt, or for each of `num_images`: element n of all lists makes
+                prompt n. An image is the same as alone with its scale.
             guidance_schedule: "constant"; "linear" and "cosine" raise the guidance from 1.0 at the first code towards
                 guidance_scale at the last code, so that images vary more.
             guidance_power: exponent of "linear" and "cosine"; above 1, guidance starts later.
@@ -216,6 +211,14 @@ class VQGANPipeline(Editing, Scoring, Compression):
             condition_images: PIL images, arrays or tensors, see [`VQGANImageProcessor`]. They are the condition itself,
                 such as the small or the gray image, not the image that it is made from. They are resized to the size of
                 the condition.
+            best_of: sample so many candidates of each image, up to 1,000, and keep the best one. The first candidate
+                has the seed of the image, the others have hashes of it. `out.seeds` are those of the chosen ones, and
+                make them again without best_of; `out.scores` are their scores.
+            best_by: what is best: "likelihood", the highest ln p(codes | prompt); "class", the highest
+                ln p(class | codes) of the class asked for, by Bayes' rule with equally probable classes, which takes a
+                forward for each class; or the highest value of a function of `(images, labels)`: PIL images and their
+                class names, or None. It returns one number for each. A masked prior has no likelihood, and takes
+                functions only.
 
         Returns:
             [`VQGANPipelineOutput`].
@@ -223,13 +226,13 @@ class VQGANPipeline(Editing, Scoring, Compression):
         Raises:
             ValueError: an argument is out of range. The message names it, the value received and what is allowed.
         """
-        choice("output_type", output_type, OUTPUT_TYPES)
-        if batch_size is not None:
-            batch_size = whole("batch_size", batch_size)
-        require_callback("callback_on_step_end", callback_on_step_end)
-        scales, groups = guidance_groups(self.layout, guidance_scale)
-        options = SamplingOptions(
-            guidance_scale=scales,
+        request = self._request(
+            lambda given: prompt_tokens(
+                *(given, num_images, num_images_per_label, self.vqgan, self.layout, output_type, self._tokenizers),
+                guidance_scale,
+            ),
+            *(class_labels, seed, generator, output_type, batch_size, callback_on_step_end),
+            *(num_steps, order, order_temperature, text, condition_images, guidance_scale),
             guidance_schedule=guidance_schedule,
             guidance_power=guidance_power,
             guidance_interval=guidance_interval,
@@ -238,68 +241,19 @@ class VQGANPipeline(Editing, Scoring, Compression):
             top_p=top_p,
             min_p=min_p,
         )
-        unmasking = unmasking_options(self.layout, num_steps, order, order_temperature)
-        given = given_conditions(self.layout, class_labels, text, condition_images)
-        names = [one.segment.name for one in given]
-        require_learnt(self.layout, names, options, groups)
-        prompts = prompt_tokens(
-            given, num_images, num_images_per_label, self.vqgan, self.layout, output_type, self._tokenizers
-        )
-        seeds = image_seeds(len(prompts), seed, generator)
-
-        def sample(seeds: Tensor, known: Tensor | None = None) -> Iterator[Tensor]:
-            return self._sampled(
-                prompts, seeds, options, batch_size, callback_on_step_end, known, groups, unmasking=unmasking
-            )
-
-        batches: Iterable[Tensor] = sample(seeds)
-        if image_size is not None:
-            grid = larger_grid(self.layout, image_size)
-            pixels = grid[0] * grid[1] * self.layout.downsampling_factor**2
-            require_memory("image_size", image_size, len(prompts), pixels, self.vqgan, self.layout, output_type)
-            known = torch.full((len(prompts), *grid, *self.layout.codes_shape[2:]), -1, device=self.device)
-            batches = [sample_windows(sample, seeds, known, self.layout.grid)]
-        out = self._output(batches, output_type, self.layout.names_of(prompts[:, 0]) if CLASS in names else None, seeds)
-        out.prompts = asked_prompts(given, len(prompts)) if self.layout.segments else None
+        is_larger = image_size is not None and larger_grid(self.layout, image_size) != self.layout.grid
+        count = require_best_of(self.layout, best_of, best_by, request.labels is not None, is_larger)
+        sample = partial(self._codes, image_size=image_size)
+        batches: Iterable[Tensor] = sample(request)
+        scores = None
+        if best_by is not None:
+            request, best = self._best_of(request, count, best_by, sample)
+            batches, scores = [best.codes], best.scores.tolist()
+        out = self._output(batches, output_type, request.labels, request.seeds)
+        out.prompts, out.scores = request.asked, scores
         return out
 
     __call__ = generate
-
-    @torch.no_grad()
-    def encode(self, images: Any) -> Tensor:
-        """Encodes images into codes int64 `(N, h, w)`, `(N, h, w, G)` or `(N, L)`.
-
-        Args:
-            images: PIL images, arrays or tensors, one or a list; see [`VQGANImageProcessor`].
-
-        Raises:
-            ValueError: an image has another type, shape, dtype or range.
-            FloatingPointError: latents were NaN or infinite.
-        """
-        return encode_in_chunks(self.vqgan, self.image_processor(images)["pixel_values"])
-
-    @torch.no_grad()
-    def decode(self, codes: Any, output_type: str = "pil") -> Any:
-        """Decodes codes into images.
-
-        Args:
-            codes: whole numbers `(N, h, w)` in `[0, K)`, or of the other shapes: a tensor, an array or nested lists.
-                Floats are refused.
-            output_type: "pil", "np" or "pt"; see `generate`.
-
-        Raises:
-            ValueError: the codes are not such numbers, their images do not fit in memory, or pixels are not finite.
-        """
-        choice("output_type", output_type, OUTPUT_TYPES[:3])
-        codes = int64_codes(codes, 1 + len(self.layout.codes_shape)).to(self.device)
-        require_memory("codes", codes, len(codes), self._pixels(codes), self.vqgan, self.layout, output_type)
-        self.vqgan.check_codes(codes, self.layout.grid)
-        return _join(self._decoded(codes, output_type), output_type)
-
-    def reconstruct(self, images: Any, output_type: str = "pil") -> Any:
-        """Encodes and decodes images. No prior can generate images of higher fidelity than these reconstructions."""
-        choice("output_type", output_type, OUTPUT_TYPES[:3])
-        return self.decode(self.encode(images), output_type)
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -436,6 +390,17 @@ class VQGANPipeline(Editing, Scoring, Compression):
             self.prior, prompts, seeds, options, batch_size, callback_on_step_end, known, groups, unmasking
         )
 
+    def _codes(self, request: Request, image_size: int | tuple[int, int] | None) -> Iterator[Tensor]:
+        """Samples the codes of a request, batch by batch."""
+        if image_size is None:
+            yield from self._sampled_for(request, request.seeds)
+            return
+        grid, count = larger_grid(self.layout, image_size), len(request.prompts)
+        pixels = grid[0] * grid[1] * self.layout.downsampling_factor**2
+        require_memory("image_size", image_size, count, pixels, self.vqgan, self.layout, request.output_type)
+        known = torch.full((count, *grid, *self.layout.codes_shape[2:]), -1, device=self.device)
+        yield self._sample(request, known)
+
     def _output(
         self, batches: Iterable[Tensor], output_type: str, labels: list[str] | None, seeds: Tensor
     ) -> VQGANPipelineOutput:
@@ -445,28 +410,4 @@ class VQGANPipeline(Editing, Scoring, Compression):
             codes.append(batch)
             if output_type != "codes":
                 images += self._decoded(batch, output_type)
-        return VQGANPipelineOutput(_join(images, output_type), torch.cat(codes), labels, seeds.tolist())
-
-    def _decoded(self, codes: Tensor, output_type: str) -> list[Any]:
-        """Images of codes in `[0, K)`, in parts that fit in memory. Refuses NaN or infinite pixels."""
-        return [self.image_processor.postprocess(part, output_type) for part in self._decoded_parts(codes)]
-
-    def _decoded_parts(self, codes: Tensor) -> Iterator[Tensor]:
-        """The decoder's output for codes in `[0, K)`, `(n, C, H, W)`, in parts that fit in memory."""
-        # not decode_codes: its check of the codes would wait for the GPU
-        for part in codes.split(images_at_once(self.vqgan, self._pixels(codes))):
-            yield self.vqgan.decode(self.vqgan.lookup(part, self.layout.grid))
-
-    def _pixels(self, codes: Tensor) -> int:
-        """Number of pixels of the image of each row of codes, H·W."""
-        height, width = self.vqgan.grid_of(codes, self.layout.grid)
-        return height * width * self.layout.downsampling_factor**2
-
-
-def _join(batches: list[Any], output_type: str) -> Any:
-    """Joins the images of all batches."""
-    if output_type == "codes":
-        return None
-    if output_type == "pil":
-        return [image for batch in batches for image in batch]
-    return torch.cat(batches) if output_type == "pt" else np.concatenate(batches)
+        return VQGANPipelineOutput(joined_images(images, output_type), torch.cat(codes), labels, seeds.tolist())

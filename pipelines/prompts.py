@@ -48,12 +48,7 @@ def given_conditions(
         if value is not None:
             found |= _by_name(layout, kind, value)
     given = [_given(layout, segment, found[segment.name]) for segment in layout.conditions if segment.name in found]
-    lists = [one for one in given if not one.is_single]
-    for one in lists[1:]:
-        if len(one.values) != len(lists[0].values):
-            counts = f"{len(one.values)} values, but {lists[0].key} has {len(lists[0].values)}"
-            advice = "give lists of one length; a single value without a list serves all images"
-            raise ValueError(f"{one.key}: received {counts}; {advice}")
+    number_of_prompts(given)
     return given
 
 
@@ -116,19 +111,39 @@ def condition_ids(one: Given, layout: TokenLayout, tokenizers: Mapping[str, Cond
     return classes(one.values)[:, None]
 
 
-def number_of_prompts(given: Sequence[Given]) -> int:
-    """The number of different prompts: the length that all lists have; 1 without a list."""
-    return next((len(one.values) for one in given if not one.is_single), 1)
+def prompt_lists(given: Sequence[Given], guidance_scale: Any = 1.0) -> list[tuple[str, int]]:
+    """The arguments that have one value for each prompt, and their lengths."""
+    lists = [(one.key, len(one.values)) for one in given if not one.is_single]
+    return lists + [("guidance_scale", len(scales)) for scales in scale_lists(guidance_scale)]
 
 
-def asked_prompts(given: Sequence[Given], count: int) -> list[dict[str, dict[str, Any]]]:
-    """What was asked of each of `count` images, as arguments of `generate`: `{argument: {condition: value}}`."""
-    each, asked = count // number_of_prompts(given), []
+def number_of_prompts(given: Sequence[Given], guidance_scale: Any = 1.0) -> int:
+    """The number of different prompts: the length that all lists have; 1 without a list.
+
+    Raises:
+        ValueError: two lists have different lengths.
+    """
+    (first, count), *others = prompt_lists(given, guidance_scale) or [("", 1)]
+    for key, length in others:
+        if length != count:
+            advice = "give lists of one length; a single value without a list serves all images"
+            raise ValueError(f"{key}: received {length} values, but {first} has {count}; {advice}")
+    return count
+
+
+def asked_prompts(given: Sequence[Given], count: int, guidance_scale: Any = 1.0) -> list[dict[str, Any]]:
+    """What was asked of each of `count` images, as arguments of `generate`: `{argument: {condition: value}}`.
+
+    If there is a list of guidance scales, each has its `guidance_scale` too.
+    """
+    each, asked = count // number_of_prompts(given, guidance_scale), []
     for number in range(count):
-        prompt: dict[str, dict[str, Any]] = {}
+        prompt: dict[str, Any] = {}
         for one in given:
             value = one.values[0 if one.is_single else number // each]
             prompt.setdefault(ARGUMENTS[one.segment.kind], {})[one.segment.name] = value
+        if scale_lists(guidance_scale):
+            prompt["guidance_scale"] = scale_of_prompt(guidance_scale, number // each)
         asked.append(prompt)
     return asked
 
@@ -141,15 +156,17 @@ def guidance_groups(layout: TokenLayout, scale: Any) -> tuple[Any, Groups]:
 
     Args:
         layout: the token layout.
-        scale: a number, for all conditions together; or `{name: number}`, where "a+b" stands for a and b together.
+        scale: a number, for all conditions together; or `{name: number}`, where "a+b" stands for a and b together. In
+            place of a number, a list has one for each prompt.
 
     Raises:
-        ValueError: a name is unknown, or the scale is a list.
+        ValueError: a name is unknown, or nothing is given.
     """
-    if isinstance(scale, list | tuple) or (isinstance(scale, Mapping) and not scale):
-        raise ValueError(f"guidance_scale: received {described(scale)}; must be a number, or {{condition: number}}")
+    if isinstance(scale, Mapping | list | tuple) and not all([scale, *scale_lists(scale)]):
+        allowed = "must be a number, a list with one for each prompt, or {condition: number}"
+        raise ValueError(f"guidance_scale: received {described(scale)}; {allowed}")
     if not isinstance(scale, Mapping):
-        return scale, (None,)
+        return (tuple(scale),) if scale_lists(scale) else scale, (None,)
     known = [segment.name for segment in layout.conditions]
     acting: dict[tuple[str, ...], Any] = {}
     for key, value in scale.items():
@@ -158,8 +175,21 @@ def guidance_groups(layout: TokenLayout, scale: Any) -> tuple[Any, Groups]:
             allowed = f"allowed are {listed([repr(name) for name in known], 10)}, or several joined by +"
             raise ValueError(f"guidance_scale: received the condition {described(key)}; {allowed}")
         if not (is_number(value) and value == 1):  # a scale of 1.0 changes nothing
-            acting[names] = value
+            acting[names] = tuple(value) if scale_lists(value) else value
     return (tuple(acting.values()), tuple(acting)) if acting else (1.0, (None,))
+
+
+def scale_lists(guidance_scale: Any) -> list[Sequence[Any]]:
+    """The lists of guidance scales, which have one for each prompt."""
+    scales = guidance_scale.values() if isinstance(guidance_scale, Mapping) else [guidance_scale]
+    return [scale for scale in scales if isinstance(scale, list | tuple)]
+
+
+def scale_of_prompt(guidance_scale: Any, number: int) -> Any:
+    """The guidance scale of one prompt, as `generate` takes it."""
+    if isinstance(guidance_scale, Mapping):
+        return {name: scale_of_prompt(scale, number) for name, scale in guidance_scale.items()}
+    return float(guidance_scale[number] if scale_lists(guidance_scale) else guidance_scale)
 
 
 def require_learnt(
@@ -170,7 +200,7 @@ def require_learnt(
     Args:
         layout: the token layout.
         given: names of the conditions that are given.
-        options: whether there is guidance.
+        options: the scales of the guidance.
         groups: the conditions of each scale of the guidance.
 
     Raises:
@@ -180,13 +210,15 @@ def require_learnt(
     if lacking := not_learnt(layout, missing):
         rest = "" if layout.segments else " and guidance_scale 1.0"
         raise ValueError(f"{argument_of(layout, lacking[0])}: {_without_dropout(layout, lacking)}{rest}")
-    for names in groups if options.guided else ():
+    for names, acts, scale in zip(groups, options.acting, options.group_scales, strict=True):
+        if not acts:
+            continue
         group = [segment for segment in layout.conditions if names is None or segment.name in names]
         if lacking := not_learnt(layout, [*missing, *(segment.name for segment in group)]):
             raise ValueError(f"guidance_scale: {_without_dropout(layout, lacking)} and guidance_scale 1.0")
         if not any(segment.name in given for segment in group):
             needs = " or ".join(dict.fromkeys(argument_of(layout, segment) for segment in group))
-            received = options.guidance_scale if names is None else f"the condition {'+'.join(names)!r}"
+            received = described(scale) if names is None else f"the condition {'+'.join(names)!r}"
             raise ValueError(f"guidance_scale: received {received}; guidance needs {needs} (or use 1.0)")
 
 

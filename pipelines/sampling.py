@@ -57,7 +57,7 @@ class CodeSampler:
             prior: language model of the layout's family over its tokens.
             prompts: condition tokens, int64 `(N, P)`.
             seeds: int64 `(N,)`.
-            options: how codes are chosen.
+            options: how codes are chosen. Scales for each image are those of the N images.
             batch_size: images sampled at once; by default as many as fit in memory.
             callback_on_step_end: see `VQGANPipeline.generate`.
             known: int64 `(N, L)`, codes that are given; -1 where a code is sampled.
@@ -78,7 +78,7 @@ class CodeSampler:
             for start in range(0, len(prompts), batch_size):
                 count = min(batch_size, len(prompts) - start)
                 # fill up the last batch: with one batch size, one recorded step serves all batches
-                fill = start + torch.arange(batch_size, device=prompts.device).clamp(max=count - 1)
+                fill = [start + min(row, count - 1) for row in range(batch_size)]
 
                 def on_step(step: int, chosen: Tensor, count: int = count) -> None:
                     bar.update()
@@ -86,7 +86,7 @@ class CodeSampler:
                         callback_on_step_end(step, chosen[:count].clone())
 
                 nulls, given = self._without(prompts[fill], groups), None if known is None else known[fill]
-                codes = sampled(prompts[fill], nulls, seeds[fill], on_step, given)
+                codes = sampled(prompts[fill], nulls, seeds[fill], options.of_images(fill), on_step, given)
                 bar.update((start // batch_size + 1) * steps - bar.n)  # few hidden codes need fewer steps
                 yield codes[:count].view(-1, *layout.codes_shape)
 
@@ -94,17 +94,17 @@ class CodeSampler:
     def _sampling(
         self, prior: PreTrainedModel, batch_size: int, options: SamplingOptions, unmasking: UnmaskingOptions
     ) -> Iterator[Callable[..., Tensor]]:
-        """Lends a function that samples one batch: codes `(n, L)` of prompts, null prompts, seeds, on_step, known."""
-        layout, request = self.layout, (self.layout.length, self.layout.num_codes, options)
+        """Lends a function that samples one batch: codes `(n, L)` of prompts, nulls, seeds, options, on_step, known."""
+        layout, size = self.layout, (self.layout.length, self.layout.num_codes)
         if layout.family == "masked":
             places: dict[str, Any] = {"mask_token": layout.mask_token, "grids": layout.all_grids}
-            yield lambda prompts, nulls, seeds, on_step, known: unmask(
-                prior, prompts, nulls, seeds, *request, unmasking, on_step, known, **places
+            yield lambda prompts, nulls, seeds, options, on_step, known: unmask(
+                prior, prompts, nulls, seeds, *size, options, unmasking, on_step, known, **places
             )
         else:
             with self.decoders.borrow(prior, batch_size * options.rows_per_image) as decoder:
-                yield lambda prompts, nulls, seeds, on_step, known: sample(
-                    decoder, prompts, nulls, seeds, *request, on_step, known
+                yield lambda prompts, nulls, seeds, options, on_step, known: sample(
+                    decoder, prompts, nulls, seeds, *size, options, on_step, known
                 )
 
     def _without(self, prompts: Tensor, groups: Sequence[Sequence[str] | None]) -> Tensor:

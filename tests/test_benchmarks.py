@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from benchmarks import anomalies, compression, losses, run
+from benchmarks import anomalies, compression, emoji, losses, restoration, run
 from benchmarks.case import OURS, Case, lines, measure
 from benchmarks.ideal import decode_floor, decode_operations, encode_operations, training_step_operations
 from benchmarks.machine import Ceilings
@@ -177,3 +177,19 @@ def test_anomalies_and_compression_of_a_pipeline(tiny_runs, tmp_path, monkeypatc
         assert 0.9 * variant["score_bytes"] < variant["bytes"] - 47 < 1.01 * variant["score_bytes"]
     assert result["rows"][0]["bits/pixel"] == 5 * 16 / 256 and len(result["rows"]) == 7
     assert Image.open(tmp_path / "compression.png").height == 6 * 66 + 2
+
+
+def test_psnr_and_colour_of_restored_images():
+    gray, red = torch.zeros(2, 3, 4, 4), torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    assert restoration.psnr(gray + 0.02, gray) == pytest.approx(20 * math.log10(2 / 0.02), rel=1e-5)
+    assert restoration.colour(gray) == 0 and restoration.colour(red) == 1
+    images = [Image.fromarray(((red[0] + 1) * 127.5).byte().permute(1, 2, 0).numpy())]
+    assert torch.equal(restoration.pixels_of(images), red[:1])
+
+
+def test_retrieval_counts_the_emoji_of_the_style_alone():
+    real = torch.nn.functional.one_hot(torch.arange(4)).float()
+    asked = emoji.Emoji([], np.array([0, 0, 1, 1]), [], ["a", "b", "a", "b"])
+    found = real[[0, 0, 2, 3]]
+    found[2] += 2 * real[1]  # most like "b" of the other style; of its own style, most like "a"
+    assert emoji.retrieval(found, real, asked) == {"top_1": 0.75, "top_5": 1.0, "chance": 0.5}

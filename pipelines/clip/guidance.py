@@ -27,7 +27,8 @@ from configs.memory import shortage
 from pipelines.clip.encoder import CLIPEncoder
 from pipelines.clip.latents import LatentSpace
 from pipelines.clip.objective import Objective
-from pipelines.pipeline_vqgan import OUTPUT_TYPES, VQGANPipeline
+from pipelines.outputs import OUTPUT_TYPES
+from pipelines.pipeline_vqgan import VQGANPipeline
 from pipelines.requests import image_seeds
 from stage1_vqgan import VQGANImageProcessor, VQGANModel
 

@@ -50,6 +50,8 @@ def check_request(
     require_int64("prompts", prompts, (None, None))
     instance("options", options, SamplingOptions, "SamplingOptions")
     require_int64("null_prompts", null_prompts, (len(options.group_scales) * len(prompts), prompts.shape[1]))
+    if (scales := options.table.shape[1]) not in (1, len(prompts)):
+        raise ValueError(f"options: received guidance scales for {scales} images; prompts has {len(prompts)}")
     require_int64("seeds", seeds, (len(prompts),))
     others = {"null_prompts": null_prompts, "seeds": seeds}
     if known is not None:
@@ -74,8 +76,8 @@ def require_int64(name: str, value: Any, shape: tuple[int | None, ...]) -> None:
     raise ValueError(f"{name}: received {described(value)}; needs an int64 tensor of shape ({allowed})")
 
 
-def require_callback(name: str, callback: Any) -> None:
-    """Refuses what cannot be called with a position and codes."""
+def require_callback(name: str, callback: Any, takes: str = "a position and codes") -> None:
+    """Refuses what cannot be called with two arguments; `takes` states them in words."""
     if callback is None:
         return
     try:
@@ -83,9 +85,7 @@ def require_callback(name: str, callback: Any) -> None:
             raise TypeError("it cannot be called")
         inspect.signature(callback).bind(0, None)
     except TypeError as error:
-        raise ValueError(
-            f"{name}: received {described(callback)}; must be a function of a position and codes: {error}"
-        ) from error
+        raise ValueError(f"{name}: received {described(callback)}; must be a function of {takes}: {error}") from error
     except ValueError as error:  # some functions written in C have no signature
         if isinstance(callback, type):
             raise ValueError(f"{name}: received {described(callback)}; must be a function") from error

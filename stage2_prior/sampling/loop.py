@@ -6,17 +6,18 @@ the prior reads: the prompt of length P comes first, so the code at position i h
 Shape letters: B images, P prompt length, L codes of an image, K codebook size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from configs.arguments import whole
+from configs.arguments import described, whole
 from configs.randomness import exponential
 from stage2_prior.sampling.arguments import OnStep, check_sampling
 from stage2_prior.sampling.decoder import Decoder
 from stage2_prior.sampling.decoders import make_decoder
+from stage2_prior.sampling.guidance import Guidance
 from stage2_prior.sampling.options import SamplingOptions
 
 # Up to this many numbers, one table holds the noise of all positions. Larger batches compute it position by position.
@@ -87,8 +88,8 @@ def sample(
     length, num_codes = whole("length", length), whole("num_codes", num_codes)
     check_sampling(decoder, prompts, null_prompts, seeds, length, num_codes, options, on_step, known)
     batch_size, prompt_length = prompts.shape
-    scales = options.scales(length)
-    guided = options.guided_positions(length)
+    guide = Guidance(options, length, prompts.device)
+    guided = guide.steps
     conditional, unconditional = slice(0, batch_size), slice(batch_size, batch_size * options.rows_per_image)
     tokens = torch.cat([prompts, null_prompts] if guided else [prompts])
     tokens = torch.cat([tokens, tokens.new_zeros(len(tokens), length)], 1)
@@ -106,7 +107,7 @@ def sample(
             rows = slice(0, len(tokens)) if position in guided else conditional
             logits = decoder.read(rows, tokens[rows, place - 1 : place], place - 1)[:, :num_codes]
             if position in guided:
-                logits = guide(logits, scales[position])
+                logits = guide(logits, position)
             total += logits.amax(-1)
             codes = pick(logits, noise_at(position), options)
             if known is not None:
@@ -118,22 +119,9 @@ def sample(
     if broken := int((~total.isfinite()).sum()):
         raise FloatingPointError(
             f"the logits of {broken} of {batch_size} images were NaN or infinite; check the prior's weights, and use a "
-            f"smaller guidance_scale (received {options.guidance_scale}) or another dtype"
+            f"smaller guidance_scale (received {described(options.guidance_scale)}) or another dtype"
         )
     return tokens[conditional, prompt_length:].clone()
-
-
-def guide(logits: Tensor, scales: Sequence[float]) -> Tensor:
-    """c + Σ (s_g - 1)·(c - u_g), for one group u + s·(c - u).
-
-    Args:
-        logits: `((1 + G)·B, K)`: c, then u_g of each of G groups.
-        scales: s_g.
-    """
-    conditional, *without = logits.chunk(1 + len(scales))
-    if len(scales) == 1:
-        return without[0] + scales[0] * (conditional - without[0])
-    return conditional + sum((scale - 1) * (conditional - u) for scale, u in zip(scales, without, strict=True))
 
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:

@@ -1,7 +1,8 @@
 """Options of the sampling loop: guidance at each position, temperature and filters."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,7 +21,8 @@ class SamplingOptions:
 
     Args:
         guidance_scale: s in u + s·(c - u) on the logits; 1.0 is no guidance. A tuple has a scale for each group of
-            conditions, whose null tokens give u_g: c + Σ (s_g - 1)·(c - u_g).
+            conditions, whose null tokens give u_g: c + Σ (s_g - 1)·(c - u_g). In place of a group's scale, a tuple has
+            one for each image of a request.
         guidance_schedule: "constant"; "linear" and "cosine" raise the scale from 1.0 at the first code towards
             guidance_scale at the last code, as t^power and (1 - cos(π·t^power)) / 2. t is the fraction of the codes
             before the position.
@@ -41,7 +43,7 @@ class SamplingOptions:
     al. 2024. The order of the filters is that of transformers.
     """
 
-    guidance_scale: float | tuple[float, ...] = 1.0
+    guidance_scale: float | tuple[float | tuple[float, ...], ...] = 1.0
     guidance_schedule: GuidanceSchedule = "constant"
     guidance_power: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -53,10 +55,6 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         # in float32, the dtype of logits, smaller numbers become 0 and larger ones infinite
         ranges = {
-            "guidance_scale": (
-                lambda value: 0 <= value <= LARGEST,
-                "a number from 0 up to 3.4e38 (1.0 is no guidance)",
-            ),
             "guidance_power": (lambda value: value > 0, "a number above 0"),
             "temperature": (
                 lambda value: value == 0 or SMALLEST <= value <= LARGEST,
@@ -66,11 +64,10 @@ class SamplingOptions:
             "top_p": (lambda value: SMALLEST <= value <= 1, "a number from 1.2e-38 to 1"),
             "min_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
         }
-        scales = self.guidance_scale
-        if isinstance(scales, list | tuple) and scales:
-            each = tuple(number("guidance_scale", scale, *ranges["guidance_scale"]) for scale in scales)
-            object.__setattr__(self, "guidance_scale", each)
-            del ranges["guidance_scale"]
+        object.__setattr__(self, "guidance_scale", _scales(self.guidance_scale))
+        lengths = sorted({len(scale) for scale in self.group_scales if isinstance(scale, tuple)})
+        if len(lengths) > 1:
+            raise ValueError(f"guidance_scale: received scales for {lengths} images; give lists of one length")
         for name, (holds, allowed) in ranges.items():
             object.__setattr__(self, name, number(name, getattr(self, name), holds, allowed))
         object.__setattr__(self, "top_k", int(self.top_k))
@@ -78,31 +75,52 @@ class SamplingOptions:
         object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
 
     @property
-    def group_scales(self) -> tuple[float, ...]:
+    def group_scales(self) -> tuple[float | tuple[float, ...], ...]:
         """The guidance scale of each group of conditions; one group, all conditions, unless a tuple was given."""
         scale = self.guidance_scale
         return scale if isinstance(scale, tuple) else (scale,)
 
     @property
+    def table(self) -> np.ndarray:
+        """The guidance scale of each group and each image, float64 `(G, B)`; `(G, 1)` if all images share them."""
+        scales = [scale if isinstance(scale, tuple) else (scale,) for scale in self.group_scales]
+        count = max(map(len, scales))
+        return np.array([scale if len(scale) == count else scale * count for scale in scales])
+
+    @property
+    def acting(self) -> list[bool]:
+        """Whether each group guides an image."""
+        return (self.table != 1).any(1).tolist()
+
+    @property
     def guided(self) -> bool:
         """Whether the options ask for guidance, which needs rows with null tokens."""
-        return any(scale != 1.0 for scale in self.group_scales)
+        return any(self.acting)
 
     @property
     def rows_per_image(self) -> int:
         """Rows of the prior for each image: one, and with guidance one for each group."""
         return 1 + len(self.group_scales) if self.guided else 1
 
-    def scales(self, length: int) -> list[tuple[float, ...]]:
-        """The guidance scales of the groups at each of `length` positions; 1.0 is no guidance."""
-        return [
-            tuple(1 + strength * (scale - 1) if strength < 1 else scale for scale in self.group_scales)
-            for strength in (self._strength(position / length) for position in range(length))
-        ]
+    def of_images(self, images: Sequence[int]) -> "SamplingOptions":
+        """The options of some images of the request, by their numbers; they may repeat."""
+
+        def chosen(scale: float | tuple[float, ...]) -> float | tuple[float, ...]:
+            some = tuple(scale[image] for image in images) if isinstance(scale, tuple) else (scale,)
+            return some if len(set(some)) > 1 else some[0]
+
+        if not any(isinstance(scale, tuple) for scale in self.group_scales):
+            return self
+        return replace(self, guidance_scale=tuple(map(chosen, self.group_scales)))
+
+    def scales(self, length: int) -> np.ndarray:
+        """The table at each of `length` positions, float64 `(length, G, B)`; 1.0 is no guidance."""
+        strengths = np.array([self._strength(position / length) for position in range(length)])[:, None, None]
+        return np.where(strengths < 1, 1 + strengths * (self.table - 1), self.table)
 
     def guided_positions(self, length: int) -> range:
         """From the first to the last position with a scale other than 1.0; only these need rows with null tokens."""
-        guided = [position for position, scales in enumerate(self.scales(length)) if set(scales) != {1.0}]
+        guided = (self.scales(length) != 1).any((1, 2)).nonzero()[0].tolist()
         return range(guided[0], guided[-1] + 1) if guided else range(0)
 
     def _strength(self, t: float) -> float:
@@ -114,6 +132,14 @@ class SamplingOptions:
             return 1.0
         share = t**self.guidance_power
         return (1 - math.cos(math.pi * share)) / 2 if self.guidance_schedule == "cosine" else share
+
+
+def _scales(value: Any, depth: int = 2) -> Any:
+    """A guidance scale, or tuples of them up to this depth, as floats."""
+    if depth and isinstance(value, list | tuple) and value:
+        return tuple(_scales(one, depth - 1) for one in value)
+    allowed = "a number from 0 up to 3.4e38 (1.0 is no guidance)"
+    return number("guidance_scale", value, lambda value: 0 <= value <= LARGEST, allowed)
 
 
 def _interval(value: Any) -> tuple[float, float]:

@@ -19,8 +19,9 @@ from configs.arguments import choice, described, instance, number, whole
 from configs.randomness import exponential
 from stage1_vqgan import Grids
 from stage2_prior.sampling.arguments import OnStep, check_request
+from stage2_prior.sampling.guidance import Guidance
 from stage2_prior.sampling.halton import halton_ranks
-from stage2_prior.sampling.loop import NUMBERS_AT_ONCE, guide, pick
+from stage2_prior.sampling.loop import NUMBERS_AT_ONCE, pick
 from stage2_prior.sampling.options import SamplingOptions
 
 UnmaskingOrder = Literal["confidence", "halton"]
@@ -124,7 +125,7 @@ def unmask(
     if known is not None:
         check_known(known, num_codes)
     steps, count = unmasking.steps(length), len(prompts)
-    scales, guided = options.scales(steps), options.guided_positions(steps)
+    guide = Guidance(options, steps, prompts.device)
     codes = seeds.new_full((count, length), -1) if known is None else known.clone()
     hidden_after = torch.tensor(
         [schedule(steps, number) for number in (codes < 0).sum(1).tolist()], device=codes.device
@@ -140,10 +141,10 @@ def unmask(
         rows, places = hidden.nonzero(as_tuple=True)
         if not len(rows):
             break
-        conditions = torch.cat([prompts, null_prompts]) if step in guided else prompts
+        conditions = torch.cat([prompts, null_prompts]) if step in guide.steps else prompts
         logits = predict(prior, conditions, codes.where(~hidden, mask_token), rows, places, num_codes)
-        if step in guided:
-            logits = guide(logits, scales[step])
+        if step in guide.steps:
+            logits = guide(logits, step, rows)
         total.index_add_(0, rows, logits.amax(-1))
         found, confidence = choose(logits, seeds[rows], step * length + places, options)
         if ranks is not None:
@@ -157,7 +158,7 @@ def unmask(
     if broken := int((~total.isfinite()).sum()):
         raise FloatingPointError(
             f"the logits of {broken} of {count} images were NaN or infinite; check the prior's weights, and use a "
-            f"smaller guidance_scale (received {options.guidance_scale}) or another dtype"
+            f"smaller guidance_scale (received {described(options.guidance_scale)}) or another dtype"
         )
     return codes
 

@@ -132,6 +132,22 @@ def number(least: float, most: float, whole_only: bool = False) -> Callable[[Any
     return means
 
 
+def group_scales(value):
+    """Guidance scales: one for all conditions, or one for each group of them."""
+    scales = [number(0, 3.4e38)(one) for one in value] if type(value) in (list, tuple) else [number(0, 3.4e38)(value)]
+    if not scales or any(scale is REFUSED for scale in scales):
+        return REFUSED
+    return tuple(scales) if type(value) in (list, tuple) else scales[0]
+
+
+def scales_of_prompts(value):
+    """Guidance scales of two prompts: one for both, or a list with one for each."""
+    scales = group_scales(value)
+    if not isinstance(scales, tuple):
+        return scales
+    return list(scales) if len(scales) == 2 else REFUSED
+
+
 def size_of(value):
     """The height and width that a size of the image processor stands for; None is that of its default."""
     if isinstance(value, dict) and set(value) == {"height", "width"}:
@@ -275,8 +291,16 @@ PIXELS = {
     "meta": (lambda: pixels().to("meta"), REFUSED),
     "sparse": (lambda: pixels().to_sparse(), REFUSED),
 }
+SCALE_LISTS = {
+    "a tuple": (lambda: (0, 2.5), [0.0, 2.5]),
+    "of one prompt": (lambda: [2.0], REFUSED),
+    "of three prompts": (lambda: [2.0, 3.0, 4.0], REFUSED),
+    "nested": (lambda: [[2.0], [3.0]], REFUSED),
+    "one is wrong": (lambda: [2.0, math.nan], REFUSED),
+    "an unknown name": (lambda: {"style": [2.0, 3.0]}, REFUSED),
+}
 SAMPLING = {
-    "guidance_scale": Argument(constant(1.5), number(0, 3.4e38)),
+    "guidance_scale": Argument(constant(1.5), scales_of_prompts, near=SCALE_LISTS),
     "guidance_schedule": Argument(constant("linear"), either("constant", "linear", "cosine")),
     "guidance_power": Argument(constant(1.0), number(1e-300, 1.7e308)),
     "guidance_interval": Argument(
@@ -310,6 +334,16 @@ CALLBACKS = {
     "two arguments": (lambda: lambda position, chosen: None, None),
     "any arguments": (lambda: lambda *chosen: None, None),
     "text": (lambda: "print", REFUSED),
+}
+SCORES_OF_IMAGES = {
+    "zeros": (lambda: lambda images, labels: np.zeros(len(images)), lambda *given: torch.zeros(len(given[0]))),
+    "nothing": (lambda: lambda images, labels: None, REFUSED),
+    "one number": (lambda: lambda images, labels: 0.0, REFUSED),
+    "too few": (lambda: lambda images, labels: [0.0] * (len(images) - 1), REFUSED),
+    "NaN": (lambda: lambda images, labels: [math.nan] * len(images), REFUSED),
+    "texts": (lambda: lambda images, labels: ["1"] * len(images), REFUSED),
+    "ragged": (lambda: lambda images, labels: [[1], [1, 2], 3, 4], REFUSED),
+    "hostile": (lambda: lambda images, labels: Hostile(), REFUSED),
 }
 OUTPUT = {
     "seed": Argument(constant(None), either(None), near={"beside the generator": (lambda: 7, REFUSED)}),
@@ -425,6 +459,15 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
                 "num_images": Argument(constant(2), optional(whole(1, 100))),
                 "output_type": Argument(constant("pt"), either("pil", "np", "pt", "codes")),
                 "num_images_per_label": Argument(constant(1), whole(1, 1)),
+                "best_by": Argument(constant(None), either(None), near={"class": (lambda: "class", REFUSED)}),
+            },
+        ),
+        "generate the best": (
+            pipe.generate,
+            {
+                **{name: LABELLED[name] for name in ("class_labels", "generator", "output_type")},
+                "best_of": Argument(constant(2), whole(1, 1000)),
+                "best_by": Argument(constant("class"), near=SCORES_OF_IMAGES),
             },
         ),
         "inpaint": (pipe.inpaint, {**EDITED, "masks": Argument(lambda: MASK, near=MASKS)}),
@@ -589,7 +632,15 @@ def apis() -> dict[str, tuple[Callable[..., Any], dict[str, Argument]]]:
                 )
             },
         ),
-        "SamplingOptions": (SamplingOptions, SAMPLING),
+        "SamplingOptions": (
+            SamplingOptions,
+            {
+                **SAMPLING,
+                "guidance_scale": Argument(
+                    constant(1.5), group_scales, near={"one is wrong": (lambda: (1.5, -1.0), REFUSED)}
+                ),
+            },
+        ),
         "sample": (
             sampled,
             {

@@ -20,7 +20,7 @@ from pipelines.demo.actions import require_classes_only
 from pipelines.generate import GenerateConfig, generate
 from pipelines.prompts import given_conditions, guidance_groups, require_learnt
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
-from stage2_prior import SamplingOptions, Segment, TokenLayout
+from stage2_prior import SamplingOptions, Segment, TokenLayout, code_nats
 from stage2_prior.condition_text import encode_texts, train_text_tokenizer
 from stage2_prior.prior import build_prior
 from tests import tiny
@@ -184,8 +184,16 @@ REFUSED = {
         "guidance_scale: received the condition 'caption+words'; allowed are 'animal', 'style', 'caption', 'small', "
         "'corner', or several joined by +",
     ),
-    "a list of scales": ({"text": "a", "guidance_scale": (2.0, 3.0)}, "guidance_scale: received (2.0, 3.0); must be"),
-    "no scales": ({"text": "a", "guidance_scale": {}}, "guidance_scale: received {}; must be a number, or"),
+    "scales of other prompts": (
+        {"text": ["a", "b"], "guidance_scale": {"caption": [2.0, 3.0, 4.0]}},
+        "guidance_scale: received 3 values, but text has 2",
+    ),
+    "lists of scales": (
+        {"text": "a", "class_labels": {"style": 1}, "guidance_scale": {"caption": [2.0, 3.0], "style": [2.0] * 3}},
+        "guidance_scale: received scales for [2, 3] images; give lists of one length",
+    ),
+    "an empty list of scales": ({"text": "a", "guidance_scale": {"caption": []}}, "guidance_scale: received {'"),
+    "no scales": ({"text": "a", "guidance_scale": {}}, "guidance_scale: received {}; must be a number"),
     "a scale of text": ({"text": "a", "guidance_scale": {"caption": "x"}}, "guidance_scale: received 'x'; allowed is"),
 }
 
@@ -276,6 +284,47 @@ def test_guidance_by_named_conditions(pipeline, picture, monkeypatch, scale, gro
     scales = [scale] if isinstance(scale, float) else [value for value in scale.values() if value != 1]
     for prompt, codes in zip(prompts, out.codes, strict=True):
         assert codes.flatten().tolist() == greedy_naively(pipeline, prompt, groups, scales).tolist()
+
+
+def test_each_prompt_has_its_own_scales_of_named_conditions(pipeline):
+    """Images with one group, none, both, and the other one: each has the codes and the formula of its own request."""
+    scales = {"caption": [3.0, 1.0, 2.0, 1.0], "style+animal": [1.0, 1.0, 4.0, 2.5]}
+    asked = {"class_labels": {"style": 0, "animal": 1}, "text": TEXTS}
+    options = {"guidance_schedule": "linear", "output_type": "codes"}
+    settings = {"num_images_per_label": 2, "batch_size": 3, **options}
+    out = pipeline.generate(**asked, guidance_scale=scales, seed=0, **settings)
+    for n in range(8):
+        own = {name: values[n // 2] for name, values in scales.items()}
+        alone = pipeline.generate(**asked | {"text": TEXTS[n // 2]}, guidance_scale=own, seed=n, **options)
+        assert torch.equal(out.codes[n], alone.codes[0]) and out.prompts[n]["guidance_scale"] == own
+        assert torch.equal(pipeline.generate(**out.prompts[n], seed=n, **options).codes, alone.codes)
+    mixed = pipeline.generate(**asked, guidance_scale=scales | {"style+animal": 2.5}, seed=0, **settings)
+    assert torch.equal(mixed.codes[6:], out.codes[6:]) and not torch.equal(mixed.codes[2:4], out.codes[2:4])
+
+
+def test_the_best_by_class_keeps_the_other_conditions(with_class):
+    asked = {"class_labels": {"class": "cat", "style": "flat"}, "text": "a red cat", "output_type": "codes"}
+    out = with_class.generate(**asked, seed=7, best_of=5, best_by="class")
+    alone = with_class.generate(**asked, seed=out.seeds[0])
+    assert torch.equal(out.codes, alone.codes) and out.seeds != [7]
+    layout = with_class.layout
+    prompt = layout.null_prompt()
+    prompt[1] = layout.first_tokens["style"]
+    ids = encode_texts(with_class.conditions["caption"].tokenizer, ["a red cat"], layout.segments[1])
+    prompt[layout.places["caption"]] = ids[0] + layout.first_tokens["caption"]
+    likelihood = []
+    for number in range(3):
+        prompt[0] = K + number
+        likelihood.append(-code_nats(with_class.prior, prompt[None], alone.codes.flatten(1)).double().sum())
+    assert out.scores[0] == pytest.approx(torch.stack(likelihood).log_softmax(0)[2].item(), rel=1e-4)
+
+
+def test_with_num_images_each_image_has_a_scale(pipeline):
+    asked = {"text": "a cat", "seed": 0, "output_type": "codes", "guidance_scale": {"caption": [1.0, 5.0]}}
+    expected = pipeline.generate(**asked | {"text": ["a cat"] * 2})
+    assert torch.equal(pipeline.generate(**asked, num_images=2).codes, expected.codes)
+    with pytest.raises(ValueError, match="guidance_scale: received a list of 2 for 3 images"):
+        pipeline.generate(**asked, num_images=3)
 
 
 def test_the_output_names_what_was_asked_of_each_image(with_class, picture):

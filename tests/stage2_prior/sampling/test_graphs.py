@@ -18,6 +18,7 @@ OPTIONS = [
     {},
     {"guidance_scale": 2.0, "top_p": 0.9},
     {"guidance_scale": 3.0, "guidance_schedule": "linear", "guidance_interval": (0.25, 0.7), "top_k": 12},
+    {"guidance_scale": ((2.5, 1.0, 3.0, 1.0, 0.0),)},  # a scale for each image
     {"temperature": 0.0, "min_p": 0.1},
 ]
 

@@ -27,9 +27,10 @@ from stage2_prior.compat import cache_argument
 from stage2_prior.sampling import loop
 from stage2_prior.sampling.decoder import EagerDecoder
 from stage2_prior.sampling.decoders import make_decoder
+from stage2_prior.sampling.guidance import Guidance
 from stage2_prior.sampling.loop import filter_logits, pick
 from stage2_prior.sampling.options import SamplingOptions
-from tests.devices import EXACT_ON_CPU, on_device
+from tests.devices import DEVICE, EXACT_ON_CPU, on_device
 
 pytestmark = on_device
 
@@ -68,7 +69,7 @@ def noise(seeds, position, num_codes):
 def draw_naively(prior, layout, labels, seeds, **options):
     """Samples without a cache, with two forwards for guidance."""
     options = SamplingOptions(**options)
-    scales = [scale for (scale,) in options.scales(layout.length)]
+    scales = options.scales(layout.length)[:, 0, 0].tolist()
     conditional = layout.class_tokens(labels)[:, None]
     unconditional = torch.full_like(conditional, layout.null_token)
     for position in range(layout.length):
@@ -79,6 +80,54 @@ def draw_naively(prior, layout, labels, seeds, **options):
         code = pick(logits, noise(seeds, position, layout.num_codes), options)[:, None]
         conditional, unconditional = torch.cat([conditional, code], 1), torch.cat([unconditional, code], 1)
     return conditional[:, 1:]
+
+
+# Some images without guidance, some with the same scale, and a scale of 0.
+SCALES_OF_IMAGES = (2.5, 1.0, 3.0, 1.0, 0.0, 2.5, 8.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guidance_schedule": "linear", "temperature": 0.0},
+        {"guidance_schedule": "cosine", "guidance_power": 0.5, "guidance_interval": (0.25, 0.7), "top_k": 12},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "make", [make_decoder, lambda prior, rows, length, num_codes: EagerDecoder(prior, rows, length)]
+)
+def test_each_image_has_the_codes_of_its_own_guidance_scale(random_prior, layout, make, options):
+    prior, labels, seeds = random_prior("llama", layout), torch.arange(7) % 5, torch.arange(100, 107)
+    decoder = make(prior, 14, layout.length, layout.num_codes)
+    codes = draw_with(decoder, layout, labels, seeds, guidance_scale=(SCALES_OF_IMAGES,), **options)
+    expected = [
+        draw_with(decoder, layout, labels[n : n + 1], seeds[n : n + 1], guidance_scale=scale, **options)[0]
+        for n, scale in enumerate(SCALES_OF_IMAGES)
+    ]
+    assert torch.equal(codes, torch.stack(expected))
+    unguided = draw_with(decoder, layout, labels, seeds, **options)
+    assert [torch.equal(*rows) for rows in zip(codes, unguided, strict=True)] == [s == 1 for s in SCALES_OF_IMAGES]
+
+
+def test_guided_logits_of_images_are_bitwise_those_of_their_own_scales():
+    """Codes would not show how the formulas round."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 100, generator=generator)
+    table = ((1.3, 1.0, 2.7, 1.0), (1.0, 1.0, 0.2, 1.9))  # image 0 has one group, 1 none, 2 both, 3 the other one
+    settings = {"guidance_schedule": "linear"}
+    together = Guidance(SamplingOptions(guidance_scale=table, **settings), 5, DEVICE)
+    for step in together.steps:
+        guided = together(logits.flatten(0, 1), step)
+        for image in range(4):
+            c, *without = logits[:, image]
+            own = [(table[group][image], u) for group, u in enumerate(without) if table[group][image] != 1]
+            expected = c[None]
+            if own:
+                alone = Guidance(SamplingOptions(guidance_scale=tuple(s for s, _ in own), **settings), 5, DEVICE)
+                expected = alone(torch.stack([c, *(u for _, u in own)]), step)
+            assert torch.equal(guided[image], expected[0])
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -345,6 +394,20 @@ def test_a_pick_is_the_winner_of_its_noise():
 def test_options_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"{name}: received {value!r}; allowed is"):
         SamplingOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (((2.0, True),), "guidance_scale: received True; allowed is"),
+        (((2.0, float("nan")),), "guidance_scale: received nan; allowed is"),
+        ((((2.0,),),), "guidance_scale: received (2.0,); allowed is"),
+        (((2.0, 3.0), (1.0, 2.0, 3.0)), "guidance_scale: received scales for [2, 3] images; give lists of one length"),
+    ],
+)
+def test_wrong_scales_of_images_are_refused(scale, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SamplingOptions(guidance_scale=scale)
 
 
 def test_a_whole_number_as_float_is_a_top_k(random_prior, layout):

@@ -58,7 +58,7 @@ def draw_naively(prior, layout, label, seed, options=None, known=None, **unmaski
 
     for step in range(steps):
         logits = logits_of(prior, layout, layout.num_codes + label, codes)
-        if (scale := options.scales(steps)[step]) != 1:
+        if (scale := options.scales(steps)[step, 0, 0]) != 1:
             free = logits_of(prior, layout, layout.null_token, codes)
             logits = free + scale * (logits - free)
         found = {}
@@ -107,6 +107,21 @@ def test_known_codes_stay_and_the_others_are_those_of_the_loop(random_prior, mas
         options = {"guidance_scale": 2.0}
         expected = draw_naively(prior, masked_layout, row, row, options, known[row].tolist(), num_steps=6)
         assert codes[row].tolist() == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance_schedule": "linear", "guidance_interval": (0.2, 0.8)}], ids=str)
+@pytest.mark.parametrize("order", ["confidence", "halton"])
+def test_each_image_has_the_codes_of_its_own_guidance_scale(random_prior, masked_layout, order, settings):
+    prior, labels, seeds = random_prior("bert", masked_layout), torch.arange(5), torch.arange(5)
+    known = torch.where(torch.arange(16) < torch.tensor([[0], [3], [0], [9], [0]]), 3, -1)
+    scales = (2.5, 1.0, 1.0, 4.0, 0.0)
+    codes = draw(prior, masked_layout, labels, seeds, settings | {"guidance_scale": (scales,)}, known, order=order)
+    for n, scale in enumerate(scales):
+        part, options = slice(n, n + 1), settings | {"guidance_scale": scale}
+        alone = draw(prior, masked_layout, labels[part], seeds[part], options, known[part], order=order)
+        assert torch.equal(codes[part], alone)
+    with pytest.raises(ValueError, match="options: received guidance scales for 5 images; prompts has 4"):
+        draw(prior, masked_layout, labels[:4], seeds[:4], {"guidance_scale": (scales,)})
 
 
 @pytest.mark.parametrize(("model_type", "order"), [("bert", "confidence"), ("modernbert", "halton")])
