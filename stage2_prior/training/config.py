@@ -24,6 +24,7 @@ from configs.sections import (
 from configs.values import read_value
 from stage1_vqgan import AugmentationConfig, DataConfig
 from stage2_prior.training.condition_config import ConditionConfig, name_problem
+from stage2_prior.training.contrastive_config import ContrastiveConfig, contrastive_problems
 
 # Arguments of Trainer that would break complete checkpoints, exact resume or reproducible batches, or that have no
 # effect here.
@@ -154,8 +155,11 @@ class Stage2Config(TrainingConfig):
         its configuration, such as hidden_size, intermediate_size, num_hidden_layers, num_attention_heads and
         attention_dropout
     lora: trains an adapter of the prior in model_name_or_path; see lora.r
+    cca: fine-tunes the prior in model_name_or_path to sample without guidance; see cca.beta
     condition_dropout: fraction of training sequences in which null tokens replace the class and all conditions, for
         guidance
+    token_dropout: dropout probability of the token embeddings, of conditions and codes, in training; LlamaGen has 0.1.
+        The embedding dropout of GPT-2 (embd_pdrop) and of BERT (hidden_dropout_prob) in model comes on top
     conditions: conditions beside the class, by name: {text: {column: caption, kind: text}}; see conditions.NAME
     keep_best: save the weights of the evaluation with the lowest loss; false saves the last weights
     early_stopping_patience: training ends after this many evaluations in a row without a lower loss; 0 turns this off
@@ -178,7 +182,9 @@ class Stage2Config(TrainingConfig):
     prior: Literal["causal", "masked"] = "causal"
     model: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    cca: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     condition_dropout: Fraction = 0.1
+    token_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     conditions: dict[str, ConditionConfig] = field(default_factory=dict)
     keep_best: bool = True
     early_stopping_patience: NonNegative = 0
@@ -224,6 +230,7 @@ class Stage2Config(TrainingConfig):
             yield "num_views", self.num_views, "data.augmentation.ten_crop makes 10 views; set it to 10"
         if self.lora.r and self.model_name_or_path is None:
             yield "lora.r", self.lora.r, "needs model_name_or_path, the trained prior to adapt"
+        yield from contrastive_problems(self)
         if isinstance(self.image_size, list) and len(self.image_size) != 2:
             yield "image_size", self.image_size, "must be the side of a square, or [height, width]"
         if self.bf16 and self.training_arguments.get("fp16") is True:

@@ -34,10 +34,12 @@ from stage2_prior.training.arguments import training_arguments
 from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
 from stage2_prior.training.checkpointing import check_checkpoint, refusing_damage
 from stage2_prior.training.config import Stage2Config
+from stage2_prior.training.contrastive import ContrastiveLoss, PairDataset, check_contrast
 from stage2_prior.training.memory import check_training_memory
 from stage2_prior.training.sample_grids import SampleGrids
 from stage2_prior.training.selection import BestWeights, Selection, evaluations, is_exhausted
 from stage2_prior.training.sharding import check_sharding
+from stage2_prior.training.token_dropout import add_token_dropout
 from stage2_prior.training.trackers import SettingsOnTrackers
 from stage2_prior.training.trainer import PriorTrainer, bits_per_pixel
 from stage2_prior.vocabulary import FILE_NAME as LAYOUT_NAME, TokenLayout
@@ -118,18 +120,23 @@ class Training:
         set_seed(config.seed)
         self.callback = RunCallback(run, request)
         self.average, self.best = WeightAverage(config.average_decay, config.ema_decay > 0), BestWeights(run.path)
+        prior = initial_prior(config, layout)
+        contrast = ContrastiveLoss(prior, config.cca) if config.cca.beta else None
+        add_token_dropout(prior, config.token_dropout)
+        sequences = CodeDataset(
+            store.split("train"), layout, config.condition_dropout, config.seed, config.segment_dropout
+        )
         self.trainer = PriorTrainer(
-            model=initial_prior(config, layout),
+            model=prior,
             args=arguments,
-            train_dataset=for_family(
-                CodeDataset(store.split("train"), layout, config.condition_dropout, config.seed, config.segment_dropout)
-            ),
+            train_dataset=for_family(sequences) if contrast is None else PairDataset(sequences),
             eval_dataset=for_family(CodeDataset(store.split("validation"), layout)),
             callbacks=[self.callback],
             layout=layout,
             run=run,
             average=self.average,
             best=self.best,
+            contrast=contrast,
         )
         check_sharding(self.trainer, config.ema_decay)
         check_training_memory(self.trainer, config, layout)
@@ -252,11 +259,14 @@ def initial_prior(config: Stage2Config, layout: TokenLayout) -> PreTrainedModel:
     if base is None:
         return build_prior(config.model, layout)
     if is_language_model(base):
-        if config.lora.r:
-            message = f"received {config.lora.r}, but {base} is a language model, which knows no codes; set it to 0"
-            raise ConfigError([Problem("lora.r", f"{message}, or adapt a prior of stage 2")])
+        for key, value in {"lora.r": config.lora.r, "cca.beta": config.cca.beta}.items():
+            if value:
+                message = f"received {value}, but {base} is a language model, which knows no codes; set it to 0"
+                raise ConfigError([Problem(key, f"{message}, or adapt a prior of stage 2")])
         return prior_from_language_model(base, config.model, layout)
     prior = adapt_prior(base, config.model, layout)
+    if config.cca.beta:
+        check_contrast(base, layout_of(base), layout)
     if not config.lora.r:
         return prior
     # If the base has other conditions, the adapter also trains the embeddings of all conditions.

@@ -22,6 +22,7 @@ from configs.run_folder import RunFolder
 from stage2_prior.data import IGNORED, CodeDataset, collate
 from stage2_prior.training import checkpointing
 from stage2_prior.training.averaging import WeightAverage
+from stage2_prior.training.contrastive import ContrastiveLoss
 from stage2_prior.training.selection import BestWeights
 from stage2_prior.training.sharding import local_part
 from stage2_prior.training.throughput import Throughput, matmul_flops_per_second, training_flops
@@ -38,6 +39,7 @@ class PriorTrainer(Trainer):
         run: the folder of the run.
         average: the moving average of the weights, which is evaluated.
         best: the folder of the best weights; every checkpoint gets a copy.
+        contrast: the loss of a training with `PairDataset`; None trains by likelihood.
         args, kwargs: passed to `transformers.Trainer`.
     """
 
@@ -48,12 +50,13 @@ class PriorTrainer(Trainer):
         run: RunFolder,
         average: WeightAverage,
         best: BestWeights,
+        contrast: ContrastiveLoss | None = None,
         **kwargs: Any,
     ):
         if layout.family == "masked":
             kwargs["compute_loss_func"] = self.loss_of_hidden_codes
         super().__init__(*args, **kwargs)
-        self.layout, self.run, self.average, self.best = layout, run, average, best
+        self.layout, self.run, self.average, self.best, self.contrast = layout, run, average, best, contrast
         self.add_callback(average)
         self._losses: list[tuple[int, Tensor]] = []
         self._nats_and_codes = torch.zeros(2, dtype=torch.float64)  # sums over the evaluation so far
@@ -132,6 +135,10 @@ class PriorTrainer(Trainer):
 
         Trainer divides it by the codes of all processes, which may have different numbers of them.
         """
+        if self.contrast is not None and model.training:
+            loss = self.contrast(model, self._model, inputs)
+            # If Trainer has counted items, it does not divide by the number of micro-batches, which are equally large.
+            return loss if num_items_in_batch is None else loss / self.current_gradient_accumulation_steps
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch if model.training else None)
 
     def loss_of_hidden_codes(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -264,7 +271,10 @@ class PriorTrainer(Trainer):
         rows = self.args.world_size * self.args.train_batch_size * self.args.gradient_accumulation_steps
         # Trainer takes the whole run for one epoch: count the epochs of the code store instead.
         self.state.epoch = self.state.global_step * rows / len(cast(CodeDataset, self.train_dataset))
-        for name in ("loss", "eval_loss"):
+        if "loss" in logs and self.contrast is not None:
+            own, other = self.accelerator.reduce(self.contrast.right(), "mean").tolist()
+            logs |= {"own_condition_accuracy": own, "other_condition_accuracy": other}
+        for name in ("loss", "eval_loss") if self.contrast is None else ("eval_loss",):
             if name in logs and self.layout.family == "causal":
                 prefix = name.removesuffix("loss")
                 logs[f"{prefix}bits_per_pixel"] = bits_per_pixel(logs[name], self.layout)
