@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipelines.pipeline_vqgan import VQGANPipeline
+    from stage2_prior import TokenLayout
 
 ENDINGS = (".csv", ".jsonl")
 COLUMNS = ("file", "nats", "bits_per_pixel", "best_class", "probability", "error")
 IMAGES_AT_ONCE = 64
+ONLY_CLASSES = "; this command gives classes alone, score() of a pipeline also texts and images"
 MOST_MEASURED = 256  # images whose maps determine the range of the colours
 GRID_COLUMNS = 8
 
@@ -46,7 +48,8 @@ class ScoreConfig(ImageOutput):
     grid_images: number of images in the grid
     class_label: name or id of a class: how improbable an image is as one of this class; of several conditions with
         classes, {name: class}; null scores without a class
-    best_class: also name the class that fits best; this reads each image once more for each class
+    best_class: also name the class that fits best, given the other conditions in class_label; this reads each image
+        once more for each class
     batch_size: images that the prior reads at once; null takes as many as fit in memory
     """
 
@@ -115,19 +118,43 @@ def labels_of(config: ScoreConfig, pipeline: "VQGANPipeline") -> Any:
     """The argument `class_labels` of `score` that `class_label` asks for.
 
     Raises:
-        ConfigError: it is none of the classes, or several.
+        ConfigError: it is none of the classes, or several; or the prior needs another condition.
     """
     from pipelines.prompts import condition_ids, given_conditions
 
     try:
         labels = asked_classes(config.class_label, pipeline)
-        for one in given_conditions(pipeline.layout, labels):
+        given = given_conditions(pipeline.layout, labels)
+        for one in given:
             if not one.is_single:
                 raise ValueError(f"class_label: received {len(one.values)} classes; give one")
             condition_ids(one, pipeline.layout, {})
     except ValueError as error:
         raise ConfigError([Problem("class_label", Problem.of_error(error).message)]) from error
+    require_conditions(config, pipeline.layout, [one.segment.name for one in given])
     return labels
+
+
+def require_conditions(config: ScoreConfig, layout: "TokenLayout", given: Sequence[str]) -> None:
+    """Refuses a prior that needs more conditions than are given, for its scores or for the best class.
+
+    Raises:
+        ConfigError: names what to give, in the words of this command.
+    """
+    from pipelines.prompts import require_given
+    from pipelines.scoring import needed_class
+    from stage2_prior import CLASS
+
+    key, only = "class_label", any(segment.kind != "class" for segment in layout.segments)
+    try:
+        if given or needed_class(layout) is None:
+            require_given(layout, given, ONLY_CLASSES if only else "")
+        if config.best_class and layout.num_classes:
+            key = "best_class"
+            require_given(layout, [*given, CLASS], ", or best_class false")
+    except ValueError as error:
+        message = Problem.of_error(error).message.replace("class_labels", "class_label")
+        raise ConfigError([Problem(key, message)]) from error
 
 
 def scored(
@@ -173,15 +200,18 @@ def scores(
     images: list["Image.Image"], pipeline: "VQGANPipeline", labels: Any, config: ScoreConfig
 ) -> list[tuple[dict[str, Any], "Tensor"]]:
     """The line of each image, and the nats of its codes."""
+    from stage2_prior import CLASS
+
     codes = pipeline.encode(images)
     options: dict[str, Any] = {"codes": codes, "batch_size": config.batch_size}
     out = pipeline.score(class_labels=labels, **options)
+    others = {name: label for name, label in labels.items() if name != CLASS} if isinstance(labels, dict) else {}
     lines = [
         {"nats": round(nats, 4), "bits_per_pixel": round(bits, 6)}
         for nats, bits in zip(out.nats.tolist(), out.bits_per_pixel.tolist(), strict=True)
     ]
     if config.best_class and pipeline.class_names:
-        probabilities, classes = pipeline.class_posterior(**options).max(1)
+        probabilities, classes = pipeline.class_posterior(class_labels=others or None, **options).max(1)
         for line, share, number in zip(lines, probabilities.tolist(), classes.tolist(), strict=True):
             line |= {"best_class": pipeline.class_names[number], "probability": round(share, 6)}
     return list(zip(lines, out.code_nats.float(), strict=True))

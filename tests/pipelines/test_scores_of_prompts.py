@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from configs import ConfigError, load_config
 from pipelines import compressed_file
+from pipelines.score import ScoreConfig, labels_of, score
 from tests.prompted import ANIMALS, STYLES, make, make_parts, make_segments, prompts_of
 
 OVERHEAD = 47  # bytes of the header and the checksums
@@ -164,6 +166,40 @@ def codes_bits(pipeline, codes, asked, monkeypatch):
     prompts, flat = prompts_of(pipeline, monkeypatch, **asked), codes.flatten(1)
     logits = pipeline.prior(torch.cat([prompts, flat[:, :-1]], 1)).logits[:, prompts.shape[1] - 1 :, :32].double()
     return -logits.log_softmax(-1).gather(-1, flat[..., None]).sum().item() / np.log(2)
+
+
+def test_the_command_names_the_best_class_given_the_other_conditions(parts, segments, tmp_path):
+    needed = dataclasses.replace(segments["style"], has_null=False)
+    pipeline = make(parts, [needed], ANIMALS, has_null=False)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8))
+    image.save(tmp_path / "image.png")
+    asked = {"class": "bee", "style": "drawn"}
+    files = {"pipeline": str(tmp_path / "pipeline"), "images": str(tmp_path / "image.png")}
+    (line,) = score(load_config(ScoreConfig, overrides={**files, "class_label": asked}))
+    best = pipeline.class_posterior(image, class_labels={"style": "drawn"})
+    assert line["nats"] == pytest.approx(pipeline.score(image, asked).nats.item(), abs=1e-3)
+    assert line["best_class"] == ANIMALS[best.argmax()] and line["probability"] == pytest.approx(best.max().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "message"),
+    [
+        ({"has_null": False}, {"style": 0}, r"class_label: .*; it needs class_label\['class'\]"),
+        (
+            {"has_null": False},
+            {"class": 0, "style": 0},
+            "class_label: .*; it needs text; this command gives classes alone",
+        ),
+        ({}, None, r"best_class: .*; it needs class_label\['style'\], text, or best_class false"),
+    ],
+    ids=["class", "text", "best class"],
+)
+def test_the_command_says_what_it_needs_in_its_own_words(parts, segments, fields, given, message):
+    needed = [dataclasses.replace(segments[name], has_null=False) for name in ("style", "caption")]
+    config = load_config(ScoreConfig, overrides={"pipeline": "p", "images": "i", "class_label": given})
+    with pytest.raises(ConfigError, match=message):
+        labels_of(config, make(parts, needed, ANIMALS, **fields))
 
 
 def test_only_files_with_further_conditions_are_of_the_new_version(parts, segments, pipeline, codes):
