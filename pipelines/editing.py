@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.arguments import number, whole
+from configs.arguments import described, number, whole
 from configs.randomness import uniform
 from pipelines.chunks import encode_in_chunks
 from pipelines.conditions import ConditionTokenizer
@@ -23,6 +23,8 @@ from pipelines.windows import require_one_grid, sample_windows
 from stage1_vqgan import VQGANImageProcessor
 
 LARGEST_SEAM, LARGEST_SIDE = 2**10, 2**16  # pixels
+# Arguments of `generate` without a meaning for edits, which make one image of each image.
+NOT_OF_EDITS = ("num_images", "num_images_per_label", "image_size", "best_of", "best_by")
 
 
 class Editing(Requests):
@@ -34,7 +36,8 @@ class Editing(Requests):
     All take `class_labels`: ids or names, one for all images or one for each; without labels, the new codes are those
     of no given class. `**sampling` are the other arguments of `VQGANPipeline.generate`: `text`, `condition_images`,
     `seed`, `generator`, `guidance_scale` and the other options of sampling, `output_type`, `batch_size` and
-    `callback_on_step_end`. A list of guidance scales has one for each image.
+    `callback_on_step_end`. A list of guidance scales has one for each image. An edit makes one image of each image, so
+    it has no `num_images`, `num_images_per_label`, `image_size`, `best_of` and `best_by`.
     The result has the codes of the whole images, known ones and new ones.
 
     In float32, an edited image depends only on its own visible pixels, mask, label and seed, and on the options.
@@ -197,6 +200,10 @@ class Editing(Requests):
 
     def _request_of(self, count: int, pixels: int, class_labels: Any, **sampling: Any) -> Request:
         """Checks the arguments of an edit of `count` images, which then have `pixels` pixels each."""
+        for name in NOT_OF_EDITS:
+            if name in sampling:
+                advice = "an edit makes one image of each image; leave it out, it belongs to generate"
+                raise ValueError(f"{name}: received {described(sampling[name])}; {advice}")
         scale, kind = sampling.get("guidance_scale", 1.0), sampling.get("output_type", "pil")
 
         def make(given: Sequence[Given]) -> Tensor:

@@ -259,6 +259,12 @@ def test_unknown_arguments_are_refused(pipe, images):
         pipe.complete(images, rows=4, temprature=1.0)
 
 
+@pytest.mark.parametrize("name", ["num_images", "num_images_per_label", "image_size", "best_of", "best_by"])
+def test_arguments_of_generate_without_a_meaning_for_edits_are_refused(pipe, images, name):
+    with pytest.raises(ValueError, match=f"{name}: received 2; an edit makes one image of each image; leave it out"):
+        pipe.vary(images, **{name: 2})
+
+
 def test_codes_of_several_grids_belong_to_no_part_of_an_image(random_prior, images):
     pipe = random_pipeline(random_prior, "pyramid")
     for edit in (
