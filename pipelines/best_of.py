@@ -112,8 +112,11 @@ def require_best_of(layout: TokenLayout, best_of: Any, best_by: Any, has_class: 
     if is_larger:
         reason = "the prior has no likelihood of images of another image_size; give a function of images and labels"
         raise ValueError(f"best_by: received {best_by!r}; {reason}")
+    if best_by == "class" and not layout.num_classes:
+        reason = f"this prior has no condition {CLASS!r}; give 'likelihood', or a function of images and labels"
+        raise ValueError(f"best_by: received 'class'; {reason}")
     if best_by == "class" and not has_class:
-        raise ValueError("best_by: received 'class'; needs class_labels")
+        raise ValueError("best_by: received 'class'; needs class_labels, of the condition 'class'")
     return count
 
 

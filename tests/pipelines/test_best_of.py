@@ -1,6 +1,7 @@
 """Best of several candidates, compared with a loop over single requests."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from PIL import Image
 from configs import run
 from configs.randomness import mix
 from pipelines import VQGANPipeline
-from pipelines.best_of import best_candidates
+from pipelines.best_of import best_candidates, require_best_of
 from pipelines.generate import GenerateConfig, generate
+from stage2_prior import Segment
 from tests.devices import DEVICE, EXACT_ON_CPU
 
 COUNT = 3
@@ -172,6 +174,10 @@ def test_wrong_arguments_are_refused(pipeline, case):
 def test_what_a_prior_cannot_score_is_refused(pipeline, masked):
     with pytest.raises(ValueError, match="best_by: received 'class'; needs class_labels"):
         pipeline.generate(num_images=2, best_by="class")
+    style = Segment("style", "class", 2, class_names=("flat", "drawn"))
+    styled = replace(pipeline.layout, class_names=(), class_counts=(), segments=(style,))
+    with pytest.raises(ValueError, match="best_by: received 'class'; this prior has no condition 'class'; give 'like"):
+        require_best_of(styled, 2, "class", has_class=False, is_larger=False)
     for best_by in ("likelihood", "class"):
         with pytest.raises(ValueError, match=f"best_by: received '{best_by}'; this pipeline has a masked prior"):
             masked.generate([1], best_by=best_by)
