@@ -58,7 +58,8 @@ MEANINGS = {
 def meanings_of(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The meanings of the metrics that a card shows, with the accuracies of further conditions."""
     added = [key for key in metrics if key.startswith("class_accuracy_") and key not in MEANINGS]
-    return MEANINGS | dict.fromkeys(added, "as `class_accuracy`, of the classes of this condition")
+    own = "as `class_accuracy`, of the classes of this condition"
+    return MEANINGS | {key: MEANINGS["class_accuracy_real"] if key.endswith("_real") else own for key in added}
 
 
 def model_card(folder: Path, name: str, license: str) -> str:

@@ -134,7 +134,9 @@ def test_a_condition_with_classes_has_an_accuracy(tmp_path, quiet):
         metrics = measure(config, pipeline, train, validation, real, right, {"style": labels.numpy()})
         assert metrics["class_accuracy_style"] == share and metrics["class_accuracy_style_real"] == 1.0
         assert not metrics.keys() & {"class_accuracy", "class_accuracy_real", "classification_accuracy_score"}
-    assert "class_accuracy_style_real" in meanings_of(metrics)
+    found = meanings_of(metrics)
+    assert found["class_accuracy_style"] == "as `class_accuracy`, of the classes of this condition"
+    assert found["class_accuracy_style_real"] == "the same for real images"
 
 
 def test_other_columns_and_other_classes(tmp_path, quiet, capsys):
