@@ -106,7 +106,10 @@ class ImageTokenizer:
         processor = self.image_processor
         try:
             read = processor.read(list(images))
-            pixels = [condition_pixels(levels, segment, processor.aspect_ratio) for levels in read]
+            pixels = [
+                condition_pixels(levels, segment, processor.aspect_ratio, f"images[{number}]")
+                for number, levels in enumerate(read)
+            ]
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
         codes = encode_in_chunks(self.vqgan, torch.stack(pixels)).flatten(1).cpu()

@@ -64,7 +64,9 @@ def transformed_shape(transform: str, shape: tuple[int, int]) -> tuple[int, int]
     return shape[0] // factor, shape[1] // factor
 
 
-def condition_pixels(levels: Tensor, segment: Segment, aspect_ratio: AspectRatio = "crop") -> Tensor:
+def condition_pixels(
+    levels: Tensor, segment: Segment, aspect_ratio: AspectRatio = "crop", name: str = "image"
+) -> Tensor:
     """The condition image of an image that a user gives: a picture, or already what the transform makes of it.
 
     "gray" and "mask" change nothing at the second time, so they are applied to both. "downscale" is applied to images
@@ -75,6 +77,7 @@ def condition_pixels(levels: Tensor, segment: Segment, aspect_ratio: AspectRatio
         levels: uint8 `(H, W, C)`.
         segment: the condition.
         aspect_ratio: see `VQGANImageProcessor`.
+        name: what messages call the image.
 
     Returns:
         Float32 `(C, *segment.image_shape)` in [-1, 1].
@@ -82,12 +85,12 @@ def condition_pixels(levels: Tensor, segment: Segment, aspect_ratio: AspectRatio
     Raises:
         ValueError: the image has colours, and the condition is "edges".
     """
-    transform, shape = _missing_transform(levels, segment)
+    transform, shape = _missing_transform(levels, segment, name)
     pixels = normalize(to_shape(levels, shape, aspect_ratio).permute(2, 0, 1))[None]
     return (apply_transform(transform, pixels) if transform else pixels)[0]
 
 
-def _missing_transform(levels: Tensor, segment: Segment) -> tuple[str, tuple[int, int]]:
+def _missing_transform(levels: Tensor, segment: Segment, image: str) -> tuple[str, tuple[int, int]]:
     """The transform that an image needs, "" if none; and the height and width at which it is applied."""
     shape = (segment.image_shape[0], segment.image_shape[1])
     name, amount = parse_transform(segment.transform) if segment.transform else ("", 0)
@@ -103,7 +106,7 @@ def _missing_transform(levels: Tensor, segment: Segment) -> tuple[str, tuple[int
             f"{segment.name!r} is a drawing, dark lines on white: apply_transform('edges', …) of "
             "stage2_prior.condition_images makes it of a picture, and image.convert('L') removes colours of a drawing"
         )
-        raise ValueError(f"received an image with colours; {advice}")
+        raise ValueError(f"{image}: received an image with colours; {advice}")
     return "", shape
 
 

@@ -65,3 +65,6 @@ def test_the_prompts_are_those_of_the_training(root, monkeypatch, given):
     )
     expected = CodeDataset(split, layout).read(np.arange(4))[2]
     assert seen[0].tolist() == expected.tolist()
+    (lines,) = (segment for segment in layout.segments if segment.name == "lines")
+    with pytest.raises(ValueError, match=r"^condition_images: images\[3\]: received an image with colours; 'lines'"):
+        pipeline._tokenizers["lines"].ids([*made["lines"][:3], images[3]], lines, "condition_images")
