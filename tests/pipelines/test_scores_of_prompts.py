@@ -179,7 +179,9 @@ def test_the_command_names_the_best_class_given_the_other_conditions(parts, segm
     (line,) = score(load_config(ScoreConfig, overrides={**files, "class_label": asked}))
     best = pipeline.class_posterior(image, class_labels={"style": "drawn"})
     assert line["nats"] == pytest.approx(pipeline.score(image, asked).nats.item(), abs=1e-3)
-    assert line["best_class"] == ANIMALS[best.argmax()] and line["probability"] == pytest.approx(best.max().item(), abs=1e-4)
+    assert line["best_class"] == ANIMALS[best.argmax()] and line["probability"] == pytest.approx(
+        best.max().item(), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(
