@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from configs.arguments import choice, described, whole
+from configs.memory import shortage
 from configs.randomness import mix
 from pipelines.requests import Request
 from stage2_prior import CLASS, TokenLayout, code_nats, require_callback
@@ -56,7 +57,11 @@ class BestOf:
             count: m.
             best_by: see `VQGANPipeline.generate`.
             sample: samples codes `(n, *codes_shape)` batch by batch.
+
+        Raises:
+            ValueError: so many candidates do not fit in memory.
         """
+        require_room(request.prompts, count)
         seeds = candidate_seeds(request.seeds, count)
         images = [image for image in range(len(seeds)) for _ in range(count)]
         candidates = request._replace(
@@ -64,6 +69,7 @@ class BestOf:
             seeds=seeds.flatten(),
             options=request.options.of_images(images),
             labels=[request.labels[image] for image in images] if request.labels else None,
+            output_type="pil" if callable(best_by) else "codes",  # what they need memory for
         )
         best = best_candidates(sample(candidates), count, self._score(candidates, best_by))
         return request._replace(seeds=seeds.gather(1, best.numbers[:, None])[:, 0]), best
@@ -118,6 +124,18 @@ def require_best_of(layout: TokenLayout, best_of: Any, best_by: Any, has_class: 
     if best_by == "class" and not has_class:
         raise ValueError("best_by: received 'class'; needs class_labels, of the condition 'class'")
     return count
+
+
+def require_room(prompts: Tensor, count: int) -> None:
+    """Refuses requests of `count` candidates of each image, prompts `(N, P)`, that memory cannot hold.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    numbers = prompts.shape[1] + 4  # the prompt, the seed and what makes it, and the number of the image
+    if lack := shortage(8 * numbers * count * len(prompts), torch.device("cpu")):
+        received = f"received {count} for {len(prompts):,} images"
+        raise ValueError(f"best_of: {received}; {lack}; ask for fewer candidates, or fewer images at once")
 
 
 def candidate_seeds(seeds: Tensor, count: int) -> Tensor:

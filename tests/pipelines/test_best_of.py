@@ -183,6 +183,19 @@ def test_what_a_prior_cannot_score_is_refused(pipeline, masked):
             masked.generate([1], best_by=best_by)
 
 
+def test_candidates_that_memory_cannot_hold_are_refused(pipeline, monkeypatch):
+    monkeypatch.setattr("pipelines.best_of.shortage", lambda needed, device: f"needs {needed} bytes")
+    with pytest.raises(ValueError, match="best_of: received 30 for 20 images; needs 24000 bytes; ask for fewer"):
+        pipeline.generate(num_images=20, best_of=30, best_by=darkness)
+
+
+def test_candidates_that_become_images_need_the_memory_of_images(pipeline, monkeypatch):
+    seen = []
+    monkeypatch.setattr("pipelines.pipeline_vqgan.require_memory", lambda *asked: seen.append((asked[2], asked[-1])))
+    asked = {"image_size": (16, 24), "best_of": 2, "best_by": darkness, "output_type": "codes"}
+    assert pipeline.generate(num_images=1, **asked).images is None and seen == [(2, "pil")]
+
+
 def test_the_command(tiny_runs, pipeline, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["--class_labels=3,5", "--guidance_scale=[1.5, 3]", "--seed=0", "--output_dir=out", "--device=cpu"]
