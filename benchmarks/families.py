@@ -30,6 +30,7 @@ class Real:
 
     def __init__(self, config: EvaluationConfig, pipe: VQGANPipeline) -> None:
         self.config, self.device = config, pipe.device
+        self.kind = (pipe.class_names, pipe.layout.image_shape)
         self.train, self.validation = read_splits(config, pipe)
         self.features = [area_features(split.pixels(), config.feature_size) for split in (self.train, self.validation)]
         if self.train.labels is None or self.validation.labels is None:
@@ -37,10 +38,15 @@ class Real:
         self.labels = self.validation.labels
         self.judge = new_classifier(config, pipe.device).fit(self.train.pixels(), self.train.labels)
 
-    def metrics(self, samples: Tensor, labels: np.ndarray | None) -> dict[str, float]:
+    def require(self, folder: str, pipe: VQGANPipeline) -> None:
+        """Refuses a pipeline without classes, or of other classes or another size than the first one."""
+        if not pipe.class_names:
+            raise SystemExit(f"{folder}: this pipeline has no classes")
+        if (pipe.class_names, pipe.layout.image_shape) != self.kind:
+            raise SystemExit(f"{folder}: has other classes, or images of another size, than the first pipeline")
+
+    def metrics(self, samples: Tensor, labels: np.ndarray) -> dict[str, float]:
         """Class accuracy, classification accuracy score and Frechet distance of generated images."""
-        if labels is None:
-            raise SystemExit("these pipelines have no classes")
         train, validation = self.features
         generated = area_features(samples, self.config.feature_size)
         taught = new_classifier(self.config, self.device).fit(samples, labels)
@@ -57,7 +63,7 @@ def images_per_second(pipe: VQGANPipeline, config: EvaluationConfig) -> float:
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        pipe.generate(labels, guidance_scale=config.guidance_scale, seed=0, **config.unmasking)
+        pipe.generate({CLASS: labels}, guidance_scale=config.guidance_scale, seed=0, **config.unmasking)
         seconds.append(time.perf_counter() - start)
     return 64 / min(seconds)
 
@@ -91,10 +97,11 @@ def main() -> None:
         pipe = load_pipeline(folder)
         pipe.set_progress_bar_config(disable=True)
         real = Real(base, pipe) if real is None else real
+        real.require(folder, pipe)
         for scale in args.guidance_scales:
             for config in variants(pipe, replace(base, pipeline=folder, guidance_scale=scale), args):
                 samples, labels = generate_samples(config, pipe)
-                found = real.metrics(samples, labels.get(CLASS))
+                found = real.metrics(samples, labels[CLASS])
                 row: dict[str, Any] = {"prior": folder, "guidance": scale}
                 row |= {"steps": config.num_steps or pipe.layout.length, "order": config.order or "raster"}
                 row |= {"noise": config.order_temperature if config.order == "confidence" else "-"}

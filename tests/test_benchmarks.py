@@ -5,6 +5,7 @@ import json
 import math
 from functools import partial
 from math import prod
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from benchmarks import anomalies, compression, emoji, losses, restoration, run
+from benchmarks import anomalies, compression, emoji, families, losses, restoration, run
 from benchmarks.case import OURS, Case, lines, measure
 from benchmarks.ideal import decode_floor, decode_operations, encode_operations, training_step_operations
 from benchmarks.machine import Ceilings
@@ -185,6 +186,17 @@ def test_psnr_and_colour_of_restored_images():
     assert restoration.colour(gray) == 0 and restoration.colour(red) == 1
     images = [Image.fromarray(((red[0] + 1) * 127.5).byte().permute(1, 2, 0).numpy())]
     assert torch.equal(restoration.pixels_of(images), red[:1])
+
+
+def test_priors_of_other_classes_or_sizes_are_not_compared():
+    def pipeline(names, size):
+        return SimpleNamespace(class_names=names, layout=SimpleNamespace(image_shape=(size, size)))
+
+    first = SimpleNamespace(kind=(["ant", "bee"], (16, 16)))
+    families.Real.require(first, "folder", pipeline(["ant", "bee"], 16))
+    for other in (pipeline([], 16), pipeline(["ant", "cat"], 16), pipeline(["ant", "bee"], 32)):
+        with pytest.raises(SystemExit, match=r"folder: .* classes"):
+            families.Real.require(first, "folder", other)
 
 
 def test_retrieval_counts_the_emoji_of_the_style_alone():
