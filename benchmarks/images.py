@@ -37,10 +37,14 @@ def load_pipeline(args: argparse.Namespace) -> VQGANPipeline:
     return pipe
 
 
-def read_split(pipe: VQGANPipeline, dataset: str, args: argparse.Namespace, train: bool = False) -> Split:
+def read_split(
+    pipe: VQGANPipeline, dataset: str, args: argparse.Namespace, train: bool = False, use_labels: bool = True
+) -> Split:
     """At most `args.images` images of the validation split, or of the training split."""
     try:
-        sources = load_images(DataConfig(dataset=dataset, validation_split=args.validation_split))
+        sources = load_images(
+            DataConfig(dataset=dataset, validation_split=args.validation_split, use_labels=use_labels)
+        )
     except ConfigError as error:
         raise SystemExit(str(error)) from error
     source = sources[0 if train else 1]

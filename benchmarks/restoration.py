@@ -13,7 +13,7 @@ transformed; the pipeline generates an image for each result, with no sight of t
 | colour | mean difference of the largest and the smallest channel; of images with three channels |
 
 The other rows are base lines: bicubic enlargement, the condition itself, and the original image through the tokenizer,
-which no image of this pipeline can surpass much.
+which is about the best that this pipeline can reach.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main() -> None:
     if len(transforms) != 1 or len(pipe.layout.conditions) != 1:
         raise SystemExit(f"{args.pipeline}: its conditions are not one transform of the image")
     transform = transforms[0]
-    originals = read_split(pipe, args.data, args).images
+    originals = read_split(pipe, args.data, args, use_labels=False).images
     real = pixels_of(originals)
     small = apply_transform(transform, real)
     conditions = pipe.image_processor.postprocess(small)
@@ -85,7 +85,7 @@ def main() -> None:
         "bicubic" if small.shape != real.shape else "the condition": [
             image.resize(size, Image.Resampling.BICUBIC) for image in conditions
         ],
-        "the original through the tokenizer": pipe.reconstruct(originals),
+        "through the tokenizer": pipe.reconstruct(originals),
     }
     features = Features()
     of_real = features([image.convert("RGB") for image in originals])
