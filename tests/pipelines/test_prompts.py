@@ -554,7 +554,7 @@ def test_the_command_score_takes_a_class_of_each_condition(saved, tmp_path, pict
         ("--class_label=cat", "class_label: received 'cat'; several such conditions need {name: value}"),
         ("--class_label.style=wild", "class_label: received 'wild'; allowed are ids 0 to 2"),
         ("--class_label.style=1,2", "class_label: received 2 classes; give one"),
-        ("--class_label.style=1", "class_labels['class']: this prior was trained without dropout of 'class' alone"),
+        ("--class_label.style=1", "class_label: this prior was trained without dropout of 'class' alone"),
     ):
         with pytest.raises(SystemExit):
             run(ScoreConfig, score, "command", [str(saved), *options, wrong])
