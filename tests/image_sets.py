@@ -26,8 +26,12 @@ def random_images(count, size=16, seed=0, contrast=1.0):
 
 
 def write_pngs(folder, images):
-    """Writes images `(N, 3, H, W)` in [-1, 1] as the image processor would; returns the folder's name."""
+    """Writes images `(N, 3, H, W)` in [-1, 1] as the image processor would; their names sort in their order.
+
+    Returns:
+        The folder's name.
+    """
     folder.mkdir()
     for number, pixels in enumerate((images + 1) / 2 * 255):
-        Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+        Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy()).save(folder / f"{number:05}.png")
     return str(folder)
