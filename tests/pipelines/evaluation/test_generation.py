@@ -1,10 +1,13 @@
 """Metrics of generated images, compared with torch-fidelity on folders of PNG files and with direct formulas."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from PIL import Image
 
 from configs import ConfigError, check
@@ -14,6 +17,8 @@ from pipelines.evaluation.generation import figures_of, frechet, generation_metr
 from pipelines.evaluation.generation_config import GenerationMetricsConfig
 from stage1_vqgan.evaluation.inception import load_inception
 from stage1_vqgan.networks import load_network
+from tests import forks
+from tests.devices import cpu_only
 from tests.feature_networks import as_extractor, put_random_inception, small_network
 from tests.image_sets import TensorImages, random_images, write_pngs
 
@@ -108,6 +113,30 @@ def test_continued_figures_equal_straight_ones(tmp_path, small, monkeypatch):
             compare(reference, generated, tmp_path / "again", "small")
     assert compare(reference, generated, tmp_path / "again", "small") == straight
     assert len(list(tmp_path.glob("again/small/*/pooled.npy"))) == 2
+
+
+def only_on_the_first_process():
+    """Weights that one machine has and another one lacks."""
+    if PartialState().process_index:
+        raise FileNotFoundError("no weights here")
+    return small_network("inception")
+
+
+def on_two(folder):
+    figures = compare(random_images(150), random_images(90, seed=1), Path(folder) / "files", "inception", "small")
+    Path(folder, f"{PartialState().process_index}.json").write_text(json.dumps(figures))
+
+
+@cpu_only
+def test_two_processes_give_the_figures_of_one(tmp_path, small, monkeypatch):
+    """And what one process lacks, all leave out."""
+    monkeypatch.setattr(generation, "load_inception", only_on_the_first_process)
+    alone, _ = compare(random_images(150), random_images(90, seed=1), tmp_path / "alone", "small")
+    forks.launch_two(on_two, (str(tmp_path),), {})
+    for rank in range(2):
+        figures, left_out = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert figures == alone
+        assert list(left_out) == figures_of("inception") and set(left_out.values()) == {"no weights here"}
 
 
 def test_missing_weights_give_one_line(tmp_path, small, monkeypatch):
