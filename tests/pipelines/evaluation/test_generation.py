@@ -9,6 +9,7 @@ import scipy.linalg
 import torch
 from accelerate import Accelerator, PartialState
 from PIL import Image
+from transformers import AutoModel, Dinov2Config, Dinov2Model
 
 from configs import ConfigError, check
 from pipelines.evaluation import dinov2, generation
@@ -259,22 +260,32 @@ def test_the_road_of_inception(tmp_path, monkeypatch, small):
     assert np.exp(divergence).mean() > 1.01
 
 
-def test_dinov2_sees_bicubic_images_of_8_bits(tmp_path, monkeypatch):
-    """A small DINOv2 with random weights, beside Pillow and the class token of transformers."""
-    from transformers import AutoModel, Dinov2Config, Dinov2Model
+def by_pillow(image):
+    """An image `(3, H, W)` in [-1, 1] at 224×224 pixels, uint8."""
+    picture = Image.fromarray(in_bytes(image).permute(1, 2, 0).numpy())
+    return torch.from_numpy(np.array(picture.resize((224, 224), Image.Resampling.BICUBIC))).permute(2, 0, 1)
 
+
+@pytest.mark.parametrize("size", [(40, 40), (224, 224), (300, 250)])
+def test_dinov2_sees_the_images_of_pillow(size):
+    """Within one of 256 levels; of noise, in which every pixel counts."""
+    image = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
+    seen = dinov2.Bicubic(lambda pixels: pixels)((image[None] + 1) * 127.5)
+    difference = (seen[0] + 1) * 127.5 - by_pillow(image)
+    assert difference.abs().max() <= 1.001 and difference.abs().mean() < 0.1
+
+
+def test_the_feature_of_dinov2_is_its_class_token(tmp_path, monkeypatch):
+    """Of a small DINOv2 with random weights, beside transformers."""
     shape = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**shape, image_size=518, patch_size=14)).save_pretrained(tmp_path)
     monkeypatch.setattr(dinov2, "HUB_ID", str(tmp_path))
     network = dinov2.load_dinov2()
+    images = random_images(2, 224)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    for size in (40, 224, 300):
-        (image,) = random_images(1, size)
-        picture = Image.fromarray(in_bytes(image).permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        with torch.no_grad():
-            expected = AutoModel.from_pretrained(tmp_path).eval()(((pixels / 255 - mean) / std)[None])
-            found = network(image[None])
-        torch.testing.assert_close(found.pooled, expected.last_hidden_state[:, 0], atol=2e-2, rtol=0)
+    with torch.no_grad():
+        expected = AutoModel.from_pretrained(tmp_path).eval()((in_bytes(images) / 255 - mean) / std)
+        found = network(images)
+    torch.testing.assert_close(found.pooled, expected.last_hidden_state[:, 0], atol=1e-4, rtol=0)
     assert network.name == "dinov2" and network.least_size == 1
