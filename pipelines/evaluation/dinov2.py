@@ -1,5 +1,7 @@
 """The network of the Frechet distance with DINOv2: ViT-L/14 at 224 pixels."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,14 +31,20 @@ def load_dinov2() -> FrozenNetwork:
 
 
 class Bicubic(nn.Module):
-    """Gives a network images of 224×224 pixels with 8-bit values, as Pillow's bicubic interpolation makes them."""
+    """Gives a network images of 224×224 pixels, as Pillow's bicubic interpolation makes them.
 
-    def __init__(self, network: FrozenNetwork):
+    Pillow changes the width first, then the height, and rounds and clips to 8 bits after each. (Of images that are not
+    square, some versions change the height first.)
+    """
+
+    def __init__(self, network: Callable[[Tensor], Activations]):
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> Activations:
         """Features of images `(B, 3, H, W)` in [0, 255]."""
-        if images.shape[-2:] != (SIZE, SIZE):
-            images = F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
-        return self.network(images.round().clamp(0, 255) / 127.5 - 1)
+        for size in ((images.shape[-2], SIZE), (SIZE, SIZE)):
+            if images.shape[-2:] != size:
+                images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+            images = images.round().clamp(0, 255)
+        return self.network(images / 127.5 - 1)
