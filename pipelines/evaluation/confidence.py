@@ -23,7 +23,8 @@ def share_error(share: float, count: int) -> float:
         share: in [0, 1].
         count: number of images.
 
-    Source: Agresti and Coull 1998, "Approximate is better than 'exact' for interval estimation of binomial proportions".
+    Source: Agresti and Coull 1998, "Approximate is better than 'exact' for interval estimation of binomial
+    proportions".
     """
     middle = (share * count + 2) / (count + 4)
     return math.sqrt(middle * (1 - middle) / (count + 4))

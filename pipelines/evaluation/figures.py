@@ -76,11 +76,8 @@ def settings_of(config: EvaluationConfig) -> dict[str, Any]:
     """The settings that stand beside the figures."""
     generated = () if config.pipeline is None else SETTINGS[:5]
     named = {key: getattr(config, key) for key in (*generated, *SETTINGS[5:])}
-    data = config.data
-    split = data.validation_split or f"{data.validation_fraction:g} of {data.train_split}"
-    return {"data": data.dataset, "validation": split} | {
-        key: value for key, value in named.items() if value is not None
-    }
+    given = {"data": config.data.dataset, "validation_split": config.data.validation_split, **named}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def figure_table(metrics: Mapping[str, Any]) -> str:

@@ -63,16 +63,17 @@ def asked_of(config: EvaluationConfig, layout: TokenLayout) -> Asked:
     Raises:
         ConfigError: see `held_out_prompts`; or the prior cannot be guided, or a causal one is given steps.
     """
-    scale = config.guidance_scale if layout.conditions else 1.0
+    given = [segment for segment in layout.conditions if segment.num_tokens]  # a prior without classes has none
+    scale = config.guidance_scale if given else 1.0
     options = SamplingOptions(guidance_scale=scale)
     try:
-        require_learnt(layout, [segment.name for segment in layout.conditions], options)
+        require_learnt(layout, [segment.name for segment in given], options)
         steps: dict[str, Any] = dict.fromkeys(("num_steps", "order", "order_temperature")) | config.unmasking
         unmasking = unmasking_options(layout, **steps)
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
     prompts = held_out_prompts(config, layout) if layout.segments else class_prompts(layout, config.samples_per_class)
-    classes = [segment for segment in layout.conditions if segment.kind == "class"]
+    classes = [segment for segment in given if segment.kind == "class"]
     labels = {one.name: prompts[:, layout.places[one.name]] - layout.first_tokens[one.name] for one in classes}
     seeds = draw_seeds(len(prompts), torch.Generator().manual_seed(config.seed))
     return Asked(prompts, seeds, {name: found[:, 0].numpy() for name, found in labels.items()}, options, unmasking)

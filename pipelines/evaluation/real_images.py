@@ -33,7 +33,7 @@ from stage1_vqgan import (
 BATCH_SIZE = 256
 
 
-@dataclass(frozen=True)
+@dataclass
 class RealImages:
     """Real images of a split, prepared for the tokenizer: an `ImageSet`.
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem
@@ -44,13 +45,13 @@ from pipelines.evaluation.report import (
     saved_metrics,
     update_card,
 )
-from pipelines.evaluation.subject import OF_PIPELINE, Subject, open_subject, require_disk, store_images
+from pipelines.evaluation.subject import OF_PIPELINE, SAMPLES, Subject, open_subject, store_images
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import Images, load_images, require_range
 from stage1_vqgan.reconstruction import evaluate_reconstruction
 from stage2_prior import CLASS
 
-SAMPLES, REAL_IMAGES = "samples", "real_images"
+REAL_IMAGES = "real_images"  # folder of the real images while they are compared
 # How long a process waits for another one, which may still sample. The launcher ends all when one has died.
 LONGEST = timedelta(days=7)
 
@@ -71,9 +72,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    processes = PartialState(timeout=LONGEST)
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST)
     subject = open_subject(config, processes)
-    require_disk(config, subject, folder / SAMPLES)
     seconds = recorded_seconds(config)
     inputs = {**subject.record, **asdict(config), "export": None}
     metrics = saved_metrics(folder, inputs)
@@ -101,7 +101,7 @@ def _evaluated(
     if metrics is None:
         sources = load_images(config.data)
         train, validation = store_splits(config, subject, sources, processes)
-    images, labels = store_images(config, subject, folder / SAMPLES, processes)
+    images, labels = store_images(config, subject, processes)
     if not processes.is_main_process:
         return metrics or {}
     if config.export is not None:
@@ -113,7 +113,7 @@ def _evaluated(
     metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
     metrics["inputs"] = inputs
     (folder / METRICS_NAME).unlink(missing_ok=True)  # those of other settings must not stand beside new pictures
-    save_samples(config, images, sources[0].class_names, subject.processor.postprocess)
+    save_samples(config, images, sources[0].class_names or [], subject.processor.postprocess)
     if subject.pipeline is not None:
         save_reconstructions(config, subject.pipeline, validation)
     write_json(folder / METRICS_NAME, metrics)
@@ -207,7 +207,8 @@ def measure(
     """
     device = pipeline.device if pipeline is not None else PartialState().device
     figures = accuracies(config, device, train, validation, real, generated, labels)
-    features = [all_area_features(images, config.feature_size) for images in (train, validation, generated)]
+    sets: list[ImageSet] = [train, validation, generated]
+    features = [all_area_features(images, config.feature_size) for images in sets]
     distances, errors = distance_metrics(config, *features)
     figures |= distances
     if pipeline is not None:

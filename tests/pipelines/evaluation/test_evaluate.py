@@ -43,7 +43,11 @@ def test_evaluation_of_a_pipeline(config, tiny_runs, tmp_path):
     saved = json.loads((folder / "metrics.json").read_text())
     assert {name: saved[name] for name in metrics} == metrics
     assert metrics["num_samples"] == 50
-    assert all(np.isfinite(value) for name, value in metrics.items() if name not in ("seconds", "inputs"))
+    assert all(np.isfinite(value) for value in metrics.values() if not isinstance(value, dict))
+    assert metrics["details"].keys() == metrics.keys() - {"num_samples", "details", "settings", "seconds", "inputs"}
+    assert metrics["details"]["classification_accuracy_score"].items() >= {"n": 360, "images": "validation"}.items()
+    assert metrics["details"]["class_accuracy"]["reference"] == "1,437 training images"
+    assert metrics["settings"]["guidance_scale"] == 1.5
 
     codes, labels = CodeStore(tiny_runs.codes).split("train").read(np.arange(1437))[:2]
     assert metrics["codebook_usage"] == pytest.approx(len(np.unique(codes)) / 32)
@@ -71,7 +75,10 @@ def test_evaluation_of_a_pipeline(config, tiny_runs, tmp_path):
     card = ModelCard.load(pipeline / "README.md")
     shown = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert shown == pytest.approx({name: metrics[name] for name in shown}, abs=1e-6) and len(shown) == 8
-    assert f"| `class_accuracy_real` | {metrics['class_accuracy_real']:.4g} |" in card.text
+    row = f"| `class_accuracy_real` | {metrics['class_accuracy_real']:.4g} | "
+    error = metrics["details"]["class_accuracy_real"]["standard_error"]
+    assert f"{row}{error:.2g} | 360 validation | 1,437 training images |" in card.text
+    assert "50 generated images (guidance_scale 1.5, seed 0, " in card.text
     for name in ("samples.png", "reconstructions.png"):
         assert f"(card/{name})" in card.text
         assert (pipeline / "card" / name).read_bytes() == (folder / name).read_bytes()
