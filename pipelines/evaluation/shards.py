@@ -24,7 +24,7 @@ from stage1_vqgan import normalize
 
 INPUTS_NAME = "inputs.json"
 SHARD_SIZE = 256  # images
-MOST_OPEN = 256  # shards of a set that are mapped into memory at once
+MOST_OPEN = 128  # shards of a set that are mapped into memory at once; each takes an open file
 
 
 class ImageShards:

@@ -9,17 +9,19 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from configs import ConfigError, load_config
 from pipelines.evaluate import EvaluationConfig, evaluate
-from pipelines.evaluation.real_images import read_real_images
+from pipelines.evaluation.real_images import read_real_images, store_real_images
 from pipelines.evaluation.run import new_classifier
 from stage1_vqgan import DataConfig, load_images
 from stage2_prior import CodeStore
 from tests.image_files import picture, write_parquet
+from tests.pipelines.evaluation.sampling_runs import small_shards
 
 
 @pytest.fixture
@@ -98,6 +100,21 @@ def test_other_settings_are_evaluated_anew(config):
     assert other["codebook_usage"] == first["codebook_usage"]
 
 
+def assert_stored_are(expected, folder, source, processor, data, count):
+    """Shards hold the same images, also if the run that wrote them was interrupted."""
+    arguments = (source, processor, replace(data, max_skipped_fraction=0.25), count, 0, PartialState())
+    with small_shards(3):
+        for _ in range(2):
+            found = store_real_images(folder, *arguments)
+            assert torch.equal(found.pixels(), expected.pixels()) and len(found) == len(expected)
+            assert found.labels.tolist() == expected.labels.tolist() and found.skipped == expected.skipped
+            assert found.numbers.tolist() == expected.numbers.tolist()
+            (folder / "00001.npy").unlink()  # it was not written
+        shutil.rmtree(folder)
+        with pytest.raises(ConfigError, match=r"max_skipped_fraction: received 0, but 1 of the"):
+            store_real_images(folder, source, processor, replace(data, max_skipped_fraction=0), 50, 0, PartialState())
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.usefixtures("datasets_cache")
 def test_real_images_are_those_that_can_be_decoded(tiny_pipeline, tmp_path, streaming):
@@ -113,5 +130,6 @@ def test_real_images_are_those_that_can_be_decoded(tiny_pipeline, tmp_path, stre
             expected = tiny_pipeline.image_processor([picture(10 * n) for n in numbers])["pixel_values"]
             assert torch.equal(found.pixels(), expected) and found.labels.tolist() == [n % 2 for n in numbers]
             assert found.skipped == (1 if streaming or count == 50 else 0)
+            assert_stored_are(found, tmp_path / "shards", source, tiny_pipeline.image_processor, data, count)
         with pytest.raises(ConfigError, match=r"max_skipped_fraction: received 0\.05, but 1 of the 10 images"):
             read_real_images(source, tiny_pipeline.image_processor, 50, max_skipped_fraction=0.05)
