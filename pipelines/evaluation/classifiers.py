@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.image_set import ImageSet
 from pipelines.evaluation.reading import SomeImages, all_area_features, as_set, parts, some_pixels
 
@@ -123,6 +124,14 @@ class ResNetClassifier:
         image = torch.arange(count, device=self.device)[:, None, None]
         shifted = images.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]
         return shifted.permute(0, 3, 1, 2)
+
+
+def new_classifier(config: EvaluationConfig, device: torch.device) -> Classifier:
+    """An untrained classifier of the configured kind."""
+    if config.classifier == "svc":
+        return SupportVectorClassifier(config.feature_size, config.classifier_gamma, config.classifier_c)
+    flips = config.data.augmentation.horizontal_flip
+    return ResNetClassifier(config.classifier_epochs, flips, config.seed, device)
 
 
 def accuracy(classifier: Classifier, images: Pixels, labels: np.ndarray) -> float:

@@ -97,9 +97,11 @@ def row(name: str, value: float, beside: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def notes(metrics: Mapping[str, Any]) -> Iterable[str]:
+    """The lines below the table."""
     yield "settings: " + ", ".join(f"{key} {value}" for key, value in metrics["settings"].items())
-    for name, reason in metrics.get("left_out", {}).items():
-        yield f"{name} is left out: {reason}"
+    left_out = metrics.get("left_out", {})
+    for reason in dict.fromkeys(left_out.values()):
+        yield f"left out: {', '.join(name for name in left_out if left_out[name] == reason)} ({reason})"
     if "skipped" in metrics:
         yield f"{metrics['skipped']:,} real images could not be decoded"
     yield "seconds: " + ", ".join(f"{step} {seconds:g}" for step, seconds in metrics["seconds"].items())

@@ -22,8 +22,6 @@ from stage1_vqgan import VQGANImageProcessor, require_range
 from stage2_prior import CLASS
 
 SAMPLES = "samples"  # folder of the evaluated images
-# Figures and pictures that need a pipeline.
-OF_PIPELINE = "the codebook and the reconstructions, which need a pipeline"
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from sklearn.datasets import load_digits
 
 from configs import ConfigError, load_config
 from pipelines.evaluate import EvaluationConfig, evaluate
+from pipelines.evaluation.classifiers import new_classifier
 from pipelines.evaluation.real_images import read_real_images, store_real_images
-from pipelines.evaluation.run import new_classifier
 from stage1_vqgan import DataConfig, load_images
 from stage2_prior import CodeStore
 from tests.image_files import picture, write_parquet

@@ -13,9 +13,10 @@ from pipelines import VQGANPipeline
 from pipelines.evaluation.conditions import real_labels
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.generated import generate_samples
+from pipelines.evaluation.measuring import measure
 from pipelines.evaluation.prompts import chosen_rows
 from pipelines.evaluation.reading import PixelImages
-from pipelines.evaluation.run import measure, read_splits
+from pipelines.evaluation.run import read_splits
 from pipelines.model_card import meanings_of
 from stage1_vqgan import DataConfig, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import Segment, TokenLayout
