@@ -1,11 +1,15 @@
 """Evaluations of a small pipeline in small shards; test_shared_sampling.py runs them on one and on two processes."""
 
 import dataclasses
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from configs import load_config
@@ -48,3 +52,19 @@ def small_shards(size: int = 8) -> Iterator[None]:
 def evaluate_in_small_shards(folder: Path, output: str) -> None:
     with small_shards():
         evaluate(config_of(folder, output))
+
+
+def killed_at_the_third_shard(folder: Path, output: str) -> None:
+    """An evaluation that SIGKILL ends while it writes its third shard of generated images."""
+    save, names = np.save, []
+
+    def save_or_die(file: Any, images: np.ndarray, **options: Any) -> None:
+        names.append(file.name)
+        if len([name for name in names if "samples" in name]) == 3:
+            file.write(b"a part of it")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(file, images, **options)
+
+    with patch("numpy.save", save_or_die):
+        evaluate_in_small_shards(folder, output)

@@ -1,6 +1,7 @@
 """Images in shards: two processes make those of one, and an interrupted run goes on."""
 
 import json
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,13 @@ from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.shards import ImageShards
 from tests import forks
 from tests.devices import cpu_only
-from tests.pipelines.evaluation.sampling_runs import config_of, evaluate_in_small_shards, make_pipeline, small_shards
+from tests.pipelines.evaluation.sampling_runs import (
+    config_of,
+    evaluate_in_small_shards,
+    killed_at_the_third_shard,
+    make_pipeline,
+    small_shards,
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +101,22 @@ def test_an_interrupted_run_goes_on(folder, one, tmp_path, monkeypatch):
         monkeypatch.setattr(generated, "write_shard", write)
         found = store_samples(tmp_path, pipeline, {"weights": "w"}, other, PartialState())
     assert len(found) == 30 and not contents(tmp_path).items() & contents(one / "samples").items()
+
+
+@pytest.mark.slow
+@cpu_only
+def test_a_killed_evaluation_goes_on(folder, one):
+    log = folder / "killed.txt"
+    process = forks.start(killed_at_the_third_shard, (folder, "killed"), log)
+    assert forks.end(process, log) == -signal.SIGKILL
+    samples = folder / "killed" / "samples"
+    assert sorted(contents(samples)) == ["00000.npy", "00001.npy"] and (samples / "00002.npy.partial").is_file()
+    before = (samples / "00001.npy").stat().st_mtime_ns
+    evaluate_in_small_shards(folder, "killed")
+    assert contents(samples) == contents(one / "samples") and (samples / "00001.npy").stat().st_mtime_ns == before
+    straight, resumed = (json.loads((path / "metrics.json").read_text()) for path in (one, folder / "killed"))
+    assert straight["details"] == resumed["details"] and straight["psnr"] == resumed["psnr"]
+    assert not list(samples.glob("*.partial")) and not (folder / "killed" / "real_images").exists()
 
 
 def test_values_of_other_than_8_bits_stay_floats(folder, tmp_path):
