@@ -66,7 +66,7 @@ def _of_file(path: Path, config: EvaluationConfig) -> Subject:
         message = "received 'auto', which the training of a tokenizer measures; give [low, high]"
         raise ConfigError([Problem("data.value_range", message)])
     processor = VQGANImageProcessor(size, channels, config.data.aspect_ratio, values)  # type: ignore[arg-type]
-    return Subject(processor, {"samples": checksum(path)})
+    return Subject(processor, {"checksum": checksum(path)})
 
 
 def require_disk(config: EvaluationConfig, pipeline: VQGANPipeline) -> None:

@@ -141,6 +141,8 @@ def test_a_condition_with_classes_has_an_accuracy(tmp_path, quiet):
     for labels, share in ((asked, 1.0), (asked.roll(2), 0.0), (asked.where(asked > 0, 3), 0.75)):
         metrics = measure(config, pipeline, train, validation, real, PixelImages(right), {"style": labels.numpy()})
         assert metrics["class_accuracy_style"] == share and metrics["class_accuracy_style_real"] == 1.0
+        beside = {"n": 8, "images": "generated", "reference": "24 training images"}
+        assert metrics["details"]["class_accuracy_style"].items() >= beside.items()
         assert not metrics.keys() & {"class_accuracy", "class_accuracy_real", "classification_accuracy_score"}
     found = meanings_of(metrics)
     assert found["class_accuracy_style"] == "as `class_accuracy`, of the classes of this condition"

@@ -150,6 +150,8 @@ def test_images_of_a_file_are_evaluated(tmp_path, capsys):
     assert (tmp_path / "evaluation" / "samples.png").is_file()
     with np.load(tmp_path / "again.npz") as file:
         assert Counter(file["arr_1"].tolist()) == Counter(train.labels.tolist())
+    saved(path, 255 - levels, train.labels)  # another file of the same name is measured anew
+    assert evaluate(config_of(tmp_path, "evaluation", **values))["frechet_distance"] > 2 * metrics["frechet_distance"]
 
 
 def test_classes_that_the_data_lack_are_refused(tmp_path):
