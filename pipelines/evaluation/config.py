@@ -1,13 +1,14 @@
 """Settings of an evaluation."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
 from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat, worker_problems
 from pipelines.commands import UnmaskingSettings
+from pipelines.evaluation.generation_config import GenerationMetricsConfig
 from stage1_vqgan import DataConfig
 
 
@@ -21,6 +22,7 @@ class EvaluationConfig(UnmaskingSettings):
     export: .npz file to write the evaluated images to, in the same form
     data: the real images; the training split trains the classifier and fits the principal components, the metrics
         compare the generated images with the validation split
+    metrics: the metrics in the features of networks
     output_dir: folder for metrics.json, samples.png and reconstructions.png; the evaluated images are in its folder
         samples
     samples_per_class: images to generate for each class; for an unconditional pipeline, images to generate in all
@@ -45,6 +47,7 @@ class EvaluationConfig(UnmaskingSettings):
     samples: str | None = None
     export: str | None = None
     data: DataConfig
+    metrics: GenerationMetricsConfig = field(default_factory=GenerationMetricsConfig)
     output_dir: str
     samples_per_class: Positive = 50
     guidance_scale: NonNegativeFloat = 1.5

@@ -1,5 +1,6 @@
 """All metrics of the evaluated images, and of the tokenizer of a pipeline."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,8 @@ def measure(
     real: RealLabels,
     generated: ImageSet,
     labels: dict[str, np.ndarray],
+    others: Mapping[str, float] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Computes all metrics of images and of the tokenizer. Class metrics need labels of all images.
 
@@ -43,6 +46,7 @@ def measure(
         real: their classes.
         generated: the evaluated images.
         labels: their classes, int64 `(N,)`, by the name of the condition.
+        others, left_out: what `generation_metrics` returned.
 
     Returns:
         The figures by name; `num_samples`; `details`, what stands beside each figure, see `figures.details`;
@@ -53,14 +57,16 @@ def measure(
     sets: list[ImageSet] = [train, validation, generated]
     features = [all_area_features(images, config.feature_size) for images in sets]
     distances, errors = distance_metrics(config, *features)
-    figures |= distances
+    figures |= {**distances, **(others or {})}
     if pipeline is not None:
         figures |= reconstruction_metrics(pipeline, train, validation)
     counts = {GENERATED: len(generated), TRAINING: len(train), VALIDATION: len(validation)}
     metrics: dict[str, Any] = {**figures, "num_samples": len(generated)}
     metrics |= {"details": details(figures, counts, errors), "settings": settings_of(config)}
-    if pipeline is None:
-        metrics["left_out"] = dict.fromkeys(OF_PIPELINE, "it needs a pipeline, and a file of images was evaluated")
+    missing = OF_PIPELINE if pipeline is None else ()
+    without = dict.fromkeys(missing, "it needs a pipeline, and a file of images was evaluated") | dict(left_out or {})
+    if without:
+        metrics["left_out"] = without
     if train.skipped + validation.skipped:
         metrics["skipped"] = train.skipped + validation.skipped
     return metrics

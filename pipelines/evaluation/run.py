@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
 from configs import ConfigError, Problem
@@ -21,6 +21,7 @@ from configs.folder_lock import locked_folder
 from pipelines.evaluation.conditions import RealLabels, real_labels
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.figures import TRAINING, VALIDATION, figure_table
+from pipelines.evaluation.generation import generation_metrics
 from pipelines.evaluation.image_set import ImageSet
 from pipelines.evaluation.measuring import measure
 from pipelines.evaluation.npz import export_npz
@@ -38,6 +39,7 @@ from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import Images, load_images, require_range
 from stage2_prior import CLASS
 
+FEATURES = "features"  # folder of the features of networks
 REAL_IMAGES = "real_images"  # folder of the real images while they are compared
 # How long a process waits for another one, which may still sample. The launcher ends all when one has died.
 LONGEST = timedelta(days=7)
@@ -91,10 +93,13 @@ def _evaluated(
     images, labels = store_images(config, subject, processes)
     if config.export is not None and processes.is_main_process:
         export_npz(Path(config.export), images)
-    if metrics is not None or not processes.is_main_process:
-        return metrics or {}
+    if metrics is not None:
+        return metrics
+    others = generation_metrics(config.metrics, validation, images, Accelerator(), Path(config.output_dir) / FEATURES)
+    if not processes.is_main_process:
+        return {}
     real = known_labels(config, subject, train, validation)
-    metrics = measure(config, subject.pipeline, train, validation, real, images, labels)
+    metrics = measure(config, subject.pipeline, train, validation, real, images, labels, *others)
     metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
     metrics["inputs"] = inputs
     _save(config, subject, metrics, images, sources[0].class_names or [], validation)

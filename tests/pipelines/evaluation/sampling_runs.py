@@ -35,7 +35,13 @@ def make_pipeline(**changes: object) -> VQGANPipeline:
 
 def config_of(folder: Path, output: str, **values: object) -> EvaluationConfig:
     given = {"pipeline": str(folder / "pipeline"), "output_dir": str(folder / output), "data": {"dataset": "digits"}}
-    sizes = {"samples_per_class": 3, "max_real_images": 60, "feature_size": 4, "num_components": 8}
+    sizes = {
+        "samples_per_class": 3,
+        "max_real_images": 60,
+        "metrics": {"feature_networks": []},
+        "feature_size": 4,
+        "num_components": 8,
+    }
     return load_config(EvaluationConfig, overrides={**given, **sizes, **values})
 
 

@@ -5,45 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import nn
 
 from stage1_vqgan.evaluation import networks
 from stage1_vqgan.evaluation.frechet import Moments, fitted, frechet_distance
 from stage1_vqgan.evaluation.networks import FrechetDistance, feature_metric
-from tests.feature_networks import small_network
+from tests.feature_networks import as_extractor, put_random_inception, small_network
+from tests.image_sets import write_pngs
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # noqa: E402
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # noqa: E402
 
 CPU = torch.device("cpu")
-
-
-def as_extractor(network):
-    """A class by which torch-fidelity computes the features of one of our networks."""
-
-    class Extractor(FeatureExtractorBase):
-        def __init__(self, name, features_list, **options):
-            super().__init__(name, features_list)
-            self.network = network
-
-        get_provided_features_list = staticmethod(lambda: ("pooled",))
-        get_default_feature_layer_for_metric = staticmethod(lambda metric: "pooled")
-
-        def forward(self, images):
-            assert images.dtype == torch.uint8
-            return (self.network(images / 127.5 - 1).pooled,)
-
-    return Extractor
-
-
-def write_pngs(folder, images):
-    """Writes images `(B, C, H, W)` in [-1, 1] as the image processor would; returns the folder's name."""
-    folder.mkdir()
-    for number, pixels in enumerate((images + 1) / 2 * 255):
-        Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
-    return str(folder)
 
 
 def pairs(count, size):
@@ -90,21 +62,7 @@ def test_reconstructions_are_compared_as_8_bits():
 @pytest.mark.slow
 def test_rfid_is_that_of_torch_fidelity(tmp_path, monkeypatch):
     """With random weights in the place of those of the original, which cannot be downloaded here."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    folder = tmp_path / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, *rest, **options: None)
-    with monkeypatch.context() as patched:
-        patched.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **o: {})
-        patched.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *a, **o: None)
-        torch.manual_seed(0)
-        random = FeatureExtractorInceptionV3("random", ["2048"])
-    for layer in random.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)  # torch's own would make all features almost equal
-    torch.save(random.state_dict(), folder / URL_INCEPTION_V3.rpartition("/")[2])
+    put_random_inception(tmp_path, monkeypatch)
     images, reconstructions = pairs(12, 32)
     new, least_size = feature_metric("inception", CPU)
     found = streamed(new(), images, reconstructions, 5)
