@@ -86,7 +86,7 @@ def pixels_of_levels(stored: np.ndarray) -> Tensor:
 
 
 def levels_of(pixels: Tensor) -> Tensor:
-    """8-bit pixels float32 `(B, C, H, W)` in [-1, 1], each one of 256 values, as uint8 `(B, H, W, C)`."""
+    """Pixels float32 `(B, C, H, W)` in [-1, 1], rounded to uint8 `(B, H, W, C)`."""
     return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
@@ -104,10 +104,8 @@ def claim(folder: Path, inputs: dict[str, Any]) -> None:
     old = sorted(folder.glob("[0-9]*.npy"))
     if old:
         print(f"{folder}: {len(old):,} files with images of other weights or settings are replaced")
-    for path in [
-        *old,
-        *folder.glob("[0-9]*.json"),
-    ]:  # before the new record: after a crash, no old shard stands beside it
+    # before the new record: after a crash, no old shard stands beside it
+    for path in (*old, *folder.glob("[0-9]*.json")):
         path.unlink()
     write_json(folder / INPUTS_NAME, inputs)
 

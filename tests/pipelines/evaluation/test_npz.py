@@ -64,10 +64,10 @@ def test_gray_images_become_rgb_and_others_are_refused(tmp_path, capsys):
         export_npz(tmp_path / "a.npz", PixelImages(pixels_of_levels(LEVELS[..., :2])))
 
 
-def lying(path: Path) -> Path:
-    """A file whose header promises more images than follow."""
+def lying(path: Path, count: int) -> Path:
+    """A file whose header promises another number of images than follow."""
     array = io.BytesIO()
-    np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": (30, 8, 6, 3)})
+    np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": (count, 8, 6, 3)})
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", array.getvalue() + LEVELS.tobytes())
     return path
@@ -106,7 +106,8 @@ WRONG = {
     "labels in words": (lambda path: saved(path, LEVELS, np.array(["a"] * 20)), r"arr_1 is <U1 \(20,\) beside"),
     "pickled labels": (lambda path: saved(path, LEVELS, np.array([None] * 20)), "holds Python objects"),
     "negative labels": (lambda path: saved(path, LEVELS, CLASSES - 1), "arr_1 is cut or has negative classes"),
-    "header that lies": (lying, "arr_0 ends before image 24 of 30; copy the file again"),
+    "fewer images": (lambda path: lying(path, 10), "arr_0 is longer than its header says; copy the file again"),
+    "more images": (lambda path: lying(path, 30), "arr_0 ends before image 24 of 30; copy the file again"),
     "changed byte": (changed, r"no whole \.npz file \(Bad CRC-32"),
     "cut": (cut, r"no whole \.npz file \(File is not a zip file\)"),
     "no zip": (no_zip, r"no whole \.npz file \(File is not a zip file\)"),
