@@ -18,10 +18,11 @@ from benchmarks.report import table, write
 from configs import load_config
 from pipelines import VQGANPipeline
 from pipelines.commands import load_pipeline
-from pipelines.evaluation.classifiers import accuracy
+from pipelines.evaluation.classifiers import accuracy, new_classifier
 from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.generated import generate_samples
 from pipelines.evaluation.metrics import area_features, frechet_distances
-from pipelines.evaluation.run import generate_samples, new_classifier, read_splits
+from pipelines.evaluation.run import read_splits
 from stage2_prior import CLASS
 
 

@@ -318,7 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for picture in ("samples.png", "reconstructions.png"):
         shutil.copy(args.runs / "evaluation" / picture, output)
     rows = [{"what": f"{step}, minutes", name: took} for step, took in result["minutes"].items()]
-    rows += [{"what": metric, name: round(value, 4)} for metric, value in result["metrics"].items()]
+    figures = {key: value for key, value in result["metrics"].items() if not isinstance(value, dict)}
+    rows += [{"what": metric, name: round(value, 4)} for metric, value in figures.items()]
     report(table(rows))
     write(str(output / "results.json"), result)
 

@@ -1,4 +1,4 @@
-"""Entry point: `python -m pipelines.evaluate CONFIG [--key value ...]`."""
+"""Entry point: `accelerate launch -m pipelines.evaluate CONFIG [--key value ...]`."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from pipelines.evaluation.config import EvaluationConfig
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
-    """Evaluates a pipeline, see `pipelines.evaluation.run.evaluate`.
+    """Evaluates a pipeline or a file of images, see `pipelines.evaluation.run.evaluate`.
 
     torch is imported here, because its import is slow and the check of the arguments must not wait for it.
     """
@@ -17,4 +17,4 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(EvaluationConfig, evaluate, "python -m pipelines.evaluate")
+    run(EvaluationConfig, evaluate, "accelerate launch -m pipelines.evaluate")

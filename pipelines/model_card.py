@@ -193,15 +193,22 @@ def _index(folder: Path, name: str) -> dict[str, Any]:
 
 def _evaluation(folder: Path) -> str:
     metrics = read_facts(folder, METRICS_NAME)
-    rows = [
-        (f"`{key}`", f"{metrics[key]:.4g}", text)
-        for key, text in meanings_of(metrics).items()
-        if metrics.get(key) is not None
-    ]
+    found = {key: text for key, text in meanings_of(metrics).items() if metrics.get(key) is not None}
+    rows = [_figure(key, metrics, text) for key, text in found.items()]
     shown = picture(folder, RECONSTRUCTIONS_NAME, "Images and their reconstructions", CAPTION)
     if not rows:
         return part("evaluation", "## Reconstructions" if shown else "", shown)
-    guidance = metrics.get("guidance_scale")
-    sampled = f"{metrics.get('num_samples', 0):,} generated images" + (f", guidance {guidance}" if guidance else "")
+    settings = ", ".join(f"{key} {value}" for key, value in (metrics.get("settings") or {}).items())
+    sampled = f"{metrics.get('num_samples', 0):,} generated images" + (f" ({cell(settings)})" if settings else "")
     text = f"{sampled}, compared with held-out images of {cell(metrics.get('data') or 'the data set')}."
-    return part("evaluation", "## Evaluation", text, table(rows, ("metric", "value", "meaning")), shown)
+    head = ("metric", "value", "±", "n", "compared with", "meaning")
+    return part("evaluation", "## Evaluation", text, table(rows, head), shown)
+
+
+def _figure(key: str, metrics: Mapping[str, Any], meaning: str) -> tuple[str, ...]:
+    """The row of a figure: its value, standard error, number of images, and what they were compared with."""
+    beside = (metrics.get("details") or {}).get(key, {})
+    error = beside.get("standard_error")
+    number = f"{beside['n']:,} {beside['images']}" if "n" in beside else ""
+    spread = "" if error is None else f"{error:.2g}"
+    return f"`{key}`", f"{metrics[key]:.4g}", spread, number, beside.get("reference", ""), meaning

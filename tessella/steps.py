@@ -142,7 +142,7 @@ def evaluation_step(config: RunConfig, gpus: int) -> Step:
     }
     if classes == 1:  # a classifier needs two
         keys["data.use_labels"] = False
-    return Step("evaluate", None, keys, root / "metrics.json")
+    return Step("evaluate", None, keys, root / "metrics.json", launched=True)
 
 
 def push_step(config: RunConfig) -> Step:

@@ -24,6 +24,7 @@ STARTING_PROCESSES = (
     "test_full_disks.py",
     "test_runs.py",
     "test_elastic.py",
+    "test_shared_sampling.py",
 )
 
 

@@ -9,8 +9,8 @@ import torch
 
 from configs import ConfigError, load_config, memory
 from pipelines import VQGANPipeline
+from pipelines.evaluation import subject
 from pipelines.evaluation.config import EvaluationConfig
-from pipelines.evaluation.run import require_room
 from stage1_vqgan import DataConfig, Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.training import components
 from stage1_vqgan.training.run import train as train_stage1
@@ -63,13 +63,15 @@ def test_a_huge_batch_size_is_the_number_of_images(pipe):
     assert torch.equal(huge.codes, usual.codes)
 
 
-def test_an_evaluation_names_its_key(pipe):
+def test_an_evaluation_names_its_key(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(subject, "free_space", lambda folder: 10**9)
     config = EvaluationConfig(
-        pipeline="", data=DataConfig(dataset="digits"), output_dir="", samples_per_class=2**31 - 1
+        pipeline="", data=DataConfig(dataset="digits"), output_dir=str(tmp_path), samples_per_class=2**31 - 1
     )
-    with pytest.raises(ConfigError, match=r"samples_per_class: received 2147483647; 4,294,967,294 images: needs"):
-        require_room(config, pipe)
-    require_room(replace(config, samples_per_class=50), pipe)
+    message = r"samples_per_class: received 2147483647; 4,294,967,294 images need .*, and .* are free; choose a smaller"
+    with pytest.raises(ConfigError, match=message):
+        subject.require_disk(config, pipe)
+    subject.require_disk(replace(config, samples_per_class=50), pipe)
 
 
 ARCHITECTURES = {

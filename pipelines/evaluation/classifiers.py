@@ -8,22 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.evaluation.metrics import area_features
+from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.image_set import ImageSet
+from pipelines.evaluation.reading import SomeImages, all_area_features, as_set, parts, some_pixels
 
-# Pixels float32 `(N, C, H, W)` in [-1, 1] on the CPU, and labels int64 `(N,)`.
-Labelled: TypeAlias = tuple[Tensor, np.ndarray]
+# A set, which is read in parts, or pixels float32 `(N, C, H, W)` in [-1, 1] on the CPU.
+Pixels: TypeAlias = ImageSet | Tensor
+# Images, and labels int64 `(N,)`.
+Labelled: TypeAlias = tuple[Pixels, np.ndarray]
 
 BATCH_SIZE = 256
 
 
 class Classifier(Protocol):
-    """Predicts the labels of images. `Labelled` states the form of pixels and labels."""
+    """Predicts the labels of images. `Labelled` states the form of images and labels."""
 
-    def fit(self, pixels: Tensor, labels: np.ndarray) -> "Classifier":
+    def fit(self, images: Pixels, labels: np.ndarray) -> "Classifier":
         """Trains from new initial weights."""
         ...
 
-    def predict(self, pixels: Tensor) -> np.ndarray:
+    def predict(self, images: Pixels) -> np.ndarray:
         """The most probable label of each image, int64 `(N,)`."""
         ...
 
@@ -41,12 +45,12 @@ class SupportVectorClassifier:
 
         self.feature_size, self.svc = feature_size, SVC(gamma=gamma, C=c)
 
-    def fit(self, pixels: Tensor, labels: np.ndarray) -> "SupportVectorClassifier":
-        self.svc.fit(area_features(pixels, self.feature_size), labels)
+    def fit(self, images: Pixels, labels: np.ndarray) -> "SupportVectorClassifier":
+        self.svc.fit(all_area_features(as_set(images), self.feature_size), labels)
         return self
 
-    def predict(self, pixels: Tensor) -> np.ndarray:
-        return self.svc.predict(area_features(pixels, self.feature_size))
+    def predict(self, images: Pixels) -> np.ndarray:
+        return self.svc.predict(all_area_features(as_set(images), self.feature_size))
 
 
 class ResNetClassifier:
@@ -67,30 +71,30 @@ class ResNetClassifier:
         self.epochs, self.flips, self.seed, self.device = epochs, flips, seed, device
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    def fit(self, pixels: Tensor, labels: np.ndarray) -> "ResNetClassifier":
-        images, targets = pixels.to(self.device), torch.from_numpy(labels).to(self.device)
+    def fit(self, images: Pixels, labels: np.ndarray) -> "ResNetClassifier":
+        images, targets = as_set(images), torch.from_numpy(labels).to(self.device)
         generator = torch.Generator().manual_seed(self.seed)
-        self.model = self._initial_model(images.shape[1], int(labels.max()) + 1)
+        self.model = self._initial_model(images.read(range(1)).shape[1], int(labels.max()) + 1)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
         batches = -(-len(images) // BATCH_SIZE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=self.epochs * batches)
         self.model.train()
         for _ in range(self.epochs):
-            for rows in torch.randperm(len(images), generator=generator).to(self.device).tensor_split(batches):
-                batch = self._augmented(images[rows], generator)
+            for rows in torch.randperm(len(images), generator=generator).tensor_split(batches):
+                batch = self._augmented(some_pixels(images, rows.numpy()).to(self.device), generator)
                 with self.autocast:
                     logits = self.model(batch)
-                F.cross_entropy(logits.float(), targets[rows]).backward()
+                F.cross_entropy(logits.float(), targets[rows.to(self.device)]).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
         return self
 
     @torch.no_grad()
-    def predict(self, pixels: Tensor) -> np.ndarray:
+    def predict(self, images: Pixels) -> np.ndarray:
         self.model.eval()
         with self.autocast:
-            chosen = [self.model(batch.to(self.device)).argmax(1) for batch in pixels.split(BATCH_SIZE)]
+            chosen = [self.model(batch.to(self.device)).argmax(1) for batch in parts(as_set(images), BATCH_SIZE)]
         return torch.cat(chosen).cpu().numpy()
 
     def _initial_model(self, channels: int, num_classes: int) -> nn.Module:
@@ -122,9 +126,17 @@ class ResNetClassifier:
         return shifted.permute(0, 3, 1, 2)
 
 
-def accuracy(classifier: Classifier, pixels: Tensor, labels: np.ndarray) -> float:
+def new_classifier(config: EvaluationConfig, device: torch.device) -> Classifier:
+    """An untrained classifier of the configured kind."""
+    if config.classifier == "svc":
+        return SupportVectorClassifier(config.feature_size, config.classifier_gamma, config.classifier_c)
+    flips = config.data.augmentation.horizontal_flip
+    return ResNetClassifier(config.classifier_epochs, flips, config.seed, device)
+
+
+def accuracy(classifier: Classifier, images: Pixels, labels: np.ndarray) -> float:
     """Fraction of images whose label the classifier predicts."""
-    return float((classifier.predict(pixels) == labels).mean())
+    return float((classifier.predict(images) == labels).mean())
 
 
 def class_accuracy(
@@ -159,7 +171,7 @@ def class_metrics(
     of_generated = classifier().fit(*generated)
     count = min(len(generated[1]), len(train[1]))
     some = np.linspace(0, len(train[1]) - 1, count).astype(int)
-    of_some = classifier().fit(train[0][some], train[1][some])
+    of_some = classifier().fit(SomeImages(as_set(train[0]), some), train[1][some])
     return {
         **class_accuracy(classifier, train, validation, generated),
         "classification_accuracy_score": accuracy(of_generated, *validation),

@@ -1,24 +1,30 @@
 """Settings of an evaluation."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
 from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat, worker_problems
 from pipelines.commands import UnmaskingSettings
+from pipelines.evaluation.generation_config import GenerationMetricsConfig
 from stage1_vqgan import DataConfig
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig(UnmaskingSettings):
-    """Compares the images that a pipeline generates with real images.
+    """Compares the images that a pipeline generates, or those in a file, with real images.
 
     pipeline: folder or Hub id of the pipeline
+    samples: .npz file of images to evaluate in place of a pipeline: arr_0, uint8 (N, H, W, 3), and optionally arr_1,
+        the class of each image, counted from 0 in the order of the classes of the data set
+    export: .npz file to write the evaluated images to, in the same form
     data: the real images; the training split trains the classifier and fits the principal components, the metrics
         compare the generated images with the validation split
-    output_dir: folder for metrics.json, samples.png and reconstructions.png
+    metrics: the metrics in the features of networks
+    output_dir: folder for metrics.json, samples.png and reconstructions.png; the evaluated images are in its folder
+        samples
     samples_per_class: images to generate for each class; for an unconditional pipeline, images to generate in all
     guidance_scale: guidance scale of the generated images; 1 is no guidance
     seed: seed of the generated images and of the "resnet" classifier
@@ -35,9 +41,13 @@ class EvaluationConfig(UnmaskingSettings):
     """
 
     preset: ClassVar[str] = "evaluate"
+    displaces: ClassVar[dict[str, str]] = {"samples": "pipeline"}
 
-    pipeline: str
+    pipeline: str | None = None
+    samples: str | None = None
+    export: str | None = None
     data: DataConfig
+    metrics: GenerationMetricsConfig = field(default_factory=GenerationMetricsConfig)
     output_dir: str
     samples_per_class: Positive = 50
     guidance_scale: NonNegativeFloat = 1.5
@@ -56,4 +66,8 @@ class EvaluationConfig(UnmaskingSettings):
     prior_run: str | None = None
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
+        if (self.pipeline is None) == (self.samples is None):
+            yield "pipeline", self.pipeline, "give either this, or samples"
+        if self.export is not None and not self.export.endswith(".npz"):
+            yield "export", self.export, "must be the name of an .npz file, such as samples.npz"
         yield from worker_problems(self)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.evaluation.confidence import distance_error
 from stage1_vqgan.evaluation.frechet import Gaussian, Moments, fitted, frechet_distance
 
 
@@ -37,17 +38,31 @@ def frechet_distances(
     Returns:
         One distance for each candidate, at least 0 up to rounding; see `stage1_vqgan.evaluation.frechet`.
     """
+    real, *others = [gaussian(each) for each in projected(fitted_on, [reference, *candidates], num_components)]
+    return [frechet_distance(other, real) for other in others]
+
+
+def frechet_errors(
+    fitted_on: np.ndarray, reference: np.ndarray, candidates: Sequence[np.ndarray], num_components: int
+) -> list[float]:
+    """The standard error of each of the `frechet_distances`, see `distance_error`."""
+    real, *others = projected(fitted_on, [reference, *candidates], num_components)
+    return [distance_error(other, gaussian(real)) for other in others]
+
+
+def projected(fitted_on: np.ndarray, sets: Sequence[np.ndarray], num_components: int) -> list[np.ndarray]:
+    """The principal components `(N, num_components)` of sets of features `(N, F)`."""
     from sklearn.decomposition import PCA
 
     pca = PCA(num_components, svd_solver="full").fit(fitted_on)
+    return [pca.transform(features) for features in sets]
 
-    def gaussian(features: np.ndarray) -> Gaussian:
-        moments = Moments(num_components)
-        moments.add(torch.from_numpy(pca.transform(features)))
-        return fitted(moments.sums)
 
-    real = gaussian(reference)
-    return [frechet_distance(gaussian(candidate), real) for candidate in candidates]
+def gaussian(features: np.ndarray) -> Gaussian:
+    """The normal distribution of features `(N, D)`."""
+    moments = Moments(features.shape[1])
+    moments.add(torch.from_numpy(features))
+    return fitted(moments.sums)
 
 
 def nearest_distance(features: np.ndarray, reference: np.ndarray) -> float:

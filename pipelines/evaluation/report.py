@@ -2,10 +2,13 @@
 
 import hashlib
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from configs import ConfigError, Problem
@@ -16,6 +19,8 @@ from configs.sections import NonNegativeFloat
 from configs.uploads import public_dataset
 from configs.values import read_value
 from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.image_set import ImageSet
+from pipelines.evaluation.reading import some_pixels
 from pipelines.evaluation.real_images import RealImages
 from pipelines.model_card import (
     METRICS_NAME,
@@ -28,13 +33,15 @@ from pipelines.model_card import (
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import labelled_grid, reconstruction_grid, spread
 
+ToImages: TypeAlias = Callable[[Tensor], list[Image.Image]]
 # Limits of the pictures: rows of samples.png, and originals in reconstructions.png.
 MAX_CLASSES, MAX_ORIGINALS = 20, 16
 
 
 def saved_metrics(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """The metrics saved in a folder; None if they were computed from other inputs, or a picture is missing."""
-    if not all((folder / name).is_file() for name in (METRICS_NAME, SAMPLES_NAME, RECONSTRUCTIONS_NAME)):
+    pictures = [SAMPLES_NAME] if inputs.get("pipeline") is None else [SAMPLES_NAME, RECONSTRUCTIONS_NAME]
+    if not all((folder / name).is_file() for name in (METRICS_NAME, *pictures)):
         return None
     try:
         metrics = read_json(folder / METRICS_NAME)
@@ -43,37 +50,43 @@ def saved_metrics(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None
     return metrics if metrics.get("inputs") == inputs else None
 
 
-def save_pictures(config: EvaluationConfig, pipeline: VQGANPipeline, samples: Tensor, validation: RealImages) -> None:
-    """Writes samples.png, a row for each class, and reconstructions.png, originals above their reconstructions.
-
-    Of many classes, samples.png shows some that are spread evenly over all.
+def save_samples(config: EvaluationConfig, images: ImageSet, names: Sequence[str], to_images: ToImages) -> None:
+    """Writes samples.png, a row for each class. Of many classes, it shows some that are spread evenly over all.
 
     Args:
         config: settings of the evaluation.
-        pipeline: the evaluated pipeline.
-        samples: generated images, float32 `(N, C, H, W)` in [-1, 1], sorted by class.
-        validation: real images.
+        images: the evaluated images.
+        names: names of the classes; numbers stand for missing ones.
+        to_images: makes images of Pillow of pixels.
     """
-    folder, to_images = Path(config.output_dir), pipeline.image_processor.postprocess
-    columns = min(config.grid_columns, config.samples_per_class)
-    by_class = samples.view(-1, config.samples_per_class, *samples.shape[1:])
-    shown = spread(len(by_class), MAX_CLASSES)
-    names = pipeline.class_names or [""]
-    rows = [(names[number], to_images(by_class[number, :columns])) for number in shown]
-    write_png(folder / SAMPLES_NAME, labelled_grid(rows, columns, min_tile=48))
-    originals = validation.pixels()[spread(len(validation), MAX_ORIGINALS, validation.labels)]
+    labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
+    classes = np.unique(labels)
+    rows = []
+    for one in classes[spread(len(classes), MAX_CLASSES)].tolist():
+        name = "" if images.labels is None else names[one] if one < len(names) else str(one)
+        pixels = some_pixels(images, np.flatnonzero(labels == one)[: config.grid_columns])
+        rows.append((name, to_images(pixels)))
+    write_png(Path(config.output_dir) / SAMPLES_NAME, labelled_grid(rows, config.grid_columns, min_tile=48))
+
+
+def save_reconstructions(config: EvaluationConfig, pipeline: VQGANPipeline, validation: RealImages) -> None:
+    """Writes reconstructions.png: validation images of all classes above their reconstructions."""
+    to_images = pipeline.image_processor.postprocess
+    originals = some_pixels(validation, spread(len(validation), MAX_ORIGINALS, validation.labels))
     with torch.no_grad():
         reconstructions = pipeline.vqgan(originals.to(pipeline.device)).reconstruction.cpu()
-    write_png(folder / RECONSTRUCTIONS_NAME, reconstruction_grid(to_images(originals), to_images(reconstructions)))
+    picture = reconstruction_grid(to_images(originals), to_images(reconstructions))
+    write_png(Path(config.output_dir) / RECONSTRUCTIONS_NAME, picture)
 
 
 def update_card(config: EvaluationConfig, metrics: dict[str, Any]) -> None:
     """Shows metrics and pictures in the card of the evaluated pipeline, if it is a folder in which we may write."""
-    folder = Path(config.pipeline)
-    if not folder.is_dir():
+    folder = Path(str(config.pipeline))
+    if config.pipeline is None or not folder.is_dir():
         return
-    shown = {key: metrics[key] for key in (*meanings_of(metrics), "num_samples") if key in metrics}
-    shown |= {"guidance_scale": config.guidance_scale, **public_dataset(config.data.dataset)}
+    shown = {key: metrics[key] for key in (*meanings_of(metrics), "num_samples", "details") if key in metrics}
+    settings = {key: value for key, value in metrics["settings"].items() if key != "data"}
+    shown |= {"settings": settings, **public_dataset(config.data.dataset)}
     try:
         target = make_folder(folder / FACTS_FOLDER)
         for picture in (SAMPLES_NAME, RECONSTRUCTIONS_NAME):
@@ -102,6 +115,8 @@ def recorded_seconds(config: EvaluationConfig) -> dict[str, float]:
     Raises:
         ConfigError: a step has not recorded its duration.
     """
+    if config.pipeline is None:
+        return {}
     places = {
         "stage1": ("tokenizer_run", "train_results.json", "train_runtime"),
         "tokenize": ("code_store", "manifest.json", "seconds"),

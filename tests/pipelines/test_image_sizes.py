@@ -56,7 +56,7 @@ def test_images_of_any_size_go_through_all_steps(trained, image_size, shape, tmp
     assert out.codes.shape == (2, *grid) and [image.size for image in out.images] == [shape[::-1]] * 2
     assert pipeline.encode(out.images).shape == (2, *grid)
     folder = {"pipeline": str(tmp_path / "pipeline"), "output_dir": str(tmp_path / "evaluation")}
-    sizes = {"samples_per_class": 4, "num_components": 2, "grid_columns": 2}
+    sizes = {"samples_per_class": 4, "num_components": 2, "grid_columns": 2, "metrics": {"feature_networks": []}}
     metrics = evaluate(load_config(EvaluationConfig, overrides={**folder, **sizes, "data": vars(config.data)}))
     assert metrics["num_samples"] == 8
     height, width = shape

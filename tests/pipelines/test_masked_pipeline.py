@@ -14,7 +14,7 @@ from configs import load_config, run
 from pipelines import VQGANPipeline
 from pipelines.demo import actions
 from pipelines.evaluate import EvaluationConfig
-from pipelines.evaluation.run import generate_samples
+from pipelines.evaluation.generated import generate_samples
 from pipelines.generate import GenerateConfig, generate
 from stage2_prior import SamplingOptions, UnmaskingOptions, unmask
 from stage2_prior.sampling import memory
@@ -169,7 +169,7 @@ def test_evaluation_takes_steps_and_order(masked_runs, pipeline, tmp_path):
     generator, options = torch.Generator().manual_seed(0), {"guidance_scale": 2.0, "num_steps": 3, "order": "halton"}
     labels = np.repeat(range(10), 2)
     expected = pipeline.generate(labels, generator=generator, output_type="pt", **options).images.cpu()
-    torch.testing.assert_close(samples, expected * 2 - 1)
+    torch.testing.assert_close(samples, (expected * 255).round() / 127.5 - 1)
     assert classes.keys() == {"class"} and np.array_equal(classes["class"], labels)
 
 

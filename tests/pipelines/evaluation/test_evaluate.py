@@ -9,17 +9,19 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from configs import ConfigError, load_config
 from pipelines.evaluate import EvaluationConfig, evaluate
-from pipelines.evaluation.real_images import read_real_images
-from pipelines.evaluation.run import new_classifier
+from pipelines.evaluation.classifiers import new_classifier
+from pipelines.evaluation.real_images import read_real_images, store_real_images
 from stage1_vqgan import DataConfig, load_images
 from stage2_prior import CodeStore
 from tests.image_files import picture, write_parquet
+from tests.pipelines.evaluation.sampling_runs import small_shards
 
 
 @pytest.fixture
@@ -29,6 +31,7 @@ def config(tiny_runs, tmp_path) -> EvaluationConfig:
         "output_dir": str(tmp_path / "evaluation"),
         "data": {"dataset": "digits"},
         "samples_per_class": 5,
+        "metrics": {"feature_networks": []},
         "grid_columns": 3,
         "tokenizer_run": str(tiny_runs.vqgan),
         "code_store": str(tiny_runs.codes),
@@ -43,7 +46,11 @@ def test_evaluation_of_a_pipeline(config, tiny_runs, tmp_path):
     saved = json.loads((folder / "metrics.json").read_text())
     assert {name: saved[name] for name in metrics} == metrics
     assert metrics["num_samples"] == 50
-    assert all(np.isfinite(value) for name, value in metrics.items() if name not in ("seconds", "inputs"))
+    assert all(np.isfinite(value) for value in metrics.values() if not isinstance(value, dict))
+    assert metrics["details"].keys() == metrics.keys() - {"num_samples", "details", "settings", "seconds", "inputs"}
+    assert metrics["details"]["classification_accuracy_score"].items() >= {"n": 360, "images": "validation"}.items()
+    assert metrics["details"]["class_accuracy"]["reference"] == "1,437 training images"
+    assert metrics["settings"]["guidance_scale"] == 1.5
 
     codes, labels = CodeStore(tiny_runs.codes).split("train").read(np.arange(1437))[:2]
     assert metrics["codebook_usage"] == pytest.approx(len(np.unique(codes)) / 32)
@@ -71,7 +78,10 @@ def test_evaluation_of_a_pipeline(config, tiny_runs, tmp_path):
     card = ModelCard.load(pipeline / "README.md")
     shown = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert shown == pytest.approx({name: metrics[name] for name in shown}, abs=1e-6) and len(shown) == 8
-    assert f"| `class_accuracy_real` | {metrics['class_accuracy_real']:.4g} |" in card.text
+    row = f"| `class_accuracy_real` | {metrics['class_accuracy_real']:.4g} | "
+    error = metrics["details"]["class_accuracy_real"]["standard_error"]
+    assert f"{row}{error:.2g} | 360 validation | 1,437 training images |" in card.text
+    assert "50 generated images (guidance_scale 1.5, seed 0, " in card.text
     for name in ("samples.png", "reconstructions.png"):
         assert f"(card/{name})" in card.text
         assert (pipeline / "card" / name).read_bytes() == (folder / name).read_bytes()
@@ -91,6 +101,21 @@ def test_other_settings_are_evaluated_anew(config):
     assert other["codebook_usage"] == first["codebook_usage"]
 
 
+def assert_stored_are(expected, folder, source, processor, data, count):
+    """Shards hold the same images, also if the run that wrote them was interrupted."""
+    arguments = (source, processor, replace(data, max_skipped_fraction=0.25), count, 0, PartialState())
+    with small_shards(3):
+        for _ in range(2):
+            found = store_real_images(folder, *arguments)
+            assert torch.equal(found.pixels(), expected.pixels()) and len(found) == len(expected)
+            assert found.labels.tolist() == expected.labels.tolist() and found.skipped == expected.skipped
+            assert found.numbers.tolist() == expected.numbers.tolist()
+            (folder / "00001.npy").unlink()  # it was not written
+        shutil.rmtree(folder)
+        with pytest.raises(ConfigError, match=r"max_skipped_fraction: received 0, but 1 of the"):
+            store_real_images(folder, source, processor, replace(data, max_skipped_fraction=0), 50, 0, PartialState())
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.usefixtures("datasets_cache")
 def test_real_images_are_those_that_can_be_decoded(tiny_pipeline, tmp_path, streaming):
@@ -106,5 +131,6 @@ def test_real_images_are_those_that_can_be_decoded(tiny_pipeline, tmp_path, stre
             expected = tiny_pipeline.image_processor([picture(10 * n) for n in numbers])["pixel_values"]
             assert torch.equal(found.pixels(), expected) and found.labels.tolist() == [n % 2 for n in numbers]
             assert found.skipped == (1 if streaming or count == 50 else 0)
+            assert_stored_are(found, tmp_path / "shards", source, tiny_pipeline.image_processor, data, count)
         with pytest.raises(ConfigError, match=r"max_skipped_fraction: received 0\.05, but 1 of the 10 images"):
             read_real_images(source, tiny_pipeline.image_processor, 50, max_skipped_fraction=0.05)

@@ -12,8 +12,11 @@ from configs import ConfigError
 from pipelines import VQGANPipeline
 from pipelines.evaluation.conditions import real_labels
 from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.generated import generate_samples
+from pipelines.evaluation.measuring import measure
 from pipelines.evaluation.prompts import chosen_rows
-from pipelines.evaluation.run import generate_samples, measure, read_splits
+from pipelines.evaluation.reading import PixelImages
+from pipelines.evaluation.run import read_splits
 from pipelines.model_card import meanings_of
 from stage1_vqgan import DataConfig, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import Segment, TokenLayout
@@ -64,6 +67,11 @@ def config_of(folder, **values):
     return EvaluationConfig(pipeline="p", data=DataConfig(dataset="digits"), output_dir=str(folder), **store)
 
 
+def in_bytes(images):
+    """Images in [0, 1] as pixels in [-1, 1], each one of 256 values."""
+    return (images * 255).round() / 127.5 - 1
+
+
 def test_images_are_asked_for_with_the_conditions_of_validation_images(pipeline, tmp_path):
     write_store(tmp_path, pipeline.layout)
     pixels, labels = generate_samples(config_of(tmp_path), pipeline)
@@ -71,7 +79,7 @@ def test_images_are_asked_for_with_the_conditions_of_validation_images(pipeline,
     seeds = torch.randint(2**63 - 1, (4,), generator=torch.Generator().manual_seed(0)).tolist()
     asked = {"class_labels": {"class": ["ant", "ant", "bee", "bee"], "style": ["drawn", "flat", "flat", "dark"]}}
     expected = pipeline.generate(**asked, guidance_scale=2.0, seed=seeds, output_type="pt").images
-    assert torch.equal(pixels, expected * 2 - 1)
+    assert torch.equal(pixels, in_bytes(expected))
 
 
 def test_a_masked_prior_takes_the_steps_of_the_settings(tmp_path):
@@ -82,7 +90,7 @@ def test_a_masked_prior_takes_the_steps_of_the_settings(tmp_path):
     seeds = torch.randint(2**63 - 1, (4,), generator=torch.Generator().manual_seed(0)).tolist()
     asked = {"class_labels": {"class": ["ant", "ant", "bee", "bee"], "style": ["drawn", "flat", "flat", "dark"]}}
     expected = pipeline.generate(**asked, guidance_scale=2.0, seed=seeds, output_type="pt", **steps).images
-    assert torch.equal(pixels, expected * 2 - 1)
+    assert torch.equal(pixels, in_bytes(expected))
     with pytest.raises(ConfigError, match="num_steps: received 3; this prior is causal"):
         generate_samples(config_of(tmp_path, **steps), make())
 
@@ -131,8 +139,10 @@ def test_a_condition_with_classes_has_an_accuracy(tmp_path, quiet):
     asked = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
     right = (asked[:, None, None, None] * 50.0 + 50).expand(-1, 1, 16, 16) / 127.5 - 1
     for labels, share in ((asked, 1.0), (asked.roll(2), 0.0), (asked.where(asked > 0, 3), 0.75)):
-        metrics = measure(config, pipeline, train, validation, real, right, {"style": labels.numpy()})
+        metrics = measure(config, pipeline, train, validation, real, PixelImages(right), {"style": labels.numpy()})
         assert metrics["class_accuracy_style"] == share and metrics["class_accuracy_style_real"] == 1.0
+        beside = {"n": 8, "images": "generated", "reference": "24 training images"}
+        assert metrics["details"]["class_accuracy_style"].items() >= beside.items()
         assert not metrics.keys() & {"class_accuracy", "class_accuracy_real", "classification_accuracy_score"}
     found = meanings_of(metrics)
     assert found["class_accuracy_style"] == "as `class_accuracy`, of the classes of this condition"

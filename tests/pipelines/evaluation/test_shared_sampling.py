@@ -1,0 +1,150 @@
+"""Images in shards: two processes make those of one, and an interrupted run goes on."""
+
+import json
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+
+from configs import ConfigError
+from configs.checksums import Damaged
+from configs.randomness import draw_seeds
+from pipelines.evaluation import generated, shards
+from pipelines.evaluation.generated import asked_of, generate_samples, store_samples
+from pipelines.evaluation.run import evaluate
+from pipelines.evaluation.shards import ImageShards
+from tests import forks
+from tests.devices import cpu_only
+from tests.pipelines.evaluation.sampling_runs import (
+    config_of,
+    evaluate_in_small_shards,
+    killed_at_the_third_shard,
+    make_pipeline,
+    small_shards,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampling")
+    make_pipeline().save_pretrained(folder / "pipeline")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    evaluate_in_small_shards(folder, "one")
+    return folder / "one"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+
+
+@cpu_only
+def test_two_processes_equal_one(folder, one):
+    """30 images in 4 shards, 60 real images in 8 shards of each split."""
+    log = folder / "log.txt"
+    forks.run_on_two_processes(evaluate_in_small_shards, folder, "two", log=log)
+    first, second = (contents(path / "samples") for path in (one, folder / "two"))
+    assert len(first) == 4 and first == second
+    single, double = (json.loads((path / "metrics.json").read_text()) for path in (one, folder / "two"))
+    for metrics in (single, double):
+        del metrics["seconds"], metrics["inputs"]
+    assert single == double and single["details"]["frechet_distance"]["reference"] == "60 validation images"
+    assert log.read_text().count("frechet_distance_real ") == 1  # one process prints the table
+
+
+def test_the_shards_hold_what_generate_returns(folder, one):
+    pipeline = make_pipeline()
+    seeds = torch.randint(2**63 - 1, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = pipeline.generate(np.repeat(range(10), 3), seed=seeds, guidance_scale=1.5).images
+    images = ImageShards(one / "samples")
+    assert len(images) == 30 and images.shape == (16, 16, 1)
+    levels = images.stored(range(30))[..., 0]
+    assert levels.dtype == np.uint8 and np.array_equal(levels, np.stack([np.asarray(image) for image in expected]))
+    in_memory, labels = generate_samples(config_of(folder, "one"), pipeline)
+    assert torch.equal(images.read(range(5, 27)), in_memory[5:27])
+    assert labels["class"].tolist() == np.repeat(range(10), 3).tolist()
+    assert not (one / "real_images").exists()
+
+
+def test_the_seed_of_an_image_depends_on_its_number_alone():
+    few, many = (draw_seeds(count, torch.Generator().manual_seed(5)) for count in (7, 1000))
+    assert torch.equal(few, many[:7]) and len(many.unique()) == 1000
+
+
+def test_an_interrupted_run_goes_on(folder, one, tmp_path, monkeypatch):
+    pipeline, write, written = make_pipeline(), shards.write_shard, []
+
+    def interrupted(path, images, notes=None):
+        if len(written) == 2:
+            (path.parent / f"{path.name}.partial").write_bytes(b"a part of it")  # as after SIGKILL
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, images, notes)
+
+    with small_shards():
+        asked = asked_of(config_of(folder, "one"), pipeline.layout)
+        arguments = (tmp_path, pipeline, {"weights": "w"}, asked, PartialState())
+        monkeypatch.setattr(generated, "write_shard", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store_samples(*arguments)
+        assert set(contents(tmp_path)) == {"00000.npy", "00001.npy"}
+        written.clear()
+        assert len(store_samples(*arguments)) == 30
+        assert written == ["00002.npy", "00003.npy"] and contents(tmp_path) == contents(one / "samples")
+        other = replace(asked, seeds=asked.seeds + 1)
+        monkeypatch.setattr(generated, "write_shard", write)
+        found = store_samples(tmp_path, pipeline, {"weights": "w"}, other, PartialState())
+    assert len(found) == 30 and not contents(tmp_path).items() & contents(one / "samples").items()
+
+
+@pytest.mark.slow
+@cpu_only
+def test_a_killed_evaluation_goes_on(folder, one):
+    log = folder / "killed.txt"
+    process = forks.start(killed_at_the_third_shard, (folder, "killed"), log)
+    assert forks.end(process, log) == -signal.SIGKILL
+    samples = folder / "killed" / "samples"
+    assert sorted(contents(samples)) == ["00000.npy", "00001.npy"] and (samples / "00002.npy.partial").is_file()
+    before = (samples / "00001.npy").stat().st_mtime_ns
+    evaluate_in_small_shards(folder, "killed")
+    assert contents(samples) == contents(one / "samples") and (samples / "00001.npy").stat().st_mtime_ns == before
+    straight, resumed = (json.loads((path / "metrics.json").read_text()) for path in (one, folder / "killed"))
+    assert straight["details"] == resumed["details"] and straight["psnr"] == resumed["psnr"]
+    assert not list(samples.glob("*.partial")) and not (folder / "killed" / "real_images").exists()
+
+
+def test_values_of_other_than_8_bits_stay_floats(folder, tmp_path):
+    pipeline = make_pipeline()
+    pipeline.image_processor.value_range = [0.0, 4095.0]
+    asked = asked_of(config_of(folder, "one"), pipeline.layout)
+    images = store_samples(tmp_path, pipeline, {}, asked, PartialState())
+    expected = pipeline.generate(
+        np.repeat(range(10), 3), seed=asked.seeds.tolist(), guidance_scale=1.5, output_type="pt"
+    )
+    torch.testing.assert_close(images.read(range(30)), expected.images.cpu() * 2 - 1)
+    assert len(images.read(range(30)).unique()) > 256
+
+
+def test_a_damaged_shard_is_named(one, tmp_path):
+    content = (one / "samples" / "00000.npy").read_bytes()
+    (tmp_path / "00000.npy").write_bytes(content[:-100])
+    with pytest.raises(
+        Damaged, match=r"00000\.npy: cannot be read .*; remove it, and the same command writes it again"
+    ):
+        ImageShards(tmp_path)
+
+
+def test_a_causal_prior_takes_no_steps(folder):
+    with pytest.raises(ConfigError, match="num_steps: received 3; this prior is causal"):
+        evaluate(config_of(folder, "refused", num_steps=3))
+
+
+def test_without_classes(folder):
+    asked = asked_of(config_of(folder, "one"), make_pipeline(class_names=()).layout)
+    assert len(asked) == 3 and asked.labels == {} and asked.options.guidance_scale == 1.0
