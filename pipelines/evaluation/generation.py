@@ -84,14 +84,6 @@ def figures_of(network: str) -> list[str]:
     return own + shared
 
 
-def left_out_lines(left_out: dict[str, str]) -> list[str]:
-    """What to print of the figures that are left out: a line for each reason."""
-    by_reason: dict[str, list[str]] = {}
-    for figure, reason in left_out.items():
-        by_reason.setdefault(reason, []).append(figure)
-    return [f"left out: {', '.join(figures)}: {reason}" for reason, figures in by_reason.items()]
-
-
 def usable(name: str, sets: list[ImageSet], accelerator: Accelerator) -> tuple[FrozenNetwork | None, str]:
     """A network on the device of this process; or None and the reason, if any process cannot use it.
 

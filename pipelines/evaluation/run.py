@@ -114,14 +114,15 @@ def _save(
     class_names: Sequence[str],
     validation: RealImages,
 ) -> None:
-    """Writes pictures and metrics, and removes the copies of the real images."""
+    """Writes pictures and metrics, and removes the copies of the real images and the features."""
     folder = Path(config.output_dir)
     (folder / METRICS_NAME).unlink(missing_ok=True)  # those of other settings must not stand beside new pictures
     save_samples(config, images, class_names, subject.processor.postprocess)
     if subject.pipeline is not None:
         save_reconstructions(config, subject.pipeline, validation)
     write_json(folder / METRICS_NAME, metrics)
-    remove_tree(folder / REAL_IMAGES)
+    for copies in (REAL_IMAGES, FEATURES):
+        remove_tree(folder / copies)
 
 
 def read_splits(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple[RealImages, RealImages]:
