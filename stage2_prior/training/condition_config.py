@@ -10,8 +10,8 @@ from configs import Section
 from configs.sections import Fraction, Positive
 from stage2_prior.transforms import parse_transform
 
-# Names that a token layout uses for other things.
-TAKEN = ("class", "codes", "classes", "null", "mask", "padding")
+# Names that a token layout uses for other things; and real, because class_accuracy_real is a figure of its own.
+TAKEN = ("class", "codes", "classes", "null", "mask", "padding", "real")
 
 # The keys that a condition of each kind may have, beside kind and dropout.
 KEYS = {

@@ -52,6 +52,12 @@ def test_without_conditions_nothing_changes():
     assert config.conditions == {} and config.segment_dropout == {}
 
 
+@pytest.mark.parametrize("name", ["codes", "real"])
+def test_names_of_other_things_are_refused(name):
+    with pytest.raises(ConfigError, match=f"conditions.{name}: the name {name} has another meaning; choose another"):
+        load(**{name: {"kind": "class", "column": "a"}})
+
+
 def test_the_help_describes_a_condition():
     text = help_text(Stage2Config, "train")
     assert "--conditions.NAME.column null" in text and "--conditions.NAME.dropout 0.0" in text
