@@ -106,7 +106,7 @@ def test_rfid_is_that_of_torch_fidelity(tmp_path, monkeypatch):
             nn.init.kaiming_normal_(layer.weight)  # torch's own would make all features almost equal
     torch.save(random.state_dict(), folder / URL_INCEPTION_V3.rpartition("/")[2])
     images, reconstructions = pairs(12, 32)
-    new, least_size = feature_metric("inception", CPU)
+    new, least_size = feature_metric("inception", 3, CPU)
     found = streamed(new(), images, reconstructions, 5)
     expected = of_torch_fidelity(tmp_path, images, reconstructions, "inception-v3-compat")
     assert least_size == 1 and expected > 0.01
