@@ -36,7 +36,12 @@ from stage1_vqgan.features.batches import LabelledBatches
 from stage1_vqgan.features.config import FeaturesConfig
 
 # ResNet-18 of half the width: 2.8 million parameters.
-LAYOUT = {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+LAYOUT: dict[str, Any] = {
+    "embedding_size": 32,
+    "hidden_sizes": [32, 64, 128, 256],
+    "depths": [2, 2, 2, 2],
+    "layer_type": "basic",
+}
 ADVICE = "try a lower learning_rate"
 
 
@@ -72,6 +77,11 @@ class FeatureTrainer(Trainer):
         pin_memory = args.device.type == "cuda"
         loader = training_loader(self.train_set, sampler, config.dataloader_num_workers, pin_memory)
         return self._labelled(loader, self.train_set, "train")
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Ends the training if too many images cannot be decoded."""
+        self.skipped.exchange()
+        super().log(*args, **kwargs)
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

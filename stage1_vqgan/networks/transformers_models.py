@@ -2,13 +2,16 @@
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from configs.checksums import verify_checksums
 from configs.problems import listed, one_line
+from configs.staging import finish_interrupted
 from stage1_vqgan.networks.frozen import IMAGENET_MEAN, IMAGENET_STD, Activations, Backbone
 from stage1_vqgan.networks.weights import load_weights, read_weights
 
@@ -17,6 +20,9 @@ LEVELS = 4
 
 def backbone(model: str, weights: str, size: int | None) -> Backbone:
     """A vision network in a folder or Hub repository. A transformer's position embeddings are interpolated."""
+    if Path(model).is_dir():
+        finish_interrupted(model)
+        verify_checksums(model)  # of a network that this project has trained
     try:
         network = _network(model, weights)
         expected = _preprocessing(model)
