@@ -186,19 +186,25 @@ def suspect_rows(
     generated: ImageSet,
     train: ImageSet,
     to_images: Callable[[Tensor], list[Image.Image]],
+    count: int = 32,
     columns: int = 8,
 ) -> list[tuple[str, list[Image.Image]]]:
     """Rows of `stage1_vqgan.labelled_grid`: generated images above their nearest training images.
 
+    Of the images with the same nearest training image, only the first is shown.
+
     Args:
-        suspects: the images to show.
+        suspects: those of `CopyingCheck`.
         generated, train: as in `copying_check`.
         to_images: pixels `(N, C, H, W)` in [-1, 1] to images, for instance `VQGANImageProcessor.postprocess`.
+        count: largest number of generated images.
         columns: number of images in a row.
     """
+    first = {one.train: one for one in reversed(suspects)}
+    chosen = [one for one in suspects if first[one.train] is one][:count]
     rows = []
-    for start in range(0, len(suspects), columns):
-        shown = suspects[start : start + columns]
+    for start in range(0, len(chosen), columns):
+        shown = chosen[start : start + columns]
         nearest = [_row(train, one.train).flip(3) if one.mirrored else _row(train, one.train) for one in shown]
         rows.append(("generated", to_images(torch.cat([_row(generated, one.generated) for one in shown]))))
         rows.append(("nearest in training", to_images(torch.cat(nearest))))
