@@ -160,6 +160,7 @@ def training_arguments(config: FeaturesConfig) -> TrainingArguments:
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to=[],
+        ddp_find_unused_parameters=False,  # every parameter takes part in every step
         use_cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
     )
 
