@@ -48,6 +48,8 @@ MEANINGS = {
     "frechet_distance": "distance to real images in averaged pixels; lower is better; not the FID of the literature",
     "frechet_distance_real": "the same for other real images",
     "nearest_neighbour_ratio": "distance to the nearest training image; 1: as far as unseen images, near 0: copies",
+    "suspected_copies": "share of the images that look like copies of training images; an honest prior has .05",
+    "nearer_than_held_out": "probability that an image is more like a copy than a held-out one; .5: no copies, 1: all",
     "reconstruction_l1": "mean absolute error of reconstructions, pixels in [-1, 1]",
     "psnr": "of reconstructions, in dB",
     "ssim": "of reconstructions",

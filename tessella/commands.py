@@ -24,6 +24,7 @@ COMMANDS = [
     Command("run", "tessella.run", "all steps, from a folder of images to a model"),
     Command("data", "stage1_vqgan.data", "shows what a training would read, without training"),
     Command("train-tokenizer", "stage1_vqgan.train", "stage 1: trains a tokenizer, images to codes and back"),
+    Command("train-features", "stage1_vqgan.train_features", "a feature network for metrics, on labelled images"),
     Command("evaluate-tokenizer", "stage1_vqgan.evaluate", "compares reconstructions with their images"),
     Command("tokenize", "stage2_prior.tokenize", "turns all images into codes"),
     Command("train-prior", "stage2_prior.train", "stage 2: trains a prior, which writes codes"),

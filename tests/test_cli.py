@@ -96,6 +96,7 @@ MISTAKES = {
     "weight of a loss": ("stage1_vqgan.train", "digits/stage1 --loss.l2_weight x", "must be a number from 0 up"),
     "dry run": ("stage1_vqgan.data", "digits/stage1 --contact_shet x", "did you mean 'contact_sheet'?"),
     "reconstruction": ("stage1_vqgan.evaluate", "--modle x", "did you mean 'model'?"),
+    "feature network": ("stage1_vqgan.train_features", "--data.dataset x --max_stpes 3", "did you mean 'max_steps'?"),
     "conversion": ("stage1_vqgan.convert", "--form taming", "did you mean 'from'?"),
     "conversion of a prior": ("stage2_prior.convert", "--from llamagen --tokeniser x", "did you mean 'tokenizer'?"),
     "codes": ("stage2_prior.tokenize", "digits/stage2 --num_veiws 3", "did you mean 'num_views'?"),

@@ -33,6 +33,7 @@ from stage1_vqgan import Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANMo
 from stage1_vqgan.convert.config import ConvertConfig
 from stage1_vqgan.data.__main__ import DataReportConfig
 from stage1_vqgan.evaluate import ReconstructionConfig
+from stage1_vqgan.features.config import FeaturesConfig
 from stage1_vqgan.quantizers import QUANTIZERS
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.convert.config import ConvertConfig as PriorConvertConfig
@@ -53,6 +54,7 @@ CONFIGS = {
     "stage1_vqgan.data": DataReportConfig,
     "stage1_vqgan.evaluate": ReconstructionConfig,
     "stage1_vqgan.train": Stage1Config,
+    "stage1_vqgan.train_features": FeaturesConfig,
     "stage2_prior.convert": PriorConvertConfig,
     "stage2_prior.tokenize": Stage2Config,
     "stage2_prior.train": Stage2Config,

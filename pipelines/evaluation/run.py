@@ -20,6 +20,7 @@ from configs.files import remove_tree, write_json
 from configs.folder_lock import locked_folder
 from pipelines.evaluation.conditions import RealLabels, real_labels
 from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.copies import FIGURES as COPYING_FIGURES, check_copies, save_copies
 from pipelines.evaluation.figures import TRAINING, VALIDATION, figure_table
 from pipelines.evaluation.generation import generation_metrics
 from pipelines.evaluation.image_set import ImageSet
@@ -95,13 +96,20 @@ def _evaluated(
         export_npz(Path(config.export), images)
     if metrics is not None:
         return metrics
-    others = generation_metrics(config.metrics, validation, images, Accelerator(), Path(config.output_dir) / FEATURES)
+    others, left_out = generation_metrics(
+        config.metrics, validation, images, Accelerator(), Path(config.output_dir) / FEATURES
+    )
     if not processes.is_main_process:
         return {}
+    copies, reason = check_copies(config, subject.pipeline, processes.device, train, validation, images)
+    others |= copies.figures if copies else {}
+    left_out |= {} if copies else dict.fromkeys(COPYING_FIGURES, reason)
     real = known_labels(config, subject, train, validation)
-    metrics = measure(config, subject.pipeline, train, validation, real, images, labels, *others)
+    metrics = measure(config, subject.pipeline, train, validation, real, images, labels, others, left_out)
     metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
     metrics["inputs"] = inputs
+    if copies:
+        save_copies(config, copies, train, images, subject.processor.postprocess)
     _save(config, subject, metrics, images, sources[0].class_names or [], validation)
     return metrics
 

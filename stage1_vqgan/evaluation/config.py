@@ -20,7 +20,8 @@ class MetricsConfig(Section):
     perceptual_networks: networks of the perceptual distance of an image and its reconstruction: "lpips/vgg",
         "lpips/alex", "lpips/squeeze"; shift-tolerant LPIPS, which needs no download: "stlpips/vgg", "stlpips/alex"
     feature_networks: networks of the Frechet distance of all images and all reconstructions: "inception" (rFID),
-        "efficientnet-lite0" (needs no download), "torchvision/NAME", "timm/NAME", "transformers/FOLDER_OR_HUB_ID"
+        "efficientnet-lite0" (needs no download), "torchvision/NAME", "timm/NAME", "transformers/FOLDER_OR_HUB_ID", such
+        as a folder of stage1_vqgan.train_features
     """
 
     perceptual_networks: list[PerceptualNetwork] = field(default_factory=lambda: ["stlpips/alex"])

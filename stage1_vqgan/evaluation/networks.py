@@ -39,7 +39,9 @@ class NetworkMetrics(NamedTuple):
     left_out: dict[str, str]
 
 
-def network_metrics(config: MetricsConfig, size: tuple[int, int], device: torch.device) -> NetworkMetrics:
+def network_metrics(
+    config: MetricsConfig, size: tuple[int, int], channels: int, device: torch.device
+) -> NetworkMetrics:
     """Loads the networks of the metrics.
 
     A figure is left out if its network cannot be had on this machine, or if the images are too small for it.
@@ -47,16 +49,17 @@ def network_metrics(config: MetricsConfig, size: tuple[int, int], device: torch.
     Args:
         config: names of the networks.
         size: height and width of the images in pixels.
+        channels: number of their channels.
         device: where the networks compute.
 
     Raises:
-        ConfigError: there is no network of that name.
+        ConfigError: there is no network of that name, or it does not take such images.
     """
     found = NetworkMetrics([], {})
     for key, load in {"perceptual_networks": perceptual_metric, "feature_networks": feature_metric}.items():
         for name in dict.fromkeys(getattr(config, key)):
             try:
-                new, least_size = load(name, device)
+                new, least_size = load(name, channels, device)
             except (ImportError, FileNotFoundError) as error:
                 found.left_out[figure_of(name)] = one_line(error, 400).partition(ADVICE_OF_A_LOSS)[0]
             except ValueError as error:
@@ -82,7 +85,7 @@ def is_frechet_distance(figure: str) -> bool:
     return figure == "rfid" or figure.startswith("frechet_distance/")
 
 
-def perceptual_metric(name: str, device: torch.device) -> tuple[NewMetric, int]:
+def perceptual_metric(name: str, channels: int, device: torch.device) -> tuple[NewMetric, int]:
     """The mean perceptual distance of an image and its reconstruction; and the smallest side of an image.
 
     Raises:
@@ -107,13 +110,14 @@ def mean_of(name: str, loss: nn.Module, device: torch.device) -> NewMetric:
     return partial(ImageMean, name, lambda *pair: loss.forward(*pair).expand(len(pair[0])), device)
 
 
-def feature_metric(name: str, device: torch.device) -> tuple[NewMetric, int]:
+def feature_metric(name: str, channels: int, device: torch.device) -> tuple[NewMetric, int]:
     """The Frechet distance of the features of all images and of all reconstructions; and the smallest side.
 
     Raises:
-        ImportError, FileNotFoundError, ValueError: see `load_network`.
+        ImportError, FileNotFoundError, ValueError: see `load_network`; or it does not take images of these channels.
     """
     network = load_inception() if name == INCEPTION else load_network(name)
+    network.require_channels(channels)
     return partial(FrechetDistance, figure_of(name), network.to(device), device), network.least_size
 
 
@@ -128,7 +132,7 @@ class FrechetDistance:
 
     def __init__(self, name: str, network: FrozenNetwork, device: torch.device):
         self.name, self.network = name, network
-        least = torch.zeros(1, 3, network.least_size, network.least_size, device=device)
+        least = torch.zeros(1, network.channels, network.least_size, network.least_size, device=device)
         width = self.features(least).shape[1]  # also for a process without images
         self.real, self.reconstructed = Moments(width, device), Moments(width, device)
 

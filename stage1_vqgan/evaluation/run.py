@@ -69,7 +69,7 @@ def evaluate(config: ReconstructionConfig) -> dict[str, Any]:
     model = loaded(config).to(state.device)  # type: ignore[arg-type]
     dataset = split_of(config, model)
     with state.local_main_process_first():  # it downloads, and the others find the files
-        networks = network_metrics(config.metrics, model.config.image_shape, state.device)
+        networks = network_metrics(config.metrics, model.config.image_shape, model.config.in_channels, state.device)
     if state.is_main_process:
         for figure, reason in networks.left_out.items():
             print(f"{figure} is left out: {reason}", file=sys.stderr)

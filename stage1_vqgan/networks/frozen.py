@@ -33,8 +33,8 @@ class Activations(NamedTuple):
 class Backbone(NamedTuple):
     """A network and the images that it expects.
 
-    module: its `forward` takes normalised images `(B, 3, H, W)` and returns `Activations`.
-    mean, std: of the three colours in [0, 1], which normalise images.
+    module: its `forward` takes normalised images `(B, C, H, W)` and returns `Activations`.
+    mean, std: of each of the C channels in [0, 1], which normalise images. C is 3 for most networks.
     size: height and width to which images are brought; None: the network takes them as they are.
     """
 
@@ -48,8 +48,9 @@ class FrozenNetwork(nn.Module):
     """A network whose weights never change. Gradients pass through it to the images.
 
     It stays in evaluation mode. Under autocast it computes in autocast's precision. Images of any shape are brought to
-    `size` by bilinear interpolation with antialiasing. Gray images get three equal channels, and so does the first
-    channel of images with two; of more than three channels it sees the first three.
+    `size` by bilinear interpolation with antialiasing. For a network of three channels, gray images get three equal
+    channels, and so does the first channel of images with two; of more than three channels it sees the first three. A
+    network of another number of channels takes only images that have them.
 
     Args:
         name: the name under which it was loaded, for messages.
@@ -57,6 +58,7 @@ class FrozenNetwork(nn.Module):
 
     Attributes:
         size: height and width to which images are brought; None: it takes them as they are.
+        channels: C of the network.
         least_size: smallest height and width of an image.
         widths: D of each feature map, from shallow to deep.
         has_logits: whether it is a classifier.
@@ -71,9 +73,9 @@ class FrozenNetwork(nn.Module):
     def __init__(self, name: str, backbone: Backbone):
         super().__init__()
         self.name, self.size = name, backbone.size
-        self.module = backbone.module
+        self.module, self.channels = backbone.module, len(backbone.mean)
         for key in ("mean", "std"):
-            self.register_buffer(key, torch.tensor(getattr(backbone, key)).view(1, 3, 1, 1))
+            self.register_buffer(key, torch.tensor(getattr(backbone, key)).view(1, -1, 1, 1))
         self.requires_grad_(False).eval()
         fits = self._least_size(range(self.size or 1, LARGEST_TRIED + (self.size or 0)))
         if self.size and self.size < fits:
@@ -91,16 +93,22 @@ class FrozenNetwork(nn.Module):
         """Features of images `(B, C, H, W)` in [-1, 1].
 
         Raises:
-            ValueError: the images are smaller than `least_size`.
+            ValueError: the images are smaller than `least_size`, or have other channels.
         """
+        self.require_channels(images.shape[1])
         if min(images.shape[-2:]) < self.least_size:
             received = "×".join(map(str, images.shape[-2:]))
             raise ValueError(f"images: received {received}; {self.name} needs at least {self.least_size} pixels")
-        colours = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-        if self.size and colours.shape[-2:] != (self.size, self.size):
-            size = (self.size, self.size)
-            colours = F.interpolate(colours.float(), size, mode="bilinear", antialias=True, align_corners=False)
-        return self.module(((colours + 1) / 2 - self.mean) / self.std)
+        if self.channels == 3:
+            images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+        if self.size:
+            images = to_size(images, self.size)
+        return self.module(((images + 1) / 2 - self.mean) / self.std)
+
+    def require_channels(self, channels: int) -> None:
+        """Raises a ValueError if the network cannot take images of so many channels."""
+        if self.channels not in (3, channels):
+            raise ValueError(f"images: received {channels} channels; {self.name} takes only images of {self.channels}")
 
     def _least_size(self, sizes: Iterable[int]) -> int:
         """The first of the sizes that the network takes.
@@ -120,4 +128,11 @@ class FrozenNetwork(nn.Module):
     @torch.no_grad()
     def _probe(self, size: int) -> Activations:
         """Activations of one black image."""
-        return self.module(torch.zeros(1, 3, size, size))
+        return self.module(torch.zeros(1, self.channels, size, size))
+
+
+def to_size(images: Tensor, size: int) -> Tensor:
+    """Images `(B, C, size, size)`, by bilinear interpolation with antialiasing."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)

@@ -4,6 +4,7 @@ import torch
 
 from stage1_vqgan.networks import (
     efficientnet_lite,
+    pixels,
     shift_tolerant,
     timm_models,
     torchvision_models,
@@ -19,6 +20,7 @@ BACKBONES = {
     "transformers": transformers_models.backbone,
     "efficientnet-lite0": efficientnet_lite.backbone,
     "stlpips": shift_tolerant.backbone,
+    "pixels": pixels.backbone,
 }
 
 
@@ -29,11 +31,12 @@ def load_network(name: str, weights: str = "pretrained") -> FrozenNetwork:
 
     Args:
         name: "torchvision/<model>", for instance "torchvision/resnet50"; "timm/<model>"; "transformers/<Hub id or
-            folder>"; "efficientnet-lite0"; "stlpips/alex" or "stlpips/vgg", the backbones of shift-tolerant LPIPS.
-            Images are brought to the size that the network was trained with, but for stlpips, which takes them as
-            they are. A size behind the name takes its place: "efficientnet-lite0@96".
-        weights: "pretrained" (the last two names have them in their packages, others download them once); a file of
-            its state dict, safetensors or one of torch.save; or "random", for tests.
+            folder>"; "efficientnet-lite0"; "stlpips/alex" or "stlpips/vgg", the backbones of shift-tolerant LPIPS;
+            "pixels", whose features are the values of images reduced to 16 pixels. Images are brought to the size that
+            the network was trained with, but for stlpips, which takes them as they are. A size behind the name takes
+            its place: "efficientnet-lite0@96".
+        weights: "pretrained" (efficientnet-lite0 and stlpips have them in their packages, others download them once); a
+            file of its state dict, safetensors or one of torch.save; or "random", for tests.
 
     Raises:
         ValueError: an unknown name, a file that does not hold its weights, or a size that the network cannot take.

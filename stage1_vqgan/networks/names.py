@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-FAMILIES = ("torchvision", "timm", "transformers", "efficientnet-lite0", "stlpips")
+SINGLE = ("efficientnet-lite0", "pixels")  # whose names have no second part
+FAMILIES = ("torchvision", "timm", "transformers", "stlpips", *SINGLE)
 ALLOWED = (
-    "torchvision/<model>, timm/<model>, transformers/<Hub id or folder>, efficientnet-lite0, stlpips/alex or "
-    "stlpips/vgg, each with @ and a size behind it for images of another size"
+    "torchvision/<model>, timm/<model>, transformers/<Hub id or folder>, efficientnet-lite0, stlpips/alex, stlpips/vgg "
+    "or pixels, each with @ and a size behind it for images of another size"
 )
 
 
@@ -36,6 +37,6 @@ def split_name(name: str) -> tuple[str, str, int | None]:
     known, _, digits = name.rpartition("@")
     size = int(digits) if known and digits.isdecimal() else None
     family, _, model = (known if size else name).partition("/")
-    if family not in FAMILIES or bool(model) == (family == "efficientnet-lite0"):
+    if family not in FAMILIES or bool(model) == (family in SINGLE):
         raise ValueError(f"received {name!r}; allowed are {ALLOWED}")
     return family, model, size

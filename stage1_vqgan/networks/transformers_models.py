@@ -2,12 +2,16 @@
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from configs.problems import one_line
+from configs.checksums import verify_checksums
+from configs.problems import listed, one_line
+from configs.staging import finish_interrupted
 from stage1_vqgan.networks.frozen import IMAGENET_MEAN, IMAGENET_STD, Activations, Backbone
 from stage1_vqgan.networks.weights import load_weights, read_weights
 
@@ -16,6 +20,9 @@ LEVELS = 4
 
 def backbone(model: str, weights: str, size: int | None) -> Backbone:
     """A vision network in a folder or Hub repository. A transformer's position embeddings are interpolated."""
+    if Path(model).is_dir():
+        finish_interrupted(model)
+        verify_checksums(model)  # of a network that this project has trained
     try:
         network = _network(model, weights)
         expected = _preprocessing(model)
@@ -24,6 +31,11 @@ def backbone(model: str, weights: str, size: int | None) -> Backbone:
             f"'transformers/{model}' could not be loaded ({one_line(error)}). Name a folder that holds the repository"
         )
         raise FileNotFoundError(message) from error
+    except SafetensorError as error:
+        message = (
+            f"received 'transformers/{model}'; its weights are damaged ({one_line(error)}); copy or train it again"
+        )
+        raise ValueError(message) from error
     except ValueError as error:  # no model, or one that needs code of its own
         raise ValueError(
             f"received 'transformers/{model}'; it is no network of transformers: {one_line(error)}"
@@ -39,7 +51,12 @@ def _network(model: str, weights: str) -> nn.Module:
     is_classifier = any("ForImageClassification" in name for name in config.architectures or [])
     kind: Any = AutoModelForImageClassification if is_classifier else AutoModel
     if weights == "pretrained":
-        return kind.from_pretrained(model, dtype=torch.float32)
+        network, read = kind.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        # Some repositories lack the pooler of AutoModel, which classifiers do not have.
+        missing = sorted(name for name in read["missing_keys"] if "pooler" not in name)
+        if missing:
+            raise ValueError(f"its files lack weights: {listed(missing)}")
+        return network
     network = kind.from_config(config)
     if weights != "random":
         load_weights(network, read_weights(weights), weights)

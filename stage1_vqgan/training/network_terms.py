@@ -95,8 +95,9 @@ def _distance(
     accelerator: Accelerator,
 ) -> nn.Module:
     key = f"loss.{term}_network"
-    _say_channels(f"loss/{term}", model.in_channels, accelerator)
     network = _network(key, model, *_named(config, term))
+    if network.channels == 3:
+        _say_channels(f"loss/{term}", model.in_channels, accelerator)
     with _problems_of(key):
         return kind(network)
 
@@ -109,6 +110,7 @@ def _named(config: Stage1Config, term: str) -> tuple[str, str]:
 def _network(key: str, model: VQGANConfig, name: str, weights: str) -> FrozenNetwork:
     with _problems_of(key):
         network = load_network(name, weights)
+        network.require_channels(model.in_channels)
         if min(image_shape(model)) < network.least_size:
             least, size = network.least_size, max(network.least_size, 64)
             raise ValueError(

@@ -158,9 +158,9 @@ class Training:
 
     def _networks(self) -> NetworkMetrics:
         """The metrics of the validation images that need a network, also that of the perceptual loss."""
-        loss, device, shape = self.config.loss, self.accelerator.device, self.trainer.average.config.image_shape
+        loss, device, model = self.config.loss, self.accelerator.device, self.trainer.average.config
         with self.accelerator.local_main_process_first():
-            networks = network_metrics(self.config.metrics, shape, device)
+            networks = network_metrics(self.config.metrics, model.image_shape, model.in_channels, device)
         for figure, reason in networks.left_out.items():
             self.accelerator.print(f"{figure} is left out: {reason}")
         perceptual: Any = self.trainer.generator_terms.losses.get("perceptual")

@@ -47,7 +47,10 @@ def test_help_lists_the_commands(tmp_path):
     ("arguments", "message"),
     [
         ([], "usage: tessella COMMAND"),
-        (["trian"], "there is no command 'trian'; did you mean 'train-tokenizer' or 'train-prior'?"),
+        (
+            ["trian"],
+            "there is no command 'trian'; did you mean 'train-tokenizer' or 'train-features' or 'train-prior'?",
+        ),
         (["stage2_prior.train"], "did you mean 'train-prior'?"),
         (["zzz"], "there is no command 'zzz'; commands: run, data, train-tokenizer"),
         (["train-tokenizer"], "usage: tessella train-tokenizer [CONFIG]"),

@@ -64,7 +64,7 @@ def test_rfid_is_that_of_torch_fidelity(tmp_path, monkeypatch):
     """With random weights in the place of those of the original, which cannot be downloaded here."""
     put_random_inception(tmp_path, monkeypatch)
     images, reconstructions = pairs(12, 32)
-    new, least_size = feature_metric("inception", CPU)
+    new, least_size = feature_metric("inception", 3, CPU)
     found = streamed(new(), images, reconstructions, 5)
     expected = of_torch_fidelity(tmp_path, images, reconstructions, "inception-v3-compat")
     assert least_size == 1 and expected > 0.01

@@ -88,12 +88,12 @@ def test_a_name_may_be_wrong():
     assert second.key == "metrics.feature_networks" and "received 'efficientnet-lite9'; allowed are" in second.message
     unknown = MetricsConfig(perceptual_networks=[], feature_networks=["torchvision/resnet9"])
     with pytest.raises(ConfigError, match=r"metrics.feature_networks: received 'torchvision/resnet9'"):
-        network_metrics(unknown, (32, 32), DEVICE)
+        network_metrics(unknown, (32, 32), 3, DEVICE)
 
 
 def test_a_figure_without_its_weights_is_left_out_with_the_reason(tmp_path):
     config = MetricsConfig(perceptual_networks=["lpips/squeeze"], feature_networks=["inception", "small"])
-    found = network_metrics(config, (32, 32), DEVICE)
+    found = network_metrics(config, (32, 32), 3, DEVICE)
     assert len(found.new) == 1 and found.left_out.keys() == {"rfid", "lpips/squeeze"}
     for reason, file in zip(found.left_out.values(), ("squeezenet1_1", "weights-inception-2015-12-05"), strict=True):
         assert "there is no network" in reason and f"at {tmp_path / 'torch' / 'hub' / 'checkpoints' / file}" in reason
@@ -105,17 +105,17 @@ def test_a_figure_without_its_package_is_left_out_with_the_reason(monkeypatch):
         raise ImportError("needs the package timm; pip install 'tessella[metrics]'")
 
     monkeypatch.setattr(networks, "load_network", missing)
-    found = network_metrics(SMALL, (32, 32), DEVICE)
+    found = network_metrics(SMALL, (32, 32), 3, DEVICE)
     assert found.left_out == {"frechet_distance/small": "needs the package timm; pip install 'tessella[metrics]'"}
 
 
 def test_images_that_are_too_small_for_a_network_are_named(monkeypatch):
     monkeypatch.setattr(networks, "PerceptualLoss", lambda backbone: PerceptualLoss(backbone, "random"))
     config = MetricsConfig(perceptual_networks=["lpips/squeeze"], feature_networks=[])
-    assert network_metrics(config, (64, 31), DEVICE).left_out == {
+    assert network_metrics(config, (64, 31), 3, DEVICE).left_out == {
         "lpips/squeeze": "images of 64×31 pixels; lpips/squeeze needs 32"
     }
-    assert network_metrics(config, (64, 32), DEVICE).left_out == {}
+    assert network_metrics(config, (64, 32), 3, DEVICE).left_out == {}
 
 
 def test_the_perceptual_distance_is_the_mean_of_lpips_over_images():

@@ -87,6 +87,14 @@ def test_efficientnet_lite_equals_that_of_the_package():
     torch.testing.assert_close(found.features[-1], reference.extract_features(x), rtol=1e-4, atol=1e-4)
 
 
+def test_pixels_are_the_values_of_the_reduced_image():
+    found = load_network("pixels@8")(IMAGES)
+    wanted = resized(8, (0.5,) * 3, (0.5,) * 3)
+    torch.testing.assert_close(found.features, [wanted])
+    torch.testing.assert_close(found.pooled, wanted.flatten(1))
+    assert load_network("pixels")(IMAGES).pooled.shape == (2, 3 * 16 * 16)
+
+
 @pytest.fixture(scope="module")
 def network():
     return load_network("stlpips/alex", "random")
@@ -134,6 +142,7 @@ def test_weights_in_a_file(tmp_path, ending):
     [
         ("resnet50", "torchvision/<model>"),
         ("efficientnet-lite0/x", "torchvision/<model>"),
+        ("pixels/x", "torchvision/<model>"),
         ("torchvision/nix", "list_models"),
         ("torchvision/vit_b_16", "timm/"),
         ("timm/nix", "list_models"),
@@ -158,6 +167,8 @@ def test_small_images_are_refused_with_the_least_size(network):
 def test_weights_that_are_missing_or_of_another_network(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no file 'nowhere\.pth'"):
         load_network("torchvision/squeezenet1_1", "nowhere.pth")
+    with pytest.raises(ValueError, match=r"received the weights 'nowhere\.pth' for 'pixels', which has none"):
+        load_network("pixels", "nowhere.pth")
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth.*missing or misshapen: features\.0\.weight"):
         load_network("torchvision/squeezenet1_1", str(tmp_path / "other.pth"))

@@ -1,0 +1,220 @@
+"""The copying check: does a generator copy its training images?
+
+The score of an image is the distance to its nearest training image, divided by the mean distance to its five nearest
+ones. It is small only if one training image is much nearer than the others, as for a copy. An image of a common kind
+has many near neighbours, so its score is near 1. Held-out images have scores too, and none of them is a copy. The check
+states how the scores of generated images lie among those of held-out images.
+
+Sources: the score is that of Carlini et al. 2023, "Extracting training data from diffusion models", section 4.2 (there
+with 50 neighbours; with five, more of the changed copies of Fashion-MNIST were found); the comparison with held-out
+images is that of Meehan et al. 2020, "A non-parametric test to detect data-copying in generative models".
+
+Shape letters: N images, F features of an image, k neighbours.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pipelines.evaluation.image_set import ImageSet
+from stage1_vqgan.networks import FrozenNetwork
+
+NEIGHBOURS = 5
+LEVEL = 0.05  # share of held-out images whose scores count as those of copies
+FEWEST_HELD_OUT = round(1 / LEVEL) - 1  # with fewer, no score is lower than those of 95 %
+SAME = 1e-3  # score of an image that equals a training image up to rounding
+BATCH_SIZE = 64
+LARGEST_PART = 2**24  # distances in memory at the same time
+
+
+class Suspect(NamedTuple):
+    """A generated image and the training image that is nearest to it.
+
+    Attributes:
+        generated, train: their rows.
+        mirrored: whether the mirrored training image is the nearest one.
+        score: see above.
+    """
+
+    generated: int
+    train: int
+    mirrored: bool
+    score: float
+
+
+class CopyingCheck(NamedTuple):
+    """The result of `copying_check`.
+
+    Attributes:
+        figures: `suspected_copies`, the share of generated images whose score is lower than those of 95 % of the
+            held-out images: at most .05 on average for a generator that has learnt the distribution, near 1 for one
+            that copies; `suspected_copies_chance`, the standard deviation of this share that chance alone gives so many
+            images; `nearer_than_held_out`, the probability that a generated image has a lower score than a held-out
+            one: .5 and 1 in the same two cases.
+        suspects: every generated image, those with the lowest scores first.
+    """
+
+    figures: dict[str, float]
+    suspects: list[Suspect]
+
+
+class Neighbours(NamedTuple):
+    """The nearest training image of each image.
+
+    Attributes:
+        scores: float32 `(N,)` in [0, 1].
+        rows: int64 `(N,)`, row of the nearest training image.
+    """
+
+    scores: np.ndarray
+    rows: np.ndarray
+
+
+def copying_check(
+    generated: ImageSet, train: ImageSet, validation: ImageSet, network: FrozenNetwork, mirrored: bool = False
+) -> CopyingCheck:
+    """Compares how near generated and held-out images are to training images.
+
+    Args:
+        generated: images of the generator.
+        train: the images that it was trained on. If a tokenizer decodes the generated images, give its
+            `Reconstructions` of training images and of held-out images. Otherwise its blur sets copies apart from their
+            originals, and many networks then see no copy.
+        validation: images of the same distribution that the generator was not trained on.
+        network: its pooled features are compared. It computes on the device where it lies. "pixels" finds more changed
+            copies than a classifier does.
+        mirrored: whether the generator was trained on mirrored images too; then the mirrored training images count as
+            training images.
+
+    Raises:
+        ValueError: there are too few images, or so many held-out images equal a training image in their features that
+            copies cannot be told from them.
+    """
+    _require(len(generated), 1, "generated")
+    _require(len(train), 2, "train")
+    _require(len(validation), FEWEST_HELD_OUT, "validation")
+    known = features(train, network, "training images")
+    if mirrored:
+        known = torch.cat([known, features(train, network, "mirrored training images", flip=True)])
+    held_out = features(validation, network, "held-out images")
+    return check_features(features(generated, network, "generated images"), known, held_out, len(train))
+
+
+def check_features(generated: Tensor, train: Tensor, validation: Tensor, num_train: int) -> CopyingCheck:
+    """The copying check of features.
+
+    Args:
+        generated, validation: features `(N, F)` of the images.
+        train: features `(num_train, F)` of the training images, and below them those of the mirrored images, if they
+            count too.
+        num_train: number of training images.
+
+    Raises:
+        ValueError: see `figures`.
+    """
+    found = neighbours(generated, train)
+    suspects = []
+    for row in np.argsort(found.scores, kind="stable").tolist():
+        is_mirrored, nearest = divmod(int(found.rows[row]), num_train)
+        suspects.append(Suspect(row, nearest, bool(is_mirrored), float(found.scores[row])))
+    return CopyingCheck(figures(found.scores, neighbours(validation, train).scores), suspects)
+
+
+@torch.no_grad()
+def features(images: ImageSet, network: FrozenNetwork, name: str, flip: bool = False) -> Tensor:
+    """Pooled features of images, or of the mirrored images: float32 `(N, F)` on the network's device."""
+    starts = tqdm(range(0, len(images), BATCH_SIZE), desc=f"features of {name}", unit="batch")
+    batches = (images.read(range(start, min(start + BATCH_SIZE, len(images)))) for start in starts)
+    device = network.mean.device
+    return torch.cat([network((batch.flip(3) if flip else batch).to(device)).pooled.float() for batch in batches])
+
+
+def neighbours(queries: Tensor, train: Tensor) -> Neighbours:
+    """Scores of images, and their nearest training images.
+
+    Not all distances are in memory at the same time. Those of the nearest images are computed as norms of differences:
+    a matrix product is faster, but it loses the small distances of copies.
+
+    Args:
+        queries: features `(N, F)` of the images.
+        train: features `(M, F)` of the training images, M at least 2.
+    """
+    mean, count = train.mean(0), min(NEIGHBOURS, len(train))
+    train = train - mean  # small numbers, so that the product loses little
+    scores, rows = [], []
+    for part in queries.split(max(1, LARGEST_PART // max(len(train), count * train.shape[1]))):
+        part = part - mean
+        near = torch.cdist(part, train).topk(count, largest=False).indices
+        distances = (part[:, None] - train[near]).norm(dim=2)
+        least, place = distances.min(1)
+        scores.append(least / distances.mean(1).clamp_min(torch.finfo(torch.float32).tiny))
+        rows.append(near.gather(1, place[:, None])[:, 0])
+    return Neighbours(torch.cat(scores).cpu().numpy(), torch.cat(rows).cpu().numpy())
+
+
+def figures(generated: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
+    """The figures of `CopyingCheck`, from the scores of generated images and of held-out images.
+
+    An image is suspected if (1 + number of held-out scores up to its own) / (1 + number of held-out images) is at most
+    .05. This is a conformal p-value: for images of the same distribution its share is at most .05 on average, however
+    few they are.
+
+    Raises:
+        ValueError: 5 % of the held-out images or more have a score of 0, up to rounding.
+    """
+    count = len(held_out)
+    same = int((held_out < SAME).sum())
+    if same and (1 + same) / (1 + count) > LEVEL:
+        message = f"validation: {same} of {count} held-out images equal a training image in these features, so copies"
+        raise ValueError(f"{message} cannot be told from them; remove duplicates, or choose another network")
+    ordered = np.sort(held_out)
+    below, up_to = (np.searchsorted(ordered, generated, side) for side in ("left", "right"))
+    return {
+        "suspected_copies": float(((1 + up_to) / (1 + count) <= LEVEL).mean()),
+        "suspected_copies_chance": float(np.sqrt(LEVEL * (1 - LEVEL) * (1 / len(generated) + 1 / count))),
+        "nearer_than_held_out": float(1 - ((below + up_to) / 2).mean() / count),
+    }
+
+
+def suspect_rows(
+    suspects: Sequence[Suspect],
+    generated: ImageSet,
+    train: ImageSet,
+    to_images: Callable[[Tensor], list[Image.Image]],
+    count: int = 32,
+    columns: int = 8,
+) -> list[tuple[str, list[Image.Image]]]:
+    """Rows of `stage1_vqgan.labelled_grid`: generated images above their nearest training images.
+
+    Of the images with the same nearest training image, only the first is shown.
+
+    Args:
+        suspects: those of `CopyingCheck`.
+        generated, train: as in `copying_check`.
+        to_images: pixels `(N, C, H, W)` in [-1, 1] to images, for instance `VQGANImageProcessor.postprocess`.
+        count: largest number of generated images.
+        columns: number of images in a row.
+    """
+    first = {one.train: one for one in reversed(suspects)}
+    chosen = [one for one in suspects if first[one.train] is one][:count]
+    rows = []
+    for start in range(0, len(chosen), columns):
+        shown = chosen[start : start + columns]
+        nearest = [_row(train, one.train).flip(3) if one.mirrored else _row(train, one.train) for one in shown]
+        rows.append(("generated", to_images(torch.cat([_row(generated, one.generated) for one in shown]))))
+        rows.append(("nearest in training", to_images(torch.cat(nearest))))
+    return rows
+
+
+def _row(images: ImageSet, row: int) -> Tensor:
+    return images.read(range(row, row + 1))
+
+
+def _require(count: int, least: int, name: str) -> None:
+    if count < least:
+        raise ValueError(f"{name}: received {count} images; the copying check needs at least {least}; give more")

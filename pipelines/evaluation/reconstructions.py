@@ -1,0 +1,33 @@
+"""Images as a tokenizer gives them back."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.evaluation.image_set import ImageSet
+from stage1_vqgan import VQGANModel
+
+
+class Reconstructions:
+    """An `ImageSet` of the tokenizer's reconstructions of images, computed when they are read.
+
+    Args:
+        images: the images.
+        model: the tokenizer. It computes on the device where it lies.
+    """
+
+    def __init__(self, images: ImageSet, model: VQGANModel):
+        self.images, self.model = images, model
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self.images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @torch.no_grad()
+    def read(self, rows: range) -> Tensor:
+        """Reconstructions of these rows, float32 `(B, C, H, W)` in [-1, 1] on the CPU, rounded to 8 bits."""
+        found = self.model(self.images.read(rows).to(self.model.device)).reconstruction
+        return ((found.float().clamp(-1, 1) + 1) * 127.5).round().cpu() / 127.5 - 1

@@ -1,0 +1,1 @@
+"""A feature network of one's own: trained on labelled images, for losses and metrics."""
