@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from types import MappingProxyType
 from typing import Any
 
 from configs.arguments import described, instance
@@ -16,8 +15,8 @@ UNMASKING = tuple(field.name for field in fields(UnmaskingOptions))
 NAMES = (*STANDARD, *UNMASKING)
 
 
-def checked_defaults(layout: TokenLayout, values: Any) -> Mapping[str, Any]:
-    """Sampling defaults that a pipeline can have, as plain numbers and texts that nobody can change.
+def checked_defaults(layout: TokenLayout, values: Any) -> dict[str, Any]:
+    """Sampling defaults that a pipeline can have, as plain numbers and texts.
 
     Args:
         layout: the token layout.
@@ -45,7 +44,7 @@ def checked_defaults(layout: TokenLayout, values: Any) -> Mapping[str, Any]:
     plain = {name: getattr(options if name in STANDARD else unmasking, name) for name in values}
     if "guidance_scale" in plain:
         plain["guidance_scale"] = _plain_scale(layout, scale)
-    return MappingProxyType(plain)
+    return plain
 
 
 def _plain_scale(layout: TokenLayout, scale: Any) -> float | dict[str, float]:

@@ -218,8 +218,9 @@ def _tuning(folder: Path, defaults: Mapping[str, Any]) -> list[str]:
     facts = read_facts(folder, TUNING_NAME)
     if not facts or facts.get("settings") != defaults:
         return []
+    data = cell(facts.get("data") or "the data set")
     text = (
-        f"`pipelines.tune` chose the sampling arguments by one half of the held-out images of {cell(facts['data'])}. "
+        f"`pipelines.tune` chose the sampling arguments by one half of the held-out images of {data}. "
         f"These are figures by the other half, {facts['num_samples']:,} images each, with new seeds:"
     )
     rows = [(cell(row["setting"]), *(f"{row[name]:.4g}" for name in facts["figures"])) for row in facts["rows"]]

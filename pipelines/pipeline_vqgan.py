@@ -7,6 +7,7 @@ tokenizer has several codes at each position or several grids, `(N, h, w, G)` or
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -102,7 +103,7 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
         pipeline. `tessella tune` chooses them; `pipe.sampling_defaults = {"guidance_scale": 1.5}` sets others, and {}
         removes them. A setting raises a ValueError if a name is unknown or a value out of range.
         """
-        return self._sampling_defaults
+        return MappingProxyType(self._sampling_defaults)
 
     @sampling_defaults.setter
     def sampling_defaults(self, values: Mapping[str, Any]) -> None:
