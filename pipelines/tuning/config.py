@@ -95,7 +95,8 @@ class TuneConfig(Section):
         """The settings by which `pipelines.evaluation` measures images in the same way."""
         from pipelines.evaluation.config import EvaluationConfig
 
-        own = {"output_dir": self.folder}
-        names = {field.name for field in fields(EvaluationConfig)} - {*TRIED, *own}
-        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name in names}
-        return EvaluationConfig(**shared, **own)
+        names = {field.name for field in fields(EvaluationConfig)} - {*TRIED, "output_dir"}
+        shared: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name in names
+        }
+        return EvaluationConfig(output_dir=self.folder, **shared)

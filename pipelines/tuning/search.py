@@ -7,7 +7,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +96,10 @@ class Search:
     def path(self, settings: Settings, half: int, count: int, seed: int) -> Path:
         """The file of the sample of some settings."""
         config = self.config
-        measure = [config.feature_size, config.num_components, config.classifier, config.classifier_gamma]
-        measure += [config.classifier_c, config.classifier_epochs, config.code_store, config.seed]
+        names = [
+            field.name for field in fields(config.evaluation) if field.name not in ("pipeline", "data", "output_dir")
+        ]
+        measure = {name: getattr(config.evaluation, name) for name in names}
         text = json.dumps([self.judge.inputs, measure, settings, half, count, seed], sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 
