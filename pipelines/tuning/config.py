@@ -30,13 +30,13 @@ TRIED: dict[str, list[Any]] = {
 class TuneConfig(Section):
     """Chooses sampling settings of a pipeline by a search, and saves them as its defaults.
 
+    The best settings have the smallest Frechet distance to real images, at a class accuracy not below the present one.
+    At an equal distance, the higher class accuracy is better, up to that of real images.
+
     pipeline: folder of the pipeline; with report_only, or a Hub id
     data: the real images; the training split trains the classifier and fits the principal components. One half of the
         validation split chooses the settings, the other half confirms them
     report_only: print what is best, and leave the pipeline as it is
-    objective: "class_accuracy" is the highest class accuracy, up to that of real images, at a Frechet distance not
-        above that of the present settings, and then the smallest distance; "distance" is the smallest distance at a
-        class accuracy not below that of the present settings. Without classes, both are the smallest distance
     num_candidates: settings to try; chosen at random, if there are more
     num_samples: images of each of the best settings; in the first round, each setting makes a quarter
     guidance_scale: values to try, such as '[1, 1.5, 2]'; for null, this key and the next seven have some of their own
@@ -59,7 +59,6 @@ class TuneConfig(Section):
     pipeline: str
     data: DataConfig
     report_only: bool = False
-    objective: Literal["class_accuracy", "distance"] = "class_accuracy"
     num_candidates: Positive = 48
     num_samples: Annotated[int, Ge(8), Le(2**20)] = 2000
     guidance_scale: Annotated[list[NonNegativeFloat], MinLen(1)] | None = None

@@ -82,52 +82,43 @@ def gain(sample: Sample, present: Sample, real: np.ndarray, seed: int = 0) -> Ga
 
 
 def _difference(sample: Sample, present: Sample, real: np.ndarray) -> tuple[float, float]:
-    new, old = (Figures.of(one, gaussian(real)) for one in (sample, present))
+    there = gaussian(real)
+    new, old = Figures.of(sample, there), Figures.of(present, there)
     return new.distance - old.distance, (new.accuracy or 0.0) - (old.accuracy or 0.0)
 
 
-def is_better(change: Gain, present: Figures, objective: str, real_accuracy: float | None) -> bool:
-    """Whether settings reach more of the objective beyond the noise, and lose nothing beyond the noise.
+def is_better(change: Gain, present: Figures, real_accuracy: float | None) -> bool:
+    """Whether one figure of some settings is better beyond the noise, and the other not worse beyond the noise.
 
     Args:
         change: what they change.
         present: figures of the present settings.
-        objective: see `TuneConfig`.
-        real_accuracy: class accuracy of real images. A higher one counts for nothing.
+        real_accuracy: class accuracy of real images. A gain above it counts for nothing.
     """
-    can_gain = objective == "class_accuracy" and (present.accuracy or 0.0) < (real_accuracy or 0.0)
-    return not change.is_worse and (change.is_nearer or (can_gain and change.is_clearer))
+    can_be_clearer = (present.accuracy or 0.0) < (real_accuracy or 0.0)
+    return not change.is_worse and (change.is_nearer or (can_be_clearer and change.is_clearer))
 
 
-def ranked(
-    figures: Sequence[Figures], objective: str, noise: float, count: int, real_accuracy: float | None
-) -> list[int]:
+def ranked(figures: Sequence[Figures], noise: float, count: int, real_accuracy: float | None) -> list[int]:
     """The numbers of settings, the best first. The first figures are those of the present settings.
+
+    The smallest distance is the best, of the settings whose class accuracy is not below the present one. At an equal
+    distance, the higher class accuracy is better, up to that of real images. Equal is what differs by the noise.
 
     Args:
         figures: of all settings, by the same real images.
-        objective: see `TuneConfig`. For "class_accuracy", the settings with a distance not above the present one come
-            first. Of these, each standard error that the accuracy lacks to the best one, or to that of real images,
-            counts more than the distance.
         noise: standard error of the difference of two distances.
-        count: N, by which the accuracy has a standard error.
+        count: N, by which an accuracy has a standard error.
         real_accuracy: class accuracy of real images.
     """
-    present = figures[0]
-    near = [one.distance <= present.distance + noise for one in figures]
-    best = max((one.accuracy or 0.0 for one, is_near in zip(figures, near, strict=True) if is_near), default=0.0)
-    target = min(best, real_accuracy or 1.0)
-    least = (present.accuracy or 0.0) - standard_error(present.accuracy or 0.0, count)
-
-    def key(number: int) -> tuple[float, ...]:
-        distance, accuracy = figures[number].distance, figures[number].accuracy
-        if accuracy is None:
-            return (distance,)
-        if objective == "distance":
-            return accuracy < least, distance
-        return not near[number], math.floor(max(0.0, target - accuracy) / standard_error(target, count)), distance
-
-    return sorted(range(len(figures)), key=key)
+    accuracies = np.array([one.accuracy or 0.0 for one in figures])
+    distances = np.array([one.distance for one in figures])
+    clear = accuracies >= accuracies[0] - standard_error(accuracies[0], count)
+    near = clear & (distances <= distances[clear].min() + noise)
+    target = min(accuracies[near].max(), 1.0 if real_accuracy is None else real_accuracy)
+    lacking = (target - accuracies).clip(min=0) // standard_error(target, count)
+    steps = np.where(near, lacking, 0)
+    return np.lexsort((distances, steps, ~near, ~clear)).tolist()
 
 
 def standard_error(share: float, count: int) -> float:
@@ -136,7 +127,7 @@ def standard_error(share: float, count: int) -> float:
 
 
 def noise_of(sample: Sample, real: Gaussian, seed: int = 0) -> float:
-    """The standard error of the difference of two distances by the chance of the generated images: a bootstrap."""
+    """The standard error of the difference of two distances by the chance of generated images alone: a bootstrap."""
     rng, count = np.random.default_rng(seed), len(sample.components)
     found = [Figures.of(sample.rows(rng.integers(count, size=count)), real).distance for _ in range(RESAMPLES // 4)]
     return float(np.std(found, ddof=1)) * math.sqrt(2)

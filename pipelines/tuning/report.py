@@ -50,7 +50,6 @@ def facts(config: TuneConfig, rounds: list[Round], present: Settings, winner: Se
     return {
         "settings": winner,
         "present": present,
-        "objective": config.objective,
         "seed": config.seed,
         "rounds": [
             {"half": one.half, "num_samples": one.count, "settings": one.settings}

@@ -71,8 +71,8 @@ class Search:
         real = self.judge.real[half]
         figures = [Figures.of(sample, gaussian(real)) for sample in samples]
         noise = noise_of(samples[0], gaussian(real))
-        order = ranked(figures, self.config.objective, noise, count, self.judge.real_accuracy)
-        gains = [gain(sample, samples[0], real) for sample in samples] if half else []
+        order = ranked(figures, noise, count, self.judge.real_accuracy)
+        gains = [Gain(0, 0, 0, 0), *(gain(sample, samples[0], real) for sample in samples[1:])] if half else []
         return Round(
             *(half, count, [settings[number] for number in order], [figures[number] for number in order]),
             [gains[number] for number in order] if half else [],
@@ -107,7 +107,7 @@ class Search:
         """The best settings of the last round that are better than the present ones; else the present ones."""
         now = last.figures[last.settings.index(present)]
         for settings, change in zip(last.settings, last.gains, strict=True):
-            if is_better(change, now, self.config.objective, self.judge.real_accuracy):
+            if is_better(change, now, self.judge.real_accuracy):
                 return settings
         return present
 
