@@ -114,7 +114,12 @@ class Rigged:
 
 
 def test_the_best_order_temperature_of_a_masked_prior_is_found(tmp_path):
-    values = PINNED | {"guidance_scale": None, "guidance_schedule": None, "output_dir": str(tmp_path), "num_samples": 800}
+    values = PINNED | {
+        "guidance_scale": None,
+        "guidance_schedule": None,
+        "output_dir": str(tmp_path),
+        "num_samples": 800,
+    }
     config = TuneConfig(pipeline="x", data={"dataset": "digits"}, **values)
     tried = candidates(config, layout_of(family="masked"), {})
     search = Search(config, Rigged())
@@ -138,7 +143,9 @@ def test_the_present_settings_stay_if_nothing_is_better(make, capsys):
 
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     """What was tried is not tried again. A file that is damaged is, and so is all for another seed or other images."""
-    config = TuneConfig(pipeline="x", data={"dataset": "digits"}, output_dir=str(tmp_path / "a"), num_candidates=6, num_samples=40)
+    config = TuneConfig(
+        pipeline="x", data={"dataset": "digits"}, output_dir=str(tmp_path / "a"), num_candidates=6, num_samples=40
+    )
     tried, sample, seen = candidates(config, layout_of(), {}), Rigged.sample, []
     straight = Search(replace(config, output_dir=str(tmp_path / "b")), Rigged()).run(tried)
 
