@@ -72,9 +72,9 @@ class Judge:
         self.config, self.pipeline, self.layout = config, pipeline, pipeline.layout
         require_range(config.data, pipeline.image_processor.values, config.pipeline)
         sources = load_images(config.data)
-        if self.layout.num_classes and sources[0].has_labels:
-            self._require_same_classes(sources[0].class_names)
         self.train, self.validation = (self._read(source) for source in sources)
+        if self.layout.num_classes and self.train.labels is not None:
+            self._require_same_classes(sources[0].class_names or [])
         self._require_enough()
         features = area_features(self.train.pixels(), config.feature_size)
         self._pca = PCA(config.num_components, svd_solver="full").fit(features)
@@ -87,14 +87,19 @@ class Judge:
         processor, workers = self.pipeline.image_processor, self.config.dataloader_num_workers
         return read_real_images(source, processor, self.config.max_real_images, most, workers)
 
-    def _require_same_classes(self, names: Sequence[str] | None) -> None:
-        found = tuple(map(one_form, names or ()))
-        if found and found != self.layout.class_names:
-            classes = f"has the classes {listed(found, 8)}, but the prior has {listed(self.layout.class_names, 8)}"
-            advice = "give the data of the training, or data.use_labels false"
-            raise ConfigError(
-                [Problem("data.dataset", f"received {self.config.data.dataset!r}, which {classes}; {advice}")]
-            )
+    def _require_same_classes(self, names: Sequence[str]) -> None:
+        own, found = self.layout.class_names, tuple(map(one_form, names))
+        labels = [one.labels for one in (self.train, self.validation) if one.labels is not None]
+        last = max(int(one.max()) for one in labels)
+        if found and found != own:
+            wrong = f"has the classes {listed(found, 8)}, but the prior has {listed(own, 8)}"
+        elif last >= len(own):
+            wrong = f"has labels up to {last}, but the prior has {len(own)} classes"
+        else:
+            return
+        message = f"received {self.config.data.dataset!r}, which {wrong}"
+        advice = "give the data of the training, or data.use_labels false"
+        raise ConfigError([Problem("data.dataset", f"{message}; {advice}")])
 
     def _require_enough(self) -> None:
         count, least = len(self.validation), 2 * (self.config.num_components + 1)
