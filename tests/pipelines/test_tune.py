@@ -163,6 +163,8 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     files[0].write_bytes(files[0].read_bytes()[:50])
     assert Search(config, Rigged()).run(tried) == straight
     total = 7 + 4 + 4
+    rounds = {tuple(json.loads(one)[1:]) for one in seen}
+    assert rounds == {(0, 10, 0), (0, 40, 0), (1, 40, 1)}  # the other half, with other seeds, confirms
     assert len(seen) == total + 2 and len(set(seen)) == total  # the interrupted one, and that of the damaged file
     assert Search(config, Rigged()).run(tried) == straight and len(seen) == total + 2
     Search(replace(config, seed=1), Rigged()).run(tried)
@@ -246,6 +248,10 @@ def test_what_cannot_be_tuned_is_refused(make, tmp_path):
                     path.unlink()
     with pytest.raises(ConfigError, match="num_components: received 6, which needs 14 validation images"):
         tune(config)
+    pipeline = VQGANPipeline.from_pretrained(config.pipeline)
+    pipeline.layout = replace(pipeline.layout, class_names=("ant",))
+    with pytest.raises(ConfigError, match=r"data\.dataset: received .*, which has the classes ant, bee, cat, but the"):
+        Judge(config, pipeline)
     data = replace(config.data, dataset="digits", validation_split=None)
     with pytest.raises(ConfigError, match=r"data\.dataset: received 'digits', which has the classes 0, 1"):
         tune(replace(config, data=data))
