@@ -16,7 +16,9 @@ Features are those of EfficientNet-Lite0, which no training has used.
 """
 
 import argparse
+import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,19 +109,31 @@ class Judge:
         self.classifier = LogisticRegression(max_iter=2000).fit(self.of_train, self.train.styles)
 
     def measures(self, images: list[Image.Image], emoji: Emoji, real: Tensor) -> dict[str, float]:
-        """Retrieval, share of the images whose style is the one asked for, and Frechet distance of the features."""
+        """Retrieval, and what the features say of styles and of the images as a set.
+
+        `style` is the share of the images whose style is recognised as the one asked for; `style score` the accuracy on
+        the real images of a classifier of styles that learns from these images; `distance` a Frechet distance.
+        """
         found = self.features(images)
         sets = [part.double().numpy() for part in (self.of_train, real, found)]
+        taught = LogisticRegression(max_iter=2000).fit(found, emoji.styles)
         return retrieval(found, real, emoji) | {
             "style": float(np.mean(self.classifier.predict(found) == emoji.styles)),
+            "style score": float(np.mean(taught.predict(real) == emoji.styles)),
             "distance": frechet_distances(sets[0], sets[1], sets[2:], num_components=24)[0],
         }
 
 
 def generated(pipeline: VQGANPipeline, asked: dict[str, Any], args: argparse.Namespace) -> list[Image.Image]:
     """The images of a request, with the settings of the command line that it does not state."""
-    settings = {"guidance_scale": args.guidance_scale, "temperature": args.temperature, "num_steps": args.num_steps}
+    settings = {"guidance_scale": args.guidance_scale, "temperature": args.temperature}
+    settings |= {"num_steps": args.num_steps[0], "order": args.order, "order_temperature": args.order_temperature}
     return [image.convert("RGB") for image in pipeline.generate(**settings | asked, seed=0).images]
+
+
+def reconstructed(pipeline: VQGANPipeline, emoji: Emoji) -> list[Image.Image]:
+    """What the tokenizer makes of real images."""
+    return [image.convert("RGB") for image in pipeline.reconstruct(emoji.images)]
 
 
 def text(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
@@ -130,14 +144,23 @@ def text(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
         emoji, _ = read(path / "test.parquet")
         real = judge.features(emoji.images)
         styles = {"class_labels": {args.style: [judge.names[style] for style in emoji.styles]}}
+        asked = styles | {"text": emoji.texts}
         kinds = {
-            "with text": generated(pipeline, styles | {"text": emoji.texts}, args),
-            "without text": generated(pipeline, styles, args),
-            "real, reconstructed": [image.convert("RGB") for image in pipeline.reconstruct(emoji.images)],
+            f"with text{'' if steps is None else f', {steps} steps'}": partial(
+                generated, pipeline, asked | {"num_steps": steps}, args
+            )
+            for steps in args.num_steps
         }
-        for kind, images in kinds.items():
-            results[f"{split}, {kind}"] = judge.measures(images, emoji, real)
-        picture(args.output_dir / f"text_{split}.png", [("real", emoji.images), *list(kinds.items())[:2]], emoji)
+        kinds["without text"] = partial(generated, pipeline, styles, args)
+        kinds["real, reconstructed"] = partial(reconstructed, pipeline, emoji)
+        shown = [("real", emoji.images)]
+        for kind, make in kinds.items():
+            start = time.process_time()
+            images = make()
+            rate = len(images) / (time.process_time() - start)
+            results[f"{split}, {kind}"] = judge.measures(images, emoji, real) | {"images per CPU second": rate}
+            shown.append((kind, images))
+        picture(args.output_dir / f"text_{split}.png", shown[:-1], emoji)
     return results
 
 
@@ -231,7 +254,9 @@ def main() -> None:
     parser.add_argument("--style", default="style", help="name of the condition with the styles")
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--num_steps", type=int, help="of a masked prior")
+    parser.add_argument("--num_steps", type=int, nargs="+", default=[None], help="of a masked prior")
+    parser.add_argument("--order", choices=["confidence", "halton"], help="of a masked prior")
+    parser.add_argument("--order_temperature", type=float, help="of a masked prior")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks/emoji"))
     args = parser.parse_args()
     if args.task == "pairs":
