@@ -7,7 +7,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +79,11 @@ class Search:
         )
 
     def samples(self, settings: Sequence[Settings], half: int, count: int, name: str) -> list[Sample]:
-        """The samples of some settings, from files or new."""
+        """The samples of some settings, from files or new.
+
+        Raises:
+            FileNotFoundError: the file of another process is missing.
+        """
         seed = self.config.seed + half
         paths = [self.path(one, half, count, seed) for one in settings]
         own = range(self.state.process_index, len(settings), self.state.num_processes)
@@ -90,17 +94,12 @@ class Search:
             if read_sample(paths[number]) is None:
                 write_sample(paths[number], self.judge.sample(settings[number], half, count, seed))
         self.state.wait_for_everyone()
-        found = [read_sample(path) for path in paths]
-        return [one for one in found if one is not None]
+        return [sample_of_any_process(path) for path in paths]
 
     def path(self, settings: Settings, half: int, count: int, seed: int) -> Path:
         """The file of the sample of some settings."""
-        config = self.config
-        names = [
-            field.name for field in fields(config.evaluation) if field.name not in ("pipeline", "data", "output_dir")
-        ]
-        measure = {name: getattr(config.evaluation, name) for name in names}
-        text = json.dumps([self.judge.inputs, measure, settings, half, count, seed], sort_keys=True)
+        measure = {**vars(self.config.evaluation), "pipeline": None, "data": None, "output_dir": None}
+        text = json.dumps([self.judge.inputs, measure, settings, half, count, seed], sort_keys=True, default=repr)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 
     def winner(self, last: Round, present: Settings) -> Settings:
@@ -116,6 +115,19 @@ def write_sample(path: Path, sample: Sample) -> None:
     """Writes a sample atomically."""
     with replacing(path) as file:
         np.savez(file, components=sample.components, right=sample.right)
+
+
+def sample_of_any_process(path: Path) -> Sample:
+    """The sample of a file that this or another process has written.
+
+    Raises:
+        FileNotFoundError: it is missing.
+    """
+    found = read_sample(path)
+    if found is None:
+        reason = "another process wrote no sample that can be read here; output_dir must be on a disk that all share"
+        raise FileNotFoundError(f"{path}: {reason}")
+    return found
 
 
 def read_sample(path: Path) -> Sample | None:
