@@ -322,6 +322,7 @@ def test_the_standard_error_is_that_of_repetitions():
 
 @pytest.mark.slow
 def test_two_processes_find_the_same(make, monkeypatch, capfd):
+    monkeypatch.setattr(ranking, "RESAMPLES", 200)  # as many resamples as in the other processes
     config = make({"temperature": 0.5}, temperature=[0.5, 1.0, 2.0])
     copy = shutil.copytree(config.pipeline, f"{config.pipeline}_copy")
     alone = tune(replace(config, pipeline=str(copy)))
