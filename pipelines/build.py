@@ -99,8 +99,8 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         raise ConfigError([Problem.of_error(error)]) from error
     license = config.license or run_license(Path(config.prior)) or run_license(Path(config.tokenizer))
     with locked_folder(config.output_dir, "output_dir"):
-        facts = partial(add_facts, config)
-        hub.save(config.output_dir, **pipeline.components, janus=config.janus, add_facts=facts, license=license)
+        facts, parts = partial(add_facts, config), pipeline.components | {"sampling_defaults": None}  # keeps tuned ones
+        hub.save(config.output_dir, **parts, janus=config.janus, add_facts=facts, license=license)
     print(f"pipeline saved in {Path(config.output_dir).resolve()}")
     if config.push_to_hub:
         with upload_errors(config.output_dir, config.hub_model_id):

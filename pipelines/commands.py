@@ -61,7 +61,7 @@ class ImageOutput(Section):
 
 @dataclass(kw_only=True)
 class UnmaskingSettings(Section):
-    """How a masked prior samples; a causal prior refuses these keys.
+    """How a masked prior samples; a causal prior refuses these keys. A default of the pipeline precedes those below.
 
     num_steps: predictions for an image, 12 by default
     order: "confidence" first chooses the codes of which the prior is surest (default), "halton" chooses codes far from

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipelines.pipeline_vqgan import VQGANPipeline
     from pipelines.prompts import Given
 
-# Keys that `VQGANPipeline.generate` takes under the same names, and that each printed line repeats.
+# Keys that `VQGANPipeline.generate` takes under the same names, and that the pipeline may have defaults of.
 SAMPLING_KEYS = (
     "guidance_scale",
     "guidance_schedule",
@@ -32,7 +32,6 @@ SAMPLING_KEYS = (
     "top_k",
     "top_p",
     "min_p",
-    "image_size",
 )
 ALL = "all"
 MOST_IMAGES = 10_000
@@ -50,7 +49,8 @@ class GenerateConfig(UnmaskingSettings, ImageOutput):
     num_images: number of images without class_labels and lists; by default 1
     num_images_per_label: number of images of each class or other prompt
     seed: seed of the first image, the next ones have seed + 1, seed + 2, …; null chooses one by chance
-    guidance_scale: strength of the guidance towards the class; 1 is no guidance, 1.5 to 3 is usual. Of several
+    guidance_scale: strength of the guidance towards the class; 1 is no guidance, 1.5 to 3 is usual. For null, this and
+        the next seven keys have the default of the pipeline, or else that of VQGANPipeline.generate. Of several
         conditions, {name: scale} guides by these alone: --guidance_scale.text 3. A list has one for each class or other
         prompt: --guidance_scale '[1.5, 3]'
     guidance_schedule, guidance_power, guidance_interval: growth of the guidance, and the part of the codes that it acts
@@ -78,16 +78,16 @@ class GenerateConfig(UnmaskingSettings, ImageOutput):
     num_images: Positive | None = None
     num_images_per_label: Positive = 1
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] | None = None
-    guidance_scale: NonNegativeFloat | list[NonNegativeFloat] | dict[str, NonNegativeFloat | list[NonNegativeFloat]] = (
-        1.0
-    )
-    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    guidance_power: PositiveFloat = 1.0
-    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
-    temperature: NonNegativeFloat = 1.0
-    top_k: NonNegative = 0
-    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
-    min_p: Fraction = 0.0
+    guidance_scale: (
+        NonNegativeFloat | list[NonNegativeFloat] | dict[str, NonNegativeFloat | list[NonNegativeFloat]] | None
+    ) = None
+    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None
+    guidance_power: PositiveFloat | None = None
+    guidance_interval: tuple[Fraction, Fraction] | None = None
+    temperature: NonNegativeFloat | None = None
+    top_k: NonNegative | None = None
+    top_p: Annotated[float, Gt(0), Le(1)] | None = None
+    min_p: Fraction | None = None
     image_size: Positive | list[Positive] | None = None
     best_of: Positive = 1
     best_by: Literal["likelihood", "class"] | None = None
@@ -106,17 +106,20 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
         ConfigError: the pipeline cannot be loaded, a class is unknown, an argument is out of range, or a file exists.
     """
     # These imports are slow, so they come after the check of the arguments.
+    from pipelines.defaults import resolved
     from pipelines.prompts import asked_prompts, given_conditions, number_of_prompts
     from pipelines.requests import images_of_each
     from stage1_vqgan import labelled_grid
 
     pipeline = load_pipeline(config.pipeline, config.device)
-    settings = {key: getattr(config, key) for key in SAMPLING_KEYS} | config.unmasking
     scale = config.guidance_scale
     seed = secrets.randbelow(2**32) if config.seed is None else config.seed
     try:
         asked = asked_conditions(config, pipeline)
         given = given_conditions(pipeline.layout, **asked)
+        settings = {key: getattr(config, key) for key in SAMPLING_KEYS} | config.unmasking
+        settings = resolved(pipeline.sampling_defaults, settings, [one.segment.name for one in given])
+        settings["image_size"] = config.image_size
         names = prompt_names(pipeline, given, number_of_prompts(given, scale))
         each = images_of_each(given, config.num_images, config.num_images_per_label, scale)
         require_few(names, each, "num_images_per_label" if given and config.num_images is None else "num_images")

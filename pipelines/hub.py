@@ -1,6 +1,6 @@
 """Saves, loads and pushes a pipeline's folder.
 
-model_index.json        class, versions, token layout, tokenizer fingerprint
+model_index.json        class, versions, token layout, tokenizer fingerprint, sampling defaults if there are any
 config.json             names the class; the Hub counts the downloads of a repository by this file
 README.md               model card
 card/                   what the card shows, if it is known: pictures, metrics, settings and facts of the training
@@ -37,7 +37,7 @@ from stage1_vqgan import VQGANImageProcessor, VQGANModel, load_image_processor, 
 from stage2_prior import TokenLayout, load_language_model, without_adapters
 from stage2_prior.condition_text import TOKENIZER_NAME
 
-INDEX_NAME, JANUS = "model_index.json", "janus"
+INDEX_NAME, JANUS, DEFAULTS = "model_index.json", "janus", "sampling_defaults"
 
 # The file by which the Hub counts downloads. No library knows the model_type, so nothing loads the folder as one model.
 CONFIG = {"model_type": "tessella_pipeline", "architectures": ["VQGANPipeline"]}
@@ -68,6 +68,7 @@ def save(
     image_processor: VQGANImageProcessor,
     layout: TokenLayout,
     conditions: Mapping[str, ConditionTokenizer] | None = None,
+    sampling_defaults: Mapping[str, Any] | None = None,
     *,
     name: str = PLACEHOLDER,
     janus: bool = False,
@@ -84,6 +85,7 @@ def save(
     Args:
         folder: created if it does not exist.
         vqgan, prior, image_processor, layout, conditions: components of the pipeline.
+        sampling_defaults: those of the pipeline; None keeps those in the folder if the weights are still the same.
         name: folder or Hub id in the examples of the model card.
         janus: also write `janus/`. A folder that has one gets a new one in any case.
         origin: the folder that the pipeline was loaded from, whose card is copied if the weights are still the same.
@@ -97,7 +99,7 @@ def save(
     folder = Path(folder)
     require_place(folder)
     prior = without_adapters(prior)
-    index = {
+    index: dict[str, Any] = {
         "_class_name": "VQGANPipeline",
         "versions": versions(),
         "token_layout": layout.to_dict(),
@@ -116,7 +118,9 @@ def save(
             write(vqgan, staged / JANUS, "janus")
         for source in tokenizer_sources():
             shutil.copy(source, staged)
-        write_json(staged / INDEX_NAME, index)
+        if sampling_defaults is None and same_weights(folder, staged):
+            sampling_defaults = read_json(folder / INDEX_NAME).get(DEFAULTS)
+        write_json(staged / INDEX_NAME, index_with(index, sampling_defaults or {}))
         write_json(staged / "config.json", CONFIG)
         _keep_card(staged, folder, origin)
         if add_facts is not None:
@@ -127,6 +131,27 @@ def save(
     for place in (folder / FOLDER).glob("*"):
         if place.name not in (conditions or {}):
             remove_tree(place)  # of another prior
+
+
+def index_with(index: Mapping[str, Any], sampling_defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of model_index.json with these sampling defaults in place of others."""
+    others = {key: value for key, value in index.items() if key != DEFAULTS}
+    return others | ({DEFAULTS: dict(sampling_defaults)} if sampling_defaults else {})
+
+
+def save_defaults(folder: Path, sampling_defaults: Mapping[str, Any]) -> None:
+    """Replaces the sampling defaults of a saved pipeline, at once with its checksums. Its models stay as they are.
+
+    Raises:
+        Damaged: a file has changed since it was saved.
+    """
+    verify_checksums(folder)
+    index, path = read_json(folder / INDEX_NAME), folder / CHECKSUMS_NAME
+    with replaced_files(folder) as staged:
+        for name in read_json(path) if path.is_file() else ():  # what the new checksums list again
+            make_folder((staged / name).parent)
+            shutil.copyfile(folder / name, staged / name)
+        write_json(staged / INDEX_NAME, index_with(index, sampling_defaults))
 
 
 def _keep_card(staged: Path, folder: Path, origin: Path | None) -> None:
@@ -274,6 +299,7 @@ def load(
         "image_processor": load_image_processor(folder / "vqgan", vqgan.config),
         "layout": layout,
         "conditions": load_conditions(folder, layout, dtype=dtype),
+        "sampling_defaults": index.get(DEFAULTS),
     }
 
 

@@ -22,6 +22,7 @@ from configs.card_facts import dataset_ids
 from configs.files import read_json
 from configs.uploads import REPO_ID
 from pipelines.conditions import ARGUMENTS, not_learnt
+from pipelines.outputs import in_words
 from stage1_vqgan import VQGANConfig
 from stage1_vqgan.model_card import CAPTION, WITHOUT_PACKAGE, detail_rows as tokenizer_rows, num_parameters
 from stage2_prior import TokenLayout
@@ -38,6 +39,7 @@ from stage2_prior.model_card import (
 
 PLACEHOLDER = "path/or/repository"
 METRICS_NAME, SAMPLES_NAME, RECONSTRUCTIONS_NAME = "metrics.json", "samples.png", "reconstructions.png"
+TUNING_NAME = "tuning.json"
 TAGS = ("vqgan", "image-generation")
 
 MEANINGS = {
@@ -72,7 +74,8 @@ def model_card(folder: Path, name: str, license: str) -> str:
         name: folder or Hub id in the examples.
         license: an identifier of the Hub.
     """
-    layout = TokenLayout.from_dict(read_json(folder / "model_index.json")["token_layout"])
+    index = read_json(folder / "model_index.json")
+    layout, defaults = TokenLayout.from_dict(index["token_layout"]), index.get("sampling_defaults", {})
     config = VQGANConfig.from_pretrained(folder / "vqgan")
     tags = (*TAGS, kind_tag(layout))
     metadata = card_metadata(license, dataset_ids(folder), tags, pipeline_tag=task(layout), **_index(folder, name))
@@ -80,10 +83,10 @@ def model_card(folder: Path, name: str, license: str) -> str:
     body = [
         f"# {kind} generator",
         part("pictures", picture(folder, SAMPLES_NAME, "Generated images")),
-        part("use", _summary(folder, config, layout), *_use(name, layout), *_use_without(name, layout)),
+        part("use", _summary(folder, config, layout), *_use(name, layout, defaults), *_use_without(name, layout)),
         part("details", "## Details", table(_details(folder, config, layout)), *class_blocks(layout)),
         training_part(folder),
-        _evaluation(folder),
+        _evaluation(folder, defaults),
         license_part(license),
         f"## Limits\n\n{LIMITS}",
     ]
@@ -116,13 +119,14 @@ def task(layout: TokenLayout) -> str:
     return "text-to-image" if "text" in kinds else "image-to-image" if "image" in kinds else TASK
 
 
-def _use(name: str, layout: TokenLayout) -> list[str]:
-    arguments, meaning = "num_images=4", ""
+def _use(name: str, layout: TokenLayout, defaults: Mapping[str, Any]) -> list[str]:
+    arguments, meaning, tuned = "num_images=4", "", "guidance_scale" in defaults
     if layout.segments:
-        arguments = "\n" + "".join(f"    {argument},\n" for argument in [*_asked(layout), "num_images_per_label=4"])
+        asked = [*_asked(layout), *["guidance_scale=1.5"] * (_guided(layout) and not tuned), "num_images_per_label=4"]
+        arguments = "\n" + "".join(f"    {argument},\n" for argument in asked)
     elif layout.num_classes:
         number = example_class(layout)
-        guidance = ", guidance_scale=1.5" if layout.has_null else ""
+        guidance = ", guidance_scale=1.5" if layout.has_null and not tuned else ""
         arguments = f"class_labels=[{number}], num_images_per_label=4{guidance}"
         meaning = f"  # class {number}, {comment(layout.class_names[number])}"
     pillow = "from PIL import Image\n\n" if "Image.open" in arguments else ""
@@ -136,6 +140,7 @@ pipe = VQGANPipeline.from_pretrained("{name}")
 images = pipe.generate({arguments}).images{meaning}
 images[0].save("image.png")
 ```""",
+        f"Sampling arguments that are left out: {cell(in_words(defaults))}." if defaults else "",
     ]
 
 
@@ -146,8 +151,7 @@ def _asked(layout: TokenLayout) -> list[str]:
         kind: [f'"{segment.name}": {value}' for segment in layout.conditions if segment.kind == kind]
         for kind, value in values.items()
     }
-    asked = [f"{ARGUMENTS[kind]}={{{', '.join(found)}}}" for kind, found in by_kind.items() if found]
-    return asked + (["guidance_scale=1.5"] if _guided(layout) else [])
+    return [f"{ARGUMENTS[kind]}={{{', '.join(found)}}}" for kind, found in by_kind.items() if found]
 
 
 def _guided(layout: TokenLayout) -> bool:
@@ -193,18 +197,19 @@ def _index(folder: Path, name: str) -> dict[str, Any]:
     return {"model_name": name.split("/")[-1], "eval_results": measured(TASK, data, dataset_id, shown)}
 
 
-def _evaluation(folder: Path) -> str:
+def _evaluation(folder: Path, defaults: Mapping[str, Any]) -> str:
     metrics = read_facts(folder, METRICS_NAME)
     found = {key: text for key, text in meanings_of(metrics).items() if metrics.get(key) is not None}
     rows = [_figure(key, metrics, text) for key, text in found.items()]
-    shown = picture(folder, RECONSTRUCTIONS_NAME, "Images and their reconstructions", CAPTION)
-    if not rows:
-        return part("evaluation", "## Reconstructions" if shown else "", shown)
-    settings = ", ".join(f"{key} {value}" for key, value in (metrics.get("settings") or {}).items())
-    sampled = f"{metrics.get('num_samples', 0):,} generated images" + (f" ({cell(settings)})" if settings else "")
-    text = f"{sampled}, compared with held-out images of {cell(metrics.get('data') or 'the data set')}."
-    head = ("metric", "value", "±", "n", "compared with", "meaning")
-    return part("evaluation", "## Evaluation", text, table(rows, head), shown)
+    shown, blocks = picture(folder, RECONSTRUCTIONS_NAME, "Images and their reconstructions", CAPTION), []
+    if rows:
+        settings = ", ".join(f"{key} {value}" for key, value in (metrics.get("settings") or {}).items())
+        sampled = f"{metrics.get('num_samples', 0):,} generated images" + (f" ({cell(settings)})" if settings else "")
+        text = f"{sampled}, compared with held-out images of {cell(metrics.get('data') or 'the data set')}."
+        blocks = [text, table(rows, ("metric", "value", "±", "n", "compared with", "meaning"))]
+    blocks += _tuning(folder, defaults)
+    title = "## Evaluation" if blocks else "## Reconstructions" if shown else ""
+    return part("evaluation", title, *blocks, shown)
 
 
 def _figure(key: str, metrics: Mapping[str, Any], meaning: str) -> tuple[str, ...]:
@@ -214,3 +219,17 @@ def _figure(key: str, metrics: Mapping[str, Any], meaning: str) -> tuple[str, ..
     number = f"{beside['n']:,} {beside['images']}" if "n" in beside else ""
     spread = "" if error is None else f"{error:.2g}"
     return f"`{key}`", f"{metrics[key]:.4g}", spread, number, beside.get("reference", ""), meaning
+
+
+def _tuning(folder: Path, defaults: Mapping[str, Any]) -> list[str]:
+    """How the sampling defaults were chosen, if `pipelines.tune` chose these ones."""
+    facts = read_facts(folder, TUNING_NAME)
+    if not facts or facts.get("settings") != defaults:
+        return []
+    data = cell(facts.get("data") or "the data set")
+    text = (
+        f"`pipelines.tune` chose the sampling arguments by one half of the held-out images of {data}. "
+        f"These are figures by the other half, {facts['num_samples']:,} images each, with new seeds:"
+    )
+    rows = [(cell(row["setting"]), *(f"{row[name]:.4g}" for name in facts["figures"])) for row in facts["rows"]]
+    return [text, table(rows, ("setting", *(f"`{name}`" for name in facts["figures"])))]

@@ -1,6 +1,7 @@
 """What `VQGANPipeline.generate` returns, and how a pipeline and its output describe themselves."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,10 @@ class VQGANPipelineOutput(ModelOutput):
         return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
 
 
-def pipeline_text(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout) -> str:
-    """A pipeline in a few lines: its images, its classes, its models, and where they compute."""
+def pipeline_text(
+    vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout, sampling_defaults: Mapping[str, Any]
+) -> str:
+    """A pipeline in a few lines: its images, its classes, its models, its defaults, and where they compute."""
     config, (height, width), factor = vqgan.config, layout.grid, layout.downsampling_factor
     channels = f"{config.in_channels} channel{'s' * (config.in_channels > 1)}"
     names = listed([cut(name, 40) for name in layout.class_names], 8)
@@ -69,6 +72,14 @@ def pipeline_text(vqgan: VQGANModel, prior: PreTrainedModel, layout: TokenLayout
         *([f"conditions: {', '.join(segment.summary for segment in layout.segments)}"] if layout.segments else []),
         f"vqgan: {config.quantizer}, {config.num_embeddings:,} codes, {vqgan.num_parameters():,} parameters",
         f"prior: {type(prior).__name__}, {prior.num_parameters():,} parameters",
+        *([f"sampling defaults: {in_words(sampling_defaults)}"] if sampling_defaults else []),
         f"device: {prior.device}, {str(prior.dtype).removeprefix('torch.')}",
     ]
     return "\n  ".join(["VQGANPipeline(", *lines]) + "\n)"
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Sampling arguments for a line of text, such as `guidance_scale 1.25, min_p 0.05`."""
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in settings.items()
+    )

@@ -7,6 +7,7 @@ tokenizer has several codes at each position or several grids, `(N, h, w, G)` or
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from pipelines.best_of import BestOf, ImageScore, require_best_of
 from pipelines.coding import Coding, joined_images
 from pipelines.compression import Compression
 from pipelines.conditions import ConditionTokenizer, ImageTokenizer, require_tokenizers
+from pipelines.defaults import checked_defaults
 from pipelines.editing import Editing
 from pipelines.outputs import VQGANPipelineOutput, pipeline_text
 from pipelines.requests import Request, prompt_tokens, require_memory
@@ -47,11 +49,12 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
         layout: meaning of the prior's tokens.
         conditions: tokenizers of the texts and of the condition images that the prior takes, by the names of its
             conditions. Condition images with the codes of `vqgan` need none.
+        sampling_defaults: see the property of this name.
 
     Raises:
         ValueError: the prior was trained on the codes of another tokenizer, or the layout does not fit the tokenizer or
             the prior's vocabulary or family, or a tokenizer of the conditions is missing or another one than in the
-            training.
+            training, or a sampling default is unknown or out of range.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
         image_processor: VQGANImageProcessor,
         layout: TokenLayout,
         conditions: Mapping[str, ConditionTokenizer] | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
     ):
         layout.require_tokenizer(vqgan)
         if prior.config.vocab_size != layout.vocab_size:
@@ -73,6 +77,7 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
         self.image_processor, self.layout = image_processor, layout
         self.conditions = dict(conditions or {})
         self._tokenizers = require_tokenizers(layout, self.conditions, ImageTokenizer(vqgan, image_processor))
+        self._sampling_defaults = checked_defaults(layout, {} if sampling_defaults is None else sampling_defaults)
         self._sampler = CodeSampler(layout)
         self._origin: Path | None = None  # the folder that it was loaded from
 
@@ -80,14 +85,29 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The models, image processor, layout and conditions, by the names of the constructor's arguments."""
+        """The models, image processor, layout, conditions and defaults, by the names of the constructor's arguments."""
         return {
             "vqgan": self.vqgan,
             "prior": self.prior,
             "image_processor": self.image_processor,
             "layout": self.layout,
             "conditions": self.conditions,
+            "sampling_defaults": dict(self.sampling_defaults),
         }
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """What `generate` and the edits use for sampling arguments that are left out, by their names; read-only.
+
+        An argument that is not in it has the standard value that `generate` states. The defaults are saved with the
+        pipeline. `tessella tune` chooses them; `pipe.sampling_defaults = {"guidance_scale": 1.5}` sets others, and {}
+        removes them. A setting raises a ValueError if a name is unknown or a value out of range.
+        """
+        return MappingProxyType(self._sampling_defaults)
+
+    @sampling_defaults.setter
+    def sampling_defaults(self, values: Mapping[str, Any]) -> None:
+        self._sampling_defaults = checked_defaults(self.layout, values)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +120,7 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
         return self.prior.dtype
 
     def __repr__(self) -> str:
-        return pipeline_text(self.vqgan, self.prior, self.layout)
+        return pipeline_text(self.vqgan, self.prior, self.layout, self.sampling_defaults)
 
     @property
     def class_names(self) -> list[str]:
@@ -139,14 +159,14 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
         class_labels: int | str | Sequence[int | str] | Mapping[str, Any] | None = None,
         num_images: int | None = None,
         num_images_per_label: int = 1,
-        guidance_scale: float | Sequence[float] | Mapping[str, float | Sequence[float]] = 1.0,
-        guidance_schedule: GuidanceSchedule = "constant",
-        guidance_power: float = 1.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
+        guidance_scale: float | Sequence[float] | Mapping[str, float | Sequence[float]] | None = None,
+        guidance_schedule: GuidanceSchedule | None = None,
+        guidance_power: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
         num_steps: int | None = None,
         order: UnmaskingOrder | None = None,
         order_temperature: float | None = None,
@@ -168,26 +188,30 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
         name, `{name: value}`. A value without a list serves all images; lists have one length. A condition that is
         left out is a null token, if the prior has learnt to do without it.
 
+        The arguments from guidance_scale to order_temperature that are left out or None are those of
+        `pipe.sampling_defaults`, which are saved with the pipeline. What is not in there has the standard value that is
+        stated below. An argument that is given always wins.
+
         Args:
             class_labels: ids or names of classes. Without labels, the images are unconditional.
             num_images: number of images if class_labels and lists are not given (default 1).
             num_images_per_label: number of images for each class label, or for each prompt of several conditions;
                 images of one label are adjacent in the output.
-            guidance_scale: strength of the classifier-free guidance; 1.0 is no guidance, 1.5 to 3 is usual. A number
-                guides by all conditions together, `{name: number}` by each named one with a scale of its own, and the
-                name "a+b" by a and b together. Each scale takes one more prediction for each code. In place of a
-                number, a list has one for each prompt, or for each of `num_images`: element n of all lists makes
+            guidance_scale: strength of the classifier-free guidance; 1.0 is no guidance (standard), 1.5 to 3 is usual.
+                A number guides by all conditions together, `{name: number}` by each named one with a scale of its own,
+                and the name "a+b" by a and b together. Each scale takes one more prediction for each code. In place of
+                a number, a list has one for each prompt, or for each of `num_images`: element n of all lists makes
                 prompt n. An image is the same as alone with its scale.
-            guidance_schedule: "constant"; "linear" and "cosine" raise the guidance from 1.0 at the first code towards
-                guidance_scale at the last code, so that images vary more.
-            guidance_power: exponent of "linear" and "cosine"; above 1, guidance starts later.
-            guidance_interval: fractions of an image's codes between which guidance acts; (0.0, 1.0) guides all codes.
-                A code without guidance takes half the computation.
-            temperature: below 1.0 gives more typical images, above 1.0 more varied ones; 0.0 always takes the most
+            guidance_schedule: "constant" (standard); "linear" and "cosine" raise the guidance from 1.0 at the first
+                code towards guidance_scale at the last code, so that images vary more.
+            guidance_power: exponent of "linear" and "cosine", 1.0 as standard; above 1, guidance starts later.
+            guidance_interval: fractions of an image's codes between which guidance acts; (0.0, 1.0) guides all codes
+                (standard). A code without guidance takes half the computation.
+            temperature: 1.0 as standard; below, images are more typical, above more varied; 0.0 always takes the most
                 likely code.
-            top_k: sample from the k most likely codes; 0 samples from all.
-            top_p: sample from the most likely codes whose probabilities add up to top_p.
-            min_p: exclude codes less than min_p times as likely as the most likely one.
+            top_k: sample from the k most likely codes; 0 samples from all (standard).
+            top_p: sample from the most likely codes whose probabilities add up to top_p; 1.0 is all (standard).
+            min_p: exclude codes less than min_p times as likely as the most likely one; 0.0 excludes none (standard).
             num_steps: of a masked prior, the number of its predictions for an image, 12 by default and at most one for
                 each code. A causal prior has none, and refuses this and the next two.
             order: of a masked prior: "confidence" first chooses the codes of which the prior is surest (default),
@@ -232,7 +256,10 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
                 guidance_scale,
             ),
             *(class_labels, seed, generator, output_type, batch_size, callback_on_step_end),
-            *(num_steps, order, order_temperature, text, condition_images, guidance_scale),
+            *(text, condition_images, guidance_scale),
+            num_steps=num_steps,
+            order=order,
+            order_temperature=order_temperature,
             guidance_schedule=guidance_schedule,
             guidance_power=guidance_power,
             guidance_interval=guidance_interval,

@@ -11,6 +11,7 @@ from configs.memory import shortage
 from configs.randomness import draw_seeds
 from pipelines.chunks import bytes_of_image
 from pipelines.conditions import ConditionTokenizer
+from pipelines.defaults import options_of, resolved
 from pipelines.outputs import OUTPUT_TYPES
 from pipelines.prompts import (
     Given,
@@ -18,7 +19,6 @@ from pipelines.prompts import (
     asked_prompts,
     condition_ids,
     given_conditions,
-    guidance_groups,
     number_of_prompts,
     prompt_lists,
     require_learnt,
@@ -60,6 +60,7 @@ class Requests:
     """Checks what is asked of the methods of a pipeline that sample images."""
 
     layout: TokenLayout
+    sampling_defaults: Mapping[str, Any]
     _sampled: Callable[..., Iterator[Tensor]]
 
     def _request(
@@ -71,23 +72,19 @@ class Requests:
         output_type: str = "pil",
         batch_size: int | None = None,
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
-        num_steps: int | None = None,
-        order: str | None = None,
-        order_temperature: float | None = None,
         text: Any = None,
         condition_images: Any = None,
-        guidance_scale: Any = 1.0,
+        guidance_scale: Any = None,
         **options: Any,
     ) -> Request:
         """Checks arguments of `VQGANPipeline.generate`; `make_prompts` makes prompts `(N, P)` of what is given."""
         choice("output_type", output_type, OUTPUT_TYPES)
         batch_size = None if batch_size is None else whole("batch_size", batch_size)
         require_callback("callback_on_step_end", callback_on_step_end)
-        scales, groups = guidance_groups(self.layout, guidance_scale)
-        sampling = SamplingOptions(guidance_scale=scales, **options)
-        unmasking = unmasking_options(self.layout, num_steps, order, order_temperature)
         given = given_conditions(self.layout, class_labels, text, condition_images)
         names = [one.segment.name for one in given]
+        settings = resolved(self.sampling_defaults, {"guidance_scale": guidance_scale, **options}, names)
+        sampling, groups, unmasking = options_of(self.layout, settings)
         require_learnt(self.layout, names, sampling, groups)
         prompts = make_prompts(given)
         count, each = len(prompts), len(prompts) // number_of_prompts(given, guidance_scale)
@@ -103,30 +100,6 @@ class Requests:
         """Samples the codes of a request batch by batch, with these seeds and known codes."""
         how = (request.options, request.batch_size, request.callback)
         return self._sampled(request.prompts, seeds, *how, known, request.groups, unmasking=request.unmasking)
-
-
-def unmasking_options(
-    layout: TokenLayout, num_steps: Any, order: Any, order_temperature: Any
-) -> UnmaskingOptions | None:
-    """The steps and the order of a masked prior; None for a causal prior.
-
-    Args:
-        layout: the token layout.
-        num_steps, order, order_temperature: see `VQGANPipeline.generate`.
-
-    Raises:
-        ValueError: a value is out of range, or is given for a causal prior.
-    """
-    asked = {"num_steps": num_steps, "order": order, "order_temperature": order_temperature}
-    given = {name: value for name, value in asked.items() if value is not None}
-    if layout.family == "masked":
-        unmasking = UnmaskingOptions(**given)
-        unmasking.steps(layout.length)
-        return unmasking
-    for name, value in given.items():
-        advice = "this prior is causal: it chooses one code after another; leave it out"
-        raise ValueError(f"{name}: received {described(value)}; {advice}")
-    return None
 
 
 def prompt_tokens(

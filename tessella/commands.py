@@ -34,6 +34,7 @@ COMMANDS = [
     Command("score", "pipelines.score", "how improbable images are: finds unusual ones"),
     Command("clip-guidance", "pipelines.clip_guidance", "an image that resembles a text or an image, by CLIP"),
     Command("evaluate", "pipelines.evaluate", "compares generated with real images"),
+    Command("tune", "pipelines.tune", "chooses sampling settings by search, and saves them with the pipeline"),
     Command("convert", "stage1_vqgan.convert", "tokenizers of other projects to ours and back"),
     Command("convert-prior", "stage2_prior.convert", "priors of other projects to ours"),
     Command("push", "pipelines.push", "uploads a model to the Hugging Face Hub"),

@@ -108,6 +108,7 @@ MISTAKES = {
     "prompts of CLIP": ("pipelines.clip_guidance", "runs/x --clip y --output z.png --txet a", "did you mean 'text'?"),
     "demo app": ("pipelines.app", "runs/x --prot 1", "did you mean 'port'?"),
     "upload": ("pipelines.push", "runs/x --hub_modle_id me/x", "did you mean 'hub_model_id'?"),
+    "choice of settings": ("pipelines.tune", "runs/x --num_sample 3", "did you mean 'num_samples'?"),
     "evaluation": ("pipelines.evaluate", "digits/evaluate --guidance 3", "did you mean 'guidance_scale'?"),
 }
 

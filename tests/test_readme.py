@@ -29,6 +29,7 @@ from pipelines.generate import GenerateConfig
 from pipelines.push import PushConfig
 from pipelines.reconstruct import ReconstructConfig
 from pipelines.score import ScoreConfig
+from pipelines.tune import TuneConfig
 from stage1_vqgan import Stage1Config, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.convert.config import ConvertConfig
 from stage1_vqgan.data.__main__ import DataReportConfig
@@ -67,6 +68,7 @@ CONFIGS = {
     "pipelines.reconstruct": ReconstructConfig,
     "pipelines.score": ScoreConfig,
     "pipelines.push": PushConfig,
+    "pipelines.tune": TuneConfig,
 }
 # Sections whose keys are those of other classes.
 FREE_SECTIONS = {

@@ -89,7 +89,8 @@ def generate(
     if not classes and not pipeline.layout.has_null:
         raise ValueError("Choose at least one class; this prior was not trained to do without.")
     length = pipeline.layout.length
-    steps = UnmaskingOptions().steps(length) if pipeline.layout.family == "masked" else length
+    unmasking = UnmaskingOptions(num_steps=pipeline.sampling_defaults.get("num_steps"))
+    steps = unmasking.steps(length) if pipeline.layout.family == "masked" else length
     total = len(classes or [0]) * count * steps
     sampled = 0
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from configs import ConfigError, Problem
 from configs.memory import is_out_of_memory
+from pipelines.defaults import STANDARD
 from pipelines.demo import actions
 from pipelines.demo.config import AppConfig
 from pipelines.pipeline_vqgan import VQGANPipeline
@@ -102,7 +103,8 @@ def errors_as_messages() -> Iterator[None]:
 
 def _generate_tab(pipeline: VQGANPipeline, most: int) -> None:
     choices = [(name, label) for label, name in enumerate(pipeline.class_names)]
-    guided = actions.can_guide(pipeline)
+    guided, start = actions.can_guide(pipeline), {**STANDARD, **pipeline.sampling_defaults}
+    scale = pipeline.sampling_defaults.get("guidance_scale", 1.5 if guided else 1.0)
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             classes = gr.Dropdown(
@@ -118,35 +120,45 @@ def _generate_tab(pipeline: VQGANPipeline, most: int) -> None:
             seed = gr.Number(0, precision=0, label="Seed", info=SAME_SEED, buttons=[another])
             guidance = gr.Slider(
                 0,
-                5,
-                1.5 if guided else 1.0,
-                step=0.1,
+                max(5, scale),
+                scale,
+                step=0.05,
                 label="Guidance",
                 info="How clearly images show their class; 1 is none.",
                 visible=guided,
             )
             with gr.Accordion("More options", open=False):
                 temperature = gr.Slider(
-                    0, 2, 1, step=0.05, label="Temperature", info="Below 1: more typical. Above 1: more varied."
+                    0,
+                    max(2, start["temperature"]),
+                    start["temperature"],
+                    step=0.05,
+                    label="Temperature",
+                    info="Below 1: more typical. Above 1: more varied.",
                 )
                 top_k = gr.Slider(
                     0,
-                    pipeline.layout.num_codes,
-                    0,
+                    max(pipeline.layout.num_codes, start["top_k"]),
+                    start["top_k"],
                     step=1,
                     label="Top-k",
                     info="Draws among the k likeliest codes; 0 is all.",
                 )
                 top_p = gr.Slider(
-                    0.05,
+                    min(0.05, start["top_p"]),
                     1,
-                    1,
+                    start["top_p"],
                     step=0.05,
                     label="Top-p",
                     info="Draws among the likeliest codes of this total probability.",
                 )
                 min_p = gr.Slider(
-                    0, 1, 0, step=0.01, label="Min-p", info="Leaves out codes this much less likely than the likeliest."
+                    0,
+                    1,
+                    start["min_p"],
+                    step=0.01,
+                    label="Min-p",
+                    info="Leaves out codes this much less likely than the likeliest.",
                 )
             button = gr.Button("Generate", variant="primary", elem_id="generate")
         with gr.Column(scale=2):

@@ -26,7 +26,8 @@ class EvaluationConfig(UnmaskingSettings):
     output_dir: folder for metrics.json, samples.png and reconstructions.png; the evaluated images are in its folder
         samples
     samples_per_class: images to generate for each class; for an unconditional pipeline, images to generate in all
-    guidance_scale: guidance scale of the generated images; 1 is no guidance
+    guidance_scale: guidance scale of the generated images; 1 is no guidance. By default that of the pipeline, see
+        `pipelines.tune`
     seed: seed of the generated images and of the "resnet" classifier
     feature_size: side in pixels to which area averaging reduces the images before the metrics compare them
     num_components: number of principal components in the Frechet distance
@@ -50,7 +51,7 @@ class EvaluationConfig(UnmaskingSettings):
     metrics: GenerationMetricsConfig = field(default_factory=GenerationMetricsConfig)
     output_dir: str
     samples_per_class: Positive = 50
-    guidance_scale: NonNegativeFloat = 1.5
+    guidance_scale: NonNegativeFloat | None = None
     seed: NonNegative = 0
     feature_size: Annotated[int, Ge(1), Le(4096)] = 8
     num_components: Positive = 24

@@ -36,12 +36,12 @@ def check_copies(
     Returns:
         The check; or None and why it is left out.
     """
-    sets = (
-        [train, validation] if pipeline is None else [Reconstructions(s, pipeline.vqgan) for s in (train, validation)]
-    )
+    if pipeline is not None:
+        train, validation = (Reconstructions(images, pipeline.vqgan) for images in (train, validation))
     network = load_network(NETWORK).to(device)
     try:
-        return copying_check(generated, *sets, network, mirrored=config.data.augmentation.horizontal_flip), ""
+        mirrored = config.data.augmentation.horizontal_flip
+        return copying_check(generated, train, validation, network, mirrored), ""
     except ValueError as error:
         return None, one_line(error)
 

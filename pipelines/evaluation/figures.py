@@ -26,17 +26,8 @@ ABOUT = {
     "psnr": (VALIDATION, None),
     "ssim": (VALIDATION, None),
 }
-# The settings that determine generated images and figures.
-SETTINGS = (
-    "guidance_scale",
-    "num_steps",
-    "order",
-    "order_temperature",
-    "seed",
-    "classifier",
-    "feature_size",
-    "num_components",
-)
+# The settings that determine the figures of given images.
+SETTINGS = ("classifier", "feature_size", "num_components")
 
 
 def details(
@@ -75,10 +66,9 @@ def about(name: str) -> tuple[str, str | None]:
     return ABOUT.get(name, (GENERATED, VALIDATION))
 
 
-def settings_of(config: EvaluationConfig) -> dict[str, Any]:
-    """The settings that stand beside the figures."""
-    generated = () if config.pipeline is None else SETTINGS[:5]
-    named = {key: getattr(config, key) for key in (*generated, *SETTINGS[5:])}
+def settings_of(config: EvaluationConfig, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that stand beside the figures; `sampling` are those of generated images."""
+    named = {**sampling, **{key: getattr(config, key) for key in SETTINGS}}
     given = {"data": config.data.dataset, "validation_split": config.data.validation_split, **named}
     return {key: value for key, value in given.items() if value is not None}
 

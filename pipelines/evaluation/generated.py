@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem
 from configs.randomness import draw_seeds
+from pipelines.defaults import STANDARD, options_of, resolved
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.prompts import held_out_prompts
 from pipelines.evaluation.shards import ImageShards, claim, missing_of, pixels_of_levels, ranges, write_shard
 from pipelines.pipeline_vqgan import VQGANPipeline
-from pipelines.prompts import require_learnt
-from pipelines.requests import unmasking_options
+from pipelines.prompts import Groups, require_learnt
 from stage1_vqgan.image_processing_pixels import floats_to_levels
 from stage2_prior import CLASS, SamplingOptions, TokenLayout, UnmaskingOptions
 
@@ -35,13 +35,16 @@ class Asked:
         prompts: int64 `(N, P)`, sorted by class.
         seeds: int64 `(N,)`. Seed n depends on `EvaluationConfig.seed` and n alone.
         labels: the classes int64 `(N,)` of each condition that has classes, by its name.
-        options, unmasking: how codes are chosen.
+        settings: the sampling arguments that were given or are defaults of the pipeline.
+        options, groups, unmasking: how codes are chosen.
     """
 
     prompts: Tensor
     seeds: Tensor
     labels: dict[str, np.ndarray]
+    settings: dict[str, Any]
     options: SamplingOptions
+    groups: Groups
     unmasking: UnmaskingOptions | None
 
     def __len__(self) -> int:
@@ -51,32 +54,36 @@ class Asked:
     def record(self) -> dict[str, Any]:
         """All of it as JSON, with a hash in place of the tensors."""
         tensors = b"".join(tensor.numpy().tobytes() for tensor in (self.prompts, self.seeds))
-        how = {"options": repr(self.options), "unmasking": repr(self.unmasking)}
+        how = {name: repr(getattr(self, name)) for name in ("options", "groups", "unmasking")}
         return {"asked": hashlib.sha256(tensors).hexdigest()[:16], "count": len(self), **how}
 
 
-def asked_of(config: EvaluationConfig, layout: TokenLayout) -> Asked:
+def asked_of(config: EvaluationConfig, pipeline: VQGANPipeline) -> Asked:
     """What an evaluation asks of a prior: `samples_per_class` images of each class, or as many in all without classes.
 
-    A prior with further conditions is asked for the conditions of held-out images.
+    A prior with further conditions is asked for the conditions of held-out images. Settings that the configuration
+    leaves out are the defaults of the pipeline.
 
     Raises:
         ConfigError: see `held_out_prompts`; or the prior cannot be guided, or a causal one is given steps.
     """
+    layout = pipeline.layout
     given = [segment for segment in layout.conditions if segment.num_tokens]  # a prior without classes has none
-    scale = config.guidance_scale if given else 1.0
-    options = SamplingOptions(guidance_scale=scale)
+    names = [segment.name for segment in given]
+    asked = {"guidance_scale": config.guidance_scale if given else None, **config.unmasking}
     try:
-        require_learnt(layout, [segment.name for segment in given], options)
-        steps: dict[str, Any] = dict.fromkeys(("num_steps", "order", "order_temperature")) | config.unmasking
-        unmasking = unmasking_options(layout, **steps)
+        settings = resolved(pipeline.sampling_defaults, asked, names)
+        options, groups, unmasking = options_of(layout, settings)
+        require_learnt(layout, names, options, groups)
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
     prompts = held_out_prompts(config, layout) if layout.segments else class_prompts(layout, config.samples_per_class)
     classes = [segment for segment in given if segment.kind == "class"]
     labels = {one.name: prompts[:, layout.places[one.name]] - layout.first_tokens[one.name] for one in classes}
     seeds = draw_seeds(len(prompts), torch.Generator().manual_seed(config.seed))
-    return Asked(prompts, seeds, {name: found[:, 0].numpy() for name, found in labels.items()}, options, unmasking)
+    shown = {name: value for name, value in settings.items() if name == "guidance_scale" or value != STANDARD.get(name)}
+    of_classes = {name: found[:, 0].numpy() for name, found in labels.items()}
+    return Asked(prompts, seeds, of_classes, shown, options, groups, unmasking)
 
 
 def class_prompts(layout: TokenLayout, each: int) -> Tensor:
@@ -97,8 +104,8 @@ def sampled(pipeline: VQGANPipeline, asked: Asked, rows: range) -> Iterator[np.n
         8-bit, float32 in [-1, 1].
     """
     chosen = slice(rows.start, rows.stop)
-    how = (asked.options, None, None)
-    codes = pipeline._sampled(asked.prompts[chosen], asked.seeds[chosen], *how, unmasking=asked.unmasking)
+    how = (asked.options, None, None, None, asked.groups, asked.unmasking)
+    codes = pipeline._sampled(asked.prompts[chosen], asked.seeds[chosen], *how)
     for batch in codes:
         for images in pipeline._decoded(batch, "np"):
             yield floats_to_levels(images) if has_bytes(pipeline) else images * 2 - 1
@@ -124,7 +131,7 @@ def generate_samples(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple
     Raises:
         ConfigError: see `asked_of`.
     """
-    asked = asked_of(config, pipeline.layout)
+    asked = asked_of(config, pipeline)
     images = np.concatenate(list(sampled(pipeline, asked, range(len(asked)))))
     return pixels_of_levels(images), asked.labels
 

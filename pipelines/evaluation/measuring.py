@@ -36,6 +36,7 @@ def measure(
     labels: dict[str, np.ndarray],
     others: Mapping[str, float] | None = None,
     left_out: Mapping[str, str] | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Computes all metrics of images and of the tokenizer. Class metrics need labels of all images.
 
@@ -47,6 +48,7 @@ def measure(
         generated: the evaluated images.
         labels: their classes, int64 `(N,)`, by the name of the condition.
         others, left_out: what `generation_metrics` returned.
+        sampling: the settings of the generated images.
 
     Returns:
         The figures by name; `num_samples`; `details`, what stands beside each figure, see `figures.details`;
@@ -62,7 +64,7 @@ def measure(
         figures |= reconstruction_metrics(pipeline, train, validation)
     counts = {GENERATED: len(generated), TRAINING: len(train), VALIDATION: len(validation)}
     metrics: dict[str, Any] = {**figures, "num_samples": len(generated)}
-    metrics |= {"details": details(figures, counts, errors), "settings": settings_of(config)}
+    metrics |= {"details": details(figures, counts, errors), "settings": settings_of(config, sampling or {})}
     missing = OF_PIPELINE if pipeline is None else ()
     without = dict.fromkeys(missing, "it needs a pipeline, and a file of images was evaluated") | dict(left_out or {})
     if without:

@@ -65,7 +65,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST)
     subject = open_subject(config, processes)
     seconds = recorded_seconds(config)
-    inputs = {**subject.record, **asdict(config), "export": None}
+    inputs = {**subject.record, "sampling": subject.sampling, **asdict(config), "export": None}
     metrics = saved_metrics(folder, inputs)
     processes.wait_for_everyone()  # all have read the same
     if metrics is None or config.export is not None:
@@ -105,7 +105,8 @@ def _evaluated(
     others |= copies.figures if copies else {}
     left_out |= {} if copies else dict.fromkeys(COPYING_FIGURES, reason)
     real = known_labels(config, subject, train, validation)
-    metrics = measure(config, subject.pipeline, train, validation, real, images, labels, others, left_out)
+    sets = (train, validation, real, images, labels)
+    metrics = measure(config, subject.pipeline, *sets, others, left_out, subject.sampling)
     metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
     metrics["inputs"] = inputs
     if copies:

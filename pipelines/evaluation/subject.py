@@ -1,6 +1,6 @@
 """What is evaluated: a pipeline, whose images are generated, or the images in a file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ class Subject:
         record: identifies the weights or the file.
         pipeline: None if a file is evaluated.
         asked: what the pipeline is asked for.
+        sampling: the sampling settings and the seed; empty if a file is evaluated.
     """
 
     processor: VQGANImageProcessor
     record: dict[str, Any]
     pipeline: VQGANPipeline | None = None
     asked: Asked | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
 
 
 def open_subject(config: EvaluationConfig, processes: PartialState) -> Subject:
@@ -55,8 +57,9 @@ def open_subject(config: EvaluationConfig, processes: PartialState) -> Subject:
     pipeline.set_progress_bar_config(disable=True)  # one bar counts the images of all shards
     require_range(config.data, pipeline.image_processor.values, str(config.pipeline))
     require_disk(config, pipeline)
-    asked = asked_of(config, pipeline.layout)
-    return Subject(pipeline.image_processor, {"weights": weights_hash(pipeline)}, pipeline, asked)
+    asked = asked_of(config, pipeline)
+    record, sampling = {"weights": weights_hash(pipeline)}, asked.settings | {"seed": config.seed}
+    return Subject(pipeline.image_processor, record, pipeline, asked, sampling)
 
 
 def _of_file(path: Path, config: EvaluationConfig) -> Subject:

@@ -32,7 +32,6 @@ GENERATE = {
     "temperature infinite": ({"temperature": float("inf")}, "temperature: received inf"),
     "temperature negative": ({"temperature": -0.1}, "temperature: received -0.1"),
     "temperature as text": ({"temperature": "hot"}, "temperature: received 'hot'"),
-    "temperature missing": ({"temperature": None}, "temperature: received None"),
     "top_k negative": ({"top_k": -1}, "top_k: received -1; allowed is a whole number from 0 up (0 is all)"),
     "top_k fraction": ({"top_k": 2.5}, "top_k: received 2.5"),
     "top_k NaN": ({"top_k": float("nan")}, "top_k: received nan"),

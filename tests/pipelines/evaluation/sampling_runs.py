@@ -37,6 +37,7 @@ def config_of(folder: Path, output: str, **values: object) -> EvaluationConfig:
     given = {"pipeline": str(folder / "pipeline"), "output_dir": str(folder / output), "data": {"dataset": "digits"}}
     sizes = {
         "samples_per_class": 3,
+        "guidance_scale": 1.5,
         "max_real_images": 60,
         "metrics": {"feature_networks": []},
         "feature_size": 4,

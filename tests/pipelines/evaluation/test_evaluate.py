@@ -31,6 +31,7 @@ def config(tiny_runs, tmp_path) -> EvaluationConfig:
         "output_dir": str(tmp_path / "evaluation"),
         "data": {"dataset": "digits"},
         "samples_per_class": 5,
+        "guidance_scale": 1.5,
         "metrics": {"feature_networks": []},
         "grid_columns": 3,
         "tokenizer_run": str(tiny_runs.vqgan),

@@ -18,6 +18,8 @@ from pipelines.evaluation.prompts import chosen_rows
 from pipelines.evaluation.reading import PixelImages
 from pipelines.evaluation.run import read_splits
 from pipelines.model_card import meanings_of
+from pipelines.tuning.config import TuneConfig
+from pipelines.tuning.judge import Judge
 from stage1_vqgan import DataConfig, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import Segment, TokenLayout
 from stage2_prior.code_store import shard_path
@@ -147,6 +149,25 @@ def test_a_condition_with_classes_has_an_accuracy(tmp_path, quiet):
     found = meanings_of(metrics)
     assert found["class_accuracy_style"] == "as `class_accuracy`, of the classes of this condition"
     assert found["class_accuracy_style_real"] == "the same for real images"
+
+
+def test_settings_are_tuned_with_the_conditions_of_validation_images(tmp_path, quiet):
+    pipeline = make(class_names=())
+    write_images(tmp_path / "data")
+    write_store(tmp_path / "store", pipeline.layout)
+    data = DataConfig(dataset=str(tmp_path / "data"), validation_split="validation", use_labels=False)
+    measured = {"code_store": str(tmp_path / "store"), "feature_size": 4, "num_components": 2}
+    judge = Judge(TuneConfig(pipeline="p", data=data, **measured), pipeline)
+    found = judge.sample({"guidance_scale": 2.0, "top_k": 9}, half=1, count=6, seed=3)
+    seeds = torch.randint(2**63 - 1, (6,), generator=torch.Generator().manual_seed(3)).tolist()
+    asked = {"class_labels": [1, 1, 3, 3, 1, 1], "guidance_scale": 2.0, "top_k": 9}  # styles of the odd rows
+    images = pipeline.generate(**asked, seed=seeds, output_type="pt").images * 2 - 1
+    assert np.allclose(found.components, judge._components(images))
+    levels = ((images.mean((1, 2, 3)) + 1) * 127.5).numpy()
+    assert (found.right == (abs(levels - 50 - 50 * np.array([1, 1, 3, 3, 1, 1])) <= 25)).all()
+    assert judge.real_accuracy == 1.0
+    with pytest.raises(ConfigError, match="code_store: this prior has further conditions"):
+        Judge(TuneConfig(pipeline="p", data=data, **measured | {"code_store": None}), pipeline).sample({}, 0, 6, 0)
 
 
 def test_other_columns_and_other_classes(tmp_path, quiet, capsys):

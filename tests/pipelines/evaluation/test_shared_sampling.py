@@ -77,6 +77,15 @@ def test_the_seed_of_an_image_depends_on_its_number_alone():
     assert torch.equal(few, many[:7]) and len(many.unique()) == 1000
 
 
+def test_settings_that_are_left_out_are_the_defaults_of_the_pipeline(folder):
+    pipeline = make_pipeline()
+    pipeline.sampling_defaults = {"guidance_scale": 2.0, "temperature": 0.8}
+    own, given = (asked_of(config_of(folder, "one", guidance_scale=scale), pipeline) for scale in (None, 1.25))
+    assert own.settings == {"guidance_scale": 2.0, "temperature": 0.8}
+    assert (given.options.guidance_scale, given.options.temperature) == (1.25, 0.8)
+    assert own.record != given.record
+
+
 def test_an_interrupted_run_goes_on(folder, one, tmp_path, monkeypatch):
     pipeline, write, written = make_pipeline(), shards.write_shard, []
 
@@ -88,7 +97,7 @@ def test_an_interrupted_run_goes_on(folder, one, tmp_path, monkeypatch):
         write(path, images, notes)
 
     with small_shards():
-        asked = asked_of(config_of(folder, "one"), pipeline.layout)
+        asked = asked_of(config_of(folder, "one"), pipeline)
         arguments = (tmp_path, pipeline, {"weights": "w"}, asked, PartialState())
         monkeypatch.setattr(generated, "write_shard", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -122,7 +131,7 @@ def test_a_killed_evaluation_goes_on(folder, one):
 def test_values_of_other_than_8_bits_stay_floats(folder, tmp_path):
     pipeline = make_pipeline()
     pipeline.image_processor.value_range = [0.0, 4095.0]
-    asked = asked_of(config_of(folder, "one"), pipeline.layout)
+    asked = asked_of(config_of(folder, "one"), pipeline)
     images = store_samples(tmp_path, pipeline, {}, asked, PartialState())
     expected = pipeline.generate(
         np.repeat(range(10), 3), seed=asked.seeds.tolist(), guidance_scale=1.5, output_type="pt"
@@ -146,5 +155,5 @@ def test_a_causal_prior_takes_no_steps(folder):
 
 
 def test_without_classes(folder):
-    asked = asked_of(config_of(folder, "one"), make_pipeline(class_names=()).layout)
+    asked = asked_of(config_of(folder, "one"), make_pipeline(class_names=()))
     assert len(asked) == 3 and asked.labels == {} and asked.options.guidance_scale == 1.0

@@ -1,0 +1,1 @@
+"""Choice of sampling settings by search: `python -m pipelines.tune`."""
