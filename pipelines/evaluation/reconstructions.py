@@ -1,6 +1,5 @@
 """Images as a tokenizer gives them back."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,11 +16,7 @@ class Reconstructions:
     """
 
     def __init__(self, images: ImageSet, model: VQGANModel):
-        self.images, self.model = images, model
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        return self.images.labels
+        self.images, self.model, self.labels = images, model, images.labels
 
     def __len__(self) -> int:
         return len(self.images)
