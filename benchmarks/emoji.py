@@ -187,8 +187,8 @@ def guidance(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any
 
 def transfer(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
     """Generates each emoji of `pairs` from its train image in another style. Copying that image is the base line."""
-    features = Features()
-    train, names = read(args.data / "train.parquet")
+    judge = Judge(args)
+    train, names = judge.train, judge.names
     emoji, _ = read(args.pairs / "test.parquet")
     sources = [train.images[train.codes.index(code)] for code in emoji.codes]
     labels = {args.style: [names[style] for style in emoji.styles]}
@@ -197,14 +197,15 @@ def transfer(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any
         "the input copied": sources,
         "the real image, reconstructed": pipeline.reconstruct(emoji.images),
     }
-    real = features(emoji.images)
+    real = judge.features(emoji.images)
     lines = [("input", sources), ("generated", kinds["generated"]), ("real", emoji.images)]
     picture(args.output_dir / "transfer.png", lines, emoji)
     return {
         kind: {
             "l1": float(np.mean([l1(one, other) for one, other in zip(images, emoji.images, strict=True)])),
-            "feature distance": float(1 - (features(images) * real).sum(1).mean()),
+            "feature distance": float(1 - (judge.features(images) * real).sum(1).mean()),
         }
+        | judge.measures(images, emoji, real)
         for kind, images in kinds.items()
     }
 
