@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from configs import ConfigError, Problem
 from configs.files import write_json
 from configs.folder_lock import locked_folder
 from pipelines.commands import load_pipeline
+from pipelines.evaluation.run import LONGEST
 from pipelines.model_card import TUNING_NAME
 from pipelines.tuning import report
 from pipelines.tuning.candidates import Settings, candidates, plain
@@ -30,7 +32,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     if not config.report_only and not Path(config.pipeline).is_dir():
         advice = "there is no such folder to save the settings in; give a folder, or add --report_only"
         raise ConfigError([Problem("pipeline", f"received {config.pipeline!r}; {advice}")])
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST)
     pipeline = load_pipeline(config.pipeline, str(state.device))
     pipeline.set_progress_bar_config(disable=True)
     present = plain(pipeline.sampling_defaults, pipeline.layout)

@@ -99,6 +99,7 @@ class Search:
     def path(self, settings: Settings, half: int, count: int, seed: int) -> Path:
         """The file of the sample of some settings."""
         measure = {**vars(self.config.evaluation), "pipeline": None, "data": None, "output_dir": None}
+        measure["flips"] = self.config.data.augmentation.horizontal_flip  # which the "resnet" classifier sees
         text = json.dumps([self.judge.inputs, measure, settings, half, count, seed], sort_keys=True, default=repr)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 

@@ -14,6 +14,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from configs import ConfigError, load_config
 from pipelines import VQGANPipeline
 from pipelines.evaluation.metrics import area_features, frechet_distances
+from pipelines.evaluation.run import LONGEST
 from pipelines.tune import TuneConfig, tune
 from pipelines.tuning import ranking
 from pipelines.tuning.candidates import candidates
@@ -172,6 +173,31 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(Rigged, "inputs", "others")
     Search(config, Rigged()).run(tried)
     assert len(seen) == 3 * total + 2
+
+
+def test_another_classifier_gives_other_samples(tmp_path):
+    """The classifier "resnet" sees mirrored images if the augmentation mirrors."""
+    values = {"pipeline": "x", "output_dir": str(tmp_path), "classifier": "resnet"}
+    paths = []
+    for flip in (False, True):
+        data = {"dataset": "digits", "augmentation": {"horizontal_flip": flip}}
+        paths.append(Search(load_config(TuneConfig, overrides=values | {"data": data}), Rigged()).path({}, 0, 8, 0))
+    assert paths[0] != paths[1]
+
+
+def test_processes_wait_for_each_other(make, monkeypatch):
+    """One process may sample for hours while another one finds its samples in files. The launcher may ask for CPUs."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    asked = {}
+
+    def state(**options):
+        asked.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.tuning.run.PartialState", state)
+    with pytest.raises(KeyboardInterrupt):
+        tune(make({}))
+    assert asked == {"cpu": True, "timeout": LONGEST}
 
 
 def test_the_figures_are_those_of_an_evaluation(make):
