@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from configs.files import make_folder, replacing
@@ -72,6 +73,7 @@ class Search:
         figures = [Figures.of(sample, gaussian(real)) for sample in samples]
         noise = noise_of(samples[0], gaussian(real))
         order = ranked(figures, noise, count, self.judge.real_accuracy)
+        order = broadcast_object_list([order])[0]  # no two GPUs train the same classifier
         gains = [Gain(0, 0, 0, 0), *(gain(sample, samples[0], real) for sample in samples[1:])] if half else []
         return Round(
             *(half, count, [settings[number] for number in order], [figures[number] for number in order]),
@@ -99,7 +101,6 @@ class Search:
     def path(self, settings: Settings, half: int, count: int, seed: int) -> Path:
         """The file of the sample of some settings."""
         measure = {**vars(self.config.evaluation), "pipeline": None, "data": None, "output_dir": None}
-        measure["flips"] = self.config.data.augmentation.horizontal_flip  # which the "resnet" classifier sees
         text = json.dumps([self.judge.inputs, measure, settings, half, count, seed], sort_keys=True, default=repr)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 
