@@ -18,6 +18,7 @@ from accelerate.utils import parse_flag_from_env
 from configs import ConfigError, Problem
 from configs.files import remove_tree, write_json
 from configs.folder_lock import locked_folder
+from pipelines import hub
 from pipelines.evaluation.conditions import RealLabels, real_labels, require_same_classes
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.copies import COPIES_NAME, FIGURES as COPYING_FIGURES, check_copies, save_copies
@@ -65,6 +66,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST)
+    weights = hub.weights_of(Path(str(config.pipeline)))
     subject = open_subject(config, processes)
     seconds = recorded_seconds(config)
     asked = {} if subject.asked is None else subject.asked.record
@@ -77,7 +79,10 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         with locked_folder(folder / SAMPLES, "output_dir") if is_main else nullcontext():
             metrics = _evaluated(config, subject, inputs, seconds, processes, metrics)
     if metrics and processes.is_main_process:
-        update_card(config, metrics)
+        if hub.weights_of(Path(str(config.pipeline))) == weights:
+            update_card(config, metrics)
+        else:
+            print(f"the card of {config.pipeline} does not show the metrics: its weights were replaced meanwhile")
         print(figure_table(metrics))
     return metrics
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from configs import ConfigError, load_config
@@ -21,7 +22,10 @@ from pipelines.tuning.candidates import candidates
 from pipelines.tuning.judge import Judge, Sample, gaussian
 from pipelines.tuning.ranking import Figures, Gain, gain, is_better, ranked
 from pipelines.tuning.search import Search
+from stage1_vqgan.data.config import AugmentationConfig
 from stage2_prior import TokenLayout
+from tests import forks
+from tests.devices import cpu_only
 from tests.random_pipelines import random_pipeline
 
 # Only the standard value of each key is tried, unless a test says otherwise.
@@ -129,6 +133,22 @@ def test_the_best_order_temperature_of_a_masked_prior_is_found(tmp_path):
     assert len(tried) == 49 and len(near) < 15 and winner in near and winner["guidance_scale"] in (1.25, 1.5, 2.0)
 
 
+def test_weights_that_are_replaced_during_a_search_keep_their_defaults(make, monkeypatch):
+    config = make({"temperature": 0.5}, temperature=[0.5, 1.0])
+    search = Search.run
+
+    def replaced_meanwhile(self, tried):
+        other = VQGANPipeline.from_pretrained(config.pipeline)
+        other.prior.lm_head.weight.data += 1
+        other.save_pretrained(config.pipeline)
+        return search(self, tried)
+
+    monkeypatch.setattr(Search, "run", replaced_meanwhile)
+    with pytest.raises(ConfigError, match="whose weights were replaced during the search; search again"):
+        tune(config)
+    assert defaults_of(config) == {}
+
+
 def test_the_present_settings_stay_if_nothing_is_better(make, capsys):
     """Images of the standard settings, and others that are the same or worse."""
     values = {"temperature": [0.3, 1.0], "top_p": [0.999999, 1.0], "min_p": [1e-9, 0.0], "top_k": [0, 31, 32]}
@@ -175,14 +195,13 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     assert len(seen) == 3 * total + 2
 
 
-def test_another_classifier_gives_other_samples(tmp_path):
+def test_another_classifier_gives_other_samples(make):
     """The classifier "resnet" sees mirrored images if the augmentation mirrors."""
-    values = {"pipeline": "x", "output_dir": str(tmp_path), "classifier": "resnet"}
-    paths = []
-    for flip in (False, True):
-        data = {"dataset": "digits", "augmentation": {"horizontal_flip": flip}}
-        paths.append(Search(load_config(TuneConfig, overrides=values | {"data": data}), Rigged()).path({}, 0, 8, 0))
-    assert paths[0] != paths[1]
+    config = make({})
+    pipeline = VQGANPipeline.from_pretrained(config.pipeline)
+    mirroring = replace(config, data=replace(config.data, augmentation=AugmentationConfig(horizontal_flip=True)))
+    first, again, other = (Judge(one, pipeline).inputs for one in (config, config, mirroring))
+    assert first == again != other
 
 
 def test_processes_wait_for_each_other(make, monkeypatch):
@@ -344,6 +363,22 @@ def test_the_standard_error_is_that_of_repetitions():
 
 
 # ---------------------------------------------------------------------- processes
+
+
+def search_with_another_classifier(folder):
+    """The classifier of each process has another accuracy."""
+    rank = PartialState(cpu=True).process_index
+    judge = type("", (Rigged,), {"real_accuracy": (0.97, 0.5)[rank]})()
+    values = PINNED | {"guidance_scale": None, "output_dir": str(folder), "num_samples": 80}
+    config = TuneConfig(pipeline="x", data={"dataset": "digits"}, **values)
+    found = Search(config, judge).run(candidates(config, layout_of(family="masked"), {}))
+    Path(folder, f"{rank}.json").write_text(json.dumps([one.settings for one in found]))
+
+
+@cpu_only
+def test_processes_agree_although_their_classifiers_differ(tmp_path):
+    forks.run_on_two_processes(search_with_another_classifier, str(tmp_path), log=tmp_path / "log.txt")
+    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
 
 
 @pytest.mark.slow

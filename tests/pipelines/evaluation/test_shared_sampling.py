@@ -176,6 +176,22 @@ def test_an_evaluation_with_a_guidance_interval_is_not_made_twice(tmp_path, monk
     assert again == json.loads(json.dumps(first)) and again["settings"]["guidance_interval"] == [0.0, 0.5]
 
 
+def test_metrics_of_replaced_weights_are_not_shown(tmp_path, monkeypatch, capsys):
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    evaluated = run._evaluated
+
+    def replaced_meanwhile(*args):
+        other = make_pipeline()
+        other.prior.lm_head.weight.data += 1
+        other.save_pretrained(tmp_path / "pipeline")
+        return evaluated(*args)
+
+    monkeypatch.setattr(run, "_evaluated", replaced_meanwhile)
+    assert evaluate(config_of(tmp_path, "out"))
+    assert "does not show the metrics: its weights were replaced meanwhile" in capsys.readouterr().out
+    assert "class_accuracy" not in (tmp_path / "pipeline" / "README.md").read_text()
+
+
 def test_pictures_of_other_settings_do_not_stay(folder):
     """The first evaluation checks for copies. Too few held-out images for that are a reason in the second one."""
     output = folder / "pictures"
