@@ -168,10 +168,11 @@ def _keep_card(staged: Path, folder: Path, origin: Path | None) -> None:
 
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two pipeline folders hold the same files of weights."""
-    return bool(_weights(one)) and _weights(one) == _weights(other)
+    return bool(weights_of(one)) and weights_of(one) == weights_of(other)
 
 
-def _weights(folder: Path) -> dict[str, str]:
+def weights_of(folder: Path) -> dict[str, str]:
+    """The checksum of each file of weights in a pipeline's folder; empty if it is none."""
     files = [path for part in ("vqgan", "prior") for path in (folder / part).glob("*.safetensors")]
     return {path.relative_to(folder).as_posix(): checksum(path) for path in files}
 

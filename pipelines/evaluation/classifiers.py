@@ -33,7 +33,7 @@ class Classifier(Protocol):
 
 
 class SupportVectorClassifier:
-    """A support vector classifier of area-averaged images. It suffices for digits.
+    """A support vector classifier of area-averaged images. It suffices for digits. Of one class it predicts this class.
 
     Args:
         feature_size: side of the averaged images in pixels.
@@ -41,11 +41,14 @@ class SupportVectorClassifier:
     """
 
     def __init__(self, feature_size: int, gamma: float, c: float):
+        from sklearn.dummy import DummyClassifier
         from sklearn.svm import SVC
 
-        self.feature_size, self.svc = feature_size, SVC(gamma=gamma, C=c)
+        self.feature_size, self.svc, self.of_one = feature_size, SVC(gamma=gamma, C=c), DummyClassifier()
 
     def fit(self, images: Pixels, labels: np.ndarray) -> "SupportVectorClassifier":
+        if len(np.unique(labels)) == 1:
+            self.svc = self.of_one
         self.svc.fit(all_area_features(as_set(images), self.feature_size), labels)
         return self
 

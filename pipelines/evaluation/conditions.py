@@ -1,5 +1,6 @@
 """The classes of real images in each condition: the class, and the further conditions that have classes."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from configs import ConfigError, Problem
 from configs.names import one_form
+from configs.problems import listed
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.real_images import RealImages
 from stage1_vqgan import load_images
@@ -46,6 +48,24 @@ def real_labels(config: EvaluationConfig, layout: TokenLayout, train: RealImages
         if labels[0] is not None and labels[1] is not None:  # those of a stream cannot be read by number
             found[segment.name] = labels[0][train.numbers], labels[1][validation.numbers]
     return found
+
+
+def require_same_classes(layout: TokenLayout, names: Sequence[str]) -> None:
+    """Refuses data whose classes are others than those of the prior, or stand in another order.
+
+    Args:
+        layout: the token layout. Where its names are mere numbers, as of a converted prior, only their count is known.
+        names: of the classes of the data; empty without classes.
+
+    Raises:
+        ConfigError: they are others.
+    """
+    own, found = layout.class_names, tuple(map(one_form, names))
+    are_numbers = len(own) == len(found) and own == tuple(map(str, range(len(own)))) and set(own) != set(found)
+    if own and found and own != found and not are_numbers:
+        classes = f"has the classes {listed(found, 8)}, but the prior has {listed(own, 8)}"
+        advice = "give the data of the training, or data.use_labels false"
+        raise ConfigError([Problem("data.dataset", f"it {classes}; {advice}")])
 
 
 def _require_same(segment: Segment, column: str, names: list[str]) -> None:

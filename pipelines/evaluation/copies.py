@@ -40,7 +40,7 @@ def check_copies(
         train, validation = (Reconstructions(images, pipeline.vqgan) for images in (train, validation))
     network = load_network(NETWORK).to(device)
     try:
-        mirrored = config.data.augmentation.horizontal_flip
+        mirrored = config.data.augmentation.horizontal_flip or config.data.augmentation.ten_crop
         return copying_check(generated, train, validation, network, mirrored), ""
     except ValueError as error:
         return None, one_line(error)

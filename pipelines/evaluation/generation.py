@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from configs import ConfigError, Problem
+from configs.checksums import CHECKED_SUFFIXES, checksum
 from configs.problems import one_line
 from pipelines.evaluation.dinov2 import load_dinov2
 from pipelines.evaluation.features import LOGITS, POOLED, SPATIAL, features_of
@@ -25,6 +26,7 @@ from stage1_vqgan.evaluation.frechet import Gaussian, Moments, fitted, frechet_d
 from stage1_vqgan.evaluation.inception import load_inception
 from stage1_vqgan.evaluation.networks import ADVICE_OF_A_LOSS
 from stage1_vqgan.networks import FrozenNetwork, load_network
+from stage1_vqgan.networks.names import split_name
 from stage1_vqgan.networks.weights import package
 
 SPLITS = 10  # of the Inception score, which is the mean over them
@@ -84,11 +86,22 @@ def figures_of(network: str) -> list[str]:
     return own + shared
 
 
+def networks_in_folders(config: GenerationMetricsConfig) -> dict[str, str]:
+    """A checksum of each network that is a folder here, by its name: another training may have replaced it."""
+    found = {}
+    for name in config.feature_networks:
+        family, model, _ = ("", "", None) if name in (INCEPTION, DINOV2) else split_name(name)
+        if family == "transformers" and Path(model).is_dir():
+            files = [path for path in Path(model).iterdir() if path.suffix in CHECKED_SUFFIXES]
+            found[name] = "".join(checksum(path) for path in sorted(files))
+    return found
+
+
 def usable(name: str, sets: list[ImageSet], accelerator: Accelerator) -> tuple[FrozenNetwork | None, str]:
     """A network on the device of this process; or None and the reason, if any process cannot use it.
 
     Raises:
-        ConfigError: there is no network of that name.
+        ConfigError: there is no network of that name, or it takes only images of other channels.
     """
     network, reason = None, ""
     if (fewest := min(map(len, sets))) < FEWEST:
@@ -96,6 +109,7 @@ def usable(name: str, sets: list[ImageSet], accelerator: Accelerator) -> tuple[F
     with accelerator.local_main_process_first():  # it downloads, and the others find the files
         try:
             network = loaded(name)
+            network.require_channels(sets[0].read(range(1)).shape[1])
         except (ImportError, FileNotFoundError) as error:
             reason = one_line(error, 400).partition(ADVICE_OF_A_LOSS)[0]
         except ValueError as error:

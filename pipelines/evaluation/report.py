@@ -1,6 +1,7 @@
 """The files of an evaluation: metrics.json, which also records the inputs, two pictures, and the pipeline's card."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def saved_metrics(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None
         metrics = read_json(folder / METRICS_NAME)
     except ValueError:  # a damaged file is computed again
         return None
-    return metrics if metrics.get("inputs") == inputs else None
+    return metrics if metrics.get("inputs") == json.loads(json.dumps(inputs)) else None  # JSON has no tuples
 
 
 def save_samples(config: EvaluationConfig, images: ImageSet, names: Sequence[str], to_images: ToImages) -> None:

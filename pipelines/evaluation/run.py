@@ -18,17 +18,20 @@ from accelerate.utils import parse_flag_from_env
 from configs import ConfigError, Problem
 from configs.files import remove_tree, write_json
 from configs.folder_lock import locked_folder
-from pipelines.evaluation.conditions import RealLabels, real_labels
+from pipelines import hub
+from pipelines.evaluation.conditions import RealLabels, real_labels, require_same_classes
 from pipelines.evaluation.config import EvaluationConfig
-from pipelines.evaluation.copies import FIGURES as COPYING_FIGURES, check_copies, save_copies
+from pipelines.evaluation.copies import COPIES_NAME, FIGURES as COPYING_FIGURES, check_copies, save_copies
+from pipelines.evaluation.copying import CopyingCheck
 from pipelines.evaluation.figures import TRAINING, VALIDATION, figure_table
-from pipelines.evaluation.generation import generation_metrics
+from pipelines.evaluation.generation import generation_metrics, networks_in_folders
 from pipelines.evaluation.image_set import ImageSet
 from pipelines.evaluation.measuring import measure
 from pipelines.evaluation.npz import export_npz
 from pipelines.evaluation.real_images import RealImages, read_real_images, store_real_images
 from pipelines.evaluation.report import (
     METRICS_NAME,
+    RECONSTRUCTIONS_NAME,
     recorded_seconds,
     save_reconstructions,
     save_samples,
@@ -63,9 +66,12 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST)
+    weights = hub.weights_of(Path(str(config.pipeline)))
     subject = open_subject(config, processes)
     seconds = recorded_seconds(config)
-    inputs = {**subject.record, "sampling": subject.sampling, **asdict(config), "export": None}
+    asked = {} if subject.asked is None else subject.asked.record
+    networks = networks_in_folders(config.metrics)
+    inputs = {**subject.record, **asked, "sampling": subject.sampling, **networks, **asdict(config), "export": None}
     metrics = saved_metrics(folder, inputs)
     processes.wait_for_everyone()  # all have read the same
     if metrics is None or config.export is not None:
@@ -73,7 +79,10 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         with locked_folder(folder / SAMPLES, "output_dir") if is_main else nullcontext():
             metrics = _evaluated(config, subject, inputs, seconds, processes, metrics)
     if metrics and processes.is_main_process:
-        update_card(config, metrics)
+        if hub.weights_of(Path(str(config.pipeline))) == weights:
+            update_card(config, metrics)
+        else:
+            print(f"the card of {config.pipeline} does not show the metrics: its weights were replaced meanwhile")
         print(figure_table(metrics))
     return metrics
 
@@ -90,6 +99,8 @@ def _evaluated(
     started = time.perf_counter()
     if metrics is None:
         sources = load_images(config.data)
+        if subject.pipeline is not None:
+            require_same_classes(subject.pipeline.layout, sources[0].class_names or [])
         train, validation = store_splits(config, subject, sources, processes)
     images, labels = store_images(config, subject, processes)
     if config.export is not None and processes.is_main_process:
@@ -109,9 +120,7 @@ def _evaluated(
     metrics = measure(config, subject.pipeline, *sets, others, left_out, subject.sampling)
     metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
     metrics["inputs"] = inputs
-    if copies:
-        save_copies(config, copies, train, images, subject.processor.postprocess)
-    _save(config, subject, metrics, images, sources[0].class_names or [], validation)
+    _save(config, subject, metrics, images, sources[0].class_names or [], train, validation, copies)
     return metrics
 
 
@@ -121,11 +130,16 @@ def _save(
     metrics: dict[str, Any],
     images: ImageSet,
     class_names: Sequence[str],
+    train: RealImages,
     validation: RealImages,
+    check: CopyingCheck | None,
 ) -> None:
     """Writes pictures and metrics, and removes the copies of the real images and the features."""
     folder = Path(config.output_dir)
-    (folder / METRICS_NAME).unlink(missing_ok=True)  # those of other settings must not stand beside new pictures
+    for name in (METRICS_NAME, COPIES_NAME, RECONSTRUCTIONS_NAME):  # those of other settings must not stand beside new
+        (folder / name).unlink(missing_ok=True)
+    if check is not None:
+        save_copies(config, check, train, images, subject.processor.postprocess)
     save_samples(config, images, class_names, subject.processor.postprocess)
     if subject.pipeline is not None:
         save_reconstructions(config, subject.pipeline, validation)

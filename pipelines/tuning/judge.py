@@ -110,13 +110,17 @@ class Judge:
 
     @cached_property
     def inputs(self) -> str:
-        """A hash of the real images and of the weights, by which samples of other ones are not taken for theirs."""
+        """A hash of the real images, weights and prompts, by which samples of other ones are not taken for theirs."""
         from pipelines.evaluation.report import weights_hash
 
         digest = hashlib.sha256(weights_hash(self.pipeline).encode())
+        digest.update(bytes([self.config.data.augmentation.horizontal_flip]))  # the "resnet" classifier mirrors too
         for images in (self.train, self.validation):
             digest.update(images.pixels().numpy().tobytes())
             digest.update(b"" if images.labels is None else images.labels.tobytes())
+        if self.layout.segments:
+            split = open_store(self.config.evaluation, self.layout).split("validation")
+            digest.update(CodeDataset(split, self.layout).read(np.arange(len(split)))[2].tobytes())
         return digest.hexdigest()
 
     @cached_property

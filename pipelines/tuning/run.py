@@ -1,15 +1,19 @@
 """Chooses the sampling settings of a pipeline: load, search, report, save."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from configs import ConfigError, Problem
 from configs.files import write_json
 from configs.folder_lock import locked_folder
+from pipelines import hub
 from pipelines.commands import load_pipeline
+from pipelines.evaluation.run import LONGEST
 from pipelines.model_card import TUNING_NAME
 from pipelines.tuning import report
 from pipelines.tuning.candidates import Settings, candidates, plain
@@ -30,7 +34,8 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     if not config.report_only and not Path(config.pipeline).is_dir():
         advice = "there is no such folder to save the settings in; give a folder, or add --report_only"
         raise ConfigError([Problem("pipeline", f"received {config.pipeline!r}; {advice}")])
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST)
+    weights = hub.weights_of(Path(config.pipeline))
     pipeline = load_pipeline(config.pipeline, str(state.device))
     pipeline.set_progress_bar_config(disable=True)
     present = plain(pipeline.sampling_defaults, pipeline.layout)
@@ -47,7 +52,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         if state.is_main_process:
             write_json(Path(config.folder) / TUNING_NAME, found)
             tell(rounds, present, judge.real_accuracy)
-            conclude(config, rounds[-1], present, winner)
+            conclude(config, rounds[-1], present, winner, weights)
     return found
 
 
@@ -67,12 +72,19 @@ def tell(rounds: list[Round], present: Settings, real_accuracy: float | None) ->
         print(f"class accuracy of real images: {real_accuracy:.4f}")
 
 
-def conclude(config: TuneConfig, last: Round, present: Settings, winner: Settings) -> None:
-    """Prints the choice, and saves it unless `report_only`."""
+def conclude(config: TuneConfig, last: Round, present: Settings, winner: Settings, weights: Mapping[str, str]) -> None:
+    """Prints the choice, and saves it unless `report_only`.
+
+    Raises:
+        ConfigError: the folder holds other weights than those that were searched with.
+    """
     if winner == present:
         print(f"\nno setting is better than the present one beyond the noise; it stays: {report.words(present)}")
         return
     print(f"\nbest: {report.words(winner)}")
     if not config.report_only:
+        if hub.weights_of(Path(config.pipeline)) != weights:
+            message = f"received {config.pipeline!r}, whose weights were replaced during the search; search again"
+            raise ConfigError([Problem("pipeline", message)])
         report.save(config, last, present, winner)
         print(f"these are now the defaults of {config.pipeline}")

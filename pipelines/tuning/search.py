@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from configs.files import make_folder, replacing
@@ -72,6 +73,7 @@ class Search:
         figures = [Figures.of(sample, gaussian(real)) for sample in samples]
         noise = noise_of(samples[0], gaussian(real))
         order = ranked(figures, noise, count, self.judge.real_accuracy)
+        order = broadcast_object_list([order])[0]  # no two GPUs train the same classifier
         gains = [Gain(0, 0, 0, 0), *(gain(sample, samples[0], real) for sample in samples[1:])] if half else []
         return Round(
             *(half, count, [settings[number] for number in order], [figures[number] for number in order]),

@@ -23,7 +23,7 @@ from configs.folder_lock import LOCK_NAME, OWNER_NAME, locked_folder
 from configs.interruption import Diverged
 from configs.opening import num_trained, print_facts
 from configs.run_folder import CONFIG_NAME
-from configs.staging import replaced_files
+from configs.staging import SAVING, replaced_files
 from stage1_vqgan.data.config import data_problem
 from stage1_vqgan.data.dataset import ImageDataset
 from stage1_vqgan.data.loading import evaluation_loader, training_loader
@@ -167,7 +167,7 @@ def training_arguments(config: FeaturesConfig) -> TrainingArguments:
 
 def require_empty(folder: str) -> None:
     """Refuses a folder with files: they may be another model, whose files this one would replace."""
-    names = sorted({path.name for path in Path(folder).iterdir()} - {LOCK_NAME, OWNER_NAME})
+    names = sorted({path.name for path in Path(folder).iterdir()} - {LOCK_NAME, OWNER_NAME, SAVING})
     if names:
         message = f"received {folder!r}, which holds {names[0]!r}; choose a new folder, or empty this one"
         raise ConfigError([Problem("output_dir", message)])

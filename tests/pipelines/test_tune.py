@@ -9,18 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from configs import ConfigError, load_config
 from pipelines import VQGANPipeline
 from pipelines.evaluation.metrics import area_features, frechet_distances
+from pipelines.evaluation.run import LONGEST
 from pipelines.tune import TuneConfig, tune
 from pipelines.tuning import ranking
 from pipelines.tuning.candidates import candidates
 from pipelines.tuning.judge import Judge, Sample, gaussian
 from pipelines.tuning.ranking import Figures, Gain, gain, is_better, ranked
 from pipelines.tuning.search import Search
+from stage1_vqgan.data.config import AugmentationConfig
 from stage2_prior import TokenLayout
+from tests import forks
+from tests.devices import cpu_only
 from tests.random_pipelines import random_pipeline
 
 # Only the standard value of each key is tried, unless a test says otherwise.
@@ -128,6 +133,22 @@ def test_the_best_order_temperature_of_a_masked_prior_is_found(tmp_path):
     assert len(tried) == 49 and len(near) < 15 and winner in near and winner["guidance_scale"] in (1.25, 1.5, 2.0)
 
 
+def test_weights_that_are_replaced_during_a_search_keep_their_defaults(make, monkeypatch):
+    config = make({"temperature": 0.5}, temperature=[0.5, 1.0])
+    search = Search.run
+
+    def replaced_meanwhile(self, tried):
+        other = VQGANPipeline.from_pretrained(config.pipeline)
+        other.prior.lm_head.weight.data += 1
+        other.save_pretrained(config.pipeline)
+        return search(self, tried)
+
+    monkeypatch.setattr(Search, "run", replaced_meanwhile)
+    with pytest.raises(ConfigError, match="whose weights were replaced during the search; search again"):
+        tune(config)
+    assert defaults_of(config) == {}
+
+
 def test_the_present_settings_stay_if_nothing_is_better(make, capsys):
     """Images of the standard settings, and others that are the same or worse."""
     values = {"temperature": [0.3, 1.0], "top_p": [0.999999, 1.0], "min_p": [1e-9, 0.0], "top_k": [0, 31, 32]}
@@ -172,6 +193,30 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(Rigged, "inputs", "others")
     Search(config, Rigged()).run(tried)
     assert len(seen) == 3 * total + 2
+
+
+def test_another_classifier_gives_other_samples(make):
+    """The classifier "resnet" sees mirrored images if the augmentation mirrors."""
+    config = make({})
+    pipeline = VQGANPipeline.from_pretrained(config.pipeline)
+    mirroring = replace(config, data=replace(config.data, augmentation=AugmentationConfig(horizontal_flip=True)))
+    first, again, other = (Judge(one, pipeline).inputs for one in (config, config, mirroring))
+    assert first == again != other
+
+
+def test_processes_wait_for_each_other(make, monkeypatch):
+    """One process may sample for hours while another one finds its samples in files. The launcher may ask for CPUs."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    asked = {}
+
+    def state(**options):
+        asked.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.tuning.run.PartialState", state)
+    with pytest.raises(KeyboardInterrupt):
+        tune(make({}))
+    assert asked == {"cpu": True, "timeout": LONGEST}
 
 
 def test_the_figures_are_those_of_an_evaluation(make):
@@ -318,6 +363,22 @@ def test_the_standard_error_is_that_of_repetitions():
 
 
 # ---------------------------------------------------------------------- processes
+
+
+def search_with_another_classifier(folder):
+    """The classifier of each process has another accuracy."""
+    rank = PartialState(cpu=True).process_index
+    judge = type("", (Rigged,), {"real_accuracy": (0.97, 0.5)[rank]})()
+    values = PINNED | {"guidance_scale": None, "output_dir": str(folder), "num_samples": 80}
+    config = TuneConfig(pipeline="x", data={"dataset": "digits"}, **values)
+    found = Search(config, judge).run(candidates(config, layout_of(family="masked"), {}))
+    Path(folder, f"{rank}.json").write_text(json.dumps([one.settings for one in found]))
+
+
+@cpu_only
+def test_processes_agree_although_their_classifiers_differ(tmp_path):
+    forks.run_on_two_processes(search_with_another_classifier, str(tmp_path), log=tmp_path / "log.txt")
+    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
 
 
 @pytest.mark.slow

@@ -79,3 +79,12 @@ def test_as_many_real_images_as_generated_ones():
 
     class_metrics(lambda: Counted(4, 0.1, 10.0), corners(0, 200), corners(1, 20), corners(2, 40))
     assert sorted(sizes) == [40, 40, 200]
+
+
+def test_images_of_one_class():
+    """As in a file that holds the images of a single class."""
+    train, validation = corners(0, 200), corners(1, 80)
+    of_one = (train[0][train[1] == 2], train[1][train[1] == 2])
+    metrics = class_metrics(lambda: SupportVectorClassifier(8, 0.02, 10.0), train, validation, of_one)
+    assert metrics["class_accuracy"] == 1
+    assert metrics["classification_accuracy_score"] == (validation[1] == 2).mean()

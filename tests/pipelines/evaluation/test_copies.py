@@ -57,6 +57,16 @@ def test_a_pipeline_is_compared_with_reconstructions(config):
     assert check.figures["suspected_copies"] == 1 and max(one.score for one in check.suspects) < 1e-3
 
 
+@pytest.mark.parametrize("augmentation", [{"horizontal_flip": True}, {"ten_crop": True, "max_zoom": 1.1}])
+def test_mirrored_copies_are_found_where_the_training_mirrors(config, augmentation):
+    train, held_out = random_images(100), random_images(60, seed=1)
+    copies = TensorImages(train.read(range(16)).flip(3))
+    assert check_copies(config, None, CPU, train, held_out, copies)[0].figures["suspected_copies"] < 0.5
+    data = {"dataset": "digits", "augmentation": augmentation}
+    mirroring = load_config(EvaluationConfig, overrides={"pipeline": "p", "output_dir": "o", "data": data})
+    assert check_copies(mirroring, None, CPU, train, held_out, copies)[0].figures["suspected_copies"] == 1
+
+
 def test_too_few_images_are_a_reason(config):
     check, reason = check_copies(config, None, CPU, random_images(10), random_images(5), random_images(5))
     assert check is None and reason.startswith("validation: received 5 images")

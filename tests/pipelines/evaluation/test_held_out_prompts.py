@@ -13,10 +13,11 @@ from pipelines import VQGANPipeline
 from pipelines.evaluation.conditions import real_labels
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.generated import generate_samples
+from pipelines.evaluation.generation_config import GenerationMetricsConfig
 from pipelines.evaluation.measuring import measure
 from pipelines.evaluation.prompts import chosen_rows
 from pipelines.evaluation.reading import PixelImages
-from pipelines.evaluation.run import read_splits
+from pipelines.evaluation.run import evaluate, read_splits
 from pipelines.model_card import meanings_of
 from pipelines.tuning.config import TuneConfig
 from pipelines.tuning.judge import Judge
@@ -50,14 +51,14 @@ def pipeline():
     return make()
 
 
-def write_store(folder, layout, column="style"):
+def write_store(folder, layout, column="style", styles=STYLES):
     """A store of six images in each split, all of the same codes."""
     folder.mkdir(exist_ok=True)
     labels = LABELS if layout.num_classes else None
     notes = {}
     for split in ("train", "validation"):
         codes = np.zeros((6, 16), np.uint16)
-        write_shard(shard_path(folder, split, 0), codes, labels, 6, conditions=STYLES[:, None])
+        write_shard(shard_path(folder, split, 0), codes, labels, 6, conditions=styles[:, None])
         notes[split] = [read_notes(shard_path(folder, split, 0))]
     conditions = {"conditions": {one.name: {"kind": "class", "column": column} for one in layout.segments}}
     origin = ORIGIN | conditions | {"tokenizer_fingerprint": layout.tokenizer_fingerprint}
@@ -158,6 +159,7 @@ def test_settings_are_tuned_with_the_conditions_of_validation_images(tmp_path, q
     data = DataConfig(dataset=str(tmp_path / "data"), validation_split="validation", use_labels=False)
     measured = {"code_store": str(tmp_path / "store"), "feature_size": 4, "num_components": 2}
     judge = Judge(TuneConfig(pipeline="p", data=data, **measured), pipeline)
+    assert judge.inputs == Judge(judge.config, pipeline).inputs
     found = judge.sample({"guidance_scale": 2.0, "top_k": 9}, half=1, count=6, seed=3)
     seeds = torch.randint(2**63 - 1, (6,), generator=torch.Generator().manual_seed(3)).tolist()
     asked = {"class_labels": [1, 1, 3, 3, 1, 1], "guidance_scale": 2.0, "top_k": 9}  # styles of the odd rows
@@ -166,8 +168,24 @@ def test_settings_are_tuned_with_the_conditions_of_validation_images(tmp_path, q
     levels = ((images.mean((1, 2, 3)) + 1) * 127.5).numpy()
     assert (found.right == (abs(levels - 50 - 50 * np.array([1, 1, 3, 3, 1, 1])) <= 25)).all()
     assert judge.real_accuracy == 1.0
+    write_store(tmp_path / "store", pipeline.layout, styles=STYLES[::-1])
+    assert judge.inputs != Judge(judge.config, pipeline).inputs
     with pytest.raises(ConfigError, match="code_store: this prior has further conditions"):
         Judge(TuneConfig(pipeline="p", data=data, **measured | {"code_store": None}), pipeline).sample({}, 0, 6, 0)
+
+
+def test_a_code_store_that_was_written_anew_is_evaluated_anew(tmp_path, quiet):
+    pipeline = make(class_names=())
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    write_images(tmp_path / "data")
+    data = DataConfig(dataset=str(tmp_path / "data"), validation_split="validation", use_labels=False)
+    measured = {"feature_size": 4, "num_components": 2, "metrics": GenerationMetricsConfig(feature_networks=[])}
+    values = {"pipeline": str(tmp_path / "pipeline"), "data": data, "output_dir": str(tmp_path / "out"), **measured}
+    found = []
+    for styles in (STYLES, STYLES[::-1] % 2):
+        write_store(tmp_path / "store", pipeline.layout, styles=styles)
+        found.append(evaluate(dataclasses.replace(config_of(tmp_path / "store"), samples_per_class=6, **values)))
+    assert found[0]["class_accuracy_style"] != found[1]["class_accuracy_style"]
 
 
 def test_other_columns_and_other_classes(tmp_path, quiet, capsys):

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from configs import ConfigError
 from configs.checksums import Damaged
 from configs.randomness import draw_seeds
-from pipelines.evaluation import generated, shards
+from pipelines.evaluation import generated, run, shards
 from pipelines.evaluation.generated import asked_of, generate_samples, store_samples
 from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.shards import ImageShards
@@ -157,3 +157,46 @@ def test_a_causal_prior_takes_no_steps(folder):
 def test_without_classes(folder):
     asked = asked_of(config_of(folder, "one"), make_pipeline(class_names=()))
     assert len(asked) == 3 and asked.labels == {} and asked.options.guidance_scale == 1.0
+
+
+def test_classes_in_another_order_are_refused(tmp_path):
+    make_pipeline(class_names=tuple("9876543210")).save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(ConfigError, match=r"data\.dataset: it has the classes 0, 1, .*, but the prior has 9, 8, "):
+        evaluate(config_of(tmp_path, "out"))
+    assert not list((tmp_path / "out" / "samples").glob("*.npy"))  # before the first image
+
+
+def test_an_evaluation_with_a_guidance_interval_is_not_made_twice(tmp_path, monkeypatch):
+    pipeline = make_pipeline()
+    pipeline.sampling_defaults = {"guidance_interval": (0.0, 0.5)}
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    first = evaluate(config_of(tmp_path, "out"))
+    monkeypatch.setattr(run, "_evaluated", None)
+    again = evaluate(config_of(tmp_path, "out"))
+    assert again == json.loads(json.dumps(first)) and again["settings"]["guidance_interval"] == [0.0, 0.5]
+
+
+def test_metrics_of_replaced_weights_are_not_shown(tmp_path, monkeypatch, capsys):
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    evaluated = run._evaluated
+
+    def replaced_meanwhile(*args):
+        other = make_pipeline()
+        other.prior.lm_head.weight.data += 1
+        other.save_pretrained(tmp_path / "pipeline")
+        return evaluated(*args)
+
+    monkeypatch.setattr(run, "_evaluated", replaced_meanwhile)
+    assert evaluate(config_of(tmp_path, "out"))
+    assert "does not show the metrics: its weights were replaced meanwhile" in capsys.readouterr().out
+    assert "class_accuracy" not in (tmp_path / "pipeline" / "README.md").read_text()
+
+
+def test_pictures_of_other_settings_do_not_stay(folder):
+    """The first evaluation checks for copies. Too few held-out images for that are a reason in the second one."""
+    output = folder / "pictures"
+    assert "suspected_copies" in evaluate(config_of(folder, "pictures", export=str(folder / "samples.npz")))
+    assert (output / "copies.png").is_file()
+    values = {"samples": str(folder / "samples.npz"), "pipeline": None, "max_real_images": 12, "num_components": 4}
+    assert "suspected_copies" in evaluate(config_of(folder, "pictures", **values))["left_out"]
+    assert sorted(path.name for path in output.glob("*.png")) == ["samples.png"]

@@ -16,6 +16,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from configs import ConfigError, check, load_config
 from configs.interruption import Diverged
+from configs.staging import SAVING
+from pipelines.evaluation.generation import generation_metrics, networks_in_folders
+from pipelines.evaluation.generation_config import GenerationMetricsConfig
 from stage1_vqgan import DataConfig, ImageKey, load_images
 from stage1_vqgan.data.dataset import ImageDataset
 from stage1_vqgan.evaluation.config import MetricsConfig
@@ -25,6 +28,7 @@ from stage1_vqgan.features.run import train
 from stage1_vqgan.networks import load_network
 from stage1_vqgan.training.step import VQGANTrainer
 from tests.devices import DEVICE
+from tests.image_sets import TensorImages, random_images
 from tests.stage1_vqgan.training import test_step as steps
 
 CLASSES = ("down", "right")
@@ -132,6 +136,23 @@ def test_it_is_a_metric_of_gray_images_and_a_loss(network, images):
         VQGANTrainer(steps.make_config(**loss), Accelerator())
 
 
+def test_a_metric_of_generated_images_needs_its_channels(network, tmp_path):
+    config = GenerationMetricsConfig(feature_networks=[f"transformers/{network}"])
+    colour = TensorImages(random_images(12))
+    with pytest.raises(ConfigError, match=r"metrics.feature_networks: images: received 3 channels; .* images of 1"):
+        generation_metrics(config, colour, colour, Accelerator(), tmp_path)
+
+
+def test_another_network_in_the_same_folder_is_another_input(network, tmp_path):
+    folder = shutil.copytree(network, tmp_path / "network")
+    config = GenerationMetricsConfig(feature_networks=[f"transformers/{folder}@64", "efficientnet-lite0", "dinov2"])
+    before = networks_in_folders(config)
+    assert list(before) == [f"transformers/{folder}@64"]
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert networks_in_folders(config) != before
+
+
 def test_the_same_seed_gives_the_same_network(images, tmp_path):
     for name, workers in (("a", 0), ("b", 1)):
         train(make_config(images, tmp_path / name, max_steps=2, dataloader_num_workers=workers))
@@ -180,6 +201,14 @@ def test_a_folder_with_files_is_refused_and_kept(images, network):
     with pytest.raises(ConfigError, match=r"output_dir: received .* which holds 'checksums.json'; choose a new folder"):
         train(make_config(images, network))
     assert (network / "model.safetensors").read_bytes() == before
+
+
+def test_a_training_that_was_killed_while_it_saved_starts_anew(images, tmp_path):
+    part = tmp_path / "network" / SAVING / "model.safetensors"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"a part of it")
+    train(make_config(images, tmp_path / "network", max_steps=2))
+    assert (tmp_path / "network" / "config.json").is_file() and not part.parent.exists()
 
 
 def test_too_many_damaged_images_end_the_training(images, tmp_path):
