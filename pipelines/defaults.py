@@ -71,7 +71,7 @@ def resolved(defaults: Mapping[str, Any], asked: Mapping[str, Any], given: Colle
     if isinstance(scale := usable.get("guidance_scale", 1.0), Mapping):
         scale = {names: value for names, value in scale.items() if set(names.split("+")) & set(given)}
     usable["guidance_scale"] = scale if given and scale else 1.0
-    if chosen.get("order") == "halton":
+    if isinstance(chosen.get("order"), str) and chosen["order"] == "halton":
         usable.pop("order_temperature", None)  # this order has none
     elif "order_temperature" in chosen:
         usable.pop("order", None)  # only the standard order has one

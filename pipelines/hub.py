@@ -124,7 +124,6 @@ def save(
         write_json(staged / "config.json", CONFIG)
         _keep_card(staged, folder, origin)
         if add_facts is not None:
-            remove_tree(staged / FACTS_FOLDER)
             add_facts(staged)
         write_card(staged, lambda license: model_card(staged, name, license), license)
         remove_tree(folder / FACTS_FOLDER)  # the facts of other weights

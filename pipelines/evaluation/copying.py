@@ -171,7 +171,8 @@ def figures(generated: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
     same = int((held_out < SAME).sum())
     if same and (1 + same) / (1 + count) > LEVEL:
         message = f"validation: {same} of {count} held-out images equal a training image in these features, so copies"
-        raise ValueError(f"{message} cannot be told from them; remove duplicates, or choose another network")
+        advice = "remove duplicates, choose another network, or train the tokenizer until its images differ"
+        raise ValueError(f"{message} cannot be told from them; {advice}")
     ordered = np.sort(held_out)
     below, up_to = (np.searchsorted(ordered, generated, side) for side in ("left", "right"))
     return {

@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache
@@ -23,6 +23,7 @@ from PIL import Image
 
 from configs import ConfigError, check
 from pipelines import VQGANPipeline
+from pipelines.defaults import STANDARD
 from pipelines.evaluation.config import EvaluationConfig
 from stage1_vqgan import DataConfig, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import SamplingOptions, TokenLayout, sample
@@ -322,6 +323,11 @@ SAMPLING = {
     "top_p": Argument(constant(1.0), number(1.2e-38, 1)),
     "min_p": Argument(constant(0.0), number(0, 1)),
 }
+# Arguments of the pipeline: None stands for its default, which is the standard value here.
+OF_PIPELINE = {
+    name: replace(one, means=lambda value, name=name, one=one: STANDARD[name] if value is None else one.means(value))
+    for name, one in SAMPLING.items()
+}
 GENERATORS = {
     "list": (lambda: [seeded()], REFUSED),
     "nested list": (lambda: [[seeded()], [seeded()]], REFUSED),
@@ -352,7 +358,7 @@ OUTPUT = {
     "callback_on_step_end": Argument(constant(None), either(None), near=CALLBACKS),
 }
 LABELLED = {
-    **SAMPLING,
+    **OF_PIPELINE,
     **OUTPUT,
     "class_labels": Argument(
         constant([1, 2]),
@@ -405,7 +411,7 @@ MASKS = {
     "sparse": (MASK.to_sparse, REFUSED),
 }
 EDITED = {
-    **SAMPLING,
+    **OF_PIPELINE,
     **{
         name: argument
         for name, argument in LABELLED.items()

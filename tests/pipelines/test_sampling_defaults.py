@@ -180,16 +180,18 @@ def test_new_defaults_leave_all_else_as_it_is(pipeline, tmp_path, monkeypatch):
 
 def test_a_build_keeps_those_of_the_same_weights(tiny_runs, tmp_path):
     parts = {"tokenizer": str(tiny_runs.vqgan), "prior": str(tiny_runs.prior), "output_dir": str(tmp_path)}
+    metrics = tmp_path / "card" / "metrics.json"  # of an evaluation, for the card
     build(BuildConfig(**parts))
     hub.save_defaults(tmp_path, DEFAULTS)
+    metrics.write_text("{}")
     build(BuildConfig(**parts))
     pipeline = VQGANPipeline.from_pretrained(tmp_path)
-    assert pipeline.sampling_defaults == DEFAULTS
+    assert pipeline.sampling_defaults == DEFAULTS and metrics.is_file()
     with torch.no_grad():
         pipeline.prior.lm_head.weight += 1
     pipeline.save_pretrained(tmp_path)
     build(BuildConfig(**parts))
-    assert VQGANPipeline.from_pretrained(tmp_path).sampling_defaults == {}
+    assert VQGANPipeline.from_pretrained(tmp_path).sampling_defaults == {} and not metrics.exists()
 
 
 def test_the_command_uses_and_prints_them(pipeline, tmp_path, monkeypatch, capsys):
