@@ -1,5 +1,6 @@
 """Classifiers of images, and class metrics of generated images. No classifier needs a download."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
@@ -56,25 +57,25 @@ class SupportVectorClassifier:
         return self.svc.predict(all_area_features(as_set(images), self.feature_size))
 
 
-class ResNetClassifier:
-    """torchvision's ResNet-18 for small images: its first convolution is 3×3 with stride 1, and no pooling follows it.
-
-    Random shifts by up to an eighth of the side augment the training images.
+class NetworkClassifier(ABC):
+    """A network that is trained from random weights. Shifts by up to an eighth of the side augment its training images.
 
     Args:
         epochs: passes over the training images.
         flips: mirror training images at random.
         seed: seed of initial weights, order of images, shifts and flips.
         device: device that trains and predicts; on CUDA in bfloat16.
-
-    Source: He et al. 2016, "Deep residual learning for image recognition", with the first layer of its section 4.2.
     """
+
+    @abstractmethod
+    def network(self, channels: int, num_classes: int) -> nn.Module:
+        """A network of images `(B, channels, H, W)` to logits `(B, num_classes)`, with random weights."""
 
     def __init__(self, epochs: int, flips: bool, seed: int, device: torch.device):
         self.epochs, self.flips, self.seed, self.device = epochs, flips, seed, device
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    def fit(self, images: Pixels, labels: np.ndarray) -> "ResNetClassifier":
+    def fit(self, images: Pixels, labels: np.ndarray) -> "NetworkClassifier":
         images, targets = as_set(images), torch.from_numpy(labels).to(self.device)
         generator = torch.Generator().manual_seed(self.seed)
         self.model = self._initial_model(images.read(range(1)).shape[1], int(labels.max()) + 1)
@@ -101,15 +102,10 @@ class ResNetClassifier:
         return torch.cat(chosen).cpu().numpy()
 
     def _initial_model(self, channels: int, num_classes: int) -> nn.Module:
-        from torchvision.models import resnet18
-
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            model = resnet18(num_classes=num_classes)
-            model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-            nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()
-        return model.to(self.device, memory_format=torch.channels_last)
+            model = self.network(channels, num_classes)
+        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Shifts each image at random, repeating its border, and mirrors it at random if `flips`."""
@@ -129,12 +125,43 @@ class ResNetClassifier:
         return shifted.permute(0, 3, 1, 2)
 
 
+class ResNetClassifier(NetworkClassifier):
+    """torchvision's ResNet-18 for small images: its first convolution is 3×3 with stride 1, and no pooling follows it.
+
+    Source: He et al. 2016, "Deep residual learning for image recognition", with the first layer of its section 4.2.
+    """
+
+    def network(self, channels: int, num_classes: int) -> nn.Module:
+        from torchvision.models import resnet18
+
+        model = resnet18(num_classes=num_classes)
+        model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+        return model
+
+
+class CNNClassifier(NetworkClassifier):
+    """Three convolutions with batch norm, each followed by pooling: small enough for a CPU."""
+
+    def network(self, channels: int, num_classes: int) -> nn.Module:
+        layers: list[nn.Module] = []
+        for width in (32, 64, 128):
+            convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+            layers += [convolution, nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+NETWORKS: dict[str, type[NetworkClassifier]] = {"cnn": CNNClassifier, "resnet": ResNetClassifier}
+
+
 def new_classifier(config: EvaluationConfig, device: torch.device) -> Classifier:
     """An untrained classifier of the configured kind."""
     if config.classifier == "svc":
         return SupportVectorClassifier(config.feature_size, config.classifier_gamma, config.classifier_c)
     flips = config.data.augmentation.horizontal_flip
-    return ResNetClassifier(config.classifier_epochs, flips, config.seed, device)
+    return NETWORKS[config.classifier](config.classifier_epochs, flips, config.seed, device)
 
 
 def accuracy(classifier: Classifier, images: Pixels, labels: np.ndarray) -> float:
@@ -146,11 +173,7 @@ def class_accuracy(
     classifier: Callable[[], Classifier], train: Labelled, validation: Labelled, generated: Labelled
 ) -> dict[str, float]:
     """`class_accuracy` and `class_accuracy_real` of `class_metrics`."""
-    trained = classifier().fit(*train)
-    return {
-        "class_accuracy": accuracy(trained, *generated),
-        "class_accuracy_real": accuracy(trained, *validation),
-    }
+    return _class_accuracy(classifier().fit(*train), validation, generated)
 
 
 def class_metrics(
@@ -171,12 +194,27 @@ def class_metrics(
 
     Source: Ravuri and Vinyals 2019, "Classification accuracy score for conditional generative models".
     """
-    of_generated = classifier().fit(*generated)
-    count = min(len(generated[1]), len(train[1]))
-    some = np.linspace(0, len(train[1]) - 1, count).astype(int)
-    of_some = classifier().fit(SomeImages(as_set(train[0]), some), train[1][some])
+    of_generated, of_train = classifier().fit(*generated), classifier().fit(*train)
     return {
-        **class_accuracy(classifier, train, validation, generated),
+        **_class_accuracy(of_train, validation, generated),
         "classification_accuracy_score": accuracy(of_generated, *validation),
-        "classification_accuracy_score_real": accuracy(of_some, *validation),
+        "classification_accuracy_score_real": accuracy(
+            _of_as_many(classifier, of_train, train, len(generated[1])), *validation
+        ),
     }
+
+
+def _class_accuracy(of_train: Classifier, validation: Labelled, generated: Labelled) -> dict[str, float]:
+    return {
+        "class_accuracy": accuracy(of_train, *generated),
+        "class_accuracy_real": accuracy(of_train, *validation),
+    }
+
+
+def _of_as_many(classifier: Callable[[], Classifier], of_train: Classifier, train: Labelled, count: int) -> Classifier:
+    """A classifier of `count` training images; that of all of them if they are not more."""
+    images, labels = train
+    if count >= len(labels):
+        return of_train
+    some = np.linspace(0, len(labels) - 1, count).astype(int)
+    return classifier().fit(SomeImages(as_set(images), some), labels[some])

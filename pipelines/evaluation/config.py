@@ -28,12 +28,14 @@ class EvaluationConfig(UnmaskingSettings):
     samples_per_class: images to generate for each class; for an unconditional pipeline, images to generate in all
     guidance_scale: guidance scale of the generated images; 1 is no guidance. By default that of the pipeline, see
         `pipelines.tune`
-    seed: seed of the generated images and of the "resnet" classifier
+    seed: seed of the generated images and of the classifiers "cnn" and "resnet"
     feature_size: side in pixels to which area averaging reduces the images before the metrics compare them
     num_components: number of principal components in the Frechet distance
-    classifier: "svc", a support vector classifier of the averaged images, or "resnet", which colour photos need
+    classifier: "svc", a support vector classifier of the averaged images; "cnn", three convolutions, which suffice for
+        small gray images; or "resnet", which colour photos need
     classifier_gamma, classifier_c: parameters of "svc", as in scikit-learn
-    classifier_epochs: training epochs of "resnet", which sees mirrored images if data.augmentation.horizontal_flip
+    classifier_epochs: training epochs of "cnn" and "resnet", which see mirrored images if
+        data.augmentation.horizontal_flip
     max_real_images: upper limit of the real images of each split
     grid_columns: number of images of each class in samples.png
     dataloader_num_workers: processes that decode the real images; 0 decodes in the main process
@@ -55,7 +57,7 @@ class EvaluationConfig(UnmaskingSettings):
     seed: NonNegative = 0
     feature_size: Annotated[int, Ge(1), Le(4096)] = 8
     num_components: Positive = 24
-    classifier: Literal["svc", "resnet"] = "svc"
+    classifier: Literal["svc", "cnn", "resnet"] = "svc"
     classifier_gamma: PositiveFloat = 0.02
     classifier_c: PositiveFloat = 10.0
     classifier_epochs: Positive = 15

@@ -43,7 +43,7 @@ class TuneConfig(Section):
     guidance_schedule, temperature, top_k, top_p, min_p: the same. At most one of temperature, top_k, top_p and min_p
         differs from its standard value in a setting, because all of them make images more typical
     num_steps, order_temperature: the same, of a masked prior
-    seed: seed of the images, of the choice of candidates, and of the "resnet" classifier
+    seed: seed of the images, of the choice of candidates, and of the classifiers "cnn" and "resnet"
     output_dir: folder that keeps what was tried, so that the same command goes on after an interruption; null is the
         folder of the pipeline with "_tuning" behind its name
     feature_size, num_components, classifier, classifier_gamma, classifier_c, classifier_epochs: as in
@@ -73,7 +73,7 @@ class TuneConfig(Section):
     output_dir: str | None = None
     feature_size: Annotated[int, Ge(1), Le(4096)] = 8
     num_components: Positive = 24
-    classifier: Literal["svc", "resnet"] = "svc"
+    classifier: Literal["svc", "cnn", "resnet"] = "svc"
     classifier_gamma: PositiveFloat = 0.02
     classifier_c: PositiveFloat = 10.0
     classifier_epochs: Positive = 15

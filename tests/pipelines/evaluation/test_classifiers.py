@@ -5,7 +5,13 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from pipelines.evaluation.classifiers import ResNetClassifier, SupportVectorClassifier, accuracy, class_metrics
+from pipelines.evaluation.classifiers import (
+    CNNClassifier,
+    ResNetClassifier,
+    SupportVectorClassifier,
+    accuracy,
+    class_metrics,
+)
 
 
 def corners(seed: int, count: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -22,13 +28,27 @@ def resnet(epochs: int = 1, flips: bool = False, seed: int = 0) -> ResNetClassif
     return ResNetClassifier(epochs, flips, seed, torch.device("cpu"))
 
 
-@pytest.mark.slow
-def test_resnet_learns():
+def learnt(classifier) -> float:
+    """Accuracy on a fifth of the digits of a classifier that has learnt the others."""
     digits = load_digits()
     images = torch.from_numpy(digits.images / 8 - 1).float()[:, None]
     is_test = np.arange(len(images)) % 5 == 0
-    classifier = resnet(epochs=8).fit(images[~is_test], digits.target[~is_test])
-    assert accuracy(classifier, images[is_test], digits.target[is_test]) > 0.9
+    return accuracy(classifier.fit(images[~is_test], digits.target[~is_test]), images[is_test], digits.target[is_test])
+
+
+@pytest.mark.slow
+def test_resnet_learns():
+    assert learnt(resnet(epochs=8)) > 0.9
+
+
+def test_cnn_learns():
+    assert learnt(CNNClassifier(15, False, 0, torch.device("cpu"))) > 0.9
+
+
+@pytest.mark.parametrize("size", [(5, 5), (28, 28), (9, 33)])
+def test_cnn_takes_images_of_any_size(size):
+    network = CNNClassifier(1, False, 0, torch.device("cpu"))._initial_model(3, 7).eval()
+    assert network(torch.zeros(2, 3, *size)).shape == (2, 7)
 
 
 def test_resnet_depends_on_its_seed_alone():
@@ -69,16 +89,18 @@ def test_class_metrics():
     assert bad["class_accuracy_real"] == bad["classification_accuracy_score_real"] == 1.0
 
 
-def test_as_many_real_images_as_generated_ones():
-    sizes = []
+@pytest.mark.parametrize("made, sizes", [(40, [40, 40, 200]), (240, [200, 240])])
+def test_as_many_real_images_as_generated_ones(made, sizes):
+    """Where this is all training images, a classifier of all of them is there already."""
+    found = []
 
     class Counted(SupportVectorClassifier):
         def fit(self, pixels, labels):
-            sizes.append(len(labels))
+            found.append(len(labels))
             return super().fit(pixels, labels)
 
-    class_metrics(lambda: Counted(4, 0.1, 10.0), corners(0, 200), corners(1, 20), corners(2, 40))
-    assert sorted(sizes) == [40, 40, 200]
+    metrics = class_metrics(lambda: Counted(4, 0.1, 10.0), corners(0, 200), corners(1, 20), corners(2, made))
+    assert sorted(found) == sizes and metrics["classification_accuracy_score_real"] == 1
 
 
 def test_images_of_one_class():
