@@ -1,5 +1,5 @@
 """Both stages of a preset within some minutes, evaluated:
-`python -m benchmarks.recipes fashion_mnist --data FOLDER [--minutes 10] [--original]`.
+`python -m benchmarks.recipes fashion_mnist --data FOLDER [--minutes 10] [--original | --diffusers]`.
 
 The recipe runs tokenizer training, encoding, prior training and evaluation, by the public functions and with the
 settings of the preset. A short run measures the speed of each training, which determines the number of steps that fit
@@ -21,6 +21,10 @@ The sizes of models and batches, LPIPS and bfloat16 are those of the preset. As 
 evaluation is saved. Three parts of the original cannot be set: the second forward of the generator in the update of the
 discriminator (it would be slower), positions that begin at zero, and class tokens that share the embeddings of codes.
 
+`--diffusers` trains the `VQModel` of diffusers in the minutes of the tokenizer, by the losses of its example, and the
+prior of the preset on its codes. `benchmarks.diffusers_vqmodel` says what is as in the example. An interrupted training
+of the `VQModel` starts anew. It needs `pip install 'tessella[convert]'`.
+
 The output folder gets `results.json`, `samples.png` and `reconstructions.png`, the folder `--runs` models and logs.
 TQDM_MININTERVAL=60 reduces the progress bars to one line per minute.
 """
@@ -36,6 +40,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +56,7 @@ from configs.run_folder import LOG_NAME, RESULTS_NAME
 from pipelines.build import BuildConfig, build
 from pipelines.evaluate import EvaluationConfig, evaluate
 from stage1_vqgan import Stage1Config
+from stage1_vqgan.convert.command import NO_DIFFUSERS
 from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
@@ -88,6 +94,8 @@ ORIGINAL_STAGE1: dict[str, Any] = {
     "codebook.restart_interval": 0,
     "model.quantizer": "vq",
     "model.quantizer_options": {"commitment_cost": 0.25},
+    "loss.l1_weight": 1.0,
+    "loss.l2_weight": 0.0,
     "loss.adversarial_weight": 0.8,
     "data.augmentation": {},
 }
@@ -228,30 +236,51 @@ class Decisions:
         if stage not in self.known:
             started = time.perf_counter()
             speed = measure()
-            self.known[stage] = {
+            decision = {
                 "steps": speed.steps_within(seconds),
                 "step_ms": round(1000 * speed.step, 2),
                 "fixed_seconds": round(speed.fixed, 1),
                 "measuring_seconds": round(time.perf_counter() - started, 1),
             }
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.known)
+            self.record(stage, decision)
         report(f"{stage}: {self.known[stage]}, in {seconds / 60:.1f} minutes")
         return int(self.known[stage]["steps"])
+
+    def record(self, stage: str, decision: dict[str, float]) -> None:
+        """Saves the numbers of a stage."""
+        self.known[stage] = decision
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.known)
+
+
+def run_tokenizer(args: argparse.Namespace, decisions: Decisions, seconds: float) -> Stage1Config:
+    """Trains the tokenizer of the preset or of the original in `seconds`; returns its settings."""
+    make = partial(stage1_config, args)
+    steps = decisions.steps(
+        "stage1", seconds, lambda: measured_speed(make, train_tokenizer, "images_per_second", args.probe_steps)
+    )
+    config = make(**scaled(make(), steps, 1))
+    train_tokenizer(config)
+    return config
+
+
+def run_diffusers(args: argparse.Namespace, decisions: Decisions, seconds: float) -> Stage1Config:
+    """Trains the `VQModel` of diffusers in `seconds`, unless this was done; returns the settings of sizes and data."""
+    config = stage1_config(args)
+    if "stage1" not in decisions.known:
+        from benchmarks import diffusers_vqmodel
+
+        decisions.record("stage1", diffusers_vqmodel.train(config, seconds))
+    return config
 
 
 def run_recipe(args: argparse.Namespace) -> dict[str, Any]:
     """Runs a recipe, or continues an interrupted one; returns its results."""
     decisions, seconds = Decisions(args.runs / "steps.json"), 60 * args.minutes
-    make_stage1, make_stage2 = partial(stage1_config, args), partial(stage2_config, args)
+    make_stage2 = partial(stage2_config, args)
 
-    steps = decisions.steps(
-        "stage1",
-        TOKENIZER_SHARE * seconds,
-        lambda: measured_speed(make_stage1, train_tokenizer, "images_per_second", args.probe_steps),
-    )
-    stage1 = make_stage1(**scaled(make_stage1(), steps, 1))
-    train_tokenizer(stage1)
+    run_stage1 = run_diffusers if args.diffusers else run_tokenizer
+    stage1 = run_stage1(args, decisions, TOKENIZER_SHARE * seconds)
     store = tokenize(make_stage2())
 
     spent = json.loads((args.runs / "vqgan" / RESULTS_NAME).read_text())["train_runtime"] + store.manifest["seconds"]
@@ -270,6 +299,7 @@ def run_recipe(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "recipe": args.preset,
         "original": args.original,
+        "diffusers": args.diffusers,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": {"device": device, **environment()},
         "minutes": {step: round(took / 60, 2) for step, took in metrics["seconds"].items()},
@@ -297,7 +327,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("preset", help="fashion_mnist, cifar10, or another folder with the three presets")
     parser.add_argument("--data", required=True, help="folder of the parquet files, or another value of data.dataset")
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--original", action="store_true", help="train the recipe of the original")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--original", action="store_true", help="train the recipe of the original")
+    kind.add_argument(
+        "--diffusers", action="store_true", help="train the VQModel of diffusers in place of our tokenizer"
+    )
     parser.add_argument("--perceptual", choices=PERCEPTUAL, default="none")
     parser.add_argument("--num_workers", type=int, default=min(15, (os.cpu_count() or 1) - 1))
     parser.add_argument("--probe_steps", type=int, default=80, help="steps of the runs that measure the speed")
@@ -306,7 +340,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", default="runs/recipes", help="folder of models and logs")
     parser.add_argument("--output_dir", default="runs/benchmarks/recipes", help="folder of results and pictures")
     args = parser.parse_args(arguments)
-    name = args.preset + ("-original" if args.original else "")
+    if args.diffusers and find_spec("diffusers") is None:
+        parser.error(f"--diffusers: {NO_DIFFUSERS}")
+    if args.diffusers and args.perceptual != "none":
+        parser.error(f"--perceptual: received {args.perceptual}; --diffusers trains without LPIPS, so take none")
+    name = args.preset + ("-original" if args.original else "-diffusers" if args.diffusers else "")
     args.runs, output = Path(args.runs) / name, Path(args.output_dir) / name
     args.stage1, args.stage2, args.evaluate = map(overrides, (args.stage1, args.stage2, args.evaluate))
     try:
