@@ -78,8 +78,8 @@ def vqmodel(config: Stage1Config) -> Any:
     """A `VQModel` with new weights, in the sizes of a configuration."""
     from diffusers import VQModel
 
-    sizes = {"quantizer": "vq", "quantizer_options": {}, "decoder_num_res_blocks": None}
-    ours = VQGANModel(VQGANConfig(**config.model | sizes))
+    stock: dict[str, Any] = {"quantizer": "vq", "quantizer_options": {}, "decoder_num_res_blocks": None}
+    ours = VQGANModel(VQGANConfig(**config.model | stock))
     with tempfile.TemporaryDirectory() as folder:
         write(ours, Path(folder))
         return VQModel.from_config(VQModel.load_config(folder))
