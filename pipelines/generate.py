@@ -49,7 +49,7 @@ class GenerateConfig(PromptSettings, UnmaskingSettings, ImageOutput):
     guidance_scale: strength of the guidance towards the class; 1 is no guidance, 1.5 to 3 is usual. For null, this and
         the next seven keys have the default of the pipeline, or else that of VQGANPipeline.generate. Of several
         conditions, {name: scale} guides by these alone: --guidance_scale.text 3. A list has one for each class or other
-        prompt: --guidance_scale '[1.5, 3]'
+        prompt: --guidance_scale '[1.5, 3]'. A default for a condition that is left out has no effect
     guidance_schedule, guidance_power, guidance_interval: growth of the guidance, and the part of the codes that it acts
         on, as in VQGANPipeline.generate
     temperature: below 1 gives more typical images, above 1 more varied ones; 0 always takes the most likely code

@@ -101,7 +101,8 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
 
         An argument that is not in it has the standard value that `generate` states. The defaults are saved with the
         pipeline. `tessella tune` chooses them; `pipe.sampling_defaults = {"guidance_scale": 1.5}` sets others, and {}
-        removes them. A setting raises a ValueError if a name is unknown or a value out of range.
+        removes them. The guidance scale of a condition has no effect on a request without it. A setting raises a
+        ValueError if a name is unknown or a value out of range.
         """
         return MappingProxyType(self._sampling_defaults)
 

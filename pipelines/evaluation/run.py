@@ -19,7 +19,7 @@ from configs import ConfigError, Problem
 from configs.files import remove_tree, write_json
 from configs.folder_lock import locked_folder
 from pipelines import hub
-from pipelines.evaluation.conditions import RealLabels, real_labels, require_same_classes
+from pipelines.evaluation.conditions import RealLabels, load_splits, real_labels, require_same_classes
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.copies import COPIES_NAME, FIGURES as COPYING_FIGURES, check_copies, save_copies
 from pipelines.evaluation.copying import CopyingCheck
@@ -32,6 +32,8 @@ from pipelines.evaluation.real_images import RealImages, read_real_images, store
 from pipelines.evaluation.report import (
     METRICS_NAME,
     RECONSTRUCTIONS_NAME,
+    class_rows,
+    prompt_rows,
     recorded_seconds,
     save_reconstructions,
     save_samples,
@@ -40,7 +42,7 @@ from pipelines.evaluation.report import (
 )
 from pipelines.evaluation.subject import SAMPLES, Subject, open_subject, store_images
 from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import Images, load_images, require_range
+from stage1_vqgan import Images, require_range
 from stage2_prior import CLASS
 
 FEATURES = "features"  # folder of the features of networks
@@ -98,7 +100,7 @@ def _evaluated(
     """Exports the images and measures them, unless `metrics` are known."""
     started = time.perf_counter()
     if metrics is None:
-        sources = load_images(config.data)
+        sources = load_splits(config.data, subject.pipeline)
         if subject.pipeline is not None:
             require_same_classes(subject.pipeline.layout, sources[0].class_names or [])
         train, validation = store_splits(config, subject, sources, processes)
@@ -140,7 +142,10 @@ def _save(
         (folder / name).unlink(missing_ok=True)
     if check is not None:
         save_copies(config, check, train, images, subject.processor.postprocess)
-    save_samples(config, images, class_names, subject.processor.postprocess)
+    rows = class_rows(images, class_names)
+    if subject.pipeline is not None and subject.asked is not None and subject.pipeline.layout.segments:
+        rows = prompt_rows(subject.pipeline, subject.asked.prompts)
+    save_samples(config, images, rows, subject.processor.postprocess)
     if subject.pipeline is not None:
         save_reconstructions(config, subject.pipeline, validation)
     write_json(folder / METRICS_NAME, metrics)
@@ -163,7 +168,7 @@ def read_splits(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple[Real
             config.data.max_skipped_fraction,
             config.dataloader_num_workers,
         )
-        for source in load_images(config.data)
+        for source in load_splits(config.data, pipeline)
     )
     require_components(config, len(train), pipeline.image_processor.num_channels)
     return train, validation

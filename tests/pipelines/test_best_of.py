@@ -177,10 +177,12 @@ def test_what_a_prior_cannot_score_is_refused(pipeline, masked):
     style = Segment("style", "class", 2, class_names=("flat", "drawn"))
     styled = replace(pipeline.layout, class_names=(), class_counts=(), segments=(style,))
     assert require_best_of(styled, 2, "class", ["style"], is_larger=False) == 2  # the only one needs no name
-    with pytest.raises(ValueError, match="best_by: received 'style'; needs class_labels$"):
+    with pytest.raises(ValueError, match=r"best_by: received 'style'; needs class_labels$"):
         require_best_of(styled, 2, "style", [], is_larger=False)
     two = replace(styled, segments=(style, replace(style, name="group")))
-    with pytest.raises(ValueError, match="best_by: received 'class'; must be one of the .* with classes, 'style', 'gr"):
+    with pytest.raises(
+        ValueError, match=r"best_by: received 'class'; must be one of the .* with classes, 'style', 'gr"
+    ):
         require_best_of(two, 2, "class", ["style"], is_larger=False)
     with pytest.raises(ValueError, match="best_by: received 'class'; this prior has no classes"):
         require_best_of(replace(styled, segments=()), 2, "class", [], is_larger=False)
