@@ -193,7 +193,7 @@ def test_settings_are_tuned_with_the_conditions_of_validation_images(tuned, tmp_
 
 @pytest.mark.parametrize("most", [40, 13, 8])
 def test_both_halves_hold_the_same_images_as_their_prompts(tuned, most):
-    """Also if only some of the validation images are read: the prompt of each has the style that its brightness tells."""
+    """Also if only some of the validation images are read. The prompt has the style that the brightness tells."""
     pipeline, judge_with = tuned
     judge = judge_with(max_real_images=most)
     numbers = np.linspace(0, 39, most).astype(int)
