@@ -9,7 +9,7 @@ import numpy as np
 from configs import ConfigError, Problem
 from configs.names import one_form
 from configs.problems import listed
-from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.config import ComparisonConfig
 from pipelines.evaluation.real_images import RealImages
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import DataConfig, Images, load_images
@@ -42,7 +42,7 @@ def load_splits(data: DataConfig, pipeline: VQGANPipeline | None) -> tuple[Image
         raise ConfigError([Problem("data.use_labels", f"{message} ({problem})")]) from error
 
 
-def real_labels(config: EvaluationConfig, layout: TokenLayout, train: RealImages, validation: RealImages) -> RealLabels:
+def real_labels(config: ComparisonConfig, layout: TokenLayout, train: RealImages, validation: RealImages) -> RealLabels:
     """The classes of real images in each condition. A condition is missing if the images do not have its column.
 
     Raises:
