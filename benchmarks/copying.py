@@ -22,12 +22,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, Features, Image as ImageFeature
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.families import Real
@@ -102,37 +103,54 @@ def overfitted(args: argparse.Namespace, few: ImageSet, validation: ImageSet, go
     return str(root / "pipeline")
 
 
-class Check:
-    """The copying check of the generated images of a prior, with each of some sets of training images."""
+class Prior(NamedTuple):
+    """A prior, and the images that it generated.
 
-    def __init__(self, config: EvaluationConfig, pipe: VQGANPipeline, real: Real) -> None:
-        samples, labels = generate_samples(config, pipe)
-        self.config, self.pipe, self.real, self.generated = config, pipe, real, PixelImages(samples)
-        self.others = {name: round(value, 3) for name, value in real.metrics(samples, labels[CLASS]).items()}
+    Attributes:
+        name: its name in tables and in the picture.
+        config: settings of its evaluation.
+        pipe: its pipeline.
+        train: the images that it was trained on.
+        generated: the images.
+        others: the other metrics of them.
+    """
 
-    def against(self, train: ImageSet) -> CopyingCheck:
-        """The product's own check with these training images."""
-        check, reason = check_copies(
-            self.config, self.pipe, self.pipe.device, train, self.real.validation, self.generated
-        )
+    name: str
+    config: EvaluationConfig
+    pipe: VQGANPipeline
+    train: ImageSet
+    generated: ImageSet
+    others: dict[str, float]
+
+    def check(self, train: ImageSet, validation: ImageSet) -> CopyingCheck:
+        """The check that an evaluation does, with these training images."""
+        check, reason = check_copies(self.config, self.pipe, self.pipe.device, train, validation, self.generated)
         if check is None:
             raise SystemExit(reason)
         return check
 
-    def row(self, prior: str, train: ImageSet) -> dict[str, Any]:
-        """A line of the first table."""
-        found = self.against(train).figures
-        counts = {"generated": len(self.generated), "train": len(train), "held out": len(self.real.validation)}
-        suspected = f"{found['suspected_copies']:.3f} ± {found['suspected_copies_chance']:.3f}"
-        nearer = round(found["nearer_than_held_out"], 3)
-        return {"prior": prior, **counts, "suspected copies": suspected, "nearer": nearer, **self.others}
+    def pictures(self, check: CopyingCheck) -> list[tuple[str, list[Image.Image]]]:
+        """Two rows: the most suspicious images above their nearest training images."""
+        known, show = Reconstructions(self.train, self.pipe.vqgan), self.pipe.image_processor.postprocess
+        above, below = suspect_rows(check.suspects, self.generated, known, show, COLUMNS, COLUMNS)
+        return [(self.name, above[1]), below]
 
-    def pictures(self, label: str, train: ImageSet) -> list[tuple[str, Any]]:
-        """Two rows of the picture: the most suspicious images above their nearest training images."""
-        known = Reconstructions(train, self.pipe.vqgan)
-        show = self.pipe.image_processor.postprocess
-        rows = suspect_rows(self.against(train).suspects, self.generated, known, show, COLUMNS, COLUMNS)
-        return [(label, rows[0][1]), rows[1]]
+
+def sampled(name: str, config: EvaluationConfig, pipe: VQGANPipeline, train: ImageSet, real: Real) -> Prior:
+    """Generates the images of a prior, and measures them."""
+    pipe.set_progress_bar_config(disable=True)
+    samples, labels = generate_samples(config, pipe)
+    return Prior(name, config, pipe, train, PixelImages(samples), real.metrics(samples, labels[CLASS]))
+
+
+def line(prior: Prior, train: ImageSet, validation: ImageSet, check: CopyingCheck) -> dict[str, Any]:
+    """A line of the first table."""
+    found = check.figures
+    counts = {"generated": len(prior.generated), "train": len(train), "held out": len(validation)}
+    suspected = f"{found['suspected_copies']:.3f} ± {found['suspected_copies_chance']:.3f}"
+    others = {"nearer": found["nearer_than_held_out"]} | prior.others
+    rounded = {name: round(value, 3) for name, value in others.items()}
+    return {"prior": prior.name, **counts, "suspected copies": suspected, **rounded}
 
 
 def changed(images: Tensor, augmentation: AugmentationConfig) -> dict[str, Tensor]:
@@ -192,38 +210,41 @@ def known_copies(args: argparse.Namespace, real: Real, pipe: VQGANPipeline) -> l
     copied = some_pixels(real.train, spread(len(real.train), args.copies))
     augmentation = load_config(Stage2Config, f"{args.preset}/stage2", args.stage2).data.augmentation
     kinds: dict[str, ImageSet] = {name: PixelImages(one) for name, one in changed(copied, augmentation).items()}
-    kinds["as the tokenizer gives it back"] = Reconstructions(kinds["unchanged"], pipe.vqgan)
-    kinds["no copies: validation images"], held_out = halves(real.validation)
+    kinds["as the tokenizer gives it back"] = given_back(kinds["unchanged"], pipe)
+    fresh, held_out = (SomeImages(real.validation, range(first, len(real.validation), 2)) for first in (0, 1))
+    kinds["no copies: validation images"] = fresh
+    through = {name: given_back(images, pipe) for name, images in kinds.items()}
+    sets = {"": (kinds, real.train, held_out)}
+    sets[", through the tokenizer"] = (through, given_back(real.train, pipe), given_back(held_out, pipe))
     rows: dict[str, dict[str, Any]] = {name: {"change": name, "images": len(images)} for name, images in kinds.items()}
     for name in (NETWORK, *args.feature_networks):
         network = load_network(name).to(pipe.device)
-        sharp = shares(kinds, real.train, held_out, network, counts_mirrored(real.config))
-        through = {kind: Reconstructions(images, pipe.vqgan) for kind, images in kinds.items()}
-        sets = (Reconstructions(images, pipe.vqgan) for images in (real.train, held_out))
-        blurred = shares(through, *sets, network, counts_mirrored(real.config))
-        for kind, row in rows.items():
-            row |= {name: round(sharp[kind], 3), f"{name}, through the tokenizer": round(blurred[kind], 3)}
+        for how, (copies, train, others) in sets.items():
+            for kind, share in shares(copies, train, others, network, counts_mirrored(real.config)).items():
+                rows[kind][name + how] = round(share, 3)
     return list(rows.values())
 
 
-def halves(images: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Every second image of a set, and the others."""
-    even, odd = (SomeImages(images, range(first, len(images), 2)) for first in (0, 1))
-    return even, odd
+def given_back(images: ImageSet, pipe: VQGANPipeline) -> ImageSet:
+    """What the tokenizer makes of images, in memory."""
+    return PixelImages(torch.cat(list(parts(Reconstructions(images, pipe.vqgan)))))
 
 
 def priors(args: argparse.Namespace, real: Real, good: VQGANPipeline) -> list[dict[str, Any]]:
     """The lines of the first table. Draws the picture."""
     few = SomeImages(real.train, spread(len(real.train), args.images, real.train.labels))
     plain = replace(real.config, data=replace(real.config.data, augmentation=AugmentationConfig()))
-    pipe = load_pipeline(overfitted(args, few, real.validation, good))
-    pipe.set_progress_bar_config(disable=True)
-    of_few, of_all = f"of {len(few)} images", "of the pipeline"
-    overfit, usual = Check(plain, pipe, real), Check(real.config, good, real)
-    picture = overfit.pictures(f"a prior {of_few}", few) + usual.pictures("the prior of the pipeline", real.train)
-    write_png(args.output_dir / "copies.png", labelled_grid(picture, COLUMNS, min_tile=48))
-    sets: tuple[ImageSet, ...] = (few, real.train)
-    return [check.row(name, train) for name, check in ((of_few, overfit), (of_all, usual)) for train in sets]
+    copying = load_pipeline(overfitted(args, few, real.validation, good))
+    overfit = sampled(f"a prior of {len(few)} images", plain, copying, few, real)
+    usual = sampled("the prior of the pipeline", real.config, good, real.train, real)
+    lines, pictures = [], []
+    for prior in (overfit, usual):
+        for train in (few, real.train):
+            check = prior.check(train, real.validation)
+            lines.append(line(prior, train, real.validation, check))
+            pictures += prior.pictures(check) if train is prior.train else []
+    write_png(args.output_dir / "copies.png", labelled_grid(pictures, COLUMNS, min_tile=48))
+    return lines
 
 
 def run(args: argparse.Namespace) -> None:
@@ -232,7 +253,6 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(EvaluationConfig, f"{args.preset}/evaluate", args.evaluate)
     args.stage2.setdefault("tokenizer", f"{config.pipeline}/vqgan")
     good = load_pipeline(str(config.pipeline))
-    good.set_progress_bar_config(disable=True)
     real = Real(config, good)
     results = {"priors": priors(args, real, good), "known copies": known_copies(args, real, good)}
     for rows in results.values():
