@@ -12,11 +12,16 @@ test.parquet; the train images show its emoji in the three other styles.
 `pairs` writes a data set whose rows have the column `source` too, the same emoji in another style. `text` generates
 every emoji from its text and its style; `guidance` does so with several scales of guidance by each. `transfer`
 generates it from its image in another style, a condition image.
+
+`text` measures each combination of the sampling settings. To choose settings by emoji that are not those of the
+figures, choose with `--half first`, and measure the choice with `--half second`.
 Features are those of EfficientNet-Lite0, which no training has used.
 """
 
 import argparse
+import itertools
 import time
+import zlib
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -38,7 +43,10 @@ from stage1_vqgan import labelled_grid
 from stage1_vqgan.networks import load_network
 
 NETWORK = "efficientnet-lite0@96"
+SETTINGS = ("guidance_scale", "temperature", "num_steps", "order", "order_temperature")
+HALVES = ("first", "second")
 SHOWN = 12  # images in a row of the picture
+MAX_KINDS = 8  # in a picture
 
 
 class Emoji(NamedTuple):
@@ -57,9 +65,17 @@ class Emoji(NamedTuple):
     codes: list[str]
 
 
-def read(path: Path) -> tuple[Emoji, list[str]]:
-    """The emoji of a parquet file, and the names of the styles."""
+def read(path: Path, half: str | None = None) -> tuple[Emoji, list[str]]:
+    """The emoji of a parquet file, and the names of the styles.
+
+    Args:
+        path: the file.
+        half: None for all emoji. An emoji is in the same half in all styles.
+    """
     rows: Any = load_dataset("parquet", data_files=str(path), split="train")
+    if half is not None:
+        halves = [HALVES[zlib.crc32(code.encode()) % 2] for code in rows["code"]]
+        rows = rows.select(np.flatnonzero(np.array(halves) == half))
     images = [image.convert("RGB") for image in rows["image"]]
     emoji = Emoji(images, np.array(rows["style"]), list(rows["text"]), list(rows["code"]))
     return emoji, rows.features["style"].names
@@ -124,10 +140,16 @@ class Judge:
         }
 
 
-def generated(pipeline: VQGANPipeline, asked: dict[str, Any], args: argparse.Namespace) -> list[Image.Image]:
-    """The images of a request, with the settings of the command line that it does not state."""
-    settings = {"guidance_scale": args.guidance_scale, "temperature": args.temperature}
-    settings |= {"num_steps": args.num_steps[0], "order": args.order, "order_temperature": args.order_temperature}
+def combinations(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All combinations of the sampling settings of the command line, without those that are not stated."""
+    stated = [key for key in SETTINGS if getattr(args, key)]
+    return [
+        dict(zip(stated, values, strict=True)) for values in itertools.product(*(getattr(args, key) for key in stated))
+    ]
+
+
+def generated(pipeline: VQGANPipeline, asked: dict[str, Any], settings: dict[str, Any]) -> list[Image.Image]:
+    """The images of a request, with these sampling settings where it states no others."""
     return [image.convert("RGB") for image in pipeline.generate(**settings | asked, seed=0).images]
 
 
@@ -137,21 +159,21 @@ def reconstructed(pipeline: VQGANPipeline, emoji: Emoji) -> list[Image.Image]:
 
 
 def text(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
-    """Generates all emoji of both test sets from text and style, and without the text."""
+    """Generates all emoji of both test sets from text and style with all settings, and without the text."""
     judge = Judge(args)
     results: dict[str, Any] = {}
+    settings = combinations(args)
     for split, path in (("test", args.data), ("pairs", args.pairs)):
-        emoji, _ = read(path / "test.parquet")
+        emoji, _ = read(path / "test.parquet", args.half)
         real = judge.features(emoji.images)
         styles = {"class_labels": {args.style: [judge.names[style] for style in emoji.styles]}}
-        asked = styles | {"text": emoji.texts}
         kinds = {
-            f"with text{'' if steps is None else f', {steps} steps'}": partial(
-                generated, pipeline, asked | {"num_steps": steps}, args
+            ", ".join(["with text", *(f"{key} {value}" for key, value in one.items())]): partial(
+                generated, pipeline, styles | {"text": emoji.texts}, one
             )
-            for steps in args.num_steps
+            for one in settings
         }
-        kinds["without text"] = partial(generated, pipeline, styles, args)
+        kinds["without text"] = partial(generated, pipeline, styles, settings[0])
         kinds["real, reconstructed"] = partial(reconstructed, pipeline, emoji)
         shown = [("real", emoji.images)]
         for kind, make in kinds.items():
@@ -159,15 +181,16 @@ def text(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
             images = make()
             rate = len(images) / (time.process_time() - start)
             results[f"{split}, {kind}"] = judge.measures(images, emoji, real) | {"images per CPU second": rate}
+            print(f"{split}, {kind}", results[f"{split}, {kind}"], flush=True)
             shown.append((kind, images))
-        picture(args.output_dir / f"text_{split}.png", shown[:-1], emoji)
+        picture(args.output_dir / f"text_{split}.png", shown[:-1][:MAX_KINDS], emoji)
     return results
 
 
 def guidance(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
     """Generates the emoji of both test sets together, with guidance on the style alone and on the text alone."""
     judge = Judge(args)
-    test, pairs_ = read(args.data / "test.parquet")[0], read(args.pairs / "test.parquet")[0]
+    test, pairs_ = (read(folder / "test.parquet", args.half)[0] for folder in (args.data, args.pairs))
     emoji = Emoji(
         test.images + pairs_.images,
         np.r_[test.styles, pairs_.styles],
@@ -177,10 +200,11 @@ def guidance(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any
     real = judge.features(emoji.images)
     asked = {"class_labels": {args.style: [judge.names[style] for style in emoji.styles]}, "text": emoji.texts}
     scales = [{}, *({args.style: s} for s in (0.0, 2.0, 4.0)), *({"text": s} for s in (0.0, 2.0, 4.0))]
+    (settings,) = combinations(args)
     results = {}
     for scale in scales:
         name = ", ".join(f"{key} {value}" for key, value in scale.items()) or "none"
-        images = generated(pipeline, asked | {"guidance_scale": scale or 1.0}, args)
+        images = generated(pipeline, asked | {"guidance_scale": scale or 1.0}, settings)
         results[name] = judge.measures(images, emoji, real)
     return results
 
@@ -189,11 +213,12 @@ def transfer(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any
     """Generates each emoji of `pairs` from its train image in another style. Copying that image is the base line."""
     judge = Judge(args)
     train, names = judge.train, judge.names
-    emoji, _ = read(args.pairs / "test.parquet")
+    emoji, _ = read(args.pairs / "test.parquet", args.half)
+    (settings,) = combinations(args)
     sources = [train.images[train.codes.index(code)] for code in emoji.codes]
     labels = {args.style: [names[style] for style in emoji.styles]}
     kinds: dict[str, list[Image.Image]] = {
-        "generated": generated(pipeline, {"class_labels": labels, "condition_images": sources}, args),
+        "generated": generated(pipeline, {"class_labels": labels, "condition_images": sources}, settings),
         "the input copied": sources,
         "the real image, reconstructed": pipeline.reconstruct(emoji.images),
     }
@@ -253,11 +278,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
     parser.add_argument("--pairs", type=Path, help="folder with the test.parquet of emoji known in other styles")
     parser.add_argument("--style", default="style", help="name of the condition with the styles")
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--num_steps", type=int, nargs="+", default=[None], help="of a masked prior")
-    parser.add_argument("--order", choices=["confidence", "halton"], help="of a masked prior")
-    parser.add_argument("--order_temperature", type=float, help="of a masked prior")
+    parser.add_argument("--half", choices=HALVES, help="generate these emoji alone")
+    parser.add_argument("--guidance_scale", type=float, nargs="+", default=[2.0])
+    parser.add_argument("--temperature", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--num_steps", type=int, nargs="+", help="of a masked prior")
+    parser.add_argument("--order", choices=["confidence", "halton"], nargs="+", help="of a masked prior")
+    parser.add_argument("--order_temperature", type=float, nargs="+", help="of a masked prior")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks/emoji"))
     args = parser.parse_args()
     if args.task == "pairs":
@@ -265,6 +291,8 @@ def main() -> None:
         return
     if args.pipeline is None or args.pairs is None:
         parser.error(f"{args.task} needs a pipeline and --pairs")
+    if args.task != "text" and len(combinations(args)) > 1:
+        parser.error(f"{args.task} takes one value of each sampling setting")
     where = environment()
     results = {"text": text, "guidance": guidance, "transfer": transfer}[args.task](
         args, VQGANPipeline.from_pretrained(args.pipeline)
