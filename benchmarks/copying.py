@@ -57,6 +57,7 @@ from stage2_prior import CLASS, Stage2Config
 from stage2_prior.tokenize import tokenize
 from stage2_prior.training.run import train as train_prior
 
+Sets = tuple[dict[str, ImageSet], ImageSet, ImageSet]  # changed images, training images, held-out images
 COLUMNS = 12  # images in a row of the picture
 NOISE, BRIGHTER = 0.05, 0.1  # fractions of the range of pixels
 
@@ -214,8 +215,10 @@ def known_copies(args: argparse.Namespace, real: Real, pipe: VQGANPipeline) -> l
     fresh, held_out = (SomeImages(real.validation, range(first, len(real.validation), 2)) for first in (0, 1))
     kinds["no copies: validation images"] = fresh
     through = {name: given_back(images, pipe) for name, images in kinds.items()}
-    sets = {"": (kinds, real.train, held_out)}
-    sets[", through the tokenizer"] = (through, given_back(real.train, pipe), given_back(held_out, pipe))
+    sets: dict[str, Sets] = {
+        "": (kinds, real.train, held_out),
+        ", through the tokenizer": (through, given_back(real.train, pipe), given_back(held_out, pipe)),
+    }
     rows: dict[str, dict[str, Any]] = {name: {"change": name, "images": len(images)} for name, images in kinds.items()}
     for name in (NETWORK, *args.feature_networks):
         network = load_network(name).to(pipe.device)

@@ -47,7 +47,7 @@ def test_a_prior_that_copies_is_exposed(tiny_runs, tmp_path, datasets_cache, cap
     sizes = [f"model.{name}={value}" for name, value in tiny.LLAMA.items()]
     stage2 = [*sizes, "learning_rate=1e-2", "num_sample_images=0", "per_device_train_batch_size=20"]
     evaluation = [f"pipeline={tiny_runs.pipeline}", "samples_per_class=8", "max_real_images=300", "guidance_scale=1"]
-    command = ["digits", "--images=20", "--steps=150", "--copies=40", f"--output_dir={tmp_path}"]
+    command = ["digits", "--images=20", "--steps=100", "--copies=40", f"--output_dir={tmp_path}"]
     main([*command, "--stage2", *stage2, "--evaluate", *evaluation])
     found = json.loads((tmp_path / "copying.json").read_text())
     exposed, _, usual_with_few, usual = found["priors"]
