@@ -272,10 +272,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300, help="steps of its training")
     parser.add_argument("--copies", type=int, default=500, help="largest number of training images that are changed")
     parser.add_argument("--feature_networks", nargs="+", default=[], metavar="NAME", help="further networks")
-    for name in ("stage2", "evaluate"):
-        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of it")
+    settings: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY=VALUE"}
+    parser.add_argument("--stage2", **settings, help="further settings of the prior that copies")
+    parser.add_argument("--evaluate", **settings, help="further settings of the evaluation, such as pipeline")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks/copying"))
     args = parser.parse_args(arguments)
+    if args.images < 2 or args.copies < 2:
+        parser.error(f"--images and --copies: received {args.images} and {args.copies}; each must be at least 2")
     args.stage2, args.evaluate = map(overrides, (args.stage2, args.evaluate))
     try:
         run(args)
