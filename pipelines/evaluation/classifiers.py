@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.config import ComparisonConfig
 from pipelines.evaluation.image_set import ImageSet
 from pipelines.evaluation.reading import SomeImages, all_area_features, as_set, parts, some_pixels
 
@@ -156,7 +156,7 @@ class CNNClassifier(NetworkClassifier):
 NETWORKS: dict[str, type[NetworkClassifier]] = {"cnn": CNNClassifier, "resnet": ResNetClassifier}
 
 
-def new_classifier(config: EvaluationConfig, device: torch.device) -> Classifier:
+def new_classifier(config: ComparisonConfig, device: torch.device) -> Classifier:
     """An untrained classifier of the configured kind."""
     if config.classifier == "svc":
         return SupportVectorClassifier(config.feature_size, config.classifier_gamma, config.classifier_c)
