@@ -115,7 +115,9 @@ class Judge:
         from pipelines.evaluation.report import weights_hash
 
         digest = hashlib.sha256(weights_hash(self.pipeline).encode())
-        digest.update(bytes([self.config.data.augmentation.horizontal_flip]))  # the classifiers "cnn" and "resnet" mirror too
+        digest.update(
+            bytes([self.config.data.augmentation.horizontal_flip])
+        )  # the classifiers "cnn" and "resnet" mirror too
         for images in (self.train, self.validation):
             digest.update(images.pixels().numpy().tobytes())
             digest.update(b"" if images.labels is None else images.labels.tobytes())
