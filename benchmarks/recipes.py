@@ -73,9 +73,6 @@ MARGIN = 0.92
 PRIOR_EVALUATIONS = 5
 CHECKPOINTS = 8
 
-# Guidance scale of the evaluated images, unless the preset states one.
-GUIDANCE = 1.5
-
 PERCEPTUAL: dict[str, dict[str, Any]] = {
     "none": {"loss.perceptual_weight": 0},
     "random": {"loss.lpips_weights": "random"},
@@ -157,12 +154,9 @@ def evaluation_config(args: argparse.Namespace) -> EvaluationConfig:
     """The settings of the evaluation."""
     values = common(args, "evaluation") | {"pipeline": str(args.runs / "pipeline")}
     values |= {"tokenizer_run": str(args.runs / "vqgan"), "code_store": str(args.runs / "codes")}
-    values |= {"prior_run": str(args.runs / "prior")} | ({"guidance_scale": 1.0} if args.original else {})
+    values |= {"prior_run": str(args.runs / "prior"), "guidance_scale": 1.0 if args.original else 1.5}
     del values["report_to"]
-    config = load_config(EvaluationConfig, f"{args.preset}/evaluate", values | args.evaluate)
-    if config.guidance_scale is None:
-        config.guidance_scale = GUIDANCE
-    return config
+    return load_config(EvaluationConfig, f"{args.preset}/evaluate", values | args.evaluate)
 
 
 def common(args: argparse.Namespace, folder: str) -> dict[str, Any]:
