@@ -335,8 +335,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--perceptual", choices=PERCEPTUAL, default="none")
     parser.add_argument("--num_workers", type=int, default=min(15, (os.cpu_count() or 1) - 1))
     parser.add_argument("--probe_steps", type=int, default=80, help="steps of the runs that measure the speed")
-    for name in ("stage1", "stage2", "evaluate"):
-        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of it")
+    of_preset: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY=VALUE", "help": "further settings of it"}
+    parser.add_argument("--stage1", **of_preset)
+    parser.add_argument("--stage2", **of_preset)
+    parser.add_argument("--evaluate", **of_preset)
     parser.add_argument("--runs", default="runs/recipes", help="folder of models and logs")
     parser.add_argument("--output_dir", default="runs/benchmarks/recipes", help="folder of results and pictures")
     args = parser.parse_args(arguments)
