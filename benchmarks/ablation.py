@@ -64,8 +64,8 @@ class Variant:
         architecture: `model_type` of the prior, in the sizes of the preset's; None keeps the preset's.
     """
 
-    stage1: Mapping[str, Any] = field(default_factory=dict)
-    stage2: Mapping[str, Any] = field(default_factory=dict)
+    stage1: dict[str, Any] = field(default_factory=dict)
+    stage2: dict[str, Any] = field(default_factory=dict)
     architecture: str | None = None
 
 

@@ -121,7 +121,10 @@ def all_tables(compared: Mapping[str, Mapping[str, Comparison]], digits: Mapping
 
 def meanings(pairs: int) -> list[str]:
     """What the verdicts mean, with so many pairs."""
-    lines = ["=     no difference: the variant changes nothing that this figure depends on"]
+    lines = [
+        "blank the base line, and figures that cannot be compared with it",
+        "=     no difference: the variant changes nothing that this figure depends on",
+    ]
     if pairs < 2:
         return [*lines, "?     one seed does not tell"]
     limit = f"{errors_of_interval(pairs):.2f} errors with {pairs} seeds"
