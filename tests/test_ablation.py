@@ -106,9 +106,51 @@ def test_tables_leave_out_what_cannot_be_compared():
         "codebook_64": {0: run(18.0), 1: run(19.01)},
         "gpt2": {0: {"psnr": 20.0, "bits_per_pixel": 2.1}},
     }
-    lines = all_tables(comparisons(results), ablation.FIGURES).splitlines()
-    psnr, bits, verdicts = (start for start, line in enumerate(lines) if line.split()[0] in ("psnr", "bits_per_pixel"))
-    assert lines[psnr + 1 : psnr + 4] == [
-        "baseline         2  20.50 ± 0.71",
-        "codebook_64      2  18.51 ± 0.71   -2.00 ± 0.00",
+    text = all_tables(comparisons(results), ablation.FIGURES)
+    psnr, bits, verdicts = ([line.split() for line in part.splitlines()] for part in text.split("\n\n"))
+    assert psnr[1:] == [
+        ["baseline", "2", "20.50", "±", "0.71"],
+        ["codebook_64", "2", "18.51", "±", "0.71", "-1.99", "±", "0.01"],
+        ["gpt2", "1", "20.00", "+0.00"],
     ]
+    assert bits[2] == ["codebook_64", "2", "1.8505", "±", "0.0714"]  # other codes
+    assert bits[3] == ["gpt2", "1", "2.1000", "+0.1000"]
+    assert verdicts[1:4] == [["baseline"], ["codebook_64", "-"], ["gpt2", "?", "?"]]
+
+
+def test_seconds_of_an_interrupted_part_are_added(tmp_path, monkeypatch):
+    clock = iter([0.0, 2.0, 10.0, 13.0])
+    monkeypatch.setattr("benchmarks.cpu_time.cpu_seconds", lambda: next(clock))
+    folder = tmp_path / "run" / "prior"
+
+    def fail():
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        complete(folder, "results", fail)
+    complete(folder, "results", lambda: folder.mkdir() or (folder / "results").touch())
+    complete(folder, "results", lambda: None)  # it is done: the clock is not asked again
+    assert seconds_of(folder) == 5 and seconds_of(folder.with_name("codes")) == 0
+
+
+@pytest.mark.slow
+def test_an_ablation(tmp_path, capsys):
+    command = ["digits", "--variants", "gpt2", "perceptual", *SMALL, f"--output_dir={tmp_path}"]
+    main([*command, "--seeds", "0", "1"])
+    result = json.loads((tmp_path / "ablation.json").read_text())
+    assert result["left_out"].keys() == {"perceptual"} and result["results"].keys() == {BASE, "gpt2"}
+    figures = result["results"]["gpt2"]["1"]
+    assert figures.keys() == ablation.FIGURES.keys() and figures["cpu_seconds"] > 0
+    assert figures["psnr"] == result["results"][BASE]["1"]["psnr"] != result["results"][BASE]["0"]["psnr"]
+    assert result["comparisons"]["psnr"]["gpt2"]["error"] == 0
+    assert not (tmp_path / "seed_0/gpt2/vqgan").exists() and (tmp_path / "seed_0/gpt2/prior").is_dir()
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed_*/*/run.json")}
+    main([*command, "--seeds", "0", "1"])  # nothing is repeated
+    assert json.loads((tmp_path / "ablation.json").read_text())["results"] == result["results"]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit):  # other settings in the same folder
+        main([*command, "--stage1", "max_steps=10"])
+    assert "max_steps" in capsys.readouterr().out
