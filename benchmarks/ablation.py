@@ -219,15 +219,16 @@ def comparisons(results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dic
     """Compares all variants with the base line: by figure, then by variant.
 
     Args:
-        results: figures by variant and seed. The base line has the most figures.
+        results: figures by variant and seed; figures may be missing.
     """
+    found = dict.fromkeys(name for runs in results.values() for figures in runs.values() for name in figures)
     return {
         figure: {
-            name: compare(of_seeds(runs, figure), base_of(name, figure, results))
+            name: compare(values, base_of(name, figure, results))
             for name, runs in results.items()
-            if of_seeds(runs, figure)
+            if (values := of_seeds(runs, figure))
         }
-        for figure in next(iter(results[BASE].values()))
+        for figure in dict.fromkeys([*(name for name in FIGURES if name in found), *found])
     }
 
 
