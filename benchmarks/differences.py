@@ -79,10 +79,10 @@ def figure_rows(figure: str, compared: Mapping[str, Comparison], digits: int) ->
         {
             figure: name,
             "seeds": one.seeds,
-            "mean ± spread": with_error(one.mean, one.spread, f".{digits}f"),
+            "mean ± spread": with_error(one.mean, one.spread, f"z.{digits}f"),
             "difference ± error": ""
             if one.difference is None
-            else with_error(one.difference, one.error, f"+.{digits}f"),
+            else with_error(one.difference, one.error, f"+z.{digits}f"),
         }
         for name, one in compared.items()
     ]
@@ -121,15 +121,13 @@ def all_tables(compared: Mapping[str, Mapping[str, Comparison]], digits: Mapping
 
 def meanings(pairs: int) -> list[str]:
     """What the verdicts mean, with so many pairs."""
-    lines = [
-        "blank the base line, and figures that cannot be compared with it",
-        "=     no difference: the variant changes nothing that this figure depends on",
-    ]
+    blank = "blank the base line, and figures that cannot be compared with it"
     if pairs < 2:
-        return [*lines, "?     one seed does not tell"]
+        return [blank, "?     one seed does not tell"]
     limit = f"{errors_of_interval(pairs):.2f} errors with {pairs} seeds"
     return [
-        *lines,
+        blank,
+        "=     no difference: the variant changes nothing that this figure depends on",
         f"+, -  clear difference: above {limit} (Student's t, {CONFIDENCE:.0%}); by chance in 1 cell of 20",
         f".     no clear difference; one of up to |difference| + {limit} may exist",
     ]
