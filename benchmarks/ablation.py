@@ -3,6 +3,7 @@
 Trains both stages of the preset and evaluates them: once as it is, the base line, and once for each variant. A variant
 changes one thing, see `VARIANTS`. All of this is done for each seed, which seeds both trainings, the views of the code
 store and the sampling. So variants of the same seed start from the same random numbers, and are compared in pairs.
+Images are sampled with guidance 1.5, if `--evaluate guidance_scale=...` states no other.
 
 Variants that change nothing in stage 1 use the tokenizer of the base line of their seed, and also its codes if they
 keep the number of views. A variant that the preset refuses, or that changes nothing there, is named and left out.
@@ -32,6 +33,7 @@ from benchmarks.differences import Comparison, all_tables, compare
 from benchmarks.machine import environment
 from benchmarks.report import write
 from benchmarks.stages import (
+    GUIDANCE_SCALE,
     Folders,
     add_settings,
     evaluation_values,
@@ -120,13 +122,14 @@ def settings(args: argparse.Namespace, variant: Variant, seed: int, folders: Fol
     seeded = {"seed": seed}
     stage1 = stage1_values(args, folders) | variant.stage1 | seeded
     stage2 = stage2_values(args, folders) | variant.stage2 | seeded
+    evaluation = {"guidance_scale": GUIDANCE_SCALE} | evaluation_values(args, folders) | seeded
     if variant.architecture is not None:
         prior = load_config(Stage2Config, f"{args.preset}/stage2", stage2).model
         stage2["model"] = architecture(variant.architecture, prior)
     return Settings(
         load_config(Stage1Config, f"{args.preset}/stage1", stage1),
         load_config(Stage2Config, f"{args.preset}/stage2", stage2),
-        load_config(EvaluationConfig, f"{args.preset}/evaluate", evaluation_values(args, folders) | seeded),
+        load_config(EvaluationConfig, f"{args.preset}/evaluate", evaluation),
     )
 
 

@@ -44,6 +44,7 @@ import torch
 from benchmarks.machine import environment
 from benchmarks.report import table, write
 from benchmarks.stages import (
+    GUIDANCE_SCALE,
     Folders,
     add_settings,
     evaluation_values,
@@ -152,7 +153,7 @@ def stage2_config(args: argparse.Namespace, **changes: Any) -> Stage2Config:
 
 def evaluation_config(args: argparse.Namespace) -> EvaluationConfig:
     """The settings of the evaluation."""
-    values = {"guidance_scale": 1.0} if args.original else {}
+    values = {"guidance_scale": 1.0 if args.original else GUIDANCE_SCALE}
     values |= evaluation_values(args, Folders.within(args.runs))
     return load_config(EvaluationConfig, f"{args.preset}/evaluate", values)
 

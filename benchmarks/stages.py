@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+# Of the generated images; the presets leave it to the pipeline, whose default is no guidance.
+GUIDANCE_SCALE = 1.5
+
 
 class Folders(NamedTuple):
     """The folders of the parts of a run."""

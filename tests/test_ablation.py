@@ -79,6 +79,7 @@ def test_variants_share_the_tokenizer_and_the_codes_they_can_share(tmp_path):
 def test_every_part_of_a_run_has_its_seed(tmp_path):
     run = settings(arguments(tmp_path), VARIANTS["one_view"], 7, Folders.within(tmp_path))
     assert [part.seed for part in run] == [7, 7, 7] and run.stage2.num_views == 1
+    assert run.evaluation.guidance_scale == 1.5
 
 
 def test_differences_are_paired_by_seed():

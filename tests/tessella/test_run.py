@@ -122,15 +122,17 @@ def test_the_exit_code_of_a_step_is_passed_on(tmp_path, capfd):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A run whose steps write their result instead of training. `ran` lists them; `codes` are their exit codes."""
+    """A run whose steps write their result instead of training.
+
+    `ran` lists them; `codes` are their exit codes, and `signals` what comes to this process in the meantime.
+    """
     ran: list[str] = []
     codes: dict[str, int] = {}
+    signals: dict[str, int] = {}
 
     class Worker:
-        stopped_by = None
-
         def __init__(self, step: Step, gpus: int):
-            self.step = step
+            self.step, self.stopped_by = step, signals.get(step.name)
 
         def running(self) -> Any:
             return self
@@ -160,7 +162,7 @@ def world(tmp_path, monkeypatch):
         run.main(config(output_dir=str(tmp_path), **changes))
         return list(ran)
 
-    return SimpleNamespace(start=start, ran=ran, codes=codes, folder=tmp_path)
+    return SimpleNamespace(start=start, ran=ran, codes=codes, signals=signals, folder=tmp_path)
 
 
 ALL = ["train-tokenizer", "tokenize", "train-prior", "build", "evaluate"]
@@ -210,6 +212,31 @@ def test_a_step_that_was_stopped_adds_no_line(world, capsys):
     with pytest.raises(SystemExit) as caught:
         world.start()
     assert caught.value.code == 130 and capsys.readouterr().err == ""
+
+
+def test_a_signal_that_comes_when_a_step_has_all_but_finished_ends_the_run(world, capsys):
+    world.signals["tokenize"] = signal.SIGINT
+    with pytest.raises(SystemExit) as caught:
+        world.start()
+    assert caught.value.code == 130 and world.ran == ["train-tokenizer", "tokenize"]
+    assert capsys.readouterr().err == "\nstopped after [2/5] tokenize; the same command goes on from there\n"
+    world.signals.clear()
+    assert world.start() == ALL[2:]
+
+
+FINISHES = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(0.5)"
+
+
+def test_a_child_that_finishes_in_spite_of_a_signal_remembers_it(tmp_path):
+    with open(tmp_path / "output.txt", "w+") as output:
+        child = Child(Step("train-tokenizer", None, {}, tmp_path), 0, output)
+        child._command = [sys.executable, "-c", FINISHES]
+        with child.running() as process:
+            while not (tmp_path / "output.txt").read_text():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert child.exit_code(process) == 0
+    assert child.stopped_by == signal.SIGINT
 
 
 def test_a_budget_in_minutes_becomes_steps_once(world, capsys, monkeypatch):
