@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from configs import ConfigError, check, load_config, parse_arguments
+from stage2_prior import TokenLayout
 from tessella import run, steps
 from tessella.config import RunConfig
 from tessella.processes import Child
@@ -87,10 +88,20 @@ def test_the_commands_are_those_of_the_command_line():
     ]
     assert made[0].command(8).startswith("accelerate launch --multi_gpu --num_machines 1")
     assert "--num_processes 8 -m tessella train-tokenizer digits/stage1" in made[0].command(8)
-    assert steps.building_step(config()).command(8).startswith("tessella build --tokenizer out/vqgan")
     push = "tessella push --folder out/pipeline --hub_model_id me/model"
     assert steps.push_step(config(push="me/model")).command(0) == push
     assert steps.push_step(config(push="me/model", license="mit")).command(0) == f"{push} --license mit"
+
+
+@pytest.mark.parametrize(
+    ("names", "has_null", "guided"), [(("a", "b"), True, True), (("a", "b"), False, False), ((), True, False)]
+)
+def test_a_pipeline_with_classes_has_guidance_by_default(tmp_path, names, has_null, guided):
+    (tmp_path / "prior").mkdir()
+    TokenLayout(8, names, (2, 2), 4, "f" * 64, has_null=has_null).save_pretrained(tmp_path / "prior")
+    command = steps.building_step(config(output_dir=str(tmp_path))).command(8)
+    assert command.startswith(f"tessella build --tokenizer {tmp_path}/vqgan")
+    assert ("--sampling_defaults '{guidance_scale: 1.5}'" in command) == guided
 
 
 def test_mistakes_of_all_steps_are_told_before_the_first():
@@ -155,6 +166,9 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "seconds_per_step", lambda step, folder, gpus: 0.5)
     monkeypatch.setattr(
         run, "evaluation_step", lambda config, gpus: Step("evaluate", None, {}, tmp_path / "metrics.json")
+    )
+    monkeypatch.setattr(
+        run, "building_step", lambda config: Step("build", None, {}, tmp_path / "pipeline" / "model_index.json")
     )
 
     def start(**changes: Any) -> list[str]:
