@@ -33,8 +33,8 @@ from torch import Tensor
 
 from benchmarks.families import Real
 from benchmarks.machine import environment
-from benchmarks.recipes import overrides
 from benchmarks.report import table, write
+from benchmarks.stages import overrides
 from configs import ConfigError, load_config
 from configs.files import write_png
 from configs.interruption import Stopped

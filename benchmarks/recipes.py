@@ -45,10 +45,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from benchmarks.machine import environment
 from benchmarks.report import table, write
+from benchmarks.stages import (
+    GUIDANCE_SCALE,
+    Folders,
+    add_settings,
+    evaluation_values,
+    read_settings,
+    report,
+    stage1_values,
+    stage2_values,
+)
 from configs import ConfigError, TrainingConfig, load_config, to_dict
 from configs.files import write_json
 from configs.interruption import Stopped
@@ -127,7 +136,8 @@ class Speed:
 
 def stage1_config(args: argparse.Namespace, **changes: Any) -> Stage1Config:
     """The settings of the tokenizer; `changes` override all others."""
-    preset, values = f"{args.preset}/stage1", common(args, "vqgan") | PERCEPTUAL[args.perceptual] | args.stage1
+    preset = f"{args.preset}/stage1"
+    values = PERCEPTUAL[args.perceptual] | stage1_values(args, Folders.within(args.runs))
     if args.original:
         config = load_config(Stage1Config, preset, values)
         values |= ORIGINAL_STAGE1 | {
@@ -141,8 +151,7 @@ def stage1_config(args: argparse.Namespace, **changes: Any) -> Stage1Config:
 
 def stage2_config(args: argparse.Namespace, **changes: Any) -> Stage2Config:
     """The settings of code store and prior; `changes` override all others."""
-    folders = {"tokenizer": str(args.runs / "vqgan"), "code_store": str(args.runs / "codes")}
-    preset, values = f"{args.preset}/stage2", common(args, "prior") | folders | args.stage2
+    preset, values = f"{args.preset}/stage2", stage2_values(args, Folders.within(args.runs))
     if args.original:
         config = load_config(Stage2Config, preset, values)
         rate = ORIGINAL_RATE * config.per_device_train_batch_size
@@ -152,21 +161,9 @@ def stage2_config(args: argparse.Namespace, **changes: Any) -> Stage2Config:
 
 def evaluation_config(args: argparse.Namespace) -> EvaluationConfig:
     """The settings of the evaluation."""
-    values = common(args, "evaluation") | {"pipeline": str(args.runs / "pipeline")}
-    values |= {"tokenizer_run": str(args.runs / "vqgan"), "code_store": str(args.runs / "codes")}
-    values |= {"prior_run": str(args.runs / "prior"), "guidance_scale": 1.0 if args.original else 1.5}
-    del values["report_to"]
-    return load_config(EvaluationConfig, f"{args.preset}/evaluate", values | args.evaluate)
-
-
-def common(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """The settings that all parts of a recipe share."""
-    return {
-        "output_dir": str(args.runs / folder),
-        "data.dataset": args.data,
-        "dataloader_num_workers": args.num_workers,
-        "report_to": [],
-    }
+    values = {"guidance_scale": 1.0 if args.original else GUIDANCE_SCALE}
+    values |= evaluation_values(args, Folders.within(args.runs))
+    return load_config(EvaluationConfig, f"{args.preset}/evaluate", values)
 
 
 def original_model(prior: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,16 +307,6 @@ def run_recipe(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def report(line: str) -> None:
-    """Prints a line without buffering."""
-    print(line, flush=True)
-
-
-def overrides(items: Sequence[str]) -> dict[str, Any]:
-    """Converts items `KEY=VALUE` of the command line to `{key: value}`."""
-    return {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in items)}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -335,10 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--perceptual", choices=PERCEPTUAL, default="none")
     parser.add_argument("--num_workers", type=int, default=min(15, (os.cpu_count() or 1) - 1))
     parser.add_argument("--probe_steps", type=int, default=80, help="steps of the runs that measure the speed")
-    of_preset: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY=VALUE", "help": "further settings of it"}
-    parser.add_argument("--stage1", **of_preset)
-    parser.add_argument("--stage2", **of_preset)
-    parser.add_argument("--evaluate", **of_preset)
+    add_settings(parser)
     parser.add_argument("--runs", default="runs/recipes", help="folder of models and logs")
     parser.add_argument("--output_dir", default="runs/benchmarks/recipes", help="folder of results and pictures")
     args = parser.parse_args(arguments)
@@ -348,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--perceptual: received {args.perceptual}; --diffusers trains without LPIPS, so take none")
     name = args.preset + ("-original" if args.original else "-diffusers" if args.diffusers else "")
     args.runs, output = Path(args.runs) / name, Path(args.output_dir) / name
-    args.stage1, args.stage2, args.evaluate = map(overrides, (args.stage1, args.stage2, args.evaluate))
+    read_settings(args)
     try:
         result = run_recipe(args)
     except (ConfigError, Stopped) as error:
