@@ -4,43 +4,32 @@ The parts run in the given order, each as far as `--budget` allows:
 
 - `check` names the GPU, the driver, the versions, and what is missing.
 - `tests` runs the tests that need CUDA, the fastest and most telling first. Each test is a line of tests.jsonl.
-- `rows` runs cases of `benchmarks.run`, the most important first, each row in a process of its own. rows.json is written
-  after each row; row.json holds the cases of the row that runs.
+- `rows` runs cases of `benchmarks.run`, the most important first, each row in a process of its own. rows.json is
+  written after each row; row.json holds the cases of the row that runs.
 - `recipe` trains and evaluates both stages of a preset, see `benchmarks.recipes`.
 
 A row, or a group of tests, starts only if its limit fits into what is left of the budget; the others are named as not
 run. One that exceeds its limit is stopped, and the next one starts. All that the programs print is in log.txt.
 
-`--rehearse` runs the same on any machine, with tiny models and without torch.compile, to find mistakes beforehand.
+`--rehearse` runs the same programs with tiny models, also without a GPU, to find mistakes beforehand.
 """
 
 import argparse
 import importlib.util
 import json
 import os
-import platform
-import shutil
 import signal
 import subprocess
 import sys
 import time
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module, metadata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from packaging.requirements import Requirement
-
+from benchmarks.inventory import inventory
 from benchmarks.report import table, write
 
 ROOT = Path(__file__).parents[1]
-
-# What wheels.txt leaves out: parts of torch and transformers, and packages that are too large to be carried.
-ASSUMED = {
-    *("torch", "torchvision", "transformers", "filelock", "huggingface_hub", "jinja2", "numpy", "pillow", "pyyaml"),
-    *("safetensors", "tqdm", "pyarrow", "scikit-learn", "scipy", "tensorboard"),
-}
 
 
 class Tests(NamedTuple):
@@ -84,7 +73,7 @@ ROWS = {
     "prior": Row(("prior training 111M", "prior training 343M"), ("compiled",), 210),
     "unguided": Row(tuple(f"sampling {b}, no guidance, codes" for b in (64, 256, 1)), MODES, 300),
     "step-compiled-32": Row(("training step f16 batch 32",), ("compiled", "best"), 240),
-    "images": Row(("sampling 64, 2, images",), ("compiled", "static"), 240),
+    "images": Row(("sampling 2, images",), ("compiled", "static"), 240),
     "attention": Row(("decode attention",), ("torch",), 60),
 }
 
@@ -121,15 +110,14 @@ class Stage(NamedTuple):
         with self.path("log.txt").open("a") as log:
             log.write(f"\n==== {name}: python -m {' '.join(command)}\n")
             log.flush()
-            ended = run_module(command, limit, log, self.args.rehearse)
+            ended = run_module(command, limit, log)
         report(f"{name}: {ended['ended']} after {ended['seconds']} s")
         return ended
 
 
-def run_module(command: Sequence[str], limit: float, log: Any, is_rehearsal: bool) -> dict[str, Any]:
+def run_module(command: Sequence[str], limit: float, log: Any) -> dict[str, Any]:
     """Runs `python -m command` in a process group of its own, which is killed after `limit` seconds."""
     changes = {"HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "30", "PYTHONUNBUFFERED": "1"}
-    changes |= {"TORCH_COMPILE_DISABLE": "1"} if is_rehearsal else {}
     started = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, "-m", *command],
@@ -158,74 +146,13 @@ def report(line: str) -> None:
 
 def check(stage: Stage) -> bool:
     """Prints and writes what the machine has; returns whether nothing is missing."""
-    missing = [name for name, version, _ in installed() if version is None]
-    others = [f"{name} {version}, not {wanted}" for name, version, wanted in installed() if version and wanted]
-    found = {
-        "python": f"{platform.python_version()}, {sys.executable}",
-        "cores": os.cpu_count(),
-        "card": printed("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
-        "compiler": shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"),
-        "torch": torch_facts(),
-        "versions": {name: version for name, version, _ in installed()},
-        "missing": missing,
-        "other_versions": others,
-        "imports": {name: imported(name) for name in ("tessella", "benchmarks.run", "benchmarks.recipes")},
-    }
+    found, missing = inventory()
     for name, value in found.items():
         report(f"{name}: {value}")
-    write(stage.path("check.json"), found)
-    has_gpu = stage.args.rehearse or isinstance(found["torch"], dict) and bool(found["torch"]["cards"])
-    return has_gpu and not missing and found["compiler"] is not None and set(found["imports"].values()) == {"ok"}
-
-
-def installed() -> Iterator[tuple[str, str | None, str]]:
-    """Every requirement of the package and of wheels.txt, its installed version, and the asked one if it is another."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    lines = (ROOT / "benchmarks" / "wheels.txt").read_text().splitlines()
-    requirements = {
-        one.name: one for one in map(Requirement, [line for line in lines if line[:1] not in "#"] + project)
-    }
-    for name, requirement in sorted(requirements.items()):
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            yield name, None, str(requirement.specifier)
-        else:
-            wanted = "" if requirement.specifier.contains(version, prereleases=True) else str(requirement.specifier)
-            yield name, version, wanted
-
-
-def torch_facts() -> dict[str, Any] | str:
-    """What torch says about itself and the cards, or why it cannot be imported."""
-    if (reason := imported("torch")) != "ok":
-        return reason
-    import torch
-
-    cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    return {
-        "version": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "cards": [f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}" for card in cards],
-    }
-
-
-def imported(module: str) -> str:
-    """Imports a module; returns "ok", or the reason why this fails."""
-    try:
-        import_module(module)
-    except Exception as error:  # a module of another version can raise any exception
-        return f"{type(error).__name__}: {error}"
-    return "ok"
-
-
-def printed(*command: str) -> str:
-    """What a command prints, or why it does not run."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return (done.stdout or done.stderr).strip()
+    for one in missing:
+        report(f"missing: {one}")
+    write(stage.path("check.json"), found | {"missing": missing})
+    return not missing
 
 
 def tests(stage: Stage) -> bool:

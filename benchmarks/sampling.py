@@ -82,7 +82,9 @@ SETTINGS: dict[str, list[Setting]] = {
         *((prior, 16, guidance, False) for guidance in (2.0, 1.0) for prior in ("111M", "343M")),
     ],
 }
-SETTINGS["tiny"] = [(f"tiny {prior}", *others) for prior, *others in SETTINGS["gpu"]]
+SETTINGS["tiny"] = [
+    (f"tiny {prior}", 4 if decodes else batch, guidance, decodes) for prior, batch, guidance, decodes in SETTINGS["gpu"]
+]
 DYNAMIC, STATIC, MONAI = "generate, dynamic", "generate, static", "MONAI"
 COMPILED, EAGER, WINDOWS = f"{OURS}, compiled", f"{OURS}, eager", f"{OURS}, without Triton"
 

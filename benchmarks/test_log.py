@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes a line of JSON for each test as it ends: `pytest -p benchmarks.test_log --log_to FILE`."""
+"""A plugin of pytest: `pytest -p benchmarks.test_log --log_to FILE` writes a line of JSON for each test as it ends."""
 
 import json
 from pathlib import Path

@@ -57,6 +57,7 @@ TINY: dict[str, Any] = {
     "model.norm_num_groups": 8,
     "model.latent_channels": 16,
     "model.num_embeddings": 64,
+    "loss.lpips_backbone": "alex",
 }
 SETTINGS: dict[str, dict[str, Setting]] = {
     "cpu": {
@@ -94,12 +95,12 @@ class OriginalTrainer(VQGANTrainer):
         return self.generator_terms.losses.get("perceptual")
 
     def compile_modules(self) -> None:
-        """Compiles the same modules as this project."""
+        """Compiles the same modules as this project, with accelerate's autocast of the discriminator in its graph."""
         decoder = self.model.decoder
         decoder.trunk = torch.compile(decoder.trunk, dynamic=False)  # type: ignore[method-assign]
         for module in (self.model.encoder, self.perceptual, self.discriminator):
             if module is not None:
-                module.compile(dynamic=False)
+                torch.nn.Module.compile(module, dynamic=False)
 
     def step(self, images: Tensor, number: int) -> dict[str, Tensor]:
         """As [`VQGANTrainer.step`], but returns only the losses, and has no gradient accumulation."""
