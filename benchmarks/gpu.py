@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,9 +168,13 @@ def tests(stage: Stage) -> bool:
         command += ["-n", str(workers)] if is_parallel else []
         command += ["--device", "cpu" if stage.args.rehearse else "cuda", *group.arguments]
         outcomes.append(stage.run(f"tests {name}", group.limit, command)["ended"])
-    for line in map(json.loads, lines.read_text().splitlines() if lines.exists() else ()):
-        if line["outcome"] != "passed":
-            report(f"{line['outcome']}: {line['test']}: {line['reason'][-300:]}")
+    ended = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    report(f"tests: {dict(Counter(line['outcome'] for line in ended))}")
+    for reason, count in Counter(line["reason"] for line in ended if line["outcome"] == "skipped").items():
+        report(f"skipped, {count}: {reason[-150:]}")
+    for line in ended:
+        if line["outcome"] == "failed":
+            report(f"failed: {line['test']}: {line['reason'][-300:]}")
     return set(outcomes) == {"passed"}
 
 
