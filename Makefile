@@ -28,7 +28,7 @@ demo: $(RUNS)/pipeline/model_index.json
 	@printf '%s\n' 'Use it from Python ($(VENV)/bin/python):' \
 		'    from pipelines import VQGANPipeline' \
 		'    pipe = VQGANPipeline.from_pretrained("$(CURDIR)/$(RUNS)/pipeline")' \
-		'    pipe.generate(class_labels=[3, 7], guidance_scale=1.5).images[0].show()'
+		'    pipe.generate(class_labels=[3, 7]).images[0].show()'
 
 # Each step of the demo writes a file when it has finished. An interrupted step continues where it stopped.
 $(RUNS)/vqgan/train_results.json: configs/digits/stage1.yaml | install
@@ -44,7 +44,8 @@ $(RUNS)/prior/train_results.json: configs/digits/stage2.yaml $(RUNS)/codes/manif
 	@touch $@
 
 $(RUNS)/pipeline/model_index.json: $(RUNS)/vqgan/train_results.json $(RUNS)/prior/train_results.json | install
-	python -m pipelines.build --tokenizer $(RUNS)/vqgan --prior $(RUNS)/prior --output_dir $(RUNS)/pipeline
+	python -m pipelines.build --tokenizer $(RUNS)/vqgan --prior $(RUNS)/prior --output_dir $(RUNS)/pipeline \
+		--sampling_defaults "{guidance_scale: 1.5}"
 
 # Two workers share the test files; a second CPU thread in each would only slow the other.
 test: export OMP_NUM_THREADS = 1

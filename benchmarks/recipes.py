@@ -146,7 +146,7 @@ def evaluation_config(args: argparse.Namespace) -> EvaluationConfig:
     """The settings of the evaluation."""
     values = common(args, "evaluation") | {"pipeline": str(args.runs / "pipeline")}
     values |= {"tokenizer_run": str(args.runs / "vqgan"), "code_store": str(args.runs / "codes")}
-    values |= {"prior_run": str(args.runs / "prior")} | ({"guidance_scale": 1.0} if args.original else {})
+    values |= {"prior_run": str(args.runs / "prior"), "guidance_scale": 1.0 if args.original else 1.5}
     del values["report_to"]
     return load_config(EvaluationConfig, f"{args.preset}/evaluate", values | args.evaluate)
 

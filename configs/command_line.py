@@ -137,9 +137,11 @@ def run(cls: type[T], main: Callable[[T], Any], command: str, arguments: Sequenc
     except (Diverged, Stopped) as error:
         _exit(error, error.exit_code)
     except KeyboardInterrupt:
+        ctrl_c.arrived()
         _exit(ctrl_c.message, ctrl_c.exit_code)
     except Exception as error:
         if ctrl_c.happened:  # a library has turned the KeyboardInterrupt into an error of its own
+            ctrl_c.arrived()
             _exit(ctrl_c.message, ctrl_c.exit_code)
         if not is_out_of_memory(error):
             raise

@@ -13,6 +13,8 @@ from types import FrameType
 # The terminal sends one Ctrl-C to all processes, and a launcher forwards it to its workers once more. So a SIGINT that
 # follows the first one this soon is not a second Ctrl-C.
 SAME_KEYSTROKE_SECONDS = 1.0
+# A KeyboardInterrupt that reaches no `except` of a command in this time was lost. Cleaning up takes less.
+LOST_AFTER_SECONDS = 10.0
 STDERR = 2
 
 
@@ -21,7 +23,9 @@ class CtrlC:
 
     During an import the process ends at once, because an import may swallow a KeyboardInterrupt, or print it and go on.
     This is as safe as SIGKILL, which no file of ours is lost by. At other times KeyboardInterrupt is raised, and the
-    code that it passes cleans up. A signal within the next second does nothing, a later one ends the process at once.
+    code that it passes cleans up. It may get lost on its way: Python ignores exceptions in destructors, and that of a
+    data loader waits for its workers. So the process ends after LOST_AFTER_SECONDS, unless `arrived` is called. A
+    signal within the next second does nothing, a later one ends the process at once.
     """
 
     exit_code = 128 + signal.SIGINT
@@ -46,9 +50,19 @@ class CtrlC:
         if first:
             self.happened, self._since = True, now
             if not _is_importing(frame):
+                signal.signal(signal.SIGALRM, lambda number, frame: self._end(True))
+                signal.setitimer(signal.ITIMER_REAL, LOST_AFTER_SECONDS)
                 raise KeyboardInterrupt
         elif now - self._since <= SAME_KEYSTROKE_SECONDS:
             return
+        self._end(first)
+
+    def arrived(self) -> None:
+        """Says that the command ends: its KeyboardInterrupt was not lost."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _end(self, first: bool) -> None:
+        """Ends the process at once; says so if `first`."""
         with suppress(RuntimeError, OSError):  # the signal may have interrupted a print()
             sys.stdout.flush()
         if first and os.environ.get("RANK", "0") == "0":

@@ -4,7 +4,7 @@ Usage: `python -m pipelines.build --tokenizer DIR --prior DIR --output_dir DIR`.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ class BuildConfig(Section):
     tokenizer: folder or Hub id of the tokenizer
     prior: output_dir of stage 2; an adapter is merged into its base prior
     output_dir: folder of the pipeline
+    sampling_defaults: arguments of `VQGANPipeline.generate` and their values, such as "{guidance_scale: 1.5}"; generate
+        and evaluate use them where an argument is left out. Without this key, a pipeline of the same weights in
+        output_dir keeps its own, for instance those that `pipelines.tune` has chosen
     janus: also save the tokenizer as a JanusVQVAE of transformers, in the subfolder janus
     push_to_hub: upload the pipeline
     hub_model_id: repository of the upload, as "user/name"
@@ -39,6 +42,7 @@ class BuildConfig(Section):
     tokenizer: str
     prior: str
     output_dir: str
+    sampling_defaults: dict[str, Any] = field(default_factory=dict)
     janus: bool = False
     push_to_hub: bool = False
     hub_model_id: str | None = None
@@ -53,7 +57,8 @@ def build(config: BuildConfig) -> "VQGANPipeline":
     """Builds and saves the pipeline, and uploads it if `push_to_hub`.
 
     Raises:
-        ConfigError: the folder holds no trained prior, or the prior was trained on codes of another tokenizer.
+        ConfigError: the folder holds no trained prior, the prior was trained on codes of another tokenizer, or the
+            pipeline cannot have these sampling defaults.
     """
     # These imports are slow, so they come after the check of the arguments.
     from configs.card_facts import run_license
@@ -97,9 +102,14 @@ def build(config: BuildConfig) -> "VQGANPipeline":
         pipeline = VQGANPipeline(vqgan, prior, processor, layout, conditions)
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
+    try:
+        pipeline.sampling_defaults = config.sampling_defaults
+    except ValueError as error:
+        raise ConfigError([Problem("sampling_defaults", str(error).removeprefix("sampling_defaults: "))]) from error
     license = config.license or run_license(Path(config.prior)) or run_license(Path(config.tokenizer))
     with locked_folder(config.output_dir, "output_dir"):
-        facts, parts = partial(add_facts, config), pipeline.components | {"sampling_defaults": None}  # keeps tuned ones
+        facts = partial(add_facts, config)
+        parts = pipeline.components | {"sampling_defaults": dict(pipeline.sampling_defaults) or None}  # None: kept
         hub.save(config.output_dir, **parts, janus=config.janus, add_facts=facts, license=license)
     print(f"pipeline saved in {Path(config.output_dir).resolve()}")
     if config.push_to_hub:

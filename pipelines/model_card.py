@@ -21,7 +21,7 @@ from configs.card import (
 from configs.card_facts import dataset_ids
 from configs.files import read_json
 from configs.uploads import REPO_ID
-from pipelines.conditions import ARGUMENTS, not_learnt
+from pipelines.conditions import ARGUMENTS
 from pipelines.outputs import in_words
 from stage1_vqgan import VQGANConfig
 from stage1_vqgan.model_card import CAPTION, WITHOUT_PACKAGE, detail_rows as tokenizer_rows, num_parameters
@@ -120,14 +120,13 @@ def task(layout: TokenLayout) -> str:
 
 
 def _use(name: str, layout: TokenLayout, defaults: Mapping[str, Any]) -> list[str]:
-    arguments, meaning, tuned = "num_images=4", "", "guidance_scale" in defaults
+    arguments, meaning = "num_images=4", ""
     if layout.segments:
-        asked = [*_asked(layout), *["guidance_scale=1.5"] * (_guided(layout) and not tuned), "num_images_per_label=4"]
+        asked = [*_asked(layout), "num_images_per_label=4"]
         arguments = "\n" + "".join(f"    {argument},\n" for argument in asked)
     elif layout.num_classes:
         number = example_class(layout)
-        guidance = ", guidance_scale=1.5" if layout.has_null and not tuned else ""
-        arguments = f"class_labels=[{number}], num_images_per_label=4{guidance}"
+        arguments = f"class_labels=[{number}], num_images_per_label=4"
         meaning = f"  # class {number}, {comment(layout.class_names[number])}"
     pillow = "from PIL import Image\n\n" if "Image.open" in arguments else ""
     return [
@@ -152,11 +151,6 @@ def _asked(layout: TokenLayout) -> list[str]:
         for kind, value in values.items()
     }
     return [f"{ARGUMENTS[kind]}={{{', '.join(found)}}}" for kind, found in by_kind.items() if found]
-
-
-def _guided(layout: TokenLayout) -> bool:
-    """Whether the prior can do without all conditions."""
-    return not not_learnt(layout, [segment.name for segment in layout.conditions])
 
 
 def _use_without(name: str, layout: TokenLayout) -> list[str]:

@@ -49,6 +49,8 @@ def seconds_per_step(step: Step, folder: Path, gpus: int) -> float:
             output.seek(0)
             print(output.read(), file=sys.stderr)
     shutil.rmtree(folder)
+    if child.stopped_by is not None:  # it may have come too late for the trial, which has ended
+        code = code or 128 + child.stopped_by
     if code:
         sys.exit(code)
     return (times[TRIAL_STEPS - 1] - times[UNTIMED_STEPS - 1]) / (TRIAL_STEPS - UNTIMED_STEPS)

@@ -97,6 +97,9 @@ class Progress:
             stop(title, code, child.stopped_by is not None or code in (130, 143))
         self.values["done"][step.name] = command
         self.save()
+        if child.stopped_by is not None:  # too late for the step, which has finished
+            print(f"\nstopped after {title}; the same command goes on from there", file=sys.stderr)
+            sys.exit(128 + child.stopped_by)
 
     def within_budget(self, step: Step, title: str) -> None:
         """Sets the max_steps of a training by the budget in minutes. Those found before are taken again.

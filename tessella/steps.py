@@ -17,6 +17,7 @@ REAL_IMAGES, SAMPLES = (1000, 5000), (200, 2000)
 NAMES = {"model.image_size": "size", "model.in_channels": "channels"}  # in a training, and here
 MANY_GPUS = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 MOST_OF_A_CLASS, LEAST_OF_A_CLASS = 50, 4
+GUIDANCE_SCALE = 1.5  # default of a pipeline with classes
 
 
 @dataclass
@@ -113,10 +114,15 @@ def check(steps: list[Step]) -> None:
 
 
 def building_step(config: RunConfig) -> Step:
-    """The step that joins both models."""
+    """The step that joins both models. With classes, the pipeline samples with guidance by default."""
+    from stage2_prior import TokenLayout  # imports torch
+
     root = Path(config.output_dir)
     parts = {"tokenizer": root / "vqgan", "prior": root / "prior", "output_dir": root / "pipeline"}
-    keys = {key: str(path) for key, path in parts.items()}
+    keys: dict[str, Any] = {key: str(path) for key, path in parts.items()}
+    layout = TokenLayout.from_pretrained(str(root / "prior"))
+    if layout.num_classes > 1 and layout.has_null:
+        keys["sampling_defaults"] = {"guidance_scale": GUIDANCE_SCALE}
     return Step("build", None, keys, root / "pipeline" / "model_index.json")
 
 

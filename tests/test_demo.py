@@ -20,7 +20,8 @@ def test_demo_reaches_its_figures(tmp_path, monkeypatch):
     stage2 = load_config(Stage2Config, "digits/stage2")
     tokenize(stage2)
     train_prior(stage2)
-    build(BuildConfig(tokenizer=stage1.output_dir, prior=stage2.output_dir, output_dir="runs/digits/pipeline"))
+    parts = {"tokenizer": stage1.output_dir, "prior": stage2.output_dir, "output_dir": "runs/digits/pipeline"}
+    build(BuildConfig(**parts, sampling_defaults={"guidance_scale": 1.5}))
     metrics = evaluate(load_config(EvaluationConfig, "digits/evaluate"))
     assert metrics["class_accuracy"] >= 0.97
     assert metrics["frechet_distance"] <= 0.65

@@ -75,6 +75,31 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(command, imported, tmp_pa
     assert errors == "\nstopped at once; the same command resumes from what was saved\n"
 
 
+# A command whose KeyboardInterrupt is ignored, as Python does it in a destructor.
+LOST = """
+import os, signal, time
+from configs import ctrl_c
+
+class Owner:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+ctrl_c.LOST_AFTER_SECONDS = 0.5
+ctrl_c.ctrl_c.install()
+owner = Owner()
+del owner
+print("goes on", flush=True)
+time.sleep(10)
+"""
+
+
+def test_a_ctrl_c_that_a_destructor_swallows_is_not_lost():
+    done = subprocess.run([sys.executable, "-c", LOST], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "goes on\n") and "Exception ignored in" in done.stderr
+    assert done.stderr.endswith("\nstopped at once; the same command resumes from what was saved\n")
+
+
 def test_an_error_that_a_library_makes_of_ctrl_c_is_one_line(capsys):
     def main(config):
         try:
@@ -89,7 +114,7 @@ def test_an_error_that_a_library_makes_of_ctrl_c_is_one_line(capsys):
             command_line.run(kill_runs.Nothing, main, "command", [])
     finally:
         signal.signal(signal.SIGINT, before)
-    assert stopped.value.code == 130
+    assert stopped.value.code == 130 and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert capsys.readouterr().err == "\nstopped at once; the same command resumes from what was saved\n"
 
 

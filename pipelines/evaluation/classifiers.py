@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.config import ComparisonConfig
 from pipelines.evaluation.image_set import ImageSet
 from pipelines.evaluation.reading import SomeImages, all_area_features, as_set, parts, some_pixels
 
@@ -129,7 +129,7 @@ class ResNetClassifier:
         return shifted.permute(0, 3, 1, 2)
 
 
-def new_classifier(config: EvaluationConfig, device: torch.device) -> Classifier:
+def new_classifier(config: ComparisonConfig, device: torch.device) -> Classifier:
     """An untrained classifier of the configured kind."""
     if config.classifier == "svc":
         return SupportVectorClassifier(config.feature_size, config.classifier_gamma, config.classifier_c)

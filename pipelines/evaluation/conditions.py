@@ -9,7 +9,7 @@ import numpy as np
 from configs import ConfigError, Problem
 from configs.names import one_form
 from configs.problems import listed
-from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.config import ComparisonConfig
 from pipelines.evaluation.real_images import RealImages
 from stage1_vqgan import load_images
 from stage2_prior import CLASS, Segment, TokenLayout
@@ -21,7 +21,7 @@ from stage2_prior.training.condition_config import ConditionConfig
 RealLabels = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def real_labels(config: EvaluationConfig, layout: TokenLayout, train: RealImages, validation: RealImages) -> RealLabels:
+def real_labels(config: ComparisonConfig, layout: TokenLayout, train: RealImages, validation: RealImages) -> RealLabels:
     """The classes of real images in each condition. A condition is missing if the images do not have its column.
 
     Raises:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
+from configs import Section
 from configs.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat, worker_problems
 from pipelines.commands import UnmaskingSettings
 from pipelines.evaluation.generation_config import GenerationMetricsConfig
@@ -13,7 +14,40 @@ from stage1_vqgan import DataConfig
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig(UnmaskingSettings):
+class ComparisonConfig(Section):
+    """How generated images are compared with real ones, in an evaluation and in a search for sampling settings.
+
+    data: the real images
+    seed: seed of the generated images, of the "resnet" classifier, and of the settings that a search tries
+    feature_size: side in pixels to which area averaging reduces the images before they are compared
+    num_components: number of principal components in the Frechet distance
+    classifier: "svc", a support vector classifier of the averaged images, or "resnet", which colour photos need
+    classifier_gamma, classifier_c: parameters of "svc", as in scikit-learn
+    classifier_epochs: training epochs of "resnet", which sees mirrored images if data.augmentation.horizontal_flip
+    max_real_images: upper limit of the real images of each split
+    dataloader_num_workers: processes that decode the real images; 0 decodes in the main process
+    code_store: folder of the codes. A prior with further conditions needs it: it is asked for the conditions of its
+        validation images
+    """
+
+    data: DataConfig
+    seed: NonNegative = 0
+    feature_size: Annotated[int, Ge(1), Le(4096)] = 8
+    num_components: Positive = 24
+    classifier: Literal["svc", "resnet"] = "svc"
+    classifier_gamma: PositiveFloat = 0.02
+    classifier_c: PositiveFloat = 10.0
+    classifier_epochs: Positive = 15
+    max_real_images: Positive = 5000
+    dataloader_num_workers: NonNegative = 0
+    code_store: str | None = None
+
+    def problems(self) -> Iterable[tuple[str, Any, str]]:
+        yield from worker_problems(self)
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig(UnmaskingSettings, ComparisonConfig):
     """Compares the images that a pipeline generates, or those in a file, with real images.
 
     pipeline: folder or Hub id of the pipeline
@@ -28,17 +62,9 @@ class EvaluationConfig(UnmaskingSettings):
     samples_per_class: images to generate for each class; for an unconditional pipeline, images to generate in all
     guidance_scale: guidance scale of the generated images; 1 is no guidance. By default that of the pipeline, see
         `pipelines.tune`
-    seed: seed of the generated images and of the "resnet" classifier
-    feature_size: side in pixels to which area averaging reduces the images before the metrics compare them
-    num_components: number of principal components in the Frechet distance
-    classifier: "svc", a support vector classifier of the averaged images, or "resnet", which colour photos need
-    classifier_gamma, classifier_c: parameters of "svc", as in scikit-learn
-    classifier_epochs: training epochs of "resnet", which sees mirrored images if data.augmentation.horizontal_flip
-    max_real_images: upper limit of the real images of each split
     grid_columns: number of images of each class in samples.png
-    dataloader_num_workers: processes that decode the real images; 0 decodes in the main process
-    tokenizer_run, code_store, prior_run: folders of the earlier steps; the metrics include their recorded durations. A
-        prior with further conditions needs code_store: it is asked for the conditions of its validation images
+    tokenizer_run, prior_run: folders of the trainings; the metrics include the durations that these and the code store
+        have recorded
     """
 
     preset: ClassVar[str] = "evaluate"
@@ -47,23 +73,12 @@ class EvaluationConfig(UnmaskingSettings):
     pipeline: str | None = None
     samples: str | None = None
     export: str | None = None
-    data: DataConfig
     metrics: GenerationMetricsConfig = field(default_factory=GenerationMetricsConfig)
     output_dir: str
     samples_per_class: Positive = 50
     guidance_scale: NonNegativeFloat | None = None
-    seed: NonNegative = 0
-    feature_size: Annotated[int, Ge(1), Le(4096)] = 8
-    num_components: Positive = 24
-    classifier: Literal["svc", "resnet"] = "svc"
-    classifier_gamma: PositiveFloat = 0.02
-    classifier_c: PositiveFloat = 10.0
-    classifier_epochs: Positive = 15
-    max_real_images: Positive = 5000
     grid_columns: Positive = 10
-    dataloader_num_workers: NonNegative = 0
     tokenizer_run: str | None = None
-    code_store: str | None = None
     prior_run: str | None = None
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
@@ -71,4 +86,4 @@ class EvaluationConfig(UnmaskingSettings):
             yield "pipeline", self.pipeline, "give either this, or samples"
         if self.export is not None and not self.export.endswith(".npz"):
             yield "export", self.export, "must be the name of an .npz file, such as samples.npz"
-        yield from worker_problems(self)
+        yield from super().problems()

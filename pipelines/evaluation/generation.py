@@ -5,7 +5,7 @@ inception_score.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -29,11 +29,14 @@ from stage1_vqgan.networks import FrozenNetwork, load_network
 from stage1_vqgan.networks.names import split_name
 from stage1_vqgan.networks.weights import package
 
+LIBRARIES = ("torch_fidelity.metric_kid", "torch_fidelity.metric_isc")
 SPLITS = 10  # of the Inception score, which is the mean over them
 FEWEST = SPLITS  # images of a set; the balls of precision and density need more than five
 KID_SUBSETS, KID_SUBSET = 100, 1000  # KID is the mean over so many subsets of so many images
 SEED = 2020  # torch-fidelity's own, of the subsets and of the splits
 ROWS = 4096  # features that are in memory at once
+# The end of a reason that may have gone at the next run; reasons that lie in the images stay.
+AGAIN = "; the next run tries again"
 OVERLAP = ("precision", "recall", "density", "coverage")
 
 
@@ -74,7 +77,7 @@ def generation_metrics(
                     figures |= found
             except ImportError as error:
                 missing = [figure for figure in figures_of(name) if figure not in figures]
-                left_out |= dict.fromkeys(missing, one_line(error, 400))
+                left_out |= dict.fromkeys(missing, one_line(error, 400) + AGAIN)
     figures, left_out = broadcast_object_list([figures, left_out])
     return figures, left_out
 
@@ -97,6 +100,28 @@ def networks_in_folders(config: GenerationMetricsConfig) -> dict[str, str]:
     return found
 
 
+def obtained(left_out: Mapping[str, str], names: Iterable[str]) -> list[str]:
+    """Those networks whose figures were left out because something was missing on this machine, and is there now.
+
+    Args:
+        left_out: what `generation_metrics` returned.
+        names: of the networks.
+    """
+    reasons = {name: [left_out.get(figure, "") for figure in figures_of(name)] for name in names}
+    waiting = [name for name, found in reasons.items() if any(reason.endswith(AGAIN) for reason in found)]
+    return [name for name in waiting if _is_here(name)]
+
+
+def _is_here(name: str) -> bool:
+    try:
+        loaded(name)
+        for library in LIBRARIES:
+            package(library, "torch-fidelity")
+    except (ImportError, FileNotFoundError, ValueError):
+        return False
+    return True
+
+
 def usable(name: str, sets: list[ImageSet], accelerator: Accelerator) -> tuple[FrozenNetwork | None, str]:
     """A network on the device of this process; or None and the reason, if any process cannot use it.
 
@@ -111,7 +136,7 @@ def usable(name: str, sets: list[ImageSet], accelerator: Accelerator) -> tuple[F
             network = loaded(name)
             network.require_channels(sets[0].read(range(1)).shape[1])
         except (ImportError, FileNotFoundError) as error:
-            reason = one_line(error, 400).partition(ADVICE_OF_A_LOSS)[0]
+            reason = one_line(error, 400).partition(ADVICE_OF_A_LOSS)[0] + AGAIN
         except ValueError as error:
             raise ConfigError([Problem("metrics.feature_networks", one_line(error))]) from error
     if network is not None:
@@ -174,7 +199,7 @@ def kid(real: Tensor, made: Tensor) -> float:
 
     Source: Bińkowski et al. 2018, "Demystifying MMD GANs". Computed by torch-fidelity.
     """
-    library = package("torch_fidelity.metric_kid", "torch-fidelity")
+    library = package(LIBRARIES[0], "torch-fidelity")
     size = min(KID_SUBSET, len(real), len(made))
     subsets = 1 if len(real) == len(made) == size else KID_SUBSETS  # the only subset of all images is all images
     found = library.kid_features_to_metric(
@@ -188,5 +213,5 @@ def inception_score(logits: Tensor) -> float:
 
     Source: Salimans et al. 2016, "Improved techniques for training GANs". Computed by torch-fidelity.
     """
-    library = package("torch_fidelity.metric_isc", "torch-fidelity")
+    library = package(LIBRARIES[1], "torch-fidelity")
     return library.isc_features_to_metric(logits, SPLITS, True, SEED)[library.KEY_METRIC_ISC_MEAN]

@@ -62,7 +62,7 @@ def measure(
     figures |= {**distances, **(others or {})}
     if pipeline is not None:
         figures |= reconstruction_metrics(pipeline, train, validation)
-    counts = {GENERATED: len(generated), TRAINING: len(train), VALIDATION: len(validation)}
+    counts = counts_of(train, validation, generated)
     metrics: dict[str, Any] = {**figures, "num_samples": len(generated)}
     metrics |= {"details": details(figures, counts, errors), "settings": settings_of(config, sampling or {})}
     missing = OF_PIPELINE if pipeline is None else ()
@@ -72,6 +72,26 @@ def measure(
     if train.skipped + validation.skipped:
         metrics["skipped"] = train.skipped + validation.skipped
     return metrics
+
+
+def completed(
+    metrics: Mapping[str, Any], figures: Mapping[str, float], left_out: Mapping[str, str], counts: Mapping[str, int]
+) -> dict[str, Any]:
+    """The metrics of `measure` with figures that were left out of them.
+
+    Args:
+        metrics: what `measure` returned.
+        figures, left_out: what `generation_metrics` returned for some of the networks.
+        counts: see `counts_of`.
+    """
+    found = {**metrics, **figures, "details": metrics["details"] | details(figures, counts, {})}
+    found["left_out"] = {name: why for name, why in (metrics["left_out"] | left_out).items() if name not in figures}
+    return found
+
+
+def counts_of(train: ImageSet, validation: ImageSet, generated: ImageSet) -> dict[str, int]:
+    """Number of images in each set, by its name."""
+    return {GENERATED: len(generated), TRAINING: len(train), VALIDATION: len(validation)}
 
 
 def accuracies(

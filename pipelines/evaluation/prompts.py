@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from configs import ConfigError, Problem
-from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.config import ComparisonConfig, EvaluationConfig
 from stage2_prior import CodeStore, TokenLayout
 from stage2_prior.data import CodeDataset
 
@@ -24,7 +24,7 @@ def held_out_prompts(config: EvaluationConfig, layout: TokenLayout) -> Tensor:
     return torch.from_numpy(CodeDataset(split, layout).read(rows)[2])
 
 
-def open_store(config: EvaluationConfig, layout: TokenLayout) -> CodeStore:
+def open_store(config: ComparisonConfig, layout: TokenLayout) -> CodeStore:
     """The code store that the prior was trained on, or another one of the same conditions.
 
     Raises:

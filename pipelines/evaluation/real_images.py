@@ -1,5 +1,6 @@
 """Real images, for the comparison with generated images."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -8,17 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem
+from configs.checksums import checksum
 from configs.files import read_json
 from pipelines.evaluation.image_set import ImageSet
 from pipelines.evaluation.reading import PixelImages, parts
 from pipelines.evaluation.shards import SHARD_SIZE, ImageShards, claim, levels_of, shard_path, write_shard
 from stage1_vqgan import (
     DataConfig,
+    EncodedImage,
     ImageBatch,
     ImageDataset,
     ImageKey,
@@ -102,6 +106,7 @@ def store_real_images(
     count: int,
     num_workers: int,
     processes: PartialState,
+    fingerprint: str,
 ) -> RealImages:
     """Decodes the images of `read_real_images` into shards of a folder. The processes share the work.
 
@@ -112,12 +117,13 @@ def store_real_images(
         source, processor, count, num_workers: see `read_real_images`.
         data: the settings that chose the images.
         processes: the processes of the run.
+        fingerprint: of the images, see `fingerprint_of`. Shards of other images are written anew.
 
     Raises:
         ConfigError: see `read_real_images`.
     """
     if processes.is_main_process:
-        claim(folder, {"data": data.identity(), "images": source.num_images, "count": count, **processor.to_dict()})
+        claim(folder, {"images": fingerprint, "data": data.identity(), **processor.to_dict()})
     processes.wait_for_everyone()
     _write_missing(folder, source, processor, count, num_workers, processes)
     processes.wait_for_everyone()
@@ -127,6 +133,37 @@ def store_real_images(
     )
     _check_skipped([SkippedImage(**image) for image in skipped], len(numbers), data.max_skipped_fraction)
     return RealImages(ImageShards(folder), np.array(numbers, np.int64), _labels(source, labels), len(skipped))
+
+
+def fingerprint_of(source: Images, count: int) -> str:
+    """What identifies the images that `read_real_images` reads: a checksum of their files and labels.
+
+    The files are read, but not decoded.
+
+    Args:
+        source: the split.
+        count: largest number of images.
+    """
+    digest = xxhash.xxh3_128(json.dumps([source.num_images, source.class_names]).encode())
+    for _, items in groupby(enumerate(_some_of(source, count)), lambda item: item[0] // BATCH_SIZE):
+        keys, labels = zip(*(item for _, item in items), strict=True)
+        digest.update(json.dumps([[key.image for key in keys], labels]).encode())
+        streamed = [key.encoded for key in keys if key.encoded is not None]
+        for image in streamed or source.encoded([key.image for key in keys]):  # type: ignore[union-attr]
+            digest.update(_bytes_of(image))
+    return digest.hexdigest()
+
+
+def _bytes_of(image: EncodedImage) -> bytes:
+    """Bytes that identify an image; none if its file is missing, and so cannot be decoded."""
+    content = image.content
+    if isinstance(content, bytes):
+        return xxhash.xxh3_128_digest(content)
+    if isinstance(content, str):
+        path = Path(content) if Path(content).exists() else Path(content.rpartition("::")[0])  # a slice of a volume
+        return checksum(path).encode() if path.is_file() else b""
+    pixels = np.asarray(content)
+    return f"{pixels.shape} {pixels.dtype}".encode() + pixels.tobytes()
 
 
 def _write_missing(

@@ -7,13 +7,13 @@ areas to `feature_size × feature_size`. All images lie in shards on disk and ar
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from configs import ConfigError, Problem
 from configs.files import remove_tree, write_json
@@ -24,11 +24,11 @@ from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.copies import COPIES_NAME, FIGURES as COPYING_FIGURES, check_copies, save_copies
 from pipelines.evaluation.copying import CopyingCheck
 from pipelines.evaluation.figures import TRAINING, VALIDATION, figure_table
-from pipelines.evaluation.generation import generation_metrics, networks_in_folders
+from pipelines.evaluation.generation import generation_metrics, networks_in_folders, obtained
 from pipelines.evaluation.image_set import ImageSet
-from pipelines.evaluation.measuring import measure
+from pipelines.evaluation.measuring import completed, counts_of, measure
 from pipelines.evaluation.npz import export_npz
-from pipelines.evaluation.real_images import RealImages, read_real_images, store_real_images
+from pipelines.evaluation.real_images import RealImages, fingerprint_of, read_real_images, store_real_images
 from pipelines.evaluation.report import (
     METRICS_NAME,
     RECONSTRUCTIONS_NAME,
@@ -52,9 +52,10 @@ LONGEST = timedelta(days=7)
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """Evaluates a pipeline or a file, writes metrics and pictures, and prints the metrics.
 
-    If the folder already holds the metrics of the same weights and settings, it only prints them. Several processes
-    share the sampling and the decoding of real images, and the main process measures. An interrupted evaluation goes on
-    with the images that are missing.
+    If the folder already holds the metrics of the same weights, settings and real images, it only prints them. Before,
+    it adds figures that were left out because weights or a package were missing, if they can be had now. Several
+    processes share the sampling and the decoding of real images, and the main process measures. An interrupted
+    evaluation goes on with the images that are missing.
 
     Returns:
         The metrics; in other processes than the main one nothing.
@@ -70,14 +71,18 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     subject = open_subject(config, processes)
     seconds = recorded_seconds(config)
     asked = {} if subject.asked is None else subject.asked.record
-    networks = networks_in_folders(config.metrics)
-    inputs = {**subject.record, **asked, "sampling": subject.sampling, **networks, **asdict(config), "export": None}
-    metrics = saved_metrics(folder, inputs)
-    processes.wait_for_everyone()  # all have read the same
-    if metrics is None or config.export is not None:
-        is_main = processes.is_main_process
+    sources, is_main = load_images(config.data), processes.is_main_process
+    prints = [fingerprint_of(source, config.max_real_images) for source in sources] if is_main else []
+    prints = broadcast_object_list([prints])[0]
+    made_of = {**subject.record, **asked, "sampling": subject.sampling, **networks_in_folders(config.metrics)}
+    inputs = {**made_of, "images": prints, **asdict(config), "export": None}
+    metrics, networks = saved_metrics(folder, inputs), config.metrics.feature_networks
+    if metrics is not None:
+        networks = obtained(metrics.get("left_out", {}), networks) if is_main else []
+    networks = broadcast_object_list([networks])[0]  # and all have read the same metrics
+    if metrics is None or networks or config.export is not None:
         with locked_folder(folder / SAMPLES, "output_dir") if is_main else nullcontext():
-            metrics = _evaluated(config, subject, inputs, seconds, processes, metrics)
+            metrics = _evaluated(config, subject, sources, inputs, seconds, processes, metrics, networks)
     if metrics and processes.is_main_process:
         if hub.weights_of(Path(str(config.pipeline))) == weights:
             update_card(config, metrics)
@@ -90,28 +95,32 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 def _evaluated(
     config: EvaluationConfig,
     subject: Subject,
+    sources: tuple[Images, Images],
     inputs: dict[str, Any],
     seconds: dict[str, float],
     processes: PartialState,
     metrics: dict[str, Any] | None,
+    networks: list[str],
 ) -> dict[str, Any]:
-    """Exports the images and measures them, unless `metrics` are known."""
+    """Exports the images and measures them; of known `metrics`, only those in the features of `networks`."""
     started = time.perf_counter()
-    if metrics is None:
-        sources = load_images(config.data)
+    if metrics is None or networks:
         if subject.pipeline is not None:
             require_same_classes(subject.pipeline.layout, sources[0].class_names or [])
-        train, validation = store_splits(config, subject, sources, processes)
+        train, validation = store_splits(config, subject, sources, inputs["images"], processes)
     images, labels = store_images(config, subject, processes)
     if config.export is not None and processes.is_main_process:
         export_npz(Path(config.export), images)
-    if metrics is not None:
+    if metrics is not None and not networks:
         return metrics
-    others, left_out = generation_metrics(
-        config.metrics, validation, images, Accelerator(), Path(config.output_dir) / FEATURES
-    )
+    features, of_networks = Path(config.output_dir) / FEATURES, replace(config.metrics, feature_networks=networks)
+    others, left_out = generation_metrics(of_networks, validation, images, Accelerator(), features)
     if not processes.is_main_process:
         return {}
+    if metrics is not None:
+        metrics = completed(metrics, others, left_out, counts_of(train, validation, images))
+        _write(config, metrics)
+        return metrics
     copies, reason = check_copies(config, subject.pipeline, processes.device, train, validation, images)
     others |= copies.figures if copies else {}
     left_out |= {} if copies else dict.fromkeys(COPYING_FIGURES, reason)
@@ -134,7 +143,7 @@ def _save(
     validation: RealImages,
     check: CopyingCheck | None,
 ) -> None:
-    """Writes pictures and metrics, and removes the copies of the real images and the features."""
+    """Writes pictures and metrics."""
     folder = Path(config.output_dir)
     for name in (METRICS_NAME, COPIES_NAME, RECONSTRUCTIONS_NAME):  # those of other settings must not stand beside new
         (folder / name).unlink(missing_ok=True)
@@ -143,6 +152,12 @@ def _save(
     save_samples(config, images, class_names, subject.processor.postprocess)
     if subject.pipeline is not None:
         save_reconstructions(config, subject.pipeline, validation)
+    _write(config, metrics)
+
+
+def _write(config: EvaluationConfig, metrics: dict[str, Any]) -> None:
+    """Writes metrics, and removes the copies of the real images and the features."""
+    folder = Path(config.output_dir)
     write_json(folder / METRICS_NAME, metrics)
     for copies in (REAL_IMAGES, FEATURES):
         remove_tree(folder / copies)
@@ -170,7 +185,11 @@ def read_splits(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple[Real
 
 
 def store_splits(
-    config: EvaluationConfig, subject: Subject, sources: tuple[Images, Images], processes: PartialState
+    config: EvaluationConfig,
+    subject: Subject,
+    sources: tuple[Images, Images],
+    fingerprints: Sequence[str],
+    processes: PartialState,
 ) -> tuple[RealImages, RealImages]:
     """The real images of the training and of the validation split, in shards on disk.
 
@@ -180,9 +199,9 @@ def store_splits(
     folder, count, workers = Path(config.output_dir), config.max_real_images, config.dataloader_num_workers
     train, validation = (
         store_real_images(
-            folder / REAL_IMAGES / name, source, subject.processor, config.data, count, workers, processes
+            folder / REAL_IMAGES / name, source, subject.processor, config.data, count, workers, processes, fingerprint
         )
-        for name, source in zip((TRAINING, VALIDATION), sources, strict=True)
+        for name, source, fingerprint in zip((TRAINING, VALIDATION), sources, fingerprints, strict=True)
     )
     require_components(config, len(train), subject.processor.num_channels)
     return train, validation

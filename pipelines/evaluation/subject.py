@@ -52,8 +52,7 @@ def open_subject(config: EvaluationConfig, processes: PartialState) -> Subject:
     """
     if config.samples is not None:
         return _of_file(Path(config.samples), config)
-    several = processes.num_processes > 1
-    pipeline = load_pipeline(str(config.pipeline), str(processes.device) if several else None)
+    pipeline = load_pipeline(str(config.pipeline), str(processes.device))
     pipeline.set_progress_bar_config(disable=True)  # one bar counts the images of all shards
     require_range(config.data, pipeline.image_processor.values, str(config.pipeline))
     require_disk(config, pipeline)

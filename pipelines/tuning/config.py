@@ -1,17 +1,12 @@
 """Settings of a search for sampling settings."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
 
-from configs import Section
-from configs.sections import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, worker_problems
-from stage1_vqgan import DataConfig
-
-if TYPE_CHECKING:
-    from pipelines.evaluation.config import EvaluationConfig
+from configs.sections import Fraction, NonNegative, NonNegativeFloat, Positive
+from pipelines.evaluation.config import ComparisonConfig
 
 # The values that are tried for a key that is null.
 TRIED: dict[str, list[Any]] = {
@@ -27,7 +22,7 @@ TRIED: dict[str, list[Any]] = {
 
 
 @dataclass(kw_only=True)
-class TuneConfig(Section):
+class TuneConfig(ComparisonConfig):
     """Chooses sampling settings of a pipeline by a search, and saves them as its defaults.
 
     The best settings have the smallest Frechet distance to real images, at a class accuracy not below the present one.
@@ -43,21 +38,13 @@ class TuneConfig(Section):
     guidance_schedule, temperature, top_k, top_p, min_p: the same. At most one of temperature, top_k, top_p and min_p
         differs from its standard value in a setting, because all of them make images more typical
     num_steps, order_temperature: the same, of a masked prior
-    seed: seed of the images, of the choice of candidates, and of the "resnet" classifier
     output_dir: folder that keeps what was tried, so that the same command goes on after an interruption; null is the
         folder of the pipeline with "_tuning" behind its name
-    feature_size, num_components, classifier, classifier_gamma, classifier_c, classifier_epochs: as in
-        pipelines.evaluate
-    max_real_images: upper limit of the real images of each split
-    dataloader_num_workers: processes that decode the real images; 0 decodes in the main process
-    code_store: folder of the codes; a prior with further conditions needs it, for the conditions of its validation
-        images
     """
 
     positional = "pipeline"
 
     pipeline: str
-    data: DataConfig
     report_only: bool = False
     num_candidates: Positive = 48
     num_samples: Annotated[int, Ge(8), Le(2**20)] = 2000
@@ -69,33 +56,9 @@ class TuneConfig(Section):
     min_p: Annotated[list[Fraction], MinLen(1)] | None = None
     num_steps: Annotated[list[Positive], MinLen(1)] | None = None
     order_temperature: Annotated[list[NonNegativeFloat], MinLen(1)] | None = None
-    seed: NonNegative = 0
     output_dir: str | None = None
-    feature_size: Annotated[int, Ge(1), Le(4096)] = 8
-    num_components: Positive = 24
-    classifier: Literal["svc", "resnet"] = "svc"
-    classifier_gamma: PositiveFloat = 0.02
-    classifier_c: PositiveFloat = 10.0
-    classifier_epochs: Positive = 15
-    max_real_images: Positive = 5000
-    dataloader_num_workers: NonNegative = 0
-    code_store: str | None = None
-
-    def problems(self) -> Iterable[tuple[str, Any, str]]:
-        yield from worker_problems(self)
 
     @property
     def folder(self) -> str:
         """The folder that keeps what was tried."""
         return self.output_dir or f"{self.pipeline.rstrip('/')}_tuning"
-
-    @property
-    def evaluation(self) -> "EvaluationConfig":
-        """The settings by which `pipelines.evaluation` measures images in the same way."""
-        from pipelines.evaluation.config import EvaluationConfig
-
-        names = {field.name for field in fields(EvaluationConfig)} - {*TRIED, "output_dir"}
-        shared: dict[str, Any] = {
-            field.name: getattr(self, field.name) for field in fields(self) if field.name in names
-        }
-        return EvaluationConfig(output_dir=self.folder, **shared)

@@ -70,6 +70,7 @@ class Judge:
         require_range(config.data, pipeline.image_processor.values, config.pipeline)
         sources = load_images(config.data)
         self.train, self.validation = (self._read(source) for source in sources)
+        self._num_images = sources[1].num_images
         if self.layout.num_classes and self.train.labels is not None:
             self._require_same_classes(sources[0].class_names or [])
         self._require_enough()
@@ -119,18 +120,18 @@ class Judge:
             digest.update(images.pixels().numpy().tobytes())
             digest.update(b"" if images.labels is None else images.labels.tobytes())
         if self.layout.segments:
-            split = open_store(self.config.evaluation, self.layout).split("validation")
-            digest.update(CodeDataset(split, self.layout).read(np.arange(len(split)))[2].tobytes())
+            dataset, rows = self._stored
+            digest.update(b"".join(dataset.read(half)[2].tobytes() for half in rows))
         return digest.hexdigest()
 
     @cached_property
     def _classifiers(self) -> dict[str, tuple[Classifier, float]]:
         """For each condition with classes, a classifier of real images and its accuracy on the validation images."""
         found = {}
-        real = real_labels(self.config.evaluation, self.layout, self.train, self.validation)
+        real = real_labels(self.config, self.layout, self.train, self.validation)
         for name, (train, validation) in sorted(real.items()):
             if name in self.layout.places and len(np.unique(train)) > 1:
-                classifier = new_classifier(self.config.evaluation, self.pipeline.device)
+                classifier = new_classifier(self.config, self.pipeline.device)
                 classifier.fit(self.train.pixels(), train)
                 found[name] = classifier, accuracy(classifier, self.validation.pixels(), validation)
         return found
@@ -170,15 +171,32 @@ class Judge:
         """Prompts int64 `(count, P)` of the images of one half, spread evenly; few images occur several times."""
         layout = self.layout
         if layout.segments:
-            split = open_store(self.config.evaluation, layout).split("validation")
-            rows = np.arange(len(split))[half::2]
-            return torch.from_numpy(CodeDataset(split, layout).read(rows[spread(len(rows), count)])[2])
+            dataset, rows = self._stored[0], self._stored[1][half]
+            return torch.from_numpy(dataset.read(rows[spread(len(rows), count)])[2])
         prompts = layout.null_prompt().repeat(count, 1)
         if layout.num_classes:
             real = self.validation.labels
             labels = np.arange(layout.num_classes) if real is None else real[half::2]
             prompts[:, 0] = layout.class_tokens(torch.from_numpy(labels[spread(len(labels), count)]))
         return prompts
+
+    @cached_property
+    def _stored(self) -> tuple[CodeDataset, list[np.ndarray]]:
+        """The validation images in the code store, and the rows there of the images of each half, int64.
+
+        Raises:
+            ConfigError: the code store is missing, or it is that of other images or of another prior.
+        """
+        store = open_store(self.config, self.layout)
+        summary = store.manifest["splits"]["validation"]
+        skipped = np.array(sorted(image["image"] for image in summary["skipped"]), np.int64)
+        if self._num_images not in (None, summary["images"]):
+            given = f"received {self.config.code_store!r}, made of {summary['images']:,} validation images"
+            advice = f"data.dataset has {self._num_images:,}; give the data that the store was made of"
+            raise ConfigError([Problem("code_store", f"{given}; {advice}")])
+        numbers = [np.setdiff1d(self.validation.numbers[half::2], skipped) for half in (0, 1)]
+        dataset = CodeDataset(store.split("validation"), self.layout)
+        return dataset, [some - np.searchsorted(skipped, some) for some in numbers]
 
     def _components(self, pixels: Tensor) -> np.ndarray:
         return self._pca.transform(area_features(pixels, self.config.feature_size)).astype(np.float32)

@@ -62,13 +62,17 @@ def facts(config: TuneConfig, rounds: list[Round], present: Settings, winner: Se
 def save(config: TuneConfig, last: Round, present: Settings, winner: Settings) -> None:
     """Makes the winner the defaults of the pipeline, and shows it in the card.
 
+    If that is interrupted, the next search does what is missing. The card is the last, and is also written if the
+    present settings stay. It shows facts only of the defaults that the pipeline has.
+
     Raises:
         ConfigError: another process writes into the pipeline's folder.
     """
     folder = Path(config.pipeline)
     with locked_folder(folder, "pipeline"):
-        hub.save_defaults(folder, winner)
-        write_json(make_folder(folder / FACTS_FOLDER) / TUNING_NAME, card_facts(config, last, present, winner))
+        if winner != present:
+            write_json(make_folder(folder / FACTS_FOLDER) / TUNING_NAME, card_facts(config, last, present, winner))
+            hub.save_defaults(folder, winner)
         write_card(folder, lambda license: model_card(folder, PLACEHOLDER, license))
 
 

@@ -78,13 +78,16 @@ def conclude(config: TuneConfig, last: Round, present: Settings, winner: Setting
     Raises:
         ConfigError: the folder holds other weights than those that were searched with.
     """
-    if winner == present:
+    stays = winner == present
+    if stays:
         print(f"\nno setting is better than the present one beyond the noise; it stays: {report.words(present)}")
+    else:
+        print(f"\nbest: {report.words(winner)}")
+    if config.report_only:
         return
-    print(f"\nbest: {report.words(winner)}")
-    if not config.report_only:
-        if hub.weights_of(Path(config.pipeline)) != weights:
-            message = f"received {config.pipeline!r}, whose weights were replaced during the search; search again"
-            raise ConfigError([Problem("pipeline", message)])
-        report.save(config, last, present, winner)
+    if hub.weights_of(Path(config.pipeline)) != weights:
+        message = f"received {config.pipeline!r}, whose weights were replaced during the search; search again"
+        raise ConfigError([Problem("pipeline", message)])
+    report.save(config, last, present, winner)
+    if not stays:
         print(f"these are now the defaults of {config.pipeline}")

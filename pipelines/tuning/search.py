@@ -7,7 +7,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from configs.files import make_folder, replacing
+from pipelines.evaluation.config import ComparisonConfig
 from pipelines.tuning.candidates import Settings
 from pipelines.tuning.config import TuneConfig
 from pipelines.tuning.judge import Judge, Sample, gaussian
@@ -100,7 +101,7 @@ class Search:
 
     def path(self, settings: Settings, half: int, count: int, seed: int) -> Path:
         """The file of the sample of some settings."""
-        measure = {**vars(self.config.evaluation), "pipeline": None, "data": None, "output_dir": None}
+        measure = {key.name: getattr(self.config, key.name) for key in fields(ComparisonConfig) if key.name != "data"}
         text = json.dumps([self.judge.inputs, measure, settings, half, count, seed], sort_keys=True, default=repr)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 

@@ -8,6 +8,7 @@ import configs
 from configs import ConfigError, load_config, run
 from configs.presets import PresetsConfig, main, with_keys
 from configs.yaml_files import preset_names, preset_of, read_yaml
+from pipelines.defaults import STANDARD, UNMASKING
 from pipelines.evaluate import EvaluationConfig
 from stage1_vqgan import Stage1Config
 from stage2_prior import Stage2Config
@@ -19,6 +20,12 @@ DATA = {"data.dataset": "path/to/images"}
 
 def presets(*words: str) -> None:
     run(PresetsConfig, main, "presets", with_keys(words))
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.endswith("/evaluate")])
+def test_an_evaluation_takes_the_sampling_defaults_of_the_pipeline(name):
+    """A preset that sets them would hide what `tessella tune` has found."""
+    assert not read_yaml(name)[0].keys() & {*STANDARD, *UNMASKING}
 
 
 def refusal(capsys, *words: str) -> str:

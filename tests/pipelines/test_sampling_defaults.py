@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from configs import run
+from configs import ConfigError, load_config, run
 from configs.checksums import Damaged, verify_checksums, write_checksums
 from pipelines import VQGANPipeline, hub
 from pipelines.build import BuildConfig, build
@@ -135,7 +135,7 @@ def test_they_are_saved_and_loaded(pipeline, tmp_path):
     assert "sampling defaults: guidance_scale 2.5, guidance_schedule cosine" in repr(loaded)
     card = model_card(tmp_path / "new", "me/mine", "mit")
     assert "left out: guidance_scale 2.5," in card and "num_images_per_label=4).images" in card
-    assert "num_images_per_label=4, guidance_scale=1.5).images" in model_card(tmp_path / "old", "me/mine", "mit")
+    assert "num_images_per_label=4).images" in model_card(tmp_path / "old", "me/mine", "mit")
 
 
 def test_an_unknown_key_in_a_folder_is_an_error(pipeline, tmp_path):
@@ -192,6 +192,16 @@ def test_a_build_keeps_those_of_the_same_weights(tiny_runs, tmp_path):
     pipeline.save_pretrained(tmp_path)
     build(BuildConfig(**parts))
     assert VQGANPipeline.from_pretrained(tmp_path).sampling_defaults == {} and not metrics.exists()
+
+
+def test_a_build_records_those_that_it_is_given(tiny_runs, tmp_path):
+    parts = {"tokenizer": str(tiny_runs.vqgan), "prior": str(tiny_runs.prior), "output_dir": str(tmp_path)}
+    wrong = load_config(BuildConfig, overrides=parts | {"sampling_defaults.top_p": 2})
+    with pytest.raises(ConfigError, match=r"sampling_defaults: top_p: received 2; allowed"):
+        build(wrong)
+    build(BuildConfig(**parts, sampling_defaults={"temperature": 0.7}))
+    build(load_config(BuildConfig, overrides=parts | {"sampling_defaults.guidance_scale": 1.5}))
+    assert VQGANPipeline.from_pretrained(tmp_path).sampling_defaults == {"guidance_scale": 1.5}
 
 
 def test_the_command_uses_and_prints_them(pipeline, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from configs import ConfigError, load_config
+from configs.folder_lock import LOCK_NAME
 from pipelines import VQGANPipeline
 from pipelines.evaluation.metrics import area_features, frechet_distances
 from pipelines.evaluation.run import LONGEST
@@ -71,6 +72,10 @@ def make(random_prior, tmp_path, datasets_cache):
         return load_config(TuneConfig, overrides=values)
 
     return make
+
+
+def lock_of(config):
+    return Path(config.pipeline, LOCK_NAME)
 
 
 def defaults_of(config):
@@ -149,11 +154,23 @@ def test_weights_that_are_replaced_during_a_search_keep_their_defaults(make, mon
     assert defaults_of(config) == {}
 
 
+def test_a_search_that_was_killed_before_it_wrote_the_card_is_mended_by_the_next(make, monkeypatch):
+    config = make({"temperature": 0.5}, temperature=[0.5, 1.0])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("pipelines.tuning.report.write_card", lambda *_: exec("raise KeyboardInterrupt"))
+        tune(config)
+    card = Path(config.pipeline, "README.md")
+    assert defaults_of(config) == {"temperature": 0.5} and "temperature 0.5" not in card.read_text()
+    assert tune(config)["settings"] == {"temperature": 0.5}
+    assert "| now: temperature 0.5 | " in card.read_text() and "| before: standard values | " in card.read_text()
+    assert "left out: temperature 0.5." in card.read_text() and "guidance_scale=" not in card.read_text()
+
+
 def test_the_present_settings_stay_if_nothing_is_better(make, capsys):
     """Images of the standard settings, and others that are the same or worse."""
     values = {"temperature": [0.3, 1.0], "top_p": [0.999999, 1.0], "min_p": [1e-9, 0.0], "top_k": [0, 31, 32]}
     config = make({}, **values)
-    before = {path: path.read_bytes() for path in Path(config.pipeline).rglob("*.*")}
+    before = {path: path.read_bytes() for path in Path(config.pipeline).rglob("*.*")} | {lock_of(config): b""}
     assert tune(config)["settings"] == {}
     assert (
         "no setting is better than the present one beyond the noise; it stays: standard values"

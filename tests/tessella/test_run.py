@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from configs import ConfigError, check, load_config, parse_arguments
+from stage2_prior import TokenLayout
 from tessella import run, steps
 from tessella.config import RunConfig
 from tessella.processes import Child
@@ -87,10 +88,20 @@ def test_the_commands_are_those_of_the_command_line():
     ]
     assert made[0].command(8).startswith("accelerate launch --multi_gpu --num_machines 1")
     assert "--num_processes 8 -m tessella train-tokenizer digits/stage1" in made[0].command(8)
-    assert steps.building_step(config()).command(8).startswith("tessella build --tokenizer out/vqgan")
     push = "tessella push --folder out/pipeline --hub_model_id me/model"
     assert steps.push_step(config(push="me/model")).command(0) == push
     assert steps.push_step(config(push="me/model", license="mit")).command(0) == f"{push} --license mit"
+
+
+@pytest.mark.parametrize(
+    ("names", "has_null", "guided"), [(("a", "b"), True, True), (("a", "b"), False, False), ((), True, False)]
+)
+def test_a_pipeline_with_classes_has_guidance_by_default(tmp_path, names, has_null, guided):
+    (tmp_path / "prior").mkdir()
+    TokenLayout(8, names, (2, 2), 4, "f" * 64, has_null=has_null).save_pretrained(tmp_path / "prior")
+    command = steps.building_step(config(output_dir=str(tmp_path))).command(8)
+    assert command.startswith(f"tessella build --tokenizer {tmp_path}/vqgan")
+    assert ("--sampling_defaults '{guidance_scale: 1.5}'" in command) == guided
 
 
 def test_mistakes_of_all_steps_are_told_before_the_first():
@@ -122,15 +133,17 @@ def test_the_exit_code_of_a_step_is_passed_on(tmp_path, capfd):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A run whose steps write their result instead of training. `ran` lists them; `codes` are their exit codes."""
+    """A run whose steps write their result instead of training.
+
+    `ran` lists them; `codes` are their exit codes, and `signals` what comes to this process in the meantime.
+    """
     ran: list[str] = []
     codes: dict[str, int] = {}
+    signals: dict[str, int] = {}
 
     class Worker:
-        stopped_by = None
-
         def __init__(self, step: Step, gpus: int):
-            self.step = step
+            self.step, self.stopped_by = step, signals.get(step.name)
 
         def running(self) -> Any:
             return self
@@ -154,13 +167,16 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(
         run, "evaluation_step", lambda config, gpus: Step("evaluate", None, {}, tmp_path / "metrics.json")
     )
+    monkeypatch.setattr(
+        run, "building_step", lambda config: Step("build", None, {}, tmp_path / "pipeline" / "model_index.json")
+    )
 
     def start(**changes: Any) -> list[str]:
         ran.clear()
         run.main(config(output_dir=str(tmp_path), **changes))
         return list(ran)
 
-    return SimpleNamespace(start=start, ran=ran, codes=codes, folder=tmp_path)
+    return SimpleNamespace(start=start, ran=ran, codes=codes, signals=signals, folder=tmp_path)
 
 
 ALL = ["train-tokenizer", "tokenize", "train-prior", "build", "evaluate"]
@@ -210,6 +226,31 @@ def test_a_step_that_was_stopped_adds_no_line(world, capsys):
     with pytest.raises(SystemExit) as caught:
         world.start()
     assert caught.value.code == 130 and capsys.readouterr().err == ""
+
+
+def test_a_signal_that_comes_when_a_step_has_all_but_finished_ends_the_run(world, capsys):
+    world.signals["tokenize"] = signal.SIGINT
+    with pytest.raises(SystemExit) as caught:
+        world.start()
+    assert caught.value.code == 130 and world.ran == ["train-tokenizer", "tokenize"]
+    assert capsys.readouterr().err == "\nstopped after [2/5] tokenize; the same command goes on from there\n"
+    world.signals.clear()
+    assert world.start() == ALL[2:]
+
+
+FINISHES = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(0.5)"
+
+
+def test_a_child_that_finishes_in_spite_of_a_signal_remembers_it(tmp_path):
+    with open(tmp_path / "output.txt", "w+") as output:
+        child = Child(Step("train-tokenizer", None, {}, tmp_path), 0, output)
+        child._command = [sys.executable, "-c", FINISHES]
+        with child.running() as process:
+            while not (tmp_path / "output.txt").read_text():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert child.exit_code(process) == 0
+    assert child.stopped_by == signal.SIGINT
 
 
 def test_a_budget_in_minutes_becomes_steps_once(world, capsys, monkeypatch):

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from configs import ConfigError, load_config
 from pipelines.evaluate import EvaluationConfig, evaluate
 from pipelines.evaluation.classifiers import new_classifier
-from pipelines.evaluation.real_images import read_real_images, store_real_images
+from pipelines.evaluation.real_images import fingerprint_of, read_real_images, store_real_images
 from stage1_vqgan import DataConfig, load_images
 from stage2_prior import CodeStore
 from tests.image_files import picture, write_parquet
@@ -107,7 +107,8 @@ def test_other_settings_are_evaluated_anew(config):
 
 def assert_stored_are(expected, folder, source, processor, data, count):
     """Shards hold the same images, also if the run that wrote them was interrupted."""
-    arguments = (source, processor, replace(data, max_skipped_fraction=0.25), count, 0, PartialState())
+    last = (0, PartialState(), fingerprint_of(source, count))
+    arguments = (source, processor, replace(data, max_skipped_fraction=0.25), count, *last)
     with small_shards(3):
         for _ in range(2):
             found = store_real_images(folder, *arguments)
@@ -117,7 +118,7 @@ def assert_stored_are(expected, folder, source, processor, data, count):
             (folder / "00001.npy").unlink()  # it was not written
         shutil.rmtree(folder)
         with pytest.raises(ConfigError, match=r"max_skipped_fraction: received 0, but 1 of the"):
-            store_real_images(folder, source, processor, replace(data, max_skipped_fraction=0), 50, 0, PartialState())
+            store_real_images(folder, source, processor, replace(data, max_skipped_fraction=0), 50, *last)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -21,7 +21,7 @@ from pipelines.evaluation.run import evaluate, read_splits
 from pipelines.model_card import meanings_of
 from pipelines.tuning.config import TuneConfig
 from pipelines.tuning.judge import Judge
-from stage1_vqgan import DataConfig, VQGANConfig, VQGANImageProcessor, VQGANModel
+from stage1_vqgan import DataConfig, SkippedImage, VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage2_prior import Segment, TokenLayout
 from stage2_prior.code_store import shard_path
 from stage2_prior.manifest import write_manifest
@@ -51,14 +51,14 @@ def pipeline():
     return make()
 
 
-def write_store(folder, layout, column="style", styles=STYLES):
-    """A store of six images in each split, all of the same codes."""
+def write_store(folder, layout, column="style", styles=STYLES, skipped=()):
+    """A store of an image for each style in both splits, all of the same codes, and of skipped images."""
     folder.mkdir(exist_ok=True)
     labels = LABELS if layout.num_classes else None
     notes = {}
     for split in ("train", "validation"):
-        codes = np.zeros((6, 16), np.uint16)
-        write_shard(shard_path(folder, split, 0), codes, labels, 6, conditions=styles[:, None])
+        codes, images = np.zeros((len(styles), 16), np.uint16), len(styles) + len(skipped)
+        write_shard(shard_path(folder, split, 0), codes, labels, images, skipped, conditions=styles[:, None])
         notes[split] = [read_notes(shard_path(folder, split, 0))]
     conditions = {"conditions": {one.name: {"kind": "class", "column": column} for one in layout.segments}}
     origin = ORIGIN | conditions | {"tokenizer_fingerprint": layout.tokenizer_fingerprint}
@@ -152,26 +152,59 @@ def test_a_condition_with_classes_has_an_accuracy(tmp_path, quiet):
     assert found["class_accuracy_style_real"] == "the same for real images"
 
 
-def test_settings_are_tuned_with_the_conditions_of_validation_images(tmp_path, quiet):
-    pipeline = make(class_names=())
+@pytest.fixture
+def tuned(tmp_path, quiet):
+    """A pipeline, and a function that returns a judge of it. The store skips image 5 of 40."""
+    pipeline, styles = make(class_names=()), np.delete(np.arange(40) % 4, 5)
     write_images(tmp_path / "data")
-    write_store(tmp_path / "store", pipeline.layout)
+    write_store(tmp_path / "store", pipeline.layout, styles=styles, skipped=[SkippedImage(5, "5", "damaged")])
     data = DataConfig(dataset=str(tmp_path / "data"), validation_split="validation", use_labels=False)
-    measured = {"code_store": str(tmp_path / "store"), "feature_size": 4, "num_components": 2}
-    judge = Judge(TuneConfig(pipeline="p", data=data, **measured), pipeline)
-    assert judge.inputs == Judge(judge.config, pipeline).inputs
+
+    def judge(**values):
+        measured = {"code_store": str(tmp_path / "store"), "feature_size": 4, "num_components": 2, **values}
+        return Judge(TuneConfig(pipeline="p", data=data, **measured), pipeline)
+
+    return pipeline, judge
+
+
+def test_settings_are_tuned_with_the_conditions_of_validation_images(tuned, tmp_path):
+    pipeline, judge_with = tuned
+    judge = judge_with()
+    assert judge.inputs == judge_with().inputs
     found = judge.sample({"guidance_scale": 2.0, "top_k": 9}, half=1, count=6, seed=3)
     seeds = torch.randint(2**63 - 1, (6,), generator=torch.Generator().manual_seed(3)).tolist()
-    asked = {"class_labels": [1, 1, 3, 3, 1, 1], "guidance_scale": 2.0, "top_k": 9}  # styles of the odd rows
+    styles = (np.delete(np.arange(1, 40, 2), 2) % 4)[np.arange(6) * 19 // 6].tolist()  # of the odd images without 5
+    asked = {"class_labels": styles, "guidance_scale": 2.0, "top_k": 9}
     images = pipeline.generate(**asked, seed=seeds, output_type="pt").images * 2 - 1
     assert np.allclose(found.components, judge._components(images))
     levels = ((images.mean((1, 2, 3)) + 1) * 127.5).numpy()
-    assert (found.right == (abs(levels - 50 - 50 * np.array([1, 1, 3, 3, 1, 1])) <= 25)).all()
+    assert (found.right == (abs(levels - 50 - 50 * np.array(styles)) <= 25)).all()
     assert judge.real_accuracy == 1.0
-    write_store(tmp_path / "store", pipeline.layout, styles=STYLES[::-1])
-    assert judge.inputs != Judge(judge.config, pipeline).inputs
+    write_store(tmp_path / "store", pipeline.layout, styles=np.arange(40) % 3)
+    assert judge.inputs != judge_with().inputs
+    write_store(tmp_path / "store", pipeline.layout)
+    with pytest.raises(
+        ConfigError, match=r"code_store: received .*, made of 6 validation images; data\.dataset has 40"
+    ):
+        judge_with().sample({}, 0, 6, 0)
     with pytest.raises(ConfigError, match="code_store: this prior has further conditions"):
-        Judge(TuneConfig(pipeline="p", data=data, **measured | {"code_store": None}), pipeline).sample({}, 0, 6, 0)
+        judge_with(code_store=None).sample({}, 0, 6, 0)
+
+
+@pytest.mark.parametrize("most", [40, 13, 8])
+def test_both_halves_hold_the_same_images_as_their_prompts(tuned, most):
+    """Also if only some of the validation images are read. The prompt has the style that the brightness tells."""
+    pipeline, judge_with = tuned
+    judge = judge_with(max_real_images=most)
+    numbers = np.linspace(0, 39, most).astype(int)
+    for half in (0, 1):
+        shown = numbers[half::2][numbers[half::2] != 5]
+        prompts = judge._prompts(half, len(shown))[:, pipeline.layout.places["style"]]
+        levels = (judge.validation.pixels()[half::2].mean((1, 2, 3)) + 1) * 127.5
+        styles = ((levels - 35) // 50).long()[torch.from_numpy(numbers[half::2] != 5)]
+        assert (
+            (prompts[:, 0] - pipeline.layout.first_tokens["style"]).tolist() == styles.tolist() == (shown % 4).tolist()
+        )
 
 
 def test_a_code_store_that_was_written_anew_is_evaluated_anew(tmp_path, quiet):
