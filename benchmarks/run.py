@@ -55,20 +55,25 @@ ROWS: list[Callable[[str, torch.device, str | None], Iterator[Case]]] = [
 ]
 
 
-def chosen(args: argparse.Namespace, device: torch.device) -> list[Case]:
+def cases_of(suite: str, device: torch.device, data: str | None = None) -> list[Case]:
+    """All cases of a suite. The memory of a tiny model is not measured."""
+    cases = [case for cases in ROWS for case in cases(suite, device, data)]
+    return [replace(case, memory=False) for case in cases] if suite == "tiny" else cases
+
+
+def chosen(cases: Sequence[Case], rows: Sequence[str] | None, lanes: Sequence[str] | None) -> Sequence[Case]:
     """The cases of `--rows`, in the order of `--rows`, with the lanes of `--lanes`; by default all.
 
     Raises:
         ValueError: nothing has such a name.
     """
-    cases = [case for cases in ROWS for case in cases(args.suite, device, args.data)]
-    if args.rows:
-        cases = [cases[place] for words in args.rows for place in named(words, [case.name for case in cases])]
-    if args.lanes:
+    if rows:
+        cases = [cases[place] for words in rows for place in named(words, [case.name for case in cases])]
+    if lanes:
         names = [*dict.fromkeys(lane for case in cases for lane in case.lanes)]
-        kept = {OURS} | {names[place] for words in args.lanes for place in named(words, names)}
+        kept = {OURS} | {names[place] for words in lanes for place in named(words, names)}
         cases = [replace(case, lanes={lane: case.lanes[lane] for lane in case.lanes if lane in kept}) for case in cases]
-    return [replace(case, memory=False) for case in cases] if args.suite == "tiny" else cases
+    return cases
 
 
 def named(words: str, names: Sequence[str]) -> list[int]:
@@ -156,7 +161,7 @@ def main() -> None:
     if args.suite == "gpu" and not torch.cuda.is_available():
         parser.error("--suite gpu: torch finds no CUDA device here; --suite cpu runs anywhere")
     try:
-        cases = chosen(args, device_of(args.suite))
+        cases = chosen(cases_of(args.suite, device_of(args.suite), args.data), args.rows, args.lanes)
     except ValueError as error:
         parser.error(str(error))
     if args.list:
