@@ -25,6 +25,7 @@ from stage1_vqgan.quantizers import nearest_code
 SIZES = {
     "cpu": [(4096, 8192, 8), (4096, 8192, 64)],
     "gpu": [(64 * 256, 16384, 8), (64 * 256, 16384, 256)],
+    "tiny": [(64, 128, 8), (64, 128, 256)],
 }
 VQP = "vector-quantize-pytorch"
 

@@ -25,7 +25,7 @@ from benchmarks.case import OURS, Case, Prepared
 from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANImageProcessor
 
-PRIORS = {"cpu": "narrow", "gpu": "111M"}
+PRIORS = {"cpu": "narrow", "gpu": "111M", "tiny": "tiny 111M"}
 ROOT = Path(__file__).parents[1]
 
 PROGRAMS = {

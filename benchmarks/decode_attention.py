@@ -18,7 +18,11 @@ from benchmarks.machine import Ceilings
 
 LAYERS, HEADS, WIDTH, LENGTH = 8, 12, 64, 256
 # Number of sequences, and of written places.
-SETTINGS = [(rows, seen) for rows in (128, 512) for seen in (LENGTH // 2 + 1, LENGTH)]
+SETTINGS = {
+    "cpu": [],
+    "gpu": [(rows, seen) for rows in (128, 512) for seen in (LENGTH // 2 + 1, LENGTH)],
+    "tiny": [(2, LENGTH // 2 + 1)],
+}
 
 
 class Inputs(NamedTuple):
@@ -104,7 +108,7 @@ def read_once(traffic: int, ceilings: Ceilings) -> float:
 
 def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
     """One case for each size, on a GPU only."""
-    for rows, seen in SETTINGS if suite == "gpu" else []:
+    for rows, seen in SETTINGS[suite] if device.type == "cuda" else []:
         traffic = LAYERS * 2 * rows * HEADS * seen * WIDTH * torch.bfloat16.itemsize
         yield Case(
             row="decode attention",

@@ -72,6 +72,9 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "775M, batch 64": llama(36, 1280, 20, 64),
     },
 }
+SETTINGS["tiny"] = {
+    f"tiny {name}": llama(2, 64, 2, 4)._replace(num_codes=64, grid=(4, 4), classes=10) for name in SETTINGS["gpu"]
+}
 ALL_SETTINGS = {name: setting for settings in SETTINGS.values() for name, setting in settings.items()}
 PLAIN = "plain Trainer"
 ROWS = 8192
@@ -252,7 +255,7 @@ def operations(setting: str) -> float:
 def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
     """One case for each setting."""
     datasets.disable_progress_bars()
-    compiled = [f"{OURS}, compiled"] if suite == "gpu" else []
+    compiled = [f"{OURS}, compiled"] if suite != "cpu" else []
     names = [OURS, *compiled, PLAIN, *([f"{PLAIN}, compiled"] if compiled else [])]
     for setting, (preset, _, (height, width), _, changes) in SETTINGS[suite].items():
         config = load_config(Stage2Config, preset, {**COMMON, **changes})

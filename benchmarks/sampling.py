@@ -8,6 +8,9 @@ Before the measurement, the greedy codes of the lanes are compared in float32. O
 codes. On a GPU nine of ten images must, because rounding decides about one of ten thousand choices, and all later codes
 of that image differ. The measurement samples at temperature 1.
 
+On a GPU the modes of the sampler are lanes too: "eager" launches each kernel of a step, "without Triton" replays graphs
+whose attention reads a window of the cache. "tessella" chooses by itself: graphs with the Triton attention, if it can.
+
 The floor is `ideal.decode_floor`, plus the operations of the tokenizer's decoder for images.
 
 MONAI's `VQVAETransformerInferer` gets a transformer with the layers and width of the prior, and MONAI's `VQVAE` with
@@ -18,6 +21,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -33,6 +37,8 @@ from pipelines import VQGANPipeline
 from stage1_vqgan import VQGANImageProcessor
 from stage2_prior import Stage2Config, TokenLayout
 from stage2_prior.prior import build_prior
+from stage2_prior.sampling import graphs
+from stage2_prior.sampling.decoder import EagerDecoder
 from stage2_prior.sampling.decoders import make_decoder
 from stage2_prior.sampling.loop import sample as draw
 from stage2_prior.sampling.options import SamplingOptions
@@ -47,14 +53,17 @@ class Prior(NamedTuple):
     grid: tuple[int, int]
 
 
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}
 PRIORS = {
     "digits": Prior("digits/stage2", {}, 256, (4, 4)),
     "fashion_mnist": Prior("fashion_mnist/stage2", {}, 512, (8, 8)),
     "111M": Prior("imagenet256/stage2", {}, 16384, (16, 16)),
     "343M": Prior("imagenet256/stage2", LARGE, 16384, (16, 16)),
-    # fits the narrow tokenizer of the CPU suite
+    # these fit the narrow tokenizer of the suites cpu and tiny
     "narrow": Prior("fashion_mnist/stage2", {}, tokenizer.NARROW["num_embeddings"], (4, 4)),
+    "tiny 111M": Prior("imagenet256/stage2", TINY, tokenizer.NARROW["num_embeddings"], (4, 4)),
+    "tiny 343M": Prior("imagenet256/stage2", TINY, tokenizer.NARROW["num_embeddings"], (4, 4)),
 }
 # Prior, batch, guidance scale, and whether the codes are decoded into images.
 Setting = tuple[str, int, float, bool]
@@ -73,7 +82,11 @@ SETTINGS: dict[str, list[Setting]] = {
         *((prior, 16, guidance, False) for guidance in (2.0, 1.0) for prior in ("111M", "343M")),
     ],
 }
+SETTINGS["tiny"] = [
+    (f"tiny {prior}", 4 if decodes else batch, guidance, decodes) for prior, batch, guidance, decodes in SETTINGS["gpu"]
+]
 DYNAMIC, STATIC, MONAI = "generate, dynamic", "generate, static", "MONAI"
+COMPILED, EAGER, WINDOWS = f"{OURS}, compiled", f"{OURS}, eager", f"{OURS}, without Triton"
 
 
 def layout_of(name: str) -> TokenLayout:
@@ -100,6 +113,16 @@ def prompts_of(layout: TokenLayout, batch: int, device: torch.device) -> tuple[T
     return prompts, torch.full_like(prompts, layout.null_token)
 
 
+def decoder_of(lane: str, prior: PreTrainedModel, rows: int, length: int, num_codes: int) -> EagerDecoder:
+    """The decoder of a lane of this project."""
+    if lane == EAGER:
+        return EagerDecoder(prior, rows, length)
+    if lane == WINDOWS:
+        with patch.object(graphs, "use_decode_attention", return_value=False):
+            return graphs.GraphDecoder(prior, rows, length)
+    return make_decoder(prior, rows, length, num_codes, compiled=lane == COMPILED)
+
+
 def sample(
     lane: str, prior: PreTrainedModel, layout: TokenLayout, batch: int, guidance: float, greedy: bool
 ) -> Callable[[], Tensor]:
@@ -108,7 +131,7 @@ def sample(
     if lane.startswith(OURS):
         options = SamplingOptions(guidance_scale=guidance, temperature=0.0 if greedy else 1.0)
         rows, sizes = batch * options.rows_per_image, (layout.length, layout.num_codes)
-        decoder = make_decoder(prior, rows, *sizes, compiled=lane.endswith("compiled"))
+        decoder = decoder_of(lane, prior, rows, *sizes)
         seeds = torch.arange(batch, device=prior.device)
         return partial(draw, decoder, prompts, nulls, seeds, *sizes, options)
     settings: dict[str, Any] = {"do_sample": not greedy, "attention_mask": torch.ones_like(prompts)}
@@ -131,7 +154,7 @@ def images(lane: str, prior: PreTrainedModel, suite: str, layout: TokenLayout, b
     pipeline = VQGANPipeline(vqgan, prior, processor, layout).to(prior.device, prior.dtype)
     pipeline.set_progress_bar_config(disable=True)
     if lane.startswith(OURS):
-        if lane.endswith("compiled"):
+        if lane == COMPILED:
             pipeline.compile()
         labels = (torch.arange(batch) % layout.num_classes).tolist()
         settings: dict[str, Any] = {"class_labels": labels, "guidance_scale": guidance, "output_type": "pt"}
@@ -205,7 +228,8 @@ def agree(name: str, batch: int, guidance: float, device: torch.device) -> Mappi
     """Fraction of images whose greedy codes all equal those of this project, by lane.
 
     Raises:
-        AssertionError: the fraction is below 1, or on a GPU below 0.9.
+        AssertionError: the fraction is below 1, or on a GPU below 0.9. For a tiny prior the bound is 0.8: its sixteen
+            images have ten classes, so one near-tie changes two images.
     """
     prior, layout = make_prior(name, device, torch.float32), layout_of(name)
     lanes = [OURS, DYNAMIC, *([STATIC] if device.type == "cpu" else [])]
@@ -213,7 +237,8 @@ def agree(name: str, batch: int, guidance: float, device: torch.device) -> Mappi
         codes = {lane: sample(lane, prior, layout, batch, guidance, True)() for lane in lanes}
     expected = codes.pop(OURS)
     found = {lane: (other == expected).all(1).float().mean().item() for lane, other in codes.items()}
-    assert min(found.values()) >= (1.0 if device.type == "cpu" else 0.9), found
+    least = 0.8 if name.startswith("tiny") else 1.0 if device.type == "cpu" else 0.9
+    assert min(found.values()) >= least, found
     return {"images with the same greedy codes": found}
 
 
@@ -230,14 +255,14 @@ def floor(suite: str, setting: Setting, dtype: torch.dtype, ceilings: Ceilings) 
 
 def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
     """One case for each setting."""
-    dtype = torch.bfloat16 if suite == "gpu" else torch.float32
+    dtype = torch.float32 if suite == "cpu" else torch.bfloat16
     missing = absent({MONAI: "monai.inferers"})
     for setting in SETTINGS[suite]:
         name, batch, guidance, decodes = setting
         # on a GPU, the slow default (dynamic) cache is measured at one batch only
         timed = [lane for lane in (OURS, DYNAMIC, STATIC) if lane != DYNAMIC or suite == "cpu" or batch == 64]
-        if suite == "gpu":
-            timed.insert(1, f"{OURS}, compiled")
+        if suite != "cpu":
+            timed[1:1] = [COMPILED] if decodes else [COMPILED, EAGER, WINDOWS]
         if decodes and guidance != 1 and not missing:
             timed.append(MONAI)
         lanes: dict[str, Callable[[], Prepared]] = {
@@ -246,7 +271,7 @@ def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
         of_guidance = "no guidance" if guidance == 1 else f"guidance {guidance:g}"
         yield Case(
             row="sampling",
-            setting=f"{name}, batch {batch}, {of_guidance}" + (", images" if decodes else ""),
+            setting=f"{name}, batch {batch}, {of_guidance}" + (", images" if decodes else ", codes"),
             lanes=lanes,
             agree=partial(agree, name, batch if suite == "cpu" else 16, guidance, device),
             unit="images/s",

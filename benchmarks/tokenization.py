@@ -29,8 +29,8 @@ from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
 
 PLAIN = "plain loop"
-NUM_TILES = {"cpu": 96, "gpu": 4096}
-BATCH = {"cpu": 16, "gpu": 128}
+NUM_TILES = {"cpu": 96, "gpu": 4096, "tiny": 24}
+BATCH = {"cpu": 16, "gpu": 128, "tiny": 8}
 TILE = 288
 HELD_OUT = 0.05  # every 20th image
 

@@ -51,6 +51,14 @@ NARROW: dict[str, Any] = {
     "model.num_embeddings": 1024,
     "bf16": False,
 }
+TINY: dict[str, Any] = {
+    "model.image_size": 64,
+    "model.base_channels": 8,
+    "model.norm_num_groups": 8,
+    "model.latent_channels": 16,
+    "model.num_embeddings": 64,
+    "loss.lpips_backbone": "alex",
+}
 SETTINGS: dict[str, dict[str, Setting]] = {
     "cpu": {
         "f16 narrow, 64², LPIPS, batch 4": Setting("imagenet256/stage1", NARROW, 4),
@@ -62,6 +70,9 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         **{f"f16, 256², LPIPS, batch {batch}": Setting("imagenet256/stage1", {}, batch) for batch in (64, 32, 128)},
         "fashion_mnist, 32², LPIPS, batch 128": Setting("fashion_mnist/stage1", {"bf16": True}, 128),
     },
+}
+SETTINGS["tiny"] = {
+    f"tiny {name}": Setting(preset, {**changes, **TINY}, 2) for name, (preset, changes, _) in SETTINGS["gpu"].items()
 }
 ALL_SETTINGS = {name: setting for settings in SETTINGS.values() for name, setting in settings.items()}
 COMMON = {
@@ -84,12 +95,12 @@ class OriginalTrainer(VQGANTrainer):
         return self.generator_terms.losses.get("perceptual")
 
     def compile_modules(self) -> None:
-        """Compiles the same modules as this project."""
+        """Compiles the same modules as this project, with accelerate's autocast of the discriminator in its graph."""
         decoder = self.model.decoder
         decoder.trunk = torch.compile(decoder.trunk, dynamic=False)  # type: ignore[method-assign]
         for module in (self.model.encoder, self.perceptual, self.discriminator):
             if module is not None:
-                module.compile(dynamic=False)
+                torch.nn.Module.compile(module, dynamic=False)
 
     def step(self, images: Tensor, number: int) -> dict[str, Tensor]:
         """As [`VQGANTrainer.step`], but returns only the losses, and has no gradient accumulation."""
@@ -146,7 +157,7 @@ def make(lane: str, setting: str, device: torch.device, **changes: Any) -> tuple
     if isinstance(trainer, OriginalTrainer):
         if as_released:
             release(trainer)
-        elif lane == BEST and device.type == "cuda":
+        elif lane == BEST and setting not in SETTINGS["cpu"]:
             trainer.compile_modules()
     model = trainer.model.config
     generator = torch.Generator().manual_seed(0)
@@ -232,7 +243,7 @@ def operations(config: Stage1Config, batch: int) -> float:
 
 def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
     """One case for each setting."""
-    names = [OURS, *([f"{OURS}, compiled"] if suite == "gpu" else []), BEST, RELEASED]
+    names = [OURS, *([f"{OURS}, compiled"] if suite != "cpu" else []), BEST, RELEASED]
     for setting, (preset, changes, batch) in SETTINGS[suite].items():
         config = load_config(Stage1Config, preset, {**changes, **COMMON})
         lanes: dict[str, Callable[[], Prepared]] = {name: partial(prepared, name, setting, device) for name in names}
