@@ -46,7 +46,7 @@ NETWORK = "efficientnet-lite0@96"
 SETTINGS = ("guidance_scale", "temperature", "num_steps", "order", "order_temperature")
 HALVES = ("first", "second")
 SHOWN = 12  # images in a row of the picture
-MAX_KINDS = 8  # in a picture
+MAX_KINDS = 8  # kinds of images in a picture
 
 
 class Emoji(NamedTuple):
@@ -141,7 +141,7 @@ class Judge:
 
 
 def combinations(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All combinations of the sampling settings of the command line, without those that are not stated."""
+    """All combinations of the sampling settings of the command line, of those that are stated."""
     stated = [key for key in SETTINGS if getattr(args, key)]
     return [
         dict(zip(stated, values, strict=True)) for values in itertools.product(*(getattr(args, key) for key in stated))
@@ -168,11 +168,12 @@ def text(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
         real = judge.features(emoji.images)
         styles = {"class_labels": {args.style: [judge.names[style] for style in emoji.styles]}}
         kinds = {
-            ", ".join(["with text", *(f"{key} {value}" for key, value in one.items())]): partial(
+            ", ".join(["with text", *(f"{key} {one[key]}" for key in one if len(getattr(args, key)) > 1)]): partial(
                 generated, pipeline, styles | {"text": emoji.texts}, one
             )
             for one in settings
         }
+        pictured = ["real", *kinds][:MAX_KINDS]
         kinds["without text"] = partial(generated, pipeline, styles, settings[0])
         kinds["real, reconstructed"] = partial(reconstructed, pipeline, emoji)
         shown = [("real", emoji.images)]
@@ -183,7 +184,7 @@ def text(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
             results[f"{split}, {kind}"] = judge.measures(images, emoji, real) | {"images per CPU second": rate}
             print(f"{split}, {kind}", results[f"{split}, {kind}"], flush=True)
             shown.append((kind, images))
-        picture(args.output_dir / f"text_{split}.png", shown[:-1][:MAX_KINDS], emoji)
+        picture(args.output_dir / f"text_{split}.png", [row for row in shown if row[0] in pictured], emoji)
     return results
 
 

@@ -3,7 +3,7 @@
 Shape letters: N images, m candidates of each, n candidates of a batch, C classes, P prompt length.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,15 +15,16 @@ from transformers import PreTrainedModel
 from configs.arguments import choice, described, whole
 from configs.memory import shortage
 from configs.randomness import mix
+from pipelines.prompts import argument_of, class_condition, classes_of
 from pipelines.requests import Request
-from stage2_prior import CLASS, TokenLayout, code_nats, require_callback
+from stage2_prior import CLASS, Segment, TokenLayout, code_nats, require_callback
 
 MOST_CANDIDATES = 1000
 
 # Codes `(n, *codes_shape)` of some candidates, and their numbers among all N·m → float64 `(n,)`; the higher the better.
 Score = Callable[[Tensor, slice], Tensor]
-# Images and their classes, None for images of no given class → n numbers. For users.
-ImageScore = Callable[[list[Image.Image], Sequence[str | None]], Any]
+# Images and their classes, see `VQGANPipelineOutput.labels`; None for images of no given class → n numbers. For users.
+ImageScore = Callable[[list[Image.Image], Sequence[Any]], Any]
 
 
 class Best(NamedTuple):
@@ -77,11 +78,12 @@ class BestOf:
     def _score(self, candidates: Request, best_by: Any) -> Score:
         """The score by which candidates are compared."""
         prompts = candidates.prompts
-        labels: Sequence[str | None] = candidates.labels or [None] * len(prompts)
+        labels: Sequence[Any] = candidates.labels or [None] * len(prompts)
         if best_by == "likelihood":
             return lambda codes, some: log_likelihood(self.prior, prompts[some], codes)
-        if best_by == "class":
-            return lambda codes, some: log_posterior(self.prior, self.layout, prompts[some], codes)
+        if isinstance(best_by, str):
+            asked = class_condition(self.layout, best_by, "best_by")
+            return lambda codes, some: log_posterior(self.prior, self.layout, asked, prompts[some], codes)
 
         def score(codes: Tensor, some: slice) -> Tensor:
             images = [image for part in self._decoded(codes, "pil") for image in part]
@@ -90,13 +92,13 @@ class BestOf:
         return score
 
 
-def require_best_of(layout: TokenLayout, best_of: Any, best_by: Any, has_class: bool, is_larger: bool) -> int:
+def require_best_of(layout: TokenLayout, best_of: Any, best_by: Any, given: Collection[str], is_larger: bool) -> int:
     """The number of candidates of each image.
 
     Args:
         layout: the token layout.
         best_of, best_by: see `VQGANPipeline.generate`.
-        has_class: whether the images have classes.
+        given: names of the conditions that are given.
         is_larger: whether the images are larger than those of the training.
 
     Raises:
@@ -111,18 +113,18 @@ def require_best_of(layout: TokenLayout, best_of: Any, best_by: Any, has_class: 
     if callable(best_by):
         require_callback("best_by", best_by, "images and labels")
         return count
-    choice("best_by", best_by, ["likelihood", "class"])
+    classes = [segment.name for segment in classes_of(layout)]
+    choice("best_by", best_by, ["likelihood", *dict.fromkeys([CLASS, *classes])])
     if layout.family != "causal":
         reason = "this pipeline has a masked prior, which has no likelihood; give a function of images and labels"
         raise ValueError(f"best_by: received {best_by!r}; {reason}")
     if is_larger:
         reason = "the prior has no likelihood of images of another image_size; give a function of images and labels"
         raise ValueError(f"best_by: received {best_by!r}; {reason}")
-    if best_by == "class" and not layout.num_classes:
-        reason = f"this prior has no condition {CLASS!r}; give 'likelihood', or a function of images and labels"
-        raise ValueError(f"best_by: received 'class'; {reason}")
-    if best_by == "class" and not has_class:
-        raise ValueError("best_by: received 'class'; needs class_labels, of the condition 'class'")
+    if best_by != "likelihood":
+        asked = class_condition(layout, best_by, "best_by")
+        if asked.name not in given:
+            raise ValueError(f"best_by: received {best_by!r}; needs {argument_of(layout, asked)}")
     return count
 
 
@@ -182,18 +184,27 @@ def log_likelihood(prior: PreTrainedModel, prompts: Tensor, codes: Tensor) -> Te
     return -code_nats(prior, prompts, codes.flatten(1)).sum(1, dtype=torch.float64)
 
 
-def log_posterior(prior: PreTrainedModel, layout: TokenLayout, prompts: Tensor, codes: Tensor) -> Tensor:
+def log_posterior(
+    prior: PreTrainedModel, layout: TokenLayout, asked: Segment, prompts: Tensor, codes: Tensor
+) -> Tensor:
     """ln p(class | codes, other conditions) of the class in each prompt, float64 `(n,)`.
 
-    Bayes' rule with equally probable classes; `class_posterior` is the same without other conditions.
+    Bayes' rule with equally probable classes, as in `class_posterior`.
+
+    Args:
+        prior: the prior.
+        layout: the token layout.
+        asked: the condition with the classes.
+        prompts: int64 `(n, P)`.
+        codes: `(n, *codes_shape)`.
     """
-    tokens, place = layout.class_tokens(torch.arange(layout.num_classes)), layout.places[CLASS]
-    given = []
-    for token in tokens:
+    place, first = layout.places[asked.name], layout.first_tokens[asked.name]
+    likelihoods = []
+    for token in range(first, first + asked.num_tokens):
         as_class = prompts.clone()
         as_class[:, place] = token
-        given.append(log_likelihood(prior, as_class, codes))
-    return torch.stack(given, 1).log_softmax(1)[prompts[:, place] == tokens]
+        likelihoods.append(log_likelihood(prior, as_class, codes))
+    return torch.stack(likelihoods, 1).log_softmax(1).gather(1, prompts[:, place] - first)[:, 0]
 
 
 def checked_scores(scores: Any, count: int) -> Tensor:

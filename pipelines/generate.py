@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le
 
 from configs import ConfigError, Problem, run
+from configs.arguments import whole
 from configs.files import write_png
 from configs.sections import BatchSize, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
-from pipelines.commands import ImageOutput, UnmaskingSettings, images_in, load_pipeline
+from pipelines.command_prompts import PromptSettings, asked_conditions, opened
+from pipelines.commands import ImageOutput, UnmaskingSettings, load_pipeline
 
 if TYPE_CHECKING:
     from pipelines.outputs import VQGANPipelineOutput
@@ -33,35 +35,31 @@ SAMPLING_KEYS = (
     "top_p",
     "min_p",
 )
-ALL = "all"
 MOST_IMAGES = 10_000
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(UnmaskingSettings, ImageOutput):
+class GenerateConfig(PromptSettings, UnmaskingSettings, ImageOutput):
     """Generates images with a pipeline, and prints a JSON line for each: its file, label, seed and settings.
 
     pipeline: folder or Hub id of the pipeline
-    class_labels: names or ids of classes: one, several with commas (cats,dogs), a list, or "all"; null makes images of
-        no given class. Of several class conditions, {name: classes}: --class_labels.style flat
-    text: a text, or a list of them, for a prior with texts; of several texts, {name: text}
-    condition_images: a file, a folder or a list of them, for a prior with condition images; of several, {name: files}
     num_images: number of images without class_labels and lists; by default 1
     num_images_per_label: number of images of each class or other prompt
     seed: seed of the first image, the next ones have seed + 1, seed + 2, …; null chooses one by chance
     guidance_scale: strength of the guidance towards the class; 1 is no guidance, 1.5 to 3 is usual. For null, this and
         the next seven keys have the default of the pipeline, or else that of VQGANPipeline.generate. Of several
         conditions, {name: scale} guides by these alone: --guidance_scale.text 3. A list has one for each class or other
-        prompt: --guidance_scale '[1.5, 3]'
+        prompt: --guidance_scale '[1.5, 3]'. A default for a condition that is left out has no effect
     guidance_schedule, guidance_power, guidance_interval: growth of the guidance, and the part of the codes that it acts
         on, as in VQGANPipeline.generate
     temperature: below 1 gives more typical images, above 1 more varied ones; 0 always takes the most likely code
     top_k, top_p, min_p: sample from the k most likely codes (0 is all), from the most likely ones that add up to this
         probability, from codes at least this many times as likely as the most likely one
     image_size: [height, width] of larger images than those of the training, or the side of a square
-    best_of: sample so many candidates of each image, and keep the best one. The printed seed is that of the chosen one,
-        which makes it again without best_of
-    best_by: what is best: "likelihood" is the most probable image, "class" the one that shows its class most clearly
+    best_of: sample so many candidates of each image, and keep the best one. The seed in its line and in the name of its
+        file is that of the chosen one, which makes it again without best_of
+    best_by: what is best: "likelihood" is the most probable image, "class" the one that shows its class most clearly.
+        Of several conditions with classes, the name of one: --best_by style
     batch_size: images sampled at once; null takes as many as fit in memory
     """
 
@@ -72,9 +70,6 @@ class GenerateConfig(UnmaskingSettings, ImageOutput):
     }
 
     pipeline: str
-    class_labels: int | str | list[int | str] | dict[str, int | str | list[int | str]] | None = None
-    text: str | list[str] | dict[str, str | list[str]] | None = None
-    condition_images: str | list[str] | dict[str, str | list[str]] | None = None
     num_images: Positive | None = None
     num_images_per_label: Positive = 1
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] | None = None
@@ -90,7 +85,7 @@ class GenerateConfig(UnmaskingSettings, ImageOutput):
     min_p: Fraction | None = None
     image_size: Positive | list[Positive] | None = None
     best_of: Positive = 1
-    best_by: Literal["likelihood", "class"] | None = None
+    best_by: str | None = None
     batch_size: BatchSize | None = None
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
@@ -106,9 +101,10 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
         ConfigError: the pipeline cannot be loaded, a class is unknown, an argument is out of range, or a file exists.
     """
     # These imports are slow, so they come after the check of the arguments.
+    from pipelines.best_of import MOST_CANDIDATES, candidate_seeds
     from pipelines.defaults import resolved
     from pipelines.prompts import asked_prompts, given_conditions, number_of_prompts
-    from pipelines.requests import images_of_each
+    from pipelines.requests import image_seeds, images_of_each
     from stage1_vqgan import labelled_grid
 
     pipeline = load_pipeline(config.pipeline, config.device)
@@ -123,7 +119,9 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
         names = prompt_names(pipeline, given, number_of_prompts(given, scale))
         each = images_of_each(given, config.num_images, config.num_images_per_label, scale)
         require_few(names, each, "num_images_per_label" if given and config.num_images is None else "num_images")
-        paths = config.images_of(file_names(names, each, seed))
+        best_of = whole("best_of", config.best_of, most=MOST_CANDIDATES)
+        candidates = candidate_seeds(image_seeds(len(names) * each, seed, None), best_of)
+        config.images_of(file_names(names, each * best_of, candidates.flatten().tolist()))  # each may be chosen
         asked["condition_images"] = opened(asked["condition_images"])
         counts: dict[str, Any] = {"num_images": config.num_images, "num_images_per_label": config.num_images_per_label}
         others: dict[str, Any] = {key: getattr(config, key) for key in ("best_of", "best_by", "batch_size")}
@@ -132,6 +130,7 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
         raise
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
+    paths = config.images_of(file_names(names, each, out.seeds or []))
     for path, image in zip(paths, out.images if paths else [], strict=True):
         write_png(path, image)
     if config.grid is not None:
@@ -144,59 +143,6 @@ def generate(config: GenerateConfig) -> "VQGANPipelineOutput":
         line = {"file": file, "label": label, **prompt, "seed": chosen, **settings} | prompt
         print(json.dumps(line | ({"score": out.scores[number]} if out.scores else {})))
     return out
-
-
-def asked_conditions(config: GenerateConfig, pipeline: "VQGANPipeline") -> dict[str, Any]:
-    """The arguments `class_labels`, `text` and `condition_images` of `generate`; of images, their paths.
-
-    Raises:
-        ConfigError: there are no such images.
-    """
-    labels, images = asked_classes(config.class_labels, pipeline), config.condition_images
-    if isinstance(images, dict):
-        images = {name: asked_images(value) for name, value in images.items()}
-    elif images is not None:
-        images = asked_images(images)
-    return {"class_labels": labels, "text": config.text, "condition_images": images}
-
-
-def asked_classes(labels: Any, pipeline: "VQGANPipeline") -> Any:
-    """The argument `class_labels` of `generate`, for one condition or for several by name; see `asked_labels`."""
-    classes = {one.name: one.class_names for one in pipeline.layout.conditions if one.kind == "class"}
-    only = next(iter(classes.values())) if len(classes) == 1 else ()
-    if isinstance(labels, dict):
-        return {name: single(asked_labels(value, classes.get(name, ())), value) for name, value in labels.items()}
-    return single(asked_labels(labels, only), labels)
-
-
-def single(labels: list[int | str] | None, value: Any) -> Any:
-    """One label without its list, which then serves all images, unless `value` is a list."""
-    return labels[0] if labels is not None and len(labels) == 1 and not isinstance(value, list) else labels
-
-
-def asked_images(value: str | list[str]) -> str | list[str]:
-    """The files of condition images: one, or a list of those that a list or a folder holds."""
-    texts = value if isinstance(value, list) else [value]
-    files = [str(file) for text in texts for _, file in images_in(text, "condition_images")]
-    return files[0] if files == [value] else files
-
-
-def opened(value: Any) -> Any:
-    """The images of files, in the same lists and dictionaries.
-
-    Raises:
-        ValueError: a file cannot be decoded.
-    """
-    from stage1_vqgan import EncodedImage, decode
-
-    if isinstance(value, dict):
-        return {name: opened(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [opened(one) for one in value]
-    try:
-        return None if value is None else decode(EncodedImage(value, value))
-    except ValueError as error:
-        raise ValueError(f"condition_images: received {value!r}; {error}") from error
 
 
 def prompt_names(pipeline: "VQGANPipeline", given: Sequence["Given"], count: int) -> list[str]:
@@ -229,27 +175,10 @@ def require_few(names: Sequence[str], each: int, key: str) -> None:
         raise ValueError(f"{key}: received {each}, so {count:,} images; one command makes at most {MOST_IMAGES:,}")
 
 
-def asked_labels(value: Any, names: Sequence[str]) -> list[int | str] | None:
-    """The classes that `class_labels` asks for, as names and ids.
-
-    A text that is the name of a class is this class, even if it holds commas. Outside of a list, a number is the name
-    of a class if there is one of this name, else an id.
-    """
-    if value is None or isinstance(value, list):
-        return value
-    text = str(value)
-    if text in names:
-        return [text]
-    if text == ALL and names:
-        return list(names)
-    parts = [part.strip() for part in text.split(",")]
-    return [int(part) if re.fullmatch("0|[1-9][0-9]*", part) and part not in names else part for part in parts]
-
-
-def file_names(names: Sequence[str], each: int, seed: int) -> list[str]:
-    """A name for each image: its class, as far as file names allow, and its seed."""
+def file_names(names: Sequence[str], each: int, seeds: Sequence[int]) -> list[str]:
+    """A name for each image, `each` of each prompt: its class, as far as file names allow, and its seed."""
     words = [re.sub(r"[^\w-]+", "_", name)[:60].strip("_") or "image" for name in names for _ in range(each)]
-    return [f"{word}_{number:04d}" for number, word in enumerate(words, seed)]
+    return [f"{word}_{seed:04d}" for word, seed in zip(words, seeds, strict=True)]
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ class VQGANPipelineOutput(ModelOutput):
         images: list of N PIL images; or float32 array `(N, H, W, C)` or tensor `(N, C, H, W)` in [0, 1]; or None.
         codes: int64 `(N, h, w)`; `(N, h, w, G)` or `(N, L)` if the tokenizer has several codes at each position, or
             several grids.
-        labels: the class name of each image; None for images of no given class.
+        labels: the class name of each image: of the condition "class", or of the only one with classes. If only others
+            are given, `{condition: class name}` of these. None for images of no given class.
         seeds: the seed of each image, from 0 to 2**63 - 1. `generate(out.labels[n], seed=out.seeds[n])` with the same
-            options makes image n again.
+            options makes image n again, if nothing else was asked of it.
         prompts: of a prior with several conditions, or with a list of guidance scales, what was asked of each image, as
             arguments of `generate`: `generate(**out.prompts[n], seed=out.seeds[n])` makes image n again.
         scores: the score of each image by `best_by` of `generate`; None without it.
@@ -35,7 +36,7 @@ class VQGANPipelineOutput(ModelOutput):
 
     images: Any = None
     codes: Tensor | None = None
-    labels: list[str] | None = None
+    labels: list[Any] | None = None
     seeds: list[int] | None = None
     prompts: list[dict[str, Any]] | None = None
     scores: list[float] | None = None
@@ -51,11 +52,16 @@ class VQGANPipelineOutput(ModelOutput):
         elif self.images is not None:
             lines.insert(0, f"images: {described(self.images)}")
         if self.labels is not None:
-            counts = Counter(self.labels)
+            counts = Counter(label_text(label) for label in self.labels)
             lines.append(f"labels: {listed([f'{cut(name, 40)} ({count})' for name, count in counts.items()], 8)}")
         if self.seeds is not None:
             lines.append(f"seeds: {listed([str(seed) for seed in self.seeds], 4)}")
         return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
+
+
+def label_text(label: Any) -> str:
+    """An entry of `VQGANPipelineOutput.labels` in words."""
+    return " · ".join(label.values()) if isinstance(label, dict) else label
 
 
 def pipeline_text(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +101,8 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
 
         An argument that is not in it has the standard value that `generate` states. The defaults are saved with the
         pipeline. `tessella tune` chooses them; `pipe.sampling_defaults = {"guidance_scale": 1.5}` sets others, and {}
-        removes them. A setting raises a ValueError if a name is unknown or a value out of range.
+        removes them. The guidance scale of a condition has no effect on a request without it. A setting raises a
+        ValueError if a name is unknown or a value out of range.
         """
         return MappingProxyType(self._sampling_defaults)
 
@@ -180,7 +181,7 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
         text: str | Sequence[str] | Mapping[str, Any] | None = None,
         condition_images: Any = None,
         best_of: int = 1,
-        best_by: Literal["likelihood", "class"] | ImageScore | None = None,
+        best_by: str | ImageScore | None = None,
     ) -> VQGANPipelineOutput:
         """Generates images.
 
@@ -190,7 +191,8 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
 
         The arguments from guidance_scale to order_temperature that are left out or None are those of
         `pipe.sampling_defaults`, which are saved with the pipeline. What is not in there has the standard value that is
-        stated below. An argument that is given always wins.
+        stated below. An argument that is given always wins. A default guidance scale acts on the conditions that are
+        given; that of a condition that is left out has no effect. As an argument, such a scale is refused.
 
         Args:
             class_labels: ids or names of classes. Without labels, the images are unconditional.
@@ -241,8 +243,9 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
             best_by: what is best: "likelihood", the highest ln p(codes | prompt); "class", the highest
                 ln p(class | codes) of the class asked for, by Bayes' rule with equally probable classes, which takes a
                 forward for each class; or the highest value of a function of `(images, labels)`: PIL images and their
-                class names, or None. It returns one number for each. A masked prior has no likelihood, and takes
-                functions only.
+                classes as in `out.labels`, or None. It returns one number for each. A masked prior has no likelihood,
+                and takes functions only. Of several conditions with classes, the name of one stands in place of
+                "class".
 
         Returns:
             [`VQGANPipelineOutput`].
@@ -269,7 +272,7 @@ class VQGANPipeline(Coding, Editing, BestOf, Scoring, Compression):
             min_p=min_p,
         )
         is_larger = image_size is not None and larger_grid(self.layout, image_size) != self.layout.grid
-        count = require_best_of(self.layout, best_of, best_by, request.labels is not None, is_larger)
+        count = require_best_of(self.layout, best_of, best_by, request.given, is_larger)
         sample = partial(self._codes, image_size=image_size)
         batches: Iterable[Tensor] = sample(request)
         scores = None

@@ -76,6 +76,46 @@ def _known(layout: TokenLayout) -> str:
     return f"this pipeline knows {', '.join(known)}"
 
 
+def classes_of(layout: TokenLayout) -> list[Segment]:
+    """The conditions with classes."""
+    return [segment for segment in layout.conditions if segment.kind == "class" and segment.num_tokens]
+
+
+def class_condition(layout: TokenLayout, name: Any = None, key: str = "condition") -> Segment:
+    """The condition with classes that is meant; None and "class" also mean the only one, whatever its name.
+
+    Args:
+        layout: the token layout.
+        name: name of the condition.
+        key: the argument that messages name.
+
+    Raises:
+        ValueError: there are no classes, no such condition, or several to choose from.
+    """
+    classes = {segment.name: segment for segment in classes_of(layout)}
+    if not classes:
+        raise ValueError(f"{key}: received {described(name)}; this prior has no classes; use the likelihood of images")
+    names = listed([repr(one) for one in classes], 10)
+    if len(classes) == 1:
+        classes.setdefault(CLASS, *classes.values())
+    wanted = CLASS if name is None else name
+    if isinstance(wanted, str) and wanted in classes:
+        return classes[wanted]
+    raise ValueError(f"{key}: received {described(name)}; must be one of the conditions with classes, {names}")
+
+
+def labels_of(layout: TokenLayout, given: Sequence[Given], prompts: Tensor) -> list[Any] | None:
+    """The classes of images with these prompts `(N, P)`, see `VQGANPipelineOutput.labels`."""
+    named = {}
+    for segment in [one.segment for one in given if one.segment.kind == "class"]:
+        ids = prompts[:, layout.places[segment.name]].flatten() - layout.first_tokens[segment.name]
+        named[segment.name] = [segment.class_names[number] for number in ids.tolist()]
+    classes = [segment.name for segment in classes_of(layout)]
+    if classes and classes[0] in named and (classes[0] == CLASS or len(classes) == 1):
+        return named[classes[0]]
+    return [dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)] or None
+
+
 def argument_of(layout: TokenLayout, segment: Segment) -> str:
     """The argument of a condition, with its name if there are several of its kind."""
     is_only = sum(other.kind == segment.kind for other in layout.conditions) == 1

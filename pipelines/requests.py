@@ -19,13 +19,14 @@ from pipelines.prompts import (
     asked_prompts,
     condition_ids,
     given_conditions,
+    labels_of,
     number_of_prompts,
     prompt_lists,
     require_learnt,
     scale_lists,
 )
 from stage1_vqgan import VQGANModel
-from stage2_prior import CLASS, SamplingOptions, TokenLayout, UnmaskingOptions, require_callback
+from stage2_prior import SamplingOptions, TokenLayout, UnmaskingOptions, require_callback
 
 LARGEST_SEED = 2**63 - 1
 
@@ -39,7 +40,8 @@ class Request(NamedTuple):
         options: how codes are chosen.
         groups: the conditions of each scale of the guidance.
         output_type, batch_size, callback: those of `generate`.
-        labels: the classes of the images; None without classes.
+        labels: the classes of the images, see `VQGANPipelineOutput`.
+        given: names of the conditions that are given.
         asked: what was asked of each image, as arguments of `generate`; None if `labels` says it all.
         unmasking: steps and order of a masked prior.
     """
@@ -51,7 +53,8 @@ class Request(NamedTuple):
     output_type: str
     batch_size: int | None
     callback: Callable[[int, Tensor], None] | None
-    labels: list[str] | None
+    labels: list[Any] | None
+    given: list[str]
     asked: list[dict[str, Any]] | None
     unmasking: UnmaskingOptions | None
 
@@ -89,12 +92,12 @@ class Requests:
         prompts = make_prompts(given)
         count, each = len(prompts), len(prompts) // number_of_prompts(given, guidance_scale)
         sampling = sampling.of_images([number // each for number in range(count)])
-        labels = self.layout.names_of(prompts[:, 0]) if CLASS in names else None
+        labels = labels_of(self.layout, given, prompts)
         has_more = self.layout.segments or scale_lists(guidance_scale)
         asked = asked_prompts(given, count, guidance_scale) if has_more else None
         seeds = image_seeds(count, seed, generator)
         how = (sampling, groups, output_type, batch_size, callback_on_step_end)
-        return Request(prompts, seeds, *how, labels, asked, unmasking)
+        return Request(prompts, seeds, *how, labels, names, asked, unmasking)
 
     def _sampled_for(self, request: Request, seeds: Tensor, known: Tensor | None = None) -> Iterator[Tensor]:
         """Samples the codes of a request batch by batch, with these seeds and known codes."""

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from configs import ConfigError, Problem, run
 from configs.files import write_png, write_text
-from configs.problems import one_line
+from configs.problems import one_line, shown
 from configs.sections import BatchSize, Positive
+from pipelines.command_prompts import PromptSettings, asked_conditions, opened
 from pipelines.commands import ImageOutput, load_pipeline
-from pipelines.generate import asked_classes
 from pipelines.reconstruct import image_files
 
 if TYPE_CHECKING:
@@ -25,20 +25,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipelines.pipeline_vqgan import VQGANPipeline
-    from stage2_prior import TokenLayout
+    from stage2_prior import Segment, TokenLayout
 
 ENDINGS = (".csv", ".jsonl")
 COLUMNS = ("file", "nats", "bits_per_pixel", "best_class", "probability", "error")
 IMAGES_AT_ONCE = 64
-ONLY_CLASSES = "; this command gives classes alone, score() of a pipeline also texts and images"
 MOST_MEASURED = 256  # images whose maps determine the range of the colours
 GRID_COLUMNS = 8
 
 
 @dataclass(kw_only=True)
-class ScoreConfig(ImageOutput):
+class ScoreConfig(PromptSettings, ImageOutput):
     """Scores images: how improbable a pipeline finds each one. Prints a JSON line for each: its file, nats, bits per
-    pixel, best class and its probability.
+    pixel, best class and its probability. With a prompt, one value of each condition, it scores them as such images.
 
     pipeline: folder or Hub id of the pipeline
     images: an image, a folder of images, or a list of such
@@ -46,10 +45,8 @@ class ScoreConfig(ImageOutput):
     output_dir: folder for the heat maps, a PNG file for each image
     grid: PNG file that shows the most improbable images above their heat maps
     grid_images: number of images in the grid
-    class_label: name or id of a class: how improbable an image is as one of this class; of several conditions with
-        classes, {name: class}; null scores without a class
-    best_class: also name the class that fits best, given the other conditions in class_label; this reads each image
-        once more for each class
+    best_class: also name the class that fits best, given the other conditions of the prompt; this reads each image once
+        more for each class. Of several conditions with classes, the name of one: --best_class style
     batch_size: images that the prior reads at once; null takes as many as fit in memory
     """
 
@@ -59,14 +56,27 @@ class ScoreConfig(ImageOutput):
     images: str | list[str]
     table: str | None = None
     grid_images: Positive = 32
-    class_label: int | str | dict[str, int | str] | None = None
-    best_class: bool = True
+    best_class: bool | str = True
     batch_size: BatchSize | None = None
 
     def problems(self) -> Iterable[tuple[str, Any, str]]:
         yield from super().problems()
         if self.table is not None and not self.table.lower().endswith(ENDINGS):
             yield "table", self.table, "must be the name of a file that ends with .csv or .jsonl"
+
+
+class Asked(NamedTuple):
+    """What is asked of each image.
+
+    Attributes:
+        prompt: arguments of `VQGANPipeline.score`.
+        best: the condition whose best class is asked for.
+        others: arguments of `VQGANPipeline.class_posterior`: the prompt without that condition.
+    """
+
+    prompt: dict[str, Any]
+    best: "Segment | None"
+    others: dict[str, Any]
 
 
 def score(config: ScoreConfig) -> list[dict[str, Any]]:
@@ -78,8 +88,8 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         The lines, in the order of the files.
 
     Raises:
-        ConfigError: the pipeline or an image cannot be found, no image can be decoded, a class is unknown, the prior
-            has no likelihood, or a file exists.
+        ConfigError: the pipeline or an image cannot be found, no image can be decoded, a value of the prompt is wrong,
+            the prior has no likelihood, or a file exists.
     """
     # These imports are slow, so they come after the check of the arguments.
     from tqdm.auto import tqdm
@@ -90,13 +100,13 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     config.require_new("table", [] if config.table is None else [Path(config.table)])
     pipeline = load_pipeline(config.pipeline, config.device)
     pipeline.set_progress_bar_config(disable=True)
-    labels = labels_of(config, pipeline)
+    asked = asked_of(config, pipeline)
     lines: list[dict[str, Any]] = []
     nats: dict[int, Tensor] = {}  # of the codes of each image that can be decoded, by its number
     with tqdm(total=len(files), desc="scoring", unit="image") as bar:
         for start in range(0, len(files), IMAGES_AT_ONCE):
             some = files[start : start + IMAGES_AT_ONCE]
-            for number, (line, of_codes) in enumerate(scored(some, pipeline, labels, config), start):
+            for number, (line, of_codes) in enumerate(scored(some, pipeline, asked, config), start):
                 lines.append({"file": str(files[number]), **line})
                 tqdm.write(json.dumps(lines[-1]))
                 if of_codes is not None:
@@ -114,51 +124,70 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     return lines
 
 
-def labels_of(config: ScoreConfig, pipeline: "VQGANPipeline") -> Any:
-    """The argument `class_labels` of `score` that `class_label` asks for.
+def asked_of(config: ScoreConfig, pipeline: "VQGANPipeline") -> Asked:
+    """What is asked of each image.
 
     Raises:
-        ConfigError: it is none of the classes, or several; or the prior needs another condition.
+        ConfigError: a value is wrong, there are several for a condition, or the prior needs another condition.
     """
-    from pipelines.prompts import condition_ids, given_conditions
+    from pipelines.prompts import asked_prompts, given_conditions
+    from pipelines.requests import prompts_of
 
     try:
-        labels = asked_classes(config.class_label, pipeline)
-        given = given_conditions(pipeline.layout, labels)
+        values = asked_conditions(config, pipeline)
+        given = given_conditions(pipeline.layout, **values | {"condition_images": opened(values["condition_images"])})
         for one in given:
-            if not one.is_single:
-                raise ValueError(f"class_label: received {len(one.values)} classes; give one")
-            condition_ids(one, pipeline.layout, {})
+            if len(one.values) > 1:
+                advice = "give one for all images; score() of the pipeline takes a list with one for each image"
+                raise ValueError(f"{one.key}: received {len(one.values)} values; {advice}")
+        prompts_of(1, given, pipeline.vqgan, pipeline.layout, "codes", pipeline._tokenizers)  # checks the values
+        best = best_condition(config, pipeline.layout)
+        require_conditions(pipeline.layout, [one.segment.name for one in given], best)
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise ConfigError([Problem("class_label", Problem.of_error(error).message)]) from error
-    require_conditions(config, pipeline.layout, [one.segment.name for one in given])
-    return labels
+        raise ConfigError([Problem.of_error(error)]) from error
+    others = [one for one in given if best is None or one.segment.name != best.name]
+    return Asked(asked_prompts(given, 1)[0], best, asked_prompts(others, 1)[0])
 
 
-def require_conditions(config: ScoreConfig, layout: "TokenLayout", given: Sequence[str]) -> None:
+def best_condition(config: ScoreConfig, layout: "TokenLayout") -> "Segment | None":
+    """The condition that `best_class` means; None if nobody asks for it, or the prior has no classes.
+
+    Raises:
+        ValueError: there is no such condition, or there are several to choose from.
+    """
+    from pipelines.prompts import class_condition, classes_of
+
+    if config.best_class is False or (config.best_class is True and not classes_of(layout)):
+        return None
+    try:
+        return class_condition(layout, None if config.best_class is True else config.best_class)
+    except ValueError as error:
+        reason = str(error).partition("; ")[2]
+        raise ValueError(f"best_class: received {shown(config.best_class)}; {reason}, or false") from error
+
+
+def require_conditions(layout: "TokenLayout", given: Sequence[str], best: "Segment | None") -> None:
     """Refuses a prior that needs more conditions than are given, for its scores or for the best class.
 
     Raises:
-        ConfigError: names what to give, in the words of this command.
+        ValueError: names what to give.
     """
     from pipelines.prompts import require_given
     from pipelines.scoring import needed_class
-    from stage2_prior import CLASS
 
-    key, only = "class_label", any(segment.kind != "class" for segment in layout.segments)
-    try:
-        if given or needed_class(layout) is None:
-            require_given(layout, given, ONLY_CLASSES if only else "")
-        if config.best_class and layout.num_classes:
-            key = "best_class"
-            require_given(layout, [*given, CLASS], ", or best_class false")
-    except ValueError as error:
-        message = Problem.of_error(error).message.replace("class_labels", "class_label")
-        raise ConfigError([Problem(key, message)]) from error
+    if given or needed_class(layout) is None:
+        require_given(layout, given)
+    if best is not None:
+        try:
+            require_given(layout, [*given, best.name], ", or best_class false")
+        except ValueError as error:
+            raise ValueError(f"best_class: {Problem.of_error(error).message}") from error
 
 
 def scored(
-    files: Sequence[Path], pipeline: "VQGANPipeline", labels: Any, config: ScoreConfig
+    files: Sequence[Path], pipeline: "VQGANPipeline", asked: Asked, config: ScoreConfig
 ) -> Iterator[tuple[dict[str, Any], "Tensor | None"]]:
     """The line of each file, and the nats of its codes; an error and None if it cannot be decoded.
 
@@ -168,7 +197,7 @@ def scored(
     read = [readable(file, pipeline) for file in files]
     images = [image for image in read if not isinstance(image, str)]
     try:
-        results = iter(scores(images, pipeline, labels, config) if images else [])
+        results = iter(scores(images, pipeline, asked, config) if images else [])
     except ValueError as error:
         raise ConfigError([Problem.of_error(error)]) from error
     for image in read:
@@ -178,14 +207,14 @@ def scored(
 def readable(file: Path, pipeline: "VQGANPipeline") -> "Image.Image | str":
     """An image that the pipeline can encode, or in one line why it cannot."""
     try:
-        image = opened(file)
+        image = image_in(file)
         pipeline.image_processor(image)
     except ValueError as error:
         return one_line(error)
     return image
 
 
-def opened(file: Path) -> "Image.Image":
+def image_in(file: Path) -> "Image.Image":
     """The image in a file.
 
     Raises:
@@ -197,23 +226,19 @@ def opened(file: Path) -> "Image.Image":
 
 
 def scores(
-    images: list["Image.Image"], pipeline: "VQGANPipeline", labels: Any, config: ScoreConfig
+    images: list["Image.Image"], pipeline: "VQGANPipeline", asked: Asked, config: ScoreConfig
 ) -> list[tuple[dict[str, Any], "Tensor"]]:
     """The line of each image, and the nats of its codes."""
-    from stage2_prior import CLASS
-
-    codes = pipeline.encode(images)
-    options: dict[str, Any] = {"codes": codes, "batch_size": config.batch_size}
-    out = pipeline.score(class_labels=labels, **options)
-    others = {name: label for name, label in labels.items() if name != CLASS} if isinstance(labels, dict) else {}
+    options: dict[str, Any] = {"codes": pipeline.encode(images), "batch_size": config.batch_size}
+    out = pipeline.score(**asked.prompt, **options)
     lines = [
         {"nats": round(nats, 4), "bits_per_pixel": round(bits, 6)}
         for nats, bits in zip(out.nats.tolist(), out.bits_per_pixel.tolist(), strict=True)
     ]
-    if config.best_class and pipeline.class_names:
-        probabilities, classes = pipeline.class_posterior(class_labels=others or None, **options).max(1)
+    if asked.best is not None:
+        probabilities, classes = pipeline.class_posterior(condition=asked.best.name, **asked.others, **options).max(1)
         for line, share, number in zip(lines, probabilities.tolist(), classes.tolist(), strict=True):
-            line |= {"best_class": pipeline.class_names[number], "probability": round(share, 6)}
+            line |= {"best_class": asked.best.class_names[number], "probability": round(share, 6)}
     return list(zip(lines, out.code_nats.float(), strict=True))
 
 
@@ -255,7 +280,7 @@ def draw(
     shown = numbers[: config.grid_images] if config.grid is not None else []
     originals, maps = [], []
     for number in tqdm(numbers if paths else shown, desc="drawing", unit="image"):
-        image = opened(files[number])
+        image = image_in(files[number])
         (heat_map,) = pipeline.heat_maps(image, nats[number][None], span)
         if paths:
             write_png(paths[number], heat_map)

@@ -16,11 +16,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from configs.arguments import described, instance, whole
-from configs.problems import listed
 from pipelines.arguments import int64_codes
 from pipelines.conditions import ConditionTokenizer, not_learnt
 from pipelines.heat_maps import overlays, surprise_maps
-from pipelines.prompts import Given, given_conditions, require_given
+from pipelines.prompts import Given, class_condition, given_conditions, require_given
 from pipelines.requests import prompts_of
 from stage1_vqgan import VQGANImageProcessor
 from stage2_prior import CLASS, Segment, TokenLayout, code_nats, marginal_nats
@@ -143,7 +142,8 @@ class Scoring:
 
         Args:
             images, codes, batch_size: see `score`.
-            condition: the condition whose classes are asked for, of a prior with several; by default "class".
+            condition: the condition whose classes are asked for, of a prior with several; by default "class", or the
+                only one.
             class_labels, text, condition_images: other conditions, which are known; see `score`.
             class_prior: p(class): "uniform"; "counts", as frequent as in the training data; or C weights from 0 up,
                 which are divided by their sum.
@@ -257,24 +257,6 @@ def needed_class(layout: TokenLayout) -> Segment | None:
     """The class that a prior needs, if it needs nothing else; None if it needs nothing, or something else too."""
     lacking = not_learnt(layout, [segment.name for segment in layout.conditions])
     return lacking[0] if len(lacking) == 1 and lacking[0].kind == "class" and lacking[0].num_tokens else None
-
-
-def class_condition(layout: TokenLayout, name: str | None) -> Segment:
-    """The condition with the classes that `class_posterior` asks for.
-
-    Raises:
-        ValueError: there are no classes, no such condition, or several to choose from.
-    """
-    classes = [segment for segment in layout.conditions if segment.kind == "class" and segment.num_tokens]
-    if not classes:
-        raise ValueError("class_posterior: this prior has no classes; score() gives the likelihood of an image")
-    if name is None and (len(classes) == 1 or classes[0].name == CLASS):
-        return classes[0]
-    for segment in classes:
-        if segment.name == name:
-            return segment
-    names = listed([repr(segment.name) for segment in classes], 10)
-    raise ValueError(f"condition: received {described(name)}; must be one of the conditions with classes, {names}")
 
 
 def log_class_prior(segment: Segment, counts: Sequence[int], class_prior: Any) -> Tensor:

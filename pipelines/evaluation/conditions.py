@@ -11,7 +11,8 @@ from configs.names import one_form
 from configs.problems import listed
 from pipelines.evaluation.config import ComparisonConfig
 from pipelines.evaluation.real_images import RealImages
-from stage1_vqgan import load_images
+from pipelines.pipeline_vqgan import VQGANPipeline
+from stage1_vqgan import DataConfig, Images, load_images
 from stage2_prior import CLASS, Segment, TokenLayout
 from stage2_prior.condition_sources import class_names
 from stage2_prior.manifest import read_manifest
@@ -19,6 +20,26 @@ from stage2_prior.training.condition_config import ConditionConfig
 
 # Classes int64 `(N,)` of the training images and of the validation images, by the name of the condition.
 RealLabels = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def load_splits(data: DataConfig, pipeline: VQGANPipeline | None) -> tuple[Images, Images]:
+    """The training and the validation split of real images, see `load_images`.
+
+    Args:
+        data: the data.
+        pipeline: the one that is evaluated; None for the images of a file.
+
+    Raises:
+        ConfigError: they cannot be read. If the labels are wrong, and the prior has no class, they are not needed.
+    """
+    try:
+        return load_images(data)
+    except ConfigError as error:
+        (problem, *_) = error.problems
+        if problem.key != "data.label_column" or pipeline is None or pipeline.class_names:
+            raise
+        message = "received true, but this prior has no class; give data.use_labels false"
+        raise ConfigError([Problem("data.use_labels", f"{message} ({problem})")]) from error
 
 
 def real_labels(config: ComparisonConfig, layout: TokenLayout, train: RealImages, validation: RealImages) -> RealLabels:

@@ -40,10 +40,14 @@ def check_copies(
         train, validation = (Reconstructions(images, pipeline.vqgan) for images in (train, validation))
     network = load_network(NETWORK).to(device)
     try:
-        mirrored = config.data.augmentation.horizontal_flip or config.data.augmentation.ten_crop
-        return copying_check(generated, train, validation, network, mirrored), ""
+        return copying_check(generated, train, validation, network, counts_mirrored(config)), ""
     except ValueError as error:
         return None, one_line(error)
+
+
+def counts_mirrored(config: EvaluationConfig) -> bool:
+    """Whether mirrored training images count as training images."""
+    return config.data.augmentation.horizontal_flip or config.data.augmentation.ten_crop
 
 
 def save_copies(

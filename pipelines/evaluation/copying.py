@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pipelines.evaluation.image_set import ImageSet
+from stage1_vqgan import spread
 from stage1_vqgan.networks import FrozenNetwork
 
 NEIGHBOURS = 5
@@ -192,7 +193,8 @@ def suspect_rows(
 ) -> list[tuple[str, list[Image.Image]]]:
     """Rows of `stage1_vqgan.labelled_grid`: generated images above their nearest training images.
 
-    Of the images with the same nearest training image, only the first is shown.
+    Of the images with the same nearest training image, only the first is shown. Images that equal a training image are
+    all as suspicious; if they are more than `count`, some of them are shown, spread evenly over their order.
 
     Args:
         suspects: those of `CopyingCheck`.
@@ -202,7 +204,9 @@ def suspect_rows(
         columns: number of images in a row.
     """
     first = {one.train: one for one in reversed(suspects)}
-    chosen = [one for one in suspects if first[one.train] is one][:count]
+    chosen = [one for one in suspects if first[one.train] is one]
+    equal = sum(one.score < SAME for one in chosen)
+    chosen = [chosen[place] for place in spread(equal, count)] if equal > count else chosen[:count]
     rows = []
     for start in range(0, len(chosen), columns):
         shown = chosen[start : start + columns]

@@ -24,6 +24,7 @@ from stage2_prior import CLASS
 
 # Figures that need a pipeline.
 OF_PIPELINE = ("codebook_usage", "reconstruction_l1", "psnr", "ssim")
+SAME = 1e-6  # distance of features that are equal up to rounding
 
 
 def measure(
@@ -67,6 +68,8 @@ def measure(
     metrics |= {"details": details(figures, counts, errors), "settings": settings_of(config, sampling or {})}
     missing = OF_PIPELINE if pipeline is None else ()
     without = dict.fromkeys(missing, "it needs a pipeline, and a file of images was evaluated") | dict(left_out or {})
+    if "nearest_neighbour_ratio" not in figures:
+        without["nearest_neighbour_ratio"] = "all validation images equal training images in these features"
     if without:
         metrics["left_out"] = without
     if train.skipped + validation.skipped:
@@ -136,13 +139,18 @@ def require_known(labels: np.ndarray, train: np.ndarray) -> None:
 def distance_metrics(
     config: EvaluationConfig, train: np.ndarray, validation: np.ndarray, generated: np.ndarray
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Distances between area features `(N, F)`, and the standard errors of some of them."""
+    """Distances between area features `(N, F)`, and the standard errors of some of them.
+
+    `nearest_neighbour_ratio` is missing if all validation images equal training images.
+    """
     names = ("frechet_distance", "frechet_distance_real")
     compared = (train, validation, [generated, train], config.num_components)
     figures = dict(zip(names, frechet_distances(*compared), strict=True))
     errors = dict(zip(names, frechet_errors(*compared), strict=True))
-    of_copies = nearest_distance(generated, train) / nearest_distance(validation, train)
-    return figures | {"nearest_neighbour_ratio": of_copies}, errors
+    held_out = nearest_distance(validation, train)
+    if held_out > SAME:
+        figures["nearest_neighbour_ratio"] = nearest_distance(generated, train) / held_out
+    return figures, errors
 
 
 @torch.no_grad()

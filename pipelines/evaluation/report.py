@@ -19,6 +19,7 @@ from configs.problems import shown
 from configs.sections import NonNegativeFloat
 from configs.uploads import public_dataset
 from configs.values import read_value
+from pipelines.conditions import TextTokenizer
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.image_set import ImageSet
 from pipelines.evaluation.reading import some_pixels
@@ -33,10 +34,13 @@ from pipelines.model_card import (
 )
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import labelled_grid, reconstruction_grid, spread
+from stage2_prior.training.grid_prompts import describe
 
 ToImages: TypeAlias = Callable[[Tensor], list[Image.Image]]
+# The number of the row of each image, int64 `(N,)`, and the words beside the rows.
+Rows: TypeAlias = tuple[np.ndarray, Sequence[str]]
 # Limits of the pictures: rows of samples.png, and originals in reconstructions.png.
-MAX_CLASSES, MAX_ORIGINALS = 20, 16
+MAX_ROWS, MAX_ORIGINALS = 20, 16
 
 
 def saved_metrics(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
@@ -51,23 +55,34 @@ def saved_metrics(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None
     return metrics if metrics.get("inputs") == json.loads(json.dumps(inputs)) else None  # JSON has no tuples
 
 
-def save_samples(config: EvaluationConfig, images: ImageSet, names: Sequence[str], to_images: ToImages) -> None:
-    """Writes samples.png, a row for each class. Of many classes, it shows some that are spread evenly over all.
+def save_samples(config: EvaluationConfig, images: ImageSet, rows: Rows, to_images: ToImages) -> None:
+    """Writes samples.png. Of many rows, it shows some that are spread evenly over all.
 
     Args:
         config: settings of the evaluation.
         images: the evaluated images.
-        names: names of the classes; numbers stand for missing ones.
+        rows: see `class_rows` and `prompt_rows`.
         to_images: makes images of Pillow of pixels.
     """
-    labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
-    classes = np.unique(labels)
-    rows = []
-    for one in classes[spread(len(classes), MAX_CLASSES)].tolist():
-        name = "" if images.labels is None else names[one] if one < len(names) else str(one)
-        pixels = some_pixels(images, np.flatnonzero(labels == one)[: config.grid_columns])
-        rows.append((name, to_images(pixels)))
-    write_png(Path(config.output_dir) / SAMPLES_NAME, labelled_grid(rows, config.grid_columns, min_tile=48))
+    numbers, names = rows
+    different = np.unique(numbers)
+    shown = []
+    for one in different[spread(len(different), MAX_ROWS)].tolist():
+        pixels = some_pixels(images, np.flatnonzero(numbers == one)[: config.grid_columns])
+        shown.append((names[one] if one < len(names) else str(one), to_images(pixels)))
+    write_png(Path(config.output_dir) / SAMPLES_NAME, labelled_grid(shown, config.grid_columns, min_tile=48))
+
+
+def class_rows(images: ImageSet, names: Sequence[str]) -> Rows:
+    """A row for each class, or one row of images without classes; numbers stand for names that are missing."""
+    return (np.zeros(len(images), np.int64), [""]) if images.labels is None else (images.labels, names)
+
+
+def prompt_rows(pipeline: VQGANPipeline, prompts: Tensor) -> Rows:
+    """A row for each of the different prompts int64 `(N, P)`, with what it asks for in words."""
+    different, numbers = prompts.unique(dim=0, return_inverse=True)
+    texts = {name: one.tokenizer for name, one in pipeline.conditions.items() if isinstance(one, TextTokenizer)}
+    return numbers.numpy(), describe(different, pipeline.layout, texts)
 
 
 def save_reconstructions(config: EvaluationConfig, pipeline: VQGANPipeline, validation: RealImages) -> None:

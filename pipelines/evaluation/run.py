@@ -19,7 +19,7 @@ from configs import ConfigError, Problem
 from configs.files import remove_tree, write_json
 from configs.folder_lock import locked_folder
 from pipelines import hub
-from pipelines.evaluation.conditions import RealLabels, real_labels, require_same_classes
+from pipelines.evaluation.conditions import RealLabels, load_splits, real_labels, require_same_classes
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.copies import COPIES_NAME, FIGURES as COPYING_FIGURES, check_copies, save_copies
 from pipelines.evaluation.copying import CopyingCheck
@@ -32,6 +32,8 @@ from pipelines.evaluation.real_images import RealImages, fingerprint_of, read_re
 from pipelines.evaluation.report import (
     METRICS_NAME,
     RECONSTRUCTIONS_NAME,
+    class_rows,
+    prompt_rows,
     recorded_seconds,
     save_reconstructions,
     save_samples,
@@ -40,7 +42,7 @@ from pipelines.evaluation.report import (
 )
 from pipelines.evaluation.subject import SAMPLES, Subject, open_subject, store_images
 from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import Images, load_images, require_range
+from stage1_vqgan import Images, require_range
 from stage2_prior import CLASS
 
 FEATURES = "features"  # folder of the features of networks
@@ -71,7 +73,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     subject = open_subject(config, processes)
     seconds = recorded_seconds(config)
     asked = {} if subject.asked is None else subject.asked.record
-    sources, is_main = load_images(config.data), processes.is_main_process
+    sources, is_main = load_splits(config.data, subject.pipeline), processes.is_main_process
     prints = [fingerprint_of(source, config.max_real_images) for source in sources] if is_main else []
     prints = broadcast_object_list([prints])[0]
     made_of = {**subject.record, **asked, "sampling": subject.sampling, **networks_in_folders(config.metrics)}
@@ -149,7 +151,10 @@ def _save(
         (folder / name).unlink(missing_ok=True)
     if check is not None:
         save_copies(config, check, train, images, subject.processor.postprocess)
-    save_samples(config, images, class_names, subject.processor.postprocess)
+    rows = class_rows(images, class_names)
+    if subject.pipeline is not None and subject.asked is not None and subject.pipeline.layout.segments:
+        rows = prompt_rows(subject.pipeline, subject.asked.prompts)
+    save_samples(config, images, rows, subject.processor.postprocess)
     if subject.pipeline is not None:
         save_reconstructions(config, subject.pipeline, validation)
     _write(config, metrics)
@@ -178,7 +183,7 @@ def read_splits(config: EvaluationConfig, pipeline: VQGANPipeline) -> tuple[Real
             config.data.max_skipped_fraction,
             config.dataloader_num_workers,
         )
-        for source in load_images(config.data)
+        for source in load_splits(config.data, pipeline)
     )
     require_components(config, len(train), pipeline.image_processor.num_channels)
     return train, validation

@@ -20,14 +20,14 @@ from configs.problems import listed
 from configs.randomness import draw_seeds
 from pipelines.defaults import options_of, resolved
 from pipelines.evaluation.classifiers import Classifier, accuracy, new_classifier
-from pipelines.evaluation.conditions import real_labels
+from pipelines.evaluation.conditions import load_splits, real_labels
 from pipelines.evaluation.metrics import area_features
 from pipelines.evaluation.prompts import open_store
 from pipelines.evaluation.real_images import RealImages, read_real_images
 from pipelines.pipeline_vqgan import VQGANPipeline
 from pipelines.tuning.candidates import Settings
 from pipelines.tuning.config import TuneConfig
-from stage1_vqgan import load_images, require_range
+from stage1_vqgan import require_range
 from stage1_vqgan.evaluation.frechet import Gaussian, Moments, fitted
 from stage2_prior.data import CodeDataset
 
@@ -68,7 +68,7 @@ class Judge:
     def __init__(self, config: TuneConfig, pipeline: VQGANPipeline):
         self.config, self.pipeline, self.layout = config, pipeline, pipeline.layout
         require_range(config.data, pipeline.image_processor.values, config.pipeline)
-        sources = load_images(config.data)
+        sources = load_splits(config.data, pipeline)
         self.train, self.validation = (self._read(source) for source in sources)
         self._num_images = sources[1].num_images
         if self.layout.num_classes and self.train.labels is not None:

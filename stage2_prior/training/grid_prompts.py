@@ -1,7 +1,10 @@
 """The prompts of a grid of samples, and the words beside its rows."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from stage1_vqgan import spread
@@ -32,7 +35,9 @@ def grid_rows(store: CodeStore, layout: TokenLayout, num_images: int) -> tuple[i
         return columns, prompts, names
     chosen = np.array(list(spread(len(validation), -(-num_images // columns))))
     shown = torch.from_numpy(CodeDataset(validation, layout).read(chosen)[2])
-    return columns, shown.repeat_interleave(columns, 0)[:num_images], describe(shown, layout, store)
+    texts = [segment.name for segment in layout.segments if segment.kind == "text"]
+    tokenizers = {name: load_text_tokenizer(store.folder / FOLDER / name) for name in texts}
+    return columns, shown.repeat_interleave(columns, 0)[:num_images], describe(shown, layout, tokenizers)
 
 
 def grid_prompts(layout: TokenLayout, num_images: int, columns: int) -> Tensor:
@@ -44,24 +49,29 @@ def grid_prompts(layout: TokenLayout, num_images: int, columns: int) -> Tensor:
     return layout.class_tokens(classes.repeat_interleave(columns)[:num_images])[:, None]
 
 
-def describe(prompts: Tensor, layout: TokenLayout, store: CodeStore) -> list[str]:
-    """Texts and classes of prompts int64 `(B, P)` in words; of condition images alone their names."""
+def describe(prompts: Tensor, layout: TokenLayout, tokenizers: Mapping[str, Tokenizer]) -> list[str]:
+    """Texts and classes of prompts int64 `(B, P)` in words; of condition images alone their names.
+
+    Args:
+        prompts: the prompts.
+        layout: the token layout.
+        tokenizers: those of the texts, by the names of the conditions.
+    """
     ids = prompts - layout.offsets
     in_words = [s for s in layout.conditions if s.kind != "image"] or list(layout.conditions)
     in_words.sort(key=lambda segment: segment.kind != "text")  # a picture has little room, and a text says most
-    parts = [_words(segment, ids[:, layout.places[segment.name]], store) for segment in in_words]
+    parts = [_words(segment, ids[:, layout.places[segment.name]], tokenizers) for segment in in_words]
     return [" · ".join(filter(None, words)) for words in zip(*parts, strict=True)]
 
 
-def _words(segment: Segment, ids: Tensor, store: CodeStore) -> list[str]:
+def _words(segment: Segment, ids: Tensor, tokenizers: Mapping[str, Tokenizer]) -> list[str]:
     """What a condition says, for each row of its ids `(B, length)`."""
     if segment.kind == "class":
         names = [*segment.class_names, ""]  # the null token
         return [names[number] for number in ids[:, 0].tolist()]
     if segment.kind == "image":
         return [segment.name] * len(ids)
-    tokenizer = load_text_tokenizer(store.folder / FOLDER / segment.name)
-    return [_short(decode_text(tokenizer, row, segment)) for row in ids.tolist()]
+    return [_short(decode_text(tokenizers[segment.name], row, segment)) for row in ids.tolist()]
 
 
 def _short(text: str) -> str:

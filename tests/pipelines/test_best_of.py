@@ -176,8 +176,16 @@ def test_what_a_prior_cannot_score_is_refused(pipeline, masked):
         pipeline.generate(num_images=2, best_by="class")
     style = Segment("style", "class", 2, class_names=("flat", "drawn"))
     styled = replace(pipeline.layout, class_names=(), class_counts=(), segments=(style,))
-    with pytest.raises(ValueError, match="best_by: received 'class'; this prior has no condition 'class'; give 'like"):
-        require_best_of(styled, 2, "class", has_class=False, is_larger=False)
+    assert require_best_of(styled, 2, "class", ["style"], is_larger=False) == 2  # the only one needs no name
+    with pytest.raises(ValueError, match=r"best_by: received 'style'; needs class_labels$"):
+        require_best_of(styled, 2, "style", [], is_larger=False)
+    two = replace(styled, segments=(style, replace(style, name="group")))
+    with pytest.raises(
+        ValueError, match=r"best_by: received 'class'; must be one of the .* with classes, 'style', 'gr"
+    ):
+        require_best_of(two, 2, "class", ["style"], is_larger=False)
+    with pytest.raises(ValueError, match="best_by: received 'class'; this prior has no classes"):
+        require_best_of(replace(styled, segments=()), 2, "class", [], is_larger=False)
     for best_by in ("likelihood", "class"):
         with pytest.raises(ValueError, match=f"best_by: received '{best_by}'; this pipeline has a masked prior"):
             masked.generate([1], best_by=best_by)

@@ -10,7 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from configs import run
-from pipelines.generate import GenerateConfig, asked_labels, file_names, generate
+from pipelines.command_prompts import asked_labels
+from pipelines.generate import GenerateConfig, file_names, generate
 from pipelines.reconstruct import ReconstructConfig, image_files, reconstruct
 from stage1_vqgan import labelled_grid
 from stage1_vqgan.reconstruction import evaluate_reconstruction
@@ -136,8 +137,8 @@ def test_labels_of_the_command_line():
 
 
 def test_file_names_are_readable_and_safe():
-    assert file_names(["cats", "sea/lion ../x"], 2, 9)[1:3] == ["cats_0010", "sea_lion_x_0011"]
-    assert file_names(["猫", "..", "a" * 300], 1, 0) == ["猫_0000", "image_0001", f"{'a' * 60}_0002"]
+    assert file_names(["cats", "sea/lion ../x"], 2, range(9, 13))[1:3] == ["cats_0010", "sea_lion_x_0011"]
+    assert file_names(["猫", "..", "a" * 300], 1, range(3)) == ["猫_0000", "image_0001", f"{'a' * 60}_0002"]
 
 
 @pytest.mark.parametrize("part", ["pipeline", "vqgan"])

@@ -546,15 +546,16 @@ def test_mistakes_of_the_command_are_messages(command, arguments, message):
 def test_the_command_score_takes_a_class_of_each_condition(saved, tmp_path, picture, capsys, with_class):
     picture.resize((16, 16)).save(tmp_path / "a.png")
     options = [f"--images={tmp_path / 'a.png'}", "--device=cpu", "--best_class=false"]
-    labels = ["--class_label.class=cat", "--class_label.style=1"]
+    labels = ["--class_labels.class=cat", "--class_labels.style=1"]
     run(ScoreConfig, score, "command", [str(saved), *options, *labels])
     expected = with_class.score(Image.open(tmp_path / "a.png"), {"class": "cat", "style": "drawn"})
     assert json.loads(capsys.readouterr().out)["nats"] == pytest.approx(expected.nats.item(), abs=1e-3)
     for wrong, message in (
-        ("--class_label=cat", "class_label: received 'cat'; several such conditions need {name: value}"),
-        ("--class_label.style=wild", "class_label: received 'wild'; allowed are ids 0 to 2"),
-        ("--class_label.style=1,2", "class_label: received 2 classes; give one"),
-        ("--class_label.style=1", "class_label: this prior was trained without dropout of 'class' alone"),
+        ("--class_labels=cat", "class_labels: received 'cat'; several such conditions need {name: value}"),
+        ("--class_labels.style=wild", "style: received 'wild'; allowed are ids 0 to 2"),
+        ("--class_labels.style=1,2", "class_labels['style']: received 2 values; give one"),
+        ("--class_labels.style=1", "class_labels['class']: this prior was trained without dropout of 'class' alone"),
+        ("--text=[a, b]", "text: received 2 values; give one for all images; score() of the pipeline takes a list"),
     ):
         with pytest.raises(SystemExit):
             run(ScoreConfig, score, "command", [str(saved), *options, wrong])

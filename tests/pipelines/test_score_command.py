@@ -68,7 +68,7 @@ def test_lines_table_heat_maps_and_grid(command, images, tiny_pipeline, monkeypa
 
 def test_the_score_as_one_of_a_class(command, images, tiny_pipeline):
     file = str(images / "2.png")
-    (line,) = command(f"--images={file}", "--class_label=7", "--best_class=false", "--table=t.jsonl")
+    (line,) = command(f"--images={file}", "--class_labels=7", "--best_class=false", "--table=t.jsonl")
     expected = tiny_pipeline.score(Image.open(file), 7).nats.item()
     assert line.keys() == {"file", "nats", "bits_per_pixel"} and line["nats"] == pytest.approx(expected, abs=1e-3)
     assert [json.loads(text) for text in Path("t.jsonl").read_text().splitlines()] == [line]
@@ -77,8 +77,8 @@ def test_the_score_as_one_of_a_class(command, images, tiny_pipeline):
 def test_mistakes_are_messages(command, images):
     folder = f"--images={images}"
     assert "table: received 'a.txt'; must be the name of a file that ends with .csv" in command(folder, "--table=a.txt")
-    assert "class_label: received 'eleven'; allowed are ids 0 to 9" in command(folder, "--class_label=eleven")
-    assert "class_label: received 2 classes; give one" in command(folder, "--class_label=1,2")
+    assert "class_labels: received 'eleven'; allowed are ids 0 to 9" in command(folder, "--class_labels=eleven")
+    assert "class_labels: received 2 values; give one" in command(folder, "--class_labels=1,2")
     assert "images: none of 1 can be decoded; the first:" in command(f"--images={images / '3a.jpg'}")
     assert "pipeline: received 'runs/nope'" in command(folder, pipeline="runs/nope")
     Path("mine.csv").write_text("mine")

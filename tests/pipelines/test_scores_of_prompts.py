@@ -9,7 +9,7 @@ from PIL import Image
 
 from configs import ConfigError, load_config
 from pipelines import compressed_file
-from pipelines.score import ScoreConfig, labels_of, score
+from pipelines.score import ScoreConfig, asked_of, score
 from tests.prompted import ANIMALS, STYLES, make, make_parts, make_segments, prompts_of
 
 OVERHEAD = 47  # bytes of the header and the checksums
@@ -176,7 +176,7 @@ def test_the_command_names_the_best_class_given_the_other_conditions(parts, segm
     image.save(tmp_path / "image.png")
     asked = {"class": "bee", "style": "drawn"}
     files = {"pipeline": str(tmp_path / "pipeline"), "images": str(tmp_path / "image.png")}
-    (line,) = score(load_config(ScoreConfig, overrides={**files, "class_label": asked}))
+    (line,) = score(load_config(ScoreConfig, overrides={**files, "class_labels": asked}))
     best = pipeline.class_posterior(image, class_labels={"style": "drawn"})
     assert line["nats"] == pytest.approx(pipeline.score(image, asked).nats.item(), abs=1e-3)
     assert line["best_class"] == ANIMALS[best.argmax()] and line["probability"] == pytest.approx(
@@ -187,21 +187,17 @@ def test_the_command_names_the_best_class_given_the_other_conditions(parts, segm
 @pytest.mark.parametrize(
     ("fields", "given", "message"),
     [
-        ({"has_null": False}, {"style": 0}, r"class_label: .*; it needs class_label\['class'\]"),
-        (
-            {"has_null": False},
-            {"class": 0, "style": 0},
-            "class_label: .*; it needs text; this command gives classes alone",
-        ),
-        ({}, None, r"best_class: .*; it needs class_label\['style'\], text, or best_class false"),
+        ({"has_null": False}, {"style": 0}, r"class_labels\['class'\]: .*; it needs class_labels\['class'\]"),
+        ({"has_null": False}, {"class": 0, "style": 0}, "text: .*; it needs text$"),
+        ({}, None, r"best_class: .*; it needs class_labels\['style'\], text, or best_class false"),
     ],
     ids=["class", "text", "best class"],
 )
-def test_the_command_says_what_it_needs_in_its_own_words(parts, segments, fields, given, message):
+def test_the_command_says_what_it_needs(parts, segments, fields, given, message):
     needed = [dataclasses.replace(segments[name], has_null=False) for name in ("style", "caption")]
-    config = load_config(ScoreConfig, overrides={"pipeline": "p", "images": "i", "class_label": given})
+    config = load_config(ScoreConfig, overrides={"pipeline": "p", "images": "i", "class_labels": given})
     with pytest.raises(ConfigError, match=message):
-        labels_of(config, make(parts, needed, ANIMALS, **fields))
+        asked_of(config, make(parts, needed, ANIMALS, **fields))
 
 
 def test_only_files_with_further_conditions_are_of_the_new_version(parts, segments, pipeline, codes):

@@ -8,7 +8,7 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
 from pipelines.evaluation import copying
-from pipelines.evaluation.copying import check_features, copying_check, figures, neighbours, suspect_rows
+from pipelines.evaluation.copying import Suspect, check_features, copying_check, figures, neighbours, suspect_rows
 from pipelines.evaluation.reconstructions import Reconstructions
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel, labelled_grid
 from stage1_vqgan.networks import load_network
@@ -163,6 +163,15 @@ def test_the_most_suspicious_come_first_and_are_shown_beside_their_nearest(digit
     ]
     assert [image.tobytes() for image in rows[0][1]] == [image.tobytes() for image in rows[1][1]]
     assert labelled_grid(rows).height > 4 * 64
+
+
+def test_of_many_equal_images_those_shown_are_spread(digits):
+    """Generated images are sorted by class; the picture must not show the first classes alone."""
+    train = Pictures(digits[0])
+    suspects = [Suspect(row, row, False, 0.0) for row in range(9)] + [Suspect(9, 9, False, 0.5)]
+    ((_, above), _) = suspect_rows(suspects, train, train, VQGANImageProcessor(16, 1).postprocess, count=3)
+    expected = VQGANImageProcessor(16, 1).postprocess(digits[0][[0, 4, 8]])
+    assert [image.tobytes() for image in above] == [image.tobytes() for image in expected]
 
 
 def test_images_are_read_in_parts(digits):

@@ -219,6 +219,7 @@ def test_a_code_store_that_was_written_anew_is_evaluated_anew(tmp_path, quiet):
         write_store(tmp_path / "store", pipeline.layout, styles=styles)
         found.append(evaluate(dataclasses.replace(config_of(tmp_path / "store"), samples_per_class=6, **values)))
     assert found[0]["class_accuracy_style"] != found[1]["class_accuracy_style"]
+    assert Image.open(tmp_path / "out" / "samples.png").height == 2 * 50 + 2  # two prompts
 
 
 def test_other_columns_and_other_classes(tmp_path, quiet, capsys):
