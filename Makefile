@@ -45,7 +45,7 @@ $(RUNS)/prior/train_results.json: configs/digits/stage2.yaml $(RUNS)/codes/manif
 
 $(RUNS)/pipeline/model_index.json: $(RUNS)/vqgan/train_results.json $(RUNS)/prior/train_results.json | install
 	python -m pipelines.build --tokenizer $(RUNS)/vqgan --prior $(RUNS)/prior --output_dir $(RUNS)/pipeline \
-		--sampling_defaults "{guidance_scale: 1.5}"
+		--sampling_defaults "{guidance_scale: 2.0, guidance_schedule: linear, min_p: 0.01}"
 
 # Two workers share the test files; a second CPU thread in each would only slow the other.
 test: export OMP_NUM_THREADS = 1
