@@ -20,8 +20,8 @@ def load(name, **changes):
 
 # The steps of the warm-up and of the adversarial start with which the presets were measured.
 STEPS = {
-    "digits/stage1": (30, 100),
-    "digits/stage2": (50, None),
+    "digits/stage1": (30, 99),
+    "digits/stage2": (120, None),
     "fashion_mnist/stage1": (500, 3000),
     "fashion_mnist/stage1_vqvae": (500, 0),
     "fashion_mnist/stage2": (500, None),
@@ -62,7 +62,7 @@ def test_intervals_may_be_shares_too():
 
 
 def test_a_ratio_replaces_the_steps_of_the_file_and_steps_replace_the_ratio_of_the_file(tmp_path):
-    assert load("digits/stage1", warmup_ratio=0.5).warmup_steps == 160
+    assert load("digits/stage1", warmup_ratio=0.5).warmup_steps == 150
     assert load("digits/stage1", warmup_ratio=0).warmup_steps == 0
     file = tmp_path / "mine.yaml"
     file.write_text(
