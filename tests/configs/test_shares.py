@@ -21,7 +21,7 @@ def load(name, **changes):
 # The steps of the warm-up and of the adversarial start with which the presets were measured.
 STEPS = {
     "digits/stage1": (30, 99),
-    "digits/stage2": (120, None),
+    "digits/stage2": (108, None),
     "fashion_mnist/stage1": (500, 3000),
     "fashion_mnist/stage1_vqvae": (500, 0),
     "fashion_mnist/stage2": (500, None),
