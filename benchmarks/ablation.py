@@ -1,9 +1,12 @@
 """What each part of a preset contributes: `python -m benchmarks.ablation digits [--seeds 0 1 2] [--variants ...]`.
 
 Trains both stages of the preset and evaluates them: once as it is, the base line, and once for each variant. A variant
-changes one thing, see `VARIANTS`. All of this is done for each seed, which seeds both trainings, the views of the code
+changes one thing, see `PARTS`. All of this is done for each seed, which seeds both trainings, the views of the code
 store and the sampling. So variants of the same seed start from the same random numbers, and are compared in pairs.
-Images are sampled with guidance 1.5, if `--evaluate guidance_scale=...` states no other.
+Images are sampled with guidance 1.5; `--evaluate guidance_scale=...` overrides it for all variants.
+
+`FAULTS` are further variants, each with a fault that is made on purpose. Their figures show how it is recognised:
+`--variants tokenizer_stopped prior_stopped ...`.
 
 Variants that change nothing in stage 1 use the tokenizer of the base line of their seed, and also its codes if they
 keep the number of views. A variant that the preset refuses, or that changes nothing there, is named and left out.
@@ -64,16 +67,17 @@ class Variant:
     Attributes:
         stage1, stage2: overrides of the presets.
         architecture: `model_type` of the prior, in the sizes of the preset's; None keeps the preset's.
+        sampling: arguments of `VQGANPipeline.generate`, beside guidance 1.5.
     """
 
     stage1: dict[str, Any] = field(default_factory=dict)
     stage2: dict[str, Any] = field(default_factory=dict)
     architecture: str | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
 
 
 BASE = "baseline"
-VARIANTS = {
-    BASE: Variant(),
+PARTS = {
     "no_discriminator": Variant({"loss.adversarial_weight": 0}),
     "no_perceptual": Variant({"loss.perceptual_weight": 0}),
     "perceptual": Variant({"loss.perceptual_weight": 1.0, "loss.lpips_backbone": "stlpips_alex"}),
@@ -89,8 +93,22 @@ VARIANTS = {
     "qwen3": Variant(architecture="qwen3"),
     "gpt2": Variant(architecture="gpt2"),
 }
+SHORT = {"max_steps": 30, "warmup_steps": 0.1, "eval_steps": 1.0, "save_steps": 1.0}
+FAULTS = {
+    "tokenizer_stopped": Variant(SHORT),
+    "codebook_2": Variant({"model.num_embeddings": 2}),
+    "prior_stopped": Variant(stage2=SHORT | {"max_steps": 100}),
+    "no_class": Variant(stage2={"condition_dropout": 0.9}),
+    "prior_overtrained": Variant(
+        stage2={"num_views": 1, "data.augmentation": {}, "keep_best": False, "weight_decay": 0.0}
+    ),
+    "guidance_6": Variant(sampling={"guidance_scale": 6.0}),
+    "temperature_half": Variant(sampling={"temperature": 0.5}),
+    "temperature_2": Variant(sampling={"temperature": 2.0}),
+}
+VARIANTS = {BASE: Variant(), **PARTS, **FAULTS}
 # Settings of stage 2 above that change the codes.
-OF_CODES = {"num_views"}
+OF_CODES = {"num_views", "data.augmentation"}
 
 # Figures of the tables and their digits; also those of networks, whose names begin with "frechet_distance/".
 FIGURES = {
@@ -110,6 +128,7 @@ class Settings(NamedTuple):
 
     stage1: Stage1Config
     stage2: Stage2Config
+    build: BuildConfig
     evaluation: EvaluationConfig
 
 
@@ -122,13 +141,19 @@ def settings(args: argparse.Namespace, variant: Variant, seed: int, folders: Fol
     seeded = {"seed": seed}
     stage1 = stage1_values(args, folders) | variant.stage1 | seeded
     stage2 = stage2_values(args, folders) | variant.stage2 | seeded
-    evaluation = {"guidance_scale": GUIDANCE_SCALE} | evaluation_values(args, folders) | seeded
+    evaluation = evaluation_values(args, folders) | seeded
     if variant.architecture is not None:
         prior = load_config(Stage2Config, f"{args.preset}/stage2", stage2).model
         stage2["model"] = architecture(variant.architecture, prior)
     return Settings(
         load_config(Stage1Config, f"{args.preset}/stage1", stage1),
         load_config(Stage2Config, f"{args.preset}/stage2", stage2),
+        BuildConfig(
+            tokenizer=str(folders.tokenizer),
+            prior=str(folders.prior),
+            output_dir=str(folders.pipeline),
+            sampling_defaults={"guidance_scale": GUIDANCE_SCALE, **variant.sampling},
+        ),
         load_config(EvaluationConfig, f"{args.preset}/evaluate", evaluation),
     )
 
@@ -181,7 +206,8 @@ def folders_of(runs: Path, name: str) -> Folders:
     if variant.stage1:
         return own
     codes = own.codes if OF_CODES & variant.stage2.keys() else base.codes
-    return own._replace(tokenizer=base.tokenizer, codes=codes)
+    prior = own.prior if variant.stage2 or variant.architecture else base.prior
+    return own._replace(tokenizer=base.tokenizer, codes=codes, prior=prior)
 
 
 def measured(args: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
@@ -200,7 +226,7 @@ def measured(args: argparse.Namespace, name: str, seed: int) -> dict[str, float]
     complete(folders.tokenizer, RESULTS_NAME, partial(train_tokenizer, run.stage1))
     complete(folders.codes, MANIFEST_NAME, partial(tokenize, run.stage2))
     complete(folders.prior, RESULTS_NAME, partial(train_prior, run.stage2))
-    build(BuildConfig(tokenizer=str(folders.tokenizer), prior=str(folders.prior), output_dir=str(folders.pipeline)))
+    build(run.build)
     metrics = evaluate(run.evaluation)
     del metrics["inputs"]
     figures = figures_of(folders, metrics)
@@ -253,8 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("preset", help="digits, fashion_mnist, or another folder with the three presets")
     parser.add_argument("--data", help="folder of the images, or another value of data.dataset; else the preset's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    variants = [name for name in VARIANTS if name != BASE]
-    parser.add_argument("--variants", nargs="*", choices=variants, default=variants)
+    parser.add_argument("--variants", nargs="*", choices=[*PARTS, *FAULTS], default=list(PARTS))
     parser.add_argument("--num_workers", type=int, default=0)
     add_settings(parser)
     parser.add_argument("--output_dir", type=Path, help="default: runs/benchmarks/ablation/PRESET")

@@ -11,7 +11,7 @@ from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import ablation
-from benchmarks.ablation import BASE, VARIANTS, chosen, comparisons, folders_of, main, settings
+from benchmarks.ablation import BASE, FAULTS, VARIANTS, chosen, comparisons, folders_of, main, settings
 from benchmarks.cpu_time import complete, seconds_of
 from benchmarks.differences import all_tables, compare
 from benchmarks.stages import Folders, overrides
@@ -71,15 +71,21 @@ def test_variants_share_the_tokenizer_and_the_codes_they_can_share(tmp_path):
     for name in VARIANTS:
         own = folders_of(tmp_path, name)
         shared = {part for part, folder in own._asdict().items() if folder == getattr(base, part)}
-        of_stage2 = name in ("prior_no_ema", "one_view", "qwen3", "gpt2")
-        expected = {"tokenizer", "codes"} - ({"codes"} if name == "one_view" else set()) if of_stage2 else set()
+        expected = set() if VARIANTS[name].stage1 else {"tokenizer", "codes", "prior"}
+        if VARIANTS[name].stage2 or VARIANTS[name].architecture:
+            expected -= {"prior"}
+        if name in ("one_view", "prior_overtrained"):
+            expected -= {"codes"}
         assert name == BASE or shared == expected, name
 
 
 def test_every_part_of_a_run_has_its_seed(tmp_path):
     run = settings(arguments(tmp_path), VARIANTS["one_view"], 7, Folders.within(tmp_path))
-    assert [part.seed for part in run] == [7, 7, 7] and run.stage2.num_views == 1
-    assert run.evaluation.guidance_scale == 1.5
+    assert [run.stage1.seed, run.stage2.seed, run.evaluation.seed] == [7, 7, 7] and run.stage2.num_views == 1
+    assert run.build.sampling_defaults == {"guidance_scale": 1.5} and run.evaluation.guidance_scale is None
+    fault = settings(arguments(tmp_path), FAULTS["temperature_2"], 7, Folders.within(tmp_path))
+    assert fault.build.sampling_defaults == {"guidance_scale": 1.5, "temperature": 2.0}
+    assert fault.build.prior == str(Folders.within(tmp_path).prior)
 
 
 def test_differences_are_paired_by_seed():
