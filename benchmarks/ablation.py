@@ -19,7 +19,8 @@ from the base line of the same seed ± the standard error of this mean. The last
   full, and what a killed process had spent does not count.
 
 The same command goes on after an interruption, and repeats no finished run. A run has a folder in `--output_dir`, in
-which `ablation.json` collects the results. TQDM_MININTERVAL=60 reduces the progress bars to one line per minute.
+which `ablation.json` collects the results, and `variants.png` shows images of each variant. TQDM_MININTERVAL=60 reduces
+the progress bars to one line per minute.
 """
 
 import argparse
@@ -46,13 +47,15 @@ from benchmarks.stages import (
     stage2_values,
 )
 from configs import ConfigError, Problem, load_config, to_dict
-from configs.files import write_json
+from configs.files import write_json, write_png
 from configs.interruption import Stopped
 from configs.problems import one_line
 from configs.run_folder import RESULTS_NAME
 from pipelines.build import BuildConfig, build
 from pipelines.evaluate import EvaluationConfig, evaluate
-from stage1_vqgan import Stage1Config
+from pipelines.evaluation.reading import some_pixels
+from pipelines.evaluation.shards import ImageShards
+from stage1_vqgan import Stage1Config, VQGANImageProcessor, labelled_grid, spread
 from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import Stage2Config
 from stage2_prior.manifest import MANIFEST_NAME
@@ -109,6 +112,8 @@ FAULTS = {
 VARIANTS = {BASE: Variant(), **PARTS, **FAULTS}
 # Settings of stage 2 above that change the codes.
 OF_CODES = {"num_views", "data.augmentation"}
+
+IMAGES_SHOWN = 20  # of each variant
 
 # Figures of the tables and their digits; also those of networks, whose names begin with "frechet_distance/".
 FIGURES = {
@@ -272,6 +277,23 @@ def of_seeds(runs: Mapping[int, Mapping[str, float]], figure: str) -> dict[int, 
     return {seed: figures[figure] for seed, figures in runs.items() if figure in figures}
 
 
+def save_picture(runs: Path, names: Sequence[str], path: Path) -> None:
+    """Writes a picture of images of variants, evenly spread over the classes: a row for each, with equal seeds.
+
+    Args:
+        runs: the folder of a seed.
+        names: the variants.
+        path: where to write.
+    """
+    rows = []
+    for name in names:
+        folders = folders_of(runs, name)
+        images = ImageShards(folders.evaluation / "samples")
+        pixels = some_pixels(images, spread(len(images), IMAGES_SHOWN))
+        rows.append((name, VQGANImageProcessor.from_pretrained(folders.tokenizer).postprocess(pixels)))
+    write_png(path, labelled_grid(rows, IMAGES_SHOWN, min_tile=32))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -318,6 +340,7 @@ def run_all(args: argparse.Namespace) -> None:
                     },
                 },
             )
+    save_picture(args.output_dir / f"seed_{args.seeds[0]}", names, args.output_dir / "variants.png")
     report(all_tables(compared, FIGURES))
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -154,6 +155,9 @@ def test_an_ablation(tmp_path, capsys):
     assert figures["psnr"] == result["results"][BASE]["1"]["psnr"] != result["results"][BASE]["0"]["psnr"]
     assert result["comparisons"]["psnr"]["gpt2"]["error"] == 0
     assert not (tmp_path / "seed_0/gpt2/vqgan").exists() and (tmp_path / "seed_0/gpt2/prior").is_dir()
+
+    with Image.open(tmp_path / "variants.png") as picture:
+        assert picture.width > 2 * picture.height > 0
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed_*/*/run.json")}
     main([*command, "--seeds", "0", "1"])  # nothing is repeated
