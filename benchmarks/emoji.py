@@ -3,15 +3,18 @@
     python -m benchmarks.emoji pairs --data emoji --output_dir emoji_pairs_of_styles
     python -m benchmarks.emoji text PIPELINE --data emoji --pairs emoji_pairs
     python -m benchmarks.emoji guidance PIPELINE --data emoji --pairs emoji_pairs
+    python -m benchmarks.emoji groups PIPELINE --data emoji
     python -m benchmarks.emoji transfer PIPELINE --data emoji --pairs emoji_pairs
 
-The folders hold parquet files with the columns `image`, `style`, `text` and `code`; the same code is the same emoji in
-another style. `emoji` has train.parquet and test.parquet; the emoji of test are in no style in train. `emoji_pairs` has
-test.parquet; the train images show its emoji in the three other styles.
+The folders hold parquet files with the columns `image`, `style`, `group`, `text` and `code`; the same code is the same
+emoji in another style, and the group is what kind of thing it shows. `emoji` has train.parquet and test.parquet; the
+emoji of test are in no style in train. `emoji_pairs` has test.parquet; the train images show its emoji in the three
+other styles.
 
 `pairs` writes a data set whose rows have the column `source` too, the same emoji in another style. `text` generates
-every emoji from its text and its style; `guidance` does so with several scales of guidance by each. `transfer`
-generates it from its image in another style, a condition image.
+every emoji from its text and its style (and its group, if the prior has this condition); `guidance` does so with
+several scales of guidance by each. `groups` generates emoji from style and group alone, `--count` of each pair.
+`transfer` generates an emoji from its image in another style, a condition image.
 
 `text` measures each combination of the sampling settings. To choose settings by emoji that are not those of the
 figures, choose with `--half first`, and measure the choice with `--half second`.
@@ -54,19 +57,20 @@ class Emoji(NamedTuple):
 
     Attributes:
         images: RGB images.
-        styles: int64 `(N,)`.
+        styles, groups: int64 `(N,)`.
         texts: descriptions.
         codes: Unicode code points, the same for an emoji in all styles.
     """
 
     images: list[Image.Image]
     styles: np.ndarray
+    groups: np.ndarray
     texts: list[str]
     codes: list[str]
 
 
-def read(path: Path, half: str | None = None) -> tuple[Emoji, list[str]]:
-    """The emoji of a parquet file, and the names of the styles.
+def read(path: Path, half: str | None = None) -> tuple[Emoji, dict[str, list[str]]]:
+    """The emoji of a parquet file, and the names of the styles and of the groups, by their column.
 
     Args:
         path: the file.
@@ -77,8 +81,9 @@ def read(path: Path, half: str | None = None) -> tuple[Emoji, list[str]]:
         halves = [HALVES[zlib.crc32(code.encode()) % 2] for code in rows["code"]]
         rows = rows.select(np.flatnonzero(np.array(halves) == half))
     images = [image.convert("RGB") for image in rows["image"]]
-    emoji = Emoji(images, np.array(rows["style"]), list(rows["text"]), list(rows["code"]))
-    return emoji, rows.features["style"].names
+    styles, groups = np.array(rows["style"]), np.array(rows["group"])
+    names = {column: rows.features[column].names for column in ("style", "group")}
+    return Emoji(images, styles, groups, list(rows["text"]), list(rows["code"])), names
 
 
 class Features:
@@ -148,6 +153,16 @@ def combinations(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+def classes(
+    args: argparse.Namespace, pipeline: VQGANPipeline, emoji: Emoji, names: dict[str, list[str]]
+) -> dict[str, list[str]]:
+    """The style of each emoji, and its group if the prior has this condition: `class_labels` of a request."""
+    asked = {args.style: [names["style"][style] for style in emoji.styles]}
+    if "group" in {condition.name for condition in pipeline.layout.conditions}:
+        asked["group"] = [names["group"][group] for group in emoji.groups]
+    return asked
+
+
 def generated(pipeline: VQGANPipeline, asked: dict[str, Any], settings: dict[str, Any]) -> list[Image.Image]:
     """The images of a request, with these sampling settings where it states no others."""
     return [image.convert("RGB") for image in pipeline.generate(**settings | asked, seed=0).images]
@@ -166,7 +181,7 @@ def text(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
     for split, path in (("test", args.data), ("pairs", args.pairs)):
         emoji, _ = read(path / "test.parquet", args.half)
         real = judge.features(emoji.images)
-        styles = {"class_labels": {args.style: [judge.names[style] for style in emoji.styles]}}
+        styles = {"class_labels": classes(args, pipeline, emoji, judge.names)}
         kinds = {
             ", ".join(["with text", *(f"{key} {one[key]}" for key in one if len(getattr(args, key)) > 1)]): partial(
                 generated, pipeline, styles | {"text": emoji.texts}, one
@@ -195,11 +210,12 @@ def guidance(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any
     emoji = Emoji(
         test.images + pairs_.images,
         np.r_[test.styles, pairs_.styles],
+        np.r_[test.groups, pairs_.groups],
         test.texts + pairs_.texts,
         test.codes + pairs_.codes,
     )
     real = judge.features(emoji.images)
-    asked = {"class_labels": {args.style: [judge.names[style] for style in emoji.styles]}, "text": emoji.texts}
+    asked = {"class_labels": classes(args, pipeline, emoji, judge.names), "text": emoji.texts}
     scales = [{}, *({args.style: s} for s in (0.0, 2.0, 4.0)), *({"text": s} for s in (0.0, 2.0, 4.0))]
     (settings,) = combinations(args)
     results = {}
@@ -217,7 +233,7 @@ def transfer(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any
     emoji, _ = read(args.pairs / "test.parquet", args.half)
     (settings,) = combinations(args)
     sources = [train.images[train.codes.index(code)] for code in emoji.codes]
-    labels = {args.style: [names[style] for style in emoji.styles]}
+    labels = classes(args, pipeline, emoji, names)
     kinds: dict[str, list[Image.Image]] = {
         "generated": generated(pipeline, {"class_labels": labels, "condition_images": sources}, settings),
         "the input copied": sources,
@@ -234,6 +250,43 @@ def transfer(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any
         | judge.measures(images, emoji, real)
         for kind, images in kinds.items()
     }
+
+
+def groups(args: argparse.Namespace, pipeline: VQGANPipeline) -> dict[str, Any]:
+    """Generates emoji of each style and group, without a text. Draws a line of each group, with all styles."""
+    judge = Judge(args)
+    style_names, group_names = judge.names["style"], judge.names["group"]
+    every = list(itertools.product(range(len(group_names)), range(len(style_names)), range(args.count)))
+    wanted_groups, wanted_styles, _ = np.array(every).T
+    labels = {
+        args.style: [style_names[style] for style in wanted_styles],
+        "group": [group_names[group] for group in wanted_groups],
+    }
+    of_groups = LogisticRegression(max_iter=2000).fit(judge.of_train, judge.train.groups)
+    test, _ = read(args.data / "test.parquet")
+    results = {}
+
+    def measure(name: str, images: list[Image.Image], styles: np.ndarray, of_images: np.ndarray) -> None:
+        found = judge.features(images)
+        results[name] = {
+            "images": len(images),
+            "style": float(np.mean(judge.classifier.predict(found) == styles)),
+            "group": float(np.mean(of_groups.predict(found) == of_images)),
+        }
+
+    measure("real", test.images, test.styles, test.groups)
+    measure("real, reconstructed", reconstructed(pipeline, test), test.styles, test.groups)
+    for one in combinations(args):
+        images = generated(pipeline, {"class_labels": labels}, one)
+        name = ", ".join(f"{key} {value}" for key, value in one.items())
+        measure(name, images, wanted_styles, wanted_groups)
+        lines = [
+            (name, [images[number] for number, row in enumerate(every) if row[0] == group and row[2] < SHOWN // 4])
+            for group, name in enumerate(group_names)
+        ]
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        labelled_grid(lines, SHOWN).save(args.output_dir / f"groups_{len(results) - 2}.png")
+    return results
 
 
 def l1(one: Image.Image, other: Image.Image) -> float:
@@ -274,11 +327,12 @@ def pairs(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji", description=__doc__)
-    parser.add_argument("task", choices=["pairs", "text", "guidance", "transfer"])
+    parser.add_argument("task", choices=["pairs", "text", "guidance", "groups", "transfer"])
     parser.add_argument("pipeline", nargs="?", help="folder of a pipeline")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
     parser.add_argument("--pairs", type=Path, help="folder with the test.parquet of emoji known in other styles")
     parser.add_argument("--style", default="style", help="name of the condition with the styles")
+    parser.add_argument("--count", type=int, default=16, help="emoji of each style and group that groups generates")
     parser.add_argument("--half", choices=HALVES, help="generate these emoji alone")
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[2.0])
     parser.add_argument("--temperature", type=float, nargs="+", default=[1.0])
@@ -290,12 +344,12 @@ def main() -> None:
     if args.task == "pairs":
         pairs(args)
         return
-    if args.pipeline is None or args.pairs is None:
+    if args.pipeline is None or (args.pairs is None and args.task != "groups"):
         parser.error(f"{args.task} needs a pipeline and --pairs")
-    if args.task != "text" and len(combinations(args)) > 1:
+    if args.task not in ("text", "groups") and len(combinations(args)) > 1:
         parser.error(f"{args.task} takes one value of each sampling setting")
     where = environment()
-    results = {"text": text, "guidance": guidance, "transfer": transfer}[args.task](
+    results = {"text": text, "guidance": guidance, "groups": groups, "transfer": transfer}[args.task](
         args, VQGANPipeline.from_pretrained(args.pipeline)
     )
     print(table([{"": name} | {key: round(value, 3) for key, value in row.items()} for name, row in results.items()]))

@@ -201,7 +201,7 @@ def test_priors_of_other_classes_or_sizes_are_not_compared():
 
 def test_retrieval_counts_the_emoji_of_the_style_alone():
     real = torch.nn.functional.one_hot(torch.arange(4)).float()
-    asked = emoji.Emoji([], np.array([0, 0, 1, 1]), [], ["a", "b", "a", "b"])
+    asked = emoji.Emoji([], np.array([0, 0, 1, 1]), np.zeros(4), [], ["a", "b", "a", "b"])
     found = real[[0, 0, 2, 3]]
     found[2] += 2 * real[1]  # most like "b" of the other style; of its own style, most like "a"
     assert emoji.retrieval(found, real, asked) == {"top_1": 0.75, "top_5": 1.0, "chance": 0.5}
