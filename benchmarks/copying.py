@@ -4,9 +4,10 @@
 
 PRESET names a folder of presets whose pipeline has been built; by default it is digits, the preset of `make demo`.
 
-The first table is of two priors with the same tokenizer: that of the pipeline, and one that trains on purpose on a few
-of its training images, without augmentation, so long that it repeats them. Both are compared with all training images
-and with these few. The table also has the figures of the other metrics.
+The first table is of three priors with the same tokenizer: that of the pipeline, and two that train on purpose on a few
+of its training images, so long that they repeat them: one on the images alone, one on the views of the preset. All are
+compared with these few images; the first two also with all training images; the last two also with the views of their
+code store. The table also has the figures of the other metrics.
 
 The second table is of known copies: training images that were changed. It says which share of them is suspected, with
 the features of each network. In the columns `through the tokenizer`, all images are its reconstructions, as the
@@ -35,7 +36,7 @@ from benchmarks.families import Real
 from benchmarks.machine import environment
 from benchmarks.report import table, write
 from benchmarks.stages import overrides
-from configs import ConfigError, load_config
+from configs import ConfigError, load_config, to_dict
 from configs.files import write_png
 from configs.interruption import Stopped
 from configs.randomness import uniform_rows
@@ -43,21 +44,22 @@ from pipelines import VQGANPipeline
 from pipelines.build import BuildConfig, build
 from pipelines.commands import load_pipeline
 from pipelines.evaluation.config import EvaluationConfig
-from pipelines.evaluation.copies import NETWORK, check_copies, counts_mirrored
+from pipelines.evaluation.copies import NETWORK, check_copies, known_images
 from pipelines.evaluation.copying import CopyingCheck, check_features, features, suspect_rows
 from pipelines.evaluation.generated import generate_samples
 from pipelines.evaluation.image_set import ImageSet
+from pipelines.evaluation.prompts import open_store
 from pipelines.evaluation.reading import PixelImages, SomeImages, parts, some_pixels
 from pipelines.evaluation.reconstructions import Reconstructions
 from pipelines.evaluation.shards import levels_of, pixels_of_levels
 from stage1_vqgan import AugmentationConfig, labelled_grid, spread
 from stage1_vqgan.data.augmentation import NUM_DRAWS, augment
 from stage1_vqgan.networks import FrozenNetwork, load_network
-from stage2_prior import CLASS, Stage2Config
+from stage2_prior import CLASS, CodeStore, Stage2Config
 from stage2_prior.tokenize import tokenize
 from stage2_prior.training.run import train as train_prior
 
-Sets = tuple[dict[str, ImageSet], ImageSet, ImageSet]  # changed images, training images, held-out images
+Sets = tuple[dict[str, ImageSet], list[ImageSet], ImageSet]  # changed images, training images, held-out images
 COLUMNS = 12  # images in a row of the picture
 NOISE, BRIGHTER = 0.05, 0.1  # fractions of the range of pixels
 
@@ -72,7 +74,7 @@ def save_images(folder: Path, splits: dict[str, ImageSet], pipe: VQGANPipeline) 
         Dataset.from_dict(columns, kinds).to_parquet(folder / f"{name}.parquet")
 
 
-def overfitted(args: argparse.Namespace, few: ImageSet, validation: ImageSet, good: VQGANPipeline) -> str:
+def overfitted(args: argparse.Namespace, few: ImageSet, validation: ImageSet, good: VQGANPipeline, views: int) -> Path:
     """Trains a prior on a few images for many epochs.
 
     Args:
@@ -80,28 +82,33 @@ def overfitted(args: argparse.Namespace, few: ImageSet, validation: ImageSet, go
         few: the images.
         validation: those that the training evaluates; they choose nothing.
         good: a pipeline with the tokenizer.
+        views: number of views of each image, by the augmentation of the preset.
 
     Returns:
-        The folder of the prior's pipeline.
+        A folder with its `codes` and its `pipeline`.
     """
-    root = args.output_dir
-    save_images(root / "images", {"train": few, "validation": validation}, good)
+    images, root = args.output_dir / "images", args.output_dir / f"views_{views}"
+    save_images(images, {"train": few, "validation": validation}, good)
+    preset, data = f"{args.preset}/stage2", dict[str, Any](dataset=str(images), validation_split="validation")
+    if views > 1:
+        data["augmentation"] = to_dict(load_config(Stage2Config, preset, args.stage2).data.augmentation)
+    steps = args.steps if views == 1 else args.view_steps
     values = {
         "output_dir": str(root / "prior"),
         "code_store": str(root / "codes"),
-        "max_steps": args.steps,
-        "eval_steps": args.steps,
-        "save_steps": args.steps,
+        "max_steps": steps,
+        "eval_steps": steps,
+        "save_steps": steps,
         "keep_best": False,
-        "num_views": 1,
-        "data": {"dataset": str(root / "images"), "validation_split": "validation"},
+        "num_views": views,
+        "data": data,
         "report_to": [],
     }
-    config = load_config(Stage2Config, f"{args.preset}/stage2", args.stage2 | values)
+    config = load_config(Stage2Config, preset, {"per_device_train_batch_size": 64} | args.stage2 | values)
     tokenize(config)
     train_prior(config)
     build(BuildConfig(tokenizer=config.tokenizer, prior=config.output_dir, output_dir=str(root / "pipeline")))
-    return str(root / "pipeline")
+    return root
 
 
 class Prior(NamedTuple):
@@ -123,16 +130,22 @@ class Prior(NamedTuple):
     generated: ImageSet
     others: dict[str, float]
 
-    def check(self, train: ImageSet, validation: ImageSet) -> CopyingCheck:
+    def known(self, train: ImageSet | CodeStore) -> list[ImageSet]:
+        """Training images, or the views of a code store, as an evaluation compares with them."""
+        if isinstance(train, CodeStore):
+            return known_images(self.config, self.pipe, train, self.train)
+        return known_images(self.config, self.pipe, None, train)
+
+    def check(self, known: list[ImageSet], validation: ImageSet) -> CopyingCheck:
         """The check that an evaluation does, with these training images."""
-        check, reason = check_copies(self.config, self.pipe, self.pipe.device, train, validation, self.generated)
+        check, reason = check_copies(self.pipe, self.pipe.device, known, validation, self.generated)
         if check is None:
             raise SystemExit(reason)
         return check
 
-    def pictures(self, check: CopyingCheck) -> list[tuple[str, list[Image.Image]]]:
+    def pictures(self, check: CopyingCheck, known: list[ImageSet]) -> list[tuple[str, list[Image.Image]]]:
         """Two rows: the most suspicious images above their nearest training images."""
-        known, show = Reconstructions(self.train, self.pipe.vqgan), self.pipe.image_processor.postprocess
+        show = self.pipe.image_processor.postprocess
         above, below = suspect_rows(check.suspects, self.generated, known, show, COLUMNS, COLUMNS)
         return [(self.name, above[1]), below]
 
@@ -144,10 +157,11 @@ def sampled(name: str, config: EvaluationConfig, pipe: VQGANPipeline, train: Ima
     return Prior(name, config, pipe, train, PixelImages(samples), real.metrics(samples, labels[CLASS]))
 
 
-def line(prior: Prior, train: ImageSet, validation: ImageSet, check: CopyingCheck) -> dict[str, Any]:
+def line(prior: Prior, name: str, known: list[ImageSet], validation: ImageSet, check: CopyingCheck) -> dict[str, Any]:
     """A line of the first table."""
     found = check.figures
-    counts = {"generated": len(prior.generated), "train": len(train), "held out": len(validation)}
+    compared = {"compared with": name, "generated": len(prior.generated), "train": len(known[0])}
+    counts = compared | {"views": len(known), "held out": len(validation)}
     suspected = f"{found['suspected_copies']:.3f} ± {found['suspected_copies_chance']:.3f}"
     others = {"nearer": found["nearer_than_held_out"]} | prior.others
     rounded = {name: round(value, 3) for name, value in others.items()}
@@ -195,13 +209,13 @@ def augmented(images: Tensor, augmentation: AugmentationConfig) -> Tensor:
 
 
 def shares(
-    kinds: dict[str, ImageSet], train: ImageSet, held_out: ImageSet, network: FrozenNetwork, mirrored: bool
+    kinds: dict[str, ImageSet], train: list[ImageSet], held_out: ImageSet, network: FrozenNetwork
 ) -> dict[str, float]:
     """Which share of the images of each kind is suspected; see `copying_check`."""
-    known = torch.cat([features(train, network, "training images", flip) for flip in (False, True)[: 1 + mirrored]])
+    known = torch.stack([features(view, network, "training images") for view in train])
     others = features(held_out, network, "held-out images")
     return {
-        name: check_features(features(images, network, name), known, others, len(train)).figures["suspected_copies"]
+        name: check_features(features(images, network, name), known, others).figures["suspected_copies"]
         for name, images in kinds.items()
     }
 
@@ -216,14 +230,18 @@ def known_copies(args: argparse.Namespace, real: Real, pipe: VQGANPipeline) -> l
     kinds["no copies: validation images"] = fresh
     through = {name: given_back(images, pipe) for name, images in kinds.items()}
     sets: dict[str, Sets] = {
-        "": (kinds, real.train, held_out),
-        ", through the tokenizer": (through, given_back(real.train, pipe), given_back(held_out, pipe)),
+        "": (kinds, known_images(real.config, None, None, real.train), held_out),
+        ", through the tokenizer": (
+            through,
+            known_images(real.config, None, None, given_back(real.train, pipe)),
+            given_back(held_out, pipe),
+        ),
     }
     rows: dict[str, dict[str, Any]] = {name: {"change": name, "images": len(images)} for name, images in kinds.items()}
     for name in (NETWORK, *args.feature_networks):
         network = load_network(name).to(pipe.device)
         for how, (copies, train, others) in sets.items():
-            for kind, share in shares(copies, train, others, network, counts_mirrored(real.config)).items():
+            for kind, share in shares(copies, train, others, network).items():
                 rows[kind][name + how] = round(share, 3)
     return list(rows.values())
 
@@ -237,15 +255,30 @@ def priors(args: argparse.Namespace, real: Real, good: VQGANPipeline) -> list[di
     """The lines of the first table. Draws the picture."""
     few = SomeImages(real.train, spread(len(real.train), args.images, real.train.labels))
     plain = replace(real.config, data=replace(real.config.data, augmentation=AugmentationConfig()))
-    copying = load_pipeline(overfitted(args, few, real.validation, good))
-    overfit = sampled(f"a prior of {len(few)} images", plain, copying, few, real)
-    usual = sampled("the prior of the pipeline", real.config, good, real.train, real)
     lines, pictures = [], []
-    for prior in (overfit, usual):
-        for train in (few, real.train):
-            check = prior.check(train, real.validation)
-            lines.append(line(prior, train, real.validation, check))
-            pictures += prior.pictures(check) if train is prior.train else []
+
+    def add(prior: Prior, sets: dict[str, ImageSet | CodeStore], shown: str) -> None:
+        for name, train in sets.items():
+            known = prior.known(train)
+            check = prior.check(known, real.validation)
+            lines.append(line(prior, name, known, real.validation, check))
+            pictures.extend(prior.pictures(check, known) if name == shown else [])
+
+    num_views = load_config(Stage2Config, f"{args.preset}/stage2", args.stage2).num_views
+    these, every, views = f"these {len(few)} images", "all training images", "the views of its store"
+    for count in dict.fromkeys((1, num_views)):
+        root = overfitted(args, few, real.validation, good, count)
+        name = f"of {len(few)} images" + (f" in {count} views" if count > 1 else "")
+        prior = sampled(name, plain, load_pipeline(str(root / "pipeline")), few, real)
+        if count == 1:
+            add(prior, {these: few, every: real.train}, these)
+        else:
+            add(prior, {these: few, views: CodeStore(root / "codes")}, views)
+    usual = sampled("of the pipeline", real.config, good, real.train, real)
+    of_usual: dict[str, ImageSet | CodeStore] = {these: few, every: real.train}
+    if real.config.code_store is not None:
+        of_usual[views] = open_store(real.config, good.layout)
+    add(usual, of_usual, next(reversed(of_usual)))
     write_png(args.output_dir / "copies.png", labelled_grid(pictures, COLUMNS, min_tile=48))
     return lines
 
@@ -270,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("preset", nargs="?", default="digits", help="folder of presets, by default digits")
     parser.add_argument("--images", type=int, default=100, help="training images of the prior that copies")
     parser.add_argument("--steps", type=int, default=300, help="steps of its training")
+    parser.add_argument("--view_steps", type=int, default=1200, help="the same of the prior that copies views")
     parser.add_argument("--copies", type=int, default=500, help="largest number of training images that are changed")
     parser.add_argument("--feature_networks", nargs="+", default=[], metavar="NAME", help="further networks")
     settings: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "KEY=VALUE"}

@@ -1,7 +1,7 @@
 """Stage 2: the autoregressive prior over a tokenizer's codes, its data, training and sampling."""
 
 from .adapters import without_adapters as without_adapters
-from .code_store import CodeStore as CodeStore
+from .code_store import CodeSplit as CodeSplit, CodeStore as CodeStore
 from .conditions import CLASS as CLASS, Segment as Segment
 from .entropy_coding import (
     SymbolReader as SymbolReader,

@@ -43,17 +43,19 @@ def test_views_are_those_of_the_augmentation(images):
 
 
 def test_a_prior_that_copies_is_exposed(tiny_runs, tmp_path, datasets_cache, capsys):
-    """A tiny prior that repeats 20 images, beside the prior of a tiny pipeline; and copies of known images."""
+    """Tiny priors that repeat 20 images or their views, and the prior of a tiny pipeline; copies of known images."""
     sizes = [f"model.{name}={value}" for name, value in tiny.LLAMA.items()]
-    stage2 = [*sizes, "learning_rate=1e-2", "num_sample_images=0", "per_device_train_batch_size=20"]
-    evaluation = [f"pipeline={tiny_runs.pipeline}", "samples_per_class=8", "max_real_images=300", "guidance_scale=1"]
-    command = ["digits", "--images=20", "--steps=100", "--copies=40", f"--output_dir={tmp_path}"]
+    stage2 = [*sizes, "learning_rate=1e-2", "num_sample_images=0", "per_device_train_batch_size=20", "num_views=2"]
+    inputs = [f"pipeline={tiny_runs.pipeline}", f"code_store={tiny_runs.codes}"]
+    evaluation = [*inputs, "samples_per_class=8", "max_real_images=150", "guidance_scale=1"]
+    command = ["digits", "--images=20", "--steps=100", "--view_steps=300", "--copies=40", f"--output_dir={tmp_path}"]
     main([*command, "--stage2", *stage2, "--evaluate", *evaluation])
     found = json.loads((tmp_path / "copying.json").read_text())
-    exposed, _, usual_with_few, usual = found["priors"]
-    assert [row["train"] for row in found["priors"]] == [20, 300, 20, 300] and exposed["generated"] == 80
-    shares = [float(row["suspected copies"].split()[0]) for row in (exposed, usual_with_few, usual)]
-    assert shares[0] > 0.6 and max(shares[1:]) < 0.2, shares
+    exposed, _, _, of_views, *usual = found["priors"]
+    counts = [(row["train"], row["views"]) for row in found["priors"]]
+    assert counts == [(20, 1), (150, 1), (20, 1), (20, 2), (20, 1), (150, 1), (150, 2)] and exposed["generated"] == 80
+    shares = [float(row["suspected copies"].split()[0]) for row in (exposed, of_views, *usual)]
+    assert min(shares[:2]) > 0.6 and max(shares[2:]) < 0.2, shares
     rows = {row["change"]: row for row in found["known copies"]}
     columns = ("pixels", "pixels, through the tokenizer")
     assert [rows["unchanged"][column] for column in columns] == [1, 1]

@@ -5,11 +5,14 @@ ones. It is small only if one training image is much nearer than the others, as 
 has many near neighbours, so its score is near 1. Held-out images have scores too, and none of them is a copy. The check
 states how the scores of generated images lie among those of held-out images.
 
+A generator may have trained on several views of each image, such as mirrored or rotated ones. The distance to a
+training image is then the distance to the nearest of its views, and neighbours are different images.
+
 Sources: the score is that of Carlini et al. 2023, "Extracting training data from diffusion models", section 4.2 (there
 with 50 neighbours; with five, more of the changed copies of Fashion-MNIST were found); the comparison with held-out
 images is that of Meehan et al. 2020, "A non-parametric test to detect data-copying in generative models".
 
-Shape letters: N images, F features of an image, k neighbours.
+Shape letters: N images, V views of an image, F features of an image, k neighbours.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,13 +41,13 @@ class Suspect(NamedTuple):
 
     Attributes:
         generated, train: their rows.
-        mirrored: whether the mirrored training image is the nearest one.
+        view: the view of the training image that is nearest.
         score: see above.
     """
 
     generated: int
     train: int
-    mirrored: bool
+    view: int
     score: float
 
 
@@ -70,69 +73,66 @@ class Neighbours(NamedTuple):
     Attributes:
         scores: float32 `(N,)` in [0, 1].
         rows: int64 `(N,)`, row of the nearest training image.
+        views: int64 `(N,)`, which of its views is the nearest.
     """
 
     scores: np.ndarray
     rows: np.ndarray
+    views: np.ndarray
 
 
 def copying_check(
-    generated: ImageSet, train: ImageSet, validation: ImageSet, network: FrozenNetwork, mirrored: bool = False
+    generated: ImageSet, train: Sequence[ImageSet], validation: ImageSet, network: FrozenNetwork
 ) -> CopyingCheck:
     """Compares how near generated and held-out images are to training images.
 
     Args:
         generated: images of the generator.
-        train: the images that it was trained on. If a tokenizer decodes the generated images, give its
+        train: the images that it was trained on, in all their views: V sets of images, in which the image n is the
+            same; one set if there are no views. If a tokenizer decodes the generated images, give its
             `Reconstructions` of training images and of held-out images. Otherwise its blur sets copies apart from their
             originals, and many networks then see no copy.
         validation: images of the same distribution that the generator was not trained on.
         network: its pooled features are compared. It computes on the device where it lies. "pixels" finds more changed
             copies than a classifier does.
-        mirrored: whether the generator was trained on mirrored images too; then the mirrored training images count as
-            training images.
 
     Raises:
         ValueError: there are too few images, or so many held-out images equal a training image in their features that
             copies cannot be told from them.
     """
     _require(len(generated), 1, "generated")
-    _require(len(train), 2, "train")
+    _require(len(train[0]), 2, "train")
     _require(len(validation), FEWEST_HELD_OUT, "validation")
-    known = features(train, network, "training images")
-    if mirrored:
-        known = torch.cat([known, features(train, network, "mirrored training images", flip=True)])
+    views = tqdm(train, desc="features of training images", unit="view")
+    known = torch.stack([features(view, network, "a view", leave=False) for view in views])
     held_out = features(validation, network, "held-out images")
-    return check_features(features(generated, network, "generated images"), known, held_out, len(train))
+    return check_features(features(generated, network, "generated images"), known, held_out)
 
 
-def check_features(generated: Tensor, train: Tensor, validation: Tensor, num_train: int) -> CopyingCheck:
+def check_features(generated: Tensor, train: Tensor, validation: Tensor) -> CopyingCheck:
     """The copying check of features.
 
     Args:
         generated, validation: features `(N, F)` of the images.
-        train: features `(num_train, F)` of the training images, and below them those of the mirrored images, if they
-            count too.
-        num_train: number of training images.
+        train: features `(V, N, F)` of the views of the training images.
 
     Raises:
         ValueError: see `figures`.
     """
     found = neighbours(generated, train)
-    suspects = []
-    for row in np.argsort(found.scores, kind="stable").tolist():
-        is_mirrored, nearest = divmod(int(found.rows[row]), num_train)
-        suspects.append(Suspect(row, nearest, bool(is_mirrored), float(found.scores[row])))
+    order = np.argsort(found.scores, kind="stable")
+    columns = (order, found.rows[order], found.views[order], found.scores[order])
+    suspects = [Suspect(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
     return CopyingCheck(figures(found.scores, neighbours(validation, train).scores), suspects)
 
 
 @torch.no_grad()
-def features(images: ImageSet, network: FrozenNetwork, name: str, flip: bool = False) -> Tensor:
-    """Pooled features of images, or of the mirrored images: float32 `(N, F)` on the network's device."""
-    starts = tqdm(range(0, len(images), BATCH_SIZE), desc=f"features of {name}", unit="batch")
+def features(images: ImageSet, network: FrozenNetwork, name: str, leave: bool = True) -> Tensor:
+    """Pooled features of images: float32 `(N, F)` on the network's device. `leave` keeps the progress bar."""
+    starts = tqdm(range(0, len(images), BATCH_SIZE), desc=f"features of {name}", unit="batch", leave=leave)
     batches = (images.read(range(start, min(start + BATCH_SIZE, len(images)))) for start in starts)
     device = network.mean.device
-    return torch.cat([network((batch.flip(3) if flip else batch).to(device)).pooled.float() for batch in batches])
+    return torch.cat([network(batch.to(device)).pooled.float() for batch in batches])
 
 
 def neighbours(queries: Tensor, train: Tensor) -> Neighbours:
@@ -143,19 +143,23 @@ def neighbours(queries: Tensor, train: Tensor) -> Neighbours:
 
     Args:
         queries: features `(N, F)` of the images.
-        train: features `(M, F)` of the training images, M at least 2.
+        train: features `(V, M, F)` of the V views of M training images, M at least 2.
     """
-    mean, count = train.mean(0), min(NEIGHBOURS, len(train))
-    train = train - mean  # small numbers, so that the product loses little
-    scores, rows = [], []
+    mean, (num_views, num_images) = train.mean((0, 1)), train.shape[:2]
+    count = min(NEIGHBOURS, num_images)
+    train = (train - mean).flatten(0, 1)  # small numbers, so that the product loses little
+    scores, rows, views = [], [], []
     for part in queries.split(max(1, LARGEST_PART // max(len(train), count * train.shape[1]))):
         part = part - mean
-        near = torch.cdist(part, train).topk(count, largest=False).indices
-        distances = (part[:, None] - train[near]).norm(dim=2)
-        least, place = distances.min(1)
-        scores.append(least / distances.mean(1).clamp_min(torch.finfo(torch.float32).tiny))
-        rows.append(near.gather(1, place[:, None])[:, 0])
-    return Neighbours(torch.cat(scores).cpu().numpy(), torch.cat(rows).cpu().numpy())
+        of_images, view = torch.cdist(part, train).unflatten(1, (num_views, num_images)).min(1)
+        near = of_images.topk(count, largest=False).indices
+        nearest_view = view.gather(1, near)
+        distances = (part[:, None] - train[nearest_view * num_images + near]).norm(dim=2)
+        least, place = distances.min(1, keepdim=True)
+        scores.append(least[:, 0] / distances.mean(1).clamp_min(torch.finfo(torch.float32).tiny))
+        rows.append(near.gather(1, place)[:, 0])
+        views.append(nearest_view.gather(1, place)[:, 0])
+    return Neighbours(*(torch.cat(parts).cpu().numpy() for parts in (scores, rows, views)))
 
 
 def figures(generated: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
@@ -186,7 +190,7 @@ def figures(generated: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
 def suspect_rows(
     suspects: Sequence[Suspect],
     generated: ImageSet,
-    train: ImageSet,
+    train: Sequence[ImageSet],
     to_images: Callable[[Tensor], list[Image.Image]],
     count: int = 32,
     columns: int = 8,
@@ -210,7 +214,7 @@ def suspect_rows(
     rows = []
     for start in range(0, len(chosen), columns):
         shown = chosen[start : start + columns]
-        nearest = [_row(train, one.train).flip(3) if one.mirrored else _row(train, one.train) for one in shown]
+        nearest = [_row(train[one.view], one.train) for one in shown]
         rows.append(("generated", to_images(torch.cat([_row(generated, one.generated) for one in shown]))))
         rows.append(("nearest in training", to_images(torch.cat(nearest))))
     return rows

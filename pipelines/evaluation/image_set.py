@@ -22,3 +22,21 @@ class ImageSet(Protocol):
     def read(self, rows: range) -> Tensor:
         """The images of these rows, float32 `(B, C, H, W)` in [-1, 1] on the CPU, each value one of 256 if 8-bit."""
         ...
+
+
+class Mirrored:
+    """An `ImageSet` of mirrored images.
+
+    Args:
+        images: the images.
+    """
+
+    def __init__(self, images: ImageSet):
+        self.images, self.labels = images, images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, rows: range) -> Tensor:
+        """See `ImageSet.read`."""
+        return self.images.read(rows).flip(3)

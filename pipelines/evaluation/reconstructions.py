@@ -24,5 +24,9 @@ class Reconstructions:
     @torch.no_grad()
     def read(self, rows: range) -> Tensor:
         """Reconstructions of these rows, float32 `(B, C, H, W)` in [-1, 1] on the CPU, rounded to 8 bits."""
-        found = self.model(self.images.read(rows).to(self.model.device)).reconstruction
-        return ((found.float().clamp(-1, 1) + 1) * 127.5).round().cpu() / 127.5 - 1
+        return eight_bits(self.model(self.images.read(rows).to(self.model.device)).reconstruction)
+
+
+def eight_bits(images: Tensor) -> Tensor:
+    """Images of a decoder as PNG files hold them: float32 on the CPU, each value one of 256 in [-1, 1]."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().cpu() / 127.5 - 1

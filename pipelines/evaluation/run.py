@@ -16,12 +16,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from configs import ConfigError, Problem
+from configs.checksums import checksum
 from configs.files import remove_tree, write_json
 from configs.folder_lock import locked_folder
 from pipelines import hub
 from pipelines.evaluation.conditions import RealLabels, load_splits, real_labels, require_same_classes
 from pipelines.evaluation.config import EvaluationConfig
-from pipelines.evaluation.copies import COPIES_NAME, FIGURES as COPYING_FIGURES, check_copies, save_copies
+from pipelines.evaluation.copies import COPIES_NAME, FIGURES as COPYING_FIGURES, check_copies, known_images, save_copies
 from pipelines.evaluation.copying import CopyingCheck
 from pipelines.evaluation.figures import TRAINING, VALIDATION, figure_table
 from pipelines.evaluation.generation import generation_metrics, networks_in_folders, obtained
@@ -44,6 +45,7 @@ from pipelines.evaluation.subject import SAMPLES, Subject, open_subject, store_i
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import Images, require_range
 from stage2_prior import CLASS
+from stage2_prior.manifest import MANIFEST_NAME
 
 FEATURES = "features"  # folder of the features of networks
 REAL_IMAGES = "real_images"  # folder of the real images while they are compared
@@ -76,7 +78,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     sources, is_main = load_splits(config.data, subject.pipeline), processes.is_main_process
     prints = [fingerprint_of(source, config.max_real_images) for source in sources] if is_main else []
     prints = broadcast_object_list([prints])[0]
-    made_of = {**subject.record, **asked, "sampling": subject.sampling, **networks_in_folders(config.metrics)}
+    codes = {} if subject.store is None else {"codes": checksum(subject.store.folder / MANIFEST_NAME)}
+    made_of = {**subject.record, **asked, **codes, "sampling": subject.sampling, **networks_in_folders(config.metrics)}
     inputs = {**made_of, "images": prints, **asdict(config), "export": None}
     metrics, networks = saved_metrics(folder, inputs), config.metrics.feature_networks
     if metrics is not None:
@@ -123,7 +126,8 @@ def _evaluated(
         metrics = completed(metrics, others, left_out, counts_of(train, validation, images))
         _write(config, metrics)
         return metrics
-    copies, reason = check_copies(config, subject.pipeline, processes.device, train, validation, images)
+    known = known_images(config, subject.pipeline, subject.store, train)
+    copies, reason = check_copies(subject.pipeline, processes.device, known, validation, images)
     others |= copies.figures if copies else {}
     left_out |= {} if copies else dict.fromkeys(COPYING_FIGURES, reason)
     real = known_labels(config, subject, train, validation)
@@ -131,7 +135,7 @@ def _evaluated(
     metrics = measure(config, subject.pipeline, *sets, others, left_out, subject.sampling)
     metrics["seconds"] = {**seconds, "evaluate": round(time.perf_counter() - started, 1)}
     metrics["inputs"] = inputs
-    _save(config, subject, metrics, images, sources[0].class_names or [], train, validation, copies)
+    _save(config, subject, metrics, images, sources[0].class_names or [], validation, known, copies)
     return metrics
 
 
@@ -141,8 +145,8 @@ def _save(
     metrics: dict[str, Any],
     images: ImageSet,
     class_names: Sequence[str],
-    train: RealImages,
     validation: RealImages,
+    known: list[ImageSet],
     check: CopyingCheck | None,
 ) -> None:
     """Writes pictures and metrics."""
@@ -150,7 +154,7 @@ def _save(
     for name in (METRICS_NAME, COPIES_NAME, RECONSTRUCTIONS_NAME):  # those of other settings must not stand beside new
         (folder / name).unlink(missing_ok=True)
     if check is not None:
-        save_copies(config, check, train, images, subject.processor.postprocess)
+        save_copies(config, check, known, images, subject.processor.postprocess)
     rows = class_rows(images, class_names)
     if subject.pipeline is not None and subject.asked is not None and subject.pipeline.layout.segments:
         rows = prompt_rows(subject.pipeline, subject.asked.prompts)

@@ -15,11 +15,12 @@ from pipelines.commands import load_pipeline
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.generated import Asked, asked_of, bytes_of_samples, store_samples
 from pipelines.evaluation.npz import import_images, npz_header, read_labels
+from pipelines.evaluation.prompts import open_store
 from pipelines.evaluation.report import weights_hash
 from pipelines.evaluation.shards import ImageShards, claim
 from pipelines.pipeline_vqgan import VQGANPipeline
 from stage1_vqgan import VQGANImageProcessor, require_range
-from stage2_prior import CLASS
+from stage2_prior import CLASS, CodeStore
 
 SAMPLES = "samples"  # folder of the evaluated images
 
@@ -34,6 +35,7 @@ class Subject:
         pipeline: None if a file is evaluated.
         asked: what the pipeline is asked for.
         sampling: the sampling settings and the seed; empty if a file is evaluated.
+        store: the codes that the prior was trained on, if `code_store` names them.
     """
 
     processor: VQGANImageProcessor
@@ -41,6 +43,7 @@ class Subject:
     pipeline: VQGANPipeline | None = None
     asked: Asked | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
+    store: CodeStore | None = None
 
 
 def open_subject(config: EvaluationConfig, processes: PartialState) -> Subject:
@@ -48,7 +51,7 @@ def open_subject(config: EvaluationConfig, processes: PartialState) -> Subject:
 
     Raises:
         ConfigError: it cannot be loaded, was trained with another range of values, or cannot be asked for such images;
-            or they do not fit on the disk of output_dir.
+            they do not fit on the disk of output_dir; or `code_store` is another one than that of the prior.
     """
     if config.samples is not None:
         return _of_file(Path(config.samples), config)
@@ -58,7 +61,8 @@ def open_subject(config: EvaluationConfig, processes: PartialState) -> Subject:
     require_disk(config, pipeline)
     asked = asked_of(config, pipeline)
     record, sampling = {"weights": weights_hash(pipeline)}, asked.settings | {"seed": config.seed}
-    return Subject(pipeline.image_processor, record, pipeline, asked, sampling)
+    store = None if config.code_store is None else open_store(config, pipeline.layout)
+    return Subject(pipeline.image_processor, record, pipeline, asked, sampling, store)
 
 
 def _of_file(path: Path, config: EvaluationConfig) -> Subject:

@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 
 from pipelines.evaluation import copying
 from pipelines.evaluation.copying import Suspect, check_features, copying_check, figures, neighbours, suspect_rows
+from pipelines.evaluation.image_set import Mirrored
 from pipelines.evaluation.reconstructions import Reconstructions
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel, labelled_grid
 from stage1_vqgan.networks import load_network
@@ -35,13 +36,15 @@ class Pictures:
 
 
 def naive(queries, train):
-    """Score and nearest row of each query, by loops in float64."""
+    """Score, nearest row and nearest view of each query, by loops in float64; train has views, images, features."""
     found = []
     for query in np.float64(queries):
-        distances = [np.sqrt(((query - row) ** 2).sum()) for row in np.float64(train)]
-        order = sorted(range(len(train)), key=distances.__getitem__)
+        of_views = [[np.sqrt(((query - row) ** 2).sum()) for row in view] for view in np.float64(train)]
+        distances = [min(of_image) for of_image in zip(*of_views, strict=True)]
+        order = sorted(range(len(distances)), key=distances.__getitem__)
         near = [distances[row] for row in order[: copying.NEIGHBOURS]]
-        found.append((near[0] / np.mean(near), order[0]))
+        nearest = [of_view[order[0]] for of_view in of_views]
+        found.append((near[0] / np.mean(near), order[0], nearest.index(min(nearest))))
     return [np.array(column) for column in zip(*found, strict=True)]
 
 
@@ -50,21 +53,23 @@ def points(seed, count, width=6):
 
 
 @pytest.mark.parametrize("part", [7, 2**24])
-def test_neighbours_equal_those_of_a_loop(monkeypatch, part):
+@pytest.mark.parametrize("views", [1, 3])
+def test_neighbours_equal_those_of_a_loop(monkeypatch, part, views):
     monkeypatch.setattr(copying, "LARGEST_PART", part * 40)
-    train, queries = points(0, 40), points(1, 30)
-    queries[:10] = train[:10]
-    queries[10:20] = train[10:20] + 1e-4
-    found, (scores, rows) = neighbours(queries, train), naive(queries, train)
+    train, queries = points(0, 40 * views).unflatten(0, (views, 40)), points(1, 30)
+    queries[:10] = train[0, :10]
+    queries[10:20] = train[-1, 10:20] + 1e-4
+    found, (scores, rows, nearest) = neighbours(queries, train), naive(queries, train)
     np.testing.assert_array_equal(found.rows, rows)
+    np.testing.assert_array_equal(found.views, nearest)
     np.testing.assert_allclose(found.scores, scores, rtol=1e-3, atol=1e-5)
     assert (found.scores[:10] < 1e-6).all() and (found.scores <= 1).all()
 
 
 def test_fewer_training_images_than_neighbours():
-    train, queries = points(0, 3), points(1, 5)
+    train, queries = points(0, 3)[None], points(1, 5)
     np.testing.assert_allclose(neighbours(queries, train).scores, naive(queries, train)[0], rtol=1e-3)
-    assert neighbours(train, train[:1].repeat(2, 1)).scores[0] == 0  # and not 0 / 0
+    assert neighbours(train[0], train[:, :1].repeat(1, 2, 1)).scores[0] == 0  # and not 0 / 0
 
 
 def test_the_figures_equal_those_of_loops():
@@ -104,7 +109,7 @@ def test_copies_are_told_from_samples(kind):
     torch.manual_seed(0)
     make, least, most = KINDS[kind]
     train, fresh, held_out = (points(seed, 400) for seed in range(3))
-    found = check_features(make(train, fresh), train, held_out, 400).figures
+    found = check_features(make(train, fresh), train[None], held_out).figures
     assert least <= found["suspected_copies"] <= most, found
     assert (found["nearer_than_held_out"] > 0.65) == ("copies" in kind), found
 
@@ -120,8 +125,12 @@ def digits():
 PIXELS = load_network("pixels@8")
 
 
-def check(generated, digits, **options):
-    return copying_check(Pictures(generated), Pictures(digits[0]), Pictures(digits[1]), PIXELS.to(DEVICE), **options)
+def views(images, mirrored):
+    return [Pictures(images), Mirrored(Pictures(images))] if mirrored else [Pictures(images)]
+
+
+def check(generated, digits, mirrored=False):
+    return copying_check(Pictures(generated), views(digits[0], mirrored), Pictures(digits[1]), PIXELS.to(DEVICE))
 
 
 def test_images_that_are_copied_mirrored_or_shifted(digits):
@@ -140,7 +149,7 @@ def test_images_that_are_copied_mirrored_or_shifted(digits):
     assert check(mirrored, digits).figures["suspected_copies"] < 0.2
     found = check(mirrored, digits, mirrored=True)
     assert found.figures["suspected_copies"] == 1
-    assert {one.train for one in found.suspects if one.mirrored} >= set(range(100))
+    assert {one.train for one in found.suspects if one.view} >= set(range(100))
 
 
 def test_the_most_suspicious_come_first_and_are_shown_beside_their_nearest(digits):
@@ -148,13 +157,13 @@ def test_the_most_suspicious_come_first_and_are_shown_beside_their_nearest(digit
     generated = torch.cat([other[:20], train[7:8].flip(3), train[3:4]])
     found = check(generated, digits, mirrored=True)
     first, second = found.suspects[:2]
-    assert {(one.generated, one.train, one.mirrored) for one in (first, second)} == {(20, 7, True), (21, 3, False)}
+    assert {(one.generated, one.train, one.view) for one in (first, second)} == {(20, 7, 1), (21, 3, 0)}
     assert sorted(one.generated for one in found.suspects) == list(range(22))
     scores = [one.score for one in found.suspects]
     assert scores == sorted(scores)
     images = VQGANImageProcessor(16, 1).postprocess
     again = [found.suspects[0], *found.suspects]  # another image with the same nearest one
-    rows = suspect_rows(again, Pictures(generated), Pictures(train), images, count=3, columns=2)
+    rows = suspect_rows(again, Pictures(generated), views(train, True), images, count=3, columns=2)
     assert [(label, len(shown)) for label, shown in rows] == [
         ("generated", 2),
         ("nearest in training", 2),
@@ -168,15 +177,15 @@ def test_the_most_suspicious_come_first_and_are_shown_beside_their_nearest(digit
 def test_of_many_equal_images_those_shown_are_spread(digits):
     """Generated images are sorted by class; the picture must not show the first classes alone."""
     train = Pictures(digits[0])
-    suspects = [Suspect(row, row, False, 0.0) for row in range(9)] + [Suspect(9, 9, False, 0.5)]
-    ((_, above), _) = suspect_rows(suspects, train, train, VQGANImageProcessor(16, 1).postprocess, count=3)
+    suspects = [Suspect(row, row, 0, 0.0) for row in range(9)] + [Suspect(9, 9, 0, 0.5)]
+    ((_, above), _) = suspect_rows(suspects, train, [train], VQGANImageProcessor(16, 1).postprocess, count=3)
     expected = VQGANImageProcessor(16, 1).postprocess(digits[0][[0, 4, 8]])
     assert [image.tobytes() for image in above] == [image.tobytes() for image in expected]
 
 
 def test_images_are_read_in_parts(digits):
     sets = [Pictures(part) for part in digits]
-    copying_check(sets[2], sets[0], sets[1], PIXELS)
+    copying_check(sets[2], [sets[0]], sets[1], PIXELS)
     assert [one.most for one in sets] == [copying.BATCH_SIZE] * 3
 
 
@@ -189,9 +198,11 @@ def test_images_are_read_in_parts(digits):
     ],
 )
 def test_too_few_images_are_refused(digits, counts, words):
-    parts = [Pictures(part[:count]) for part, count in zip((digits[2], *digits[:2]), counts, strict=True)]
+    generated, train, held_out = (
+        Pictures(part[:count]) for part, count in zip((digits[2], *digits[:2]), counts, strict=True)
+    )
     with pytest.raises(ValueError, match=words):
-        copying_check(*parts, PIXELS)
+        copying_check(generated, [train], held_out, PIXELS)
 
 
 def test_held_out_images_that_are_training_images_are_refused(digits):
@@ -214,9 +225,9 @@ def test_a_tokenizer_hides_copies_unless_all_images_pass_it(digits):
         expected = model(digits[0][:40].to(DEVICE)).reconstruction.cpu().clamp(-1, 1)
     torch.testing.assert_close(copies.pixels, expected, rtol=0, atol=1 / 255 + 1e-4)
     network = PIXELS.to(DEVICE)
-    plain = copying_check(copies, *(Pictures(part[:60]) for part in digits[:2]), network)
+    plain = copying_check(copies, [Pictures(digits[0][:60])], Pictures(digits[1][:60]), network)
     assert plain.figures["suspected_copies"] < 0.5
-    assert copying_check(copies, train, held_out, network).figures["suspected_copies"] > 0.95
+    assert copying_check(copies, [train], held_out, network).figures["suspected_copies"] > 0.95
 
 
 def as_codes(images, patches):
@@ -252,6 +263,6 @@ def test_an_overfitted_prior_is_exposed_and_a_good_one_is_not(digits):
     shares = {}
     for order in (2, 12):
         samples = decoded(ngram_samples(train[:100], order, 100, np.random.default_rng(0)))
-        found = copying_check(samples, decoded(train[:100]), decoded(held_out), PIXELS.to(DEVICE))
+        found = copying_check(samples, [decoded(train[:100])], decoded(held_out), PIXELS.to(DEVICE))
         shares[order] = found.figures["suspected_copies"]
     assert shares[12] > 0.5 and shares[2] < 0.1, shares
