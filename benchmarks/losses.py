@@ -6,18 +6,23 @@ images; on the training images, which are more, only the Frechet distance. The p
 with AlexNet, so nothing is downloaded. The metrics have other networks than the losses: shift-tolerant LPIPS with VGG,
 and the Frechet distance of EfficientNet-Lite0. Only `features-efficientnet` has the latter as its discriminator.
 
-A run of the same name that has finished is not repeated. The results are `losses.json` and, for each run, its model and
-a grid of images above their reconstructions.
+After an interruption, the same command goes on, and repeats no finished run. Other settings need another
+`--output_dir`. The results are `losses.json` and, for each run, its model and a grid of images above their
+reconstructions.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import environment
 from benchmarks.report import table, write
-from configs import load_config
+from benchmarks.stages import report
+from configs import ConfigError, load_config
+from configs.interruption import Stopped
+from configs.run_folder import RESULTS_NAME
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.evaluation.config import ReconstructionConfig
 from stage1_vqgan.evaluation.run import evaluate
@@ -77,14 +82,20 @@ def measured(config: Stage1Config, split: str) -> dict[str, Any]:
 
 
 def run_of(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
-    """Trains and measures with one of the losses, unless that was done."""
+    """Trains with one of the losses and measures; what was done with these settings is not repeated.
+
+    Raises:
+        ConfigError: the folder holds a run of other settings.
+    """
     config = settings(args, name, seed)
+    train(config)  # a finished run is not trained again, but its settings are compared
     done = Path(config.output_dir) / "losses.json"
-    if not done.is_file():
-        train(config)
-        runtime = json.loads((Path(config.output_dir) / "train_results.json").read_text())["train_runtime"]
-        write(done, {split: measured(config, split) for split in args.splits} | {"train_runtime": runtime})
-    return json.loads(done.read_text())
+    runtime = json.loads((Path(config.output_dir) / RESULTS_NAME).read_text())["train_runtime"]
+    known = json.loads(done.read_text()) if done.is_file() else {"train_runtime": runtime}
+    missing = {split: measured(config, split) for split in args.splits if split not in known}
+    if missing:
+        write(done, known | missing)
+    return known | missing
 
 
 def main() -> None:
@@ -98,7 +109,11 @@ def main() -> None:
     parser.add_argument("--output_dir", default="runs/benchmarks/losses")
     args = parser.parse_args()
     where = environment()
-    results = {f"{name}-{seed}": run_of(args, name, seed) for seed in args.seeds for name in args.losses}
+    try:
+        results = {f"{name}-{seed}": run_of(args, name, seed) for seed in args.seeds for name in args.losses}
+    except (ConfigError, Stopped) as error:
+        report(str(error))
+        sys.exit(error.exit_code if isinstance(error, Stopped) else 2)
     for split in args.splits:
         print(f"\n{split}")
         print(table([row(name, result[split]) for name, result in results.items()]))
