@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.devices import ON_CPU
 
-STALL_SECONDS = 30  # far longer than a step, or the start of the workers, on a busy machine
+STALL_SECONDS = 60  # far longer than a step, or the start of the workers, on a busy machine
 ROOT = str(Path(__file__).parents[1])
 ENVIRONMENT = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
 HOW: dict[str, Callable[[], Any]] = {

@@ -28,7 +28,7 @@ def torchrun(name: str, folder: Path, *faults: str, restarts: int = 3) -> subpro
     options = ["--nproc_per_node", "2", "--max_restarts", str(restarts), "--master_port", str(elastic_runs.free_port())]
     module = ["-m", "tests.elastic_runs", name, str(folder), *faults]
     command = [sys.executable, "-m", "torch.distributed.run", *options, *module]
-    return subprocess.run(command, env=elastic_runs.ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=elastic_runs.ENVIRONMENT, capture_output=True, text=True, timeout=1200)
 
 
 def stall(late: int) -> None:
@@ -111,7 +111,7 @@ def test_accelerate_starts_killed_ranks_again(two_ranks, tmp_path):
     launched = accelerate_launch(
         tmp_path, *options, "--main_process_port", str(elastic_runs.free_port()), faults=["0:kill:step:13"]
     )
-    _, log = launched.communicate(timeout=300)
+    _, log = launched.communicate(timeout=1200)
     assert launched.returncode == 0 and "kill at" in log, log[-4000:]
     assert kill_runs.differences("stage1", two_ranks, tmp_path) == []
 
@@ -121,7 +121,7 @@ def test_two_machines_train_as_one(two_ranks, tmp_path):
     """Two launchers on this machine, with one rank each."""
     options = ["--config_file", str(CONFIGS / "multi_node.yaml"), "--main_process_port", str(elastic_runs.free_port())]
     machines = [accelerate_launch(tmp_path, *options, "--machine_rank", rank) for rank in "01"]
-    logs = [machine.communicate(timeout=300)[1] for machine in machines]
+    logs = [machine.communicate(timeout=1200)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], logs
     assert kill_runs.differences("stage1", two_ranks, tmp_path) == []
 

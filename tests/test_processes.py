@@ -197,4 +197,4 @@ def test_a_process_that_dies_ends_the_job(tmp_path):
     started = time.monotonic()
     done = launch("dying", tmp_path, path=tmp_path)
     assert done.returncode != 0 and "this process cannot go on" in done.stderr
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 200  # on a busy machine; the other process would train for days
