@@ -6,13 +6,13 @@ As in the example (examples/vqgan/train_vqgan.py, commit 58eb52c, with its defau
   loss, -mean D(x̂), from the first step on;
 - the discriminator's loss is the hinge loss, and ten times the mean of (‖∇D(x)‖ - 1)² at real images. It has
   convolutions with stride 2 and spectral norm, instance norm, and a sigmoid at its end;
-- AdamW with a constant rate of 1e-4 for both, gradients clipped at a norm of 1, no weight average, float32.
+- AdamW with a constant rate of 1e-4 for both, gradients clipped at a norm of 1, no weight average.
 
 Other than in the example:
 - The perceptual loss, features of timm's VGG19 at 224 pixels, is left out: its weights are a download. In the example,
   the gradient of the perceptual loss at the last layer, divided by that of the adversarial loss, gives λ. Here the
   gradient of the squared error takes its place.
-- The sizes of model and batch, and the augmentation, are those of the preset. A `VQModel` has one residual block more
+- The sizes of model and batch, the augmentation and bfloat16 are those of the preset. A `VQModel` has one residual block more
   in each level of the decoder than of the encoder, even where the preset has a shorter decoder. The decoder has group
   norms, because a tokenizer of this package cannot have the "spatial" norms of the example.
 - The tokenizer takes pixels in [-1, 1], as all of this package do. The losses see them in [0, 1].
@@ -22,6 +22,8 @@ Other than in the example:
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ from stage1_vqgan.convert.command import convert
 from stage1_vqgan.convert.diffusers import write
 from stage1_vqgan.data.loading import training_loader
 from stage1_vqgan.data.samplers import training_sampler
+
+Precision = Callable[[], AbstractContextManager[object]]
 
 LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 1e-2
@@ -62,7 +66,8 @@ def train(config: Stage1Config, seconds: float) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = vqmodel(config).to(device)
     judge = discriminator(model.config.in_channels, min(config.vqgan_config().image_shape)).to(device)
-    turns = cycle((generator_step(model, judge), discriminator_step(model, judge)))
+    precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.bf16 is True)
+    turns = cycle((generator_step(model, judge, precision), discriminator_step(model, judge, precision)))
     started, steps, runtime = time.perf_counter(), 0, 0.0
     for images in tqdm(batches(config), desc="VQModel", unit="step"):
         next(turns)(images.to(device))
@@ -98,12 +103,14 @@ def discriminator(channels: int, image_size: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(channels, 1, 1), nn.Sigmoid())
 
 
-def generator_step(model: Any, judge: nn.Module) -> Callable[[Tensor], None]:
+def generator_step(model: Any, judge: nn.Module, precision: Precision = nullcontext) -> Callable[[Tensor], None]:
     """The function that trains the tokenizer with images `(B, C, H, W)` in [-1, 1]."""
     update = updates(model)
 
     def step(images: Tensor) -> None:
-        reconstruction, codebook_loss = model(images, return_dict=False)
+        with precision():
+            reconstruction, codebook_loss = model(images, return_dict=False)
+        reconstruction = reconstruction.float()
         error = F.mse_loss(in_unit_range(reconstruction), in_unit_range(images))
         adversarial = -judge(in_unit_range(reconstruction)).mean()
         last = model.decoder.conv_out.weight
@@ -114,13 +121,13 @@ def generator_step(model: Any, judge: nn.Module) -> Callable[[Tensor], None]:
     return step
 
 
-def discriminator_step(model: Any, judge: nn.Module) -> Callable[[Tensor], None]:
+def discriminator_step(model: Any, judge: nn.Module, precision: Precision = nullcontext) -> Callable[[Tensor], None]:
     """The function that trains the discriminator with images `(B, C, H, W)` in [-1, 1]."""
     update = updates(judge)
 
     def step(images: Tensor) -> None:
-        with torch.no_grad():
-            fake = in_unit_range(model(images, return_dict=False)[0])
+        with torch.no_grad(), precision():
+            fake = in_unit_range(model(images, return_dict=False)[0].float())
         real = in_unit_range(images).requires_grad_()
         of_real, of_fake = judge(real), judge(fake)
         (gradient,) = torch.autograd.grad(of_real.sum(), real, create_graph=True)

@@ -32,6 +32,7 @@ from benchmarks.machine import full_precision
 from configs import load_config
 from stage1_vqgan import Stage1Config
 from stage1_vqgan.modeling_blocks import ResidualBlock
+from stage1_vqgan.training.components import memory_format
 from stage1_vqgan.training.losses import adaptive_weight, discriminator_hinge_loss, generator_linear_loss
 from stage1_vqgan.training.step import VQGANTrainer
 
@@ -163,8 +164,7 @@ def make(lane: str, setting: str, device: torch.device, **changes: Any) -> tuple
     generator = torch.Generator().manual_seed(0)
     small = torch.rand(batch, model.in_channels, 8, 8, generator=generator) * 2 - 1
     images = functional.interpolate(small, model.image_shape, mode="bilinear")
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    return trainer, images.to(device).contiguous(memory_format=memory_format)
+    return trainer, images.to(device).contiguous(memory_format=memory_format(config, device))
 
 
 def release(trainer: OriginalTrainer) -> None:

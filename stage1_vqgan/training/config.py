@@ -65,7 +65,8 @@ class PerturbationConfig(Section):
 class Stage1Config(TrainingConfig):
     """Stage 1: trains a VQGAN tokenizer.
 
-    channels_last: channels-last memory format, with which convolutions are faster
+    channels_last: channels-last memory format, with which convolutions are faster; it is not used in bfloat16 on a CPU,
+        where normalisation is slow in this format
     torch_compile: compiles encoder, decoder, LPIPS and discriminator: faster steps after some minutes at the start; the
         discriminator is not compiled with "actnorm", loss.gradient_penalty_weight or loss.r1_weight; nor are other
         discriminators than patchgan, shift-tolerant LPIPS and networks that are named

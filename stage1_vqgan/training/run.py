@@ -234,12 +234,12 @@ class Training:
 
     def _loop(self, batches: Iterator[ImageBatch], reporter: Reporter) -> None:
         config, trainer, accumulation = self.config, self.trainer, self.config.gradient_accumulation_steps
-        interval = LogInterval(self.accelerator)
+        device, interval = self.accelerator.device, LogInterval(self.accelerator)
         for micro_step, batch in enumerate(batches, self.step * accumulation):
             # Seed dropout by the micro step, so that a resumed run draws the same numbers.
             torch.manual_seed(seed_from(config.seed, micro_step, self.accelerator.process_index))
             learning_rate = trainer.set_learning_rate(self.step)
-            images = batch.images(self.accelerator.device).contiguous(memory_format=memory_format(config))
+            images = batch.images(device).contiguous(memory_format=memory_format(config, device))
             interval.add(self.step, len(images), trainer.step(images, micro_step))
             if (micro_step + 1) % accumulation:
                 continue

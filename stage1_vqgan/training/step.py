@@ -55,7 +55,7 @@ class VQGANTrainer:
         torch.manual_seed(config.seed)
         torch.backends.cudnn.benchmark = True  # pays off, because all steps have the same shapes
         model = build_tokenizer(config)
-        model.to(memory_format=memory_format(config))  # type: ignore[call-arg]
+        model.to(memory_format=memory_format(config, accelerator.device))  # type: ignore[call-arg]
         self.average = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
         alignment = build_alignment(config, model.config)
         self.generator, self.alignment, self.optimizer = prepare_generator(model, alignment, config, accelerator)
