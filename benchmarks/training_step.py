@@ -164,7 +164,7 @@ def make(lane: str, setting: str, device: torch.device, **changes: Any) -> tuple
     generator = torch.Generator().manual_seed(0)
     small = torch.rand(batch, model.in_channels, 8, 8, generator=generator) * 2 - 1
     images = functional.interpolate(small, model.image_shape, mode="bilinear")
-    return trainer, images.to(device).contiguous(memory_format=memory_format(config, device))
+    return trainer, images.to(device, memory_format=memory_format(config, device))
 
 
 def release(trainer: OriginalTrainer) -> None:

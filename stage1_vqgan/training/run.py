@@ -239,7 +239,8 @@ class Training:
             # Seed dropout by the micro step, so that a resumed run draws the same numbers.
             torch.manual_seed(seed_from(config.seed, micro_step, self.accelerator.process_index))
             learning_rate = trainer.set_learning_rate(self.step)
-            images = batch.images(device).contiguous(memory_format=memory_format(config, device))
+            # `to` rather than `contiguous`, which would leave gray images as they are: their strides suit both formats.
+            images = batch.images(device).to(memory_format=memory_format(config, device))
             interval.add(self.step, len(images), trainer.step(images, micro_step))
             if (micro_step + 1) % accumulation:
                 continue
