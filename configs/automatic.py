@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=TrainingConfig)
 
+# Instructions of a CPU that compute in bfloat16, by their names in `torch.cpu.get_capabilities`.
+CPU_BFLOAT16 = ("amx_bf16", "avx512_bf16")
+
 
 def decided(config: T) -> T:
     """The configuration of a run without `auto`.
@@ -44,11 +47,14 @@ def run_device() -> "torch.device":
 
 
 def has_bfloat16(device: "torch.device") -> bool:
-    """Whether bfloat16 makes training faster here: a CUDA device that computes in it, or a launch that asks for it."""
+    """Whether bfloat16 makes training faster here: a device that computes in it, or a launch that asks for it."""
     import torch
 
     if LAUNCHED_WITH["MIXED_PRECISION"] == "bf16":
         return True
+    if device.type == "cpu":
+        abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # of newer PyTorch
+        return any(abilities.get(name, False) for name in CPU_BFLOAT16)
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

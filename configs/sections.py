@@ -141,7 +141,7 @@ class TrainingConfig(Section):
     adam_beta1, adam_beta2, weight_decay: parameters of AdamW
     max_grad_norm: gradients with a larger norm are scaled down to this norm; 0 turns clipping off
     ema_decay: decay of the moving average of the weights, which is evaluated and saved; 0 turns averaging off
-    bf16: bfloat16 autocast; parameters stay float32; "auto" turns it on if the GPU computes in bfloat16
+    bf16: bfloat16 autocast; parameters stay float32; "auto" turns it on if the GPU or the CPU computes in it
     seed: seed of all random numbers of the run
     logging_steps, eval_steps, save_steps: optimizer steps between two log lines, evaluations, checkpoints; below 1 a
         share of the run; after the last step all three are done

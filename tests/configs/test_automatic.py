@@ -55,11 +55,26 @@ def test_workers_are_half_of_the_cores(cores, monkeypatch, number, processes, wo
 
 def test_precision_is_that_of_the_device(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    cpu_can(monkeypatch, avx512_bf16=False)
     for supported in (True, False):
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation, answer=supported: answer)
         assert has_bfloat16(cuda) is supported and not has_bfloat16(cpu)
     monkeypatch.setitem(decided.__globals__["LAUNCHED_WITH"], "MIXED_PRECISION", "bf16")
     assert has_bfloat16(cpu)
+
+
+@pytest.mark.parametrize(
+    "abilities, wanted",
+    [({}, False), ({"avx512_f": True, "amx_bf16": False}, False), ({"amx_bf16": True}, True), ({"avx512_bf16": 1}, True)],
+)
+def test_a_cpu_with_instructions_for_bfloat16_uses_it(abilities, wanted, monkeypatch):
+    cpu_can(monkeypatch, **abilities)
+    assert has_bfloat16(torch.device("cpu")) is wanted
+
+
+def cpu_can(monkeypatch, **abilities):
+    """Pretends that the CPU has these abilities."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: abilities, raising=False)
 
 
 def test_a_launch_with_a_precision_and_auto_agree(monkeypatch, tmp_path):
@@ -70,6 +85,7 @@ def test_a_launch_with_a_precision_and_auto_agree(monkeypatch, tmp_path):
 def test_a_resumed_run_keeps_what_was_decided(tmp_path, monkeypatch, capsys):
     """Also on a machine that would decide otherwise."""
     config = settings(tmp_path)
+    cpu_can(monkeypatch)
     start = decided(config)
     assert start.bf16 is False
     save_config(start, tmp_path / "config.yaml")
@@ -81,8 +97,9 @@ def test_a_resumed_run_keeps_what_was_decided(tmp_path, monkeypatch, capsys):
     assert printed == ["bf16: false", "bf16: true", "bf16: false"]
 
 
-def test_a_run_that_ends_before_the_adversarial_start_has_no_discriminator(tmp_path, caplog, cores):
+def test_a_run_that_ends_before_the_adversarial_start_has_no_discriminator(tmp_path, caplog, cores, monkeypatch):
     """Its weights are those of a run without adversarial loss, and config.yaml states what was decided."""
+    cpu_can(monkeypatch)
     cores(2)
     train(settings(tmp_path / "early"))
     assert "(5) is not below max_steps (2): this run has no discriminator" in caplog.text
