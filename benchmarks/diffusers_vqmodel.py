@@ -12,9 +12,9 @@ Other than in the example:
 - The perceptual loss, features of timm's VGG19 at 224 pixels, is left out: its weights are a download. In the example,
   the gradient of the perceptual loss at the last layer, divided by that of the adversarial loss, gives λ. Here the
   gradient of the squared error takes its place.
-- The sizes of model and batch, the augmentation and bfloat16 are those of the preset. A `VQModel` has one residual block more
-  in each level of the decoder than of the encoder, even where the preset has a shorter decoder. The decoder has group
-  norms, because a tokenizer of this package cannot have the "spatial" norms of the example.
+- The sizes of model and batch, the augmentation and bfloat16 are those of the preset. A `VQModel` has one residual
+  block more in each level of the decoder than of the encoder, even where the preset has a shorter decoder. The decoder
+  has group norms, because a tokenizer of this package cannot have the "spatial" norms of the example.
 - The tokenizer takes pixels in [-1, 1], as all of this package do. The losses see them in [0, 1].
 - Of its six convolutions, the discriminator has those that leave 2×2 positions.
 """

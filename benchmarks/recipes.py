@@ -9,17 +9,8 @@ do not include these measurements. After an interruption, the same command conti
 FOLDER holds the parquet files of both splits. `--perceptual none` trains without LPIPS, `random` with LPIPS on a random
 network, and `pretrained` with torchvision's weights.
 
-`--original` trains the recipe of the original (Esser et al. 2021 and the released code) in the same minutes, by the
-settings `ORIGINAL_STAGE1` and `ORIGINAL_STAGE2`:
-- its rule for the learning rates, constant, and Adam's betas;
-- no weight average, gradient clipping, k-means or restarts;
-- codes as wide as the latents, not normalised, with the codebook loss of the paper;
-- a discriminator that trains only once the adversarial loss has started;
-- a GPT-2 with learnt positions and without dropout;
-- no condition dropout, so no guidance, and no augmentation.
-The sizes of models and batches, LPIPS and bfloat16 are those of the preset. As in the original, the prior of the best
-evaluation is saved. Three parts of the original cannot be set: the second forward of the generator in the update of the
-discriminator (it would be slower), positions that begin at zero, and class tokens that share the embeddings of codes.
+`--original` trains the recipe of the original (Esser et al. 2021 and the released code) in the same minutes;
+`benchmarks.original_settings` lists its settings.
 
 `--diffusers` trains the `VQModel` of diffusers in the minutes of the tokenizer, by the losses of its example, and the
 prior of the preset on its codes. `benchmarks.diffusers_vqmodel` says what is as in the example. An interrupted training
@@ -36,7 +27,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -46,6 +37,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import original_settings
 from benchmarks.machine import environment
 from benchmarks.report import table, write
 from benchmarks.stages import (
@@ -88,39 +80,6 @@ PERCEPTUAL: dict[str, dict[str, Any]] = {
     "pretrained": {},
 }
 
-# 4.5e-6 for every image of a batch.
-ORIGINAL_RATE = 4.5e-6
-
-ORIGINAL_STAGE1: dict[str, Any] = {
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 0,
-    "adam_beta1": 0.5,
-    "adam_beta2": 0.9,
-    "weight_decay": 0.0,
-    "max_grad_norm": 0.0,
-    "ema_decay": 0.0,
-    "codebook.kmeans_init_batches": 0,
-    "codebook.restart_interval": 0,
-    "model.quantizer": "vq",
-    "model.quantizer_options": {"commitment_cost": 0.25},
-    "loss.l1_weight": 1.0,
-    "loss.l2_weight": 0.0,
-    "loss.adversarial_weight": 0.8,
-    "data.augmentation": {},
-}
-ORIGINAL_STAGE2: dict[str, Any] = {
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 0,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.95,
-    "weight_decay": 0.01,
-    "max_grad_norm": 0.0,
-    "ema_decay": 0.0,
-    "condition_dropout": 0.0,
-    "num_views": 1,
-    "data.augmentation": {},
-}
-
 
 @dataclass(frozen=True)
 class Speed:
@@ -139,13 +98,7 @@ def stage1_config(args: argparse.Namespace, **changes: Any) -> Stage1Config:
     preset = f"{args.preset}/stage1"
     values = PERCEPTUAL[args.perceptual] | stage1_values(args, Folders.within(args.runs))
     if args.original:
-        config = load_config(Stage1Config, preset, values)
-        values |= ORIGINAL_STAGE1 | {
-            "learning_rate": ORIGINAL_RATE * config.per_device_train_batch_size,
-            "discriminator.learning_rate": None,
-            "loss.discriminator_start_step": config.loss.adversarial_start_step,
-            "model.embed_dim": config.vqgan_config().latent_channels,
-        }
+        values |= original_settings.of_stage1(load_config(Stage1Config, preset, values))
     return load_config(Stage1Config, preset, values | changes)
 
 
@@ -153,9 +106,7 @@ def stage2_config(args: argparse.Namespace, **changes: Any) -> Stage2Config:
     """The settings of code store and prior; `changes` override all others."""
     preset, values = f"{args.preset}/stage2", stage2_values(args, Folders.within(args.runs))
     if args.original:
-        config = load_config(Stage2Config, preset, values)
-        rate = ORIGINAL_RATE * config.per_device_train_batch_size
-        values |= ORIGINAL_STAGE2 | {"learning_rate": rate, "model": original_model(config.model)}
+        values |= original_settings.of_stage2(load_config(Stage2Config, preset, values))
     return load_config(Stage2Config, preset, values | changes)
 
 
@@ -164,21 +115,6 @@ def evaluation_config(args: argparse.Namespace) -> EvaluationConfig:
     values = {"guidance_scale": 1.0 if args.original else GUIDANCE_SCALE}
     values |= evaluation_values(args, Folders.within(args.runs))
     return load_config(EvaluationConfig, f"{args.preset}/evaluate", values)
-
-
-def original_model(prior: Mapping[str, Any]) -> dict[str, Any]:
-    """The prior's architecture of the original, in the size of a preset."""
-    return {
-        "model_type": "gpt2",
-        "n_embd": prior["hidden_size"],
-        "n_layer": prior["num_hidden_layers"],
-        "n_head": prior["num_attention_heads"],
-        "activation_function": "gelu",
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "tie_word_embeddings": False,
-    }
 
 
 def scaled(config: TrainingConfig, steps: int, evaluations: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from stage2_prior.language_model import is_language_model, prior_from_language_m
 from stage2_prior.masking import for_family
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
 from stage2_prior.training.arguments import training_arguments
+from stage2_prior.training.attention import choose_attention
 from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
 from stage2_prior.training.checkpointing import check_checkpoint, refusing_damage
 from stage2_prior.training.config import Stage2Config
@@ -121,6 +122,7 @@ class Training:
         self.callback = RunCallback(run, request)
         self.average, self.best = WeightAverage(config.average_decay, config.ema_decay > 0), BestWeights(run.path)
         prior = initial_prior(config, layout)
+        choose_attention(prior, arguments.device, arguments.bf16, layout.num_positions)
         contrast = ContrastiveLoss(prior, config.cca) if config.cca.beta else None
         add_token_dropout(prior, config.token_dropout)
         sequences = CodeDataset(

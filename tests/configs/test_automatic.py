@@ -65,7 +65,12 @@ def test_precision_is_that_of_the_device(monkeypatch):
 
 @pytest.mark.parametrize(
     "abilities, wanted",
-    [({}, False), ({"avx512_f": True, "amx_bf16": False}, False), ({"amx_bf16": True}, True), ({"avx512_bf16": 1}, True)],
+    [
+        ({}, False),
+        ({"avx512_f": True, "amx_bf16": False}, False),
+        ({"amx_bf16": True}, True),
+        ({"avx512_bf16": 1}, True),
+    ],
 )
 def test_a_cpu_with_instructions_for_bfloat16_uses_it(abilities, wanted, monkeypatch):
     cpu_can(monkeypatch, **abilities)
