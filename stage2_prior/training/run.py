@@ -122,7 +122,7 @@ class Training:
         self.callback = RunCallback(run, request)
         self.average, self.best = WeightAverage(config.average_decay, config.ema_decay > 0), BestWeights(run.path)
         prior = initial_prior(config, layout)
-        choose_attention(prior, arguments.device, arguments.bf16, layout.num_positions)
+        choose_attention(prior, arguments.device, arguments.bf16)
         contrast = ContrastiveLoss(prior, config.cca) if config.cca.beta else None
         add_token_dropout(prior, config.token_dropout)
         sequences = CodeDataset(
