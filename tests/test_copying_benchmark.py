@@ -42,6 +42,7 @@ def test_views_are_those_of_the_augmentation(images):
     assert not torch.equal(augmented(images, AugmentationConfig(rotate=10)), images)
 
 
+@pytest.mark.slow
 def test_a_prior_that_copies_is_exposed(tiny_runs, tmp_path, datasets_cache, capsys):
     """Tiny priors that repeat 20 images or their views, and the prior of a tiny pipeline; copies of known images."""
     sizes = [f"model.{name}={value}" for name, value in tiny.LLAMA.items()]
