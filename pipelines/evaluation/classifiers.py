@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from pipelines.evaluation.config import ComparisonConfig
 from pipelines.evaluation.image_set import ImageSet
@@ -83,7 +84,7 @@ class NetworkClassifier(ABC):
         batches = -(-len(images) // BATCH_SIZE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=self.epochs * batches)
         self.model.train()
-        for _ in range(self.epochs):
+        for _ in tqdm(range(self.epochs), desc="training a classifier", unit="epoch"):
             for rows in torch.randperm(len(images), generator=generator).tensor_split(batches):
                 batch = self._augmented(some_pixels(images, rows.numpy()).to(self.device), generator)
                 with self.autocast:
