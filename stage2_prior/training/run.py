@@ -31,7 +31,7 @@ from stage2_prior.language_model import is_language_model, prior_from_language_m
 from stage2_prior.masking import for_family
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
 from stage2_prior.training.arguments import training_arguments
-from stage2_prior.training.attention import choose_attention
+from stage2_prior.training.cpu_attention import choose_attention
 from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
 from stage2_prior.training.checkpointing import check_checkpoint, refusing_damage
 from stage2_prior.training.config import Stage2Config

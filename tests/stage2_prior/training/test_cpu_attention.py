@@ -9,7 +9,7 @@ from configs import load_config
 from stage2_prior import Stage2Config
 from stage2_prior.prior import build_prior
 from stage2_prior.training import run
-from stage2_prior.training.attention import FLOAT32_SDPA, choose_attention, head_width
+from stage2_prior.training.cpu_attention import FLOAT32_SDPA, choose_attention, head_width
 from tests.tiny import MASKED_PRIORS, RANDOM_PRIORS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
