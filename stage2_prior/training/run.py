@@ -31,11 +31,11 @@ from stage2_prior.language_model import is_language_model, prior_from_language_m
 from stage2_prior.masking import for_family
 from stage2_prior.prior import adapt_prior, build_prior, layout_of, load_prior
 from stage2_prior.training.arguments import training_arguments
-from stage2_prior.training.cpu_attention import choose_attention
 from stage2_prior.training.averaging import FILE_NAME as AVERAGE_NAME, WeightAverage
 from stage2_prior.training.checkpointing import check_checkpoint, refusing_damage
 from stage2_prior.training.config import Stage2Config
 from stage2_prior.training.contrastive import ContrastiveLoss, PairDataset, check_contrast
+from stage2_prior.training.cpu_attention import choose_attention
 from stage2_prior.training.memory import check_training_memory
 from stage2_prior.training.sample_grids import SampleGrids
 from stage2_prior.training.selection import BestWeights, Selection, evaluations, is_exhausted
