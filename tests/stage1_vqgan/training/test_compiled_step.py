@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stage1_vqgan.training.components import memory_format
 from stage1_vqgan.training.run import train
 from stage1_vqgan.training.step import VQGANTrainer
 from tests.stage1_vqgan.training import test_resume
@@ -164,13 +165,16 @@ def test_nothing_in_a_step_waits_for_the_device_or_changes_the_layout(bf16):
     changes = {"loss.lecam_weight": 0.1, "loss.perceptual_weight": 1.0, "model.image_size": 32, "bf16": bf16}
     config = make_config(max_grad_norm=1.0, **changes)
     trainer = VQGANTrainer(config, Accelerator(mixed_precision=config.mixed_precision))
-    images = make_images(0, batch=3, size=32).contiguous(memory_format=torch.channels_last)
+    layout = memory_format(config, trainer.accelerator.device)
+    images = make_images(0, batch=5, size=32).to(memory_format=layout)
     spread_codebook(trainer, images)
     trainer.set_learning_rate(0)
     trainer.step(images, 0)
-    with Operations(batch=3) as operations:
+    with Operations(batch=5) as operations:
         trainer.step(images, 1)
     assert "_fused_adamw_" in operations.names and not operations.names & WAITING
-    assert operations.rearranged == []
+    # The quantizer reads the latents as rows: a copy of these few numbers, unless they lie channels-last.
+    rows = {(5, 16, 16, 4), (5, 4, 16, 16)} if layout == torch.contiguous_format else set()
+    assert {shape for _, shape in operations.rearranged} <= rows
     with trainer.accelerator.autocast():  # the largest feature map is not converted to float32
         assert trainer.generator(images).decoder_features.dtype == (torch.bfloat16 if bf16 else torch.float32)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from configs import load_config
 from stage2_prior import Stage2Config
@@ -13,6 +14,14 @@ from stage2_prior.training.cpu_attention import FLOAT32_SDPA, choose_attention, 
 from tests.tiny import MASKED_PRIORS, RANDOM_PRIORS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    """The precision of a run would stay that of the process."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 @pytest.mark.parametrize(
