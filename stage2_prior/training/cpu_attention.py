@@ -21,15 +21,19 @@ def choose_attention(prior: PreTrainedModel, device: torch.device, in_bfloat16: 
     Only a prior whose attention was PyTorch's fused one ("sdpa", the default of transformers) is changed. The
     attention becomes more exact by that.
     """
-    slow = device.type == "cpu" and in_bfloat16 and head_width(prior) <= NARROW_HEAD
-    if slow and prior.config._attn_implementation == "sdpa":
+    fused = prior.config._attn_implementation == "sdpa"
+    if fused and device.type == "cpu" and in_bfloat16 and (head_width(prior) or NARROW_HEAD + 1) <= NARROW_HEAD:
         prior.set_attn_implementation(FLOAT32_SDPA)
 
 
-def head_width(prior: PreTrainedModel) -> int:
-    """The numbers of a query in one head of attention."""
-    config = prior.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def head_width(prior: PreTrainedModel) -> int | None:
+    """The numbers of a query in one head of attention; None if the configuration does not tell."""
+    width, heads, own = (
+        getattr(prior.config, name, None) for name in ("hidden_size", "num_attention_heads", "head_dim")
+    )
+    if isinstance(own, int):
+        return own
+    return width // heads if isinstance(width, int) and isinstance(heads, int) else None
 
 
 def sdpa_in_float32(

@@ -41,6 +41,14 @@ def test_device_precision_and_width_of_the_heads_decide(layout, device, in_bfloa
     assert prior.config._attn_implementation == chosen
 
 
+def test_a_prior_that_does_not_tell_its_heads_stays_as_it_is(random_prior, layout):
+    prior = random_prior("llama", layout)
+    prior.config.head_dim, prior.config.num_attention_heads = None, [2, 4]
+    assert head_width(prior) is None
+    choose_attention(prior, CPU, in_bfloat16=True)
+    assert prior.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("model_type", [*RANDOM_PRIORS, *MASKED_PRIORS])
 def test_it_is_the_attention_of_transformers(random_prior, layout, model_type):
     """Equal in float32, also with padding; in bfloat16 at least as close to float32 as PyTorch's."""
