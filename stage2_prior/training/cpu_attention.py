@@ -28,9 +28,8 @@ def choose_attention(prior: PreTrainedModel, device: torch.device, in_bfloat16: 
 
 def head_width(prior: PreTrainedModel) -> int | None:
     """The numbers of a query in one head of attention; None if the configuration does not tell."""
-    width, heads, own = (
-        getattr(prior.config, name, None) for name in ("hidden_size", "num_attention_heads", "head_dim")
-    )
+    names = ("head_dim", "hidden_size", "num_attention_heads")
+    own, width, heads = (getattr(prior.config, name, None) for name in names)
     if isinstance(own, int):
         return own
     return width // heads if isinstance(width, int) and isinstance(heads, int) else None
