@@ -1,12 +1,13 @@
 """Fixtures that several test files share: a tiny run of both stages, and tiny random priors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedModel
 
 from configs import load_config
@@ -116,6 +117,14 @@ def tiny_pipeline(tiny_runs: TinyRuns) -> VQGANPipeline:
     pipeline = VQGANPipeline.from_pretrained(tiny_runs.pipeline, device=DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def fresh_accelerate_state() -> Iterator[None]:
+    """Resets what Accelerate keeps for a whole process, such as its precision, after the test."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -78,6 +78,8 @@ def launch_two(function: Callable[..., None], arguments: tuple, environment: dic
 
 
 def _rank(function: Callable[..., None], arguments: tuple, port: str) -> None:
+    # PyTorch replaces its pool of threads in the first call after a fork. Two threads that call at once find none.
+    torch.set_num_threads(1)
     os.environ["MASTER_PORT"] = port  # that of debug_launcher is always the same, also in other jobs on the machine
     AcceleratorState._reset_state(reset_partial_state=True)  # the fork copied the state of its parent
     GradientState._reset_state()

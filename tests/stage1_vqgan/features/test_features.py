@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -31,14 +30,8 @@ from tests.devices import DEVICE
 from tests.image_sets import TensorImages, random_images
 from tests.stage1_vqgan.training import test_step as steps
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 CLASSES = ("down", "right")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def write_ramps(folder, channels=0, count=30):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stage1_vqgan.training.components import memory_format
@@ -21,15 +21,10 @@ from tests.stage1_vqgan.training.test_step import (
     spread_codebook,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
+
 # Operations that copy a number or a shape to the host. (A copy between devices cannot be seen on a CPU.)
 WAITING = {"_local_scalar_dense", "bincount", "equal", "is_nonzero", "item", "masked_select", "nonzero", "_unique2"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -2,22 +2,14 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from stage1_vqgan.training.components import memory_format
 from stage1_vqgan.training.run import train
 from stage1_vqgan.training.step import VQGANTrainer
 from tests.stage1_vqgan.training.test_resume import make_config
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    """The precision of a run would stay that of the process."""
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.mark.parametrize(

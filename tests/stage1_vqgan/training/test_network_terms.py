@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from configs import ConfigError, check
@@ -17,6 +17,8 @@ from stage1_vqgan.training.step import VQGANTrainer
 from tests.devices import DEVICE
 from tests.stage1_vqgan.training import test_resume as resume, test_step as steps
 
+pytest.importorskip("timm")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 NETWORK = "timm/test_resnet@32"
 RANDOM = {
     f"{term}_{key}": value
@@ -25,14 +27,6 @@ RANDOM = {
 }
 LOSSES = {"perceptual_weight": 0, "features_weight": 0.8, "logits_weight": 0.5, "alignment_weight": 0.7, **RANDOM}
 FEATURES = {"type": "features", "network": NETWORK, "network_weights": "random"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    pytest.importorskip("timm")
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def textbook(trainer, images, seeds):

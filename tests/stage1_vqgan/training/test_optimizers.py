@@ -9,10 +9,9 @@ from transformers import get_scheduler
 
 from configs import ConfigError
 from stage1_vqgan.training.step import VQGANTrainer
-from tests.stage1_vqgan.training import test_step
 from tests.stage1_vqgan.training.test_step import make_config, make_images
 
-fresh_accelerate_state = test_step.fresh_accelerate_state
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

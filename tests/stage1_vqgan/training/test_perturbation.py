@@ -13,10 +13,9 @@ from stage1_vqgan.training.config import PerturbationConfig
 from stage1_vqgan.training.perturbation import LatentPerturbation
 from stage1_vqgan.training.step import VQGANTrainer
 from tests.devices import DEVICE
-from tests.stage1_vqgan.training import test_step
 from tests.stage1_vqgan.training.test_step import make_config, make_images, spread_codebook
 
-fresh_accelerate_state = test_step.fresh_accelerate_state
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 SETTINGS = PerturbationConfig(image_share=0.6, code_share=0.7, neighbours=5)
 SEEDS = list(range(10, 18))
 KINDS = {

@@ -20,7 +20,7 @@ from stage1_vqgan import Stage1Config
 from tests.stage1_vqgan.training import test_step
 from tests.stage1_vqgan.training.test_step import Recorder, assert_gradients_close, make_config, make_images
 
-fresh_accelerate_state = test_step.fresh_accelerate_state
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 STEP = 10
 # The classifier of a source's perceptual term, and the smaller one of the test; 224 pixels in the sources.
 CLASSIFIERS = {

@@ -20,12 +20,7 @@ from stage1_vqgan.training.regularizers import interpolation_shares
 from stage1_vqgan.training.step import VQGANTrainer
 from tests.devices import DEVICE
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 
 def make_config(**changes):

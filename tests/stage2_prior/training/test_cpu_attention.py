@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from configs import load_config
 from stage2_prior import Stage2Config
@@ -14,15 +13,8 @@ from stage2_prior.training import run
 from stage2_prior.training.cpu_attention import FLOAT32_SDPA, choose_attention, head_width
 from tests.tiny import MASKED_PRIORS, RANDOM_PRIORS
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    """The precision of a run would stay that of the process."""
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.mark.parametrize(
