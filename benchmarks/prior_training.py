@@ -3,7 +3,8 @@
 The peer is `Trainer(model, TrainingArguments(...), train_dataset)`, the usual code without this package. Its data set
 is a `datasets.Dataset` with lists `input_ids` (a condition token, then the codes) and `labels`. Architecture, weights,
 batch size and precision are the same in all lanes, and the optimizer is Trainer's default. The weight average is off,
-because the peer has none. "compiled" lanes set `torch_compile` true; they are measured on a GPU.
+because the peer has none. "compiled" lanes set `torch_compile` true; they are measured on a GPU. The setting in
+bfloat16 on a CPU, whose narrow heads compute attention in float32 here, also has this project's step in float32.
 
 Before the measurement, the losses of three steps on the same batches are compared, with attention dropout 0.
 """
@@ -30,6 +31,7 @@ from stage2_prior.data import CodeDataset
 from stage2_prior.prior import build_prior
 from stage2_prior.shards import write_shard
 from stage2_prior.training.averaging import WeightAverage
+from stage2_prior.training.cpu_attention import choose_attention
 from stage2_prior.training.run import training_arguments
 from stage2_prior.training.selection import BestWeights
 from stage2_prior.training.throughput import training_flops
@@ -65,6 +67,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "fashion_mnist": Setting(
             "fashion_mnist/stage2", 512, (8, 8), 10, {"bf16": False, "per_device_train_batch_size": 32}
         ),
+        "fashion_mnist/cpu, bfloat16": Setting("fashion_mnist/cpu/stage2", 1024, (7, 7), 10, {"bf16": True}),
     },
     "gpu": {
         "111M, batch 128": llama(12, 768, 12, 128),
@@ -77,6 +80,7 @@ SETTINGS["tiny"] = {
 }
 ALL_SETTINGS = {name: setting for settings in SETTINGS.values() for name, setting in settings.items()}
 PLAIN = "plain Trainer"
+FLOAT32 = f"{OURS}, float32"
 ROWS = 8192
 
 # The optimizer has the defaults of TrainingArguments. The run only takes steps: no logs, evaluations or checkpoints.
@@ -101,6 +105,8 @@ def make(lane: str, setting: str, device: torch.device, folder: Path, **changes:
     preset, num_codes, grid, classes, of_setting = ALL_SETTINGS[setting]
     values = {**COMMON, **of_setting, "output_dir": str(folder / "run"), **changes}
     values["training_arguments.torch_compile"] = lane.endswith("compiled")
+    if lane == FLOAT32:
+        values["bf16"] = False
     config = load_config(Stage2Config, preset, values)
     layout = TokenLayout(num_codes, tuple(map(str, range(classes))), grid, 4, "")
     generator = np.random.default_rng(0)
@@ -115,6 +121,7 @@ def make(lane: str, setting: str, device: torch.device, folder: Path, **changes:
     arguments = training_arguments(config)
     if lane.startswith(PLAIN):
         return plain_trainer(model, arguments, data, config.per_device_train_batch_size, device)
+    choose_attention(model, device, arguments.bf16)
     return PriorTrainer(
         model=model,
         args=arguments,
@@ -259,7 +266,10 @@ def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
     names = [OURS, *compiled, PLAIN, *([f"{PLAIN}, compiled"] if compiled else [])]
     for setting, (preset, _, (height, width), _, changes) in SETTINGS[suite].items():
         config = load_config(Stage2Config, preset, {**COMMON, **changes})
-        lanes: dict[str, Callable[[], Prepared]] = {name: partial(prepared, name, setting, device) for name in names}
+        more = [FLOAT32] if suite == "cpu" and config.bf16 else []
+        lanes: dict[str, Callable[[], Prepared]] = {
+            name: partial(prepared, name, setting, device) for name in names + more
+        }
         yield Case(
             row="prior training",
             setting=setting,

@@ -10,6 +10,9 @@ without a graph.
 "original, as released" also computes an unused LPIPS in the update of the discriminator, has contiguous tensors, and
 lets autograd save the intermediate results of residual blocks.
 
+The setting in bfloat16 on a CPU also has this project's step in float32, and in channels-last, which runs in bfloat16
+on a CPU avoid.
+
 Before the measurement, losses and gradients of a first step are compared in float32. In the original, the discriminator
 learns from images of the updated generator. The comparison has the learning rate 0, so that the images are the same.
 """
@@ -66,6 +69,9 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "fashion_mnist, 32², no LPIPS, batch 8": Setting(
             "fashion_mnist/stage1", {"loss.perceptual_weight": 0, "bf16": False}, 8
         ),
+        "fashion_mnist/cpu with a discriminator, bfloat16, batch 32": Setting(
+            "fashion_mnist/cpu/stage1", {"loss.adversarial_weight": 0.1, "bf16": True}, 32
+        ),
     },
     "gpu": {
         **{f"f16, 256², LPIPS, batch {batch}": Setting("imagenet256/stage1", {}, batch) for batch in (64, 32, 128)},
@@ -83,6 +89,7 @@ COMMON = {
     "codebook.restart_interval": 0,
 }
 RELEASED, BEST = "original, as released", "original, at its best"
+FLOAT32, CHANNELS_LAST = f"{OURS}, float32", f"{OURS}, channels-last"
 
 
 class OriginalTrainer(VQGANTrainer):
@@ -150,7 +157,7 @@ def make(lane: str, setting: str, device: torch.device, **changes: Any) -> tuple
     preset, of_setting, batch = ALL_SETTINGS[setting]
     as_released, compiled = lane == RELEASED, lane == f"{OURS}, compiled"
     values = {**of_setting, **COMMON, "channels_last": not as_released, "torch_compile": compiled, **changes}
-    config = load_config(Stage1Config, preset, values)
+    config = load_config(Stage1Config, preset, values | ({"bf16": False} if lane == FLOAT32 else {}))
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=config.mixed_precision)
@@ -164,7 +171,13 @@ def make(lane: str, setting: str, device: torch.device, **changes: Any) -> tuple
     generator = torch.Generator().manual_seed(0)
     small = torch.rand(batch, model.in_channels, 8, 8, generator=generator) * 2 - 1
     images = functional.interpolate(small, model.image_shape, mode="bilinear")
-    return trainer, images.to(device, memory_format=memory_format(config, device))
+    layout = memory_format(config, device)
+    if lane == CHANNELS_LAST:
+        layout = torch.channels_last
+        trainer.model.to(memory_format=layout)  # type: ignore[call-arg]
+        if trainer.discriminator is not None:
+            trainer.discriminator.to(memory_format=layout)  # type: ignore[call-overload]
+    return trainer, images.to(device).to(memory_format=layout)
 
 
 def release(trainer: OriginalTrainer) -> None:
@@ -246,7 +259,10 @@ def cases(suite: str, device: torch.device, data: str | None) -> Iterator[Case]:
     names = [OURS, *([f"{OURS}, compiled"] if suite != "cpu" else []), BEST, RELEASED]
     for setting, (preset, changes, batch) in SETTINGS[suite].items():
         config = load_config(Stage1Config, preset, {**changes, **COMMON})
-        lanes: dict[str, Callable[[], Prepared]] = {name: partial(prepared, name, setting, device) for name in names}
+        more = [FLOAT32, CHANNELS_LAST] if suite == "cpu" and config.bf16 else []
+        lanes: dict[str, Callable[[], Prepared]] = {
+            name: partial(prepared, name, setting, device) for name in names + more
+        }
         yield Case(
             row="training step",
             setting=setting,
