@@ -20,6 +20,7 @@ from .data.decoding import (
     UndecodableImage as UndecodableImage,
     decode as decode,
 )
+from .data.fingerprint import fingerprint_of_images as fingerprint_of_images, some_keys as some_keys
 from .data.indexed import ImageSource as ImageSource
 from .data.labels import read_labels as read_labels, warn_of_empty_classes as warn_of_empty_classes
 from .data.loading import keyed_loader as keyed_loader

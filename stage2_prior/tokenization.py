@@ -29,6 +29,7 @@ from stage1_vqgan import (
     VQGANImageProcessor,
     VQGANModel,
     data_facts,
+    fingerprint_of_images,
     load_tokenizer,
     look,
     too_many_skipped,
@@ -45,6 +46,9 @@ from stage2_prior.manifest import MANIFEST_NAME, write_manifest
 from stage2_prior.shards import ShardNotes, map_shard, read_notes, write_shard
 from stage2_prior.training.config import Stage2Config
 from stage2_prior.vocabulary import TokenLayout
+
+# Images of a split that a second call compares with those of the first, to notice that the data have changed.
+COMPARED_IMAGES = 100
 
 
 def tokenize(config: Stage2Config) -> CodeStore:
@@ -75,7 +79,8 @@ def _tokenize(config: Stage2Config, processes: PartialState) -> CodeStore:
         texts = text_tokenizers(config, train)
         origin = _origin(config, model, train, validation) | conditions_origin(config, texts, images, train, validation)
         own = VQGANConfig.from_pretrained(config.tokenizer).image_shape
-        rows_before = claim_folder(folder, origin, {"image_size": list(own)})
+        unset = {"image_size": list(own), "fingerprint_of_images": origin["fingerprint_of_images"]}
+        rows_before = claim_folder(folder, origin, unset)
         if not (folder / MANIFEST_NAME).is_file():
             save_tokenizers(config, texts, images, model)
     processes.wait_for_everyone()
@@ -174,6 +179,7 @@ def _origin(config: Stage2Config, model: VQGANModel, train: Images, validation: 
         "num_views": config.num_views,
         "seed": config.seed,
         "images": [source.num_images for source in (train, validation)],
+        "fingerprint_of_images": [fingerprint_of_images(source, COMPARED_IMAGES) for source in (train, validation)],
         "class_names": train.class_names,
         **({} if found is None else {"value_range": list(found)}),
         "image_size": list(model.config.image_shape),

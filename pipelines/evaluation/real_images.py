@@ -1,36 +1,32 @@
 """Real images, for the comparison with generated images."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from configs import ConfigError, Problem
-from configs.checksums import checksum
 from configs.files import read_json
 from pipelines.evaluation.image_set import ImageSet
 from pipelines.evaluation.reading import PixelImages, parts
 from pipelines.evaluation.shards import SHARD_SIZE, ImageShards, claim, levels_of, shard_path, write_shard
 from stage1_vqgan import (
     DataConfig,
-    EncodedImage,
     ImageBatch,
     ImageDataset,
     ImageKey,
     Images,
-    ImageStream,
     SkippedImage,
     VQGANImageProcessor,
     keyed_loader,
+    some_keys,
     too_many_skipped,
 )
 
@@ -83,7 +79,7 @@ def read_real_images(
     labels: dict[int, int | None] = {}
 
     def keys() -> Iterator[ImageKey]:
-        for key, label in _some_of(source, count):
+        for key, label in some_keys(source, count):
             labels[key.image] = label
             yield key
 
@@ -117,7 +113,7 @@ def store_real_images(
         source, processor, count, num_workers: see `read_real_images`.
         data: the settings that chose the images.
         processes: the processes of the run.
-        fingerprint: of the images, see `fingerprint_of`. Shards of other images are written anew.
+        fingerprint: of the images, see `fingerprint_of_images`. Shards of other images are written anew.
 
     Raises:
         ConfigError: see `read_real_images`.
@@ -135,37 +131,6 @@ def store_real_images(
     return RealImages(ImageShards(folder), np.array(numbers, np.int64), _labels(source, labels), len(skipped))
 
 
-def fingerprint_of(source: Images, count: int) -> str:
-    """What identifies the images that `read_real_images` reads: a checksum of their files and labels.
-
-    The files are read, but not decoded.
-
-    Args:
-        source: the split.
-        count: largest number of images.
-    """
-    digest = xxhash.xxh3_128(json.dumps([source.num_images, source.class_names]).encode())
-    for _, items in groupby(enumerate(_some_of(source, count)), lambda item: item[0] // BATCH_SIZE):
-        keys, labels = zip(*(item for _, item in items), strict=True)
-        digest.update(json.dumps([[key.image for key in keys], labels]).encode())
-        streamed = [key.encoded for key in keys if key.encoded is not None]
-        for image in streamed or source.encoded([key.image for key in keys]):  # type: ignore[union-attr]
-            digest.update(_bytes_of(image))
-    return digest.hexdigest()
-
-
-def _bytes_of(image: EncodedImage) -> bytes:
-    """Bytes that identify an image; none if its file is missing, and so cannot be decoded."""
-    content = image.content
-    if isinstance(content, bytes):
-        return xxhash.xxh3_128_digest(content)
-    if isinstance(content, str):
-        path = Path(content) if Path(content).exists() else Path(content.rpartition("::")[0])  # a slice of a volume
-        return checksum(path).encode() if path.is_file() else b""
-    pixels = np.asarray(content)
-    return f"{pixels.shape} {pixels.dtype}".encode() + pixels.tobytes()
-
-
 def _write_missing(
     folder: Path,
     source: Images,
@@ -179,7 +144,7 @@ def _write_missing(
     paths: list[Path] = []
 
     def keys() -> Iterator[ImageKey]:
-        for number, items in groupby(enumerate(_some_of(source, count)), lambda item: item[0] // SHARD_SIZE):
+        for number, items in groupby(enumerate(some_keys(source, count)), lambda item: item[0] // SHARD_SIZE):
             path = shard_path(folder, number)
             if number % processes.num_processes != processes.process_index or path.is_file():
                 continue
@@ -220,13 +185,3 @@ def _check_skipped(skipped: list[SkippedImage], decoded: int, max_fraction: floa
 
 def _labels(source: Images, labels: list[int | None]) -> np.ndarray | None:
     return np.array(labels, dtype=np.int64) if source.has_labels else None
-
-
-def _some_of(source: Images, count: int) -> Iterator[tuple[ImageKey, int | None]]:
-    """Keys and labels of the images to read; see `read_real_images`."""
-    if isinstance(source, ImageStream):
-        for number, (encoded, label) in enumerate(islice(source.read(), count)):
-            yield ImageKey(0, number, encoded=encoded), label
-        return
-    for number in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist():
-        yield ImageKey(0, number), None if source.labels is None else int(source.labels[number])

@@ -29,7 +29,7 @@ from pipelines.evaluation.generation import generation_metrics, networks_in_fold
 from pipelines.evaluation.image_set import ImageSet
 from pipelines.evaluation.measuring import completed, counts_of, measure
 from pipelines.evaluation.npz import export_npz
-from pipelines.evaluation.real_images import RealImages, fingerprint_of, read_real_images, store_real_images
+from pipelines.evaluation.real_images import RealImages, read_real_images, store_real_images
 from pipelines.evaluation.report import (
     METRICS_NAME,
     RECONSTRUCTIONS_NAME,
@@ -43,7 +43,7 @@ from pipelines.evaluation.report import (
 )
 from pipelines.evaluation.subject import SAMPLES, Subject, open_subject, store_images
 from pipelines.pipeline_vqgan import VQGANPipeline
-from stage1_vqgan import Images, require_range
+from stage1_vqgan import Images, fingerprint_of_images, require_range
 from stage2_prior import CLASS
 from stage2_prior.manifest import MANIFEST_NAME
 
@@ -76,7 +76,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     seconds = recorded_seconds(config)
     asked = {} if subject.asked is None else subject.asked.record
     sources, is_main = load_splits(config.data, subject.pipeline), processes.is_main_process
-    prints = [fingerprint_of(source, config.max_real_images) for source in sources] if is_main else []
+    prints = [fingerprint_of_images(source, config.max_real_images) for source in sources] if is_main else []
     prints = broadcast_object_list([prints])[0]
     codes = {} if subject.store is None else {"codes": checksum(subject.store.folder / MANIFEST_NAME)}
     made_of = {**subject.record, **asked, **codes, "sampling": subject.sampling, **networks_in_folders(config.metrics)}

@@ -16,13 +16,13 @@ from sklearn.datasets import load_digits
 import stage2_prior.code_store
 import stage2_prior.tokenization
 from configs import ConfigError
-from stage1_vqgan import DataConfig, VQGANImageProcessor, VQGANModel, decode, load_images
+from stage1_vqgan import DataConfig, VQGANImageProcessor, VQGANModel, decode, fingerprint_of_images, load_images
 from stage2_prior import CodeStore
 from stage2_prior.shards import check_shard
 from stage2_prior.tokenization import tokenize, tokenize_split
 from stage2_prior.training.run import check_codes
 from tests.devices import DEVICE, assert_same_codes
-from tests.image_files import picture, write_parquet
+from tests.image_files import picture, write_folder, write_parquet
 
 SHARD_ROWS = 700
 
@@ -86,6 +86,7 @@ def test_manifest_says_what_the_codes_are(tiny_runs):
         "num_views": 2,
         "seed": 0,
         "images": [1437, 360],
+        "fingerprint_of_images": [fingerprint_of_images(source, 100) for source in load_images(tiny_runs.stage2.data)],
         "class_names": [str(digit) for digit in range(10)],
         "image_size": [16, 16],
     }
@@ -171,6 +172,23 @@ def test_other_settings_are_refused(tiny_runs, tmp_path, key, finished):
     with pytest.raises(ConfigError, match=f"holds codes with {key}"):
         tokenize(replace(tiny_runs.stage2, code_store=str(store), **changes))
     assert list(contents(store)) == ["validation-00000.arrow"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_images_in_the_same_files_are_refused(tiny_runs, tmp_path, finished):
+    layout = {f"{split}/{number}.png": number for split in ("train", "validation") for number in range(4)}
+    data = DataConfig(dataset=write_folder(tmp_path / "images", layout), validation_split="validation")
+    config = replace(tiny_runs.stage2, data=data, num_views=1, code_store=str(tmp_path / "codes"))
+    before = contents(tokenize(config).folder)
+    if not finished:
+        (tmp_path / "codes" / "manifest.json").unlink()
+    write_folder(tmp_path / "images", {"validation/2.png": 200})
+    with pytest.raises(ConfigError, match="holds codes with fingerprint_of_images"):
+        tokenize(config)
+    origin = json.loads((tmp_path / "codes" / "origin.json").read_text())
+    del origin["fingerprint_of_images"]  # stores of earlier versions have none
+    (tmp_path / "codes" / "origin.json").write_text(json.dumps(origin))
+    assert contents(tokenize(config).folder) == before
 
 
 IMAGES, BROKEN = 23, (3, 4, 11)

@@ -15,9 +15,8 @@ from sklearn.datasets import load_digits
 from pipelines.evaluation import generation, run, subject
 from pipelines.evaluation.generation import figures_of
 from pipelines.evaluation.generation_config import GenerationMetricsConfig
-from pipelines.evaluation.real_images import fingerprint_of
 from pipelines.evaluation.run import evaluate
-from stage1_vqgan import DataConfig, load_images
+from stage1_vqgan import DataConfig, fingerprint_of_images, load_images
 from tests.feature_networks import small_network
 from tests.image_files import write_folder, write_parquet
 from tests.pipelines.evaluation.sampling_runs import config_of, make_pipeline
@@ -64,7 +63,7 @@ def test_the_fingerprint_is_that_of_the_images_that_are_read(tmp_path, streaming
         rows = {"picture": [Image.new("L", (4, 4), value) for value in values], "y": list(labels)}
         path = write_parquet(tmp_path / "data.parquet", rows, y=Value("int64"))
         data = DataConfig(dataset=path, label_column="y", streaming=streaming, validation_fraction=0.1)
-        return [fingerprint_of(source, count) for source in load_images(data)]
+        return [fingerprint_of_images(source, count) for source in load_images(data)]
 
     first = prints(*range(10))
     assert first == prints(*range(10)) and first[0] != first[1]
@@ -75,13 +74,13 @@ def test_the_fingerprint_is_that_of_the_images_that_are_read(tmp_path, streaming
 
 def test_a_file_that_is_missing_or_changes_changes_the_fingerprint(tmp_path):
     folder = write_folder(tmp_path / "images", {f"{value}.png": value for value in range(6)})
-    found = [fingerprint_of(load_images(DataConfig(dataset=folder, validation_fraction=0.5))[0], 10)]
+    found = [fingerprint_of_images(load_images(DataConfig(dataset=folder, validation_fraction=0.5))[0], 10)]
     source = load_images(DataConfig(dataset=folder, validation_fraction=0.5))[0]
     path = source.encoded([0])[0].content
     write_folder(tmp_path, {os.path.relpath(path, tmp_path): 9})
-    found.append(fingerprint_of(source, 10))
+    found.append(fingerprint_of_images(source, 10))
     os.remove(path)
-    found.append(fingerprint_of(source, 10))
+    found.append(fingerprint_of_images(source, 10))
     assert len(set(found)) == 3
 
 

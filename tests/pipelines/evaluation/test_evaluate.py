@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from configs import ConfigError, load_config
 from pipelines.evaluate import EvaluationConfig, evaluate
 from pipelines.evaluation.classifiers import new_classifier
-from pipelines.evaluation.real_images import fingerprint_of, read_real_images, store_real_images
-from stage1_vqgan import DataConfig, load_images
+from pipelines.evaluation.real_images import read_real_images, store_real_images
+from stage1_vqgan import DataConfig, fingerprint_of_images, load_images
 from stage2_prior import CodeStore
 from tests.image_files import picture, write_parquet
 from tests.pipelines.evaluation.sampling_runs import small_shards
@@ -107,7 +107,7 @@ def test_other_settings_are_evaluated_anew(config):
 
 def assert_stored_are(expected, folder, source, processor, data, count):
     """Shards hold the same images, also if the run that wrote them was interrupted."""
-    last = (0, PartialState(), fingerprint_of(source, count))
+    last = (0, PartialState(), fingerprint_of_images(source, count))
     arguments = (source, processor, replace(data, max_skipped_fraction=0.25), count, *last)
     with small_shards(3):
         for _ in range(2):
