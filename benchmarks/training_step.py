@@ -69,8 +69,10 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "fashion_mnist, 32², no LPIPS, batch 8": Setting(
             "fashion_mnist/stage1", {"loss.perceptual_weight": 0, "bf16": False}, 8
         ),
-        "fashion_mnist/cpu with a discriminator, bfloat16, batch 32": Setting(
-            "fashion_mnist/cpu/stage1", {"loss.adversarial_weight": 0.1, "bf16": True}, 32
+        "fashion_mnist/cpu by the losses of the original, bfloat16, batch 32": Setting(
+            "fashion_mnist/cpu/stage1",
+            {"loss.l1_weight": 1.0, "loss.l2_weight": 0.0, "loss.adversarial_weight": 0.1, "bf16": True},
+            32,
         ),
     },
     "gpu": {
