@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,9 @@ import xxhash
 from configs.checksums import checksum
 from stage1_vqgan.data.dataset import ImageKey
 from stage1_vqgan.data.decoding import EncodedImage
-from stage1_vqgan.data.sources import Images
+from stage1_vqgan.data.sources import Images, peek
 from stage1_vqgan.data.streamed import ImageStream
+from stage1_vqgan.pictures import spread
 
 BATCH_SIZE = 256
 
@@ -33,12 +34,12 @@ def fingerprint_of_images(source: Images, count: int) -> str:
 
 
 def some_keys(source: Images, count: int) -> Iterator[tuple[ImageKey, int | None]]:
-    """Keys and labels of at most `count` images: spread evenly over a source, the first ones of a stream."""
+    """Keys and labels of the images of `peek`, which are not read if they can be read later by their number."""
     if isinstance(source, ImageStream):
-        for number, (encoded, label) in enumerate(islice(source.read(), count)):
+        for number, encoded, label in peek(source, count):
             yield ImageKey(0, number, encoded=encoded), label
         return
-    for number in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist():
+    for number in spread(len(source), count):
         yield ImageKey(0, number), None if source.labels is None else int(source.labels[number])
 
 
