@@ -1,13 +1,17 @@
 """Prompts of held-out images: what a prior with several conditions is asked for when it is evaluated."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from configs import ConfigError, Problem
+from configs.problems import shown
 from pipelines.evaluation.config import ComparisonConfig, EvaluationConfig
+from stage1_vqgan import DataConfig
 from stage2_prior import CodeStore, TokenLayout
 from stage2_prior.data import CodeDataset
 
@@ -28,7 +32,7 @@ def open_store(config: ComparisonConfig, layout: TokenLayout) -> CodeStore:
     """The code store that the prior was trained on, or another one of the same conditions.
 
     Raises:
-        ConfigError: it is missing, or its tokens have another meaning.
+        ConfigError: it is missing, its tokens have another meaning, or the prior was trained on the validation images.
     """
     if config.code_store is None:
         names = ", ".join(segment.name for segment in layout.segments)
@@ -38,7 +42,31 @@ def open_store(config: ComparisonConfig, layout: TokenLayout) -> CodeStore:
     if meaning(store.layout) != meaning(layout):
         message = f"received {config.code_store!r}, whose tokens or conditions are not those of the prior"
         raise ConfigError([Problem("code_store", f"{message}; give the store that it was trained on")])
+    _require_held_out(config.data, store.manifest["origin"]["data"])
     return store
+
+
+def _require_held_out(data: DataConfig, trained: Mapping[str, Any]) -> None:
+    """Refuses validation images that the prior was trained on, as far as the settings of its code store tell.
+
+    Args:
+        data: the settings of the evaluation.
+        trained: those of the code store.
+    """
+    if any(trained.get(key) != getattr(data, key) for key in ("dataset", "dataset_config_name")):
+        return
+    train_split, own_split = trained.get("train_split"), trained.get("validation_split")
+    key = "validation_split"
+    if data.validation_split is own_split is None and data.train_split == train_split:
+        key = "validation_fraction"
+        is_wrong = data.validation_fraction != trained.get(key)
+    else:
+        split = data.validation_split or data.train_split
+        is_wrong = split == train_split and split != own_split
+    if is_wrong:
+        message = f"received {shown(getattr(data, key))}, with which training images of the prior count as held out"
+        advice = f"give {shown(trained.get(key))}, as in its code store; or leave out code_store, to measure with these"
+        raise ConfigError([Problem(f"data.{key}", f"{message}; {advice}")])
 
 
 def meaning(layout: TokenLayout) -> TokenLayout:

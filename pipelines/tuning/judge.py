@@ -74,6 +74,8 @@ class Judge:
         if self.layout.num_classes and self.train.labels is not None:
             self._require_same_classes(sources[0].class_names or [])
         self._require_enough()
+        if config.code_store is not None:
+            open_store(config, self.layout)
         features = area_features(self.train.pixels(), config.feature_size)
         self._pca = PCA(config.num_components, svd_solver="full").fit(features)
         self.real = [self._components(self.validation.pixels()[half::2]) for half in (0, 1)]

@@ -1,6 +1,8 @@
 """Views of training images from a code store, and copies of them."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from shutil import copytree
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +16,10 @@ from pipelines.evaluation.prompts import open_store
 from pipelines.evaluation.reconstructions import Reconstructions
 from pipelines.evaluation.run import evaluate, read_splits
 from pipelines.evaluation.stored_views import stored_views, view_rows
+from stage1_vqgan import DataConfig
 from stage1_vqgan.networks import load_network
 from tests.image_sets import TensorImages
+from tests.resealing import edit_manifest
 
 
 def config_of(pipeline, codes, output_dir="x", **values) -> EvaluationConfig:
@@ -69,3 +73,25 @@ def test_the_store_of_another_prior_is_refused_before_the_sampling(tiny_runs, pi
     with pytest.raises(ConfigError, match=str(tmp_path / "no_store")):
         evaluate(config_of(tiny_runs.pipeline, tmp_path / "no_store", tmp_path / "evaluation"))
     assert not (tmp_path / "evaluation" / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "message"),
+    [
+        ({}, {}, None),
+        ({}, {"validation_fraction": 0.2}, r"validation_fraction: received 0.2, .*; give 0.05, as in its code store"),
+        ({}, {"validation_split": "test"}, None),
+        ({}, {"validation_split": "train"}, r"validation_split: received 'train', .*; give null, as in its code store"),
+        ({"validation_split": "test"}, {"validation_split": "test"}, None),
+        ({"validation_split": "test"}, {}, r"validation_split: received null, .*; give 'test', as in its code store"),
+        ({"train_split": "part"}, {}, None),
+        ({"dataset": "others"}, {"validation_fraction": 0.2}, None),
+    ],
+    ids=str,
+)
+def test_training_images_are_not_measured_as_held_out_ones(tiny_runs, pipe, tmp_path, trained, given, message):
+    store, settings = copytree(tiny_runs.codes, tmp_path / "codes"), {"dataset": "images"} | trained
+    edit_manifest(store, lambda manifest: manifest["origin"]["data"].update(settings))
+    config = replace(config_of(tiny_runs.pipeline, store), data=DataConfig(**{"dataset": "images"} | given))
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=rf"data\.{message}"):
+        open_store(config, pipe.layout)
