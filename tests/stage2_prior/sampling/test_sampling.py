@@ -1,6 +1,7 @@
 """The sampler, compared with transformers' `generate`, with a loop without a cache, and with other batch sizes."""
 
 import gc
+import itertools
 import re
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from stage2_prior.sampling.guidance import Guidance
 from stage2_prior.sampling.loop import filter_logits, pick
 from stage2_prior.sampling.options import SamplingOptions
 from tests.devices import DEVICE, EXACT_ON_CPU, on_device
+from tests.slow import few
 
 pytestmark = on_device
 
@@ -47,6 +49,9 @@ OPTIONS = [
     {"guidance_scale": 3.0, "guidance_interval": (0.0, 0.5)},
     {"temperature": 0.7, "top_k": 12, "top_p": 0.9, "min_p": 0.02, "guidance_scale": 1.5},
 ]
+PAIRS = list(itertools.product(MODEL_TYPES, OPTIONS))
+# of every model type, without and with guidance, its schedule and interval, and the filters
+QUICK_PAIRS = [("llama", OPTIONS[6]), ("llama", OPTIONS[7]), ("gpt2", OPTIONS[9]), ("qwen3", OPTIONS[1])]
 
 
 def draw(prior, layout, labels, seeds, **options):
@@ -89,8 +94,8 @@ SCALES_OF_IMAGES = (2.5, 1.0, 3.0, 1.0, 0.0, 2.5, 8.0)
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"guidance_schedule": "linear", "temperature": 0.0},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"guidance_schedule": "linear", "temperature": 0.0}, marks=pytest.mark.slow),
         {"guidance_schedule": "cosine", "guidance_power": 0.5, "guidance_interval": (0.25, 0.7), "top_k": 12},
     ],
     ids=str,
@@ -140,16 +145,14 @@ def test_greedy_codes_are_those_of_generate(random_prior, layout, model_type):
     assert torch.equal(codes, expected)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("model_type", "options"), few(PAIRS, *QUICK_PAIRS, ("llama", OPTIONS[0])), ids=str)
 def test_codes_are_those_of_a_loop_without_cache(random_prior, layout, model_type, options):
     prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
     codes = draw(prior, layout, labels, seeds, **options)
     assert torch.equal(codes, draw_naively(prior, layout, labels, seeds, **options))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("model_type", "options"), few(PAIRS, *QUICK_PAIRS), ids=str)
 def test_the_fastest_decoder_chooses_the_codes_of_the_eager_one(random_prior, layout, model_type, options, monkeypatch):
     prior, labels, seeds = random_prior(model_type, layout), torch.arange(5).repeat(3), torch.arange(100, 115)
     expected = draw_with(EagerDecoder(prior, 30, layout.length), layout, labels, seeds, **options)
@@ -174,8 +177,14 @@ def test_a_decoder_frees_its_memory_at_once(random_prior, layout):
         gc.enable()
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "top_p": 0.95}], ids=str)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    few(
+        itertools.product(MODEL_TYPES, [{}, {"guidance_scale": 2.0, "top_p": 0.95}]),
+        ("llama", {"guidance_scale": 2.0, "top_p": 0.95}),
+    ),
+    ids=str,
+)
 def test_an_image_does_not_depend_on_its_batch(random_prior, layout, model_type, options):
     prior, labels = random_prior(model_type, layout), torch.arange(64) % 5
     seeds = torch.randint(2**62, (64,), generator=torch.Generator().manual_seed(0))
@@ -191,7 +200,7 @@ def test_an_image_does_not_depend_on_its_batch(random_prior, layout, model_type,
     assert torch.equal(in_batches(64, torch.arange(64).flip(0)).flip(0), together)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("temperature", few([0.0, 1.0, 5.0], 5.0))
 def test_only_codes_are_ever_chosen(random_prior, layout, temperature):
     prior = random_prior("llama", layout)
     with torch.no_grad():
@@ -432,7 +441,7 @@ def test_the_eager_decoder_reads_as_with_transformers_own_cache(random_prior, la
         torch.testing.assert_close((mine.keys, mine.values), (theirs.keys, theirs.values), **EXACT_ON_CPU)
 
 
-@pytest.mark.parametrize("rows", [slice(0, 2), slice(2, 4), slice(0, 4)])
+@pytest.mark.parametrize("rows", few([slice(0, 2), slice(2, 4), slice(0, 4)], slice(2, 4)))
 @torch.inference_mode()
 def test_a_decoder_may_read_from_an_earlier_place_again(random_prior, layout, rows):
     prior = random_prior("llama", layout)
@@ -445,11 +454,17 @@ def test_a_decoder_may_read_from_an_earlier_place_again(random_prior, layout, ro
 
 
 @pytest.mark.parametrize(
-    "fault",
-    ["a NaN in the output layer", "an infinity in the embedding", {"guidance_scale": 3e38}],
+    ("temperature", "fault"),
+    few(
+        itertools.product(
+            [0.0, 1.0], ["a NaN in the output layer", "an infinity in the embedding", {"guidance_scale": 3e38}]
+        ),
+        (0.0, "a NaN in the output layer"),
+        (1.0, "an infinity in the embedding"),
+        (1.0, {"guidance_scale": 3e38}),
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_an_error(random_prior, layout, fault, temperature):
     prior, options = random_prior("llama", layout), {"temperature": temperature}
     with torch.no_grad():

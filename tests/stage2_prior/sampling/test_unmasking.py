@@ -15,6 +15,7 @@ from stage2_prior.sampling.halton import halton_cells, halton_ranks
 from stage2_prior.sampling.loop import pick
 from stage2_prior.sampling.unmasking import schedule
 from tests.devices import DEVICE, on_device
+from tests.slow import few
 
 pytestmark = on_device
 
@@ -82,8 +83,18 @@ def draw_naively(prior, layout, label, seed, options=None, known=None, **unmaski
     return codes
 
 
-@pytest.mark.parametrize(("options", "unmasking"), OPTIONS, ids=str)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(
+    ("model_type", "options", "unmasking"),
+    few(
+        [(model_type, *options) for model_type in MODEL_TYPES for options in OPTIONS],
+        ("bert", *OPTIONS[3]),
+        ("bert", *OPTIONS[4]),
+        ("bert", *OPTIONS[5]),
+        ("bert", *OPTIONS[6]),
+        ("modernbert", *OPTIONS[1]),
+    ),
+    ids=str,
+)
 def test_codes_are_those_of_a_loop_over_places(random_prior, masked_layout, model_type, options, unmasking):
     prior, labels, seeds = random_prior(model_type, masked_layout), torch.arange(3), torch.arange(100, 103)
     codes = draw(prior, masked_layout, labels, seeds, options, **unmasking)
@@ -109,7 +120,11 @@ def test_known_codes_stay_and_the_others_are_those_of_the_loop(random_prior, mas
         assert codes[row].tolist() == expected
 
 
-@pytest.mark.parametrize("settings", [{}, {"guidance_schedule": "linear", "guidance_interval": (0.2, 0.8)}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.slow), {"guidance_schedule": "linear", "guidance_interval": (0.2, 0.8)}],
+    ids=str,
+)
 @pytest.mark.parametrize("order", ["confidence", "halton"])
 def test_each_image_has_the_codes_of_its_own_guidance_scale(random_prior, masked_layout, order, settings):
     prior, labels, seeds = random_prior("bert", masked_layout), torch.arange(5), torch.arange(5)
