@@ -35,6 +35,7 @@ def config(tmp_path):
     return config_of(tmp_path, "out", data=data, samples_per_class=2)
 
 
+@pytest.mark.slow
 def test_other_real_images_in_the_same_files_are_measured(config, tmp_path, monkeypatch):
     """The files keep names, sizes and times. An interrupted evaluation does not go on with old images either."""
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -114,6 +115,7 @@ def test_figures_that_were_left_out_are_measured_when_they_can_be(config, tmp_pa
     assert evaluate(config) == second
 
 
+@pytest.mark.slow
 def test_few_images_are_not_tried_again(config, monkeypatch):
     monkeypatch.setattr(generation, "load_network", small_network)
     few = replace(

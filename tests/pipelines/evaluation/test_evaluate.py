@@ -24,11 +24,13 @@ from tests.image_files import picture, write_parquet
 from tests.pipelines.evaluation.sampling_runs import small_shards
 
 
-@pytest.fixture
-def config(tiny_runs, tmp_path) -> EvaluationConfig:
+@pytest.fixture(scope="module")
+def evaluated(tiny_runs, tmp_path_factory) -> tuple[EvaluationConfig, dict]:
+    """An evaluation of the tiny pipeline, and its metrics. Tests leave its folders as they are."""
+    root = tmp_path_factory.mktemp("evaluated")
     values = {
-        "pipeline": str(shutil.copytree(tiny_runs.pipeline, tmp_path / "pipeline")),
-        "output_dir": str(tmp_path / "evaluation"),
+        "pipeline": str(shutil.copytree(tiny_runs.pipeline, root / "pipeline")),
+        "output_dir": str(root / "evaluation"),
         "data": {"dataset": "digits"},
         "samples_per_class": 5,
         "guidance_scale": 1.5,
@@ -38,12 +40,13 @@ def config(tiny_runs, tmp_path) -> EvaluationConfig:
         "code_store": str(tiny_runs.codes),
         "prior_run": str(tiny_runs.prior),
     }
-    return load_config(EvaluationConfig, overrides=values)
+    config = load_config(EvaluationConfig, overrides=values)
+    return config, evaluate(config)
 
 
-def test_evaluation_of_a_pipeline(config, tiny_runs, tmp_path):
-    metrics = evaluate(config)
-    folder = tmp_path / "evaluation"
+def test_evaluation_of_a_pipeline(evaluated, tiny_runs):
+    config, metrics = evaluated
+    folder = Path(config.output_dir)
     saved = json.loads((folder / "metrics.json").read_text())
     assert {name: saved[name] for name in metrics} == metrics
     assert metrics["num_samples"] == 50
@@ -91,16 +94,21 @@ def test_evaluation_of_a_pipeline(config, tiny_runs, tmp_path):
         assert (pipeline / "card" / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_an_evaluation_is_not_made_twice(config, tmp_path):
-    folder = tmp_path / "evaluation"
-    first = evaluate(config)
+def test_an_evaluation_is_not_made_twice(evaluated):
+    config, first = evaluated
+    folder = Path(config.output_dir)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert evaluate(config) == first
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_other_settings_are_evaluated_anew(config):
-    first, other = evaluate(config), evaluate(replace(config, seed=1))
+def test_other_settings_are_evaluated_anew(evaluated, tmp_path):
+    config, first = evaluated
+    root = Path(config.output_dir).parent
+    kept = shutil.copytree(root, tmp_path / "kept")
+    other = evaluate(replace(config, seed=1))
+    shutil.rmtree(root)
+    shutil.move(kept, root)
     assert other["frechet_distance"] != first["frechet_distance"]
     assert other["codebook_usage"] == first["codebook_usage"]
 

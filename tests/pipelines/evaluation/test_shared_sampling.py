@@ -166,6 +166,7 @@ def test_classes_in_another_order_are_refused(tmp_path):
     assert not list((tmp_path / "out" / "samples").glob("*.npy"))  # before the first image
 
 
+@pytest.mark.slow
 def test_an_evaluation_with_a_guidance_interval_is_not_made_twice(tmp_path, monkeypatch):
     pipeline = make_pipeline()
     pipeline.sampling_defaults = {"guidance_interval": (0.0, 0.5)}
@@ -192,6 +193,7 @@ def test_metrics_of_replaced_weights_are_not_shown(tmp_path, monkeypatch, capsys
     assert "class_accuracy" not in (tmp_path / "pipeline" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_pictures_of_other_settings_do_not_stay(folder):
     """The first evaluation checks for copies. Too few held-out images for that are a reason in the second one."""
     output = folder / "pictures"
