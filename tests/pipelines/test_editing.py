@@ -11,6 +11,7 @@ from pipelines.chunks import encode_in_chunks
 from pipelines.masks import MaskedImages, joined, known_codes, masked_images
 from tests.devices import DEVICE
 from tests.random_pipelines import PRIORS, QUANTIZERS, coarse_noise, random_pipeline
+from tests.slow import few
 
 
 @pytest.fixture(scope="module", params=PRIORS)
@@ -161,7 +162,7 @@ def test_an_image_does_not_depend_on_the_others(pipe, images, mask):
         np.testing.assert_allclose(alone.images[0], together.images[number], atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("kind", few(QUANTIZERS, "one code", "pyramid"))
 def test_variants_keep_the_first_codes(kind, random_prior, images):
     pipe = random_pipeline(random_prior, kind)
     length, codes = pipe.layout.length, pipe.encode(images).flatten(1)

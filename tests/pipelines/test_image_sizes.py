@@ -16,6 +16,7 @@ from stage2_prior.tokenize import tokenize
 from stage2_prior.training.run import train as train_stage2
 from tests import tiny
 from tests.image_files import write_folder
+from tests.slow import few
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,9 @@ def trained(tmp_path_factory, stage2_values):
 
 
 @pytest.mark.parametrize(
-    ("image_size", "shape"), [(None, (32, 64)), (16, (16, 16)), ([64, 32], (64, 32))], ids=["same", "square", "upright"]
+    ("image_size", "shape"),
+    few([(None, (32, 64)), (16, (16, 16)), ([64, 32], (64, 32))], ([64, 32], (64, 32))),
+    ids=["same", "square", "upright"],
 )
 def test_images_of_any_size_go_through_all_steps(trained, image_size, shape, tmp_path):
     root, config = trained

@@ -24,6 +24,7 @@ from stage2_prior.training.config import LoraConfig
 from tests.devices import DEVICE
 from tests.hub_server import HubServer
 from tests.model_folders import change_config, change_weights, plant_code, without, without_checksums
+from tests.slow import few
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_a_first_save_that_was_interrupted_is_completed_by_its_reader(tiny_runs,
 # ---------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", few(["eager", "sdpa"], "eager"))
 def test_the_caller_chooses_the_attention(tiny_runs, tiny_pipeline, implementation):
     pipeline = VQGANPipeline.from_pretrained(tiny_runs.pipeline, attn_implementation=implementation, device=DEVICE)
     assert pipeline.prior.config._attn_implementation == implementation
@@ -139,7 +140,7 @@ def test_a_pipeline_in_a_subfolder_of_a_repository(tiny_runs, tiny_pipeline, tmp
 # ---------------------------------------------------------------------- adapters
 
 
-@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub"])
+@pytest.mark.parametrize("way", few(["save_pretrained", "push_to_hub"], "save_pretrained"))
 def test_a_saved_pipeline_needs_no_adapter(tiny_runs, tiny_pipeline, tmp_path, way, monkeypatch):
     save_adapter(tiny_runs, tmp_path / "adapter")
     pipeline = VQGANPipeline.from_pretrained(tiny_runs.pipeline)
@@ -179,7 +180,9 @@ def test_an_adapter_in_a_pipeline_is_refused(tiny_runs, folder, tmp_path, part):
 # ---------------------------------------------------------------------- folders that are refused
 
 
-@pytest.mark.parametrize("missing", ["model.layers.1.mlp.up_proj", "lm_head", ""], ids=["one", "lm_head", "all"])
+@pytest.mark.parametrize(
+    "missing", few(["model.layers.1.mlp.up_proj", "lm_head", ""], "lm_head"), ids=["one", "lm_head", "all"]
+)
 def test_a_prior_without_all_its_weights_is_refused(folder, missing):
     change_weights(folder / "prior", without(missing))
     with pytest.raises(ValueError, match=r"the weights do not fit config\.json: \d+ missing: (lm_head|model)\."):
@@ -307,10 +310,10 @@ def test_malformed_indices(folder, text, message):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("num_codes", 31),
+        pytest.param("num_codes", 31, marks=pytest.mark.slow),
         ("num_codes", 33),
         ("grid", [2, 8]),
-        ("grid", [8, 8]),
+        pytest.param("grid", [8, 8], marks=pytest.mark.slow),
         ("downsampling_factor", 8),
     ],
 )

@@ -86,10 +86,10 @@ def test_known_codes_stay(pipeline, capfd):
     ("arguments", "message"),
     [
         ({"num_steps": 17}, "num_steps: received 17; must be a whole number from 1 to 16"),
-        ({"num_steps": 0}, "num_steps: received 0"),
+        pytest.param({"num_steps": 0}, "num_steps: received 0", marks=pytest.mark.slow),
         ({"order": "raster"}, "order: received 'raster'; allowed are 'confidence', 'halton'"),
         ({"order": "halton", "order_temperature": 2.0}, "order_temperature: received 2.0; the order 'halton' has no"),
-        ({"order_temperature": "hot"}, "order_temperature: received 'hot'"),
+        pytest.param({"order_temperature": "hot"}, "order_temperature: received 'hot'", marks=pytest.mark.slow),
     ],
     ids=str,
 )

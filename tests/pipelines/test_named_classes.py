@@ -131,6 +131,7 @@ def test_the_command_score_takes_the_prompt_of_generate(command, styled, image):
     ]
 
 
+@pytest.mark.slow
 def test_the_command_score_needs_to_know_of_which_condition(command, several, image):
     asked = [f"--images={image}", "--class_labels.animal=bee"]
     message = "best_class: received true; must be one of the conditions with classes, 'animal', 'style', or false"

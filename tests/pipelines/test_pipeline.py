@@ -331,6 +331,7 @@ def test_bfloat16(tiny_runs, images):
     assert pipeline.to(torch.float32).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_fingerprint_survives_a_cast(tiny_runs, tmp_path):
     VQGANPipeline.from_pretrained(tiny_runs.pipeline, dtype=torch.bfloat16).save_pretrained(tmp_path)
     assert VQGANPipeline.from_pretrained(tmp_path).generate([1]).codes.shape == (1, 4, 4)

@@ -24,6 +24,7 @@ from stage1_vqgan import VQGANImageProcessor
 from stage2_prior import SamplingOptions, TokenLayout, code_nats
 from stage2_prior.condition_text import encode_texts
 from tests.prompted import ANIMALS, TEXTS, K, L, make, make_parts, make_segments, prompts_of
+from tests.slow import few
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +226,8 @@ def greedy_naively(pipeline, prompt, groups, scales):
     "scale, groups",
     [
         (3.0, [None]),
-        ({"style": 3.0}, [["style"]]),
-        ({"caption": 3.0, "style": 1.0}, [["caption"]]),
+        pytest.param({"style": 3.0}, [["style"]], marks=pytest.mark.slow),
+        pytest.param({"caption": 3.0, "style": 1.0}, [["caption"]], marks=pytest.mark.slow),
         ({"style": 3.0, "caption+small": 2.0}, [["style"], ["caption", "small"]]),
     ],
 )
@@ -416,7 +417,7 @@ def flip_a_bit(folder):
 DAMAGES = [damage_text, remove_text, cut_text, pickle_text, remove_images, pickle_images, exchange_images, flip_a_bit]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", few(DAMAGES, damage_text, pickle_images, exchange_images))
 def test_a_missing_or_foreign_tokenizer_is_refused(folder, damage):
     words = damage(folder)
     with pytest.raises((OSError, ValueError), match=words):
@@ -531,11 +532,21 @@ def test_the_command_generates_from_all_conditions(command, with_class, picture)
     ("arguments", "message"),
     [
         (["--class_labels.style=wild"], "style: received 'wild'; allowed are ids 0 to 2"),
-        (["--class_labels=1"], "class_labels: received 1; several such conditions need {name: value}"),
-        (["--text.words=a"], "text: received the condition 'words'; this pipeline knows"),
+        pytest.param(
+            ["--class_labels=1"],
+            "class_labels: received 1; several such conditions need {name: value}",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--text.words=a"], "text: received the condition 'words'; this pipeline knows", marks=pytest.mark.slow
+        ),
         (["--condition_images.small=nowhere"], "condition_images: received 'nowhere'; there is no such file or folder"),
         (["--condition_images.small=pictures", "--text=[a, b, c]"], "condition_images['small']: received 2 values"),
-        (["--text=a", "--guidance_scale.words=2"], "guidance_scale: received the condition 'words'"),
+        pytest.param(
+            ["--text=a", "--guidance_scale.words=2"],
+            "guidance_scale: received the condition 'words'",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -543,6 +554,7 @@ def test_mistakes_of_the_command_are_messages(command, arguments, message):
     assert message in command(*arguments, "--grid=a.png")
 
 
+@pytest.mark.slow
 def test_the_command_score_takes_a_class_of_each_condition(saved, tmp_path, picture, capsys, with_class):
     picture.resize((16, 16)).save(tmp_path / "a.png")
     options = [f"--images={tmp_path / 'a.png'}", "--device=cpu", "--best_class=false"]

@@ -10,6 +10,7 @@ import torch
 from pipelines import VQGANPipeline, chunks
 from stage2_prior.sampling import memory
 from tests.devices import DEVICE
+from tests.slow import few
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -51,7 +52,7 @@ def test_guidance_takes_two_rows_an_image(pipeline, monkeypatch):
     assert memory.batch_size_that_fits(pipeline.prior, 16, True) == largest  # the memory suffices for the upper limit
 
 
-@pytest.mark.parametrize("images", [1, 2, 5])
+@pytest.mark.parametrize("images", few([1, 2, 5], 2))
 def test_encoding_and_decoding_take_as_many_images_as_fit(pipeline, monkeypatch, images):
     """Images have 16 × 16 pixels; feature maps have at most 8 channels in float32."""
     whole = pipeline.generate([4], num_images_per_label=5, generator=seeded(), output_type="pt")
@@ -104,14 +105,17 @@ def test_a_callback_may_keep_what_it_gets(pipeline):
     assert torch.equal(torch.cat(columns), codes.flatten(1))
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pipeline: pickle.loads(pickle.dumps(pipeline))])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, pytest.param(lambda pipeline: pickle.loads(pickle.dumps(pipeline)), marks=pytest.mark.slow)],
+)
 def test_a_pipeline_that_has_generated_can_be_copied(pipeline, duplicate):
     expected = generate(pipeline)
     assert torch.equal(generate(duplicate(pipeline)), expected)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["written", "replaced", "cast"])
+@pytest.mark.parametrize("change", few(["written", "replaced", "cast"], "replaced"))
 def test_weights_that_change_are_used(pipeline, change):
     """tests/stage2_prior/sampling/test_recording.py tests more ways to change the weights."""
     generate(pipeline)

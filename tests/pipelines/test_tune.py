@@ -28,6 +28,7 @@ from stage2_prior import TokenLayout
 from tests import forks
 from tests.devices import cpu_only
 from tests.random_pipelines import random_pipeline
+from tests.slow import few
 
 # Only the standard value of each key is tried, unless a test says otherwise.
 PINNED = {
@@ -88,7 +89,7 @@ TRUE = {
 }
 
 
-@pytest.mark.parametrize("case", TRUE)
+@pytest.mark.parametrize("case", few(TRUE, "guidance"))
 def test_the_search_finds_settings_that_are_truly_better(make, capsys, case):
     truth, values = TRUE[case]
     config = make(truth, **values)
@@ -138,6 +139,7 @@ def test_the_best_order_temperature_of_a_masked_prior_is_found(tmp_path):
     assert len(tried) == 49 and len(near) < 15 and winner in near and winner["guidance_scale"] in (1.25, 1.5, 2.0)
 
 
+@pytest.mark.slow
 def test_weights_that_are_replaced_during_a_search_keep_their_defaults(make, monkeypatch):
     config = make({"temperature": 0.5}, temperature=[0.5, 1.0])
     search = Search.run
@@ -166,6 +168,7 @@ def test_a_search_that_was_killed_before_it_wrote_the_card_is_mended_by_the_next
     assert "left out: temperature 0.5." in card.read_text() and "guidance_scale=" not in card.read_text()
 
 
+@pytest.mark.slow
 def test_the_present_settings_stay_if_nothing_is_better(make, capsys):
     """Images of the standard settings, and others that are the same or worse."""
     values = {"temperature": [0.3, 1.0], "top_p": [0.999999, 1.0], "min_p": [1e-9, 0.0], "top_k": [0, 31, 32]}
@@ -212,6 +215,7 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     assert len(seen) == 3 * total + 2
 
 
+@pytest.mark.slow
 def test_another_classifier_gives_other_samples(make):
     """The classifier "resnet" sees mirrored images if the augmentation mirrors."""
     config = make({})
@@ -319,6 +323,7 @@ def test_what_cannot_be_tuned_is_refused(make, tmp_path):
         tune(replace(config, data=data))
 
 
+@pytest.mark.slow
 def test_a_pipeline_without_classes(make):
     """Images without labels: only their distance counts."""
     config = make({"temperature": 0.5}, temperature=[0.5, 1.0])
@@ -359,6 +364,7 @@ def test_better_is_beyond_the_noise(case):
     assert is_better(without, Figures(0.5, None), None) is (case.startswith("nearer"))
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_that_of_repetitions():
     """The spread of the difference over new images and new real images, against the bootstrap of one of them."""
     rng = np.random.default_rng(0)

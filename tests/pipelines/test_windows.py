@@ -7,6 +7,7 @@ import torch
 from pipelines.windows import corners, sample_windows
 from tests.devices import DEVICE
 from tests.random_pipelines import coarse_noise, random_pipeline
+from tests.slow import few
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_images_of_the_trained_size_are_those_without_windows(pipe):
         assert torch.equal(out.codes, plain.codes) and np.allclose(out.images, plain.images, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["one code", "residual"])
+@pytest.mark.parametrize("kind", few(["one code", "residual"], "residual"))
 def test_a_larger_image_depends_on_its_seed_alone(kind, random_prior):
     pipe = random_pipeline(random_prior, kind)
     options = {"image_size": (20, 36), "guidance_scale": 1.5}
@@ -99,7 +100,7 @@ def test_several_grids_are_refused(random_prior):
 # ---------------------------------------------------------------------- outpainting
 
 
-@pytest.mark.parametrize("kind", ["one code", "residual"])
+@pytest.mark.parametrize("kind", few(["one code", "residual"], "residual"))
 def test_images_stay_in_the_middle_of_what_is_added(kind, random_prior):
     images = list(coarse_noise(3, 16, 16))
     pipe = random_pipeline(random_prior, kind)

@@ -28,6 +28,7 @@ from stage1_vqgan import VQGANImageProcessor, codes_shape
 from stage2_prior import TokenLayout
 from tests.clip_models import SPECIAL, TEXT, VISION, make_vqgan, save_clip, seeded, widen
 from tests.devices import DEVICE, cpu_only
+from tests.slow import few
 from tests.stage1_vqgan.test_quantizer_kinds import KINDS
 
 FEW = {"num_cutouts": 4, "progress_bar": False}
@@ -130,7 +131,7 @@ def test_the_gradient_is_that_of_the_formula(clip):
 ONES = [kind for kind in KINDS if kind != "pyramid"]
 
 
-@pytest.mark.parametrize("kind", ONES)
+@pytest.mark.parametrize("kind", few(ONES, "vq, unit sphere", "simvq", "gumbel", "fsq", "lfq", "residual", "product"))
 def test_every_kind_of_quantizer(kind, clip):
     name, count, width, options = KINDS[kind]
     guide = CLIPGuidance(
