@@ -15,7 +15,7 @@ def write(storage, value):
     torch.empty(0, dtype=torch.uint8).set_(storage)[:4] = value
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_shared_memory_is_written_by_another_process(method):
     storage = shared_memory(2**20)
     assert storage.nbytes() == 2**20 and storage.is_shared()

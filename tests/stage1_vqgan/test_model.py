@@ -132,7 +132,7 @@ def test_fingerprint_survives_a_cast(tmp_path):
     assert half(images(1, 3, 16, 16).bfloat16()).reconstruction.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_fingerprint_of_other_weights_is_refused(tmp_path, dtype):
     """Whether the weights or the configuration were exchanged."""
     make().save_pretrained(tmp_path / "a")

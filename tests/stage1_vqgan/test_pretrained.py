@@ -90,7 +90,7 @@ def test_checksums_that_are_not_a_list_of_files(saved, tmp_path):
         {"num_embeddings": 10**9},
         {"base_channels": 2**20},
         {"latent_channels": 10**8},
-        {"channel_multiplier": [1] * 10**6},
+        pytest.param({"channel_multiplier": [1] * 10**6}, marks=pytest.mark.slow),
         {"num_res_blocks": 10**6},
         {"image_size": 2**70},
     ],
@@ -117,6 +117,7 @@ def test_weights_of_other_dtypes_are_refused(folder, dtype):
     assert_refused(folder, rf"do not fit config\.json: 1 wrong dtype: {name} (I8|F8_E4M3|BOOL);")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_saved_with_fewer_bits_keeps_its_fingerprint(folder, tmp_path):
     half = load_vqgan(folder, dtype=torch.bfloat16)
     fingerprint = half.config.fingerprint

@@ -197,6 +197,7 @@ def test_the_shorter_side_decides_what_fits(changes, key, words):
     assert [(problem.key, words in problem.message) for problem in refused.value.problems] == [(key, True)]
 
 
+@pytest.mark.slow
 def test_a_trained_tokenizer_is_loaded_at_another_size(tmp_path):
     make(attn_levels=[1]).save_pretrained(tmp_path)
     for changes in ({"image_size": 32}, {"image_size": [8, 32], "attn_resolutions": [4]}, {"attn_levels": [1]}):

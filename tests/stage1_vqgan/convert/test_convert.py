@@ -27,6 +27,7 @@ from tests.other_tokenizers import (
     taming_weights,
     write_taming,
 )
+from tests.slow import few
 
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the original's numbers are not here")
 
@@ -43,7 +44,12 @@ VERIFY = " --verify {at}/facts.safetensors"
 
 @needs_golden
 @pytest.mark.parametrize(
-    "name, code_base", [("f16_narrow", "taming"), ("llamagen_tiny", "llamagen"), ("tiny", "taming")]
+    "name, code_base",
+    [
+        pytest.param("f16_narrow", "taming", marks=pytest.mark.slow),
+        ("llamagen_tiny", "llamagen"),
+        ("tiny", "taming"),
+    ],
 )
 def test_the_originals_own_numbers(tmp_path, capsys, name, code_base):
     arguments = f"--from {code_base} --checkpoint {{golden}}.safetensors --config {{golden}}.json --output {{at}}/out"
@@ -82,7 +88,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", few(LAYOUTS, "gray", "widths that are no multiples"))
 def test_layouts(tmp_path, layout):
     model = reference(**LAYOUTS[layout])
     widths = model.config.block_out_channels
@@ -136,8 +142,11 @@ def facts_equal(one, other):
     )
 
 
+LLAMAGEN_LAYOUTS = [{"attends": (1,)}, {"widths": (32, 32, 64, 128), "attends": (3,), "layers": 2}]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("layout", [{"attends": (1,)}, {"widths": (32, 32, 64, 128), "attends": (3,), "layers": 2}])
+@pytest.mark.parametrize("layout", few(LLAMAGEN_LAYOUTS, LLAMAGEN_LAYOUTS[0]))
 def test_llamagen_layouts(tmp_path, layout):
     model = reference(**layout)
     torch.save({"model": llamagen_weights(model), "optimizer": {"lr": 1.0}}, tmp_path / "vq.pt")
@@ -166,7 +175,7 @@ def test_the_weights_of_the_other_code_base(tmp_path, capsys, source, words):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("used", [None, [7, 2, 20, 11, 0, 5]])
+@pytest.mark.parametrize("used", few([None, [7, 2, 20, 11, 0, 5]], [7, 2, 20, 11, 0, 5]))
 def test_gumbel(tmp_path, used):
     model = reference(embed_dim=8)
     weights = {name: value for name, value in taming_weights(model).items() if not name.startswith("quantize.")}
@@ -336,7 +345,10 @@ def test_what_diffusers_has_and_a_tokenizer_here_has_not(tmp_path, capsys, chang
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
-@pytest.mark.parametrize("source", ["diffusers", "taming", "taming without a configuration"])
+@pytest.mark.parametrize(
+    "source",
+    few(["diffusers", "taming", "taming without a configuration"], "diffusers", "taming without a configuration"),
+)
 def test_no_attention_in_the_middle(tmp_path, capsys, source):
     """As in the VQ models of latent diffusion without attention."""
     model = reference(mid_block_add_attention=False)

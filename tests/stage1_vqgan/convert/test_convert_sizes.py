@@ -10,6 +10,7 @@ from configs import run
 from stage1_vqgan import VQGANConfig, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.convert.command import ConvertConfig, convert
 from tests.other_tokenizers import images, llamagen_weights, reference, write_taming
+from tests.slow import few
 
 
 def command(arguments, at):
@@ -38,7 +39,10 @@ def write(model, source, folder):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "source, size, shape",
-    [("taming", "32", (32, 32)), ("diffusers", "8", (8, 8)), ("taming", "[16,40]", (16, 40))],
+    few(
+        [("taming", "32", (32, 32)), ("diffusers", "8", (8, 8)), ("taming", "[16,40]", (16, 40))],
+        ("taming", "[16,40]", (16, 40)),
+    ),
 )
 def test_sizes(tmp_path, model, source, size, shape):
     command(f"{write(model, source, tmp_path)} --output {{at}}/out --image_size {size}", tmp_path)
@@ -64,6 +68,7 @@ def test_without_a_configuration(tmp_path, capsys):
     assert "images of 24×8 pixels" in told and "it is 256" not in told
 
 
+@pytest.mark.slow
 def test_janus_at_another_size(tmp_path):
     """A JanusVQVAE decodes one size only, which is that of the configuration."""
     torch.manual_seed(0)

@@ -1,5 +1,7 @@
 """Training images: augmentation by keys, and batches that do not depend on workers or broken images."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from stage1_vqgan.data.decoding import UndecodableImage
 from stage1_vqgan.data.loading import training_loader
 from stage1_vqgan.image_processing_pixels import to_pixels
 from stage1_vqgan.image_processing_shapes import to_shape
+from tests.slow import few
 
 
 def noise_images(count=12, size=(14, 10), mode="RGB"):
@@ -78,8 +81,15 @@ def test_training_and_the_processor_make_the_same_pixels():
         assert torch.equal(batch.images(), processor(noise_images())["pixel_values"])
 
 
-@pytest.mark.parametrize("aspect_ratio", ["crop", "pad"])
-@pytest.mark.parametrize("shape", [(8, 12), (14, 6), (4, 24)])
+@pytest.mark.parametrize(
+    ("shape", "aspect_ratio"),
+    few(
+        itertools.product([(8, 12), (14, 6), (4, 24)], ["crop", "pad"]),
+        ((8, 12), "pad"),
+        ((14, 6), "crop"),
+        ((4, 24), "pad"),
+    ),
+)
 def test_images_that_are_no_squares(shape, aspect_ratio):
     """Training and the processor make the same pixels of images of any size, reduced by workers or on the device."""
     images = [noise_images(1, size)[0] for size in [(12, 13), (20, 30), (5, 9), (12, 8), (6, 14), (30, 5), (18, 12)]]

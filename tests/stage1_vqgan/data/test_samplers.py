@@ -1,5 +1,6 @@
 """All processes together read every image once per epoch, in an order that interruptions and workers do not change."""
 
+import itertools
 import threading
 import time
 from dataclasses import replace
@@ -22,6 +23,7 @@ from stage1_vqgan.data.samplers import (
 )
 from stage1_vqgan.reconstruction import evaluate_reconstruction
 from tests.image_files import picture, value_of, values, write_folder, write_parquet, write_tar
+from tests.slow import few
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -98,7 +100,11 @@ def test_epochs_and_seeds_differ_in_order(streams):
     assert {len(shown) for shown in by_epoch} == {len(values(streams[0])) // 4 * 4}  # a partial batch is dropped
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("streams", "world_size"),
+    few(itertools.product(["parquet", "tar"], [1, 2, 4]), ("tar", 1), ("tar", 2), ("parquet", 4)),
+    indirect=["streams"],
+)
 def test_a_later_start_is_the_tail_of_the_whole_run(streams, world_size):
     for rank in range(world_size):
         whole = batches(streams[0], rank=rank, world_size=world_size)

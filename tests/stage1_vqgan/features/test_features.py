@@ -204,6 +204,7 @@ def test_a_training_that_was_killed_while_it_saved_starts_anew(images, tmp_path)
     assert (tmp_path / "network" / "config.json").is_file() and not part.parent.exists()
 
 
+@pytest.mark.slow
 def test_too_many_damaged_images_end_the_training(images, tmp_path):
     folder = shutil.copytree(images, tmp_path / "images")
     for path in list(folder.glob("down/*.png"))[:10]:

@@ -126,8 +126,18 @@ def broken_step(at, term):
 @pytest.mark.parametrize(
     ("at", "term", "message"),
     [
-        (6, "loss/l1", r"loss/l1 was not finite at step 7; the last good checkpoint is .*checkpoint-6\."),
-        (5, "loss/codebook", r"loss/codebook was not finite at step 6; the last good checkpoint is .*checkpoint-4\."),
+        pytest.param(
+            6,
+            "loss/l1",
+            r"loss/l1 was not finite at step 7; the last good checkpoint is .*checkpoint-6\.",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            5,
+            "loss/codebook",
+            r"loss/codebook was not finite at step 6; the last good checkpoint is .*checkpoint-4\.",
+            marks=pytest.mark.slow,
+        ),
         (7, "weights", r"the generator: not all numbers are finite after step 8; .*checkpoint-6\."),
         (0, "loss/adversarial", r"loss/adversarial was not finite at step 1; no checkpoint was saved yet"),
     ],

@@ -61,7 +61,13 @@ def textbook(trainer, images, seeds):
     return {name: term.item() for name, term in terms.items()}, gradients
 
 
-@pytest.mark.parametrize("discriminator", [FEATURES, {"type": "stylegan", "base_channels": 4, "augmentation": True}])
+@pytest.mark.parametrize(
+    "discriminator",
+    [
+        FEATURES,
+        pytest.param({"type": "stylegan", "base_channels": 4, "augmentation": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_step_is_the_textbooks(discriminator):
     loss = {**LOSSES, "l1_weight": 0.7, "codebook_weight": 0.6, "adversarial_weight": 0.3}
     trainer = VQGANTrainer(steps.make_config(loss=loss, discriminator=discriminator), Accelerator())
@@ -89,6 +95,7 @@ def test_the_step_is_the_textbooks(discriminator):
         steps.assert_gradients_close(gradients[part], wanted[part], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_projection_trains_with_the_generator():
     trainer = VQGANTrainer(steps.make_config(loss=LOSSES, discriminator=FEATURES), Accelerator())
     before = [parameter.clone() for parameter in trainer.alignment.parameters()]
@@ -162,6 +169,7 @@ def test_images_below_the_least_size_of_a_network_are_refused():
         VQGANTrainer(steps.make_config(loss=loss), Accelerator())
 
 
+@pytest.mark.slow
 def test_bf16_trains_with_every_network():
     config = steps.make_config(loss={**LOSSES, "lecam_weight": 0.1}, discriminator=FEATURES)
     images, metrics = steps.make_images(0), []

@@ -146,7 +146,11 @@ def test_the_presets_have_the_recipes(name, preset):
 
 
 @pytest.mark.parametrize(
-    ("name", "generator_type"), [*((name, None) for name in LOSSES), ("LlamaGen", "non_saturating")]
+    ("name", "generator_type"),
+    [
+        *(pytest.param(name, None, marks=[pytest.mark.slow] if name == "TiTok" else []) for name in LOSSES),
+        ("LlamaGen", "non_saturating"),
+    ],
 )
 def test_a_step_is_that_of_the_source(name, generator_type):
     of_generator, of_discriminator = LOSSES[name]

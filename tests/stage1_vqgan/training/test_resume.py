@@ -15,6 +15,7 @@ from stage1_vqgan import Stage1Config, VQGANImageProcessor, VQGANModel
 from stage1_vqgan.training import checkpointing, run
 from stage1_vqgan.training.run import build_accelerator, train
 from stage1_vqgan.training.step import VQGANTrainer
+from tests.slow import few
 from tests.tiny import tensors
 
 
@@ -141,7 +142,9 @@ def test_resuming_is_exact_with_every_quantizer_that_has_a_state(tmp_path, quant
     assert quantizer != "ema" or any(path.endswith("cluster_size") for path in expected)
 
 
-@pytest.mark.parametrize(("before", "after", "kind"), [(0, 0.5, "without"), (0.5, 0, "with")])
+@pytest.mark.parametrize(
+    ("before", "after", "kind"), [pytest.param(0, 0.5, "without", marks=pytest.mark.slow), (0.5, 0, "with")]
+)
 def test_a_discriminator_cannot_come_or_go(tmp_path, before, after, kind):
     config = make_config(tmp_path, max_steps=3)
     config.loss.adversarial_weight = before
@@ -161,7 +164,7 @@ def test_a_saved_discriminator_is_left_out_of_a_run_that_ends_before_its_start(c
     assert (copied / "checkpoint-3" / "discriminator.safetensors").exists()
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", few([0, 2], 2))
 def test_resuming_is_exact(straight, copied, num_workers):
     interrupt(copied, after=3)
     (copied / "unfinished" / "checkpoint-6").mkdir(parents=True)  # the next one was not complete yet
