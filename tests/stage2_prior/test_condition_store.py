@@ -21,6 +21,7 @@ from stage2_prior.tokenization import open_tokenizer, tokenize, tokenize_split
 from tests import conditioned
 from tests.conditioned import ALL, AUGMENTATION, STYLES, TRAIN, VALIDATION, settings
 from tests.devices import DEVICE, assert_same_codes
+from tests.slow import few
 
 PLACES = {
     "style": slice(0, 1),
@@ -128,7 +129,7 @@ def test_another_call_does_nothing_and_other_tokens_are_refused(root, store):
             tokenize(other)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", few([False, True], True))
 def test_one_store_whoever_makes_it(root, store, monkeypatch, streaming):
     """Other batches, two processes and a stream give the same rows. A stream needs a given text tokenizer."""
     monkeypatch.setattr(stage2_prior.code_store, "SHARD_ROWS", 20)

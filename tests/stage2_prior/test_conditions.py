@@ -181,7 +181,12 @@ def greedy_naively(prior, prompt, groups, scales, known=None):
 
 
 @pytest.mark.parametrize(
-    "groups, scale", [([None], 3.0), ([["style"]], 2.5), ([["style"], ["text", "small"]], (3.0, 2.0))]
+    "groups, scale",
+    [
+        ([None], 3.0),
+        pytest.param([["style"]], 2.5, marks=pytest.mark.slow),
+        ([["style"], ["text", "small"]], (3.0, 2.0)),
+    ],
 )
 def test_guidance_acts_on_the_named_conditions(prior, groups, scale):
     prompts = prompts_for(2)

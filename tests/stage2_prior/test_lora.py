@@ -1,5 +1,6 @@
 """Adapters of a prior: saved files, resuming, new classes, and pipelines from adapters."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from stage2_prior.prior import adapt_prior
 from stage2_prior.training.config import LoraConfig
 from stage2_prior.training.run import train
 from tests.resealing import edit_manifest
+from tests.slow import few
 from tests.tiny import RANDOM_PRIORS
 
 
@@ -91,6 +93,7 @@ def test_a_run_leaves_an_adapter_and_pipelines_have_it(make_config, tiny_runs, t
     assert len(trained) == 2 and train(config) is not None and len(trained) == 2  # a finished run does not train again
 
 
+@pytest.mark.slow
 def test_the_best_averaged_adapter_is_kept_over_an_interruption(make_config, tmp_path):
     config, run = make_config(max_steps=6, eval_steps=2, learning_rate=0.01), tmp_path / "prior"
     train(config)
@@ -104,6 +107,7 @@ def test_the_best_averaged_adapter_is_kept_over_an_interruption(make_config, tmp
     assert [(run / name).read_bytes() for name in names] == straight
 
 
+@pytest.mark.slow
 def test_other_classes_come_with_the_adapter(make_config, tiny_runs, tmp_path):
     store = tmp_path / "codes"
     shutil.copytree(tiny_runs.codes, store)
@@ -124,8 +128,15 @@ def test_other_classes_come_with_the_adapter(make_config, tiny_runs, tmp_path):
     assert pipeline.class_names[0] == "9" and len(pipeline.generate(["new 7"]).images) == 1
 
 
-@pytest.mark.parametrize("classes", ["abcde", "cax", "edxcbafghijklmnopqrstuvwxyz"])
-@pytest.mark.parametrize("model_type", RANDOM_PRIORS)
+@pytest.mark.parametrize(
+    ("model_type", "classes"),
+    few(
+        itertools.product(RANDOM_PRIORS, ["abcde", "cax", "edxcbafghijklmnopqrstuvwxyz"]),
+        ("llama", "abcde"),
+        ("gpt2", "edxcbafghijklmnopqrstuvwxyz"),
+        ("qwen3", "cax"),
+    ),
+)
 @torch.no_grad()
 def test_what_is_saved_is_the_model_that_was_trained(layout, random_prior, tmp_path, model_type, classes):
     base, folder = str(tmp_path / "base"), str(tmp_path / "adapter")

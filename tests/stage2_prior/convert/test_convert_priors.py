@@ -16,6 +16,7 @@ from stage2_prior.convert.command import UNKNOWN, ConvertConfig
 from stage2_prior.prior import adapt_prior
 from tests import golden_priors
 from tests.golden import GOLDEN
+from tests.slow import few
 
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the original's numbers are not here")
 
@@ -136,7 +137,7 @@ def test_logits_and_greedy_codes_are_the_originals():
     assert len(found) >= 9 and [row for row in found if not row.error <= row.bound] == []
 
 
-@pytest.mark.parametrize("conditions", CONDITIONS)
+@pytest.mark.parametrize("conditions", few(CONDITIONS, "classes"))
 @torch.no_grad()
 def test_a_checkpoint_with_its_tokenizer_becomes_a_pipeline(tmp_path, capsys, conditions):
     weights, model = gpt(), tokenizer()

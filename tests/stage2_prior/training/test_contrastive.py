@@ -22,6 +22,7 @@ from stage2_prior.training.contrastive import ContrastiveLoss, PairDataset, chec
 from stage2_prior.training.contrastive_config import ContrastiveConfig
 from stage2_prior.training.run import train
 from tests.devices import DEVICE
+from tests.slow import few
 
 SETTINGS = ContrastiveConfig(beta=0.5, negative_weight=10.0)
 
@@ -124,7 +125,10 @@ def test_an_adapter_is_compared_with_its_prior(random_prior, layout):
     assert adapted.training
 
 
-@pytest.mark.parametrize("adapter", [{}, {"lora.r": 4, "lora.dropout": 0.1}], ids=["all weights", "adapter"])
+ADAPTER = {"lora.r": 4, "lora.dropout": 0.1}
+
+
+@pytest.mark.parametrize("adapter", few([{}, ADAPTER], {}), ids=["all weights", "adapter"])
 def test_a_resumed_run_equals_a_straight_one(make_config, adapter, tiny_runs):
     config = make_config(f"resumed {len(adapter)}", gradient_accumulation_steps=2, token_dropout=0.1, **adapter)
     train(config)

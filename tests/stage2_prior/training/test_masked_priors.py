@@ -120,6 +120,7 @@ def test_the_loss_counts_hidden_codes_alone(smoothing, items):
     torch.testing.assert_close(found, expected / (items or 3))
 
 
+@pytest.mark.slow
 def test_sample_grids_are_those_of_the_pipeline(make_config, tiny_runs, tmp_path):
     config = make_config(num_sample_images=10, keep_best=False, ema_decay=0.0)
     train(config)

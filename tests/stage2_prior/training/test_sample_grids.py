@@ -73,6 +73,7 @@ def test_a_run_is_the_same_with_and_without_grids(with_grids, make_config):
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_same_grids(with_grids, tmp_path):
     resumed = replace(with_grids, output_dir=str(tmp_path / "resumed"))
     shutil.copytree(with_grids.output_dir, resumed.output_dir)

@@ -18,6 +18,7 @@ from stage2_prior.training.run import train
 from stage2_prior.training.throughput import Throughput, matmul_flops_per_second, training_flops
 from stage2_prior.training.trainer import PriorTrainer
 from tests.devices import DEVICE
+from tests.slow import few
 
 # N, the weights in matrices, by hand: of one layer, for models 32 wide
 PER_LAYER = {
@@ -27,7 +28,7 @@ PER_LAYER = {
 }
 
 
-@pytest.mark.parametrize("model_type", PER_LAYER)
+@pytest.mark.parametrize("model_type", few(PER_LAYER, "llama"))
 def test_operations_are_those_of_the_formula_and_of_a_real_step(random_prior, layout, model_type):
     prior = random_prior(model_type, layout)
     operations = training_flops(prior.config, layout.length)

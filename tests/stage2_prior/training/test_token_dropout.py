@@ -16,6 +16,7 @@ from stage2_prior.training.config import LoraConfig
 from stage2_prior.training.run import train
 from stage2_prior.training.token_dropout import add_token_dropout
 from tests.devices import DEVICE
+from tests.slow import few
 from tests.stage2_prior.training.test_optimizer import CHECKPOINTING
 from tests.tiny import MASKED_PRIORS, RANDOM_PRIORS
 
@@ -118,7 +119,7 @@ def test_other_ways_to_the_same_weights(dropped, make_config, arguments):
     torch.testing.assert_close(weights(config), weights(dropped), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "adapter"])
+@pytest.mark.parametrize("adapter", few([False, True], True), ids=["all weights", "adapter"])
 def test_a_resumed_run_equals_a_straight_one(make_config, tiny_runs, adapter):
     base = {"model": {}, "model_name_or_path": str(tiny_runs.prior), "lora.r": 4} if adapter else {}
     config = make_config(f"resumed {adapter}", gradient_accumulation_steps=2, **base)

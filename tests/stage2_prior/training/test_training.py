@@ -23,6 +23,7 @@ from stage2_prior.tokenize import tokenize
 from stage2_prior.training.run import train
 from stage2_prior.training.trainer import PriorTrainer, bits_per_pixel
 from tests.resealing import edit_manifest
+from tests.slow import few
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_training_arguments_reach_the_trainer(make_config, tmp_path):
     assert not torch.equal(*(prior.lm_head.weight for prior in weights))
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("model_type", few(["gpt2", "qwen3"], "gpt2"))
 def test_an_architecture_is_a_name(make_config, tiny_runs, model_type):
     models = {
         "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
