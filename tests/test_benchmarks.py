@@ -159,7 +159,7 @@ def test_codecs_are_compared_at_equal_size_and_at_equal_psnr(codec):
     assert best.psnr >= results[20].psnr and best.size <= results[20].size
 
 
-@pytest.mark.parametrize("choice", ["--usual_class=3", "--against=digits"])
+@pytest.mark.parametrize("choice", ["--usual_class=3", pytest.param("--against=digits", marks=pytest.mark.slow)])
 def test_anomalies_and_compression_of_a_pipeline(tiny_runs, tmp_path, monkeypatch, capsys, choice):
     common = [str(tiny_runs.pipeline), "--data=digits", "--images=60", f"--output_dir={tmp_path}"]
     monkeypatch.setattr("sys.argv", ["anomalies", *common, choice])

@@ -15,6 +15,7 @@ from stage1_vqgan.training.run import train as train_tokenizer
 from stage2_prior import Stage2Config
 from stage2_prior.tokenize import tokenize
 from stage2_prior.training.run import train as train_prior
+from tests.slow import few
 
 TINY = {
     "output_dir": "run",
@@ -113,14 +114,38 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("module", sorted({module for module, _, _ in MISTAKES.values()}))
+@pytest.mark.parametrize(
+    "module",
+    few(
+        sorted({module for module, _, _ in MISTAKES.values()}),
+        "stage1_vqgan.train",
+        "stage1_vqgan.convert",
+        "stage2_prior.train",
+        "pipelines.app",
+        "pipelines.evaluate",
+        "pipelines.push",
+    ),
+)
 def test_help_imports_nothing_heavy(module, tmp_path):
     done = python(["-c", QUICK_ANSWERS, module, "--help"], tmp_path)
     assert re.search(rf"-m {module} (\[CONFIG\]|PIPELINE|MODEL|FOLDER) \[--key", done.stdout)
     assert done.stdout.endswith("heavy modules []\n"), done.stderr
 
 
-@pytest.mark.parametrize("case", MISTAKES)
+@pytest.mark.parametrize(
+    "case",
+    few(
+        MISTAKES,
+        "tokenizer",
+        "model shape",
+        "weight of a loss",
+        "conversion of a prior",
+        "codes",
+        "generation",
+        "choice of settings",
+        "evaluation",
+    ),
+)
 def test_a_mistake_is_named_before_anything_heavy_is_imported(case, tmp_path):
     module, arguments, message = MISTAKES[case]
     done = python(["-c", QUICK_ANSWERS, module, *arguments.split()], tmp_path)
@@ -147,7 +172,7 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", few(STAGES, "stage1_vqgan.train", "stage2_prior.tokenize"))
 def test_after_a_mistake_the_same_folder_can_be_used_and_no_secret_is_written(tiny_runs, tmp_path, monkeypatch, stage):
     secrets = {
         "HF_TOKEN": f"hf_{'aB3' * 12}",

@@ -105,6 +105,7 @@ def test_options_that_are_not_given_stay(tiny_runs, tmp_path):
     assert tuned.config.quantizer_options == {"l2_normalize": True, "commitment_cost": 0.5}
 
 
+@pytest.mark.slow
 def test_decoder_only_keeps_a_codebook_of_moving_averages(tiny_runs, tmp_path):
     config = replace(tiny_runs.stage1, output_dir=str(tmp_path / "ema"), max_steps=2)
     config.model = {**config.model, "quantizer": "ema"}
@@ -114,6 +115,7 @@ def test_decoder_only_keeps_a_codebook_of_moving_averages(tiny_runs, tmp_path):
     assert changed(before.state_dict(), tuned.state_dict()) == {"post_quant_conv", "decoder"}
 
 
+@pytest.mark.slow
 def test_another_size_is_the_same_tokenizer(tiny_runs, tmp_path):
     """Its codes for images of any size are the same, so its fingerprint is too."""
     config = tokenizer_config(tiny_runs, tmp_path / "larger", trainable="decoder")
@@ -122,6 +124,7 @@ def test_another_size_is_the_same_tokenizer(tiny_runs, tmp_path):
     assert tuned.config.fingerprint == tuned.compute_fingerprint() == before.config.fingerprint
 
 
+@pytest.mark.slow
 def test_resuming_decoder_only_is_exact(tiny_runs, tmp_path):
     config = tokenizer_config(tiny_runs, tmp_path / "run", trainable="decoder", save_steps=2)
     straight = train_tokenizer(config)
@@ -154,6 +157,7 @@ def test_tokenizers_that_cannot_be_fine_tuned(tiny_runs, tmp_path, changes, mess
         train_tokenizer(replace(tokenizer_config(tiny_runs, tmp_path / "run"), **changes))
 
 
+@pytest.mark.slow
 def test_a_tokenizer_at_another_resolution(tiny_runs, tmp_path):
     config = replace(tokenizer_config(tiny_runs, tmp_path / "run"), model={"image_size": 32})
     tuned = train_tokenizer(config)

@@ -13,6 +13,7 @@ import torch
 from benchmarks import decode_attention, gpu, inventory, run
 from benchmarks.machine import Ceilings
 from tests import cuda_graphs
+from tests.slow import few
 
 CEILINGS = Ceilings(matmul=1e12, conv=1e12, copy=1e12)
 CUDA = torch.device("cuda")
@@ -27,6 +28,7 @@ def chosen(suite, rows, lanes=(), device=CUDA):
     return run.chosen(cases_of(suite, device), rows, lanes)
 
 
+@pytest.mark.slow
 def test_every_row_has_cases_and_lanes():
     """Building the cases checks the settings. The bounds are computed from models without memory."""
     for row in gpu.ROWS.values():
@@ -46,7 +48,15 @@ def test_unknown_rows_and_lanes_are_refused():
         chosen("gpu", ["encode f16"], ["releasd"])
 
 
-@pytest.mark.parametrize("words", [*TRAINING, "encode", "decode f16", "code search 256", *SAMPLING])
+@pytest.mark.parametrize(
+    "words",
+    few(
+        [*TRAINING, "encode", "decode f16", "code search 256", *SAMPLING],
+        "encode",
+        "decode f16",
+        "code search 256",
+    ),
+)
 def test_every_lane_runs_with_a_tiny_model(words, monkeypatch):
     """Without compilation, which takes minutes: `python -m benchmarks.gpu rows --rehearse` also traces the models."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)

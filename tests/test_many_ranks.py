@@ -21,6 +21,7 @@ from stage2_prior import tokenization
 from stage2_prior.encoding import EncodedShard
 from stage2_prior.training.trainer import PriorTrainer
 from tests import process_runs, tiny
+from tests.slow import few
 
 RANKS = 8 * 8
 BATCH, SEED = 3, 5
@@ -92,6 +93,7 @@ def image_of(key):
     return int(key.encoded.content)
 
 
+@pytest.mark.parametrize("stream", few([7, 2 * RANKS], 2 * RANKS), ids=["shared files", "own files"], indirect=True)
 def test_no_image_of_a_stream_is_trained_on_twice_in_an_epoch(stream):
     """A rank leaves out less than a batch in an epoch, and continues like an undisturbed one."""
     seen = {epoch: Counter() for epoch in range(2)}

@@ -109,6 +109,7 @@ def named(model, judge):
     return [("model", model), ("judge", judge)]
 
 
+@pytest.mark.slow
 def test_the_tokenizer_learns_to_reconstruct(stock):
     _, model, judge = stock
     images = torch.rand(8, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: the run saves after the step, exits with the documented code, and the same command resumes."""
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -16,6 +17,7 @@ from configs import command_line
 from configs.checkpoints import complete_checkpoints
 from configs.interruption import Stopped, StopRequest, leave_signals_to_main, sigterm_raises
 from tests import forks, kill_runs
+from tests.slow import few
 
 ROOT = Path(__file__).parents[1]
 POINTS = {"stage1": ("step", 9), "stage2": ("step", 7), "tokenize": ("shard", 3)}
@@ -58,8 +60,14 @@ except BaseException:
 """
 
 
-@pytest.mark.parametrize("imported", ["torch", "psutil"])  # after the arguments are read, and before
-@pytest.mark.parametrize("command", ["stage1_vqgan.train", "tessella train-tokenizer"])
+@pytest.mark.parametrize(
+    ("command", "imported"),  # torch after the arguments are read, psutil before
+    few(
+        itertools.product(["stage1_vqgan.train", "tessella train-tokenizer"], ["torch", "psutil"]),
+        ("stage1_vqgan.train", "psutil"),
+        ("tessella train-tokenizer", "torch"),
+    ),
+)
 def test_ctrl_c_while_modules_are_imported_is_one_line(command, imported, tmp_path):
     (tmp_path / f"{imported}.py").write_text(SLOW_MODULE)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}

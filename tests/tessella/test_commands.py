@@ -53,9 +53,9 @@ def test_help_lists_the_commands(tmp_path):
         ),
         (["stage2_prior.train"], "did you mean 'train-prior'?"),
         (["zzz"], "there is no command 'zzz'; commands: run, data, train-tokenizer"),
-        (["train-tokenizer"], "usage: tessella train-tokenizer [CONFIG]"),
+        pytest.param(["train-tokenizer"], "usage: tessella train-tokenizer [CONFIG]", marks=pytest.mark.slow),
         (["train-tokenizer"], "digits/stage1"),
-        (["build"], "Give a CONFIG, or at least tokenizer, prior, output_dir."),
+        pytest.param(["build"], "Give a CONFIG, or at least tokenizer, prior, output_dir.", marks=pytest.mark.slow),
         (["run", "--dta", "x"], "did you mean 'data'?"),
     ],
 )
@@ -93,7 +93,11 @@ def crowded(tmp_path) -> Path:
     ("arguments", "answer"),
     [
         (["-m", "tessella", "evaluate", "--help"], "usage: tessella evaluate [CONFIG]"),
-        (["-m", "stage1_vqgan.train", "--help"], "usage: accelerate launch -m stage1_vqgan.train [CONFIG]"),
+        pytest.param(
+            ["-m", "stage1_vqgan.train", "--help"],
+            "usage: accelerate launch -m stage1_vqgan.train [CONFIG]",
+            marks=pytest.mark.slow,
+        ),
         (["-m", "stage2_prior.tokenize", "--help"], "usage: accelerate launch -m stage2_prior.tokenize [CONFIG]"),
         (["-c", "import tessella; print(tessella.DataConfig, tessella.Stage2Config)"], "stage1_vqgan.data.config"),
         (["-c", "import stage2_prior, configs.loader; print(configs.loader.build)"], "function build"),
