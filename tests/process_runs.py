@@ -46,8 +46,10 @@ QUANTIZERS: list[tuple[str, int, int, dict[str, Any]]] = [
 # settings of tokenizers whose loss, codebook or noise depends on all processes
 WHOLE: dict[str, dict[str, Any]] = {
     "ema": {"quantizer": "ema"},
-    "gumbel": {"quantizer": "gumbel", "quantizer_options": {"kl_weight": 0.01}},
     "lfq": {"quantizer": "lfq", "embed_dim": 6, "num_embeddings": 64},
+}
+FURTHER: dict[str, dict[str, Any]] = {  # of slow tests
+    "gumbel": {"quantizer": "gumbel", "quantizer_options": {"kl_weight": 0.01}},
     "bsq": {"quantizer": "bsq", "embed_dim": 6, "num_embeddings": 64},
 }
 # settings of runs whose losses and discriminator use frozen networks
@@ -283,6 +285,15 @@ def run_games(folder: Path) -> None:
         accelerator.free_memory()
 
 
+def run_whole(folder: Path, name: str) -> None:
+    """Trains one of the tokenizers in WHOLE and FURTHER."""
+    model = {**tiny.VQGAN, **(WHOLE | FURTHER)[name]}
+    # no clipping, so that the scale of the gradients is compared too
+    changes = {"max_steps": 5, "max_grad_norm": 0, "model": model, "output_dir": str(folder / name)}
+    changes |= {"discriminator": STYLEGAN} if name == "lfq" else {}
+    run_stage1(stage1_config(folder, **changes), folder / "states", name)
+
+
 def run_all(folder: Path, other: Path) -> None:
     """Runs everything. Stage 2 uses the tokenizer in `other`, so that it trains on the same codes.
 
@@ -291,12 +302,8 @@ def run_all(folder: Path, other: Path) -> None:
     run_stage1(stage1_config(folder), folder / "states")
     for quantizer in QUANTIZERS:
         run_quantizer(folder / "states", *quantizer)
-    for name, settings in WHOLE.items():
-        model = {**tiny.VQGAN, **settings}
-        # no clipping, so that the scale of the gradients is compared too
-        changes = {"max_steps": 5, "max_grad_norm": 0, "model": model, "output_dir": str(folder / name)}
-        changes |= {"discriminator": STYLEGAN} if name == "lfq" else {}
-        run_stage1(stage1_config(folder, **changes), folder / "states", name)
+    for name in WHOLE:
+        run_whole(folder, name)
     for name, settings in NETWORKS.items():
         changes = {"max_steps": 4, "max_grad_norm": 0, **settings, "output_dir": str(folder / name)}
         run_stage1(stage1_config(folder, **changes), folder / "states", name)

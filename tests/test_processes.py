@@ -44,7 +44,7 @@ def launch(module: str, *arguments: object, path: Path = ROOT) -> subprocess.Com
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
     )
 
 
@@ -154,6 +154,17 @@ def test_a_tokenizer_has_the_same_figures(one, two):
     assert single["images"] == 1437 and single.pop("setup") == double.pop("setup")
     assert single.pop("left_out") == double.pop("left_out") and single["frechet_distance/small"] > 0
     assert double == pytest.approx(single, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", process_runs.FURTHER)
+def test_further_quantizers_are_the_same_on_two_processes(name, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    process_runs.run_whole(one, name)
+    GradientState._reset_state()
+    forks.run_on_two_processes(process_runs.run_whole, two, name, log=tmp_path / "log.txt")
+    test_every_process_holds_the_same(two, name)
+    test_two_processes_are_one_with_twice_the_batch(one, two, name)
 
 
 @pytest.mark.slow
