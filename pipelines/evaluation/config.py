@@ -29,7 +29,8 @@ class ComparisonConfig(Section):
     max_real_images: upper limit of the real images of each split
     dataloader_num_workers: processes that decode the real images; 0 decodes in the main process
     code_store: folder of the codes that the prior was trained on. The copying check compares with all views of the
-        images in it. A prior with further conditions needs it: it is asked for the conditions of its validation images
+        images in it. A prior with further conditions needs it: it is asked for the conditions of its validation images.
+        Settings of `data` with which its training images would be measured as held out ones are refused
     """
 
     data: DataConfig

@@ -16,6 +16,8 @@ from pipelines.evaluation.prompts import open_store
 from pipelines.evaluation.reconstructions import Reconstructions
 from pipelines.evaluation.run import evaluate, read_splits
 from pipelines.evaluation.stored_views import stored_views, view_rows
+from pipelines.tuning.config import TuneConfig
+from pipelines.tuning.judge import Judge
 from stage1_vqgan import DataConfig
 from stage1_vqgan.networks import load_network
 from tests.image_sets import TensorImages
@@ -95,3 +97,10 @@ def test_training_images_are_not_measured_as_held_out_ones(tiny_runs, pipe, tmp_
     config = replace(config_of(tiny_runs.pipeline, store), data=DataConfig(**{"dataset": "images"} | given))
     with nullcontext() if message is None else pytest.raises(ConfigError, match=rf"data\.{message}"):
         open_store(config, pipe.layout)
+
+
+def test_a_search_for_settings_refuses_them_too(tiny_runs, pipe):
+    data = {"dataset": "digits", "validation_fraction": 0.2}
+    values = {"pipeline": str(tiny_runs.pipeline), "code_store": str(tiny_runs.codes), "data": data}
+    with pytest.raises(ConfigError, match=r"data\.validation_fraction: received 0.2, .*; give 0.05"):
+        Judge(load_config(TuneConfig, overrides=values), pipe)
