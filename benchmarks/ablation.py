@@ -96,7 +96,7 @@ PARTS = {
     "qwen3": Variant(architecture="qwen3"),
     "gpt2": Variant(architecture="gpt2"),
 }
-SHORT = {"max_steps": 30, "warmup_steps": 0.1, "eval_steps": 1.0, "save_steps": 1.0}
+SHORT = {"max_steps": 30, "warmup_steps": 0.1, "eval_steps": 1000, "save_steps": 1000}
 FAULTS = {
     "tokenizer_stopped": Variant(SHORT),
     "codebook_2": Variant({"model.num_embeddings": 2}),

@@ -33,6 +33,8 @@ def read_value(hint: Any, value: Any, strict: bool = False) -> Any:
         result = _adapter(hint).validate_python(value, strict=strict)
     except (ValidationError, OverflowError):
         raise ValueError(_refusal(hint, value)) from None
+    if isinstance(value, float) and value == 1 and type(result) is int and float in _numbers(hint):
+        raise ValueError("received 1.0, which is one step or the whole run; write 1, or the number of steps of the run")
     is_blank = isinstance(value, str) and not value.strip()
     is_number_as_text = isinstance(value, float) and isinstance(result, str)  # 2024.10 would become "2024.1"
     if (is_blank or is_number_as_text) and hint is not Any:
@@ -41,6 +43,11 @@ def read_value(hint: Any, value: Any, strict: bool = False) -> Any:
         if allowed := _leaf_problem(leaf):
             raise ValueError(f"received {shown(leaf)}; {allowed}")
     return result
+
+
+def _numbers(hint: Any) -> list[Any]:
+    """The types of a union without their bounds: int and float of a number of steps that may be a share of the run."""
+    return [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in get_args(hint)]
 
 
 def _leaves(value: Any) -> Iterable[Any]:

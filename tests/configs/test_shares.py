@@ -3,7 +3,7 @@
 import pytest
 from transformers import TrainingArguments
 
-from configs import load_config
+from configs import ConfigError, load_config
 from configs.yaml_files import preset_names
 from stage1_vqgan import Stage1Config
 from stage2_prior import Stage2Config
@@ -59,6 +59,15 @@ def test_a_share_is_what_it_is_in_transformers(value, max_steps):
 def test_intervals_may_be_shares_too():
     config = load("digits/stage2", max_steps=250, logging_steps=0.01, eval_steps=0.5, save_steps=0.25)
     assert (config.logging_steps, config.eval_steps, config.save_steps) == (3, 125, 63)
+
+
+@pytest.mark.parametrize(
+    "key", ["warmup_steps", "logging_steps", "eval_steps", "save_steps", "loss.adversarial_start_step"]
+)
+def test_one_with_a_point_is_not_taken_for_a_single_step(key):
+    with pytest.raises(ConfigError, match=rf"{key}: received 1\.0, which is one step or the whole run; write 1, or"):
+        load("digits/stage1", **{key: 1.0})
+    load("digits/stage1", **{key: 1})
 
 
 def test_a_ratio_replaces_the_steps_of_the_file_and_steps_replace_the_ratio_of_the_file(tmp_path):
