@@ -167,7 +167,7 @@ def adapter(tiny_runs, root):
     )
 
 
-@pytest.fixture(params=["gan", "prior", pytest.param("adapter", marks=pytest.mark.slow)])
+@pytest.fixture(params=["gan", "prior", "adapter"])
 def saved(request):
     """A checkpoint of each kind, and a function that loads it."""
     return request.getfixturevalue(request.param)
