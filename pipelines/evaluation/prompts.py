@@ -57,7 +57,7 @@ def _require_held_out(data: DataConfig, trained: Mapping[str, Any]) -> None:
         return
     train_split, own_split = trained.get("train_split"), trained.get("validation_split")
     key = "validation_split"
-    if data.validation_split is own_split is None and data.train_split == train_split:
+    if data.validation_split is None and own_split is None and data.train_split == train_split:
         key = "validation_fraction"
         is_wrong = data.validation_fraction != trained.get(key)
     else:
@@ -65,7 +65,9 @@ def _require_held_out(data: DataConfig, trained: Mapping[str, Any]) -> None:
         is_wrong = split == train_split and split != own_split
     if is_wrong:
         message = f"received {shown(getattr(data, key))}, with which training images of the prior count as held out"
-        advice = f"give {shown(trained.get(key))}, as in its code store; or leave out code_store, to measure with these"
+        advice = (
+            f"give {shown(trained.get(key))}, as in its code store; code_store null measures with these all the same"
+        )
         raise ConfigError([Problem(f"data.{key}", f"{message}; {advice}")])
 
 

@@ -68,14 +68,14 @@ class Judge:
     def __init__(self, config: TuneConfig, pipeline: VQGANPipeline):
         self.config, self.pipeline, self.layout = config, pipeline, pipeline.layout
         require_range(config.data, pipeline.image_processor.values, config.pipeline)
+        if config.code_store is not None:
+            open_store(config, self.layout)
         sources = load_splits(config.data, pipeline)
         self.train, self.validation = (self._read(source) for source in sources)
         self._num_images = sources[1].num_images
         if self.layout.num_classes and self.train.labels is not None:
             self._require_same_classes(sources[0].class_names or [])
         self._require_enough()
-        if config.code_store is not None:
-            open_store(config, self.layout)
         features = area_features(self.train.pixels(), config.feature_size)
         self._pca = PCA(config.num_components, svd_solver="full").fit(features)
         self.real = [self._components(self.validation.pixels()[half::2]) for half in (0, 1)]

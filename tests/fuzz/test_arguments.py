@@ -738,7 +738,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr("pipelines.hub.push", lambda *arguments, **options: "sent")
 
 
-@cases(short=150, long=20_000)
+@cases(short=300, long=20_000)
 def test_arguments_are_refused_by_name_or_mean_what_plain_values_mean(numbers, tmp_path):
     wrong = {}
     for case in numbers:

@@ -167,7 +167,7 @@ def same(given: Any, got: Any) -> bool:
     return given == got or str(given) == got or (isinstance(given, str) and float(given) == got)
 
 
-@cases(short=100, long=3000)
+@cases(short=200, long=3000)
 def test_an_argument_list_is_refused_or_gives_what_was_written(numbers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checked(Stage2Config, ["digits/stage2"])  # imports what takes seconds

@@ -191,7 +191,7 @@ def check(numbers, scratch):
     assert refused > len(numbers) / 2
 
 
-@cases(short=35, long=250)
+@cases(short=70, long=250)
 def test_a_changed_store_is_refused_or_the_same(tmp_path, numbers):
     in_processes(check, numbers, tmp_path)
 
