@@ -48,8 +48,10 @@ $(RUNS)/pipeline/model_index.json: $(RUNS)/vqgan/train_results.json $(RUNS)/prio
 	python -m pipelines.build --tokenizer $(RUNS)/vqgan --prior $(RUNS)/prior --output_dir $(RUNS)/pipeline \
 		--sampling_defaults "{guidance_scale: 2.0, guidance_schedule: linear, min_p: 0.01}"
 
-# Two workers share the test files; a second CPU thread in each would only slow the other.
+# Two workers share the test files; a second CPU thread in each would only slow the other. The many processes that the
+# tests start need the byte code.
 test: export OMP_NUM_THREADS = 1
+test: export PYTHONDONTWRITEBYTECODE =
 test: export HF_HUB_OFFLINE = 1
 test: install
 	python -m pytest -n 2 --dist loadfile

@@ -76,17 +76,17 @@ def check_size(model: dict[str, Any], layout: TokenLayout) -> None:
 def num_weights(model: dict[str, Any], layout: TokenLayout) -> int | None:
     """The number of parameters of a prior, without memory for them; None if the architecture does not tell.
 
-    Models of up to COUNTED layers are built on the device "meta", which holds no numbers. Every further layer counts as
-    much as the smallest of these, so that the number is not too large for usual architectures.
+    A model of up to COUNTED layers is built on the device "meta", which holds no numbers. Of a deeper one, models of 1
+    to COUNTED layers are. Every further layer counts as much as the smallest of these, so that the number is not too
+    large for usual architectures.
     """
     try:
-        config = AutoConfig.for_model(**model, **decided_by(layout))
-        depth = config.num_hidden_layers
-        counts = [_count(model, layout, layers) for layers in range(1, min(depth, COUNTED) + 1)]
+        depth = AutoConfig.for_model(**model, **decided_by(layout)).num_hidden_layers
+        if depth <= COUNTED:
+            return _count(model, layout, depth)
+        counts = [_count(model, layout, layers) for layers in range(1, COUNTED + 1)]
     except Exception:  # each architecture raises its own exceptions, also when it is built for real
         return None
-    if depth <= COUNTED:
-        return counts[-1]
     return counts[-1] + (depth - COUNTED) * min(more - less for less, more in pairwise(counts))
 
 

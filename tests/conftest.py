@@ -5,6 +5,7 @@ The fixtures are in tests/fixtures.py.
 
 import gc
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# The disk's cache need not be emptied each time. tests/test_power_cuts.py shows which calls of fsync are needed.
+os.fsync = lambda descriptor: None
 
 # Files that start processes. One worker of pytest-xdist runs all of them, so their shared runs are set up once. It runs
 # them first, because they take longest.
@@ -52,7 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # in a worker of pytest-xdist
-        items.sort(key=lambda item: item.path.name not in STARTING_PROCESSES)
+        tests = Path(__file__).parent  # the files in this folder test whole commands and take long, so they come early
+        items.sort(key=lambda item: (item.path.name not in STARTING_PROCESSES, item.path.parent != tests))
 
 
 def pytest_collection_finish() -> None:

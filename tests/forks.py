@@ -60,7 +60,8 @@ def run_on_two_processes(
 def _child(function: Callable[..., None], arguments: tuple, log: Path) -> None:
     os.environ.update(ON_CPU)
     torch.set_num_threads(1)
-    gc.freeze()  # see tests/conftest.py
+    gc.freeze()  # as in tests/conftest.py
+    os.fsync = lambda descriptor: None
     os.setpgrp()
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)

@@ -22,7 +22,7 @@ CONFIG_FILE = Path(__file__).parents[1] / "configs" / "accelerate" / "fsdp.yaml"
 
 
 def config(folder: Path, name: str) -> Stage2Config:
-    changes: dict[str, Any] = {"max_steps": 8, "save_steps": 4, "eval_steps": 2, "logging_steps": 1, "ema_decay": 0.5}
+    changes: dict[str, Any] = {"max_steps": 6, "save_steps": 3, "eval_steps": 3, "logging_steps": 1, "ema_decay": 0.5}
     changes |= {"gradient_accumulation_steps": 2, "num_sample_images": 2}
     return process_runs.stage2_config(folder, output_dir=str(folder / name), **changes)
 
@@ -41,7 +41,7 @@ def _run(folder: Path) -> None:
     train(config(folder, "sharded"))
     if PartialState().is_main_process:
         interrupted = Path(shutil.copytree(folder / "sharded", folder / "resumed"))
-        shutil.rmtree(interrupted / "checkpoint-8")
+        shutil.rmtree(interrupted / "checkpoint-6")
         for name in ("model.safetensors", "train_results.json"):
             (interrupted / name).unlink()
     PartialState().wait_for_everyone()

@@ -400,7 +400,7 @@ def search_with_another_classifier(folder):
 
 @cpu_only
 def test_processes_agree_although_their_classifiers_differ(tmp_path):
-    forks.run_on_two_processes(search_with_another_classifier, str(tmp_path), log=tmp_path / "log.txt")
+    forks.launch_two(search_with_another_classifier, (str(tmp_path),), {})
     assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
 
 

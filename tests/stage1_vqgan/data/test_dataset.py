@@ -301,4 +301,6 @@ def test_a_batch_without_a_decodable_image_is_one_message(num_workers):
     loader = keyed_loader(with_bad_images(keep_batch_size=True), [ImageKey(0, index) for index in BAD], 3, num_workers)
     with pytest.raises(ConfigError, match=r"data.dataset: none of the 3 images of a batch") as caught:
         list(loader)
-    assert "Traceback" not in str(caught.value)
+    message = str(caught.value)
+    del caught  # with its frames it is a cycle; when Python collects one with a worker in it, torch waits five seconds
+    assert "Traceback" not in message
