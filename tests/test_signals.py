@@ -126,15 +126,13 @@ def test_an_error_that_a_library_makes_of_ctrl_c_is_one_line(capsys):
     assert capsys.readouterr().err == "\nstopped at once; the same command resumes from what was saved\n"
 
 
-def test_a_second_ctrl_c_stops_at_once(undisturbed, tmp_path):
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
     signals = [(signal.SIGINT, 0), (signal.SIGINT, 1.5)]  # two signals within a second count as one
     started = time.monotonic()
     assert kill_runs.interrupt("stage1", tmp_path, signals, "step", 9, pause=120) == 130
     assert time.monotonic() - started < 100  # a run takes 3 seconds, or 30 on a busy machine
     log = (tmp_path / "log.txt").read_text()
-    assert "stopped at once" in log and "Traceback" not in log
-    assert kill_runs.run("stage1", tmp_path) == 0
-    assert kill_runs.differences("stage1", undisturbed, tmp_path) == []
+    assert "stopped at once" in log and "Traceback" not in log  # for what it leaves, see tests/test_kills.py
 
 
 def orphan(folder):
