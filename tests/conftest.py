@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # in a worker of pytest-xdist
-        tests = Path(__file__).parent  # the files in this folder test whole commands and take long, so they come early
+        tests = Path(__file__).parent  # the files in this folder itself test whole commands and take long, so they come early
         items.sort(key=lambda item: (item.path.name not in STARTING_PROCESSES, item.path.parent != tests))
 
 
@@ -64,6 +64,12 @@ def pytest_collection_finish() -> None:
     """Every training collects garbage. It then need not look at all modules and tests each time."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The same for what a file leaves, such as imported modules."""
+    if nextitem is not None and nextitem.path != item.path:
+        pytest_collection_finish()
 
 
 @pytest.hookimpl(optionalhook=True)

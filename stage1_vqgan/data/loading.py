@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
+from traceback import clear_frames
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -107,6 +108,8 @@ class BatchLoader(DataLoader):
         try:
             yield from self._batches()
         except UndecodableImage as error:  # of a worker, it carries the worker's traceback
+            # Its frames refer to it and to the workers. When Python collects such a cycle, torch waits for seconds.
+            clear_frames(error.__traceback__)
             raise data_problem("dataset", str(error).rpartition("UndecodableImage: ")[2]) from error
 
     def _batches(self) -> Iterator[ImageBatch]:
