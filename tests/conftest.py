@@ -56,8 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # in a worker of pytest-xdist
-        tests = Path(__file__).parent  # the files in this folder itself test whole commands and take long, so they come early
-        items.sort(key=lambda item: (item.path.name not in STARTING_PROCESSES, item.path.parent != tests))
+        here = Path(__file__).parent  # its own files test whole commands and take long, so they come early
+        items.sort(key=lambda item: (item.path.name not in STARTING_PROCESSES, item.path.parent != here))
 
 
 def pytest_collection_finish() -> None:

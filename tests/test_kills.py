@@ -12,7 +12,7 @@ FINAL = {"stage1": 28, "stage2": 17, "build": 53}  # calls of "final" in a run t
 SHORT = {
     "stage1": [("step", 11), ("write", 6)],
     "stage2": [("save", 2), ("step", 20)],
-    "tokenize": [("shard", 1), ("shard", 4), ("shard", 6)],
+    "tokenize": [("shard", 4), ("shard", 6)],
     "build": [("final", 6), ("final", 21)],
 }
 MOST = {"final": 30, "step": 16, "write": 20, "save": 5, "shard": 6}

@@ -279,7 +279,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("failure", few(FAILURES, "401", "404", "500", "storage", "header"))
+@pytest.mark.parametrize("failure", few(FAILURES, "401", "500", "storage"))
 def test_a_failed_upload_loses_nothing(hub, author, runs, monkeypatch, capsys, failure):
     plant, reason = FAILURES[failure]
     arguments = push_arguments(runs)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from stage1_vqgan import VQGANConfig, VQGANModel, quantizer_base, quantizer_softmax
 from stage1_vqgan.quantizers import QUANTIZERS, CodebookQuantizer, build_quantizer, codes_shape
 from tests.devices import DEVICE, cpu_only, on_device
+from tests.slow import few
 
 pytestmark = on_device
 
@@ -102,7 +103,7 @@ def test_float32_under_autocast(kind):
     assert torch.equal(mixed.loss, plain.loss)
 
 
-@pytest.mark.parametrize("kind", ["vq, unit sphere", *QUANTIZERS])
+@pytest.mark.parametrize("kind", few(["vq, unit sphere", *QUANTIZERS], "ema", "lfq", "residual", "pyramid"))
 def test_a_tokenizer_of_every_kind_is_saved_and_loaded(kind, tmp_path):
     name, codes, width, options = KINDS[kind]
     torch.manual_seed(0)
