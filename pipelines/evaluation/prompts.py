@@ -42,16 +42,17 @@ def open_store(config: ComparisonConfig, layout: TokenLayout) -> CodeStore:
     if meaning(store.layout) != meaning(layout):
         message = f"received {config.code_store!r}, whose tokens or conditions are not those of the prior"
         raise ConfigError([Problem("code_store", f"{message}; give the store that it was trained on")])
-    _require_held_out(config.data, store.manifest["origin"]["data"])
+    _require_held_out(config.data, store.manifest["origin"]["data"], needs_store=bool(layout.segments))
     return store
 
 
-def _require_held_out(data: DataConfig, trained: Mapping[str, Any]) -> None:
+def _require_held_out(data: DataConfig, trained: Mapping[str, Any], needs_store: bool) -> None:
     """Refuses validation images that the prior was trained on, as far as the settings of its code store tell.
 
     Args:
         data: the settings of the evaluation.
         trained: those of the code store.
+        needs_store: whether the prior cannot be evaluated without a code store.
     """
     if any(trained.get(key) != getattr(data, key) for key in ("dataset", "dataset_config_name")):
         return
@@ -65,9 +66,8 @@ def _require_held_out(data: DataConfig, trained: Mapping[str, Any]) -> None:
         is_wrong = split == train_split and split != own_split
     if is_wrong:
         message = f"received {shown(getattr(data, key))}, with which training images of the prior count as held out"
-        advice = (
-            f"give {shown(trained.get(key))}, as in its code store; code_store null measures with these all the same"
-        )
+        advice = f"give {shown(trained.get(key))}, as in its code store"
+        advice += "" if needs_store else "; code_store null measures with these all the same"
         raise ConfigError([Problem(f"data.{key}", f"{message}; {advice}")])
 
 
