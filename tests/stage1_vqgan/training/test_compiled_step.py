@@ -54,13 +54,13 @@ def small_config(**changes):
 def one_step(config, images, compiled):
     AcceleratorState._reset_state(True)
     config.torch_compile = compiled
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=memory_format(config, torch.device("cpu")))
     trainer = Recorder(config, Accelerator(mixed_precision=config.mixed_precision))
     metrics = trainer.step(images, 0)
     return trainer, {name: value.item() for name, value in metrics.items()}
 
 
-def assert_compiled_is_eager(config, images, rel=1e-5, rtol=1e-4):
+def assert_compiled_is_eager(config, images, rel=1e-5, rtol=1e-4, of_whole=1e-6):
     torch._dynamo.utils.counters.clear()
     eager, expected = one_step(config, images, False)
     assert not torch._dynamo.utils.counters["stats"]
@@ -73,7 +73,7 @@ def assert_compiled_is_eager(config, images, rel=1e-5, rtol=1e-4):
     assert found == pytest.approx(expected, rel=rel)
     assert trainer.gradients.keys() == eager.gradients.keys()
     for name, gradients in eager.gradients.items():
-        assert_gradients_close(trainer.gradients[name], gradients, rtol)
+        assert_gradients_close(trainer.gradients[name], gradients, rtol, of_whole)
     assert trainer.model.state_dict().keys() == eager.model.state_dict().keys()
     assert trainer.discriminator.state_dict().keys() == eager.discriminator.state_dict().keys()
     return trainer
@@ -104,7 +104,9 @@ def test_the_compiled_step_is_the_eager_one_and_is_made_once(without_code):
 )
 def test_every_game_is_compiled_as_it_is(without_code, changes):
     config = small_config(**changes)
-    assert_compiled_is_eager(config, make_images(0, size=config.model["image_size"]))
+    # bfloat16 rounds by up to 2^-9 of a value, in other places when compiled. Measured with AMX: 4e-3 of the gradient.
+    of_whole = 10 * 2**-9 if config.bf16 else 1e-6
+    assert_compiled_is_eager(config, make_images(0, size=config.model["image_size"]), of_whole=of_whole)
 
 
 @pytest.mark.slow
