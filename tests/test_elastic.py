@@ -41,7 +41,8 @@ def stall(late: int) -> None:
         processes.wait_for_everyone()
 
 
-@pytest.mark.parametrize("late", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
 def test_a_process_that_waits_too_long_ends_and_names_the_late_one(late, tmp_path):
     process = forks.start(forks.launch_two, (stall, (late,), {}), tmp_path / "log.txt")
     assert forks.end(process, tmp_path / "log.txt") == 1

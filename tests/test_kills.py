@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from tests import kill_runs
+from tests.slow import few
 
 FINAL = {"stage1": 28, "stage2": 17, "build": 53}  # calls of "final" in a run that replaces a model
 SHORT = {
@@ -64,7 +65,7 @@ def replace_model(name, count, old, new, undisturbed, folder):
     return found == new
 
 
-@pytest.mark.parametrize("count", [3, 12])
+@pytest.mark.parametrize("count", few([3, 12], 12))
 def test_a_killed_save_leaves_the_old_or_the_new_model(count, undisturbed, changed, tmp_path):
     """The first kill comes before the new files count, the second one while they replace the old ones."""
     old, new = kill_runs.weights("build", undisturbed), changed("build")

@@ -156,6 +156,7 @@ def test_weights_that_are_replaced_during_a_search_keep_their_defaults(make, mon
     assert defaults_of(config) == {}
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_before_it_wrote_the_card_is_mended_by_the_next(make, monkeypatch):
     config = make({"temperature": 0.5}, temperature=[0.5, 1.0])
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

@@ -70,9 +70,7 @@ def epochs(found):
     return list(by_epoch.values())[:-1]
 
 
-@pytest.mark.parametrize(
-    "world_size", [1, 2, 3, 4]
-)  # 4 processes cannot share six files evenly, so each reads all files
+@pytest.mark.parametrize("world_size", few([1, 2, 3, 4], 3, 4))  # 4 cannot share six files, so each reads all files
 def test_every_image_once_an_epoch_over_all_processes(streams, world_size):
     train, validation = streams
     everything = values(train)
@@ -102,7 +100,7 @@ def test_epochs_and_seeds_differ_in_order(streams):
 
 @pytest.mark.parametrize(
     ("streams", "world_size"),
-    few(itertools.product(["parquet", "tar"], [1, 2, 4]), ("tar", 1), ("tar", 2), ("parquet", 4)),
+    few(itertools.product(["parquet", "tar"], [1, 2, 4]), ("tar", 2), ("parquet", 4)),
     indirect=["streams"],
 )
 def test_a_later_start_is_the_tail_of_the_whole_run(streams, world_size):
@@ -130,7 +128,7 @@ def test_the_sampler_fits_the_source(streams, tmp_path):
     assert isinstance(found, TrainingSampler) and list(found) == list(TrainingSampler(8, 2, 1, 5, 0, 1, 2))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", few([1, 2, 4], 1, 4))
 def test_evaluation_sees_every_image_once(streams, tmp_path, world_size):
     folder = write_folder(tmp_path / "a", {f"{n}.png": n for n in range(11)})
     for source in (*streams, load_images(DataConfig(dataset=folder))[0]):

@@ -79,6 +79,7 @@ def assert_compiled_is_eager(config, images, rel=1e-5, rtol=1e-4, of_whole=1e-6)
     return trainer
 
 
+@pytest.mark.slow
 def test_the_compiled_step_is_the_eager_one_and_is_made_once(without_code):
     trainer = assert_compiled_is_eager(small_config(), make_images(0, size=8))
     with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():

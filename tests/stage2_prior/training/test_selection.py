@@ -15,6 +15,7 @@ from configs.interruption import Diverged
 from stage2_prior import Stage2Config
 from stage2_prior.training.run import train
 from stage2_prior.training.selection import is_exhausted
+from tests.slow import few
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_the_best_weights_are_those_of_a_run_that_ends_there(straight, make_conf
     assert not (folder / "best").exists() and not list(Path(short.output_dir).rglob("best"))
 
 
-@pytest.mark.parametrize("step", [5, 12])
+@pytest.mark.parametrize("step", few([5, 12], 5))
 def test_an_interrupted_run_selects_the_same(straight, make_config, step):
     """This holds even if the killed run had found better weights after its last checkpoint."""
     config = interrupted(make_config("straight"), make_config(f"from-{step}"), step)
