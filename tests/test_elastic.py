@@ -62,12 +62,15 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("fixed, method", [((3, 11), "fork"), ((99,), "forkserver")])
 def test_workers_of_a_group_are_forked_elsewhere_where_a_fork_may_hang(monkeypatch, fixed, method):
+    preloaded = []
     monkeypatch.setattr(groups, "FORKS_SAFELY", fixed)
+    monkeypatch.setattr(multiprocessing, "set_forkserver_preload", preloaded.extend)  # tests.forks has its own
     before = multiprocessing.get_start_method()
     try:
         multiprocessing.set_start_method("fork", force=True)
         groups.fork_workers_elsewhere()
         assert multiprocessing.get_start_method() == method
+        assert preloaded == (groups.WORKERS_RUN if method == "forkserver" else [])
     finally:
         multiprocessing.set_start_method(before, force=True)
 
