@@ -99,15 +99,20 @@ def test_the_compiled_step_is_the_eager_one_and_is_made_once(without_code):
         {"loss.lecam_weight": 1.0, "discriminator.norm_type": "actnorm", "loss.adversarial_type": "non_saturating"},
         {"model.quantizer": "ema", "model.dropout": 0.0},
         {"model.quantizer": "gumbel"},
-        {"model.image_size": 32, "loss.perceptual_weight": 1.0, "bf16": True},
+        {"model.image_size": 32, "loss.perceptual_weight": 1.0, "bf16": True, "model.mid_attention": False},
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_every_game_is_compiled_as_it_is(without_code, changes):
     config = small_config(**changes)
-    # bfloat16 rounds by up to 2^-9 of a value, in other places when compiled. Measured with AMX: 4e-3 of the gradient.
-    of_whole = 10 * 2**-9 if config.bf16 else 1e-6
-    assert_compiled_is_eager(config, make_images(0, size=config.model["image_size"]), of_whole=of_whole)
+    assert_compiled_is_eager(config, make_images(0, size=config.model["image_size"]))
+
+
+@pytest.mark.slow
+def test_compiled_attention_in_bfloat16_differs_by_its_rounding(without_code):
+    """bfloat16 rounds by up to 2^-9 of a value, in attention in other places when compiled. Measured: 4e-3 in all."""
+    config = small_config(**{"model.image_size": 32, "loss.perceptual_weight": 1.0, "bf16": True})
+    assert_compiled_is_eager(config, make_images(0, size=32), of_whole=10 * 2**-9)
 
 
 @pytest.mark.slow
