@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from configs import ConfigError, load_config
+from configs import ConfigError, load_config, to_dict
 from pipelines import VQGANPipeline
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.copying import copying_check
-from pipelines.evaluation.prompts import open_store
+from pipelines.evaluation.prompts import _require_held_out, open_store
 from pipelines.evaluation.reconstructions import Reconstructions
 from pipelines.evaluation.run import evaluate, read_splits
 from pipelines.evaluation.stored_views import stored_views, view_rows
@@ -97,6 +97,14 @@ def test_training_images_are_not_measured_as_held_out_ones(tiny_runs, pipe, tmp_
     config = replace(config_of(tiny_runs.pipeline, store), data=DataConfig(**{"dataset": "images"} | given))
     with nullcontext() if message is None else pytest.raises(ConfigError, match=rf"data\.{message}"):
         open_store(config, pipe.layout)
+
+
+@pytest.mark.parametrize("needs_store", [False, True])
+def test_no_store_is_only_advised_where_none_is_needed(needs_store):
+    trained = to_dict(DataConfig(dataset="images"))
+    with pytest.raises(ConfigError, match="as in its code store") as refused:
+        _require_held_out(DataConfig(dataset="images", validation_fraction=0.2), trained, needs_store)
+    assert ("code_store null" in str(refused.value)) != needs_store
 
 
 def test_a_search_for_settings_refuses_them_too(tiny_runs, pipe):
